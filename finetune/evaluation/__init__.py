@@ -1,0 +1,1 @@
+"""Generation, scores and predictions: in training and on their own, with the same numbers."""
