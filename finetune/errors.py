@@ -39,6 +39,12 @@ class NonFiniteError(FinetuneError):
     exit_code = 4
 
 
+class SpaceError(CheckpointError):
+    """The disk has no room for a checkpoint; what was there before is untouched."""
+
+    exit_code = 6
+
+
 class RunDirectoryInUseError(FinetuneError):
     """Another live process writes to the run directory."""
 

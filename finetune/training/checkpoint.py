@@ -1,0 +1,306 @@
+"""What a run directory holds: folders that are whole or absent, verified before use.
+
+A folder is built beside its final place as ``.staging-NAME``: every file hashed and fsynced, then
+``manifest.json`` (size and SHA-256 of each file), then one rename that makes it visible. Whoever opens it
+later can tell a whole folder from a torn one. No torch here.
+
+    runs/lora/
+        config.yaml  best.json
+        checkpoint-500/     manifest.json and whatever the trainer wrote
+        .staging-NAME       a save that did not finish; removed at the next start
+        .replaced-NAME      the old folder while a new one of the same name takes its place
+        .trash-NAME         a deletion that did not finish; removed at the next start
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import CheckpointError, SpaceError
+from finetune.training.manifest import MANIFEST as MANIFEST
+from finetune.training.manifest import fsync_folder, walk
+from finetune.training.manifest import seal as seal
+from finetune.training.manifest import verify as verify
+
+BEST = "best.json"
+STAGING, REPLACED, TRASH = ".staging-", ".replaced-", ".trash-"
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How safetensors (Rust) and torch.save (C++) word a full disk; neither raises OSError.
+_NO_SPACE_TEXT = re.compile(
+    r"os error (28|122|27)\b|No space left|File too large|quota exceeded"
+    r"|PytorchStreamWriter failed|unexpected pos",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def staged(
+    final: Path,
+    *,
+    leader: bool = True,
+    agree: Callable[[bool], bool] = bool,
+    replace: bool = False,
+) -> Iterator[Path]:
+    """The staging folder of ``final``: committed when the block ends, removed when it fails.
+
+    With several processes each enters the block; ``leader`` is true in one of them, and
+    ``agree(ok)`` waits for all and says whether all were well: a save fails everywhere or nowhere.
+    ``replace`` allows a folder of that name to be there already.
+    """
+    stage, lock = stage_path(final), -1
+    try:
+        with _together(agree, final):
+            if leader:
+                lock = open_stage(final, replace=replace)
+        with _together(agree, final):
+            if not stage.is_dir():
+                raise CheckpointError(
+                    f"{stage} was made by process 0 and this process cannot see it; "
+                    "put training.output_dir on storage that every machine of the run shares"
+                )
+            yield stage
+        with _together(agree, final):
+            if leader:
+                commit(stage, final, replace=replace)
+    except BaseException as error:
+        if lock >= 0:
+            reason = _space_error(error, final, stage)
+            # What cannot be removed now is removed at the next start.
+            with suppress(OSError):
+                shutil.rmtree(stage, ignore_errors=True)
+            if reason is not None:
+                raise reason from error
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def stage_path(final: Path) -> Path:
+    """Where ``final`` is built: beside it, so that one rename can put it in place."""
+    return final.parent / f"{STAGING}{final.name}"
+
+
+def open_stage(final: Path, *, replace: bool = False) -> int:
+    """An empty staging folder for ``final``, locked; returns the lock's file descriptor."""
+    if os.path.lexists(final) and not replace:
+        raise CheckpointError(f"{final} exists already; choose another place or remove it first")
+    stage = stage_path(final)
+    stage.mkdir(exist_ok=True)
+    lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for entry in list(stage.iterdir()):
+            _remove(entry)
+    except BlockingIOError:
+        os.close(lock)
+        raise CheckpointError(f"another process is writing {final} at this moment") from None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def commit(stage: Path, final: Path, *, replace: bool = False) -> None:
+    """Make ``stage`` whole (fsync, manifest last) and visible as ``final`` by one rename.
+
+    A folder of that name is set aside first and removed afterwards; a crash between the two
+    renames is undone by ``clean``.
+    """
+    seal(stage)
+    aside = final.parent / f"{REPLACED}{final.name}"
+    if os.path.lexists(final):
+        if not replace:
+            raise CheckpointError(f"{final} exists already; choose another place")
+        final.rename(aside)
+    stage.rename(final)
+    fsync_folder(final.parent)
+    if os.path.lexists(aside):
+        delete(aside)
+
+
+def write_file(path: Path, text: str) -> None:
+    """``path`` with ``text``, whole or as it was before, even through a crash."""
+    temporary = path.parent / f"{STAGING}{path.name}"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None when it is no checkpoint's name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, good or not."""
+    if not run_dir.is_dir():
+        return []
+    found = [p for p in run_dir.iterdir() if step_of(p) is not None and p.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.name))
+
+
+def newest_good(run_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and the newer ones passed over, each with the reason."""
+    skipped: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoints(run_dir)):
+        problems = verify(folder)
+        if not problems:
+            return folder, skipped
+        skipped.append((folder, "; ".join(problems)))
+    return None, skipped
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What a rotation did."""
+
+    removed: tuple[Path, ...] = ()
+    problem: str | None = None
+    """Why nothing was removed although there was too much."""
+
+
+def rotate(run_dir: Path, keep: int, protect: Collection[Path] = ()) -> Rotation:
+    """Delete all but the newest ``keep`` checkpoints and the protected ones.
+
+    Nothing is deleted unless the newest verifies, so a good one always remains.
+    """
+    folders = checkpoints(run_dir)
+    kept = {path.resolve() for path in (*protect, *folders[-max(keep, 1) :])}
+    surplus = [path for path in folders if path.resolve() not in kept]
+    if not surplus:
+        return Rotation()
+    problems = verify(folders[-1])
+    if problems:
+        return Rotation(problem=f"{folders[-1]} is damaged ({'; '.join(problems)})")
+    for folder in surplus:
+        delete(folder)
+    return Rotation(removed=tuple(surplus))
+
+
+def delete(folder: Path) -> None:
+    """Remove ``folder``: out of sight by one rename first, so that no half of it can be opened."""
+    trash = folder.parent / f"{TRASH}{folder.name}"
+    _remove(trash)
+    folder.rename(trash)
+    fsync_folder(folder.parent)
+    _remove(trash)
+
+
+def clean(run_dir: Path) -> list[str]:
+    """Remove what crashes left behind, put back what was set aside; says what was done."""
+    done = []
+    for path in sorted(run_dir.iterdir()):
+        if path.name.startswith(REPLACED):
+            final = run_dir / path.name[len(REPLACED) :]
+            if os.path.lexists(final):
+                _remove(path)
+            else:
+                path.rename(final)
+                done.append(f"put back {final.name}: its replacement was not finished")
+        elif path.name.startswith((STAGING, TRASH)) and not _held(path):
+            _remove(path)
+            done.append(f"removed {path.name}: left over from an interrupted save or deletion")
+    fsync_folder(run_dir)
+    return done
+
+
+def set_best(run_dir: Path, checkpoint: Path, metric: str, value: float) -> None:
+    """Note which checkpoint is the best by ``metric``."""
+    record = {"checkpoint": checkpoint.name, "metric": metric, "value": value}
+    write_file(run_dir / BEST, json.dumps(record, indent=1) + "\n")
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint noted by ``set_best``, if it is still there."""
+    try:
+        record = json.loads((run_dir / BEST).read_text(encoding="utf-8"))
+        folder = run_dir / Path(str(record["checkpoint"])).name
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{run_dir / BEST} is damaged; delete it") from None
+    return folder if step_of(folder) is not None and folder.is_dir() else None
+
+
+def _held(path: Path) -> bool:
+    """Whether a live process builds this staging folder, such as a merge into the run directory."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _together(agree: Callable[[bool], bool], final: Path) -> Iterator[None]:
+    """Leave the block by an exception in every process when one of them failed in it."""
+    try:
+        yield
+    except BaseException:
+        agree(False)
+        raise
+    if not agree(True):
+        raise CheckpointError(f"{final} was not written: another process failed while saving it")
+
+
+def _space_error(error: BaseException, final: Path, stage: Path) -> SpaceError | None:
+    """``error`` as a message about disk space, if that is what it is."""
+    if isinstance(error, CheckpointError) or not _is_out_of_space(error):
+        return None
+    with suppress(OSError):
+        written = sum((stage / name).stat().st_size for name in walk(stage)[0])
+        older = [path for path in checkpoints(final.parent) if path != final]
+        needed = sum((older[-1] / n).stat().st_size for n in walk(older[-1])[0]) if older else 0
+        free = shutil.disk_usage(final.parent).free
+        return SpaceError(
+            f"no room to write {final}: {written / 1e6:.1f} MB were written, {free / 1e6:.1f} MB are free "
+            f"with them{f', and the checkpoint before took {needed / 1e6:.1f} MB' if needed else ''}. "
+            "Earlier checkpoints are untouched. Free some space, lower training.keep_checkpoints, "
+            "or choose another training.output_dir"
+        )
+    return SpaceError(f"no room to write {final}; earlier checkpoints are untouched")
+
+
+def _is_out_of_space(error: BaseException | None) -> bool:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if not isinstance(error, OSError) and _NO_SPACE_TEXT.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

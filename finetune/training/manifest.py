@@ -1,0 +1,136 @@
+"""The manifest of a folder: size and SHA-256 of every file, so that damage never goes unseen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from finetune.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+_CHUNK = 1 << 20
+_HASH_THREADS = 4
+
+
+def seal(folder: Path) -> None:
+    """Fsync every file of ``folder`` and write its manifest, last."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    files, folders, odd = walk(folder)
+    if odd:
+        raise CheckpointError(f"{folder / odd[0]} is neither a file nor a folder")
+    digests = _hash_all(folder, files, fsync=True)
+    for name in folders:
+        fsync_folder(folder / name)
+    text = _manifest_text({name: digests[name] for name in sorted(digests)})
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything that is wrong with a committed folder: missing, extra, resized, changed files."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing: the save did not finish, or this is no checkpoint"]
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"{MANIFEST} cannot be read ({error})"]
+    recorded = _parse_manifest(text)
+    if recorded is None:
+        return [f"{MANIFEST} is damaged"]
+    try:
+        files, _, odd = walk(folder)
+    except OSError as error:
+        return [f"{error.filename} cannot be read ({error.strerror})"]
+    present = set(files) - {MANIFEST}
+    problems = [f"{name} is neither a file nor a folder" for name in odd]
+    problems += [f"{name} is missing" for name in recorded if name not in present]
+    problems += [f"{name} is not in the manifest" for name in sorted(present - set(recorded))]
+    same_size = []
+    for name, (size, _) in recorded.items():
+        if name not in present:
+            continue
+        found = (folder / name).stat().st_size
+        if found == size:
+            same_size.append(name)
+        else:
+            problems.append(f"{name} has {found} bytes instead of {size}")
+    try:
+        digests = _hash_all(folder, same_size, fsync=False)
+    except OSError as error:
+        return [*problems, f"{error.filename or folder} cannot be read ({error.strerror})"]
+    problems += [
+        f"{name} has other content" for name in same_size if digests[name] != recorded[name]
+    ]
+    return problems
+
+
+def walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Relative names of files, of folders (deepest first), and of anything else (links, devices)."""
+    files, folders, odd = [], [], []
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                name = Path(entry.path).relative_to(folder).as_posix()
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                    pending.append(Path(entry.path))
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(name)
+                else:
+                    odd.append(name)
+    return sorted(files), sorted(folders, reverse=True), sorted(odd)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _manifest_text(files: Mapping[str, tuple[int, str]]) -> str:
+    entries = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return json.dumps({"format": 1, "files": entries}, indent=1) + "\n"
+
+
+def _parse_manifest(text: str) -> dict[str, tuple[int, str]] | None:
+    """Name -> (size, SHA-256), or None unless the text is exactly what ``seal`` writes."""
+    try:
+        files = {
+            str(name): (entry["size"], str(entry["sha256"]))
+            for name, entry in json.loads(text)["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return files if _manifest_text(files) == text else None
+
+
+def _hash_all(folder: Path, names: list[str], *, fsync: bool) -> dict[str, tuple[int, str]]:
+    # hashlib releases the GIL, so files are hashed in parallel.
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        found = pool.map(lambda name: _hash(folder / name, fsync=fsync), names)
+        return dict(zip(names, found, strict=True))
+
+
+def _hash(path: Path, *, fsync: bool) -> tuple[int, str]:
+    """Size and SHA-256 of a file; ``hashlib.file_digest`` needs Python 3.11."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+            size += read
+        if fsync:
+            os.fsync(file.fileno())
+    return size, digest.hexdigest()
