@@ -1,0 +1,244 @@
+"""What a resumed run must share with its checkpoint, and what a difference in each option means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import CheckpointError
+from finetune.training.checkpoint import checkpoints, newest_good, verify
+
+RECORD = "run.json"
+
+
+class Rule(Enum):
+    """What happens when an option differs from the checkpoint's."""
+
+    MATCH = "refused"
+    """Training would silently become another run."""
+    CHANGE = "allowed, listed"
+    """It takes effect from here on."""
+    FREE = "allowed"
+    """It does not touch what is learnt; or what it leads to (a fact) is compared instead."""
+
+
+# Facts are worked out by the run, not written by the user; all of them must match.
+FACTS = {
+    "model": "the base model's weights and config",
+    "template": "the tokenizer and chat template",
+    "data": "the training examples",
+    "processes": "the number of processes",
+    "dtype": "the number format of the weights",
+    "deepspeed": "the DeepSpeed settings",
+    "trainable": "the trained parameters",
+}
+
+RULES: dict[str, Rule] = {
+    "model.path": Rule.FREE,  # the fact "model" is compared
+    "model.revision": Rule.FREE,
+    "model.dtype": Rule.FREE,  # the fact "dtype" is compared
+    "model.attention": Rule.CHANGE,
+    "data.train": Rule.FREE,  # the fact "data" is compared
+    "data.validation": Rule.CHANGE,
+    "data.format": Rule.FREE,
+    "data.columns": Rule.FREE,
+    "data.max_length": Rule.MATCH,
+    "data.train_on": Rule.MATCH,
+    "data.on_too_long": Rule.MATCH,
+    "data.on_bad_row": Rule.FREE,
+    "data.max_bad_rows": Rule.FREE,
+    "data.packing": Rule.MATCH,
+    "data.group_by_length": Rule.MATCH,
+    "data.loader_workers": Rule.FREE,
+    "data.cache_dir": Rule.FREE,
+    "method": Rule.MATCH,  # the whole section, whatever its kind
+    "training.output_dir": Rule.FREE,
+    "training.max_steps": Rule.CHANGE,
+    "training.num_epochs": Rule.CHANGE,
+    "training.batch_size": Rule.MATCH,
+    "training.gradient_accumulation_steps": Rule.MATCH,
+    # The optimizer's saved state holds rate and decay: a new value would have no effect.
+    "training.learning_rate": Rule.MATCH,
+    "training.weight_decay": Rule.MATCH,
+    "training.lr_schedule": Rule.MATCH,
+    "training.warmup_steps": Rule.MATCH,
+    "training.max_grad_norm": Rule.CHANGE,
+    "training.activation_checkpointing": Rule.CHANGE,
+    "training.seed": Rule.MATCH,
+    "training.log_every_steps": Rule.FREE,
+    "training.save_every_steps": Rule.FREE,
+    "training.keep_checkpoints": Rule.FREE,
+    "training.resume": Rule.FREE,
+    "training.report_to": Rule.FREE,
+    "training.process_timeout_minutes": Rule.FREE,
+    "training.extra": Rule.MATCH,
+    "deepspeed.zero_stage": Rule.MATCH,
+    "deepspeed.offload_optimizer": Rule.MATCH,
+    "deepspeed.offload_parameters": Rule.MATCH,
+    "deepspeed.config": Rule.FREE,  # the fact "deepspeed" is compared
+    "evaluation.every_steps": Rule.CHANGE,
+    "evaluation.at_start": Rule.FREE,
+    "evaluation.generate": Rule.CHANGE,
+    "evaluation.replies": Rule.CHANGE,
+    "evaluation.max_new_tokens": Rule.CHANGE,
+    "evaluation.max_samples": Rule.CHANGE,
+    "evaluation.batch_size": Rule.FREE,
+    "evaluation.best_metric": Rule.CHANGE,
+    "evaluation.patience": Rule.CHANGE,
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One line of the table: what the checkpoint was made with, and what is asked for now."""
+
+    key: str
+    checkpoint: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences between a checkpoint's record and this run's."""
+
+    refusals: tuple[Difference, ...]
+    changes: tuple[Difference, ...]
+
+
+def record(
+    config: Mapping[str, Any], facts: Mapping[str, Any], versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a checkpoint keeps about its run: options, facts (see FACTS), library versions.
+
+    ``config`` is the resolved configuration as a mapping of sections.
+    """
+    unknown = sorted(set(facts) - set(FACTS))
+    assert not unknown, f"facts without a meaning: {unknown}"
+    return {
+        "format": 1,
+        "config": dict(_flat(config)),
+        "facts": dict(facts),
+        "versions": dict(versions),
+    }
+
+
+def write(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Put the record into a checkpoint's staging folder."""
+    text = json.dumps(saved, ensure_ascii=False, indent=1, default=str)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint; CheckpointError when it has none."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if not all(isinstance(found[part], dict) for part in ("config", "facts", "versions")):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{folder / RECORD} is missing or damaged, so the run that wrote this checkpoint is unknown; "
+            "resume from a checkpoint that `finetune train` wrote"
+        ) from None
+    return dict(found)
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
+    """Which differences between two records forbid resuming and which only need saying."""
+    # Through JSON once, so that a tuple and a list, 1 and 1.0, compare as what was written.
+    now = json.loads(json.dumps(now, ensure_ascii=False, default=str))
+    refusals: list[Difference] = []
+    changes: list[Difference] = []
+    for key, was, is_now in _differences(saved["config"], now["config"]):
+        rule = _rule(key)
+        if rule is Rule.MATCH and not _is_new_option(key, saved["config"], now["config"]):
+            refusals.append(Difference(key, was, is_now))
+        elif rule is not Rule.FREE:
+            changes.append(Difference(key, was, is_now))
+    for key, was, is_now in _differences(saved["facts"], now["facts"]):
+        refusals.append(Difference(FACTS.get(key, key), was, is_now))
+    for key, was, is_now in _differences(saved["versions"], now["versions"]):
+        changes.append(Difference(f"version of {key}", was, is_now))
+    return Comparison(tuple(refusals), tuple(changes))
+
+
+def check(folder: Path, now: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """The harmless differences to a checkpoint; CheckpointError with a table of the others."""
+    found = compare(read(folder), now)
+    if found.refusals:
+        rows = [("", "checkpoint", "now"), *((d.key, d.checkpoint, d.now) for d in found.refusals)]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        table = "\n".join(
+            f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {is_now}" for key, was, is_now in rows
+        )
+        raise CheckpointError(
+            f"{folder} was made by a different run and cannot be continued by this one:\n{table}\n"
+            "Put these back as they were, or start anew in another training.output_dir"
+        )
+    return found.changes
+
+
+def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The checkpoint that `training.resume` means, and the damaged ones passed over with reasons.
+
+    `auto`: the newest good one, None when there is none. `never`: None, and CheckpointError when
+    the run has checkpoints. A path: that one or CheckpointError, never another in its place.
+    """
+    if resume == "auto":
+        return newest_good(run_dir)
+    if resume == "never":
+        present = checkpoints(run_dir)
+        if present:
+            raise CheckpointError(
+                f"{run_dir} holds {len(present)} checkpoints of an earlier run (newest: {present[-1].name}) and "
+                "training.resume is never; choose another training.output_dir or training.resume=auto"
+            )
+        return None, []
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise CheckpointError(f"training.resume: {resume!r} is no folder, nor auto, nor never")
+    problems = verify(folder)
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointError(
+            f"{folder} is damaged and will not be resumed:\n{listed}\n"
+            "Name another checkpoint, or set training.resume=auto for the newest good one"
+        )
+    return folder, []
+
+
+def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options as ``section.key``; sections that are left out give no keys."""
+    for section, options in config.items():
+        for key, value in (options or {}).items():
+            yield f"{section}.{key}", value
+
+
+def _rule(key: str) -> Rule:
+    return RULES.get(key) or RULES.get(key.split(".")[0]) or Rule.MATCH
+
+
+def _is_new_option(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether only one of the two versions of this framework knows the option."""
+    section = key.split(".")[0] + "."
+    sections_of_both = (any(name.startswith(section) for name in side) for side in (saved, now))
+    return (key in saved) != (key in now) and all(sections_of_both)
+
+
+def _differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    for key in [*saved, *(key for key in now if key not in saved)]:
+        if key not in saved or key not in now or saved[key] != now[key]:
+            yield key, _shown(saved, key), _shown(now, key)
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "(not set)"
+    value = values[key]
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
