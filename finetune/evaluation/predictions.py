@@ -1,0 +1,57 @@
+"""Predictions on disk: one JSON object a line, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from finetune.evaluation.metrics import Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One generated reply with what it answers and how it scores."""
+
+    where: str
+    """`file:line` of the dialogue."""
+    message: int
+    """Which message of the dialogue is the reference."""
+    prompt: str
+    """The prompt as text, control tokens spelled out."""
+    reference: str
+    prediction: str
+    stopped: bool
+    """A stop token ended the reply; otherwise it was cut at `max_new_tokens`."""
+    scores: Scores
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Writes `predictions` as JSONL; the file appears when its last line is on the disk."""
+    with whole_file(path) as file:
+        for prediction in predictions:
+            file.write(json_line(asdict(prediction)))
+
+
+def json_line(value: Any) -> str:
+    """One line of a JSONL file."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name only once all of it is written and synced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
