@@ -24,7 +24,11 @@ class Section(BaseModel):
     """What all sections share: unknown keys refused, values frozen, docs from the source."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 

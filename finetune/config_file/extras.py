@@ -1,0 +1,150 @@
+"""`training.extra`: which fields of transformers.TrainingArguments a user may set, and which are ours.
+
+The field names are read from the library's source file; importing it would take seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+OWNED: dict[str, str] = {
+    "output_dir": "training.output_dir",
+    "max_steps": "training.max_steps",
+    "num_train_epochs": "training.num_epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "auto_find_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler_type": "training.lr_schedule",
+    "warmup_steps": "training.warmup_steps",
+    "warmup_ratio": "training.warmup_steps",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "activation_checkpointing": "training.activation_checkpointing",
+    "activation_checkpointing_kwargs": "training.activation_checkpointing",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "training.activation_checkpointing",
+    "seed": "training.seed",
+    "data_seed": "training.seed",
+    "logging_steps": "training.log_every_steps",
+    "logging_strategy": "training.log_every_steps",
+    "save_steps": "training.save_every_steps",
+    "save_strategy": "training.save_every_steps",
+    "save_total_limit": "training.keep_checkpoints",
+    "resume_from_checkpoint": "training.resume",
+    "report_to": "training.report_to",
+    "ddp_timeout": "training.process_timeout_minutes",
+    "deepspeed": "the section deepspeed",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "bf16_full_eval": "model.dtype",
+    "fp16_full_eval": "model.dtype",
+    "dataloader_num_workers": "data.loader_workers",
+    "group_by_length": "data.group_by_length",
+    "train_sampling_strategy": "data.group_by_length",
+    "length_column_name": "data.group_by_length",
+    "eval_strategy": "evaluation.every_steps",
+    "eval_steps": "evaluation.every_steps",
+    "eval_on_start": "evaluation.at_start",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "metric_for_best_model": "evaluation.best_metric",
+    "greater_is_better": "evaluation.best_metric",
+    "load_best_model_at_end": "evaluation.best_metric",
+}
+"""Fields that an option of ours sets, and the option."""
+
+ALSO_KNOWN_AS: dict[str, str] = {
+    "lr": "training.learning_rate",
+    "epochs": "training.num_epochs",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "model_name_or_path": "model.path",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "lora": "method (kind: lora)",
+    "lora_config": "method (kind: lora)",
+    "peft_config": "method (kind: lora)",
+    "training_args": "training",
+}
+"""Names that people know from other programs, and the option."""
+
+REFUSED: dict[str, str] = {
+    "do_train": "the command decides that",
+    "do_eval": "the command decides that",
+    "do_predict": "the command decides that",
+    "use_cpu": "it is derived from the machine",
+    "local_rank": "the launcher sets it",
+    "label_smoothing_factor": "the loss over supervised tokens has no smoothing",
+    "use_liger_kernel": "the loss over supervised tokens is computed by this program",
+    "average_tokens_across_devices": "the loss is always the mean over the global batch",
+    "remove_unused_columns": "batches are made by this program",
+    "label_names": "batches are made by this program",
+    "prediction_loss_only": "evaluation is made by this program",
+    "eval_delay": "evaluation is made by this program",
+    "eval_do_concat_batches": "evaluation is made by this program",
+    "eval_use_gather_object": "evaluation is made by this program",
+    "eval_accumulation_steps": "evaluation is made by this program",
+    "include_for_metrics": "evaluation is made by this program",
+    "batch_eval_metrics": "evaluation is made by this program",
+    "save_only_model": "checkpoints are always whole, so that they can be resumed",
+    "save_on_each_node": "checkpoints are written by one process",
+    "enable_jit_checkpoint": "a signal always saves a checkpoint",
+    "ignore_data_skip": "a resumed run would see other data than an uninterrupted one",
+    "restore_callback_states_from_checkpoint": "checkpoints are restored by this program",
+    "fsdp": "sharding is the section deepspeed",
+    "fsdp_config": "sharding is the section deepspeed",
+    "parallelism_config": "sharding is the section deepspeed",
+    "disable_tqdm": "progress is shown by this program",
+    "push_to_hub": "a token must not land in saved files; upload the finished folder yourself",
+}
+"""Fields that would break a promise of this program, and the promise."""
+
+
+@cache
+def training_argument_names() -> tuple[str, ...]:
+    """The fields of transformers.TrainingArguments as installed, in their order; imports nothing."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.origin:
+        raise ModuleNotFoundError("transformers is not installed; `pip install transformers`")
+    source = Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
+            return tuple(
+                line.target.id
+                for line in node.body
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+            )
+    raise ModuleNotFoundError("this version of transformers has no TrainingArguments")
+
+
+def extra_problems(extra: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with `training.extra`, by name; empty when every name can be passed on."""
+    return {name: said for name in extra if (said := _problem(name))}
+
+
+def _problem(name: str) -> str | None:
+    if name in OWNED:
+        return f"is set by {OWNED[name]}; use that"
+    if name in REFUSED:
+        return f"cannot be set: {REFUSED[name]}"
+    if name.startswith("hub_"):
+        return f"cannot be set: {REFUSED['push_to_hub']}"
+    names = training_argument_names()
+    if name in names:
+        return None
+    free = [known for known in names if known not in OWNED and known not in REFUSED]
+    meant = get_close_matches(name, free, n=1)
+    said = "is not a field of transformers.TrainingArguments"
+    return f"{said}; did you mean {meant[0]}?" if meant else said

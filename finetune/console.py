@@ -1,0 +1,221 @@
+"""What a run says: rich on a terminal, plain lines in a file, and only from rank 0.
+
+Text is never read as markup (`[gMASK]` stays `[gMASK]`). Inside `json_output` standard output belongs
+to the JSON alone, and everything else, also what libraries print, goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+PLAIN_PROGRESS_SECONDS = 5.0
+"""In a log file a progress line appears at most this often."""
+
+_redirected = False
+
+
+def is_main() -> bool:
+    """True on the one process that talks: rank 0, or a run without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_terminal() -> bool:
+    """True where a person watches, so that colours and moving bars make sense."""
+    return _stream().isatty() and os.environ.get("TERM") != "dumb"
+
+
+def say(text: str = "") -> None:
+    """One line (or several) for the user."""
+    if not is_main():
+        return
+    if on_terminal():
+        _rich().print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        _write(_stream(), text)
+
+
+def warn(text: str) -> None:
+    """A line that should not be overlooked; on standard error."""
+    if not is_main():
+        return
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        from rich.text import Text
+
+        line = Text.assemble(("warning: ", "bold yellow"), text)
+        _rich(stderr=True).print(line, highlight=False, soft_wrap=True)
+    else:
+        _write(sys.stderr, f"warning: {text}")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Rows under headers; a column that holds only numbers is aligned to the right."""
+    if not is_main():
+        return
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    numeric = [
+        bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
+        for column in range(len(headers))
+    ]
+    if on_terminal():
+        _rich_table(headers, cells, numeric)
+    else:
+        _write(_stream(), "\n".join(_plain_table(headers, cells, numeric)))
+
+
+class Meter:
+    """A count that moves towards `total`; made by `progress`."""
+
+    def __init__(self, total: int | None, label: str) -> None:
+        self.total = total
+        self.label = label
+        self.done = 0
+        self._begin = self._last = time.monotonic()
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Counts `n` more; `note` replaces the words behind the label."""
+        self.done += n
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, completed=self.done, description=f"{self.label} {note}".rstrip())
+        elif is_main() and time.monotonic() - self._last >= PLAIN_PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            _write(_stream(), self._line(note))
+
+    def _line(self, note: str = "") -> str:
+        spent = time.monotonic() - self._begin
+        text = f"{self.label}: {self.done}"
+        if self.total:
+            left = spent / self.done * (self.total - self.done) if self.done else 0.0
+            text += f"/{self.total} ({100 * self.done // self.total} %), {duration(left)} left"
+        return f"{text}, {duration(spent)} so far" + (f", {note}" if note else "")
+
+
+@contextmanager
+def progress(total: int | None, label: str) -> Iterator[Meter]:
+    """A moving bar on a terminal; elsewhere a line every few seconds at most. `total` None: unknown."""
+    meter = Meter(total, label)
+    if not (is_main() and on_terminal()):
+        yield meter
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as TimeLeftColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeLeftColumn(),
+    )
+    with Progress(*columns, console=_rich(), transient=True) as bar:
+        meter._bar = (bar, bar.add_task(label, total=total))
+        yield meter
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: `42 s`, `3:07`, `1:02:05`."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+@contextmanager
+def json_output(enabled: bool = True) -> Iterator[Callable[[Any], None]]:
+    """Gives `emit(value)`, one JSON text per line on standard output, from rank 0 only.
+
+    While it is open, file descriptor 1 leads to standard error: nothing that a library (or a child
+    process) prints can get between the JSON. With `enabled` False, `emit` does nothing.
+    """
+    global _redirected
+    if not enabled:
+        yield lambda value: None
+        return
+    python_stdout, was_redirected = sys.stdout, _redirected
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout, _redirected = sys.stderr, True
+    try:
+        with os.fdopen(os.dup(real), "wb") as pipe:
+
+            def emit(value: Any) -> None:
+                if is_main():
+                    pipe.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+                    pipe.flush()
+
+            yield emit
+    finally:
+        sys.stdout, _redirected = python_stdout, was_redirected
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def _stream() -> TextIO:
+    return sys.stderr if _redirected else sys.stdout
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text + "\n")
+    stream.flush()
+
+
+_consoles: dict[bool, Console] = {}
+
+
+def _rich(stderr: bool = False) -> Console:
+    """The rich console of a stream; one object each, so that lines pass above a moving bar."""
+    stderr = stderr or _redirected
+    if stderr not in _consoles:
+        from rich.console import Console
+
+        _consoles[stderr] = Console(stderr=stderr)
+    return _consoles[stderr]
+
+
+def _rich_table(
+    headers: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]
+) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=SIMPLE_HEAD)
+    for header, right in zip(headers, numeric, strict=True):
+        grid.add_column(Text(header), justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*(Text(cell) for cell in row))
+    _rich().print(grid)
+
+
+def _plain_table(
+    headers: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]
+) -> list[str]:
+    widths = [max(map(_width, column)) for column in zip(headers, *cells, strict=True)]
+    lines = []
+    for row in [headers, ["-" * width for width in widths], *cells]:
+        padded = []
+        for cell, width, right in zip(row, widths, numeric, strict=True):
+            blank = " " * (width - _width(cell))
+            padded.append(blank + cell if right else cell + blank)
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes on a screen: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
