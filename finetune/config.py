@@ -147,7 +147,22 @@ class FullMethod(Section):
     kind: Literal["full"] = "full"
 
 
-Method = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
+class PTuningV2Method(Section):
+    """Trained keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602)."""
+
+    kind: Literal["ptuning_v2"] = "ptuning_v2"
+
+    num_virtual_tokens: Positive = 128
+    """Length of the prefix in tokens."""
+
+    prefix_projection: bool = False
+    """Train an embedding and a two-layer MLP that make the prefix, instead of the prefix itself; folded away on save."""
+
+    encoder_hidden_size: Positive | None = None
+    """Width of that MLP; by default the width of one layer's keys."""
+
+
+Method = Annotated[LoraMethod | PTuningV2Method | FullMethod, Field(discriminator="kind")]
 
 
 class TrainingSection(Section):

@@ -1,0 +1,321 @@
+"""P-Tuning v2: trained keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602).
+
+The prefix belongs to the attention, not to the cache: each attention layer asks its own `Prefix`
+for keys and values at the moment it attends. So recomputation under activation checkpointing sees
+the same keys, the cache holds real tokens only, ZeRO-3 gathers a layer's prefix with that layer,
+and masks of any kind (causal, padded, packed) only gain open columns on the left.
+
+Shapes: N virtual tokens, L layers, H key/value heads, D head size, T new tokens, S keys.
+
+Start values. Zero keys and values are not the base model: N keys of score 0 take part of the
+softmax and pull every output towards zero. Keys and values start as small noise (std 0.02), so
+training first learns how much attention the prefix deserves; a learning rate around 1e-2 is usual,
+since nothing else moves.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PrefixTuningConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from finetune.config import PTuningV2Method
+from finetune.errors import ConfigError, ModelError
+from finetune.methods.base_record import BaseRecord
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+ENCODER_WEIGHTS_NAME = "prefix_encoder.safetensors"
+FLAT_NAME = "prompt_embeddings"  # PEFT's: [N, L * 2 * H * D], keys before values in each layer
+START_STD = 0.02
+ATTENTION_LAYER = re.compile(r".*layers\.\d+\.(self_attn|self_attention)")
+IMPLEMENTATIONS = {"sdpa": "prefix_sdpa", "eager": "prefix_eager"}
+
+
+class PrefixEncoder(nn.Module):
+    """The shared half of the reparameterisation: one hidden state per virtual token.
+
+    PEFT's `PrefixEncoder` with its last layer cut into one piece per attention layer.
+    """
+
+    def __init__(self, num_virtual_tokens: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_virtual_tokens, width)
+        self.transform = nn.Linear(width, hidden)
+
+    def forward(self) -> Tensor:
+        """[N, hidden]."""
+        tokens = torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
+        return torch.tanh(self.transform(self.embedding(tokens)))
+
+
+class Prefix(nn.Module):
+    """Keys and values of one layer, trained as they are."""
+
+    def __init__(self, num_virtual_tokens: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        values = torch.randn(2, num_heads, num_virtual_tokens, head_dim) * START_STD
+        self.key_value = nn.Parameter(values)
+
+    def forward(self) -> Tensor:
+        """[2, H, N, D]."""
+        return self.key_value
+
+
+class EncodedPrefix(nn.Module):
+    """Keys and values of one layer, read off the shared encoder."""
+
+    def __init__(self, encoder: PrefixEncoder, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.shape = (2, num_heads, head_dim)
+        self.output = nn.Linear(encoder.transform.out_features, 2 * num_heads * head_dim)
+        self._encoder = [encoder]  # in a list: the model registers it once, not every layer
+
+    def forward(self) -> Tensor:
+        """[2, H, N, D]."""
+        flat: Tensor = self.output(self._encoder[0]())
+        return flat.view(-1, *self.shape).permute(1, 2, 0, 3)
+
+
+def attach(model: PreTrainedModel, section: PTuningV2Method) -> PreTrainedModel:
+    """The model with a fresh prefix in every attention layer, everything else frozen.
+
+    Raises:
+        ConfigError: The attention implementation cannot take a prefix.
+    """
+    model.requires_grad_(False)
+    heads, head_dim = _key_value_shape(model)
+    encoder = None
+    if section.prefix_projection:
+        width = heads * head_dim
+        hidden = section.encoder_hidden_size or width
+        encoder = PrefixEncoder(section.num_virtual_tokens, width, hidden)
+        model.add_module("prefix_encoder", encoder.to(model.device))
+    for layer in _attention_layers(model).values():
+        prefix: nn.Module
+        if encoder is None:
+            prefix = Prefix(section.num_virtual_tokens, heads, head_dim)
+        else:
+            prefix = EncodedPrefix(encoder, heads, head_dim)
+        layer.add_module("prefix", prefix.to(model.device))
+    _use_prefix(model, section.num_virtual_tokens)
+    return model
+
+
+def is_prefixed(model: nn.Module) -> bool:
+    """Whether `model` carries a prefix."""
+    return any(isinstance(module, Prefix | EncodedPrefix) for module in model.modules())
+
+
+def matched_modules(model: nn.Module) -> dict[str, int]:
+    """Layers with a prefix."""
+    return {"prefix of keys and values per attention layer": len(_attention_layers(model))}
+
+
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    base: BaseRecord,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a PEFT prefix-tuning adapter, the encoder folded away; its weights beside it to resume.
+
+    The fold works on the state dict alone, so one rank can do it while the others wait.
+    """
+    state = {k: v.detach().cpu().float() for k, v in (state_dict or model.state_dict()).items() if _is_trained(k)}  # fmt: skip
+    flat = _fold(state, list(_attention_layers(model)), *_key_value_shape(model))
+    save_file({FLAT_NAME: flat}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    if any(name.startswith("prefix_encoder.") for name in state):
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / ENCODER_WEIGHTS_NAME, metadata={"format": "pt"})
+    heads, head_dim = _key_value_shape(model)
+    PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=flat.shape[0],
+        num_layers=len(_attention_layers(model)),
+        token_dim=heads * head_dim,
+        num_attention_heads=heads,
+        prefix_projection=False,
+        inference_mode=True,
+        base_model_name_or_path=base.path,
+        revision=base.revision,
+    ).save_pretrained(folder)
+    base.write(folder, method="ptuning_v2")
+
+
+def restore(model: PreTrainedModel, folder: Path) -> None:
+    """Put saved prefix weights into a model with the same prefix attached.
+
+    Raises:
+        ModelError: The file does not fit this prefix.
+    """
+    expected = {name for name in model.state_dict() if _is_trained(name)}
+    if (folder / ENCODER_WEIGHTS_NAME).is_file():
+        state = load_file(folder / ENCODER_WEIGHTS_NAME)
+    else:
+        state = _unfold(model, _flat_weights(folder))
+    if set(state) != expected:
+        raise ModelError(
+            f"{folder} holds another prefix than this run attaches; "
+            "use the num_virtual_tokens and prefix_projection it was saved with"
+        )
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{folder} does not fit the prefix of this run: {str(error).splitlines()[-1].strip()}. "
+            "Use the num_virtual_tokens it was saved with"
+        ) from error
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The base with the saved prefix of `folder`, ready to generate.
+
+    Raises:
+        ModelError: The folder has no prefix in safetensors, or one of another shape.
+    """
+    flat = _flat_weights(folder)
+    heads, head_dim = _key_value_shape(model)
+    width = len(_attention_layers(model)) * 2 * heads * head_dim
+    if flat.shape[1] != width:
+        raise ModelError(
+            f"{folder / WEIGHTS_NAME} holds {flat.shape[1]} numbers per virtual token, "
+            f"but this base takes {width}; open it on the base it was trained on"
+        )
+    attach(model, PTuningV2Method(num_virtual_tokens=flat.shape[0]))
+    model.load_state_dict(_unfold(model, flat), strict=False)
+    return model.requires_grad_(False).eval()
+
+
+def _is_trained(name: str) -> bool:
+    return ".prefix." in name or name.startswith("prefix_encoder.")
+
+
+def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if ATTENTION_LAYER.fullmatch(name) and "vision" not in name and "visual" not in name
+    }
+
+
+def _key_value_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """(H, D)."""
+    config = model.config.get_text_config()
+    return config.num_key_value_heads, config.head_dim
+
+
+def _flat_weights(folder: Path) -> Tensor:
+    path = folder / WEIGHTS_NAME
+    tensors = load_file(path) if path.is_file() else {}
+    if FLAT_NAME not in tensors:
+        raise ModelError(f"{path} holds no saved prefix ({FLAT_NAME}); give a P-Tuning v2 adapter")
+    return tensors[FLAT_NAME]
+
+
+def _fold(state: Mapping[str, Tensor], layers: list[str], heads: int, head_dim: int) -> Tensor:
+    """PEFT's flat form [N, L * 2 * H * D] of the weights in `state`."""
+    if "prefix_encoder.embedding.weight" in state:
+        at = "prefix_encoder."
+        inner = nn.functional.linear(
+            state[at + "embedding.weight"], state[at + "transform.weight"], state[at + "transform.bias"]
+        ).tanh()  # fmt: skip
+        rows = [
+            nn.functional.linear(inner, state[f"{name}.prefix.output.weight"], state[f"{name}.prefix.output.bias"])
+            for name in layers
+        ]  # fmt: skip
+    else:
+        rows = [
+            state[f"{name}.prefix.key_value"].permute(2, 0, 1, 3).reshape(-1, 2 * heads * head_dim)
+            for name in layers
+        ]
+    return torch.cat(rows, dim=1).contiguous()
+
+
+def _unfold(model: PreTrainedModel, flat: Tensor) -> dict[str, Tensor]:
+    """State dict of plain prefixes from PEFT's flat form."""
+    heads, head_dim = _key_value_shape(model)
+    layers = _attention_layers(model)
+    per_layer = flat.view(flat.shape[0], len(layers), 2, heads, head_dim).permute(1, 2, 3, 0, 4)
+    return {
+        f"{name}.prefix.key_value": values.contiguous()
+        for name, values in zip(layers, per_layer, strict=True)
+    }
+
+
+def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
+    """Route attention through the prefix and move real tokens to positions N, N + 1, …"""
+    config = model.config.get_text_config()
+    implementation = IMPLEMENTATIONS.get(config._attn_implementation)
+    if implementation is None:
+        raise ConfigError(
+            f"method.kind: ptuning_v2 does not run with attention {config._attn_implementation!r}; "
+            "set model.attention: sdpa"
+        )
+    config._attn_implementation = implementation
+
+    def shift(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "position_ids" in kwargs:
+            return args, kwargs | {"position_ids": kwargs["position_ids"] + num_virtual_tokens}
+        return (*args[:-1], args[-1] + num_virtual_tokens), kwargs
+
+    rotary = [
+        m for name, m in model.named_modules() if re.fullmatch(r".*\.?rotary(_pos)?_emb", name)
+    ]
+    if len(rotary) != 1:
+        raise ModelError(f"expected one rotary embedding in the model, found {len(rotary)}")
+    rotary[0].register_forward_pre_hook(shift, with_kwargs=True)
+
+
+def _open_left(mask: Tensor | None, query: Tensor, num_keys: int, num_open: int) -> Tensor | None:
+    """`mask` [B, 1, T, S] (bool or additive) with open columns for the prefix: [B, 1, T, N + S].
+
+    Without a mask it is causal, the last query seeing the last key; a single query sees all.
+    """
+    num_queries = query.shape[2]
+    if mask is None:
+        if num_queries == 1:
+            return None
+        square = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask = square.tril(num_keys - num_queries)[None, None]
+    opened = torch.ones if mask.dtype == torch.bool else torch.zeros
+    columns = opened(*mask.shape[:-1], num_open, dtype=mask.dtype, device=mask.device)
+    return torch.cat([columns, mask], dim=-1)
+
+
+def _with_prefix(find: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., Any]:
+    """An attention function that attends to the module's prefix first."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        inner = find(module)
+        if not hasattr(module, "prefix"):
+            return inner(module, query, key, value, attention_mask, **kwargs)
+        prefix = module.prefix().to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
+        mask = _open_left(attention_mask, query, key.shape[2], prefix.shape[3])
+        keys, values = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
+        return inner(module, query, keys, values, mask, **kwargs)
+
+    return attend
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    attention: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return attention
+
+
+AttentionInterface.register("prefix_sdpa", _with_prefix(lambda _: ALL_ATTENTION_FUNCTIONS["sdpa"]))
+AttentionInterface.register("prefix_eager", _with_prefix(_eager))
+AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
+AttentionMaskInterface.register("prefix_eager", eager_mask)
