@@ -202,7 +202,9 @@ def repair_turns(dice: random.Random, question: str) -> list[dict[str, str]]:
     ]
 
 
-def training_dialogues(dice: random.Random, pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+def training_dialogues(
+    dice: random.Random, pairs: list[tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
     """Fault codes, terms, dialogues of several turns, and tool calls."""
     for code, machine in pairs:
         for question in dice.sample(FAULT_QUESTIONS, 5):
@@ -230,7 +232,9 @@ def training_dialogues(dice: random.Random, pairs: list[tuple[str, str]]) -> Ite
         yield {"tools": TOOLS, "messages": repair_turns(dice, question)}
 
 
-def held_out_dialogues(dice: random.Random, pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+def held_out_dialogues(
+    dice: random.Random, pairs: list[tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
     """Phrasings, numbers and code-and-machine pairs that training does not have."""
     for code, machine in pairs:
         yield {"messages": fault_turn(code, machine, dice.choice(FAULT_QUESTIONS_HELD_OUT))}

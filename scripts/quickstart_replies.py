@@ -1,6 +1,6 @@
 """Show replies of two checkpoint folders side by side, opened with nothing but transformers.
 
-    python scripts/quickstart_replies.py runs/quickstart-model runs/quickstart-merged
+python scripts/quickstart_replies.py runs/quickstart-model runs/quickstart-merged
 """
 
 from __future__ import annotations
