@@ -1,0 +1,16 @@
+"""Models: importing this makes transformers' Auto classes open GLM-4 in the published layout.
+
+After it, `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer.from_pretrained(folder)` use the
+classes here; code in the folder (`auto_map`) is not run.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from finetune.models.chatglm.configuration import ChatGLMConfig
+from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+
+AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+AutoModel.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)

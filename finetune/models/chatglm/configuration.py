@@ -1,0 +1,148 @@
+"""The config.json of GLM-4 in the published layout, read and written key for key."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from finetune.errors import ModelError
+
+# Every GLM-4 config says these; ChatGLM-6B, ChatGLM2 and others say something else or nothing.
+_REQUIRED: dict[str, bool] = {
+    "original_rope": True,
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "multi_query_attention": True,
+    "add_bias_linear": False,
+    "apply_residual_connection_post_layernorm": False,
+}
+# What a config may say, as long as it switches nothing on.
+_REFUSED_WHEN_SET = ("fp32_residual_connection", "quantization_bit", "pre_seq_len")
+_CHATGLM3_VOCABULARY = 65024
+_ADVICE = (
+    "supported are GLM-4-9B, GLM-4-9B-Chat and LongWriter-glm4-9b in this layout (model_type "
+    "chatglm), the -hf conversions (glm) and the 0414 models (glm4)"
+)
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """The published keys under their published names; transformers' names are aliases of them."""
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "vocab_size": "padded_vocab_size",
+        "intermediate_size": "ffn_hidden_size",
+        "head_dim": "kv_channels",
+        "num_key_value_heads": "multi_query_group_num",
+        "max_position_embeddings": "seq_length",
+        "rms_norm_eps": "layernorm_epsilon",
+    }
+
+    num_layers: int = 40
+    padded_vocab_size: int = 151552
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    kv_channels: int = 128
+    num_attention_heads: int = 32
+    multi_query_attention: bool = True
+    multi_query_group_num: int = 2
+    seq_length: int = 131072
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layernorm_epsilon: float = 1.5625e-07
+    rmsnorm: bool = True
+    post_layer_norm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = True
+    fp32_residual_connection: bool = False
+    original_rope: bool = True
+    rope_ratio: float | int = 1
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    vision_config: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Refuse what is not GLM-4, by name."""
+        published = {name: getattr(self, name) for name in type(self).__dataclass_fields__}
+        problems = _problems(published | kwargs)
+        if problems:
+            raise ModelError(_refusal(str(kwargs.get("name_or_path") or "this config"), problems))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the config of a parsed config.json; every key it has is kept for saving."""
+        missing = [f"`{key}` is missing" for key in _REQUIRED if key not in config_dict]
+        if missing:
+            where = str(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "config")
+            raise ModelError(_refusal(where, missing + _problems(config_dict)))
+        published = copy.deepcopy(config_dict)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config._published = published
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values, under every name under which the source file had them."""
+        values: dict[str, Any] = super().to_dict()
+        published: dict[str, Any] = values.pop("_published", {})
+        for alias, name in self.attribute_map.items():
+            if alias in published:
+                values[alias] = values[name]
+        if "torch_dtype" in published:
+            values["torch_dtype"] = values.pop("dtype", None) or published["torch_dtype"]
+        for key in (
+            "_name_or_path",
+            "attn_implementation",
+            "architectures",
+            "transformers_version",
+        ):
+            if key in published:
+                values[key] = published[key]
+        return values
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return the text of config.json: published keys first, in their order."""
+        published: dict[str, Any] = getattr(self, "_published", {})
+        if not published:
+            return str(super().to_json_string(use_diff=use_diff))
+        now = self.to_dict()
+        defaults = type(self)().to_dict()
+        added = {key for key, value in now.items() if value != defaults.get(key, not value)}
+        ordered = {key: now.get(key, value) for key, value in published.items()}
+        ordered.update({key: now[key] for key in sorted(added - published.keys())})
+        return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+
+
+def _problems(values: dict[str, Any]) -> list[str]:
+    """Return what in these config values is not GLM-4, one line each."""
+    found = [
+        f"`{key}` is {json.dumps(values[key])}, needed is {json.dumps(needed)}"
+        for key, needed in _REQUIRED.items()
+        if key in values and values[key] is not needed
+    ]
+    found += [f"`{key}` is set" for key in _REFUSED_WHEN_SET if values.get(key)]
+    if values.get("tie_word_embeddings"):
+        found.append("`tie_word_embeddings` is true, but the output layer has weights of its own")
+    if values.get("padded_vocab_size") == _CHATGLM3_VOCABULARY:
+        found.append(f"`padded_vocab_size` is {_CHATGLM3_VOCABULARY}: this is ChatGLM2 or ChatGLM3")
+    names = f"{values.get('_name_or_path', '')} {values.get('name_or_path', '')}".lower()
+    if "cogagent" in names or any(key.startswith("cross_") for key in values):
+        found.append("this is CogAgent")
+    layers, alias = values.get("num_layers"), values.get("num_hidden_layers")
+    if layers and alias and layers != alias:
+        found.append(f"`num_layers` is {layers} but `num_hidden_layers` is {alias}")
+    return found
+
+
+def _refusal(where: str, problems: list[str]) -> str:
+    return f"{where}: not a GLM-4 model: {'; '.join(problems)}. What to do: {_ADVICE}."

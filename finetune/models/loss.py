@@ -1,0 +1,218 @@
+"""Cross-entropy over supervised tokens only; the logits [B, T, V] never exist.
+
+Legend: B rows, T tokens, N supervised positions, D hidden size, V vocabulary. Position t predicts
+label t + 1. The output layer runs over the N positions in chunks, inside its own `forward`, so that
+hooks around it (DeepSpeed ZeRO-3 gathers the weight there) see an ordinary module call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from finetune.models.documents import document_starts, flash_arguments
+
+IGNORED = -100
+# Logits held at once: 128 positions of GLM-4's 151,552 rows, 80 MB in fp32. Larger on an accelerator,
+# where each chunk reads the whole weight from memory again.
+CHUNK_ELEMENTS = {"cpu": 20_000_000, "other": 80_000_000}
+
+
+class SupervisedHead(nn.Linear):
+    """An output layer that can return the summed loss of some positions instead of logits."""
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return logits [..., V]; with targets [N] and weights [N] or None, sum(weight · ce)."""
+        if targets is None:
+            return super().forward(hidden)
+        return _ChunkedLoss.apply(hidden, self.weight, targets, weights)  # type: ignore[no-any-return]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """sum(weight · cross-entropy), with both gradients taken while each chunk's logits exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        ctx.dtypes = hidden.dtype, weight.dtype
+        # fp32 until the loss scale is known: fp16 gradients would vanish here
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needs_hidden else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        with torch.autocast(kind, enabled=False):
+            matrix = weight.to(dtype)
+            for at in _chunks(targets.shape[0], weight.shape[0], kind):
+                rows, target = hidden[at].to(dtype), targets[at]
+                share = None if weights is None else weights[at].float()
+                loss, slope = _cross_entropy(rows @ matrix.T, target, needs_hidden or needs_weight)
+                total += (loss if share is None else loss * share).sum()
+                if slope is None:
+                    continue
+                if share is not None:
+                    slope.mul_(share.unsqueeze(1))
+                slope = slope.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[at] = (slope @ matrix).float()
+                if grad_weight is not None:
+                    _add_product(grad_weight, slope, rows)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Scale what forward prepared."""
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        hidden, weight = (None if g is None else (g * outer[0]).to(dtype) for g, dtype in saved)
+        return hidden, weight, None, None
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Return fp32 losses [N] and, on request, their gradient by the logits [N, V]."""
+    logits = logits.float()
+    if not slope:
+        return F.cross_entropy(logits, target, reduction="none"), None
+    at = target.unsqueeze(1)
+    highest = logits.amax(dim=1, keepdim=True)
+    chosen = logits.gather(1, at)
+    shares = torch.softmax(logits, dim=1)
+    # log-sum-exp without a second pass of exponentials: the largest share is exp(0) / sum
+    losses = (highest - shares.amax(dim=1, keepdim=True).log() - chosen).squeeze(1)
+    shares.scatter_add_(1, at, shares.new_full((1, 1), -1.0).expand(at.shape))
+    return losses, shares
+
+
+def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
+    """Add slopeᵀ · rows [V, D] to the fp32 total."""
+    if slope.dtype is torch.float32:
+        total.addmm_(slope.T, rows)
+    else:
+        total += slope.T @ rows
+
+
+def _chunks(length: int, vocabulary: int, kind: str) -> list[slice]:
+    elements = CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["other"])
+    size = max(1, elements // vocabulary)
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the same sum through any head module (one that PEFT wrapped), recomputing logits."""
+
+    def chunk_loss(rows: Tensor, target: Tensor, share: Tensor | None) -> Tensor:
+        losses = F.cross_entropy(head(rows).float(), target, reduction="none")
+        return (losses if share is None else losses * share.float()).sum()
+
+    total = hidden.sum() * 0.0  # in the graph even when nothing is supervised
+    vocabulary = int(getattr(head, "out_features", 151552))
+    for at in _chunks(targets.shape[0], vocabulary, hidden.device.type) or [slice(0, 0)]:
+        share = None if weights is None else weights[at]
+        part = checkpoint(chunk_loss, hidden[at], targets[at], share, use_reentrant=False)
+        total = total + part
+    return total.float()
+
+
+def supervised_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    loss_weights: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+) -> Tensor:
+    """Return sum(w · ce) / num_items, or / sum(w) when that is None; 0 when nothing is supervised.
+
+    `hidden` is [B, T, D]; `labels` [B, T] hold -100 where nothing is learnt; `loss_weights` [B, T]
+    belong to the labels.
+    """
+    next_labels = labels[:, 1:]
+    rows, columns = (next_labels != IGNORED).nonzero(as_tuple=True)
+    targets = next_labels[rows, columns]
+    weights = None if loss_weights is None else loss_weights[:, 1:][rows, columns].detach()
+    chosen = hidden[rows, columns]
+    if isinstance(head, SupervisedHead):
+        total = head(chosen, targets=targets, weights=weights)
+    else:
+        total = _recomputed(head, chosen, targets, weights)
+    if num_items is None:
+        num_items = float(targets.numel()) if weights is None else weights.float().sum()
+    divisor = torch.as_tensor(num_items, dtype=torch.float32, device=total.device)
+    return total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+
+
+class SupervisedLoss:
+    """The causal-LM `forward` of every family here: with labels a loss and no logits.
+
+    Mixed into a transformers model that has `base_model` (ids to last hidden state) and
+    `get_output_embeddings` (the head).
+    """
+
+    def forward(  # noqa: PLR0913 - the signature of transformers' causal models
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        loss_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return logits, or with labels [B, T] the loss alone.
+
+        Without a mask, positions that restart at 0 are packed documents, which do not see each other.
+        """
+        model: Any = self
+        starts = document_starts(position_ids, attention_mask, past_key_values)
+        if starts is not None:
+            if use_cache:
+                raise ValueError("packed documents have no cache; pass use_cache=False")
+            if str(model.config._attn_implementation).startswith("flash"):
+                kwargs.update(flash_arguments(starts))
+            if labels is not None:
+                labels = labels.masked_fill(starts, IGNORED)
+        if starts is not None or labels is not None:
+            use_cache = bool(use_cache)  # a cache in training costs memory and hides the packing
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden, head = outputs.last_hidden_state, model.get_output_embeddings()
+        loss = logits = None
+        if labels is None:
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = head(hidden[:, keep, :])
+        else:
+            loss = supervised_loss(
+                head, hidden, labels, loss_weights=loss_weights, num_items=num_items_in_batch
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
