@@ -233,9 +233,9 @@ def test_scoring_says_nothing_leaves_nothing_and_needs_no_torch(tmp_path: Path) 
 
 
 def test_words_do_not_depend_on_what_others_taught_jieba(caplog: pytest.LogCaptureFixture) -> None:
-    import jieba
-
     before = metrics.words("石墨烯台灯")
+    import jieba  # after ours, which silences what its import warns of
+
     with caplog.at_level(logging.DEBUG):
         jieba.dt.tmp_dir = tempfile.mkdtemp(dir=os.environ.get("FINETUNE_CACHE"))
         jieba.add_word("石墨烯台灯")

@@ -1,0 +1,276 @@
+"""Replies do not depend on batches, processes, or what the checkpoint says about sampling."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import finetune
+from finetune.errors import DataError
+from finetune.evaluation import generate as generation
+from finetune.evaluation.generate import GenerationStoppedError, Reply, generate, plan_batches
+
+
+@dataclass
+class Stops:
+    """The two facts that generation takes from a template."""
+
+    stop_ids: tuple[int, ...] = tuple(tiny.EOS_IDS)
+    pad_id: int = tiny.PAD_ID
+
+
+def prompts(count: int, *, longest: int = 40, seed: int = 0) -> list[list[int]]:
+    chance = random.Random(seed)
+    header = [tiny.CONTROL_IDS["[gMASK]"], tiny.CONTROL_IDS["<sop>"]]
+    return [
+        [*header, *(chance.randrange(tiny.NUM_RANKS) for _ in range(chance.randrange(2, longest)))]
+        for _ in range(count)
+    ]
+
+
+def open_tiny(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def glm(tiny_glm: Path) -> Any:
+    return open_tiny(tiny_glm)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The shape [rows, new tokens] of every batch that was generated."""
+    seen: list[tuple[int, int]] = []
+    original = generation._generate_batch
+
+    def watched(model: Any, template: Any, rows: Any, *rest: Any) -> Any:
+        seen.append((len(rows), max(len(row) for row in rows)))
+        return original(model, template, rows, *rest)
+
+    monkeypatch.setattr(generation, "_generate_batch", watched)
+    return seen
+
+
+def by_hand(model: Any, prompt: list[int], stops: Stops, new: int) -> tuple[tuple[int, ...], bool]:
+    """Greedy decoding without a cache, a batch or transformers' generate."""
+    ids: list[int] = []
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
+            if ids[-1] in stops.stop_ids:
+                return tuple(ids[:-1]), True
+    return tuple(ids), False
+
+
+@pytest.mark.parametrize("family", ["chatglm", "glm", "glm4"])
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    model = open_tiny(request.getfixturevalue(f"tiny_{family}"))
+    asked = prompts(12)
+    # A third of the vocabulary stops a reply, so that rows of a batch end at different steps.
+    stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))
+    alone = [by_hand(model, prompt, stops, 24) for prompt in asked]
+    assert len({len(ids) for ids, _ in alone}) > 2
+    for size in (1, 5, 12):
+        replies = generate(model, stops, asked, max_new_tokens=24, batch_size=size)
+        assert replies == [Reply(i, *one) for i, one in enumerate(alone)]
+
+
+def test_a_reply_that_is_cut_has_not_stopped_and_one_at_the_limit_has(glm: Any) -> None:
+    prompt = prompts(1)[0]
+    [free] = generate(glm, Stops(), [prompt], max_new_tokens=8, batch_size=1)
+    assert (len(free.ids), free.stopped) == (8, False)
+    place = next(i for i in range(1, 8) if free.ids[i] not in free.ids[:i])
+    stops = Stops(stop_ids=(free.ids[place],))
+    [just] = generate(glm, stops, [prompt], max_new_tokens=place + 1, batch_size=1)
+    assert (just.ids, just.stopped) == (free.ids[:place], True)
+    [cut] = generate(glm, stops, [prompt], max_new_tokens=place, batch_size=1)
+    assert (cut.ids, cut.stopped) == (free.ids[:place], False)
+
+
+def test_generation_is_greedy_whatever_the_checkpoint_says(glm: Any) -> None:
+    from transformers import GenerationConfig
+
+    asked = prompts(4)
+    expected = generate(glm, Stops(), asked, max_new_tokens=12, batch_size=4)
+    before = glm.generation_config
+    glm.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, top_p=0.8, repetition_penalty=3.0, max_length=20,
+        no_repeat_ngram_size=1, eos_token_id=5, pad_token_id=7, use_cache=False,
+    )  # fmt: skip
+    theirs = glm.generation_config
+    try:
+        assert generate(glm, Stops(), asked, max_new_tokens=12, batch_size=4) == expected
+        assert glm.generation_config is theirs
+    finally:
+        glm.generation_config = before
+
+
+def test_a_model_in_training_is_given_back_as_it_was(tiny_glm: Path) -> None:
+    model = open_tiny(tiny_glm)
+    expected = generate(model, Stops(), prompts(3), max_new_tokens=6, batch_size=3)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    model.train()
+    model.lm_head.eval()
+    widths: list[int] = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args: widths.append(args[0].shape[1])
+    )
+    assert generate(model, Stops(), prompts(3), max_new_tokens=6, batch_size=3) == expected
+    hook.remove()
+    assert widths[1:] == [1] * 5  # the cache was used
+    assert model.training
+    assert model.model.layers[1].training
+    assert not model.lm_head.training
+    assert model.is_activation_checkpointing
+    assert model.config.use_cache is False
+
+
+def test_an_adapter_generates_through_its_own_weights(tiny_glm: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        open_tiny(tiny_glm), LoraConfig(r=4, lora_dropout=0.5, target_modules=["o_proj"])
+    )
+    asked = prompts(6)
+    untouched = generate(model, Stops(), asked, max_new_tokens=10, batch_size=3)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=2.0)
+    model.train()
+    tuned = generate(model, Stops(), asked, max_new_tokens=10, batch_size=3)
+    assert tuned != untouched
+    merged = model.merge_and_unload()
+    assert generate(merged, Stops(), asked, max_new_tokens=10, batch_size=2) == tuned
+
+
+def test_batches_are_sorted_longest_first_and_bounded_by_rows_and_by_tokens() -> None:
+    lengths = [5, 30, 10, 29, 1, 10]
+    assert plan_batches(lengths, 4, max_new_tokens=10) == [[1, 3, 2, 5], [0, 4]]
+    # B x (T + N) <= 80: 30 + 10 twice, 10 + 10 four times.
+    assert plan_batches(lengths, 4, 10, token_budget=80) == [[1, 3], [2, 5, 0, 4]]
+    # What is over the budget alone still has its turn.
+    assert plan_batches([100, 1], 4, 10, token_budget=50) == [[0], [1]]
+    assert plan_batches([], 4, 10) == []
+
+
+def test_no_prompts_have_no_replies(glm: Any) -> None:
+    assert generate(glm, Stops(), [], max_new_tokens=4, batch_size=4) == []
+
+
+def test_a_prompt_without_room_for_a_reply_is_named_before_anything_is_generated(
+    glm: Any, batches: list[tuple[int, int]]
+) -> None:
+    limit = glm.config.max_position_embeddings
+    asked = [*prompts(2), [5] * (limit - 3)]
+    with pytest.raises(
+        DataError, match=rf"1 of 3 prompts .* {limit} positions(.|\n)*prompt 2: 2045"
+    ):
+        generate(glm, Stops(), asked, max_new_tokens=4, batch_size=4)
+    assert batches == []
+    generate(glm, Stops(), [[5] * (limit - 3)], max_new_tokens=3, batch_size=4)
+
+
+def test_a_stop_request_ends_generation_within_a_token(
+    glm: Any, batches: list[tuple[int, int]]
+) -> None:
+    polls = 0
+
+    def after_three() -> bool:
+        nonlocal polls
+        polls += 1
+        return polls > 3
+
+    with pytest.raises(GenerationStoppedError, match="after 1 of 2 batches"):
+        generate(
+            glm, Stops(), prompts(4), max_new_tokens=500, batch_size=2, should_stop=after_three
+        )
+    assert len(batches) == 1
+    assert polls < 10
+
+
+WORKER = """
+import json, os, sys
+import torch, torch.distributed as dist
+import deepspeed
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+sys.path[:0] = [TESTS]
+import test_generate as here
+from finetune.evaluation.generate import GenerationStoppedError, generate, has_sharded_weights
+from pathlib import Path
+
+model = here.open_tiny(Path(FOLDER))
+stops = here.Stops(stop_ids=(*here.tiny.EOS_IDS, *range(0, here.tiny.NUM_RANKS, 3)))
+rank = dist.get_rank()
+calls = []
+original = model.generate
+model.generate = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+def run(**more):
+    replies = generate(model, stops, here.prompts(5), max_new_tokens=24, batch_size=2, **more)
+    return [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
+results = {"plain": run(), "plain calls": len(calls)}
+try:
+    run(should_stop=lambda: rank == 1)
+except GenerationStoppedError:
+    results["stopped"] = True
+assert not has_sharded_weights(model)
+deepspeed.initialize(model=model, config={
+    "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
+})
+assert has_sharded_weights(model)
+calls.clear()
+results |= {"sharded": run(), "sharded calls": len(calls)}
+Path(OUT, f"{rank}.json").write_text(json.dumps(results))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_replies_of_one_also_with_sharded_weights(
+    glm: Any, tiny_glm: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))
+    replies = generate(glm, stops, prompts(5), max_new_tokens=24, batch_size=2)
+    expected = [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
+    script = tmp_path / "worker.py"
+    names = {"TESTS": Path(__file__).parent, "FOLDER": tiny_glm, "OUT": tmp_path}
+    script.write_text("".join(f"{k} = {str(v)!r}\n" for k, v in names.items()) + WORKER)
+    root = Path(finetune.__file__).parents[1]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            script,
+        ],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        timeout=180,
+        check=True,
+    )
+    for rank, own in enumerate([2, 1]):  # three batches
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result["plain"] == result["sharded"] == expected
+        assert result["plain calls"] == own
+        assert result["sharded calls"] == 2  # the second repeats a batch to keep in step
+        assert result["stopped"]
