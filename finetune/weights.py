@@ -1,0 +1,170 @@
+"""The weights of a checkpoint folder as they lie on disk: which tensor is where. No torch, no copies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ModelError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+
+_MAX_HEADER = 100_000_000
+_SAMPLE = 64
+# Written by tools on the way, without a meaning for the weights.
+_VOLATILE = ("_name_or_path", "transformers_version", "auto_map")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a safetensors file."""
+
+    file: Path
+    name: str
+    dtype: str
+    """As safetensors writes it: F32, BF16, …"""
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A safetensors file: its tensors in the order of their bytes, and its own header."""
+
+    file: Path
+    tensors: tuple[TensorInfo, ...]
+    header: bytes
+    """Everything before the first tensor's bytes, length included."""
+    metadata: dict[str, str]
+
+
+def read_shard(file: Path) -> Shard:
+    """The header of a safetensors file; ModelError when the file is damaged or no such file."""
+    try:
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            (length,) = struct.unpack("<Q", prefix)
+            if length > _MAX_HEADER:
+                raise ValueError("its header is too long")
+            text = stream.read(length)
+            total = os.fstat(stream.fileno()).st_size
+        if len(text) < length:
+            raise ValueError("its header is cut off")
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+        position = 8 + length
+        for tensor in tensors:
+            if tensor.start != position:
+                raise ValueError(f"the bytes of {tensor.name} are not where they should be")
+            position = tensor.end
+        if position != total:
+            raise ValueError(f"it has {total} bytes instead of {position}")
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(
+            f"{file} is not a whole safetensors file ({error}); copy it again"
+        ) from error
+    return Shard(file, tuple(tensors), prefix + text, metadata)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder in the order of their names.
+
+    Raises ModelError when there are none, or when a file of the index is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is damaged ({error}); copy it again") from error
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ModelError(f"{folder} has no {name}, which its index names; copy it again")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise ModelError(
+        f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors weights are opened "
+        "(a *.bin is a pickle: convert it first)"
+    )
+
+
+def tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model folder by name."""
+    return {t.name: t for file in weight_files(folder) for t in read_shard(file).tensors}
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """A hash of config, tensor names, types, shapes and samples of every tensor's bytes.
+
+    Milliseconds for any size. Does not depend on how the tensors are spread over files, so a
+    copied or re-sharded checkpoint keeps it; other weights or another config do not.
+    """
+    folder = Path(folder)
+    digest = hashlib.sha256(b"glm4-finetune model 1\n")
+    digest.update(json.dumps(_config(folder), sort_keys=True).encode())
+    found = tensors(folder)
+    for name in sorted(found):
+        tensor = found[name]
+        digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
+        for sample in _samples(tensor):
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return {key: value for key, value in config.items() if key not in _VOLATILE}
+    except OSError as error:
+        raise ModelError(f"{folder} has no readable {CONFIG} ({error.strerror})") from error
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / CONFIG} is damaged ({error}); copy it again") from error
+
+
+def _samples(tensor: TensorInfo) -> Iterator[bytes]:
+    """Bytes from the start, the middle and the end of a tensor."""
+    descriptor = os.open(tensor.file, os.O_RDONLY)
+    try:
+        for part in range(3):
+            place = max(tensor.size - _SAMPLE, 0) * part // 2
+            yield os.pread(descriptor, min(_SAMPLE, tensor.size), tensor.start + place)
+    finally:
+        os.close(descriptor)
+
+
+def _tensor(file: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    tensor = TensorInfo(file, name, entry["dtype"], shape, data_start + start, data_start + end)
+    wanted = math.prod(shape) * ITEM_SIZE.get(tensor.dtype, 0)
+    if tensor.dtype in ITEM_SIZE and tensor.size != wanted:
+        raise ValueError(f"{name} has {tensor.size} bytes instead of {wanted}")
+    return tensor
