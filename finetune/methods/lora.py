@@ -1,0 +1,196 @@
+"""LoRA through PEFT: which layers are hit, what is saved, and whose adapter it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from finetune.config import LoraMethod
+from finetune.errors import ConfigError, ModelError
+from finetune.methods.base_record import BaseRecord, check_base
+from finetune.models.load import lora_targets, model_fingerprint
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+
+
+def attach(model: PreTrainedModel, section: LoraMethod, *, family: str) -> PreTrainedModel:
+    """The model with fresh adapters: B is zero, so it still computes what the base computes.
+
+    Raises:
+        ConfigError: A target pattern is no regex, matches nothing, or matches what is no layer.
+    """
+    targets = section.target_modules or lora_targets(family)
+    modules = _target_modules(model, targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.rank,
+        # PEFT writes a whole number without the point, as other readers of the file expect it.
+        lora_alpha=int(section.alpha) if float(section.alpha).is_integer() else section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        bias="none",
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if targets != ALL_LINEAR and (hit := sum(matched_modules(adapted).values())) != len(modules):
+        raise ConfigError(
+            f"method.target_modules matches {len(modules)} layers but PEFT adapted {hit}; "
+            "write the full module names as a regex"
+        )
+    return adapted
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` carries adapters."""
+    return isinstance(model, PeftModel)
+
+
+def matched_modules(model: nn.Module) -> dict[str, int]:
+    """Adapted layers as name patterns, `transformer.encoder.layers.*.mlp.dense_4h_to_h`: 40."""
+    names = (name for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    return _patterns(name.removeprefix("base_model.model.") for name in names)
+
+
+def save(
+    model: PeftModel,
+    folder: Path,
+    *,
+    base: BaseRecord,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter as PEFT, vLLM and the published code read it, and its base's record."""
+    weights = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+        folder / WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
+    config = copy.deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path = base.path
+    config.revision = base.revision
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+    base.write(folder, method="lora")
+
+
+def restore(model: PeftModel, folder: Path) -> None:
+    """Put saved adapter weights into a model with the same adapters attached.
+
+    Raises:
+        ModelError: The file has other weights than the model.
+    """
+    weights = load_file(folder / WEIGHTS_NAME)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if problems := _differences(expected, weights):
+        raise ModelError(
+            f"{folder / WEIGHTS_NAME} does not fit the adapters of this run: {problems}. "
+            "Attach them with the rank and target_modules they were saved with"
+        )
+    set_peft_model_state_dict(model, weights)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -> PeftModel:
+    """The base with the adapter of `folder`, ready to generate.
+
+    Raises:
+        ModelError: The folder is no adapter, or it belongs to another base and `force` is not set.
+    """
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise ModelError(
+            f"{folder} has no {WEIGHTS_NAME}; only safetensors adapters are opened. "
+            "Give the folder of a checkpoint, or convert an adapter_model.bin with PEFT first"
+        )
+    base = model.config.name_or_path
+    if Path(base).is_dir():
+        check_base(folder, fingerprint=model_fingerprint(base), base=base, force=force)
+    adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
+    return adapted.eval()
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """Path and revision of the base that the adapter of `folder` names."""
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return config["base_model_name_or_path"], config.get("revision")
+
+
+def optimizer_group(name: str) -> str:
+    """`B` for the weights whose learning rate LoRA+ raises, else `A`."""
+    return "B" if ".lora_B." in name or ".lora_embedding_B." in name else "A"
+
+
+def _target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """Full names of the layers that `targets` hits."""
+    modules = dict(model.named_modules())
+    if targets == ALL_LINEAR:
+        return [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    named = [targets] if isinstance(targets, str) else targets
+    hits = {pattern: _hits(modules, pattern, regex=isinstance(targets, str)) for pattern in named}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    problems = [_no_match(pattern, linear) for pattern, found in hits.items() if not found]
+    layers = (nn.Linear, nn.Embedding, nn.Conv2d)
+    problems += [
+        f"method.target_modules: {pattern!r} matches {name!r}, a {type(modules[name]).__name__}; "
+        "name the linear layers inside it"
+        for pattern, found in hits.items()
+        for name in found[:1]
+        if not isinstance(modules[name], layers)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return sorted({name for found in hits.values() for name in found})
+
+
+def _hits(modules: Iterable[str], pattern: str, *, regex: bool) -> list[str]:
+    if not regex:
+        return [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"method.target_modules: {pattern!r} is not a regex: {error}"
+        ) from error
+    return [name for name in modules if name and compiled.fullmatch(name)]
+
+
+def _no_match(pattern: str, linear: list[str]) -> str:
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    near = get_close_matches(pattern.rpartition(".")[2], endings, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    there = ", ".join(f"{name} x {count}" for name, count in _patterns(linear).items())
+    return (
+        f"method.target_modules: {pattern!r} matches no module of this model; {hint}"
+        f"linear layers are {there}"
+    )
+
+
+def _patterns(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    wrong = [name for name in expected if name not in found] + [
+        name for name in found if name not in expected
+    ]
+    wrong += [
+        f"{name} is {tuple(found[name].shape)} and not {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and expected[name].shape != found[name].shape
+    ]
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
