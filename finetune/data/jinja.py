@@ -1,0 +1,214 @@
+"""The checkpoint's own chat template, rendered as transformers renders it, and what it does.
+
+The template is the authority on the layout: `describe` renders small dialogues with it and reads off
+where tool definitions go, what happens to each role's text and how a generation prompt ends. A
+template comes from a model folder, so it runs in jinja's immutable sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Literal, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from finetune.errors import DataError
+
+ROLES = ("system", "user", "assistant", "observation")
+HEADERS = {role: f"<|{role}|>" for role in ROLES}
+THINK_END = "</think>"
+
+JsonMessage = dict[str, Any]
+"""A message as chat templates take it: `role`, `content`, perhaps `metadata` and `tools`."""
+
+
+class JinjaTemplate:
+    """Renders dialogues to the text that the checkpoint was trained on, control strings included."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self._template = _compile(source)
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[JsonMessage],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The dialogue as text; raises DataError when the template itself refuses it."""
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"the checkpoint's chat template failed: {error}; rendering "
+                f"{json.dumps(list(messages), ensure_ascii=False)[:300]}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one checkpoint's template lays a dialogue out, as observed by rendering it."""
+
+    prefix: str
+    """What comes before the first message: `[gMASK]<sop>`."""
+    suffix: str
+    """What a generation prompt writes after `<|assistant|>`: nothing, or `\\n<think>` for GLM-Z1."""
+    tools: Literal["message", "argument", "none"]
+    """Where tool definitions are given: on the system message, as the template's argument, nowhere."""
+    clean: Mapping[str, Callable[[str], str]]
+    """Per role, what the template does to a message's content."""
+    named_roles: frozenset[str]
+    """Roles whose metadata is written after the header."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether generation starts inside a reasoning block."""
+        return self.suffix.endswith("<think>")
+
+
+def describe(template: JinjaTemplate) -> Layout:
+    """The layout of a template in the GLM-4 family; DataError when it is another family's."""
+    user = {"role": "user", "content": "问"}
+    bare = template.render([user])
+    body = HEADERS["user"] + "\n问"
+    if not bare.endswith(body):
+        raise DataError(
+            "the checkpoint's chat template is not in the GLM-4 layout: a user message '问' must end "
+            f"in {body!r}, got {bare!r}; use a GLM-4 checkpoint or fix its chat_template"
+        )
+    opened = template.render([user], add_generation_prompt=True)
+    start = bare + HEADERS["assistant"]
+    if not opened.startswith(start):
+        raise DataError(
+            "the checkpoint's chat template is not in the GLM-4 layout: its generation prompt must "
+            f"start with {start!r}, got {opened!r}"
+        )
+    return Layout(
+        prefix=bare.removesuffix(body),
+        suffix=opened.removeprefix(start),
+        tools=_tools_place(template),
+        clean={role: _cleaning(template, role) for role in ROLES},
+        named_roles=frozenset(role for role in ROLES if _shows_metadata(template, role)),
+    )
+
+
+def tools_text(template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[str, Any]]) -> str:
+    """The text after the `<|system|>` that carries these tool definitions."""
+    user = {"role": "user", "content": "问"}
+    if layout.tools == "argument":
+        text = template.render([user], tools=tools)
+    else:
+        text = template.render([{"role": "system", "content": "", "tools": tools}, user])
+    head, tail = layout.prefix + HEADERS["system"], HEADERS["user"] + "\n问"
+    if not (text.startswith(head) and text.endswith(tail)):
+        raise DataError(
+            f"the checkpoint's chat template does not write tools as one {HEADERS['system']} block: "
+            f"got {text!r}"
+        )
+    return text[len(head) : -len(tail)]
+
+
+def _tools_place(template: JinjaTemplate) -> Literal["message", "argument", "none"]:
+    function = {"name": "probe_name", "description": "d", "parameters": {}}
+    tools = [{"type": "function", "function": function}]
+    user = {"role": "user", "content": "问"}
+    if "probe_name" in template.render([user], tools=tools):
+        return "argument"
+    system = {"role": "system", "content": "", "tools": tools}
+    return "message" if "probe_name" in template.render([system, user]) else "none"
+
+
+def _verbatim(text: str) -> str:
+    return text
+
+
+def _visible(text: str) -> str:
+    return text.split(THINK_END)[-1].strip()
+
+
+_CLEANINGS: tuple[Callable[[str], str], ...] = (_verbatim, str.strip, _visible)
+
+
+def _cleaning(template: JinjaTemplate, role: str) -> Callable[[str], str]:
+    probe = f" 甲{THINK_END}\n乙 "
+    text = _last_body(template, {"role": role, "content": probe})
+    for clean in _CLEANINGS:
+        if text == "\n" + clean(probe):
+            return clean
+    raise DataError(
+        f"the checkpoint's chat template is not in the GLM-4 layout: a {role} message {probe!r} must "
+        f"become {HEADERS[role]!r} + '\\n' + its text, got {text!r}"
+    )
+
+
+def _shows_metadata(template: JinjaTemplate, role: str) -> bool:
+    return _last_body(template, {"role": role, "metadata": "m", "content": "乙"}) == "m\n乙"
+
+
+def _last_body(template: JinjaTemplate, message: JsonMessage) -> str:
+    before: dict[str, list[JsonMessage]] = {
+        "system": [],
+        "user": [],
+        "assistant": [{"role": "user", "content": "问"}],
+        "observation": [
+            {"role": "user", "content": "问"},
+            {"role": "assistant", "metadata": "m", "content": "{}"},
+        ],
+    }
+    text = template.render([*before[message["role"]], message])
+    return text.rpartition(HEADERS[message["role"]])[2]
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(
+            f"the checkpoint's chat template is not valid jinja: line {error.lineno}: {error}"
+        ) from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers' templates write it: jinja's own filter would escape HTML characters."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

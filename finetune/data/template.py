@@ -1,0 +1,296 @@
+r"""Dialogues -> token ids with the spans that may carry loss; reply ids -> messages.
+
+The only place that knows the chat layout. Text from data is encoded by a tokenizer that knows no
+control string, control tokens enter by id, and the checkpoint's own template is the authority on
+everything else (`finetune.data.jinja`). A reply is trained from the token after its `<|assistant|>`
+up to and including its stop, which is the next control token:
+
+    [gMASK]<sop><|user|>\nQ<|assistant|>«\nA<|user|>»            «» may carry loss
+    …<|assistant|>«get_weather\n{"city": "北京"}<|observation|>»\n{"t": 20}<|assistant|>«\n20度。<|user|>»
+
+Under a thinking checkpoint (GLM-Z1: the generation prompt ends in `<|assistant|>\n<think>`) the last
+reply keeps its reasoning and is trained with it, `\n<think>` included; earlier replies are what the
+checkpoint's template leaves of them, the text after `</think>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from finetune.data.conversation import Conversation, Message
+from finetune.data.jinja import (
+    HEADERS,
+    ROLES,
+    THINK_END,
+    JinjaTemplate,
+    describe,
+    tools_text,
+)
+from finetune.data.probe import check_against_own_template
+from finetune.data.spans import Ids, Rendered, ReplySpan, Run, shorten, trained_spans
+from finetune.data.tokenizer import ChatTokenizer
+from finetune.errors import DataError
+
+__all__ = ["ChatTemplate", "Rendered", "ReplySpan", "Run", "shorten", "trained_spans"]
+
+RULES_VERSION = 1
+"""Raised whenever the same dialogue would give other ids or spans."""
+
+THINK_START = "<think>"
+IMAGE = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
+
+
+class _Piece(NamedTuple):
+    """A run before encoding. An op below 0 is the control id `~op`, else the number of a text."""
+
+    message: int | None
+    ops: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Texts of one call into the tokenizer, equal ones once."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def number(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+class ChatTemplate:
+    """The chat layout of one checkpoint.
+
+    Raises DataError at construction when what it lays out is not what the checkpoint's own template
+    does, on a probe dialogue; the message shows both texts.
+    """
+
+    trained_spans = staticmethod(trained_spans)
+    shorten = staticmethod(shorten)
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids = tokenizer.stop_ids
+        self.pad_id = tokenizer.pad_id
+        self._jinja = JinjaTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        self.layout = describe(self._jinja)
+        ids = tokenizer.control_ids
+        self._headers = {role: ~ids[HEADERS[role]] for role in ROLES}
+        self._control = frozenset(ids.values())
+        self._is_control = np.zeros(max(*self._control, tokenizer.vocab_size) + 1, dtype=bool)
+        self._is_control[list(self._control)] = True
+        self._prefix = _Piece(None, tuple(~i for i in self._trusted(self.layout.prefix)))
+        self._suffix = tuple(~i for i in self._trusted(self.layout.suffix))
+        self._tools_text = lru_cache(maxsize=4096)(self._render_tools)
+        self.fingerprint = hashlib.sha256(
+            f"{tokenizer.fingerprint} rules {RULES_VERSION}".encode()
+        ).hexdigest()
+        check_against_own_template(self, self._jinja)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the checkpoint's template has a place for tool definitions."""
+        return self.layout.tools != "none"
+
+    def render(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        """Each dialogue as ids, runs and reply spans; all texts go through the tokenizer in one call.
+
+        A reply that ends the dialogue, a call too, is followed by `<|user|>`, the stop that the
+        model must write there.
+        """
+        batch = _Batch()
+        plans = [self._plan(c, len(c.messages), batch) for c in conversations]
+        for plan, conversation in zip(plans, conversations, strict=True):
+            if conversation.messages and conversation.messages[-1].role == "assistant":
+                plan.append(_Piece(None, (self._headers["user"],)))
+        flat, bounds = self._assemble(plans, self._encode(batch, conversations))
+        return [
+            _rendered(flat, positions, plan, conversation)
+            for positions, plan, conversation in zip(bounds, plans, conversations, strict=True)
+        ]
+
+    def prompt(self, conversation: Conversation, reply: int) -> list[int]:
+        """The ids that the model is given to write message `reply`; nothing of it is in them.
+
+        They end as the checkpoint's generation prompt does. `reply` may be the number of messages:
+        the reply that comes next.
+        """
+        return self.prompts([(conversation, reply)])[0]
+
+    def prompts(self, requests: Sequence[tuple[Conversation, int]]) -> list[list[int]]:
+        """`prompt` for many (dialogue, reply) pairs with one call into the tokenizer."""
+        batch = _Batch()
+        opening = _Piece(None, (self._headers["assistant"], *self._suffix))
+        plans = [[*self._plan(c, reply, batch, earlier=True), opening] for c, reply in requests]
+        flat, bounds = self._assemble(plans, self._encode(batch, [c for c, _ in requests]))
+        return [flat[positions[0] : positions[-1]].tolist() for positions in bounds]
+
+    def parse(self, ids: Iterable[int]) -> Message:
+        """The message that reply ids say, with or without their stop, up to the first control token.
+
+        The first line is a function's name, or empty for a plain reply; text without a line break is
+        a plain reply. Under a thinking checkpoint, ids that continue the generation prompt get its
+        `<think>` back.
+        """
+        text = self._reply_text(ids)
+        suffix = self.layout.suffix
+        if (
+            suffix
+            and not text.startswith(suffix)
+            and (not self.layout.thinking or THINK_END in text)
+        ):
+            text = suffix + text
+        name, line_break, content = text.partition("\n")
+        if not line_break:
+            return Message("assistant", text)
+        return Message("assistant", content, metadata=name.strip())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of any ids, control tokens shown."""
+        return str(self.tokenizer.backend.decode(_to_list(ids), skip_special_tokens=False))
+
+    def _reply_text(self, ids: Iterable[int]) -> str:
+        listed = _to_list(ids)
+        end = next((place for place, i in enumerate(listed) if i in self._control), len(listed))
+        return str(self.tokenizer.plain.decode(listed[:end], skip_special_tokens=False))
+
+    def _trusted(self, text: str) -> list[int]:
+        """Ids of text that the checkpoint's template wrote, its control strings matched."""
+        return list(self.tokenizer.backend.encode(text, add_special_tokens=False).ids)
+
+    def _plan(
+        self, conversation: Conversation, stop: int, batch: _Batch, earlier: bool = False
+    ) -> list[_Piece]:
+        """Pieces of `messages[:stop]`; with `earlier` the last of them is no longer the last reply."""
+        pieces = [self._prefix]
+        if conversation.tools:
+            text = self._tools(conversation)
+            pieces.append(_Piece(None, (self._headers["system"], batch.number(text))))
+        last = -1 if earlier else stop - 1
+        for index, message in enumerate(conversation.messages[:stop]):
+            role, content = message.role, message.content
+            if not content:
+                if role == "system":
+                    continue
+                raise DataError(
+                    f"{conversation.where}: message {index} ({role}) has no text; the published "
+                    "template would leave it out. Remove the message or give it text"
+                )
+            body = self.layout.clean[role](content)
+            name = message.metadata if role in self.layout.named_roles else ""
+            header = self._headers[role]
+            if message.image is not None:
+                ops = (header, batch.number(name + "\n"), *self._image(), batch.number(body))
+            elif role == "assistant" and self._suffix:
+                ops = (header, *self._opened(message, f"{name}\n{body}", index == last, batch))
+            else:
+                ops = (header, batch.number(f"{name}\n{body}"))
+            if "\n" in name:
+                raise DataError(
+                    f"{conversation.where}: the name of message {index} has a line break: {name!r}"
+                )
+            pieces.append(_Piece(index, ops))
+        return pieces
+
+    def _opened(self, message: Message, text: str, last: bool, batch: _Batch) -> tuple[int, ...]:
+        """Ops of a reply that, where it can, starts with the very ids that the prompt ends in."""
+        suffix = self.layout.suffix
+        if not self.layout.thinking:
+            if text.startswith(suffix) and text != suffix:
+                return (*self._suffix, batch.number(text.removeprefix(suffix)))
+        elif last and not message.metadata and THINK_END in message.content:
+            rest = message.content.strip().removeprefix(THINK_START)
+            return (*self._suffix, batch.number(rest))
+        return (batch.number(text),)
+
+    def _image(self) -> tuple[int, ...]:
+        ids = self.tokenizer.control_ids
+        missing = [token for token in IMAGE if token not in ids]
+        if missing:
+            raise DataError(f"this checkpoint's tokenizer has no {missing[0]}: it takes no images")
+        return tuple(~ids[token] for token in IMAGE)
+
+    def _tools(self, conversation: Conversation) -> str:
+        if not self.takes_tools:
+            raise DataError(
+                f"{conversation.where}: the dialogue has tools, but this checkpoint's chat template "
+                "has no place for them; use a chat checkpoint or leave the tools out"
+            )
+        # As JSON: a key by value, and plain values for the template to work on.
+        return self._tools_text(json.dumps(conversation.tools, ensure_ascii=False))
+
+    def _render_tools(self, tools_json: str) -> str:
+        return tools_text(self._jinja, self.layout, json.loads(tools_json))
+
+    def _encode(self, batch: _Batch, conversations: Sequence[Conversation]) -> list[list[int]]:
+        texts = list(batch.numbers)
+        try:
+            encodings = self.tokenizer.plain.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            raise _broken_text(conversations) from None
+        return [encoding.ids for encoding in encodings]
+
+    def _assemble(
+        self, plans: Sequence[Sequence[_Piece]], texts: Sequence[list[int]]
+    ) -> tuple[Ids, list[list[int]]]:
+        """All ids in one array, and per plan the positions of its pieces' starts and its end."""
+        flat: list[int] = []
+        bounds: list[list[int]] = []
+        placed = 0
+        for plan in plans:
+            positions = [len(flat)]
+            for _, ops in plan:
+                for op in ops:
+                    if op < 0:
+                        flat.append(~op)
+                        placed += ~op in self._control
+                    else:
+                        flat += texts[op]
+                positions.append(len(flat))
+            bounds.append(positions)
+        ids = np.fromiter(flat, dtype=np.int32, count=len(flat))
+        ids.flags.writeable = False
+        found = int(np.count_nonzero(self._is_control[ids]))
+        assert found == placed, f"{found - placed} control ids came out of plain text"
+        return ids, bounds
+
+
+def _rendered(
+    flat: Ids, positions: Sequence[int], plan: Sequence[_Piece], conversation: Conversation
+) -> Rendered:
+    base = positions[0]
+    runs = tuple(
+        Run(positions[place] - base, positions[place + 1] - base, piece.message)
+        for place, piece in enumerate(plan)
+    )
+    messages = conversation.messages
+    replies = tuple(
+        ReplySpan(index, start + 1, end + 1)
+        for start, end, index in runs
+        if index is not None and messages[index].role == "assistant"
+    )
+    return Rendered(flat[base : positions[-1]], runs, replies)
+
+
+def _to_list(ids: Iterable[int]) -> list[int]:
+    return [int(i) for i in ids]
+
+
+def _broken_text(conversations: Iterable[Conversation]) -> DataError:
+    """Names the message that is not valid Unicode."""
+    for conversation in conversations:
+        for index, message in enumerate(conversation.messages):
+            try:
+                f"{message.metadata}{message.content}".encode()
+            except UnicodeEncodeError as error:
+                return DataError(
+                    f"{conversation.where}: message {index} ({message.role}) is not valid Unicode "
+                    f"({error.reason} at character {error.start}); repair or remove the row"
+                )
+    return DataError("a tool definition is not valid Unicode; repair or remove its row")
