@@ -1,0 +1,86 @@
+"""The command line: `main` runs a command and turns errors into one message and an exit code.
+
+Nothing heavy is imported before a command needs it: `--help` and a wrong configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune import console
+from finetune.errors import FinetuneError
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command line; always ends in SystemExit, except for an error that is ours to fix."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Chinese shows \u4f60, no crash
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run([word for word in words if word != "--debug"])
+    except FinetuneError as error:
+        if debug:
+            traceback.print_exc()
+        elif _speaks(str(error)):
+            sys.stderr.write(f"error: {error}\n")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except BrokenPipeError:  # `finetune data tokens … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _BROKEN_PIPE
+    sys.exit(code)
+
+
+def _run(words: Sequence[str]) -> int:
+    import typer
+
+    from finetune.cli.commands import app
+
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(_with_command(words), prog_name="finetune", standalone_mode=False)
+    except usage_error as error:
+        if _speaks(str(error)):
+            error.show()  # type: ignore[attr-defined]  # the class is typer's private copy of click's
+        return 2
+    except typer.Abort:
+        return _INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _with_command(words: Sequence[str]) -> list[str]:
+    """The words with `train` in front when they begin with a configuration, as under torchrun."""
+    first = next((word for word in words if not word.startswith("-")), "")
+    is_config = first.endswith((".yaml", ".yml")) or "/" in first or "=" in first
+    return ["train", *words] if is_config else list(words)
+
+
+def _speaks(text: str) -> bool:
+    """True in the one process that should say this; several meet the same error under torchrun.
+
+    The first process to say it does, since torchrun may end the others before they get to it.
+    Without torchrun's folder for this attempt, rank 0 speaks.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if "RANK" not in os.environ or not error_file or error_file == os.devnull:
+        return console.is_main()
+    said = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    try:
+        Path(error_file).parent.with_name(f"said-{said}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return console.is_main()
+    return True
