@@ -6,11 +6,13 @@ classes here; code in the folder (`auto_map`) is not run.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from finetune.models.tokenizer import ChatGLM4Tokenizer
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 AutoModel.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLM4Tokenizer, exist_ok=True)

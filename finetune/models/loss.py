@@ -32,7 +32,8 @@ class SupervisedHead(nn.Linear):
         """Return logits [..., V]; with targets [N] and weights [N] or None, sum(weight · ce)."""
         if targets is None:
             return super().forward(hidden)
-        return _ChunkedLoss.apply(hidden, self.weight, targets, weights)  # type: ignore[no-any-return]
+        total: Tensor = _ChunkedLoss.apply(hidden, self.weight, targets, weights)  # type: ignore[no-untyped-call]
+        return total
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -113,7 +114,7 @@ def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tenso
         losses = F.cross_entropy(head(rows).float(), target, reduction="none")
         return (losses if share is None else losses * share.float()).sum()
 
-    total = hidden.sum() * 0.0  # in the graph even when nothing is supervised
+    total: Tensor = hidden.sum() * 0.0  # in the graph even when nothing is supervised
     vocabulary = int(getattr(head, "out_features", 151552))
     for at in _chunks(targets.shape[0], vocabulary, hidden.device.type) or [slice(0, 0)]:
         share = None if weights is None else weights[at]

@@ -64,7 +64,8 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return [B, H, T, C] with neighbouring pairs of the first half turned, the rest untouched."""
-    turned, rest = states.split([2 * cos.shape[-1], states.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    channels = 2 * cos.shape[-1]
+    turned, rest = states[..., :channels], states[..., channels:]
     even, odd = turned[..., 0::2], turned[..., 1::2]
     pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return torch.cat((pairs.flatten(-2), rest), dim=-1)
@@ -199,6 +200,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_missing = (r"rotary_pos_emb\.inv_freq",)
     _can_record_outputs = {"hidden_states": Block, "attentions": SelfAttention}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -230,7 +232,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token table."""
-        self.embedding.word_embeddings = value
+        self.embedding.word_embeddings = value  # type: ignore[assignment]
 
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
@@ -301,4 +303,4 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the output layer."""
-        self.transformer.output_layer = value
+        self.transformer.output_layer = value  # type: ignore[assignment]

@@ -1,0 +1,194 @@
+"""A model folder or hub id -> a model: the only place that knows the checkpoint families."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from finetune.errors import ModelError
+from finetune.models.chatglm.configuration import ChatGLMConfig
+from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from finetune.models.loss import SupervisedHead, SupervisedLoss
+from finetune.weights import model_fingerprint, weight_files
+
+__all__ = ["family", "load_model", "local_folder", "lora_targets", "model_fingerprint"]
+
+
+class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
+    """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.__class__ = SupervisedHead
+
+
+class Glm4ForCausalLM(SupervisedLoss, transformers.Glm4ForCausalLM):
+    """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.__class__ = SupervisedHead
+
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "chatglm": (ChatGLMConfig, ChatGLMForConditionalGeneration),
+    "glm": (transformers.GlmConfig, GlmForCausalLM),
+    "glm4": (transformers.Glm4Config, Glm4ForCausalLM),
+}
+_SPLIT_LAYERS = (
+    r"model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_up_proj|down_proj))"
+)
+_LORA_TARGETS = {
+    "chatglm": (
+        r"transformer\.encoder\.layers\.\d+\."
+        r"(self_attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))"
+    ),
+    "glm": _SPLIT_LAYERS,
+    "glm4": _SPLIT_LAYERS,
+}
+_SUPPORTED = (
+    "supported are chatglm (GLM-4-9B, GLM-4-9B-Chat and its long versions as first published), "
+    "glm (the -hf conversions) and glm4 (GLM-4-0414, GLM-Z1)"
+)
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+) -> PreTrainedModel:
+    """Return the model of a folder or hub id, in eval mode; with labels it returns only a loss.
+
+    No code of the folder is run and only safetensors are read, straight into place.
+
+    Args:
+        path: A checkpoint folder, or a hub id like org/name.
+        revision: The hub revision when `path` is a hub id.
+        dtype: bfloat16, float16, float32, or auto: bfloat16 on a GPU that has it, else float32.
+        attention: sdpa, eager, flash_attention_2, or auto: transformers' own choice.
+
+    Raises:
+        ModelError: The folder is no such checkpoint, or this machine cannot run what is asked for.
+    """
+    folder = local_folder(path, revision)
+    config_class, model_class = _CLASSES[family(_read_config(folder))]
+    implementation = _attention(attention)
+    weight_files(folder)  # says what is missing better than transformers does
+    try:
+        config = config_class.from_pretrained(folder)
+        model, report = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=_dtype(dtype),
+            attn_implementation=implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    _check_complete(folder, report)
+    return model.eval()
+
+
+def family(config: Any) -> str:
+    """Return chatglm, glm or glm4 for a config (an object or config.json's dict)."""
+    name = config.get("model_type") if isinstance(config, dict) else config.model_type
+    if name not in _CLASSES:
+        raise ModelError(f"model_type {name!r} is not supported; {_SUPPORTED}")
+    return str(name)
+
+
+def lora_targets(family: str) -> str:
+    """Return the regex over full module names of the text layers that LoRA adapts by default."""
+    if family not in _LORA_TARGETS:
+        raise ModelError(f"no LoRA targets for {family!r}; {_SUPPORTED}")
+    return _LORA_TARGETS[family]
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """Return the checkpoint's folder; of a hub id the snapshot, downloaded when it is not there."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ModelError(f"{path}: no such checkpoint folder, and not a hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:  # what hub errors, refused ids and networks derive from
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise ModelError(
+            f"{path}: no such folder here, and it cannot be fetched from the hub "
+            f"({type(error).__name__}: {reason}); check the name, or download the checkpoint and "
+            "give its folder"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} is an adapter, not a model; give the base it was trained on"
+            )
+        raise ModelError(f"{folder} has no config.json; give the folder of a checkpoint")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config_type = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged ({error}); copy it again") from error
+    if config_type in _CLASSES and config.get("quantization_config"):
+        raise ModelError(f"{folder} is quantised; give the unquantised checkpoint")
+    return dict(config)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        capable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if capable else torch.float32
+    kinds = {
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float32": torch.float32,
+    }
+    if name not in kinds:
+        raise ModelError(f"model.dtype is {name!r}; choose auto, {', '.join(kinds)}")
+    return kinds[name]
+
+
+def _attention(name: str) -> str | None:
+    if name == "auto":
+        return None
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ModelError(
+            "model.attention is flash_attention_2, but the package flash-attn or its GPU is not "
+            "there; install flash-attn, or choose model.attention: sdpa"
+        )
+    return name
+
+
+def _check_complete(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse weights that are missing or left over: both would be a model with random parts."""
+    problems = []
+    for kind, text in (("missing_keys", "missing"), ("unexpected_keys", "unknown")):
+        names = sorted(map(str, report.get(kind) or ()))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{text}: {', '.join(names[:3])}{more}")
+    if problems:
+        raise ModelError(
+            f"{folder}: its weights do not fit its config; {'; '.join(problems)}. "
+            "Copy the checkpoint again, or use the config.json that belongs to it"
+        )
