@@ -15,10 +15,11 @@ import pytest
 import tiny
 import torch
 
-import finetune
+import finetune.models
 from finetune.errors import DataError
 from finetune.evaluation import generate as generation
-from finetune.evaluation.generate import GenerationStoppedError, Reply, generate, plan_batches
+from finetune.evaluation.generate import Reply, generate, plan_batches
+from finetune.evaluation.turns import EvaluationStoppedError
 
 
 @dataclass
@@ -197,7 +198,7 @@ def test_a_stop_request_ends_generation_within_a_token(
         polls += 1
         return polls > 3
 
-    with pytest.raises(GenerationStoppedError, match="after 1 of 2 batches"):
+    with pytest.raises(EvaluationStoppedError, match="after 1 of 2 batches"):
         generate(
             glm, Stops(), prompts(4), max_new_tokens=500, batch_size=2, should_stop=after_three
         )
@@ -213,7 +214,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 sys.path[:0] = [TESTS]
 import test_generate as here
-from finetune.evaluation.generate import GenerationStoppedError, generate, has_sharded_weights
+from finetune.evaluation.generate import generate
+from finetune.evaluation.turns import EvaluationStoppedError, sharded
 from pathlib import Path
 
 model = here.open_tiny(Path(FOLDER))
@@ -228,13 +230,13 @@ def run(**more):
 results = {"plain": run(), "plain calls": len(calls)}
 try:
     run(should_stop=lambda: rank == 1)
-except GenerationStoppedError:
+except EvaluationStoppedError:
     results["stopped"] = True
-assert not has_sharded_weights(model)
+assert not sharded(model)
 deepspeed.initialize(model=model, config={
     "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
 })
-assert has_sharded_weights(model)
+assert sharded(model)
 calls.clear()
 results |= {"sharded": run(), "sharded calls": len(calls)}
 Path(OUT, f"{rank}.json").write_text(json.dumps(results))
@@ -254,7 +256,7 @@ def test_two_processes_give_the_replies_of_one_also_with_sharded_weights(
     script = tmp_path / "worker.py"
     names = {"TESTS": Path(__file__).parent, "FOLDER": tiny_glm, "OUT": tmp_path}
     script.write_text("".join(f"{k} = {str(v)!r}\n" for k, v in names.items()) + WORKER)
-    root = Path(finetune.__file__).parents[1]
+    root = Path(finetune.models.__file__).parents[2]
     subprocess.run(
         [
             sys.executable,

@@ -5,19 +5,20 @@ B prompts of a batch, T its longest prompt, N new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from finetune import console
-from finetune.errors import DataError, FinetuneError
+from finetune.errors import DataError
+from finetune.evaluation.turns import Poll, in_turns, longest_first, sharded
 
-Poll = Callable[[], bool]
+Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
 
 
 class StopTokens(Protocol):
@@ -44,14 +45,10 @@ class Reply:
     """A stop token came within `max_new_tokens`."""
 
 
-class GenerationStoppedError(FinetuneError):
-    """`should_stop` said so before all replies were there; what was generated is dropped."""
-
-
 def generate(
     model: Any,
     template: StopTokens,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -60,8 +57,7 @@ def generate(
 ) -> list[Reply]:
     """The greedy reply to every prompt, in the order of `prompts`, on every process.
 
-    Batches depend on the prompts alone, never on the number of processes, so that one process and
-    eight compute the same numbers. All processes call this together with the same arguments.
+    All processes call this together with the same arguments.
 
     Args:
         model: a causal language model, PEFT or not, not wrapped by DDP or DeepSpeed.
@@ -74,31 +70,20 @@ def generate(
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens` in the model's context.
-        GenerationStoppedError: `should_stop` returned True on some process.
+        EvaluationStoppedError: `should_stop` returned True on some process.
     """
     lengths = [len(prompt) for prompt in prompts]
     check_context(model, lengths, max_new_tokens)
     batches = plan_batches(lengths, batch_size, max_new_tokens, token_budget)
-    rank, world = _place()
-    sharded = world > 1 and has_sharded_weights(model)
-    replies: list[Reply] = []
-    with _ready_to_generate(model), console.progress(len(prompts), "replies") as bar:
-        for first in range(0, len(batches), world):
-            turn = batches[first : first + world]
-            # Every process must run every forward pass when each holds a part of the weights: one
-            # without a batch in the last turn repeats another's and forgets the result.
-            mine = turn[rank] if rank < len(turn) else []
-            if mine or sharded:
-                batch = [prompts[index] for index in mine or turn[0]]
-                answers = _generate_batch(model, template, batch, max_new_tokens, should_stop)
-                pairs = zip(mine, answers, strict=False)
-                replies += [Reply(index, *answer) for index, answer in pairs]
-            if _anywhere(model, should_stop is not None and should_stop()):
-                raise GenerationStoppedError(
-                    f"generation was stopped after {first + len(turn)} of {len(batches)} batches"
-                )
-            bar.advance(sum(len(batch) for batch in turn))
-    return sorted(_gather(replies), key=lambda reply: reply.index)
+
+    def answer(batch: list[int]) -> list[Reply]:
+        rows = [prompts[index] for index in batch]
+        answers = _generate_batch(model, template, rows, max_new_tokens, should_stop)
+        return [Reply(index, *one) for index, one in zip(batch, answers, strict=True)]
+
+    with _without_sampling_settings(model):
+        parts = in_turns(model, batches, answer, label="replies", should_stop=should_stop)
+    return sorted((reply for part in parts for reply in part), key=lambda reply: reply.index)
 
 
 def plan_batches(
@@ -112,7 +97,7 @@ def plan_batches(
     [[1, 2], [3, 0]]
     """
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    for index in longest_first(lengths):
         if batches:
             rows, width = len(batches[-1]) + 1, lengths[batches[-1][0]] + max_new_tokens
             if rows <= batch_size and (token_budget is None or rows * width <= token_budget):
@@ -154,15 +139,10 @@ def context_length(model: Any) -> int | None:
     return None
 
 
-def has_sharded_weights(model: Any) -> bool:
-    """True under ZeRO-3, where a forward pass is an affair of all processes."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def _generate_batch(
     model: Any,
     template: StopTokens,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     should_stop: Poll | None,
 ) -> list[tuple[tuple[int, ...], bool]]:
@@ -185,7 +165,7 @@ def _generate_batch(
         **inputs,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([interrupted]),
-        synced_gpus=_place()[1] > 1 and has_sharded_weights(model),
+        synced_gpus=sharded(model),
     )
     new = output[:, inputs["input_ids"].shape[1] :].tolist()  # [B, <= N]
     return [_until_stop(row, template.stop_ids) for row in new]
@@ -197,7 +177,7 @@ def _until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> tuple[tuple[int,
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+    prompts: Sequence[Prompt], pad_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     width = max(len(prompt) for prompt in prompts)
     rows = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -209,18 +189,15 @@ def _left_padded(
 
 
 @contextmanager
-def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Evaluation mode without the checkpoint's own sampling settings; all of it restored after.
+def _without_sampling_settings(model: Any) -> Iterator[None]:
+    """Takes the checkpoint's own generation settings away for a while.
 
-    Evaluation mode ends dropout and activation checkpointing (and so brings the cache back).
     transformers fills what our GenerationConfig leaves open from the model's, which comes from
     generation_config.json (temperature, repetition penalty, max_length).
     """
-    modes = [(module, module.training) for module in model.modules()]
     inside = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     owners = [owner for owner in (inside, model) if "generation_config" in vars(owner)]
     configs = [owner.generation_config for owner in owners]
-    model.eval()
     try:
         for owner in owners:
             owner.generation_config = GenerationConfig()
@@ -228,31 +205,3 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
     finally:
         for owner, config in zip(owners, configs, strict=True):
             owner.generation_config = config
-        for module, training in modes:
-            module.training = training
-
-
-def _place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _anywhere(model: Any, here: bool) -> bool:
-    """Whether `here` is true on any process; keeps the processes within one batch of each other."""
-    if _place()[1] == 1:
-        return here
-    flag = torch.tensor(float(here), device=model.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def _gather(replies: list[Reply]) -> list[Reply]:
-    """The replies of all processes."""
-    world = _place()[1]
-    if world == 1:
-        return replies
-    parts: list[list[Reply]] = [[] for _ in range(world)]
-    dist.all_gather_object(parts, replies)
-    return [reply for part in parts for reply in part]
