@@ -1,0 +1,157 @@
+"""A file -> its bytes, decompressed, and what its first bytes say that it is.
+
+Nothing here holds more than a chunk; a compressed file that ends early or is damaged raises
+StreamError instead of looking like a shorter file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+CHUNK = 1 << 20
+MAX_ROW = 16 << 20
+"""Longest row in bytes; several million tokens, more than any model takes."""
+
+Layout = Literal["json", "csv", "parquet"]
+
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+class StreamError(ValueError):
+    """The file as a whole cannot be read; the text is the reason."""
+
+
+class Stream(NamedTuple):
+    """An open, decompressed file."""
+
+    file: BinaryIO
+    layout: Layout
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[Stream]:
+    """The file's decompressed bytes and its layout; StreamError or OSError if it has none."""
+    with path.open("rb") as raw:
+        head = raw.read(4)
+        raw.seek(0)
+        name = path.name.lower()
+        if head == _PARQUET or name.endswith(".parquet"):
+            if head != _PARQUET:
+                raise StreamError("the file is named .parquet but is not a Parquet file")
+            yield Stream(raw, "parquet")
+            return
+        layout: Layout = (
+            "csv" if name.removesuffix(".gz").removesuffix(".zst").endswith(".csv") else "json"
+        )
+        if head.startswith(_GZIP):
+            yield Stream(gzip.GzipFile(fileobj=raw), layout)  # type: ignore[arg-type]
+        elif head == _ZSTD:
+            yield Stream(io.BufferedReader(_ZstdReader(raw)), layout)
+        elif head and name.endswith((".gz", ".zst")):
+            raise StreamError(f"the file is named {path.suffix} but is not compressed that way")
+        else:
+            yield Stream(raw, layout)
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompressed zstd frames; unlike zstandard's own reader it notices a missing end."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._error = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._at_start = True  # of a frame: here the file may end
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill the buffer with at least one byte; 0 at the end of the last frame."""
+        while not self._ready:
+            # Small pieces: one of 4 KiB can grow to more than 100 MiB at zstd's best ratio.
+            piece = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._at_start = self._new_frame(), True
+            piece = piece or self._raw.read(4096)
+            if not piece:
+                if self._at_start:
+                    return 0
+                raise StreamError("the zstd file is cut off: its last frame has no end")
+            try:
+                self._ready = memoryview(self._frame.decompress(piece))
+            except self._error as error:
+                raise StreamError(f"the zstd file is damaged: {error}") from None
+            self._at_start = False
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+
+def text_chunks(file: BinaryIO, *, newlines: Literal["unify", "keep"] = "unify") -> Iterator[bytes]:
+    """Chunks of a UTF-8 text without its byte order mark, every line end as one newline.
+
+    A lone carriage return ends a line too. Neither can stand in a JSON string unescaped; in
+    quoted CSV cells they can, hence `keep`.
+    """
+    held = b""
+    first = True
+    while True:
+        chunk = held + read_chunk(file)
+        if first:
+            _refuse_other_encodings(chunk)
+            chunk = chunk.removeprefix(_UTF8_BOM)
+        if len(chunk) == len(held) and not first:
+            if held:
+                yield b"\n"
+            return
+        held, first = b"", False
+        if newlines == "unify" and b"\r" in chunk:
+            if chunk.endswith(b"\r"):
+                chunk, held = chunk[:-1], b"\r"
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield chunk
+
+
+def read_chunk(file: BinaryIO) -> bytes:
+    """Up to CHUNK bytes; StreamError when the compressed data is damaged or ends early."""
+    try:
+        return file.read(CHUNK)
+    except EOFError:
+        raise StreamError("the gzip file is cut off: its end is missing") from None
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise StreamError(f"the gzip file is damaged: {error}") from None
+
+
+def _refuse_other_encodings(start: bytes) -> None:
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:2]:
+        raise StreamError("the file is UTF-16 or UTF-32; save it as UTF-8")
+
+
+def lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line without its end) of each line; None for one longer than MAX_ROW."""
+    number = 0
+    tail = b""
+    too_long = False
+    for chunk in chunks:
+        pieces = (tail + chunk).split(b"\n")
+        tail = pieces.pop()
+        for piece in pieces:
+            number += 1
+            yield number, None if too_long or len(piece) > MAX_ROW else piece
+            too_long = False
+        if len(tail) > MAX_ROW:
+            tail, too_long = b"", True
+    if tail or too_long:
+        yield number + 1, None if too_long or len(tail) > MAX_ROW else tail
