@@ -28,6 +28,16 @@ JsonMessage = dict[str, Any]
 """A message as chat templates take it: `role`, `content`, perhaps `metadata` and `tools`."""
 
 
+_USER: JsonMessage = {"role": "user", "content": "问"}
+_BEFORE: Mapping[str, Sequence[JsonMessage]] = {
+    "system": (),
+    "user": (),
+    "assistant": (_USER,),
+    "observation": (_USER, {"role": "assistant", "metadata": "m", "content": "{}"}),
+}
+"""What stands before a message of each role in the dialogues that a template is observed on."""
+
+
 class JinjaTemplate:
     """Renders dialogues to the text that the checkpoint was trained on, control strings included."""
 
@@ -70,7 +80,7 @@ class Layout:
     tools: Literal["message", "argument", "none"]
     """Where tool definitions are given: on the system message, as the template's argument, nowhere."""
     clean: Mapping[str, Callable[[str], str]]
-    """Per role, what the template does to a message's content."""
+    """Per role that the template knows, what it does to a message's content."""
     named_roles: frozenset[str]
     """Roles whose metadata is written after the header."""
 
@@ -82,37 +92,58 @@ class Layout:
 
 def describe(template: JinjaTemplate) -> Layout:
     """The layout of a template in the GLM-4 family; DataError when it is another family's."""
-    user = {"role": "user", "content": "问"}
-    bare = template.render([user])
+    bare = template.render([_USER])
     body = HEADERS["user"] + "\n问"
     if not bare.endswith(body):
         raise DataError(
             "the checkpoint's chat template is not in the GLM-4 layout: a user message '问' must end "
             f"in {body!r}, got {bare!r}; use a GLM-4 checkpoint or fix its chat_template"
         )
-    opened = template.render([user], add_generation_prompt=True)
+    opened = template.render([_USER], add_generation_prompt=True)
     start = bare + HEADERS["assistant"]
     if not opened.startswith(start):
         raise DataError(
             "the checkpoint's chat template is not in the GLM-4 layout: its generation prompt must "
             f"start with {start!r}, got {opened!r}"
         )
+    known = [role for role in ROLES if _knows(template, role)]
     return Layout(
         prefix=bare.removesuffix(body),
         suffix=opened.removeprefix(start),
         tools=_tools_place(template),
-        clean={role: _cleaning(template, role) for role in ROLES},
-        named_roles=frozenset(role for role in ROLES if _shows_metadata(template, role)),
+        clean={role: _cleaning(template, role) for role in known},
+        named_roles=frozenset(role for role in known if _shows_metadata(template, role)),
     )
 
 
 def tools_text(template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[str, Any]]) -> str:
-    """The text after the `<|system|>` that carries these tool definitions."""
-    user = {"role": "user", "content": "问"}
+    """The text after the `<|system|>` that carries these tool definitions.
+
+    Raises DataError when the template leaves one of them out, as it does with kinds unknown to it.
+    """
+    text = _tools_block(template, layout, tools)
+    for place, tool in enumerate(tools):
+        name = tool.get("function", tool).get("name")
+        nameless = layout.tools == "argument" and not name
+        if nameless or text == _tools_block(
+            template, layout, [*tools[:place], *tools[place + 1 :]]
+        ):
+            raise DataError(
+                f"tool {place + 1} ({name or tool.get('type')!r}) is of a kind that this checkpoint's "
+                "chat template does not know; define it as a function or leave it out"
+            )
+    return text
+
+
+def _tools_block(
+    template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[str, Any]]
+) -> str:
+    if not tools:
+        return ""
     if layout.tools == "argument":
-        text = template.render([user], tools=tools)
+        text = template.render([_USER], tools=tools)
     else:
-        text = template.render([{"role": "system", "content": "", "tools": tools}, user])
+        text = template.render([{"role": "system", "content": "", "tools": tools}, _USER])
     head, tail = layout.prefix + HEADERS["system"], HEADERS["user"] + "\n问"
     if not (text.startswith(head) and text.endswith(tail)):
         raise DataError(
@@ -125,11 +156,17 @@ def tools_text(template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[
 def _tools_place(template: JinjaTemplate) -> Literal["message", "argument", "none"]:
     function = {"name": "probe_name", "description": "d", "parameters": {}}
     tools = [{"type": "function", "function": function}]
-    user = {"role": "user", "content": "问"}
-    if "probe_name" in template.render([user], tools=tools):
+    if "probe_name" in template.render([_USER], tools=tools):
         return "argument"
     system = {"role": "system", "content": "", "tools": tools}
-    return "message" if "probe_name" in template.render([system, user]) else "none"
+    return "message" if "probe_name" in template.render([system, _USER]) else "none"
+
+
+def _knows(template: JinjaTemplate, role: str) -> bool:
+    try:
+        return HEADERS[role] in template.render([*_BEFORE[role], {"role": role, "content": "乙"}])
+    except DataError:
+        return False
 
 
 def _verbatim(text: str) -> str:
@@ -160,16 +197,7 @@ def _shows_metadata(template: JinjaTemplate, role: str) -> bool:
 
 
 def _last_body(template: JinjaTemplate, message: JsonMessage) -> str:
-    before: dict[str, list[JsonMessage]] = {
-        "system": [],
-        "user": [],
-        "assistant": [{"role": "user", "content": "问"}],
-        "observation": [
-            {"role": "user", "content": "问"},
-            {"role": "assistant", "metadata": "m", "content": "{}"},
-        ],
-    }
-    text = template.render([*before[message["role"]], message])
+    text = template.render([*_BEFORE[message["role"]], message])
     return text.rpartition(HEADERS[message["role"]])[2]
 
 

@@ -29,7 +29,7 @@ _PROBE = Conversation(
         Message("user", "  北京天气怎么样？\n\n"),
         Message("assistant", '{"city": "北京"}', metadata="get_weather"),
         Message("observation", '{"t": 20}'),
-        Message("assistant", "北京今天20度。"),
+        Message("assistant", "<think>\n查到了。</think>\n\n北京今天20度。"),
         Message("user", "Thanks!\n再见 😀"),
         Message("assistant", " 再见！"),
     ),
@@ -56,8 +56,8 @@ def own_messages(
 
 
 def check_against_own_template(template: ChatTemplate, jinja: JinjaTemplate) -> None:
-    """Law 1 on the probe dialogue: our ids are those of the checkpoint's own template."""
-    probe = _PROBE if template.takes_tools else replace(_PROBE, tools=())
+    """Raise DataError unless our ids of the probe are those of the checkpoint's own template."""
+    probe = _suitable(template)
     messages, tools = own_messages(probe, template)
     cases = [
         (False, template.render([probe])[0].input_ids[:-1].tolist()),
@@ -73,3 +73,17 @@ def check_against_own_template(template: ChatTemplate, jinja: JinjaTemplate) -> 
                 f"its template: {text!r}\nour layout:   {template.decode(ours)!r}\n"
                 "Use a checkpoint of the GLM-4 family, or correct its chat_template"
             )
+
+
+def _suitable(template: ChatTemplate) -> Conversation:
+    """The probe without what the checkpoint's template has no place for."""
+    layout = template.layout
+    calls = "observation" in layout.clean and "assistant" in layout.named_roles
+    # Where <think> is a token of its own, the template's text and typed text are not the same.
+    thinks = not {"<think>", "</think>"} & template.tokenizer.control_ids.keys()
+    kept = [
+        m if thinks else replace(m, content=m.content.split("</think>")[-1])
+        for m in _PROBE.messages
+        if m.role in layout.clean and (calls or not (m.metadata or m.role == "observation"))
+    ]
+    return replace(_PROBE, messages=tuple(kept), tools=_PROBE.tools if template.takes_tools else ())

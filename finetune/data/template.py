@@ -151,6 +151,10 @@ class ChatTemplate:
             return Message("assistant", text)
         return Message("assistant", content, metadata=name.strip())
 
+    def visible(self, reply: Message) -> str:
+        """What the checkpoint's template keeps of a reply once it is past: no reasoning under GLM-Z1."""
+        return self.layout.clean["assistant"](reply.content)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of any ids, control tokens shown."""
         return str(self.tokenizer.backend.decode(_to_list(ids), skip_special_tokens=False))
@@ -174,29 +178,39 @@ class ChatTemplate:
             pieces.append(_Piece(None, (self._headers["system"], batch.number(text))))
         last = -1 if earlier else stop - 1
         for index, message in enumerate(conversation.messages[:stop]):
-            role, content = message.role, message.content
-            if not content:
-                if role == "system":
-                    continue
-                raise DataError(
-                    f"{conversation.where}: message {index} ({role}) has no text; the published "
-                    "template would leave it out. Remove the message or give it text"
-                )
-            body = self.layout.clean[role](content)
-            name = message.metadata if role in self.layout.named_roles else ""
-            header = self._headers[role]
+            if message.role == "system" and not message.content:
+                continue
+            name, body = self._texts(conversation, index)
+            header = self._headers[message.role]
             if message.image is not None:
                 ops = (header, batch.number(name + "\n"), *self._image(), batch.number(body))
-            elif role == "assistant" and self._suffix:
+            elif self._suffix and message.role == "assistant":
                 ops = (header, *self._opened(message, f"{name}\n{body}", index == last, batch))
             else:
                 ops = (header, batch.number(f"{name}\n{body}"))
-            if "\n" in name:
-                raise DataError(
-                    f"{conversation.where}: the name of message {index} has a line break: {name!r}"
-                )
             pieces.append(_Piece(index, ops))
         return pieces
+
+    def _texts(self, conversation: Conversation, index: int) -> tuple[str, str]:
+        """Name and content of a message as the checkpoint's template writes them."""
+        role, content, name = (message := conversation.messages[index]).role, message.content, ""
+        problem = ""
+        if message.metadata:
+            if role in self.layout.named_roles:
+                name = message.metadata
+            elif role == "assistant":
+                problem = "this checkpoint's chat template has no place for tool calls"
+            if "\n" in name:
+                problem = f"its name has a line break: {name!r}"
+        if not content:
+            problem = "it has no text, and the published template leaves such a message out"
+        elif role not in self.layout.clean:
+            problem = "this checkpoint's chat template does not know the role"
+        if problem:
+            raise DataError(
+                f"{conversation.where}: message {index + 1} ({role}): {problem}; correct or remove it"
+            )
+        return name, self.layout.clean[role](content)
 
     def _opened(self, message: Message, text: str, last: bool, batch: _Batch) -> tuple[int, ...]:
         """Ops of a reply that, where it can, starts with the very ids that the prompt ends in."""
@@ -223,7 +237,10 @@ class ChatTemplate:
                 "has no place for them; use a chat checkpoint or leave the tools out"
             )
         # As JSON: a key by value, and plain values for the template to work on.
-        return self._tools_text(json.dumps(conversation.tools, ensure_ascii=False))
+        try:
+            return self._tools_text(json.dumps(conversation.tools, ensure_ascii=False))
+        except DataError as error:
+            raise DataError(f"{conversation.where}: {error}") from error
 
     def _render_tools(self, tools_json: str) -> str:
         return tools_text(self._jinja, self.layout, json.loads(tools_json))
@@ -290,7 +307,7 @@ def _broken_text(conversations: Iterable[Conversation]) -> DataError:
                 f"{message.metadata}{message.content}".encode()
             except UnicodeEncodeError as error:
                 return DataError(
-                    f"{conversation.where}: message {index} ({message.role}) is not valid Unicode "
+                    f"{conversation.where}: message {index + 1} ({message.role}) is not valid Unicode "
                     f"({error.reason} at character {error.start}); repair or remove the row"
                 )
     return DataError("a tool definition is not valid Unicode; repair or remove its row")

@@ -15,7 +15,8 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,7 @@ def tokenizer_file(folder: str | Path, revision: str | None = None) -> Path:
         )
     added = _declared_tokens(_read_json(place / "tokenizer_config.json"))
     key = _digest(model.read_bytes(), repr((added, CONVERSION_VERSION)).encode())
-    target = _cache_folder() / f"{key}.json"
-    if not (target.is_file() and _is_readable(target)):
-        logger.info("converting %s once, about 10 s; it is kept as %s", model, target)
-        _write_atomically(target, _convert(model, added).to_str())
-    return target
+    return _kept(key) or _keep(key, _convert(model, added).to_str())
 
 
 def local_folder(folder: str | Path, revision: str | None = None) -> Path:
@@ -150,14 +147,6 @@ def _open(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        _open(path)
-    except ModelError:
-        return False
-    return True
 
 
 def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
@@ -238,6 +227,7 @@ def _declared_tokens(config: Mapping[str, Any]) -> tuple[tuple[int | None, str, 
 def _convert(model: Path, added: Iterable[tuple[int | None, str, bool]]) -> Tokenizer:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
+    logger.info("converting %s once, which takes about 10 s", model)
     ranks = _read_ranks(model)
     converter = TikTokenConverter(str(model))
     converter.load_tiktoken_bpe = lambda _path: ranks  # its own reader needs the tiktoken package
@@ -273,32 +263,42 @@ def _read_ranks(model: Path) -> dict[bytes, int]:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _cache_folder() -> Path:
-    """Where converted tokenizers are kept; a private folder of the session when home is unwritable."""
-    wanted = default_root() / "tokenizers"
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        if os.access(wanted, os.W_OK):
-            return wanted
-    except OSError:
-        pass
-    owner = os.getuid() if hasattr(os, "getuid") else 0
-    place = Path(tempfile.gettempdir()) / f"glm4-finetune-{owner}"
-    try:
-        place.mkdir(mode=0o700, exist_ok=True)
-        status = place.lstat()
-    except OSError as error:
-        raise ModelError(
-            f"{wanted}: the converted tokenizer cannot be kept here; set FINETUNE_CACHE to a folder "
-            "that you can write to"
-        ) from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != owner or status.st_mode & 0o022:
-        raise ModelError(
-            f"{place}: not a private folder of yours, so no tokenizer is read from it; set "
-            "FINETUNE_CACHE to a folder that you can write to"
-        )
-    logger.warning("%s is not writable: keeping the converted tokenizer in %s", wanted, place)
-    return place
+def _cache_folders() -> Iterator[Path]:
+    """Where converted tokenizers are kept: the cache, else a private folder for temporary files."""
+    with suppress(RuntimeError):  # no home directory
+        yield default_root() / "tokenizers"
+    owner = os.getuid()
+    private = Path(tempfile.gettempdir()) / f"glm4-finetune-{owner}"
+    with suppress(OSError):
+        private.mkdir(mode=0o700, exist_ok=True)
+        status = private.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == owner and not status.st_mode & 0o022:
+            yield private
+
+
+def _kept(key: str) -> Path | None:
+    """The converted tokenizer of this key; its name holds its content's digest, which is checked."""
+    for folder in _cache_folders():
+        for path in folder.glob(f"{key}-*.json") if folder.is_dir() else ():
+            if path.stem == f"{key}-{_digest(path.read_bytes())[:16]}":
+                return path
+    return None
+
+
+def _keep(key: str, text: str) -> Path:
+    name = f"{key}-{_digest(text.encode())[:16]}.json"
+    for folder in _cache_folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_atomically(folder / name, text)
+        except OSError as error:
+            logger.warning("%s: cannot keep the converted tokenizer here (%s)", folder, error)
+        else:
+            return folder / name
+    raise ModelError(
+        "there is no folder to keep the converted tokenizer in; set FINETUNE_CACHE to one that you "
+        "can write to"
+    )
 
 
 def _write_atomically(path: Path, text: str) -> None:
