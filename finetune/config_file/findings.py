@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.config import Method, RunConfig
 from finetune.config_file.extras import ALSO_KNOWN_AS, OWNED
-from finetune.config_file.yaml_text import Key, dotted, kind_of, shown
+from finetune.config_file.yaml_text import Key, dotted, shown
 
 METHODS: dict[str, type[BaseModel]] = {
     model.model_fields["kind"].default: model for model in get_args(get_args(Method)[0])
