@@ -37,23 +37,28 @@ class SourceSpec:
     """One of `formats.FORMATS`, or `auto`, which is told per file."""
 
 
+OnBadRow = Literal["error", "skip", "collect"]
+
+
 class ConversationStream(Iterator[Conversation]):
     """Valid conversations in order; at the end DataError if too many rows were bad.
 
     Once the run is sure to stop, nothing more is handed out: the rest is only checked, so that
-    one report has it all.
+    one report has it all. With `on_bad_row: collect`, for reports, it never raises.
     """
 
     def __init__(
         self,
         sources: Sequence[SourceSpec],
         *,
-        on_bad_row: Literal["error", "skip"],
+        on_bad_row: OnBadRow,
         max_bad_rows: float,
         columns: Columns | None,
         purpose: Purpose,
         seed: int,
     ) -> None:
+        self.source = 0
+        """Number of the source that the last conversation came from."""
         self.rows = 0
         """Rows read so far, good and bad, each once whatever its source's weight."""
         self.num_bad = 0
@@ -63,7 +68,7 @@ class ConversationStream(Iterator[Conversation]):
         self.formats: dict[str, str] = {}
         """Layout of each file read so far."""
         self._must_stop = False
-        self._skip = on_bad_row == "skip"
+        self._on_bad_row = on_bad_row
         self._max_bad_rows = max_bad_rows
         self._columns = columns
         self._purpose: Purpose = purpose
@@ -83,7 +88,10 @@ class ConversationStream(Iterator[Conversation]):
             for conversation in weighted(good, source.weight, f"{seed}:{number}"):
                 if not self._must_stop:
                     given += 1
+                    self.source = number
                     yield conversation
+        if self._on_bad_row == "collect":
+            return
         share = self.num_bad / max(self.rows, 1)
         if self._must_stop or (self.num_bad and share > self._max_bad_rows):
             raise DataError(self.report())
@@ -124,7 +132,8 @@ class ConversationStream(Iterator[Conversation]):
         self.num_bad += 1
         if len(self.bad_rows) < KEPT_REASONS:
             self.bad_rows.append(row)
-        self._must_stop = self._must_stop or row.fatal or not self._skip
+        if self._on_bad_row != "collect":
+            self._must_stop = self._must_stop or row.fatal or self._on_bad_row == "error"
 
     def report(self) -> str:
         """What is wrong with the rows, as an error message says it."""
@@ -136,10 +145,10 @@ class ConversationStream(Iterator[Conversation]):
         )
 
     def _advice(self) -> str:
-        if self._skip and not self._must_stop:
+        if self._on_bad_row == "skip" and not self._must_stop:
             share = self.num_bad / max(self.rows, 1)
             return f"That is {share:.1%}, more than data.max_bad_rows allows ({self._max_bad_rows:.1%})."
-        if self._skip or any(row.fatal for row in self.bad_rows):
+        if self._on_bad_row == "skip" or any(row.fatal for row in self.bad_rows):
             return "Mend the files: rows behind such a place cannot be read, so they cannot be skipped."
         return "Mend the rows, or set data.on_bad_row to skip to leave them out."
 
@@ -147,7 +156,7 @@ class ConversationStream(Iterator[Conversation]):
 def read_conversations(
     sources: Sequence[SourceSpec],
     *,
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_row: OnBadRow = "error",
     max_bad_rows: float = 0.01,
     columns: Columns | None = None,
     purpose: Purpose = "train",
@@ -157,7 +166,8 @@ def read_conversations(
 
     Args:
         sources: What is read, in this order.
-        on_bad_row: `error` stops for any bad row, `skip` leaves them out.
+        on_bad_row: `error` stops for any bad row, `skip` leaves them out, `collect` does that
+            without ever raising (for reports).
         max_bad_rows: With `skip`, the share of bad rows above which it is an error all the same.
         columns: Names of the prompt and response columns, for `pairs`.
         purpose: `predict` also takes dialogues that end in a user message or a tool result.
