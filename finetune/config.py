@@ -122,7 +122,7 @@ class LoraMethod(Section):
     rank: Positive = 8
     """Rank of the update."""
 
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
 
     dropout: Share = 0.1
@@ -219,7 +219,7 @@ class TrainingSection(Section):
     report_to: list[Literal["tensorboard", "wandb", "swanlab", "mlflow"]] = ["tensorboard"]
     """Experiment trackers beside the console; each but tensorboard must be installed by you."""
 
-    process_timeout_minutes: Annotated[float, Field(gt=0)] = 10
+    process_timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """How long a process waits for the others before the run is ended."""
 
     extra: dict[str, Any] = {}

@@ -40,7 +40,7 @@ def say(text: str = "") -> None:
     if not is_main():
         return
     if on_terminal():
-        _rich().print(text, markup=False, highlight=False, soft_wrap=True)
+        _rich().print(text, soft_wrap=True)
     else:
         _write(_stream(), text)
 
@@ -53,7 +53,7 @@ def warn(text: str) -> None:
         from rich.text import Text
 
         line = Text.assemble(("warning: ", "bold yellow"), text)
-        _rich(stderr=True).print(line, highlight=False, soft_wrap=True)
+        _rich(stderr=True).print(line, soft_wrap=True)
     else:
         _write(sys.stderr, f"warning: {text}")
 
@@ -81,6 +81,7 @@ class Meter:
         self.label = label
         self.done = 0
         self._begin = self._last = time.monotonic()
+        self._said: int | None = None
         self._bar: tuple[Progress, TaskID] | None = None
 
     def advance(self, n: int = 1, note: str = "") -> None:
@@ -91,7 +92,13 @@ class Meter:
             bar.update(task, completed=self.done, description=f"{self.label} {note}".rstrip())
         elif is_main() and time.monotonic() - self._last >= PLAIN_PROGRESS_SECONDS:
             self._last = time.monotonic()
+            self._said = self.done
             _write(_stream(), self._line(note))
+
+    def finish(self) -> None:
+        """In a log file, the last line of a count that had lines before."""
+        if is_main() and self._said not in (None, self.done):
+            _write(_stream(), self._line())
 
     def _line(self, note: str = "") -> str:
         spent = time.monotonic() - self._begin
@@ -108,6 +115,7 @@ def progress(total: int | None, label: str) -> Iterator[Meter]:
     meter = Meter(total, label)
     if not (is_main() and on_terminal()):
         yield meter
+        meter.finish()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as TimeLeftColumn
@@ -183,7 +191,7 @@ def _rich(stderr: bool = False) -> Console:
     if stderr not in _consoles:
         from rich.console import Console
 
-        _consoles[stderr] = Console(stderr=stderr)
+        _consoles[stderr] = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     return _consoles[stderr]
 
 
