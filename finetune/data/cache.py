@@ -8,6 +8,7 @@ builds, the others wait on a file lock: no torch.distributed is needed, and a ki
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -100,8 +101,13 @@ def _build(root: Path, key: str, build: Callable[[Path], Mapping[str, Any]]) -> 
             _fsync(path)
         staging.rename(root / key)
         _fsync(root)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"{root}: no space left for tokenised data; make room, or set data.cache_dir or "
+                "FINETUNE_CACHE to a folder on another disk"
+            ) from error
         raise
 
 
@@ -118,6 +124,8 @@ def _damage(folder: Path) -> str:
                 return f"the content of {name} has changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
     return ""

@@ -6,66 +6,41 @@ in the cache, and examples are read from its memory map.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune import console
 from finetune.data import cache
-from finetune.data.store import ExampleFile, ExampleWriter, Span
+from finetune.data.files import expand
+from finetune.data.preparation import NAMED, Counts, LengthPolicy, write_examples
+from finetune.data.sources import SourceSpec, read_conversations, weighted
+from finetune.data.store import ExampleFile
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
     from finetune.data.conversation import Conversation
-    from finetune.data.spans import Rendered
     from finetune.data.template import ChatTemplate
+
+__all__ = [
+    "IGNORED",
+    "Counts",
+    "Example",
+    "LengthPolicy",
+    "PreparedDataset",
+    "Reading",
+    "load_examples",
+    "prepare",
+]
 
 IGNORED = -100
 """The label of a token that carries no loss."""
 FORMAT = 1
 """Version of the stored file and of the rules that fill it; another one never reads this one's."""
-BATCH = 1000
-"""Dialogues rendered in one call of the tokenizer and written as one record batch."""
 EXAMPLES_FILE = "examples.arrow"
-_NAMED = 5
-"""Dropped rows named per reason."""
-_LISTED = 20
-"""Too long rows listed in an error."""
-
-
-@dataclass(frozen=True)
-class LengthPolicy:
-    """How long an example may be, and which replies it teaches."""
-
-    max_length: int
-    train_on: Literal["every_reply", "last_reply"] = "every_reply"
-    on_too_long: Literal["drop_oldest_turns", "drop", "error"] = "drop_oldest_turns"
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What became of the rows of a preparation; lengths and tokens are of the kept examples."""
-
-    rows: int = 0
-    """Rows read, bad ones among them."""
-    bad: int = 0
-    """Rows that are no dialogue, left out with `on_bad_row: skip`."""
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    """Dialogues left out, by reason."""
-    named: tuple[str, ...] = ()
-    """The first dropped dialogues of every reason, as `file:line: reason`."""
-    truncated: int = 0
-    """Dialogues that lost their oldest turns."""
-    kept: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    longest: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,6 +107,66 @@ class PreparedDataset:
         return index if self._view is None else int(self._view[index])
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read; see the config's `data` section."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_bad_rows: float = 0.01
+    columns: tuple[str, str] | None = None
+
+
+def load_examples(
+    sources: Sequence[SourceSpec],
+    template: ChatTemplate,
+    policy: LengthPolicy,
+    *,
+    reading: Reading = Reading(),
+    seed: int = 0,
+    cache_root: Path | None = None,
+) -> PreparedDataset:
+    """The examples of some files, from the cache when the same bytes were prepared before.
+
+    `seed` chooses the rows of a source with a fractional weight. Raises DataError for paths, bad
+    rows and lengths that do not fit, each listing all of them.
+    """
+    files = [expand(source.path) for source in sources]
+    seen = [[_state(path) for path in paths] for paths in files]
+    content = [
+        {"files": [cache.file_digest(path) for path in paths], "format": source.format}
+        for source, paths in zip(sources, files, strict=True)
+    ]
+    made_by = _made_by(template, policy) | {"content": content, "columns": reading.columns}
+    # What is stored names rows by their paths, and is made under one policy on bad rows.
+    key = cache.key_of(
+        made_by
+        | {"paths": [[str(path) for path in paths] for paths in files], "reading": asdict(reading)}
+    )
+
+    def build(folder: Path) -> dict[str, Any]:
+        stream = read_conversations(
+            [replace(source, weight=1.0) for source in sources], **asdict(reading)
+        )
+        numbered = ((stream.source, conversation) for conversation in stream)
+        facts = write_examples(
+            numbered, template, policy, folder / EXAMPLES_FILE, num_sources=len(sources)
+        )
+        if [[_state(path) for path in paths] for paths in files] != seen:
+            raise DataError("data files changed while they were read; start again")
+        bad = [f"{row.where}: {row.reason}" for row in stream.bad_rows[:NAMED]]
+        counts = facts["counts"]
+        counts |= {"rows": stream.rows, "bad": stream.num_bad, "named": [*bad, *counts["named"]]}
+        return facts
+
+    entry = cache.open_or_build(_folder(cache_root), key, build)
+    weights = [source.weight for source in sources]
+    view = _weighted_view(entry.facts["kept_per_source"], weights, seed)
+    fingerprint = cache.key_of(
+        made_by | {"weights": weights, "seed": seed if view is not None else None}
+    )
+    return _open(entry, fingerprint, view)
+
+
 def prepare(
     conversations: Iterable[Conversation],
     template: ChatTemplate,
@@ -147,132 +182,44 @@ def prepare(
     """
 
     def build(folder: Path) -> dict[str, Any]:
-        return _write(conversations, template, policy, folder)
-
-    full_key = cache.key_of(_made_by(template, policy) | {"content": key})
-    entry = cache.open_or_build(_folder(cache_root), full_key, build)
-    return PreparedDataset(
-        ExampleFile(entry.folder / EXAMPLES_FILE), _counts(entry.facts), full_key
-    )
-
-
-def _write(
-    conversations: Iterable[Conversation],
-    template: ChatTemplate,
-    policy: LengthPolicy,
-    folder: Path,
-) -> dict[str, Any]:
-    """Writes the examples into `folder`; returns their counts."""
-    tally = _Tally()
-    stream = iter(conversations)
-    with (
-        ExampleWriter(folder / EXAMPLES_FILE) as writer,
-        console.progress(None, "tokenising dialogues") as meter,
-    ):
-        while batch := list(islice(stream, BATCH)):
-            kept = list(_examples(batch, template, policy, tally))
-            writer.append([k.ids for k in kept], [k.spans for k in kept], [k.where for k in kept])
-            meter.advance(len(batch))
-    tally.raise_if_refused(policy.max_length)
-    return {"counts": asdict(tally.counts())}
-
-
-class _Kept(NamedTuple):
-    ids: npt.NDArray[np.int32]
-    spans: Sequence[Span]
-    where: str
-
-
-def _examples(
-    batch: Sequence[Conversation], template: ChatTemplate, policy: LengthPolicy, tally: _Tally
-) -> Iterator[_Kept]:
-    """The examples that the dialogues of a batch give; what they do not give goes into `tally`."""
-    for conversation, rendered in zip(batch, template.render(batch), strict=True):
-        tally.rows += 1
-        fitting: Rendered | None = rendered
-        if len(rendered.input_ids) > policy.max_length:
-            fitting = _fit(rendered, conversation, template, policy, tally)
-        if fitting is None:
-            continue
-        spans = template.trained_spans(fitting, conversation, policy.train_on)
-        supervised = sum(end - start for start, end, weight in spans if weight > 0)
-        if supervised == 0:
-            tally.drop(conversation.where, "no reply that is trained")
-            continue
-        tally.keep(len(fitting.input_ids), supervised, shortened=fitting is not rendered)
-        yield _Kept(fitting.input_ids, spans, conversation.where)
-
-
-def _fit(
-    rendered: Rendered,
-    conversation: Conversation,
-    template: ChatTemplate,
-    policy: LengthPolicy,
-    tally: _Tally,
-) -> Rendered | None:
-    """A shorter rendering, or None after noting why there is none."""
-    length = len(rendered.input_ids)
-    if policy.on_too_long == "error":
-        tally.refuse(f"{conversation.where}: {length} tokens")
-        return None
-    if policy.on_too_long == "drop":
-        tally.drop(conversation.where, "too long", f"{length} tokens")
-        return None
-    fitting = template.shorten(rendered, conversation, policy.max_length, policy.train_on)
-    if fitting is None:
-        tally.drop(conversation.where, "no trained reply fits", f"{length} tokens")
-    return fitting
-
-
-class _Tally:
-    """Counts while examples are made."""
-
-    def __init__(self) -> None:
-        self.rows = self.truncated = self.kept = 0
-        self.tokens = self.supervised_tokens = self.longest = 0
-        self._dropped: Counter[str] = Counter()
-        self._named: list[str] = []
-        self._refused: list[str] = []
-        self._num_refused = 0
-
-    def keep(self, tokens: int, supervised: int, *, shortened: bool) -> None:
-        self.kept += 1
-        self.truncated += shortened
-        self.tokens += tokens
-        self.supervised_tokens += supervised
-        self.longest = max(self.longest, tokens)
-
-    def drop(self, where: str, reason: str, detail: str = "") -> None:
-        self._dropped[reason] += 1
-        if self._dropped[reason] <= _NAMED:
-            self._named.append(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
-
-    def refuse(self, problem: str) -> None:
-        self._num_refused += 1
-        if len(self._refused) < _LISTED:
-            self._refused.append(problem)
-
-    def raise_if_refused(self, max_length: int) -> None:
-        if not self._num_refused:
-            return
-        more = self._num_refused - len(self._refused)
-        raise DataError(
-            f"{self._num_refused} dialogues are longer than data.max_length ({max_length}); raise "
-            "it, or set data.on_too_long to drop_oldest_turns or drop:\n  "
-            + "\n  ".join([*self._refused, *([f"... and {more} more"] if more else [])])
+        return write_examples(
+            ((0, c) for c in conversations), template, policy, folder / EXAMPLES_FILE
         )
 
-    def counts(self) -> Counts:
-        return Counts(
-            rows=self.rows,
-            dropped=dict(self._dropped),
-            named=tuple(self._named),
-            truncated=self.truncated,
-            kept=self.kept,
-            tokens=self.tokens,
-            supervised_tokens=self.supervised_tokens,
-            longest=self.longest,
-        )
+    full_key = cache.key_of(_made_by(template, policy) | {"key": key})
+    return _open(cache.open_or_build(_folder(cache_root), full_key, build), full_key)
+
+
+def _open(
+    entry: cache.Entry, fingerprint: str, view: npt.NDArray[np.int64] | None = None
+) -> PreparedDataset:
+    stored = entry.facts["counts"]
+    counts = Counts(**{**stored, "named": tuple(stored["named"])})
+    return PreparedDataset(ExampleFile(entry.folder / EXAMPLES_FILE), counts, fingerprint, view)
+
+
+def _weighted_view(
+    kept_per_source: Sequence[int], weights: Sequence[float], seed: int
+) -> npt.NDArray[np.int64] | None:
+    """Stored rows as often as their sources' weights say; None when that is each once."""
+    if all(weight == 1.0 for weight in weights):
+        return None
+    rows: list[npt.NDArray[np.int64]] = []
+    first = 0
+    for number, (kept, weight) in enumerate(zip(kept_per_source, weights, strict=True)):
+        chosen = weighted(range(first, first + kept), weight, f"{seed}:{number}")
+        rows.append(np.fromiter(chosen, dtype=np.int64))
+        first += kept
+    view = np.concatenate(rows)
+    if not len(view):
+        raise DataError("the weights of data.train are so small that no example is left")
+    return view
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _made_by(template: ChatTemplate, policy: LengthPolicy) -> dict[str, Any]:
@@ -282,7 +229,3 @@ def _made_by(template: ChatTemplate, policy: LengthPolicy) -> dict[str, Any]:
 
 def _folder(cache_root: Path | None) -> Path:
     return (cache_root or cache.default_root()) / "examples"
-
-
-def _counts(facts: Mapping[str, Any]) -> Counts:
-    return Counts(**{**facts["counts"], "named": tuple(facts["counts"]["named"])})
