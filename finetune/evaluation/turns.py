@@ -6,6 +6,7 @@ the very same tensors, and an evaluation does not depend on where it ran.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -110,3 +111,29 @@ def _gather(done: list[tuple[int, Result]]) -> list[tuple[int, Result]]:
     parts: list[list[tuple[int, Result]]] = [[] for _ in range(world)]
     dist.all_gather_object(parts, done)
     return [pair for part in parts for pair in part]
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, unless they are joined already (in training)."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    yield
+    # Not after an error: the others may be waiting in the middle of something.
+    dist.destroy_process_group()
+
+
+def from_the_first(work: Callable[[], Result] | None) -> Result:
+    """What `work` returns on the first process, on every process; the others pass None."""
+    box: list[Any] = [work() if work is not None else None]
+    if place()[1] > 1:
+        dist.broadcast_object_list(box)
+    result: Result = box[0]
+    return result

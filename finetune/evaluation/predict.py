@@ -1,0 +1,257 @@
+"""Dialogues in, replies out: one JSON line per dialogue, in their order.
+
+    {"where": "in.jsonl:3", "messages": [..., {"role": "assistant", "content": "..."}], "stopped": true}
+
+The last messages are the reply; everything before them is what the model was given. A reply that
+calls functions brings them in OpenAI's form too, as "tool_calls". Lines are kept while they come:
+`<output>.part` grows window by window, and the same command after a crash goes on behind them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from finetune import console
+from finetune.data.conversation import Conversation, Message
+from finetune.data.files import expand
+from finetune.data.sources import SourceSpec, read_conversations
+from finetune.errors import DataError
+from finetune.evaluation.predictions import json_line
+
+if TYPE_CHECKING:
+    from finetune.data.template import ChatTemplate
+    from finetune.evaluation.generate import Reply
+    from finetune.evaluation.open import OpenedModel
+
+BATCHES_PER_WINDOW = 32
+"""Batches that are sorted by length together and written together."""
+_FUNCTION_NAME = re.compile(r"[\w.-]+")
+
+
+class Question(NamedTuple):
+    """A dialogue up to the reply that is asked for."""
+
+    conversation: Conversation
+    reply: int
+    """Number of messages that the model is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """How replies are generated."""
+
+    max_new_tokens: int = 512
+    batch_size: int = 16
+
+
+def predict(
+    target: str,
+    data: Sequence[str],
+    output: Path,
+    *,
+    base: str | None = None,
+    options: PredictOptions = PredictOptions(),
+) -> dict[str, Any]:
+    """Writes the model's reply to every dialogue of `data` to `output`; returns counts.
+
+    Args:
+        target: what `open_model` opens.
+        data: files, globs or folders of dialogues; a reply at a dialogue's end is left out.
+        output: a JSONL file; replaced only when all of it is there.
+        base: the adapter's base where its own record is out of date.
+        options: how replies are generated.
+
+    Raises:
+        DataError: rows are no dialogues, or leave no room for a reply; before anything is generated.
+        ModelError: `target` cannot be opened.
+    """
+    from finetune.evaluation.generate import check_context
+    from finetune.evaluation.open import open_model, open_template
+    from finetune.evaluation.turns import joined_processes
+
+    template = open_template(target, base=base)
+    lengths = _prompt_lengths(data, template)  # reads every row once, so that bad ones show now
+    with joined_processes():
+        opened = open_model(target, base=base)
+        try:
+            check_context(opened.model, lengths, options.max_new_tokens)
+        except DataError:
+            names = [question.conversation.where for question in _questions(data)]
+            check_context(opened.model, lengths, options.max_new_tokens, names)
+        journal = Journal(output, _identity(target, data, base, options))
+        return _answer_all(opened, data, len(lengths), journal, options)
+
+
+def as_reply(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
+    """The message, its first line a function's name only where a function can be meant.
+
+    Without tools, or where the line is no name, the whole reply is text.
+    """
+    if not message.metadata or (tools and _FUNCTION_NAME.fullmatch(message.metadata)):
+        return message
+    return Message("assistant", f"{message.metadata}\n{message.content}")
+
+
+def reply_messages(
+    ids: Sequence[int], template: ChatTemplate, tools: Sequence[Mapping[str, Any]]
+) -> list[Message]:
+    """The messages that generated ids hold: one, or several calls of one turn."""
+    assistant = template.tokenizer.control_ids["<|assistant|>"]
+    messages: list[Message] = []
+    rest = list(ids)
+    while not messages or (rest and messages[-1].metadata):
+        end = rest.index(assistant) if assistant in rest else len(rest)
+        messages.append(as_reply(template.parse(rest[:end]), tools))
+        rest = rest[end + 1 :]
+    return messages
+
+
+def message_json(message: Message) -> dict[str, Any]:
+    """The message as rows of the `messages` layout hold it."""
+    plain: dict[str, Any] = {"role": message.role}
+    if message.metadata:
+        plain["metadata"] = message.metadata
+    plain["content"] = message.content
+    if message.image:
+        plain["image"] = message.image
+    return plain
+
+
+class Journal:
+    """The lines so far, kept in `<output>.part` until all are there.
+
+    The first process reads and writes; `<output>.part.json` says what the lines answer to.
+    """
+
+    def __init__(self, output: Path, identity: str) -> None:
+        self.output = output
+        self.part = output.with_name(output.name + ".part")
+        self._label = output.with_name(output.name + ".part.json")
+        self._identity = identity
+
+    def open(self) -> list[bool]:
+        """Whether each reply stopped, of the lines that are there and belong to this very command."""
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            known = json.loads(self._label.read_text(encoding="utf-8"))["identity"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            known = None
+        if known != self._identity or not self.part.is_file():
+            self.part.write_bytes(b"")
+            self._label.write_text(json_line({"identity": self._identity}), encoding="utf-8")
+            return []
+        stopped, whole = [], 0
+        with self.part.open("rb+") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                stopped.append(bool(json.loads(line)["stopped"]))
+                whole += len(line)
+            file.truncate(whole)
+        return stopped
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds lines; they are on the disk when this returns."""
+        with self.part.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(map(json_line, rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        self.part.replace(self.output)
+        self._label.unlink()
+
+
+def _answer_all(
+    opened: OpenedModel, data: Sequence[str], total: int, journal: Journal, options: PredictOptions
+) -> dict[str, Any]:
+    from finetune.evaluation.generate import generate
+    from finetune.evaluation.turns import from_the_first, place
+
+    leads = place()[0] == 0
+    stopped = from_the_first(journal.open if leads else None)
+    if stopped:
+        console.say(
+            f"{len(stopped)} of {total} dialogues are answered already; going on behind them"
+        )
+    questions = islice(_questions(data), len(stopped), None)
+    while window := list(islice(questions, options.batch_size * BATCHES_PER_WINDOW)):
+        replies = generate(
+            opened.model,
+            opened.template,
+            opened.template.prompts(window),
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+        )
+        stopped += [reply.stopped for reply in replies]
+        if leads:
+            pairs = zip(window, replies, strict=True)
+            journal.append(_row(question, reply, opened.template) for question, reply in pairs)
+        if total > len(stopped):
+            console.say(f"{len(stopped)} of {total} dialogues answered")
+    if leads:
+        journal.finish()
+    cut = stopped.count(False)
+    console.say(
+        f"{total} replies in {journal.output}"
+        + (f"; {cut} were cut at {options.max_new_tokens} tokens" if cut else "")
+    )
+    return {"output": str(journal.output), "replies": total, "cut": cut}
+
+
+def _row(question: Question, reply: Reply, template: ChatTemplate) -> dict[str, Any]:
+    conversation = question.conversation
+    new = reply_messages(reply.ids, template, conversation.tools)
+    messages = [*conversation.messages[: question.reply], *new]
+    row: dict[str, Any] = {
+        "where": conversation.where,
+        "messages": [message_json(message) for message in messages],
+    }
+    if conversation.tools:
+        row["tools"] = list(conversation.tools)
+    if calls := [message for message in new if message.metadata]:
+        row["tool_calls"] = [
+            {
+                "id": f"call_{number}",
+                "type": "function",
+                "function": {"name": call.metadata, "arguments": call.content},
+            }
+            for number, call in enumerate(calls)
+        ]
+    return row | {"stopped": reply.stopped}
+
+
+def _questions(data: Sequence[str]) -> Iterator[Question]:
+    """The dialogues with the place where a reply is wanted: their end, before a reply that is there."""
+    sources = [SourceSpec(path) for path in data]
+    for conversation in read_conversations(sources, purpose="predict"):
+        end = len(conversation.messages)
+        while end and conversation.messages[end - 1].role == "assistant":
+            end -= 1
+        yield Question(conversation, end)
+
+
+def _prompt_lengths(data: Sequence[str], template: ChatTemplate) -> list[int]:
+    lengths: list[int] = []
+    questions = _questions(data)
+    while batch := list(islice(questions, 1000)):
+        lengths += map(len, template.prompts(batch))
+    return lengths
+
+
+def _identity(target: str, data: Sequence[str], base: str | None, options: PredictOptions) -> str:
+    """Changes when the same command would give other lines."""
+    files = [file for path in data for file in expand(path)]
+    if (folder := Path(target)).is_dir():
+        files += sorted(file for file in folder.iterdir() if file.is_file())
+    stated = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((target, base, options, stated)).encode()).hexdigest()
