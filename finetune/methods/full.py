@@ -18,7 +18,14 @@ from finetune.methods.base_record import BaseRecord
 MAX_SHARD_SIZE = "5GB"
 INDEX_NAME = "model.safetensors.index.json"
 # What a folder needs besides weights and config to open on its own.
-CARRIED_OVER = ("tokenizer*", "chat_template*", "generation_config.json", "*.py", "vocab*", "merges*")
+CARRIED_OVER = (
+    "tokenizer*",
+    "chat_template*",
+    "generation_config.json",
+    "*.py",
+    "vocab*",
+    "merges*",
+)
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:

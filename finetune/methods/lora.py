@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from finetune.config import LoraMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.methods.base_record import BaseRecord, check_base
-from finetune.models.load import lora_targets, model_fingerprint
+from finetune.models.load import lora_targets
+from finetune.weights import model_fingerprint
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -163,9 +164,7 @@ def _hits(modules: Iterable[str], pattern: str, *, regex: bool) -> list[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(
-            f"method.target_modules: {pattern!r} is not a regex: {error}"
-        ) from error
+        raise ConfigError(f"method.target_modules: {pattern!r} is not a regex: {error}") from error
     return [name for name in modules if name and compiled.fullmatch(name)]
 
 

@@ -1,0 +1,173 @@
+"""The `training` section -> transformers.TrainingArguments, in this one place."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from finetune.config import FullMethod, Method, TrainingSection
+from finetune.errors import ConfigError
+from finetune.training.processes import Processes
+
+# Fields of TrainingArguments that would undo what the trainer promises; those that an option of ours
+# sets are refused when the config is read.
+REFUSED = {
+    "average_tokens_across_devices": "the loss is always the mean over all processes",
+    "auto_find_batch_size": "it would change the global batch behind your back",
+    "dataloader_drop_last": "every example of an epoch is seen",
+    "ddp_find_unused_parameters": "every trained weight takes part in every step",
+    "disable_tqdm": "the console is ours",
+    "enable_jit_checkpoint": "SIGTERM already saves a checkpoint",
+    "fsdp": "sharding is the deepspeed section's",
+    "fsdp_config": "sharding is the deepspeed section's",
+    "ignore_data_skip": "a resumed run sees the data it would have seen",
+    "label_smoothing_factor": "the loss is computed inside the model",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "parallelism_config": "sharding is the deepspeed section's",
+    "push_to_hub": "a run writes to training.output_dir only",
+    "remove_unused_columns": "batches hold what the model needs",
+    "save_only_model": "every checkpoint can be resumed",
+    "use_cpu": "GPUs are used where there are any",
+    "use_liger_kernel": "the loss is computed inside the model",
+}
+TRACKERS = {
+    "wandb": "wandb",
+    "swanlab": "swanlab",
+    "mlflow": "mlflow",
+    "tensorboard": "tensorboard",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Who computes in which format."""
+
+    autocast: str
+    """`fp16`, `bf16` or `no`: what transformers casts to around float32 weights that are trained."""
+    deepspeed: str
+    """`fp16`, `bf16` or `fp32`: in what DeepSpeed keeps the weights it trains."""
+
+
+def computation_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """The number format that `model.dtype` means on `device`."""
+    if asked != "auto":
+        kinds = {
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+            "float32": torch.float32,
+        }
+        return kinds[asked]
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def mixed_precision(method: Method, dtype: torch.dtype, *, sharded: bool) -> Precision:
+    """How float32 weights are trained although the model computes in `dtype`.
+
+    Adapters are float32 modules in a model of `dtype` and cast for themselves, so the same model
+    computes the same numbers in training and in `finetune evaluate`. When all weights are trained,
+    they are kept in float32 and cast around every operation, or by DeepSpeed, which then holds the
+    float32 originals in its optimizer. float16 always needs the loss scaling that comes with that.
+    """
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    casts_for_itself = not isinstance(method, FullMethod) and name == "bf16"
+    if name == "fp32" or casts_for_itself:
+        return Precision("no", "fp32")
+    return Precision("no" if sharded else name, name if sharded else "fp32")
+
+
+def training_arguments(
+    section: TrainingSection,
+    *,
+    deepspeed: Mapping[str, Any] | None,
+    loader_workers: int,
+    processes: Processes,
+    precision: Precision,
+) -> TrainingArguments:
+    """The arguments of the Trainer, checked: the world is as large as the launcher said.
+
+    Raises:
+        ConfigError: `training.extra` names no field or one of ours; a tracker is not installed.
+    """
+    _check_extra(section.extra)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(section.output_dir) / "logs")
+    arguments = TrainingArguments(
+        **{
+            "output_dir": section.output_dir,
+            "max_steps": section.max_steps or -1,
+            "num_train_epochs": section.num_epochs or 3,
+            "per_device_train_batch_size": section.batch_size,
+            "gradient_accumulation_steps": section.gradient_accumulation_steps,
+            "learning_rate": section.learning_rate,
+            "lr_scheduler_type": _schedule(section.lr_schedule),
+            "warmup_steps": section.warmup_steps,
+            "weight_decay": section.weight_decay,
+            "max_grad_norm": section.max_grad_norm,
+            "activation_checkpointing": section.activation_checkpointing,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+            "seed": section.seed,
+            "optim": "adamw_torch",
+            # Our callbacks decide when to evaluate and save.
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "logging_strategy": "steps",
+            "logging_steps": section.log_every_steps,
+            "logging_nan_inf_filter": False,
+            "report_to": list(section.report_to) if processes.is_leader else [],
+            "disable_tqdm": True,
+            "log_level": "error",
+            "log_level_replica": "error",
+            "remove_unused_columns": False,
+            "average_tokens_across_devices": True,
+            "include_num_input_tokens_seen": "no",
+            "dataloader_num_workers": loader_workers,
+            "ddp_find_unused_parameters": False,
+            "ddp_timeout": int(section.process_timeout_minutes * 60),
+            # Without it each process would train alone, all into the same folder.
+            "use_cpu": processes.device.type == "cpu",
+            "deepspeed": dict(deepspeed) if deepspeed else None,
+            "bf16": precision.autocast == "bf16",
+            "fp16": precision.autocast == "fp16",
+        }
+        | section.extra
+    )
+    if arguments.world_size != processes.world:
+        raise ConfigError(
+            f"the launcher started {processes.world} processes but the trainer sees "
+            f"{arguments.world_size}; start the run with torchrun --nproc_per_node=N"
+        )
+    return arguments
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Raises ConfigError for every experiment tracker that is not installed."""
+    missing = [name for name in report_to if importlib.util.find_spec(TRACKERS[name]) is None]
+    if missing:
+        raise ConfigError(
+            f"training.report_to: {', '.join(missing)} not installed; "
+            f"pip install {' '.join(TRACKERS[name] for name in missing)}"
+        )
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    real = {field.name for field in fields(TrainingArguments) if field.init}
+    problems = [
+        f"training.extra.{name}: cannot be set: {REFUSED[name]}"
+        if name in REFUSED
+        else f"training.extra.{name}: transformers.TrainingArguments has no such field"
+        for name in extra
+        if name in REFUSED or name not in real
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _schedule(name: str) -> str:
+    return "constant_with_warmup" if name == "constant" else name

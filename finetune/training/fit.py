@@ -1,0 +1,173 @@
+"""From prepared data to the last checkpoint: the half of the program that needs torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from finetune import console
+from finetune.config import RunConfig
+from finetune.config_file import dump_config
+from finetune.data.collate import Collator
+from finetune.data.template import ChatTemplate
+from finetune.training import checkpoint, report, resume
+from finetune.training.callbacks import Meter, MetricsFile, Narrator, Schedule
+from finetune.training.facts import run_record
+from finetune.training.processes import Processes, end, start
+from finetune.training.quiet import quiet_libraries
+from finetune.training.run_data import RunData
+from finetune.training.run_directory import RunDirectory
+from finetune.training.saving import Saver
+from finetune.training.signals import StopFlag
+from finetune.training.trainer import FineTuner, Services, TrainingData
+from finetune.training.tunable import Tunable, load_tunable
+from finetune.training.validation import load_validation
+
+DEFAULT_EPOCHS = 3
+
+
+def fit(
+    config: RunConfig, template: ChatTemplate, data: RunData, run_dir: RunDirectory
+) -> dict[str, Any]:
+    """Train, evaluate and save; see `run.train`."""
+    begun = time.monotonic()
+    quiet_libraries()
+    processes = start(
+        config.training.process_timeout_minutes, deepspeed=config.deepspeed is not None
+    )
+    tunable = load_tunable(config, processes)
+    record = run_record(config, template, data, tunable, processes)
+    resumed = choose_checkpoint(config, run_dir.path, record, processes)
+    if processes.is_leader:
+        run_dir.write_config(dump_config(config))
+    total = total_steps(config, data)
+    report.announce(config, data, tunable, processes, total)
+    with StopFlag() as stop:
+        trainer = build_trainer(config, template, data, tunable, record, processes, stop)
+        if resumed is None or checkpoint.step_of(resumed) != total:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        else:
+            console.say(f"nothing to do: {resumed} is the last of {total} steps")
+            trainer.load_state(resumed)
+    summary = summarise(trainer, run_dir.path, resumed, time.monotonic() - begun)
+    end()
+    if stop.is_set:
+        console.say("stopped as asked; the same command goes on from here")
+        raise SystemExit(stop.exit_code)
+    return summary
+
+
+def choose_checkpoint(
+    config: RunConfig, run_dir: Path, record: Mapping[str, Any], processes: Processes
+) -> Path | None:
+    """The checkpoint to go on from, verified once and the same in every process.
+
+    Raises:
+        CheckpointError: It belongs to another run, or `training.resume` forbids what is there.
+    """
+    chosen: list[str | None] = [None]
+    with processes.failing_together():
+        if processes.is_leader:
+            folder, skipped = resume.choose(run_dir, config.training.resume)
+            for damaged, reason in skipped:
+                console.warn(f"{damaged} is passed over: {reason}")
+            if folder is not None:
+                changes = resume.check(folder, record)
+                report.say_resumed(folder, changes)
+                chosen = [str(folder)]
+    if processes.world > 1:
+        dist.broadcast_object_list(chosen)
+    return Path(chosen[0]) if chosen[0] else None
+
+
+def total_steps(config: RunConfig, data: RunData) -> int:
+    """Optimizer steps of the whole run."""
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    epochs = config.training.num_epochs or DEFAULT_EPOCHS
+    return math.ceil(epochs * data.plan.steps_per_epoch)
+
+
+def build_trainer(
+    config: RunConfig,
+    template: ChatTemplate,
+    data: RunData,
+    tunable: Tunable,
+    record: Mapping[str, Any],
+    processes: Processes,
+    stop: StopFlag,
+) -> FineTuner:
+    """The trainer with its callbacks, tied together."""
+    run_dir = Path(config.training.output_dir)
+    validation = load_validation(config, template, data, tunable.model, run_dir, stop)
+    narrator = Narrator(Meter())
+    schedule = Schedule(
+        config.evaluation if validation else None,
+        save_every=config.training.save_every_steps,
+        stop=stop,
+    )
+    saver = Saver(
+        run_dir=run_dir,
+        config_text=dump_config(config),
+        record=record,
+        base=tunable.base,
+        metric=config.evaluation.best_metric,
+        keep=config.training.keep_checkpoints,
+        processes=processes,
+    )
+
+    def scores(model: Any, step: int) -> dict[str, float]:
+        with narrator.silent():
+            return validation.scores(model, step) if validation else {}
+
+    trainer = FineTuner(
+        tunable.model,
+        tunable.arguments,
+        data=TrainingData(
+            items=data.items,
+            lengths=data.train.lengths,
+            where=data.train.where,
+            plan=data.plan,
+            collate=Collator(template.pad_id),
+        ),
+        services=Services(
+            processes=processes,
+            stop=stop,
+            saver=saver,
+            evaluate=scores,
+            meter=narrator.meter,
+            lora_plus_ratio=getattr(config.method, "lora_plus_ratio", None),
+        ),
+        callbacks=[schedule, narrator, MetricsFile(run_dir)],
+    )
+    schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
+    return trainer
+
+
+def summarise(
+    trainer: FineTuner, run_dir: Path, resumed: Path | None, seconds: float
+) -> dict[str, Any]:
+    """The run in numbers; says how the scores have changed."""
+    state = trainer.state
+    _, before = report.scores_at(state.log_history, first=True)
+    _, after = report.scores_at(state.log_history, first=False)
+    if before and after:
+        report.compare(before, after)
+    last = checkpoint.checkpoints(run_dir)
+    best = checkpoint.best(run_dir)
+    return {
+        "output_dir": str(run_dir),
+        "steps": state.global_step,
+        "train_loss": trainer.mean_loss(),
+        "scores_before": before,
+        "scores": after,
+        "checkpoint": str(last[-1]) if last else None,
+        "best_checkpoint": str(best) if best else None,
+        "resumed_from": str(resumed) if resumed else None,
+        "seconds": round(seconds, 3),
+    }

@@ -1,0 +1,32 @@
+"""Libraries say only what a user can act on, and only in one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+
+from finetune import console
+
+
+def quiet_libraries() -> None:
+    """Turn down what transformers, PEFT, accelerate and DeepSpeed report about themselves."""
+    # Both are read when DeepSpeed is imported, which accelerate does even for a run without it.
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    level = logging.WARNING if console.is_main() else logging.ERROR
+    for name in ("accelerate", "peft", "torch.distributed", "datasets"):
+        logging.getLogger(name).setLevel(level)
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Names that peft and accelerate still use and transformers 5.23 or torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|peft")
+    if not console.is_main():
+        warnings.filterwarnings("ignore")

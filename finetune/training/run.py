@@ -1,0 +1,38 @@
+"""The whole program: a config goes in, a run directory with checkpoints and scores comes out.
+
+What a user can get wrong in config and data is found here, before torch is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finetune import console
+from finetune.config import RunConfig
+from finetune.data.template import ChatTemplate
+from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.training.run_data import load_run_data
+from finetune.training.run_directory import RunDirectory
+
+
+def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
+    """Run what `config` says; a run that was interrupted goes on where it stopped.
+
+    Returns:
+        `output_dir`, `steps`, `train_loss`, `scores_before`, `scores`, `checkpoint`,
+        `best_checkpoint`, `resumed_from`, `seconds`.
+
+    Raises:
+        FinetuneError: The user can mend it; every process ends with its exit code.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint written.
+    """
+    with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
+        for line in run_dir.cleaned:
+            console.say(line)
+        template = ChatTemplate(load_chat_tokenizer(config.model.path, config.model.revision))
+        data = load_run_data(config, template)
+
+        from finetune.training.fit import fit
+
+        return fit(config, template, data, run_dir)

@@ -1,0 +1,115 @@
+"""The data section -> what a run trains and is evaluated on. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune import console
+from finetune.config import DataSection, RunConfig, Source
+from finetune.data.dataset import (
+    Counts,
+    Example,
+    LengthPolicy,
+    PreparedDataset,
+    Reading,
+    load_examples,
+)
+from finetune.data.order import EpochPlan, padding_share
+from finetune.data.packing import PackedDataset, pack
+from finetune.data.sources import SourceSpec
+from finetune.data.template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Examples to learn from and to be measured on."""
+
+    train: PreparedDataset
+    items: PreparedDataset | PackedDataset[Example]
+    """The training examples, or rows of several of them."""
+    plan: EpochPlan
+    validation: PreparedDataset | None
+    validation_sources: tuple[SourceSpec, ...]
+
+
+def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
+    """Prepare, or find prepared, what `config.data` names; says what became of the rows."""
+    section, training = config.data, config.training
+    train = _examples(section, _specs(section, section.train), template, training.seed)
+    _report("training", train.counts, len(train))
+    items = _items(train, section, training.seed)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = EpochPlan(
+        items.lengths,
+        training.batch_size * training.gradient_accumulation_steps * world,
+        training.seed,
+        group_by_length=section.group_by_length and not section.packing,
+    )
+    share = padding_share(items.lengths, plan, training.batch_size)
+    console.say(f"padding: {100 * share:.1f} % of the tokens of an epoch")
+    sources = _specs(section, section.validation) if section.validation is not None else ()
+    validation = _examples(section, sources, template, training.seed) if sources else None
+    if validation is not None:
+        _report("validation", validation.counts, len(validation))
+    return RunData(train, items, plan, validation, sources)
+
+
+def _specs(section: DataSection, sources: str | Sequence[str | Source]) -> tuple[SourceSpec, ...]:
+    listed = [sources] if isinstance(sources, str) else sources
+    return tuple(
+        SourceSpec(source, format=section.format)
+        if isinstance(source, str)
+        else SourceSpec(
+            source.path,
+            source.weight,
+            source.format if source.format != "auto" else section.format,
+        )
+        for source in listed
+    )
+
+
+def _examples(
+    section: DataSection, sources: Sequence[SourceSpec], template: ChatTemplate, seed: int
+) -> PreparedDataset:
+    return load_examples(
+        sources,
+        template,
+        LengthPolicy(section.max_length, section.train_on, section.on_too_long),
+        reading=reading(section),
+        seed=seed,
+        cache_root=Path(section.cache_dir) if section.cache_dir else None,
+    )
+
+
+def reading(section: DataSection) -> Reading:
+    """How rows are read: which columns, and what becomes of bad ones."""
+    columns = (section.columns.prompt, section.columns.response) if section.columns else None
+    return Reading(section.on_bad_row, section.max_bad_rows, columns)
+
+
+def _items(
+    examples: PreparedDataset, section: DataSection, seed: int
+) -> PreparedDataset | PackedDataset[Example]:
+    if not section.packing:
+        return examples
+    return PackedDataset(examples, pack(examples.lengths, section.max_length, seed))
+
+
+def _report(kind: str, counts: Counts, num_examples: int) -> None:
+    """What became of the rows; every kind of loss is said with its number."""
+    said = [
+        f"{num_examples:,} examples from {counts.rows:,} rows",
+        f"{counts.tokens:,} tokens, {counts.supervised_tokens:,} of them supervised",
+        f"longest {counts.longest:,}",
+    ]
+    if counts.bad:
+        said.append(f"{counts.bad:,} bad rows left out")
+    if counts.truncated:
+        said.append(f"{counts.truncated:,} lost their oldest turns")
+    said += [f"{number:,} dropped: {reason}" for reason, number in counts.dropped.items()]
+    console.say(f"{kind} data: " + "; ".join(said))
+    for line in counts.named:
+        console.say(f"  {line}")

@@ -1,0 +1,251 @@
+"""transformers.Trainer with our data order, loss normaliser, guard, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerState
+
+from finetune.data.order import EpochPlan
+from finetune.errors import NonFiniteError
+from finetune.methods import lora
+from finetune.training.batches import Collate, Items, training_loader
+from finetune.training.callbacks import Meter
+from finetune.training.counts import StepCounts, count
+from finetune.training.processes import Processes
+from finetune.training.saving import TRAINER_STATE, Saver
+from finetune.training.signals import StopFlag
+from finetune.training.zero import GuardedEngine
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on."""
+
+    items: Items
+    """Examples, or packed rows of examples."""
+    lengths: Any
+    """Tokens of every document, by the index that `sample_ids` hold; int32 [documents]."""
+    where: Callable[[int], str]
+    """The `file:line` of a document."""
+    plan: EpochPlan
+    collate: Collate
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the trainer calls on."""
+
+    processes: Processes
+    stop: StopFlag
+    saver: Saver
+    evaluate: Callable[[nn.Module, int], dict[str, float]]
+    """Scores of the model at a step, by name; the same in every process."""
+    meter: Meter
+    lora_plus_ratio: float | None = None
+
+
+class FineTuner(Trainer):
+    """The Trainer's loop; overridden is only what a law asks for."""
+
+    # The model's loss is a sum over num_items_in_batch, already right for accumulation.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        data: TrainingData,
+        services: Services,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.data = data
+        self.services = services
+        self.counts = StepCounts()
+        """Of the last step, over all processes."""
+        self._samples: list[Any] = []
+        self._losses: list[Tensor] = []
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data.collate,
+            train_dataset=data.items,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+
+    # --- data and loss -----------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """This process's micro-batches; accelerate would repeat examples to make ranks even."""
+        return training_loader(
+            self.data.items,
+            self.data.plan,
+            self.data.collate,
+            workers=self.args.dataloader_num_workers,
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.services.processes.rank,
+            world=self.services.processes.world,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """One step's micro-batches, and the weight of all supervised tokens of the global batch."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._samples = [batch.pop("sample_ids").numpy() for batch in batches]
+        self._losses = []
+        here = count(batches, self._samples, self.data.lengths)
+        everywhere = self.services.processes.sums(
+            [here.weight, here.supervised, here.tokens, here.cells]
+        )
+        self.counts = StepCounts(*everywhere)
+        return batches, torch.tensor(self.counts.weight or 1.0, device=device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the global mean; remembered until the guard has looked at it."""
+        loss = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False).loss
+        self._losses.append(loss.detach())
+        # Gradients are averaged over the processes, while the normaliser counts all of them.
+        loss = loss * self.services.processes.world
+        return (loss, None) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: it would walk over all parameters for every micro-batch."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With speed, padding and memory beside a loss."""
+        super().log(logs | self.services.meter.numbers() if "loss" in logs else logs, start_time)
+
+    def mean_loss(self) -> float | None:
+        """The mean of the logged losses, of all sessions of the run."""
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return sum(losses) / len(losses) if losses else None
+
+    # --- optimizer ---------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW; with LoRA+ the B matrices learn faster than the A matrices."""
+        ratio = self.services.lora_plus_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                key = lora.optimizer_group(name), name in decayed
+                groups.setdefault(key, []).append(parameter)
+        self.optimizer = kind(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * (ratio if matrix == "B" else 1.0),
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                }
+                for (matrix, is_decayed), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            self.accelerator.deepspeed_engine_wrapped = GuardedEngine(self.deepspeed, self._guard)
+        return prepared
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.is_deepspeed_enabled:
+            scaled = self.accelerator.scaler is not None
+            self._guard(scaled or bool(np.isfinite(float(norm))))
+        return norm
+
+    def _guard(self, gradient_is_finite: bool) -> None:
+        """End the run before it learns from what is not a number; hear who was asked to stop.
+
+        Called before every optimizer step, in every process.
+
+        Raises:
+            NonFiniteError: In every process, naming the examples.
+        """
+        is_finite = torch.isfinite(torch.stack(self._losses)).tolist()
+        stop = self.services.stop
+        bad, signal = self.services.processes.largest(
+            [int(not (gradient_is_finite and all(is_finite))), stop.signal or 0]
+        )
+        stop.agree(lambda _: signal)
+        if bad:
+            with self.services.processes.failing_together():
+                self._refuse(is_finite, gradient_is_finite)
+
+    def _refuse(self, is_finite: list[bool], gradient_is_finite: bool) -> None:
+        losses = [i for i, fine in enumerate(is_finite) if not fine]
+        if not losses and gradient_is_finite:
+            return  # another process has found it
+        named = losses or range(len(self._samples))
+        examples = [int(sample) for i in named for sample in self._samples[i]]
+        places = "\n  ".join(self.data.where(example) for example in examples[:20])
+        what = "the loss" if losses else "the gradient"
+        more = f"\n  and {len(examples) - 20} more" if len(examples) > 20 else ""
+        raise NonFiniteError(
+            f"{what} of step {self.state.global_step + 1} is not a finite number; nothing was "
+            f"learned from it and no checkpoint written. Examples in this forward pass:\n  {places}"
+            f"{more}\nLook at these, lower training.learning_rate, or use model.dtype: bfloat16 or "
+            "float32 instead of float16; then resume from the last checkpoint"
+        )
+
+    # --- state -------------------------------------------------------------------------------
+
+    def load_state(self, folder: Path) -> None:
+        """Weights and log of a checkpoint, without going on from it."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        begun = super()._init_training_state(max_steps, *args, **kwargs)
+        # A resumed run logs as often as its own config says, not the earlier one's.
+        self.state.compute_steps(self.args, max_steps)
+        return begun
+
+    # --- evaluation and checkpoints ----------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validation loss and scores, logged as `eval_<name>`; leaves no trace in the training."""
+        scores = self.services.evaluate(self.model, self.state.global_step)
+        metrics = {f"eval_{name}": value for name, value in scores.items() if value is not None}
+        if metrics:
+            self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.services.saver.save(self)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Called by save_model, which gathers sharded weights first. No training_args.bin: a pickle.
+        if self.args.should_save:
+            self.services.saver.save_weights(self.model, Path(str(output_dir)), state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.services.saver.load_weights(self.model, Path(resume_from_checkpoint))

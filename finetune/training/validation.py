@@ -1,0 +1,125 @@
+"""How good the model is at this moment: validation loss and scored replies."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune import console
+from finetune.config import EvaluationSection, RunConfig
+from finetune.data.collate import Collator
+from finetune.data.prompts import ReplyPrompt
+from finetune.data.sources import read_conversations
+from finetune.data.template import ChatTemplate
+from finetune.evaluation.evaluate import ask, evaluate_model
+from finetune.evaluation.generate import context_length
+from finetune.evaluation.loss import Examples, validation_loss
+from finetune.evaluation.predictions import write_predictions
+from finetune.evaluation.turns import EvaluationStoppedError
+from finetune.training.run_data import RunData, reading
+from finetune.training.signals import StopFlag
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out data, and how the model is asked about it."""
+
+    section: EvaluationSection
+    template: ChatTemplate
+    examples: Examples
+    prompts: Sequence[ReplyPrompt]
+    """Empty when only the loss is wanted."""
+    collate: Collator
+    batch_size: int
+    """Examples per forward pass for the loss."""
+    run_dir: Path
+    stop: StopFlag
+
+    def scores(self, model: Any, step: int) -> dict[str, float]:
+        """Validation loss and the scores of generated replies, by name; the same in every process.
+
+        Empty when the run was asked to stop meanwhile. Writes `predictions-<step>.jsonl`.
+        """
+        try:
+            with unnoticed():
+                return self._loss(model) | self._generated(model, step)
+        except EvaluationStoppedError:
+            console.say(f"step {step}  evaluation given up: the run was asked to stop")
+            return {}
+
+    def _loss(self, model: Any) -> dict[str, float]:
+        found = validation_loss(
+            model,
+            self.examples,
+            self.collate,
+            batch_size=self.batch_size,
+            should_stop=lambda: self.stop.is_set,
+        )
+        return {"loss": found.loss}
+
+    def _generated(self, model: Any, step: int) -> dict[str, float]:
+        if not self.prompts:
+            return {}
+        result = evaluate_model(
+            model,
+            self.template,
+            self.prompts,
+            max_new_tokens=self.section.max_new_tokens,
+            batch_size=self.section.batch_size,
+            should_stop=lambda: self.stop.is_set,
+        )
+        if console.is_main():
+            write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)
+        return {name: value for name, value in result.scores.items() if value is not None}
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Random streams go on afterwards as if nothing had happened.
+
+    So a run learns the same whether or not it is evaluated on the way.
+    """
+    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_cpu)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+
+
+def load_validation(
+    config: RunConfig,
+    template: ChatTemplate,
+    data: RunData,
+    model: Any,
+    run_dir: Path,
+    stop: StopFlag,
+) -> Validation | None:
+    """What the config asks to be evaluated; None without validation data."""
+    if data.validation is None:
+        return None
+    prompts: Sequence[ReplyPrompt] = ()
+    if config.evaluation.generate:
+        dialogues = read_conversations(data.validation_sources, **asdict(reading(config.data)))
+        prompts = ask(dialogues, template, config.evaluation, positions=context_length(model))
+    return Validation(
+        section=config.evaluation,
+        template=template,
+        examples=data.validation,
+        prompts=prompts,
+        collate=Collator(template.pad_id),
+        batch_size=config.training.batch_size,
+        run_dir=run_dir,
+        stop=stop,
+    )

@@ -1,0 +1,240 @@
+"""ZeRO stage and offload -> a DeepSpeed config, and what DeepSpeed needs around it.
+
+Batch size, accumulation and clipping always come from the `training` section; a JSON file of the
+user's may repeat them or say "auto", but not contradict them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+
+from finetune.config import DeepSpeedSection, TrainingSection
+from finetune.errors import ConfigError
+
+# Elements per communication bucket: 50 MB in bf16 for small models, hidden squared (as the
+# transformers integration has it) for large ones: 16.8 M at hidden 4096.
+MIN_BUCKET = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What decides a DeepSpeed config besides its section."""
+
+    training: TrainingSection
+    num_processes: int
+    hidden_size: int
+    precision: str
+    """`fp32`, `bf16` or `fp16`: in which format DeepSpeed keeps the weights that it trains."""
+
+
+def deepspeed_config(section: DeepSpeedSection, setting: Setting) -> dict[str, Any]:
+    """The DeepSpeed config of a run, with a number in every place.
+
+    Raises:
+        ConfigError: `deepspeed.config` cannot be read, or contradicts the YAML file.
+    """
+    if section.config is None:
+        return _required(setting) | {"zero_optimization": _zero(section, setting.hidden_size)}
+    given = _read(Path(section.config))
+    problems = [*_contradictions(given, section, setting), *_owned_by_us(given, setting.training)]
+    if problems:
+        raise ConfigError(
+            "\n".join(f"deepspeed.config ({section.config}): {problem}" for problem in problems)
+        )
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    zero = DeepSpeedSection(zero_stage=section.zero_stage if stage == "auto" else stage)
+    sizes = _zero(zero, setting.hidden_size)
+    merged = {**given, **_required(setting)}
+    for name in ("optimizer", "scheduler"):
+        merged.pop(name, None)
+    merged["zero_optimization"] = {
+        key: sizes.get(key, value) if value == "auto" else value
+        for key, value in given.get("zero_optimization", {}).items()
+    }
+    return merged
+
+
+def prepare_libraries(*, has_gpu: bool) -> None:
+    """Tell DeepSpeed about a machine without a GPU; call it before TrainingArguments are built."""
+    if has_gpu:
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    # Otherwise it is compiled for minutes, and fails without ninja and g++. gloo does its work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def join(*, has_gpu: bool) -> None:
+    """Let DeepSpeed use the process group; after TrainingArguments, before a model is loaded.
+
+    ZeRO-3 shards a model while it is loaded and needs the group then.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if has_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+
+
+class GuardedEngine(DeepSpeedEngineWrapper):
+    """Accelerate's wrapper of the DeepSpeed engine, with a look at the gradients before a step.
+
+    `engine.step` clips, steps and zeroes in one call inside `backward`, so that the Trainer's own
+    place for it comes too late.
+    """
+
+    def __init__(self, engine: Any, guard: Callable[[bool], None]) -> None:
+        super().__init__(engine)
+        self._guard = guard
+
+    def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """Backward pass; at the end of an accumulation also guard and optimizer step."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+        if sync_gradients:
+            self._guard(self._gradients_are_finite())
+            self.engine.step()
+
+    def _gradients_are_finite(self) -> bool:
+        """Of this process's part; with loss scaling, where overflow is normal, always true."""
+        import torch
+
+        if self.engine.fp16_enabled():
+            return True
+        optimizer = self.engine.optimizer
+        parts = getattr(optimizer, "averaged_gradients", None) or {}
+        gradients = [g for group in parts.values() for g in group or () if g is not None]
+        gradients += [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+def _required(setting: Setting) -> dict[str, Any]:
+    training = setting.training
+    micro, accumulation = training.batch_size, training.gradient_accumulation_steps
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * setting.num_processes,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": setting.precision == "bf16"},
+        "fp16": {"enabled": setting.precision == "fp16"},
+        # AdamW is torch's own in every stage: the same numbers, and no kernel to compile.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero(section: DeepSpeedSection, hidden_size: int) -> dict[str, Any]:
+    stage = section.zero_stage
+    bucket = max(hidden_size * hidden_size, MIN_BUCKET)
+    if stage == 0:
+        return {"stage": 0}
+    config: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": stage > 1,
+        "contiguous_gradients": True,
+    }
+    if section.offload_optimizer != "none":
+        config["offload_optimizer"] = {"device": section.offload_optimizer, "pin_memory": True}
+    if stage == 3:
+        config |= {
+            "stage3_prefetch_bucket_size": int(0.9 * bucket),
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+        if section.offload_parameters != "none":
+            config["offload_param"] = {"device": section.offload_parameters, "pin_memory": True}
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"deepspeed.config: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"deepspeed.config: {path} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"deepspeed.config: {path} holds no JSON object")
+    return given
+
+
+def _contradictions(
+    given: Mapping[str, Any], section: DeepSpeedSection, setting: Setting
+) -> list[str]:
+    said_by = {
+        "train_micro_batch_size_per_gpu": "training.batch_size",
+        "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+        "train_batch_size": "batch_size x gradient_accumulation_steps x processes",
+        "gradient_clipping": "training.max_grad_norm",
+    }
+    required = _required(setting)
+    problems = [
+        f'{key} is {given[key]}, but {source} is {required[key]}; remove it or write "auto"'
+        for key, source in said_by.items()
+        if given.get(key, "auto") not in ("auto", required[key])
+    ]
+    for name in ("bf16", "fp16"):
+        enabled = given.get(name, {}).get("enabled", "auto")
+        if enabled not in ("auto", required[name]["enabled"]):
+            problems.append(
+                f"{name}.enabled is {enabled}, but model.dtype and the method ask for "
+                f'{setting.precision}; remove it or write "auto"'
+            )
+    zero = given.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if "zero_stage" in section.model_fields_set and stage not in ("auto", section.zero_stage):
+        problems.append(
+            f"zero_optimization.stage is {stage}, but deepspeed.zero_stage is {section.zero_stage}"
+        )
+    for field, key in (
+        ("offload_optimizer", "offload_optimizer"),
+        ("offload_parameters", "offload_param"),
+    ):
+        device = zero.get(key, {}).get("device", "none")
+        if field in section.model_fields_set and device != getattr(section, field):
+            problems.append(
+                f"zero_optimization.{key}.device is {device}, but deepspeed.{field} is "
+                f"{getattr(section, field)}"
+            )
+    return problems
+
+
+def _owned_by_us(given: Mapping[str, Any], training: TrainingSection) -> list[str]:
+    """An optimizer that says what `training` says is accepted, another one and a schedule are not."""
+    problems = []
+    optimizer = given.get("optimizer")
+    if optimizer is not None:
+        kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
+        ours = {
+            "lr": training.learning_rate,
+            "weight_decay": training.weight_decay,
+            "betas": [
+                training.extra.get("adam_beta1", 0.9),
+                training.extra.get("adam_beta2", 0.999),
+            ],
+            "eps": training.extra.get("adam_epsilon", 1e-8),
+        }
+        if kind not in ("AdamW", "Adam"):
+            problems.append(f"optimizer.type is {kind}, but training uses AdamW; remove it")
+        problems += [
+            f"optimizer.params.{key} is {value}, but the training section says {ours.get(key)}; "
+            "remove it"
+            for key, value in params.items()
+            if value != "auto" and value != ours.get(key)
+        ]
+    if given.get("scheduler") is not None:
+        problems.append("scheduler: remove it; training.lr_schedule and warmup_steps decide")
+    return problems
