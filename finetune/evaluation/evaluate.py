@@ -1,20 +1,34 @@
-"""A model and prompts with references -> scores and every prediction."""
+"""A model and held-out dialogues -> loss, scores and every prediction.
+
+`evaluate_model` and `ask` serve training and the command alike; `evaluate` is the command.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.config import EvaluationSection
+from finetune.data.collate import Collator
 from finetune.data.conversation import Conversation
+from finetune.data.dataset import load_examples
 from finetune.data.prompts import ReplyPrompt, ReplyPrompts, reply_prompts
+from finetune.data.sources import read_conversations
 from finetune.data.template import ChatTemplate
 from finetune.evaluation import metrics
-from finetune.evaluation.generate import check_context, generate
-from finetune.evaluation.predictions import Prediction
-from finetune.evaluation.turns import Poll
+from finetune.evaluation.predictions import Prediction, whole_file, write_predictions
+from finetune.evaluation.settings import Settings, settings_of
+
+if TYPE_CHECKING:
+    from finetune.evaluation.turns import Poll
+
+PACKAGES = ("torch", "transformers", "peft", "tokenizers")
+"""Whose versions are written beside the scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,8 @@ def evaluate_model(
         DataError: a prompt leaves no room for `max_new_tokens`; names it.
         EvaluationStoppedError: `should_stop` returned True.
     """
+    from finetune.evaluation.generate import check_context, generate
+
     ids = [prompt.prompt_ids for prompt in prompts]
     names = [f"{prompt.where} message {prompt.index + 1}" for prompt in prompts]
     check_context(model, [len(prompt) for prompt in ids], max_new_tokens, names)
@@ -106,3 +122,117 @@ def evaluate_model(
             )
         )
     return EvaluationResult(metrics.mean([one.scores for one in predictions]), predictions)
+
+
+def evaluate(
+    target: str,
+    data: Sequence[str] = (),
+    *,
+    output: Path | None = None,
+    base: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Loss and scores of a model on held-out files: for a checkpoint, those that its run gave it.
+
+    Writes `scores.json` and `predictions.jsonl`. Under torchrun all processes share the work.
+
+    Args:
+        target: what `open_model` opens.
+        data: held-out files, globs or folders; by default those of the run.
+        output: the folder to write into; by default one beside `target`.
+        base: the adapter's base where its own record is out of date.
+        changes: fields of EvaluationSection that win over the run's; None counts as not said.
+
+    Raises:
+        ConfigError, DataError, ModelError: before anything is generated.
+    """
+    from finetune.evaluation.open import open_model, open_template
+
+    # What can be wrong with the request is found before torch is imported.
+    settings = settings_of(target).asking(data, changes or {})
+    template = open_template(target, base=base)
+    examples = load_examples(
+        settings.sources,
+        template,
+        settings.policy,
+        reading=settings.reading,
+        seed=settings.seed,
+        cache_root=Path(settings.data.cache_dir) if settings.data.cache_dir else None,
+    )
+    folder = output or _beside(target, settings.sources[0].path)
+    folder.mkdir(parents=True, exist_ok=True)
+    from finetune.evaluation.loss import validation_loss
+    from finetune.evaluation.turns import joined_processes
+
+    with joined_processes():
+        opened = open_model(target, base=base, dtype=settings.dtype, attention=settings.attention)
+        loss = validation_loss(
+            opened.model, examples, Collator(template.pad_id), batch_size=settings.loss_batch_size
+        )
+        result = _generated(opened.model, template, settings)
+    report = {
+        "target": str(target),
+        "kind": opened.kind,
+        "base": opened.base,
+        "scores": {"loss": loss.loss, **result.scores},
+        "supervised_tokens": loss.weight,
+        "replies": len(result.predictions),
+        "settings": _described(settings, opened.model),
+        "signature": metrics.signature(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "output": str(folder),
+    }
+    if console.is_main():
+        write_predictions(folder / "predictions.jsonl", result.predictions)
+        with whole_file(folder / "scores.json") as file:
+            file.write(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    _say(report)
+    return report
+
+
+def _generated(model: Any, template: ChatTemplate, settings: Settings) -> EvaluationResult:
+    section = settings.evaluation
+    if not section.generate:
+        return EvaluationResult({}, [])
+    from finetune.evaluation.generate import context_length
+
+    dialogues = read_conversations(settings.sources, **asdict(settings.reading))
+    prompts = ask(dialogues, template, section, positions=context_length(model))
+    return evaluate_model(
+        model,
+        template,
+        prompts,
+        max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
+    )
+
+
+def _described(settings: Settings, model: Any) -> dict[str, Any]:
+    """What else decides the numbers."""
+    section = settings.evaluation
+    return {
+        "data": [source.path for source in settings.sources],
+        "decoding": "greedy",
+        **{name: getattr(section, name) for name in ("replies", "max_new_tokens", "max_samples")},
+        "batch_size": section.batch_size,
+        **asdict(settings.policy),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _beside(target: str, data: str) -> Path:
+    """A folder next to `target`, or here when it is a hub id, named after it and the data."""
+    place = Path(target).absolute() if Path(target).is_dir() else Path(Path(target).name).absolute()
+    return place.parent / f"evaluation-{place.name}-{Path(data).stem}"
+
+
+def _say(report: Mapping[str, Any]) -> None:
+    scores = report["scores"]
+    rows = [
+        (name, "-" if value is None else f"{value:.4f}" if name == "loss" else f"{value:.2f}")
+        for name, value in scores.items()
+    ]
+    console.say(f"{report['target']}: {report['replies']} replies")
+    console.table(["metric", "score"], rows)
+    console.say(report["signature"])
+    console.say(f"every prediction is in {report['output']}")

@@ -16,9 +16,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from finetune.errors import DataError
-from finetune.evaluation.turns import EvaluationStoppedError, Poll, in_turns, longest_first, sharded
+from finetune.evaluation.turns import Poll, in_turns, longest_first, sharded
 
-GenerationStoppedError = EvaluationStoppedError
 Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
 
 
