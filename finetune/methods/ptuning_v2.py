@@ -16,7 +16,6 @@ since nothing else moves.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.glm.modeling_glm import eager_attention_forward
 
 from finetune.config import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
@@ -220,7 +220,8 @@ def _flat_weights(folder: Path) -> Tensor:
     tensors = load_file(path) if path.is_file() else {}
     if FLAT_NAME not in tensors:
         raise ModelError(f"{path} holds no saved prefix ({FLAT_NAME}); give a P-Tuning v2 adapter")
-    return tensors[FLAT_NAME]
+    flat: Tensor = tensors[FLAT_NAME]
+    return flat
 
 
 def _fold(state: Mapping[str, Tensor], layers: list[str], heads: int, head_dim: int) -> Tensor:
@@ -254,7 +255,7 @@ def _unfold(model: PreTrainedModel, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
-    """Route attention through the prefix and move real tokens to positions N, N + 1, …"""
+    """Route attention through the prefix; real tokens move from positions 0, 1, 2 to N, N + 1, N + 2."""
     config = model.config.get_text_config()
     implementation = IMPLEMENTATIONS.get(config._attn_implementation)
     if implementation is None:
@@ -264,10 +265,12 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
         )
     config._attn_implementation = implementation
 
+    def moved(value: Any) -> Any:
+        is_positions = isinstance(value, Tensor) and not value.is_floating_point()
+        return value + num_virtual_tokens if is_positions else value
+
     def shift(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if "position_ids" in kwargs:
-            return args, kwargs | {"position_ids": kwargs["position_ids"] + num_virtual_tokens}
-        return (*args[:-1], args[-1] + num_virtual_tokens), kwargs
+        return tuple(map(moved, args)), {name: moved(value) for name, value in kwargs.items()}
 
     rotary = [
         m for name, m in model.named_modules() if re.fullmatch(r".*\.?rotary(_pos)?_emb", name)
@@ -293,29 +296,24 @@ def _open_left(mask: Tensor | None, query: Tensor, num_keys: int, num_open: int)
     return torch.cat([columns, mask], dim=-1)
 
 
-def _with_prefix(find: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., Any]:
+def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function that attends to the module's prefix first."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:  # fmt: skip
-        inner = find(module)
         if not hasattr(module, "prefix"):
-            return inner(module, query, key, value, attention_mask, **kwargs)
-        prefix = module.prefix().to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
+            return attention(module, query, key, value, attention_mask, **kwargs)
+        own: nn.Module = module.get_submodule("prefix")
+        prefix = own().to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
         mask = _open_left(attention_mask, query, key.shape[2], prefix.shape[3])
         keys, values = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
-        return inner(module, query, keys, values, mask, **kwargs)
+        return attention(module, query, keys, values, mask, **kwargs)
 
     return attend
 
 
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    attention: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-    return attention
-
-
-AttentionInterface.register("prefix_sdpa", _with_prefix(lambda _: ALL_ATTENTION_FUNCTIONS["sdpa"]))
-AttentionInterface.register("prefix_eager", _with_prefix(_eager))
+AttentionInterface.register("prefix_sdpa", _with_prefix(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+AttentionInterface.register("prefix_eager", _with_prefix(eager_attention_forward))
 AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
 AttentionMaskInterface.register("prefix_eager", eager_mask)

@@ -1,0 +1,204 @@
+"""A prefix in every attention layer: as PEFT opens it, under recomputation, padding, packing and the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from finetune.config import PTuningV2Method
+from finetune.errors import ConfigError, ModelError
+from finetune.methods import ptuning_v2
+from finetune.methods.base_record import BaseRecord
+from finetune.models.load import load_model
+
+FAMILIES = ("chatglm", "glm", "glm4")
+N = 5
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"tiny_{request.param}")
+    return folder
+
+
+def tuned(base: Path, *, projection: bool = False, **options: Any) -> torch.nn.Module:
+    """A model whose prefix weighs enough to be noticed."""
+    torch.manual_seed(1)
+    section = PTuningV2Method(num_virtual_tokens=N, prefix_projection=projection)
+    model = ptuning_v2.attach(load_model(base, **options), section)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data.normal_(0, 1 if "key_value" in name else 0.5)
+    return model.eval()
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of ids; the second has three tokens of padding on its right."""
+    ids = torch.randint(0, 370, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return ids, mask
+
+
+def save(model: torch.nn.Module, base: Path, folder: Path) -> Path:
+    folder.mkdir()
+    ptuning_v2.save(model, folder, base=BaseRecord(str(base), None, "fingerprint"))
+    return folder
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_peft_opens_the_saved_adapter_with_the_same_logits(
+    base: Path, tmp_path: Path, projection: bool
+) -> None:
+    model = tuned(base, projection=projection)
+    adapter = save(model, base, tmp_path / "adapter")
+    peft_model = PeftModel.from_pretrained(load_model(base), adapter).eval()
+    ids, mask = padded()
+    with torch.no_grad():
+        ours = model(input_ids=ids, attention_mask=mask).logits
+        theirs = peft_model(input_ids=ids, attention_mask=mask).logits
+        untuned = load_model(base)(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=1e-5, rtol=0)
+    assert (ours - untuned)[mask.bool()].abs().max() > 0.5, "the prefix had no effect"
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_recomputed_activations_give_the_same_gradients(base: Path, projection: bool) -> None:
+    ids, mask = padded()
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = tuned(base, projection=projection).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(g is not None and g.abs().max() > 0 for g in found)
+        return [g for g in found if g is not None]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, recomputed, atol=1e-6, rtol=0)
+
+
+def test_only_the_prefix_is_trained(base: Path) -> None:
+    names = [name for name, p in tuned(base).named_parameters() if p.requires_grad]
+    assert len(names) == 2
+    assert all(name.endswith(".prefix.key_value") for name in names)
+
+
+def test_left_and_right_padding_give_what_a_row_alone_gives(base: Path) -> None:
+    model = tuned(base)
+    ids, _ = padded()
+    row, pad = ids[:1, :6], torch.full((1, 3), 370)
+    real, hole = torch.ones(1, 6, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)
+    with torch.no_grad():
+        alone = model(input_ids=row).logits
+        right = model(
+            input_ids=torch.cat([row, pad], 1), attention_mask=torch.cat([real, hole], 1)
+        ).logits[:, :6]
+        left = model(
+            input_ids=torch.cat([pad, row], 1),
+            attention_mask=torch.cat([hole, real], 1),
+            position_ids=torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4, 5]]),
+        ).logits[:, 3:]
+    torch.testing.assert_close(right, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(left, alone, atol=1e-5, rtol=0)
+
+
+def test_packed_documents_see_the_prefix_and_not_each_other(base: Path) -> None:
+    model = tuned(base)
+    ids, _ = padded()
+    first, second = ids[:1, :4], ids[1:, :5]
+    with torch.no_grad():
+        packed = model(
+            input_ids=torch.cat([first, second], 1),
+            position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]),
+            use_cache=False,
+        ).logits
+        alone = [model(input_ids=document).logits for document in (first, second)]
+    torch.testing.assert_close(packed[:, :4], alone[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed[:, 4:], alone[1], atol=1e-5, rtol=0)
+
+
+def test_generation_with_a_cache_and_padding_equals_peft_and_recomputation(
+    base: Path, tmp_path: Path
+) -> None:
+    model = tuned(base)
+    ids, _ = padded()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+    cached = model.generate(input_ids=ids[:1], attention_mask=torch.ones(1, 9), **options)
+    adapter = save(model, base, tmp_path / "adapter")
+    peft_model = PeftModel.from_pretrained(load_model(base), adapter).eval()
+    theirs = peft_model.generate(input_ids=ids[:1], attention_mask=torch.ones(1, 9), **options)
+    assert cached.tolist() == theirs.tolist()
+    row = ids[:1]
+    for _ in range(6):
+        with torch.no_grad():
+            logits = model(input_ids=row, use_cache=False).logits
+        row = torch.cat([row, logits[:, -1:].argmax(-1)], 1)
+    assert cached.tolist() == row.tolist()
+    batch = torch.cat([torch.full((1, 2), 370), ids[:1, 2:]], 1)
+    both = torch.cat([ids[:1], batch])
+    mask = torch.tensor([[1] * 9, [0, 0] + [1] * 7])
+    together = model.generate(input_ids=both, attention_mask=mask, **options)[:, 9:]
+    short = model.generate(input_ids=ids[:1, 2:], attention_mask=torch.ones(1, 7), **options)
+    assert together.tolist() == [cached[0, 9:].tolist(), short[0, 7:].tolist()]
+
+
+def test_eager_attention_equals_sdpa(base: Path) -> None:
+    ids, mask = padded()
+    with torch.no_grad():
+        sdpa, eager = (
+            tuned(base, attention=name)(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+            for name in ("sdpa", "eager")
+        )
+    torch.testing.assert_close(sdpa, eager, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_saved_prefix_restores_for_training_and_loads_for_generation(
+    base: Path, tmp_path: Path, projection: bool
+) -> None:
+    model = tuned(base, projection=projection)
+    adapter = save(model, base, tmp_path / "adapter")
+    section = PTuningV2Method(num_virtual_tokens=N, prefix_projection=projection)
+    fresh = ptuning_v2.attach(load_model(base), section)
+    ptuning_v2.restore(fresh, adapter)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(weight, dict(fresh.named_parameters())[name]), name
+    ids, mask = padded()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        opened = ptuning_v2.load_adapter(load_model(base), adapter)
+        assert torch.equal(opened(input_ids=ids, attention_mask=mask).logits, expected)
+
+
+def test_the_full_size_prefix_has_the_published_number_of_parameters(
+    tiny_chatglm: Path, tmp_path: Path
+) -> None:
+    # FACTS of the published model: 40 layers x 2 x 2 groups x 128 x 512 virtual tokens = 10,485,760;
+    # here 2 layers x 2 x 2 groups x 8 x 5.
+    model = tuned(tiny_chatglm)
+    adapter = save(model, tiny_chatglm, tmp_path / "adapter")
+    flat = load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"]
+    assert flat.shape == (N, 2 * 2 * 2 * 8)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == flat.numel()
+
+
+def test_a_prefix_of_another_length_is_refused(tiny_glm: Path, tmp_path: Path) -> None:
+    adapter = save(tuned(tiny_glm), tiny_glm, tmp_path / "adapter")
+    other = ptuning_v2.attach(load_model(tiny_glm), PTuningV2Method(num_virtual_tokens=N + 1))
+    with pytest.raises(ModelError, match="num_virtual_tokens"):
+        ptuning_v2.restore(other, adapter)
+
+
+def test_an_attention_that_cannot_take_a_prefix_is_refused(tiny_glm: Path) -> None:
+    model = load_model(tiny_glm)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match="attention: sdpa"):
+        ptuning_v2.attach(model, PTuningV2Method())
