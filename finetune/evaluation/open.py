@@ -48,7 +48,9 @@ def open_model(
     """
     template = open_template(target, base=base)
     from finetune.models.load import load_model
+    from finetune.models.quiet import quiet_libraries
 
+    quiet_libraries()
     path, revision = _base_of(target, base)
     model: Any = load_model(path, revision=revision, dtype=dtype, attention=attention)
     if _is_adapter(target):

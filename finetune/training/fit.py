@@ -15,11 +15,11 @@ from finetune.config import RunConfig
 from finetune.config_file import dump_config
 from finetune.data.collate import Collator
 from finetune.data.template import ChatTemplate
+from finetune.models.quiet import quiet_libraries
 from finetune.training import checkpoint, report, resume
 from finetune.training.callbacks import Meter, MetricsFile, Narrator, Schedule
 from finetune.training.facts import run_record
 from finetune.training.processes import Processes, end, start
-from finetune.training.quiet import quiet_libraries
 from finetune.training.run_data import RunData
 from finetune.training.run_directory import RunDirectory
 from finetune.training.saving import Saver
