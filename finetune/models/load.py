@@ -84,6 +84,8 @@ def load_model(
     config_class, model_class = _CLASSES[family(_read_config(folder))]
     implementation = _attention(attention)
     weight_files(folder)  # says what is missing better than transformers does
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
     try:
         config = config_class.from_pretrained(folder)
         model, report = model_class.from_pretrained(
@@ -93,10 +95,13 @@ def load_model(
             attn_implementation=implementation,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     _check_complete(folder, report)
     return model.eval()
 
@@ -180,10 +185,16 @@ def _attention(name: str) -> str | None:
 
 
 def _check_complete(folder: Path, report: dict[str, Any]) -> None:
-    """Refuse weights that are missing or left over: both would be a model with random parts."""
+    """Refuse weights that are missing, misshapen or left over: parts of the model would be random."""
+    kinds = {
+        "missing_keys": "missing",
+        "mismatched_keys": "of another shape",
+        "unexpected_keys": "unknown",
+    }
     problems = []
-    for kind, text in (("missing_keys", "missing"), ("unexpected_keys", "unknown")):
-        names = sorted(map(str, report.get(kind) or ()))
+    for kind, text in kinds.items():
+        found = report.get(kind) or ()
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in found)
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{text}: {', '.join(names[:3])}{more}")

@@ -24,7 +24,7 @@ CHUNK_ELEMENTS = {"cpu": 20_000_000, "other": 80_000_000}
 
 
 class SupervisedHead(nn.Linear):
-    """An output layer that can return the summed loss of some positions instead of logits."""
+    """An output layer without bias that can return the summed loss of positions, not logits."""
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
@@ -32,7 +32,8 @@ class SupervisedHead(nn.Linear):
         """Return logits [..., V]; with targets [N] and weights [N] or None, sum(weight · ce)."""
         if targets is None:
             return super().forward(hidden)
-        total: Tensor = _ChunkedLoss.apply(hidden, self.weight, targets, weights)  # type: ignore[no-untyped-call]
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        total: Tensor = _ChunkedLoss.apply(hidden, weight, targets, weights)  # type: ignore[no-untyped-call]
         return total
 
 
@@ -108,7 +109,7 @@ def _chunks(length: int, vocabulary: int, kind: str) -> list[slice]:
 
 
 def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the same sum through any head module (one that PEFT wrapped), recomputing logits."""
+    """Return the same sum through any head (one that PEFT wrapped); backward runs it again."""
 
     def chunk_loss(rows: Tensor, target: Tensor, share: Tensor | None) -> Tensor:
         losses = F.cross_entropy(head(rows).float(), target, reduction="none")
@@ -118,7 +119,7 @@ def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tenso
     vocabulary = int(getattr(head, "out_features", 151552))
     for at in _chunks(targets.shape[0], vocabulary, hidden.device.type) or [slice(0, 0)]:
         share = None if weights is None else weights[at]
-        part = checkpoint(chunk_loss, hidden[at], targets[at], share, use_reentrant=False)
+        part: Tensor = checkpoint(chunk_loss, hidden[at], targets[at], share, use_reentrant=False)
         total = total + part
     return total.float()
 
@@ -142,7 +143,7 @@ def supervised_loss(
     weights = None if loss_weights is None else loss_weights[:, 1:][rows, columns].detach()
     chosen = hidden[rows, columns]
     if isinstance(head, SupervisedHead):
-        total = head(chosen, targets=targets, weights=weights)
+        total: Tensor = head(chosen, targets=targets, weights=weights)
     else:
         total = _recomputed(head, chosen, targets, weights)
     if num_items is None:
