@@ -13,11 +13,14 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
+    from rich.text import Text
 
 PLAIN_PROGRESS_SECONDS = 5.0
 """In a log file a progress line appears at most this often."""
@@ -35,14 +38,14 @@ def on_terminal() -> bool:
     return _stream().isatty() and os.environ.get("TERM") != "dumb"
 
 
-def say(text: str = "") -> None:
-    """One line (or several) for the user."""
+def say(text: str | Text = "") -> None:
+    """One line (or several) for the user; a rich Text keeps its colours on a terminal."""
     if not is_main():
         return
     if on_terminal():
         _rich().print(text, soft_wrap=True)
     else:
-        _write(_stream(), text)
+        _write(_stream(), str(text))
 
 
 def warn(text: str) -> None:
@@ -146,6 +149,8 @@ def duration(seconds: float) -> str:
 def json_output(enabled: bool = True) -> Iterator[Callable[[Any], None]]:
     """Gives `emit(value)`, one JSON text per line on standard output, from rank 0 only.
 
+    A dataclass is emitted as a mapping, a path as text.
+
     While it is open, file descriptor 1 leads to standard error: nothing that a library (or a child
     process) prints can get between the JSON. With `enabled` False, `emit` does nothing.
     """
@@ -163,7 +168,8 @@ def json_output(enabled: bool = True) -> Iterator[Callable[[Any], None]]:
 
             def emit(value: Any) -> None:
                 if is_main():
-                    pipe.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+                    text = json.dumps(value, ensure_ascii=False, default=_as_json)
+                    pipe.write(text.encode() + b"\n")
                     pipe.flush()
 
             yield emit
@@ -171,6 +177,14 @@ def json_output(enabled: bool = True) -> Iterator[Callable[[Any], None]]:
         sys.stdout, _redirected = python_stdout, was_redirected
         os.dup2(real, 1)
         os.close(real)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def _stream() -> TextIO:

@@ -9,6 +9,7 @@ import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json, data_app
+from finetune.cli.inputs import check_inputs, model_in
 
 app = typer.Typer(
     epilog="`finetune.py configs/lora.yaml` without a command trains. `finetune schema --markdown` "
@@ -21,8 +22,15 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 Target = Annotated[
-    Path,
+    str,
     typer.Argument(help="A run, a checkpoint, an adapter, a merged model, or a base model."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="The base model, when it is not where the adapter says."),
+]
+BatchSize = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Prompts generated at once, per process.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")]
 
@@ -74,8 +82,6 @@ def train(
     with console.json_output(as_json) as emit:
         for note in loaded.notes:
             console.warn(note)
-        from finetune.cli.inputs import check_inputs
-
         check_inputs(loaded.config)
         from finetune.training.run import train as run
 
@@ -85,53 +91,88 @@ def train(
 @app.command()
 def evaluate(
     target: Target,
-    data: Annotated[list[str], typer.Option(help="Held-out file, glob or folder; repeatable.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Held-out file, glob or folder; repeatable. By default those of the run.",
+        ),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for scores.json and predictions.jsonl.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="For scores.json and predictions.jsonl; by default beside the target.",
+        ),
     ] = None,
-    replies: Annotated[Replies, typer.Option(help="Which replies.")] = "every_reply",
-    max_new_tokens: MaxNewTokens = 512,
+    base: Base = None,
+    replies: Annotated[
+        Replies | None, typer.Option(help="Which replies of a dialogue to generate.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")
+    ] = None,
     max_samples: Annotated[
-        int | None, typer.Option(min=1, help="At most this many replies, the same ones each time.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="At most N replies, the same ones each time."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Prompts generated at once.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model's replies against the references of a file."""
+    """Score a model's replies against held-out dialogues.
+
+    What is not said here is as in the run that saved the model, so that the numbers are those of
+    its training.
+    """
+    changes = {
+        "replies": replies,
+        "max_new_tokens": max_new_tokens,
+        "max_samples": max_samples,
+        "batch_size": batch_size,
+    }
     with console.json_output(as_json) as emit:
+        target = model_in(target)
         from finetune.evaluation.evaluate import evaluate as run
 
-        emit(run(target, data))
+        emit(run(target, data or (), output=output, base=base, changes=changes))
 
 
 @app.command()
 def predict(
     target: Target,
-    data: Annotated[list[str], typer.Option(help="File, glob or folder; repeatable.")],
-    output: Annotated[Path, typer.Option(help="The JSONL file to write.")],
+    data: Annotated[
+        list[str], typer.Option(metavar="FILE", help="File, glob or folder; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The JSONL file to write.")],
+    base: Base = None,
     max_new_tokens: MaxNewTokens = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once.")] = 16,
+    batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
-    """Write the model's reply to every prompt of a file."""
+    """Write the model's reply to every dialogue of a file."""
     with console.json_output(as_json) as emit:
+        target = model_in(target)
+        from finetune.evaluation.predict import PredictOptions
         from finetune.evaluation.predict import predict as run
 
-        emit(run(target, data))
+        options = PredictOptions(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        emit(run(target, data, output, base=base, options=options))
 
 
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="An adapter, a checkpoint, or a run.")],
-    output: Annotated[Path, typer.Option(help="The folder to write; must not exist yet.")],
-    base: Annotated[
-        Path | None, typer.Option(help="The base model, when it is not where the adapter says.")
-    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The folder to write; must not exist yet.")
+    ],
+    base: Base = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Number format to write; by default the base's.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the folder; accept another base.")
+        bool, typer.Option("--force", help="Merge even when the base is not the adapter's own.")
     ] = False,
     check: Annotated[
         bool, typer.Option(help="Compare forward passes of merged and adapted model.")
@@ -142,22 +183,33 @@ def merge(
     with console.json_output(as_json) as emit:
         from finetune.export.merge import merge as run
 
-        emit(run(adapter, output, base=base, dtype=dtype, force=force, check=check))
+        where = Path(base) if base else None
+        report = run(adapter, output, base=where, dtype=dtype, force=force, check=check)
+        for note in report.notes:
+            console.warn(note)
+        console.say(
+            f"{report.output}: {report.source} merged into {report.base}, {report.num_updated} "
+            f"tensors updated, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
+        )
+        if report.largest_difference is not None:
+            console.say(f"largest difference of the logits: {report.largest_difference:.2e}")
+        emit(report)
 
 
 @app.command()
 def chat(
     target: Target,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    base: Base = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 always takes the likeliest token.")
+        float, typer.Option(metavar="X", min=0, help="0 always takes the likeliest token.")
     ] = 0.0,
 ) -> None:
     """Talk to a model in the terminal."""
     from finetune.chat.terminal import chat as run
 
-    run(target, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    run(target, base=base, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 @app.command()

@@ -1,11 +1,15 @@
-"""What can be checked before anything heavy is imported: do the files of a run exist?"""
+"""What can be checked before anything heavy is imported: do the files exist, which model is meant?"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetune.config import DataSection, RunConfig
-from finetune.errors import DataError, FinetuneError, ModelError
+from finetune import console
+from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
+
+if TYPE_CHECKING:
+    from finetune.config import DataSection, RunConfig
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -19,9 +23,26 @@ def check_inputs(config: RunConfig) -> None:
     deepspeed = config.deepspeed.config if config.deepspeed else None
     if deepspeed is not None and not Path(deepspeed).is_file():
         problems.append(f"deepspeed.config: {deepspeed} is not a file (seen from {Path.cwd()})")
-        kinds.append(FinetuneError)
+        kinds.append(ConfigError)
     if problems:
         raise kinds[0]("\n  ".join(problems))
+
+
+def model_in(target: str) -> str:
+    """What `target` means: of a run, its best or else its newest good checkpoint, and says which."""
+    folder = Path(target)
+    if not folder.is_dir():
+        if _is_local(target):
+            raise ModelError(f"{target} is not a folder (seen from {Path.cwd()})")
+        return target
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return target
+    from finetune.export.merge import find_source
+
+    found, notes = find_source(folder)
+    for note in notes:
+        console.say(note)
+    return str(found)
 
 
 def _data_problems(section: DataSection) -> list[str]:
