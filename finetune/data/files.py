@@ -41,6 +41,8 @@ def expand(path: str) -> list[Path]:
             return _files_in(target)
         if target.exists():
             raise DataError(f"{path} is neither a regular file nor a folder")
+        if target.is_symlink():
+            raise DataError(f"{path} is a link to nowhere ({target.readlink()})")
         if glob.has_magic(path):
             names = glob.glob(path, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
             found = sorted(p for p in map(Path, names) if p.is_file())
@@ -58,8 +60,11 @@ def _files_in(folder: Path) -> list[Path]:
         for p in folder.rglob("*")
         if p.name.lower().endswith(_ALL_SUFFIXES)
         and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        and p.is_file()
+        and not p.is_dir()
     )
+    odd = next((p for p in found if not p.is_file()), None)
+    if odd:
+        raise DataError(f"{odd} is not a regular file; mend or remove it")
     if not found:
         raise DataError(f"folder {folder} holds no {', '.join(SUFFIXES)} file (.gz, .zst allowed)")
     return found

@@ -1,0 +1,442 @@
+"""Files to rows: what is benign loads alike, what is not gets `file:line: reason`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from finetune.data import json_rows, streams, strict_json
+from finetune.data.files import BadRow, Row, expand, read_rows
+from finetune.data.sources import SourceSpec, read_conversations, weighted
+from finetune.errors import DataError
+
+GOOD = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
+VALUE = json.loads(GOOD)
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def values(path: Path) -> list[Any]:
+    rows = list(read_rows(path))
+    assert not [row for row in rows if isinstance(row, BadRow)]
+    return [row.value for row in rows]
+
+
+def lines_of(path: Path) -> list[int]:
+    return [int(row.where.rpartition(":")[2]) for row in read_rows(path)]
+
+
+BENIGN = {
+    "plain.jsonl": f"{GOOD}\n{GOOD}\n",
+    "no_end.jsonl": f"{GOOD}\n{GOOD}",
+    "crlf.jsonl": f"{GOOD}\r\n{GOOD}\r\n",
+    "cr.jsonl": f"{GOOD}\r{GOOD}\r",
+    "bom.jsonl": b"\xef\xbb\xbf" + f"{GOOD}\n{GOOD}\n".encode(),
+    "blank_lines.jsonl": f"\n{GOOD}\n\n  \n{GOOD}\n\n",
+    "spaces.jsonl": f"  {GOOD}  \n\t{GOOD}\t\n",
+    "array.json": f"[{GOOD}, {GOOD}]",
+    "pretty_array.json": json.dumps([VALUE, VALUE], indent=2),
+    "array_bom_crlf.json": b"\xef\xbb\xbf[\r\n" + f"{GOOD},\r\n{GOOD}\r\n]\r\n".encode(),
+    "array_in_jsonl_name.jsonl": f"[{GOOD},{GOOD}]",
+    "lines_in_json_name.json": f"{GOOD}\n{GOOD}\n",
+    "gzip.jsonl.gz": gzip.compress(f"{GOOD}\n{GOOD}\n".encode()),
+    "gzip_members.jsonl.gz": gzip.compress(f"{GOOD}\n".encode()) * 2,
+    "gzip_without_the_name.jsonl": gzip.compress(f"{GOOD}\n{GOOD}\n".encode()),
+    "zstd.json.zst": zstandard.compress(f"[{GOOD},{GOOD}]".encode()),
+    "zstd_frames.jsonl.zst": zstandard.compress(f"{GOOD}\n".encode()) * 2,
+}
+
+
+@pytest.mark.parametrize("name", BENIGN)
+def test_benign_spellings_of_a_file_give_the_same_rows(tmp_path: Path, name: str) -> None:
+    assert values(write(tmp_path, name, BENIGN[name])) == [VALUE, VALUE]
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u2028b", "a\u0085b", "a\u2029b", "a\x0cb", "a\x1eb", "😀", "\\n"]
+)
+def test_only_line_ends_split_lines(tmp_path: Path, text: str) -> None:
+    raw = json.dumps({"t": text}, ensure_ascii=False)
+    assert values(write(tmp_path, "a.jsonl", f"{raw}\n{raw}")) == [{"t": text}] * 2
+    assert values(write(tmp_path, "a.json", f"[{raw},\n{raw}]")) == [{"t": text}] * 2
+
+
+# file -> (line, part of the reason); one bad row each, the good ones around it are still read.
+BAD_ROWS = {
+    "not_utf8.jsonl": (f"{GOOD}\n".encode() + b'{"a": "\xff"}\n' + GOOD.encode(), 2, "byte 0xff at column 8 is not UTF-8"),
+    "cut_character.jsonl": (f"{GOOD}\n".encode() + b'{"a": "\xe4\xbd"}\n', 2, "is not UTF-8"),
+    "nul.jsonl": (f'{GOOD}\n{{"a": "\0"}}\n', 2, "control character"),
+    "escaped_nul.jsonl": (f'{GOOD}\n{{"a": "\\u0000"}}\n', 2, "NUL"),
+    "high_surrogate.jsonl": (f'{GOOD}\n{{"a": ["\\ud83d"]}}\n', 2, "half a surrogate pair, \\ud83d"),
+    "low_surrogate.jsonl": (f'{GOOD}\n{{"a": {{"\\uDE00": 1}}}}\n', 2, "half a surrogate pair"),
+    "duplicate_key.jsonl": (f'{GOOD}\n{{"a": {{"b": 1, "b": 2}}}}\n', 2, "key 'b' stands twice"),
+    "nan.jsonl": (f'{GOOD}\n{{"a": NaN}}\n', 2, "NaN is not JSON"),
+    "infinity.jsonl": (f'{GOOD}\n{{"a": -Infinity}}\n', 2, "-Infinity is not JSON"),
+    "two_objects.jsonl": (f"{GOOD}\n{GOOD}{GOOD}\n", 2, "more text after the end of the JSON value"),
+    "two_objects_apart.jsonl": (f"{GOOD}\n{GOOD} {GOOD}\n", 2, "more text after the end"),
+    "trailing_comma.jsonl": (f'{GOOD}\n{{"a": 1,}}\n', 2, "not JSON"),
+    "truncated.jsonl": (f"{GOOD}\n{GOOD[:50]}", 2, "cut off"),
+    "truncated_in_text.jsonl": (f"{GOOD}\n{GOOD[:45]}", 2, "cut off"),
+    "single_quotes.jsonl": (f"{GOOD}\n{{'a': 'b'}}\n", 2, "double quotes"),
+    "bare_words.jsonl": (f"{GOOD}\nhello\n", 2, "not JSON"),
+    "number.jsonl": (f"{GOOD}\n7\n", 2, "the row is a number, not an object"),
+    "text.jsonl": (f'{GOOD}\n"x"\n', 2, "the row is text, not an object"),
+    "null.jsonl": (f"{GOOD}\nnull\n", 2, "the row is null, not an object"),
+    "list.jsonl": (f"{GOOD}\n[1]\n", 2, "the row is a list, not an object"),
+    "deep.jsonl": (f'{GOOD}\n{{"a": {"[" * 5000}{"]" * 5000}}}\n', 2, "nested more than 100 deep"),
+    "deep_enough.jsonl": (f'{GOOD}\n{{"a": {"[" * 101}{"]" * 101}}}\n', 2, "nested more than 100"),
+    "deep_and_open.jsonl": (f'{GOOD}\n{"[" * 200_000}\n', 2, "nested more than 100 deep"),
+    "digits.jsonl": (f'{GOOD}\n{{"a": {"1" * 5000}}}\n', 2, "not JSON that can be read"),
+    "duplicate_key.json": (f'[{GOOD},\n{{"b": 1, "b": 2}}, {GOOD}]', 2, "key 'b' stands twice"),
+    "nan.json": (f'[{GOOD},\n{{"b": NaN}}]', 2, "NaN is not JSON"),
+    "not_utf8.json": (f"[{GOOD},\n".encode() + b'{"a":"\xff"}]', 2, "byte 0xff at column 7 is not UTF-8"),
+    "surrogate.json": (f'[{GOOD},\n{{"a": "\\ud800"}}]', 2, "half a surrogate pair"),
+    "number.json": (f"[{GOOD},\n12, {GOOD}]", 2, "the row is a number, not an object"),
+    "deep_enough.json": (f'[{GOOD},\n{{"a": {"[" * 200}{"]" * 200}}}]', 2, "nested more than 100"),
+    "too_few_cells.csv": ("a,b\n1,2\n3\n", 3, "the row has 1 cells, the header has 2"),
+    "too_many_cells.csv": ("a,b\n1,2\n3,4,5\n", 3, "the row has 3 cells, the header has 2"),
+    "not_utf8.csv": (b"a,b\n1,2\n\xff,4\n", 3, "byte 0xff is not UTF-8"),
+    "nul.csv": ("a,b\n1,2\n\0,4\n", 3, "NUL"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_by_line_and_reason_and_hides_no_other(
+    tmp_path: Path, name: str
+) -> None:
+    content, line, reason = BAD_ROWS[name]
+    path = write(tmp_path, name, content)
+    rows = list(read_rows(path))
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    assert [row.where for row in bad] == [f"{path}:{line}"]
+    assert reason in bad[0].reason
+    assert not bad[0].fatal
+    assert isinstance(rows[0], Row)
+    if content.count(b"Q" if isinstance(content, bytes) else "Q") > 1 and "two" not in name and "trunc" not in name:  # fmt: skip
+        assert isinstance(rows[2], Row)
+
+
+GZIPPED = gzip.compress(os.urandom(5000))
+FATAL = {
+    "empty.jsonl": ("", 1, "it holds no rows"),
+    "blank.jsonl": ("\n \n\n", 1, "it holds no rows"),
+    "bom_only.jsonl": (b"\xef\xbb\xbf", 1, "it holds no rows"),
+    "empty.json": ("[]", 1, "it holds no rows"),
+    "empty.csv": ("", 1, "it holds no rows"),
+    "header_only.csv": ("a,b\n", 1, "it holds no rows"),
+    "empty.jsonl.gz": (gzip.compress(b""), 1, "it holds no rows"),
+    "utf16.jsonl": (GOOD.encode("utf-16"), 1, "UTF-16"),
+    "utf16_without_bom.jsonl": (GOOD.encode("utf-16-le"), 1, "UTF-16"),
+    "utf32.json": (f"[{GOOD}]".encode("utf-32"), 1, "UTF-32"),
+    "utf16.csv": ("a,b\n1,2\n".encode("utf-16"), 1, "UTF-16"),
+    "object_over_lines.json": (json.dumps(VALUE, indent=1), 1, "an object over several lines"),
+    "cut_array.json": (f"[{GOOD},\n{GOOD[:40]}", 2, "cut off"),
+    "open_array.json": (f"[{GOOD},\n{GOOD}", 2, "found the end of the file"),
+    "missing_comma.json": (f"[{GOOD}\n{GOOD}]", 2, "expected ',' or ']'"),
+    "trailing_comma.json": (f"[{GOOD},\n]", 2, "not JSON"),
+    "after_array.json": (f"[{GOOD}]\nx", 2, "more text after the end of the array"),
+    "two_arrays.json": (f"[{GOOD}]\n[{GOOD}]", 2, "more text after the end of the array"),
+    "deep.json": (f"[{GOOD},\n{'[' * 200_000}]", 2, "nested more than 100 deep"),
+    "cut.jsonl.gz": (gzip.compress(GOOD.encode() * 50)[:-10], 1, "gzip file is cut off"),
+    "damaged.jsonl.gz": (GZIPPED[:100] + b"\0\1\2" * 50 + GZIPPED[250:], 1, "gzip file is damaged"),
+    "cut.jsonl.zst": (zstandard.compress(GOOD.encode() * 50)[:-3], 1, "zstd file is cut off"),
+    "damaged.jsonl.zst": (zstandard.compress(os.urandom(999))[:9] + b"\1" * 90, 1, "zstd file is"),
+    "not_compressed.jsonl.gz": (GOOD, 1, "is not compressed that way"),
+    "not_compressed.jsonl.zst": (GOOD, 1, "is not compressed that way"),
+    "not_parquet.parquet": (GOOD, 1, "is not a Parquet file"),
+    "damaged.parquet": (b"PAR1" + b"\1" * 50 + b"PAR1", 1, "Parquet file is damaged"),
+    "open_quote.csv": ('a,b\n1,"2\n3,4\n', 2, "not CSV from here on"),
+    "text_after_quote.csv": ('a,b\n1,2\n"3"x,4\n', 3, "not CSV from here on"),
+    "column_twice.csv": ("a,a\n1,2\n", 1, "column 'a' stands twice"),
+}
+
+
+@pytest.mark.parametrize("name", FATAL)
+def test_where_a_file_cannot_be_read_on_the_last_row_says_so(tmp_path: Path, name: str) -> None:
+    content, line, reason = FATAL[name]
+    path = write(tmp_path, name, content)
+    *_, last = read_rows(path)
+    assert isinstance(last, BadRow)
+    assert last.fatal
+    assert (last.where, reason in last.reason) == (f"{path}:{line}", True), last
+
+
+def test_a_row_of_20_mb_is_refused_without_holding_it(tmp_path: Path) -> None:
+    huge = '{"a": "' + "x" * 20_000_000 + '"}'
+    bad, good = read_rows(write(tmp_path, "a.jsonl", f"{huge}\n{GOOD}\n"))
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "the row is longer than 16 MiB"
+    assert good == Row(VALUE, f"{tmp_path}/a.jsonl:2")
+    (only,) = read_rows(write(tmp_path, "a.json", f"[{huge}]"))
+    assert isinstance(only, BadRow)
+    assert (only.reason, only.fatal) == ("the row is longer than 16 MiB", True)
+
+
+def test_rows_of_an_array_have_the_line_they_begin_on(tmp_path: Path) -> None:
+    text = f"[\n{GOOD}, {GOOD},\n\n{json.dumps(VALUE, indent=1)},\n{GOOD}\n]\n"
+    assert lines_of(write(tmp_path, "a.json", text)) == [2, 2, 4, 16]
+
+
+def test_rows_of_a_csv_have_the_line_they_begin_on(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'a,b\n1,"x\ny\nz"\n\n"2, 3","4 ""5"""\r\n')
+    assert values(path) == [{"a": "1", "b": "x\ny\nz"}, {"a": "2, 3", "b": '4 "5"'}]
+    assert lines_of(path) == [2, 6]
+
+
+def test_parquet_gives_rows_without_the_nulls_that_fill_structs(tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [
+        {"messages": [{"role": "user", "content": "Q"}, call], "tools": '[{"name": "f"}]'},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows + rows * 299), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == rows * 300
+    assert lines_of(tmp_path / "a.parquet") == list(range(1, 601))
+
+
+def test_a_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    text = pa.array([b"good", b"\xff", b"good"]).cast(pa.string(), safe=False)
+    parquet.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet")
+    rows = list(read_rows(tmp_path / "a.parquet"))
+    assert [type(row) for row in rows] == [Row, BadRow, Row]
+    assert rows[1] == BadRow(f"{tmp_path}/a.parquet:2", "a text column is not UTF-8")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab\n é\u2028"), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(st.dictionaries(st.text("kl"), json_values, max_size=3), min_size=1, max_size=5),
+    chunk=st.integers(1, 40),
+    ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 1]),
+    newline=st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_what_was_written_is_read_wherever_the_chunks_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[dict[str, Any]],
+    chunk: int,
+    ascii_only: bool,
+    indent: int | None,
+    newline: str,
+) -> None:
+    monkeypatch.setattr(streams, "CHUNK", chunk)
+    texts = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    array = json.dumps(rows, ensure_ascii=ascii_only, indent=indent)
+    expected = [json.loads(text.replace("\\u0000", "?")) for text in texts]
+    jsonl = write(tmp_path, "a.jsonl", newline.join(texts).replace("\\u0000", "?"))
+    whole = write(tmp_path, "a.json", array.replace("\n", newline).replace("\\u0000", "?"))
+    assert values(jsonl) == expected
+    assert values(whole) == expected
+
+
+def test_an_array_is_never_held_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "CHUNK", 1000)
+    longest = 0
+    original = json_rows._Array._fill
+
+    def watch(self: Any) -> bool:
+        nonlocal longest
+        longest = max(longest, len(self._text))
+        return original(self)
+
+    monkeypatch.setattr(json_rows._Array, "_fill", watch)
+    path = write(tmp_path, "a.json", "[" + ",\n".join([GOOD] * 2000) + "]")
+    assert len(values(path)) == 2000
+    assert longest < 3000
+
+
+def test_strict_json_reads_what_json_reads() -> None:
+    text = '{"a": [1, -2.5e3, true, null, "\\ud83d\\ude00 \\uD55C é"], "b": {"a": {}}}'
+    assert strict_json.parse(f" {text}\n") == json.loads(text)
+    assert strict_json.parse('{"{[": "' + "[{" * 200 + '"}') == {"{[": "[{" * 200}
+
+
+# Paths
+
+
+def test_a_folder_means_its_data_files_sorted(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("b.jsonl", "a.json.gz", "sub/c.parquet", "d.CSV", "README.md", ".hidden/x.jsonl", ".y.json"):  # fmt: skip
+        (tmp_path / name).touch()
+    names = [str(path.relative_to(tmp_path)) for path in expand(str(tmp_path))]
+    assert names == ["a.json.gz", "b.jsonl", "d.CSV", "sub/c.parquet"]
+
+
+def test_a_glob_means_the_files_that_match(tmp_path: Path) -> None:
+    for name in ("a1.jsonl", "a2.jsonl", "b.jsonl", "odd[1].jsonl"):
+        (tmp_path / name).touch()
+    assert [p.name for p in expand(f"{tmp_path}/a*.jsonl")] == ["a1.jsonl", "a2.jsonl"]
+    assert [p.name for p in expand(f"{tmp_path}/odd[1].jsonl")] == ["odd[1].jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("", "is not a path"),
+        ("a\0b", "is not a path"),
+        ("https://example.org/a.jsonl", "is a URL"),
+        ("s3://bucket/a.jsonl", "is a URL"),
+        ("missing.jsonl", "does not exist"),
+        ("nowhere/a.jsonl", "does not exist"),
+        ("*.jsonl", "no file matches"),
+        ("x" * 300, "cannot be opened"),
+        ("trian.jsonl", "did you mean train.json"),
+        ("pipe", "neither a regular file nor a folder"),
+        ("/dev/null", "neither a regular file nor a folder"),
+        ("empty", "holds no"),
+        ("loop", "is a link to nowhere"),
+        ("linked", "is not a regular file"),
+    ],
+)
+def test_a_path_that_means_no_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.json").touch()
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(DataError, match=reason):
+        expand(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["with space.jsonl", "中文.jsonl", "qu'o\"te.jsonl", "$(x);y.jsonl"]
+)
+def test_unusual_names_of_files_are_only_names(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name, GOOD)
+    assert expand(str(path)) == [path]
+    assert values(path) == [VALUE]
+
+
+# Sources
+
+
+def source(folder: Path, name: str, rows: list[str]) -> str:
+    return str(write(folder, name, "\n".join(rows)))
+
+
+def prompts(stream: Any) -> list[str]:
+    return [conversation.messages[0].content for conversation in stream]
+
+
+def pair(number: int) -> str:
+    return json.dumps({"prompt": str(number), "response": "A"})
+
+
+def test_all_bad_rows_of_all_files_are_in_one_report(tmp_path: Path) -> None:
+    first = source(tmp_path, "a.jsonl", [pair(1), "x", pair(2), '{"prompt": "Q"}'])
+    second = source(tmp_path, "b.jsonl", [GOOD, '{"messages": 3}'])
+    stream = read_conversations([SourceSpec(first), SourceSpec(second)])
+    with pytest.raises(DataError) as error:
+        list(stream)
+    assert str(error.value) == "\n".join(
+        [
+            "3 of 6 rows cannot be used:",
+            f"  {first}:2: not JSON at column 1: Expecting value",
+            f"  {first}:4: the row has no pair of columns prompt/response or prompt/completion or "
+            "content/summary or question/answer or query/response or query/answer or "
+            "question/response or source/target or input/output; its columns are 'prompt'",
+            f"  {second}:2: messages: is a number, not a list of messages",
+            "Mend the rows, or set data.on_bad_row to skip to leave them out.",
+        ]
+    )
+
+
+def test_a_long_list_of_bad_rows_is_capped_but_counted(tmp_path: Path) -> None:
+    path = source(tmp_path, "a.jsonl", [pair(0)] + ["x"] * 500)
+    with pytest.raises(DataError, match=r"500 of 501 rows") as error:
+        list(read_conversations([SourceSpec(path)]))
+    assert "… and 470 more" in str(error.value)
+
+
+def test_skipped_rows_are_counted_and_named(tmp_path: Path) -> None:
+    path = source(tmp_path, "a.jsonl", [pair(0), "x", pair(2), pair(3)])
+    stream = read_conversations([SourceSpec(path)], on_bad_row="skip", max_bad_rows=0.25)
+    assert prompts(stream) == ["0", "2", "3"]
+    assert (stream.rows, stream.num_bad, stream.formats) == (4, 1, {path: "pairs"})
+    assert stream.bad_rows == [BadRow(f"{path}:2", "not JSON at column 1: Expecting value")]
+
+
+def test_more_bad_rows_than_allowed_stop_the_run_all_the_same(tmp_path: Path) -> None:
+    path = source(tmp_path, "a.jsonl", [pair(0), "x", pair(2), pair(3)])
+    with pytest.raises(DataError, match=r"25.0%, more than data.max_bad_rows allows \(24.0%\)"):
+        list(read_conversations([SourceSpec(path)], on_bad_row="skip", max_bad_rows=0.24))
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped(tmp_path: Path) -> None:
+    path = source(tmp_path, "a.json", [f"[{GOOD},", GOOD])
+    with pytest.raises(DataError, match="cannot be skipped"):
+        list(read_conversations([SourceSpec(path)], on_bad_row="skip", max_bad_rows=0.99))
+
+
+def test_a_layout_that_is_not_known_is_told_with_the_columns(tmp_path: Path) -> None:
+    path = source(tmp_path, "a.jsonl", ['{"text": "…"}'] * 30)
+    with pytest.raises(DataError, match=r"a.jsonl:1: the layout is not known .*\('text'\)"):
+        list(read_conversations([SourceSpec(path)]))
+
+
+def test_each_file_of_a_folder_has_its_own_layout(tmp_path: Path) -> None:
+    source(tmp_path, "a.jsonl", [pair(1)])
+    source(tmp_path, "b.json", [f"[{GOOD}]"])
+    stream = read_conversations([SourceSpec(str(tmp_path))])
+    assert prompts(stream) == ["1", "Q"]
+    assert list(stream.formats.values()) == ["pairs", "messages"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "copies"), [(1.0, {1}), (2.0, {2}), (3.0, {3}), (0.5, {0, 1}), (2.5, {2, 3})]
+)
+def test_a_weight_repeats_rows_and_a_fraction_takes_a_seeded_share(
+    tmp_path: Path, weight: float, copies: set[int]
+) -> None:
+    path = source(tmp_path, "a.jsonl", [pair(n) for n in range(1200)])
+    spec = [SourceSpec(path, weight=weight)]
+    found = prompts(read_conversations(spec, seed=1))
+    assert len(found) == 1200 * weight
+    assert {found.count(str(n)) for n in range(0, 1200, 20)} == copies
+    assert found == prompts(read_conversations(spec, seed=1))
+    assert (found == prompts(read_conversations(spec, seed=2))) == (weight == int(weight))
+
+
+@pytest.mark.parametrize(("num", "weight", "expected"), [(10, 0.5, 5), (3, 0.1, 0), (7, 0.1, 1), (1024 * 3 + 1, 0.25, 768)])  # fmt: skip
+def test_a_fraction_of_the_rows_is_exact(num: int, weight: float, expected: int) -> None:
+    assert sum(1 for _ in weighted(range(num), weight, "0")) == expected
+
+
+def test_a_missing_path_is_reported_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_conversations([SourceSpec(str(tmp_path / "none.jsonl"))])
+
+
+def test_images_are_found_beside_their_data_file(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "Q", "image": "images/1.png"}, {"role": "assistant", "content": "A"}]}  # fmt: skip
+    path = source(tmp_path, "a.jsonl", [json.dumps(row)])
+    (conversation,) = read_conversations([SourceSpec(path)])
+    assert conversation.messages[0].image == f"{tmp_path}/images/1.png"
