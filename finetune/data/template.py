@@ -105,7 +105,9 @@ class ChatTemplate:
         model must write there.
         """
         batch = _Batch()
-        plans = [self._plan(c, len(c.messages), batch) for c in conversations]
+        plans = [
+            self._plan(c, len(c.messages), batch, last=len(c.messages) - 1) for c in conversations
+        ]
         for plan, conversation in zip(plans, conversations, strict=True):
             if conversation.messages and conversation.messages[-1].role == "assistant":
                 plan.append(_Piece(None, (self._headers["user"],)))
@@ -127,7 +129,7 @@ class ChatTemplate:
         """`prompt` for many (dialogue, reply) pairs with one call into the tokenizer."""
         batch = _Batch()
         opening = _Piece(None, (self._headers["assistant"], *self._suffix))
-        plans = [[*self._plan(c, reply, batch, earlier=True), opening] for c, reply in requests]
+        plans = [[*self._plan(c, reply, batch, last=None), opening] for c, reply in requests]
         flat, bounds = self._assemble(plans, self._encode(batch, [c for c, _ in requests]))
         return [flat[positions[0] : positions[-1]].tolist() for positions in bounds]
 
@@ -169,14 +171,13 @@ class ChatTemplate:
         return list(self.tokenizer.backend.encode(text, add_special_tokens=False).ids)
 
     def _plan(
-        self, conversation: Conversation, stop: int, batch: _Batch, earlier: bool = False
+        self, conversation: Conversation, stop: int, batch: _Batch, *, last: int | None
     ) -> list[_Piece]:
-        """Pieces of `messages[:stop]`; with `earlier` the last of them is no longer the last reply."""
+        """Pieces of `messages[:stop]`; `last` is the message that keeps its reasoning, if any does."""
         pieces = [self._prefix]
         if conversation.tools:
             text = self._tools(conversation)
             pieces.append(_Piece(None, (self._headers["system"], batch.number(text))))
-        last = -1 if earlier else stop - 1
         for index, message in enumerate(conversation.messages[:stop]):
             if message.role == "system" and not message.content:
                 continue
@@ -219,8 +220,9 @@ class ChatTemplate:
             if text.startswith(suffix) and text != suffix:
                 return (*self._suffix, batch.number(text.removeprefix(suffix)))
         elif last and not message.metadata and THINK_END in message.content:
-            rest = message.content.strip().removeprefix(THINK_START)
-            return (*self._suffix, batch.number(rest))
+            tagged = message.content.lstrip().startswith(THINK_START)
+            rest = message.content.partition(THINK_START)[2] if tagged else message.content
+            return (*self._suffix, batch.number(rest.rstrip()))
         return (batch.number(text),)
 
     def _image(self) -> tuple[int, ...]:
