@@ -1,0 +1,1 @@
+"""What comes out: checkpoints that open without this framework."""

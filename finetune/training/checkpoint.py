@@ -115,10 +115,12 @@ def open_stage(final: Path, *, replace: bool = False) -> int:
 def commit(stage: Path, final: Path, *, replace: bool = False) -> None:
     """Make ``stage`` whole (fsync, manifest last) and visible as ``final`` by one rename.
 
+    A writer that knows the hashes of its files may have sealed it already.
     A folder of that name is set aside first and removed afterwards; a crash between the two
     renames is undone by ``clean``.
     """
-    seal(stage)
+    if not (stage / MANIFEST).exists():
+        seal(stage)
     aside = final.parent / f"{REPLACED}{final.name}"
     if os.path.lexists(final):
         if not replace:

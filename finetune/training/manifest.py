@@ -17,13 +17,17 @@ _CHUNK = 1 << 20
 _HASH_THREADS = 4
 
 
-def seal(folder: Path) -> None:
-    """Fsync every file of ``folder`` and write its manifest, last."""
+def seal(folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+    """Fsync every file of ``folder`` and write its manifest, last.
+
+    ``known`` holds size and SHA-256 of files that their writer hashed and fsynced.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     files, folders, odd = walk(folder)
     if odd:
         raise CheckpointError(f"{folder / odd[0]} is neither a file nor a folder")
-    digests = _hash_all(folder, files, fsync=True)
+    digests = dict(known or {})
+    digests |= _hash_all(folder, [name for name in files if name not in digests], fsync=True)
     for name in folders:
         fsync_folder(folder / name)
     text = _manifest_text({name: digests[name] for name in sorted(digests)})

@@ -1,0 +1,353 @@
+"""Adapter + base -> a plain checkpoint that opens wherever the base opens, tensor by tensor.
+
+Same shards, same index, same other files as the base; only the tensors that the adapter changes
+differ. Computed in float32 and rounded once to the base's number format: what PEFT's merge gives for
+float32 adapters, without its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from finetune import console
+from finetune.errors import CheckpointError, ConfigError, ModelError, SpaceError
+from finetune.export import adapter as adapters
+from finetune.export.adapter import Adapter
+from finetune.export.numbers import STORAGE
+from finetune.export.shards import GivenUpError, Output, ShardPlan, make_header, write_shard
+from finetune.training import checkpoint
+from finetune.training.manifest import MANIFEST, seal
+from finetune.weights import CONFIG, INDEX, TensorInfo, model_fingerprint, read_shard, weight_files
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+_WORKERS = 2
+_SPARE = 16 << 20  # bytes beside the weights
+_CARRIED = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+_LEFT = (MANIFEST, "*.index.json", "adapter_*", "finetune.json", "run.json", "trainer_state.json")
+_TIED = (
+    ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"),
+    ("model.embed_tokens.weight", "lm_head.weight"),
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    output: Path
+    source: Path
+    """The adapter or checkpoint that was merged."""
+    base: Path
+    num_updated: int
+    """Tensors that a LoRA update was added to."""
+    num_replaced: int
+    """Tensors that were taken from the adapter whole."""
+    untied: bool
+    """Whether input and output embedding were one matrix before and are two now."""
+    num_bytes: int
+    seconds: float
+    largest_difference: float | None
+    """Between the logits of base + adapter and of the output; None when not checked."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    shards: tuple[ShardPlan, ...]
+    texts: Mapping[str, str]
+    """Files that are written anew, by name."""
+    copies: Mapping[str, Path]
+    """Files that are carried over byte for byte, by name."""
+    untied: bool
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+
+def merge(
+    adapter: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    check: bool = True,
+) -> MergeReport:
+    """Write the checkpoint that ``adapter`` and its base make together to ``out``.
+
+    Args:
+        adapter: A run directory (its best or newest good checkpoint), a checkpoint, or an adapter;
+            of a fully tuned checkpoint the weights are taken as they are.
+        out: The new folder; must not exist.
+        base: The base, if it is no longer where the adapter says.
+        dtype: bfloat16, float16 or float32, if not the base's own.
+        force: Merge into a base whose fingerprint is not that of the adapter's.
+        check: Compare the logits of base + adapter with those of the output.
+    """
+    started = time.perf_counter()
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    source, notes = find_source(adapter)
+    tuned = adapters.read_adapter(source) if (source / adapters.CONFIG).is_file() else None
+    base = _find_base(tuned, source, base)
+    _check_output(out, {base, source})
+    if tuned is not None:
+        notes += _check_base(tuned, base, force=force)
+    plan = _plan(base, tuned, dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(plan, out)
+    with checkpoint.staged(out) as stage:
+        known = _write(plan, stage)
+        difference = None
+        if check and tuned is not None:
+            from finetune.export.parity import check_parity
+
+            difference = check_parity(base, source, stage)
+        seal(stage, known)
+    return MergeReport(
+        output=out,
+        source=source,
+        base=base,
+        num_updated=len(tuned.updates) if tuned else 0,
+        num_replaced=len(tuned.replacements) if tuned else 0,
+        untied=plan.untied,
+        num_bytes=plan.size,
+        seconds=time.perf_counter() - started,
+        largest_difference=difference,
+        notes=tuple(notes),
+    )
+
+
+def find_source(path: Path) -> tuple[Path, list[str]]:
+    """The folder that ``path`` means, verified where it has a manifest, and what is to be said."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder; give a run, a checkpoint or an adapter")
+    is_run = not (path / adapters.CONFIG).is_file() and not (path / CONFIG).is_file()
+    if not is_run:
+        problems = checkpoint.verify(path) if (path / MANIFEST).is_file() else []
+        if problems:
+            raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+        return path, []
+    best = checkpoint.best(path)
+    if best is not None and not checkpoint.verify(best):
+        return best, [f"took {best.name}, the best of {path}"]
+    newest, skipped = checkpoint.newest_good(path)
+    if newest is None:
+        listed = "".join(f"\n  {folder.name}: {reason}" for folder, reason in skipped)
+        raise CheckpointError(f"{path} holds no adapter, model or good checkpoint{listed}")
+    notes = [f"passed over {folder.name}: {reason}" for folder, reason in skipped]
+    return newest, [*notes, f"took {newest.name}, the newest good one of {path}"]
+
+
+def _find_base(tuned: Adapter | None, source: Path, given: Path | None) -> Path:
+    if tuned is None:
+        if given is not None:
+            raise ConfigError(f"--base does not apply: {source} is a whole model, not an adapter")
+        return source
+    name = str(given) if given is not None else tuned.base
+    if not name:
+        raise ModelError(f"{source} does not name its base; give it with --base")
+    if Path(name).is_dir():
+        return Path(name)
+    from finetune.models.load import local_folder  # heavy, and only needed for a hub id
+
+    return local_folder(name, tuned.revision if given is None else None)
+
+
+def _check_output(out: Path, inputs: set[Path]) -> None:
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists already; choose another --output or remove it first")
+    for folder in inputs:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{out} lies inside {folder}, which is read; choose another --output")
+
+
+def _check_base(tuned: Adapter, base: Path, *, force: bool) -> list[str]:
+    if tuned.fingerprint is None:
+        return [f"{tuned.folder} does not say which base it belongs to; only shapes were compared"]
+    found = model_fingerprint(base)
+    if found == tuned.fingerprint:
+        return []
+    text = (
+        f"{base} (fingerprint {found[:16]}) is not the base that {tuned.folder} was trained on "
+        f"({tuned.base}, fingerprint {tuned.fingerprint[:16]})"
+    )
+    if not force:
+        raise ModelError(
+            f"{text}; give its own base with --base, or --force if you know why they differ"
+        )
+    return [f"{text}; merged all the same (--force)"]
+
+
+def _check_space(plan: _Plan, out: Path) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < plan.size + _SPARE:
+        raise SpaceError(
+            f"{out} needs {plan.size / 1e9:.2f} GB and {out.parent} has {free / 1e9:.2f} GB free; "
+            "nothing was written. Free some space or choose another --output"
+        )
+
+
+def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> _Plan:
+    shards = [read_shard(file) for file in weight_files(base)]
+    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    present = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    extra = _untied_head(config, present, tuned)
+    _check_fit(tuned, {**present, **extra}, base)
+    plans = []
+    for shard in shards:
+        sources = [extra.get(tensor.name, tensor) for tensor in shard.tensors]
+        names = [tensor.name for tensor in shard.tensors]
+        for head, embedding in extra.items():
+            if embedding.file == shard.file and head not in present:
+                names, sources = [*names, head], [*sources, embedding]
+        outputs = tuple(
+            _output(name, tensor, tuned, dtype) for name, tensor in zip(names, sources, strict=True)
+        )
+        same = len(outputs) == len(shard.tensors) and all(
+            new.dtype == old.dtype for new, old in zip(outputs, shard.tensors, strict=True)
+        )
+        header = shard.header if same else make_header(outputs, shard.metadata)
+        plans.append(ShardPlan(shard.file, header, outputs))
+    texts = _new_texts(base, config, plans, dtype=dtype, untied=bool(extra))
+    copies = {name: file for name, file in _carried(base).items() if name not in texts}
+    return _Plan(tuple(plans), texts, copies, bool(extra))
+
+
+def _untied_head(
+    config: Mapping[str, Any], present: Mapping[str, TensorInfo], tuned: Adapter | None
+) -> dict[str, TensorInfo]:
+    """The output matrix of its own that a tied model needs once the adapter touches one of the two.
+
+    An adapter on the input embedding leaves the output embedding as it was, and the other way
+    round; one stored matrix could not hold both.
+    """
+    touched = {*tuned.updates, *tuned.replacements} if tuned else set()
+    for embedding, head in _TIED:
+        if (
+            config.get("tie_word_embeddings")
+            and embedding in present
+            and touched & {embedding, head}
+        ):
+            return {head: present[embedding]}
+    return {}
+
+
+def _check_fit(tuned: Adapter | None, present: Mapping[str, TensorInfo], base: Path) -> None:
+    problems = []
+    for name, update in (tuned.updates if tuned else {}).items():
+        wanted = (update.b.shape[0], update.a.shape[1])
+        if name not in present:
+            problems.append(f"{name} is not there")
+        elif present[name].shape != wanted:
+            problems.append(f"{name} is {present[name].shape}, the adapter's is {wanted}")
+        elif present[name].dtype not in STORAGE:
+            problems.append(f"{name} is stored as {present[name].dtype}, which is not merged into")
+    for name, tensor in (tuned.replacements if tuned else {}).items():
+        if name not in present:
+            problems.append(f"{name} is not there")
+        elif present[name].shape != tensor.shape:
+            problems.append(f"{name} is {present[name].shape}, the adapter's is {tensor.shape}")
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:5])
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(f"the adapter does not fit {base}:\n{shown}{more}\nGive its own base")
+
+
+def _output(name: str, tensor: TensorInfo, tuned: Adapter | None, dtype: str | None) -> Output:
+    wanted = DTYPES[dtype] if dtype and tensor.dtype in STORAGE else tensor.dtype
+    update = tuned.updates.get(name) if tuned else None
+    replacement = tuned.replacements.get(name) if tuned else None
+    return Output(name, replacement or tensor, wanted, update)
+
+
+def _new_texts(
+    base: Path,
+    config: Mapping[str, Any],
+    plans: Sequence[ShardPlan],
+    *,
+    dtype: str | None,
+    untied: bool,
+) -> dict[str, str]:
+    """config.json and the index where they cannot stay as they are."""
+    texts = {}
+    changed = dict(config)
+    if untied:
+        changed["tie_word_embeddings"] = False
+    if dtype:
+        changed["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if changed != config:
+        texts[CONFIG] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+    if (base / INDEX).is_file():
+        index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+        if untied or dtype:
+            index["weight_map"] = {o.name: plan.file.name for plan in plans for o in plan.outputs}
+            total = sum(o.size for plan in plans for o in plan.outputs)
+            index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+            texts[INDEX] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    return texts
+
+
+def _carried(folder: Path) -> dict[str, Path]:
+    """Config, tokenizer, template, code and licence files of ``folder``, and the index."""
+    found = {INDEX: folder / INDEX} if (folder / INDEX).is_file() else {}
+    for file in folder.iterdir():
+        wanted = any(fnmatch(file.name, pattern) for pattern in _CARRIED)
+        if wanted and file.is_file() and not any(fnmatch(file.name, p) for p in _LEFT):
+            found[file.name] = file
+    return found
+
+
+def _write(plan: _Plan, stage: Path) -> dict[str, tuple[int, str]]:
+    """Write everything; size and SHA-256 of the weight files by name."""
+    for name, file in plan.copies.items():
+        shutil.copyfile(file, stage / name)
+    for name, text in plan.texts.items():
+        (stage / name).write_text(text, encoding="utf-8")
+    stop = threading.Event()
+    with _megabytes(plan.size) as advance, ThreadPoolExecutor(_WORKERS) as pool:
+        futures = [
+            pool.submit(write_shard, shard, stage / shard.file.name, stop=stop, advance=advance)
+            for shard in plan.shards
+        ]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            stop.set()
+            raise
+        if any(future.done() and future.exception() for future in futures):
+            stop.set()
+    errors = [error for future in futures if (error := future.exception())]
+    # The one that made the others give up comes first.
+    for error in sorted(errors, key=lambda error: isinstance(error, GivenUpError)):
+        raise error
+    return {
+        shard.file.name: future.result() for shard, future in zip(plan.shards, futures, strict=True)
+    }
+
+
+@contextmanager
+def _megabytes(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in MB that several threads may advance by bytes."""
+    lock, done = threading.Lock(), 0
+    with console.progress(total // 1_000_000, "MB merged") as meter:
+
+        def advance(size: int) -> None:
+            nonlocal done
+            with lock:
+                meter.advance((done + size) // 1_000_000 - done // 1_000_000)
+                done += size
+
+        yield advance

@@ -1,0 +1,533 @@
+"""Merging: what the adapter computes becomes the weights, and everything else stays as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import CheckpointError, ConfigError, ModelError, SpaceError
+from finetune.export import merge as merging
+from finetune.export.merge import merge
+from finetune.export.numbers import narrow, widen
+from finetune.models.load import load_model, lora_targets
+from finetune.training import checkpoint
+from finetune.weights import model_fingerprint, read_shard, tensors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+]
+
+
+def make_base(
+    folder: Path, dtype: torch.dtype = torch.float32, shards: int = 3, **config: Any
+) -> Path:
+    """A tiny GLM in several shards with an index, as real checkpoints come."""
+    tiny.save_model(folder, config.pop("family", "glm"), **config)
+    weights = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {}
+    for part in range(shards):
+        file = f"model-{part + 1:05}-of-{shards:05}.safetensors"
+        chosen = {name: weights[name].contiguous() for name in names[part::shards]}
+        save_file(chosen, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(chosen, file)
+    total = sum(t.numel() * t.element_size() for t in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+    (folder / "modeling_chatglm.py").write_text("# published code\n")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, *, seed: int = 1, **options: Any) -> Path:
+    """A PEFT adapter whose every weight is random, B and magnitude too."""
+    model = load_model(base)
+    options.setdefault("target_modules", lora_targets(model.config.model_type))
+    options.setdefault("r", 4)
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        if "magnitude" in name:
+            parameter.data *= torch.rand_like(parameter) + 0.5
+    adapted.save_pretrained(str(folder))
+    (folder / "finetune.json").write_text(
+        json.dumps({"base": {"path": str(base), "fingerprint": model_fingerprint(base)}})
+    )
+    return folder
+
+
+def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What PEFT makes of the two in the base's number format."""
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    model = PeftModel.from_pretrained(load_model(base, dtype=names[dtype]), str(adapter))
+    return dict(model.merge_and_unload().state_dict())
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(60, 90)[None]
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+KINDS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "scale of a power of two": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
+    "patterns": {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 7},
+        "alpha_pattern": {"down_proj": 3},
+    },
+    "head": {"target_modules": ["lm_head", "v_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "saved whole": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+}
+
+
+# PEFT rounds an embedding's update to bfloat16 before adding it; ours is rounded once, see below.
+SAME_AS_PEFT = [
+    pytest.param(kind, dtype, id=f"{kind}-{name}")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    for kind in KINDS
+    if (kind, name) != ("embedding", "bf16")
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), SAME_AS_PEFT)
+def test_the_merged_weights_are_those_of_peft_bit_for_bit(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
+    merge(adapter, tmp_path / "out", check=False)
+    expected = peft_merged(base, adapter, dtype)
+    found = weights_of(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+def exact(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """The changed tensors in float64, by the definition of LoRA and DoRA."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    parts = {k: v.double() for k, v in load_file(adapter / "adapter_model.safetensors").items()}
+    weights, found = weights_of(base), {}
+    for key in parts:
+        module, dot, _ = key.partition(".lora_A.weight")
+        if dot:
+            a, b = parts[key], parts[f"{module}.lora_B.weight"]
+        elif key.endswith(".lora_embedding_A"):
+            module = key.removesuffix(".lora_embedding_A")
+            a, b = parts[f"{module}.lora_embedding_B"].T, parts[key].T
+        else:
+            continue
+        rank = a.shape[0]
+        scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
+        name = module.removeprefix("base_model.model.") + ".weight"
+        merged = weights[name].double() + scale * (b @ a)
+        if config["use_dora"]:
+            length = parts[f"{module}.lora_magnitude_vector"]
+            merged *= (length / merged.norm(dim=1))[:, None]
+        found[name] = merged
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"target_modules": ["embed_tokens"]}, {"r": 32, "use_rslora": True}],
+    ids=["dora", "embedding", "rank 32"],
+)
+def test_the_merged_weights_are_as_near_to_the_exact_ones_as_peft_s(
+    tmp_path: Path, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(tmp_path / "adapter", base, **options)
+    merge(adapter, tmp_path / "out", check=False)
+    ours, theirs = weights_of(tmp_path / "out"), peft_merged(base, adapter, dtype)
+    wanted = exact(base, adapter)
+    assert wanted
+    # One rounding to the number format, and a few of float32 before it.
+    for name, tensor in wanted.items():
+        nearest = (tensor.to(dtype).double() - tensor).abs()
+        error = (ours[name].double() - tensor).abs()
+        slack = 2e-6 * tensor.abs().clamp(min=1)
+        assert (error <= nearest + slack).all(), name
+        assert error.mean() <= (theirs[name].double() - tensor).abs().mean() * 1.01, name
+
+
+@pytest.mark.parametrize("family", ["chatglm", "glm", "glm4"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_the_merged_model_answers_as_base_and_adapter_do(
+    tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    base = make_base(tmp_path / "base", family=family)
+    adapter = make_adapter(tmp_path / "adapter", base, **options)
+    report = merge(adapter, tmp_path / "out")
+    assert report.largest_difference is not None
+    assert report.largest_difference < 1e-4
+    before = logits(PeftModel.from_pretrained(load_model(base), str(adapter)).eval())
+    after = logits(load_model(tmp_path / "out"))
+    assert (before - after).abs().max() < 1e-4
+    assert (after - logits(load_model(base))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head", "q_proj"], ["q_proj"]], ids=str)
+def test_a_tied_model_keeps_one_matrix_only_while_one_can_serve_both_ends(
+    tmp_path: Path, targets: list[str]
+) -> None:
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=targets)
+    report = merge(adapter, tmp_path / "out")
+    before = logits(PeftModel.from_pretrained(load_model(base), str(adapter)).eval())
+    assert (before - logits(load_model(tmp_path / "out"))).abs().max() < 1e-4
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert report.untied == (targets != ["q_proj"])
+    assert config["tie_word_embeddings"] == (not report.untied)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert ("lm_head.weight" in index["weight_map"]) == report.untied
+    stored = tensors(tmp_path / "out")
+    assert {name: info.file.name for name, info in stored.items()} == index["weight_map"]
+    assert sum(info.size for info in stored.values()) == index["metadata"]["total_size"]
+
+
+def test_all_but_the_changed_tensors_is_carried_over_byte_for_byte(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", torch.bfloat16, family="chatglm")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query_key_value"])
+    merge(adapter, tmp_path / "out", check=False)
+    out, names = tmp_path / "out", {file.name for file in base.iterdir()}
+    assert {f.name for f in out.iterdir()} == names - {"pytorch_model.bin"} | {"manifest.json"}
+    for name in names - {"pytorch_model.bin"}:
+        if not name.endswith(".safetensors"):
+            assert (out / name).read_bytes() == (base / name).read_bytes(), name
+            continue
+        before, after = (base / name).read_bytes(), (out / name).read_bytes()
+        shard = read_shard(base / name)
+        assert after[: len(shard.header)] == shard.header
+        for tensor in shard.tensors:
+            part = slice(tensor.start, tensor.end)
+            is_target = tensor.name.endswith("query_key_value.weight")
+            assert (before[part] != after[part]) == is_target, tensor.name
+    assert checkpoint.verify(out) == []
+
+
+def test_another_number_format_is_written_on_request(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "plain", check=False)
+    merge(adapter, tmp_path / "small", dtype="bfloat16")
+    plain, small = weights_of(tmp_path / "plain"), weights_of(tmp_path / "small")
+    assert plain.keys() == small.keys()
+    for name, tensor in small.items():
+        assert torch.equal(tensor, plain[name].to(torch.bfloat16)), name
+    assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ConfigError, match="--dtype 'int8'"):
+        merge(adapter, tmp_path / "other", dtype="int8")
+
+
+def test_a_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    other = make_base(tmp_path / "other", seed=7)
+    narrower = make_base(tmp_path / "narrower", num_hidden_layers=1)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="is not the base that"):
+        merge(adapter, out, base=other)
+    with pytest.raises(ModelError, match="is not there"):
+        merge(adapter, out, base=narrower, force=True)
+    assert not out.exists()
+    report = merge(adapter, out, base=other, force=True, check=False)
+    assert "--force" in report.notes[0]
+    (adapter / "finetune.json").unlink()
+    report = merge(adapter, tmp_path / "foreign", check=False)
+    assert "only shapes were compared" in report.notes[0]
+
+
+def test_outputs_that_would_touch_what_is_read_or_there_are_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = fingerprints(tmp_path)
+    for out in (
+        base,
+        adapter,
+        base / "new",
+        adapter / "new",
+        tmp_path / "taken",
+        tmp_path / "link",
+    ):
+        with pytest.raises(ConfigError, match="choose another --output"):
+            merge(adapter, out)
+    assert fingerprints(tmp_path) == before
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    return {
+        str(file): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "only LoRA"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "changes the base"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"r": 5}, "has rank 4"),
+        ({"base_model_name_or_path": None}, "--base"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_an_adapter_that_cannot_be_merged_exactly_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=reason):
+        merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_adapters_and_bases_are_not_opened(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        merge(adapter, tmp_path / "out")
+    (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
+    for file in [*base.glob("*.safetensors"), *base.glob("*.index.json")]:
+        file.unlink()
+    with pytest.raises(ModelError, match="pickle"):
+        merge(adapter, tmp_path / "out", force=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: float) -> None:
+    base = make_base(tmp_path / "base", torch.float16)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    parts = load_file(adapter / "adapter_model.safetensors")
+    next(part for name, part in parts.items() if "lora_B" in name)[0, 0] = value
+    save_file(parts, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="not finite"):
+        merge(adapter, tmp_path / "out", check=False)
+    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+
+
+def test_a_merge_that_the_parity_check_finds_wrong_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    apply = merging.adapters.Update.apply
+    wrong = {"scale": np.float32(1.2)}
+    monkeypatch.setattr(
+        merging.adapters.Update,
+        "apply",
+        lambda self, *rest: apply(merging.adapters.Update(self.a, self.b, **wrong), *rest),
+    )
+    with pytest.raises(ModelError, match="differ from the adapter's"):
+        merge(adapter, tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+
+
+def test_a_run_means_its_best_good_checkpoint_else_the_newest_good_one(tmp_path: Path) -> None:
+    base, run = make_base(tmp_path / "base"), tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2, 3):
+        with checkpoint.staged(run / f"checkpoint-{step}") as stage:
+            make_adapter(stage, base, seed=step)
+            (stage / "optimizer.pt").write_bytes(b"state")
+    source, notes = merging.find_source(run)
+    assert (source.name, notes) == (
+        "checkpoint-3",
+        [f"took checkpoint-3, the newest good one of {run}"],
+    )
+    checkpoint.set_best(run, run / "checkpoint-1", "loss", 0.5)
+    assert merging.find_source(run)[0].name == "checkpoint-1"
+    (run / "checkpoint-1/optimizer.pt").write_bytes(b"other")
+    (run / "checkpoint-3/finetune.json").unlink()
+    source, notes = merging.find_source(run)
+    assert source.name == "checkpoint-2"
+    assert "checkpoint-3: finetune.json is missing" in notes[0]
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt has other content"):
+        merge(run / "checkpoint-1", tmp_path / "out")
+    report = merge(run, run / "merged", check=False)
+    assert checkpoint.verify(report.output) == []
+
+
+def test_of_a_fully_tuned_checkpoint_the_model_alone_is_taken(tmp_path: Path) -> None:
+    base, run = make_base(tmp_path / "base"), tmp_path / "run"
+    run.mkdir()
+    with checkpoint.staged(run / "checkpoint-5") as stage:
+        shutil.copytree(base, stage, dirs_exist_ok=True)
+        for name in ("optimizer.pt", "rng_state.pth", "run.json", "trainer_state.json"):
+            (stage / name).write_text("{}")
+    report = merge(run, tmp_path / "out")
+    assert (report.num_updated, report.largest_difference) == (0, None)
+    kept = {f.name for f in base.iterdir()} - {"pytorch_model.bin"} | {"manifest.json"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == kept
+    assert torch.equal(logits(load_model(base)), logits(load_model(tmp_path / "out")))
+
+
+def test_too_small_a_disk_is_said_before_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoint, "staged", None)
+    with pytest.raises(SpaceError, match="nothing was written") as caught:
+        merge(adapter, tmp_path / "out")
+    assert caught.value.exit_code == 6
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    calls = iter(range(1000))
+    write = os.write
+
+    def full(descriptor: int, data: Any) -> int:
+        if next(calls) > 5:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:1000])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(SpaceError, match="no room to write"):
+        merge(adapter, tmp_path / "out", check=False)
+    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+
+
+def test_a_merge_killed_at_any_point_leaves_all_or_nothing(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shards=2)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "whole", check=False)
+    wanted = (tmp_path / "whole/manifest.json").read_text()
+    out, survived = tmp_path / "out", 0
+    for last in range(1000):
+        if (child := os.fork()) == 0:
+            die_at_call(last)
+            merge(adapter, out, check=False)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if out.exists():
+            assert checkpoint.verify(out) == []
+            survived += 1
+            if code != 0:
+                shutil.rmtree(out)
+        if code == 0:
+            break
+    assert last > 50
+    assert survived >= 2  # some die after the rename
+    assert (out / "manifest.json").read_text() == wanted
+    assert {f.name for f in tmp_path.iterdir()} == {"base", "adapter", "whole", "out"}
+
+
+def die_at_call(last: int) -> None:
+    """End this process in place of the call number `last` that changes the disk."""
+    count = iter(range(last + 1))
+    for name in ("write", "fsync", "rename", "mkdir", "unlink", "rmdir"):
+        call = getattr(os, name)
+
+        def counted(*args: Any, call: Any = call, **options: Any) -> Any:
+            if next(count, last) == last:
+                os._exit(9)
+            return call(*args, **options)
+
+        setattr(os, name, counted)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import numpy
+import finetune.console
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from finetune.export.merge import merge
+merge(Path(sys.argv[1]), Path(sys.argv[2]), check=False)
+heavy = {"torch", "transformers", "peft", "safetensors"} & set(sys.modules)
+assert not heavy, heavy
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_merging_takes_little_memory_and_no_torch(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shards=1, intermediate_size=1 << 18)  # 200 MB of MLPs
+    adapter = tmp_path / "adapter"
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in tensors(base).items() if "mlp" in n}
+    parts = {}
+    for name, (rows, columns) in shapes.items():
+        module = "base_model.model." + name.removesuffix(".weight")
+        parts[f"{module}.lora_A.weight"] = torch.randn(4, columns)
+        parts[f"{module}.lora_B.weight"] = torch.randn(rows, 4)
+    adapter.mkdir()
+    save_file(parts, adapter / "adapter_model.safetensors")
+    config = LoraConfig(r=4, lora_alpha=8, base_model_name_or_path=str(base)).to_dict()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(
+            {"peft_type": "LORA", **{k: config[k] for k in ("r", "lora_alpha")}}
+            | {"base_model_name_or_path": str(base)}
+        )
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(adapter), str(tmp_path / "out")],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    weights = sum(t.size for t in tensors(base).values())
+    held = sum(part.numel() * 4 for part in parts.values())
+    assert weights > 180e6
+    assert int(result.stdout.split()[-1]) * 1024 < held * 2 + 60e6
+
+
+def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
+    # 1 + 2^-8 lies halfway between 1 and 1 + 2^-7; 1 + 3 * 2^-8 between 1 + 2^-7 and 1 + 2^-6.
+    values = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -(1 + 2**-8)], np.float32)
+    out, back = np.empty(4, np.uint16), np.empty(4, np.float32)
+    narrow(values, "BF16", out, np.empty(4, np.uint32))
+    widen(out, "BF16", back)
+    assert back.tolist() == [1.0, 1 + 2**-6, 1 + 2**-7, -1.0]
+
+
+def test_bfloat16_rounds_as_torch_does_on_any_bits() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 1 << 16, dtype=np.uint32)
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values)]
+    out = np.empty(values.size, np.uint16)
+    narrow(values.copy(), "BF16", out, np.empty(values.size, np.uint32))
+    wanted = torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy()
+    assert (out.view(np.int16) == wanted).all()
