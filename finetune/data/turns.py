@@ -135,7 +135,7 @@ class Turns:
             content = item.get("observation")
         is_data = isinstance(content, dict)
         text = strict_json.dump(content) if is_data else _text(content, position)
-        plain = {k: item[k] for k in ("metadata",) if k in item}
+        plain = {key: item[key] for key in ("metadata", "image") if key in item}
         message = _message(plain, "observation", text, position)
         self.add(message, position, item.get("tool_call_id"))
 
@@ -203,7 +203,7 @@ def _message(
     metadata: str | None = None,
     image: str | None = None,
 ) -> Message:
-    """A message with the item's `metadata`, `train` and `weight`."""
+    """A message with the item's `metadata`, `train`, `weight` and `image`."""
     if metadata is None:
         metadata = item.get("metadata") or ""
         if not isinstance(metadata, str):
@@ -216,7 +216,7 @@ def _message(
         weight = 1.0
     elif isinstance(weight, bool) or not isinstance(weight, int | float):
         _fail(position, f"weight is {strict_json.describe(weight)}, not a number")
-    return Message(role, text, metadata, train, float(weight), image)
+    return Message(role, text, metadata, train, float(weight), image or item.get("image"))
 
 
 def _parse_call(content: Any, position: int) -> Any:
