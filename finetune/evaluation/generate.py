@@ -81,7 +81,7 @@ def generate(
         answers = _generate_batch(model, template, rows, max_new_tokens, should_stop)
         return [Reply(index, *one) for index, one in zip(batch, answers, strict=True)]
 
-    with _without_sampling_settings(model):
+    with without_sampling_settings(model):
         parts = in_turns(model, batches, answer, label="replies", should_stop=should_stop)
     return sorted((reply for part in parts for reply in part), key=lambda reply: reply.index)
 
@@ -189,7 +189,7 @@ def _left_padded(
 
 
 @contextmanager
-def _without_sampling_settings(model: Any) -> Iterator[None]:
+def without_sampling_settings(model: Any) -> Iterator[None]:
     """Takes the checkpoint's own generation settings away for a while.
 
     transformers fills what our GenerationConfig leaves open from the model's, which comes from

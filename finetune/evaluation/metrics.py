@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from finetune.data.conversation import Message
+from finetune.data.tool_calls import tool_name
 
 BleuUnit = Literal["word", "character"]
 Scores: TypeAlias = dict[str, float | None]
@@ -116,16 +117,16 @@ def tool_call_validity(pair: Pair) -> float | None:
     if not pair.reference.metadata and not (pair.tools and pair.reply.metadata):
         return None
     name = pair.reply.metadata.strip()
-    tool = next((tool for tool in pair.tools if _tool_name(tool) == name), None)
+    tool = next((tool for tool in pair.tools if tool_name(tool) == name), None)
     if tool is None:
         return 0.0
-    if tool.get("type", "function") != "function":
+    if "function" not in tool:
         return 100.0
     try:
         arguments = json.loads(pair.reply.content)
     except (ValueError, RecursionError):
         return 0.0
-    required = (_function(tool).get("parameters") or {}).get("required") or []
+    required = (tool["function"].get("parameters") or {}).get("required") or []
     return 100.0 * (isinstance(arguments, dict) and all(key in arguments for key in required))
 
 
@@ -147,17 +148,6 @@ def _score_text(reply: str, reference: str, bleu_unit: BleuUnit) -> dict[str, fl
     one, other = words(reply), words(reference)
     fine = bleu(one, other) if bleu_unit == "word" else bleu(list(reply), list(reference))
     return {"bleu-4": fine, **rouge(one, other), "exact_match": exact}
-
-
-def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    function: Mapping[str, Any] = tool.get("function") or tool
-    return function
-
-
-def _tool_name(tool: Mapping[str, Any]) -> str:
-    if tool.get("type", "function") != "function":
-        return str(tool["type"])
-    return str(_function(tool).get("name", ""))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 BATCHES_PER_WINDOW = 32
 """Batches that are sorted by length together and written together."""
-_FUNCTION_NAME = re.compile(r"[\w.-]+")
+FUNCTION_NAME = re.compile(r"[\w.-]+")
 
 
 class Question(NamedTuple):
@@ -95,7 +95,7 @@ def as_reply(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
 
     Without tools, or where the line is no name, the whole reply is text.
     """
-    if not message.metadata or (tools and _FUNCTION_NAME.fullmatch(message.metadata)):
+    if not message.metadata or (tools and FUNCTION_NAME.fullmatch(message.metadata)):
         return message
     return Message("assistant", f"{message.metadata}\n{message.content}")
 

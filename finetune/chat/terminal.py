@@ -1,0 +1,349 @@
+"""Talking to a model in the terminal: its reply appears token by token.
+
+What is typed is text: `<|user|>` or `[gMASK]` in it never becomes a control token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from finetune import console
+from finetune.data.conversation import Conversation, Message, RowError
+from finetune.data.tool_calls import read_tools, tool_name
+from finetune.errors import DataError, FinetuneError
+
+HELP = """\
+/reset         forget the dialogue, keep the system message and the tools
+/system TEXT   set the system message and start afresh; without TEXT remove it
+/tools FILE    offer the functions in a JSON file and start afresh; without FILE remove them
+/help          this
+/quit          leave; so does Ctrl-D. Ctrl-C stops a reply
+A line that ends in \\ goes on in the next one; // at the start stands for /."""
+TOP_P = 0.8
+"""Nucleus of sampling, as in the generation_config.json of glm-4-9b-chat."""
+
+
+def chat(
+    target: str,
+    *,
+    base: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+) -> None:
+    """Opens `target` (a model, an adapter or a checkpoint) and talks until the input ends."""
+    from finetune.evaluation.open import open_model
+
+    console.say(f"opening {target} ...")
+    opened = open_model(target, base=base)
+    name = target if opened.kind == "model" else f"{target} on {opened.base}"
+    voice = Voice(opened.model, opened.template, max_new_tokens, temperature)
+    terminal = Terminal(sys.stdin, sys.stdout)
+    terminal.line(f"{name}; /help shows the commands, /quit leaves")
+    Session(voice, terminal, system or "").run()
+
+
+class Terminal:
+    """Where lines are read and text is shown; line editing if both ends are a real terminal."""
+
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
+        self._source = source
+        self._sink = sink
+        self._edits = source is sys.stdin and source.isatty() and sink.isatty()
+        if self._edits:
+            import readline  # noqa: F401  # gives input() its line editing
+
+    def ask(self, prompt: str) -> str | None:
+        """The next line, joined with those that it goes on in; None at the end of the input."""
+        line = self._read(prompt)
+        while line is not None and line.endswith("\\"):
+            rest = self._read("... ")
+            line = f"{line[:-1]}\n{rest or ''}"
+        return line
+
+    def show(self, text: str) -> None:
+        """Text at once, without a line break."""
+        self._sink.write(text)
+        self._sink.flush()
+
+    def line(self, text: str = "") -> None:
+        """A line of text."""
+        self.show(f"{text}\n")
+
+    def _read(self, prompt: str) -> str | None:
+        if self._edits:
+            try:
+                return input(prompt)
+            except EOFError:
+                return None
+        self.show(prompt)
+        line = self._source.readline()
+        return line.removesuffix("\n") if line else None
+
+
+@dataclass
+class Voice:
+    """The model: a dialogue in, a reply out, shown while it comes."""
+
+    model: Any
+    template: Any
+    max_new_tokens: int
+    temperature: float = 0.0
+
+    def room(self, conversation: Conversation) -> bool:
+        """Whether the dialogue and a reply fit into the model's context."""
+        from finetune.evaluation.generate import context_length
+
+        limit = context_length(self.model)
+        prompt = self.template.prompt(conversation, len(conversation.messages))
+        return limit is None or len(prompt) + self.max_new_tokens <= limit
+
+    def reply(self, conversation: Conversation, show: Callable[[str], None]) -> list[Message]:
+        """The messages of the reply: one, or several calls. Ctrl-C ends it where it is."""
+        import torch
+        from transformers import GenerationConfig
+
+        from finetune.evaluation.generate import without_sampling_settings
+        from finetune.evaluation.predict import reply_messages
+
+        prompt = self.template.prompt(conversation, len(conversation.messages))
+        streamer = ReplyStream(self.template, conversation.tools, show)
+        sampling = (
+            {"do_sample": True, "temperature": self.temperature, "top_p": TOP_P, "top_k": 0}
+            if self.temperature > 0
+            else {"do_sample": False}
+        )
+        config = GenerationConfig(
+            **sampling,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(self.template.stop_ids),
+            pad_token_id=self.template.pad_id,
+        )
+        ids = torch.tensor([prompt], device=self.model.device)
+        mask = torch.ones_like(ids)
+        with suppress(KeyboardInterrupt), without_sampling_settings(self.model):
+            self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
+            )
+        streamer.finish()
+        return reply_messages(streamer.ids, self.template, conversation.tools)
+
+
+class ReplyStream:
+    """Shows tokens as text when their bytes are whole; the `streamer` of `generate`."""
+
+    def __init__(
+        self, template: Any, tools: Sequence[Mapping[str, Any]], show: Callable[[str], None]
+    ) -> None:
+        self.ids: list[int] = []
+        """The reply so far, without its stop."""
+        self._template = template
+        self._opening = Opening(show, offers_tools=bool(tools))
+        self._prompt_seen = self._stopped = False
+        self._assistant = template.tokenizer.control_ids["<|assistant|>"]
+        self._begin()
+        if template.layout.suffix:  # the prompt ends inside the reply: `\n<think>`
+            self._opening.feed(template.layout.suffix)
+
+    def put(self, value: Any) -> None:
+        """Takes the prompt, which is ignored, and then one new token at a time."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.flatten().tolist():
+            self._take(token)
+
+    def end(self) -> None:
+        """Nothing: `finish` does it, also after an interruption."""
+
+    def finish(self) -> None:
+        """Shows what is left: the start of a character that never came to its end."""
+        text = str(self._template.tokenizer.plain.decode(self._piece, skip_special_tokens=False))
+        self._opening.feed(text[self._shown :])
+        self._opening.finish()
+
+    def _begin(self) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._piece: list[int] = []
+        self._shown = 0
+
+    def _take(self, token: int) -> None:
+        if self._stopped or token in self._template.stop_ids:
+            self._stopped = True
+            return
+        self.ids.append(token)
+        if token == self._assistant:  # another call of the same turn
+            self.finish()
+            self._opening.next()
+            self._begin()
+            return
+        self._piece.append(token)
+        if text := self._decoder.step(self._template.tokenizer.plain, token):
+            self._shown += len(text)
+            self._opening.feed(text)
+
+
+class Opening:
+    """Tells by its first line whether a reply is text or a call, and shows it accordingly.
+
+    A plain reply opens with a line break, a call with the function's name and a line break.
+    """
+
+    def __init__(self, show: Callable[[str], None], *, offers_tools: bool) -> None:
+        self._show = show
+        self._offers_tools = offers_tools
+        self._head: str | None = ""
+
+    def feed(self, text: str) -> None:
+        """More of the reply."""
+        if self._head is None:
+            self._show(text)
+            return
+        from finetune.evaluation.predict import FUNCTION_NAME
+
+        self._head += text
+        name, line_break, rest = self._head.partition("\n")
+        may_be_name = self._offers_tools and FUNCTION_NAME.fullmatch(name) is not None
+        if not name and not line_break:
+            return
+        if line_break:
+            self._settle(rest if not name else f"→ {name} {rest}" if may_be_name else self._head)
+        elif not may_be_name:
+            self._settle(self._head)
+
+    def finish(self) -> None:
+        """No more will come."""
+        if self._head:
+            self._settle(self._head)
+
+    def next(self) -> None:
+        """Another message of the same reply."""
+        self._show("\n")
+        self._head = ""
+
+    def _settle(self, text: str) -> None:
+        self._head = None
+        self._show(text)
+
+
+@dataclass
+class Session:
+    """One dialogue with its history."""
+
+    voice: Voice
+    terminal: Terminal
+    system: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    history: list[Message] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Reads lines and answers them until the input ends or /quit."""
+        while True:
+            try:
+                line = self.terminal.ask(self._prompt())
+            except KeyboardInterrupt:
+                self.terminal.line("\n(/quit or Ctrl-D leaves)")
+                continue
+            if line is None:
+                self.terminal.line()
+                return
+            if not line.strip():
+                continue
+            if line.startswith("/") and not line.startswith("//"):
+                if line.split()[0] == "/quit":
+                    return
+                self._command(line)
+            else:
+                self._say(line.removeprefix("/") if line.startswith("//") else line)
+
+    def _prompt(self) -> str:
+        waiting = self._waiting()
+        return f"result of {waiting[0].metadata}> " if waiting else "> "
+
+    def _waiting(self) -> list[Message]:
+        """The calls at the dialogue's end that have no result yet, in their order."""
+        results = 0
+        while results < len(self.history) and self.history[-1 - results].role == "observation":
+            results += 1
+        calls: list[Message] = []
+        for message in reversed(self.history[: len(self.history) - results]):
+            if message.role != "assistant" or not message.metadata:
+                break
+            calls.insert(0, message)
+        return calls[results:]
+
+    def _say(self, text: str) -> None:
+        before = list(self.history)
+        self.history.append(Message("observation" if self._waiting() else "user", text))
+        if self._waiting():
+            return
+        try:
+            self._make_room()
+            reply = self.voice.reply(self._conversation(), self.terminal.show)
+        except FinetuneError as error:
+            self.history = before
+            self.terminal.line(f"error: {error}")
+            return
+        self.terminal.line()
+        if all(message.content.strip() for message in reply):
+            self.history += reply
+        else:
+            self.history = before
+            self.terminal.line("(no reply; your message is forgotten)")
+
+    def _make_room(self) -> None:
+        """Forgets the oldest turns until the dialogue and a reply fit into the context."""
+        forgotten = 0
+        while not self.voice.room(self._conversation()):
+            later = [i for i, m in enumerate(self.history) if i and m.role == "user"]
+            if not later:
+                raise DataError("this does not fit into the model's context; make it shorter")
+            self.history = self.history[later[0] :]
+            forgotten += 1
+        if forgotten:
+            self.terminal.line(f"(the {forgotten} oldest turns are forgotten, to fit the context)")
+
+    def _conversation(self) -> Conversation:
+        head = [Message("system", self.system)] if self.system else []
+        return Conversation((*head, *self.history), self.tools, "the chat")
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/help":
+            self.terminal.line(HELP)
+        elif name in ("/reset", "/system", "/tools"):
+            try:
+                self._begin(name, rest)
+            except FinetuneError as error:
+                self.terminal.line(f"error: {error}")
+        else:
+            self.terminal.line(f"{name} is no command; /help shows them")
+
+    def _begin(self, name: str, rest: str) -> None:
+        if name == "/system":
+            self.system = rest
+        elif name == "/tools":
+            self.tools = read_tools_file(Path(rest)) if rest else ()
+        self.history = []
+        named = ", ".join(tool_name(tool) for tool in self.tools)
+        state = [f"system message: {self.system}" if self.system else "no system message"]
+        state += [f"tools: {named}"] if named else []
+        self.terminal.line(f"(a new dialogue; {'; '.join(state)})")
+
+
+def read_tools_file(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The function definitions of a JSON file: a list, in OpenAI's form or bare."""
+    try:
+        return read_tools(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    except RowError as error:
+        raise DataError(f"{path}: {error}") from error
