@@ -22,9 +22,10 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     level = logging.WARNING if console.is_main() else logging.ERROR
-    for name in ("accelerate", "peft", "torch.distributed", "datasets"):
+    for name in ("peft", "torch.distributed", "datasets"):
         logging.getLogger(name).setLevel(level)
-    for name in ("DeepSpeed", "deepspeed"):
+    # accelerate warns of an accumulation mismatch that is the Trainer's way of doing it.
+    for name in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Names that peft and accelerate still use and transformers 5.23 or torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|peft")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from finetune import console
@@ -146,6 +147,8 @@ def build_trainer(
         callbacks=[schedule, narrator, MetricsFile(run_dir)],
     )
     schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
+    # Other dropout in every process; a resumed run gets its streams from the checkpoint.
+    torch.manual_seed(config.training.seed + processes.rank)
     return trainer
 
 

@@ -56,6 +56,9 @@ class Saver:
             trainer._save_scaler(str(stage))
             trainer._save_rng_state(str(stage))
             if leader:
+                # DeepSpeed's converters open pickles; what was trained is there as safetensors.
+                for script in stage.glob("zero_to_*.py"):
+                    script.unlink()
                 _save_state(trainer, stage)
                 (stage / "config.yaml").write_text(self.config_text, encoding="utf-8")
                 resume.write(stage, self.record)

@@ -22,7 +22,6 @@ from finetune.training.counts import StepCounts, count
 from finetune.training.processes import Processes
 from finetune.training.saving import TRAINER_STATE, Saver
 from finetune.training.signals import StopFlag
-from finetune.training.zero import GuardedEngine
 
 
 @dataclass(frozen=True)
@@ -166,11 +165,14 @@ class FineTuner(Trainer):
         )
         return self.optimizer
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule; DeepSpeed's engine exists since a moment and has not loaded a state yet."""
         if self.is_deepspeed_enabled:
-            self.accelerator.deepspeed_engine_wrapped = GuardedEngine(self.deepspeed, self._guard)
-        return prepared
+            from finetune.training.sharded_engine import GuardedEngine
+
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            self.accelerator.deepspeed_engine_wrapped = GuardedEngine(engine, self._guard)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
 from finetune.config import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
@@ -82,38 +80,6 @@ def join(*, has_gpu: bool) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if has_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
-
-
-class GuardedEngine(DeepSpeedEngineWrapper):
-    """Accelerate's wrapper of the DeepSpeed engine, with a look at the gradients before a step.
-
-    `engine.step` clips, steps and zeroes in one call inside `backward`, so that the Trainer's own
-    place for it comes too late.
-    """
-
-    def __init__(self, engine: Any, guard: Callable[[bool], None]) -> None:
-        super().__init__(engine)
-        self._guard = guard
-
-    def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
-        """Backward pass; at the end of an accumulation also guard and optimizer step."""
-        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
-        self.engine.backward(loss, **kwargs)
-        if sync_gradients:
-            self._guard(self._gradients_are_finite())
-            self.engine.step()
-
-    def _gradients_are_finite(self) -> bool:
-        """Of this process's part; with loss scaling, where overflow is normal, always true."""
-        import torch
-
-        if self.engine.fp16_enabled():
-            return True
-        optimizer = self.engine.optimizer
-        parts = getattr(optimizer, "averaged_gradients", None) or {}
-        gradients = [g for group in parts.values() for g in group or () if g is not None]
-        gradients += [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
 
 def _required(setting: Setting) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""What DeepSpeed's engine is told to do differently: guard a step, open its own states safely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+# All that a saved optimizer state holds besides tensors and plain containers.
+KNOWN_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+class GuardedEngine(DeepSpeedEngineWrapper):
+    """Accelerate's wrapper of the engine, with a look at the gradients before every step.
+
+    `engine.step` clips, steps and zeroes in one call inside `backward`: the Trainer's own place
+    for a look comes too late.
+    """
+
+    def __init__(self, engine: Any, guard: Callable[[bool], None]) -> None:
+        super().__init__(engine)
+        self._guard = guard
+        self._norm: float | None = None
+        engine.checkpoint_engine = WeightsOnlyStates()
+
+    def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """Backward pass; at the end of an accumulation also guard and optimizer step."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+        if sync_gradients:
+            self._guard(self._gradients_are_finite())
+            self.engine.step()
+
+    def get_global_grad_norm(self) -> float | None:
+        """The norm before clipping; in stage 0 DeepSpeed does not tell it."""
+        norm = super().get_global_grad_norm()
+        return self._norm if norm is None else float(norm)
+
+    def _gradients_are_finite(self) -> bool:
+        """Of this process's part; with loss scaling, where overflow is normal, always true."""
+        if self.engine.fp16_enabled():
+            return True
+        whole = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        parts = getattr(self.engine.optimizer, "averaged_gradients", None) or {}
+        sharded = [part for group in parts.values() for part in group or () if part is not None]
+        if whole and not sharded:
+            self._norm = float(torch.nn.utils.get_total_norm(whole))
+        return all(bool(torch.isfinite(gradient).all()) for gradient in [*whole, *sharded])
+
+
+class WeightsOnlyStates(TorchCheckpointEngine):
+    """Reads DeepSpeed's own optimizer states without running what a pickle may say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """The state in `path`."""
+        with torch.serialization.safe_globals(KNOWN_TYPES):
+            return torch.load(path, map_location=map_location, weights_only=True)

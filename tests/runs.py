@@ -1,0 +1,129 @@
+"""Small runs for the tests: data, a config, one process here or several under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the quick brown fox jumps over a lazy dog order customer city answer what thing".split()
+
+
+def write_dialogues(path: Path, count: int, *, seed: int = 0, weights: bool = False) -> Path:
+    """`count` dialogues of one to three turns and very different lengths."""
+    draw = random.Random(seed)
+    lines = []
+    for number in range(count):
+        messages: list[dict[str, Any]] = []
+        for turn in range(draw.randint(1, 3)):
+            question = " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 12)))
+            reply: dict[str, Any] = {
+                "role": "assistant",
+                "content": f"{question.split()[0]} answer {number % 7}",
+            }
+            if weights:
+                reply["weight"] = 0.25 + (number + turn) % 3
+            messages += [{"role": "user", "content": question}, reply]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def config(model: Path, data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A complete config; `changes` are `section__key=value`."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model)},
+        "data": {"train": str(data), "max_length": 256},
+        "method": {"kind": "lora", "rank": 4},
+        "training": {
+            "output_dir": str(run_dir), "max_steps": 6, "batch_size": 2, "learning_rate": 1e-2,
+            "gradient_accumulation_steps": 1, "log_every_steps": 1, "save_every_steps": 100,
+            "keep_checkpoints": 20, "report_to": [],
+        },
+        "evaluation": {"max_new_tokens": 8},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def run_here(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train in this process."""
+    from finetune.config import RunConfig
+    from finetune.training.run import train
+
+    return train(RunConfig.model_validate(settings))
+
+
+def run_command(
+    settings: dict[str, Any],
+    folder: Path,
+    *,
+    processes: int = 1,
+    launcher: bool = True,
+    environment: dict[str, str] | None = None,
+    script: str | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Train through the command line, under torchrun or without; `script` is run instead of it."""
+    popen = start_command(
+        settings, folder, processes=processes, launcher=launcher,
+        environment=environment, script=script,
+    )  # fmt: skip
+    out, err = popen.communicate(timeout=150)
+    return subprocess.CompletedProcess(popen.args, popen.returncode, out, err)
+
+
+def start_command(
+    settings: dict[str, Any],
+    folder: Path,
+    *,
+    processes: int = 1,
+    launcher: bool = True,
+    environment: dict[str, str] | None = None,
+    script: str | None = None,
+) -> subprocess.Popen[str]:
+    file = folder / f"{Path(settings['training']['output_dir']).name}.yaml"
+    file.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+    if script is None:
+        what = ["-m", "finetune", "train", str(file)]
+    else:
+        program = folder / "program.py"
+        program.write_text(script, encoding="utf-8")
+        what = [str(program), str(file)]
+    command = [sys.executable]
+    if launcher:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command += ["--master-port", str(free_port())]
+    return subprocess.Popen(
+        [*command, *what],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def history(run_dir: Path, key: str = "loss") -> list[float]:
+    """The values of `key` step by step, from metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record[key] for record in map(json.loads, lines) if key in record]
+
+
+def weights(checkpoint: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "adapter_model.safetensors")
