@@ -1,8 +1,9 @@
 """Tokenised examples on disk: an Arrow stream file of token ids and supervised spans.
 
 The file is what `datasets.Dataset.from_file` opens. It is written and mapped with pyarrow directly:
-importing `datasets` costs a second of CPU and 90 MB before the first row, and one row through it
-40 times as long. Labels are not stored: they are the ids inside the spans.
+measured with datasets 5.2, importing that costs 0.5-0.9 s of CPU and 40-90 MB more, and a row read
+through it takes 10 (as lists) to 45 times (as arrays) as long. Labels are not stored: they are the
+ids inside the spans.
 """
 
 from __future__ import annotations

@@ -1,0 +1,214 @@
+"""What preparing dialogues costs, against the tokenizer's own cost on the same texts.
+
+    python scripts/bench/prepare.py --assets ../shared [--rows 20000 200000] [--rounds 3] [--json]
+
+The dialogues of AdvertiseGen, Alpaca and the tool set (four times as often as the others, which
+makes 188 tokens on average) are repeated, each time in another order, into a temporary JSONL file.
+Then two kinds of child process take turns, each measured by its own resource usage:
+
+    floor     `encode_batch_fast` on the dialogues as texts, 1,000 at a time, nothing kept;
+              its figure is the CPU time of those calls alone, without start and reading
+    prepare   files -> examples on disk, the whole process: start, imports, opening the tokenizer
+              and the template, reading, checking, tokenising, spans, writing, verifying
+
+CPU seconds are user + system over all threads. The ratio is between medians of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = "assets/glm-4-9b-chat"
+SETS = {
+    "data/advertisegen/train.jsonl": 1,
+    "data/advertisegen/dev.jsonl": 1,
+    "data/alpaca/alpaca_zh.json": 1,
+    "data/toolcall/glaive_zh_sharegpt.json": 4,
+}
+"""Files, and how often each is in one pass over all."""
+BATCH = 1000
+
+
+def main() -> None:
+    """Run as a program: the table, or the child that the first argument names."""
+    if sys.argv[1:2] == ["floor"]:
+        return floor(Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1:2] == ["prepare"]:
+        return prepare(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+    if sys.argv[1:2] == ["texts"]:
+        return write_texts(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--assets", type=Path, required=True, help="folder with assets/ and data/")
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
+    parser.add_argument("--rounds", type=int, default=3, help="of the first size; others run once")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for place, rows in enumerate(given.rows):
+            rounds = given.rounds if place == 0 else 1
+            work = Path(folder) / str(rows)
+            work.mkdir()
+            results.append(measure(given.assets.resolve(), work, rows, rounds))
+            if not given.json:
+                print(as_text(results[-1]), flush=True)
+    if given.json:
+        print(json.dumps(results, indent=1))
+    return None
+
+
+def measure(assets: Path, work: Path, rows: int, rounds: int) -> dict[str, Any]:
+    """Figures of one size, floor and preparation in turns."""
+    file = work / "rows.jsonl"
+    write_rows(assets, file, rows)
+    tokenizer = assets / TOKENIZER
+    run("texts", tokenizer, file, work / "texts.jsonl")  # also converts the tokenizer
+    floors, preparations = [], []
+    for number in range(rounds):
+        floors.append(run("floor", tokenizer, work / "texts.jsonl"))
+        preparations.append(run("prepare", tokenizer, file, work / f"cache-{number}"))
+    if len({p["tokens"] for p in floors + preparations}) != 1:
+        raise SystemExit(f"not the same tokens: {floors} {preparations}")
+    floor_cpu = statistics.median(f["encode_cpu"] for f in floors)
+    cpu = statistics.median(p["cpu"] for p in preparations)
+    return {
+        "rows": rows,
+        "tokens": floors[0]["tokens"],
+        "rounds": rounds,
+        "floor_cpu_s": round(floor_cpu, 2),
+        "floor_process_cpu_s": round(statistics.median(f["cpu"] for f in floors), 2),
+        "prepare_cpu_s": round(cpu, 2),
+        "ratio": round(cpu / floor_cpu, 2),
+        "floor_peak_mb": max(f["peak_mb"] for f in floors),
+        "prepare_peak_mb": max(p["peak_mb"] for p in preparations),
+        "again_cpu_s": round(run("prepare", tokenizer, file, work / "cache-0")["cpu"], 2),
+    }
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """One size as lines of a table."""
+    return (
+        f"{result['rows']:,} dialogues, {result['tokens']:,} tokens, "
+        f"median of {result['rounds']} round(s)\n"
+        f"  encode_batch_fast   {result['floor_cpu_s']:7.2f} CPU s   "
+        f"{result['floor_peak_mb']:5} MB   (its whole process {result['floor_process_cpu_s']:.2f})\n"
+        f"  prepare             {result['prepare_cpu_s']:7.2f} CPU s   "
+        f"{result['prepare_peak_mb']:5} MB   ratio {result['ratio']:.2f}\n"
+        f"  prepared before     {result['again_cpu_s']:7.2f} CPU s"
+    )
+
+
+def run(*command: object) -> dict[str, Any]:
+    """What a child of this file prints as JSON, with its CPU seconds and peak memory."""
+    with tempfile.TemporaryFile() as out:
+        child = subprocess.Popen(
+            [sys.executable, __file__, *map(str, command)], stdout=out, cwd=ROOT
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode != 0:
+            raise SystemExit(f"{command[0]} ended with {child.returncode}")
+        out.seek(0)
+        printed = json.loads(out.read().splitlines()[-1])
+    figures = {"cpu": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss // 1024}
+    return figures | printed
+
+
+def write_rows(assets: Path, target: Path, count: int) -> None:
+    """`count` rows of the `messages` layout, pass after pass over the sets, each pass shuffled."""
+    sys.path.insert(0, str(ROOT))
+    from finetune.data.sources import SourceSpec, read_conversations
+
+    lines = [
+        json.dumps(as_row(conversation), ensure_ascii=False)
+        for file, times in SETS.items()
+        for conversation in read_conversations([SourceSpec(str(assets / file))])
+        for _ in range(times)
+    ]
+    shuffler = random.Random(0)
+    with target.open("w", encoding="utf-8") as out:
+        for place in range(count):
+            if place % len(lines) == 0:
+                shuffler.shuffle(lines)
+            out.write(lines[place % len(lines)] + "\n")
+
+
+def as_row(conversation: Any) -> dict[str, Any]:
+    """A dialogue in the `messages` layout."""
+    messages = [
+        {"role": m.role, "content": m.content} | ({"metadata": m.metadata} if m.metadata else {})
+        for m in conversation.messages
+    ]
+    return {"messages": messages} | (
+        {"tools": list(conversation.tools)} if conversation.tools else {}
+    )
+
+
+def write_texts(tokenizer: Path, rows: Path, target: Path) -> None:
+    """Child: every dialogue as the text that gives its ids, one JSON string per line."""
+    from finetune.data.sources import SourceSpec, read_conversations
+    from finetune.data.template import ChatTemplate
+    from finetune.data.tokenizer import load_chat_tokenizer
+
+    template = ChatTemplate(load_chat_tokenizer(tokenizer))
+    stream = read_conversations([SourceSpec(str(rows))])
+    with target.open("w", encoding="utf-8") as out:
+        while batch := list(islice(stream, BATCH)):
+            for rendered in template.render(batch):
+                out.write(json.dumps(template.decode(rendered.input_ids)) + "\n")
+    print("{}")
+
+
+def floor(tokenizer: Path, texts: Path) -> None:
+    """Child: `encode_batch_fast` on all texts."""
+    from tokenizers import Tokenizer
+
+    from finetune.data.tokenizer import tokenizer_file
+
+    encoder = Tokenizer.from_file(str(tokenizer_file(tokenizer)))
+    tokens, spent = 0, 0.0
+    for batch in batches_of_texts(texts):
+        started = time.process_time()
+        encodings = encoder.encode_batch_fast(batch, add_special_tokens=False)
+        spent += time.process_time() - started
+        tokens += sum(map(len, encodings))
+    print(json.dumps({"encode_cpu": spent, "tokens": tokens}))
+
+
+def batches_of_texts(path: Path) -> Iterator[list[str]]:
+    """The lines of a file of JSON strings, 1,000 at a time."""
+    with path.open(encoding="utf-8") as lines:
+        while batch := [json.loads(line) for line in islice(lines, BATCH)]:
+            yield batch
+
+
+def prepare(tokenizer: Path, rows: Path, cache: Path) -> None:
+    """Child: files to examples."""
+    from finetune.data.dataset import LengthPolicy, load_examples
+    from finetune.data.sources import SourceSpec
+    from finetune.data.template import ChatTemplate
+    from finetune.data.tokenizer import load_chat_tokenizer
+
+    template = ChatTemplate(load_chat_tokenizer(tokenizer))
+    dataset = load_examples(
+        [SourceSpec(str(rows))], template, LengthPolicy(100_000), cache_root=cache
+    )
+    print(json.dumps({"tokens": dataset.counts.tokens}))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
