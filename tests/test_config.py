@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune.config import FullMethod, LoraMethod, RunConfig
@@ -397,6 +397,10 @@ def test_a_resolved_configuration_with_a_deepspeed_file_is_read_back_equal(write
     assert load_config(write(dump_config(config))) == config
 
 
+@settings(deadline=None)
+@example("a\x85b")
+@example("\u2028")
+@example("a\n  b: c\n")
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20))
 def test_any_text_survives_the_resolved_configuration(text):
     config = RunConfig.model_validate(

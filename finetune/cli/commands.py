@@ -186,7 +186,7 @@ def merge(
         where = Path(base) if base else None
         report = run(adapter, output, base=where, dtype=dtype, force=force, check=check)
         for note in report.notes:
-            console.warn(note)
+            console.say(f"note: {note}")
         console.say(
             f"{report.output}: {report.source} merged into {report.base}, {report.num_updated} "
             f"tensors updated, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
@@ -207,6 +207,7 @@ def chat(
     ] = 0.0,
 ) -> None:
     """Talk to a model in the terminal."""
+    target = model_in(target)
     from finetune.chat.terminal import chat as run
 
     run(target, base=base, system=system, max_new_tokens=max_new_tokens, temperature=temperature)

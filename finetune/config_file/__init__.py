@@ -90,6 +90,8 @@ class _Dumper(yaml.SafeDumper):
     def represent_text(self, text: str) -> yaml.Node:
         """A scalar that `resolve` gives back as text."""
         style = None if isinstance(resolve(text), str) else "'"
+        if not text.isprintable():
+            style = '"'  # PyYAML would fold a line separator such as U+0085 into a blank
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
