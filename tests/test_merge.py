@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,85 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapters import logits, make_adapter, make_base, peft_merged, weights_of
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import CheckpointError, ConfigError, ModelError, SpaceError
+from finetune.errors import CheckpointError, ConfigError
 from finetune.export import merge as merging
 from finetune.export.merge import merge
 from finetune.export.numbers import narrow, widen
-from finetune.models.load import load_model, lora_targets
+from finetune.models.load import load_model
 from finetune.training import checkpoint
-from finetune.weights import model_fingerprint, read_shard, tensors
+from finetune.weights import read_shard, tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
-
-
-def make_base(
-    folder: Path, dtype: torch.dtype = torch.float32, shards: int = 3, **config: Any
-) -> Path:
-    """A tiny GLM in several shards with an index, as real checkpoints come."""
-    tiny.save_model(folder, config.pop("family", "glm"), **config)
-    weights = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
-    (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    weight_map = {}
-    for part in range(shards):
-        file = f"model-{part + 1:05}-of-{shards:05}.safetensors"
-        chosen = {name: weights[name].contiguous() for name in names[part::shards]}
-        save_file(chosen, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(chosen, file)
-    total = sum(t.numel() * t.element_size() for t in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
-    (folder / "modeling_chatglm.py").write_text("# published code\n")
-    (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    return folder
-
-
-def make_adapter(folder: Path, base: Path, *, seed: int = 1, **options: Any) -> Path:
-    """A PEFT adapter whose every weight is random, B and magnitude too."""
-    model = load_model(base)
-    options.setdefault("target_modules", lora_targets(model.config.model_type))
-    options.setdefault("r", 4)
-    torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", **options))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-        if "magnitude" in name:
-            parameter.data *= torch.rand_like(parameter) + 0.5
-    adapted.save_pretrained(str(folder))
-    (folder / "finetune.json").write_text(
-        json.dumps({"base": {"path": str(base), "fingerprint": model_fingerprint(base)}})
-    )
-    return folder
-
-
-def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What PEFT makes of the two in the base's number format."""
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    model = PeftModel.from_pretrained(load_model(base, dtype=names[dtype]), str(adapter))
-    return dict(model.merge_and_unload().state_dict())
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def logits(model: Any) -> torch.Tensor:
-    ids = torch.arange(60, 90)[None]
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
 
 
 KINDS = {
@@ -250,117 +186,6 @@ def test_another_number_format_is_written_on_request(tmp_path: Path) -> None:
         merge(adapter, tmp_path / "other", dtype="int8")
 
 
-def test_a_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    other = make_base(tmp_path / "other", seed=7)
-    narrower = make_base(tmp_path / "narrower", num_hidden_layers=1)
-    adapter = make_adapter(tmp_path / "adapter", base)
-    out = tmp_path / "out"
-    with pytest.raises(ModelError, match="is not the base that"):
-        merge(adapter, out, base=other)
-    with pytest.raises(ModelError, match="is not there"):
-        merge(adapter, out, base=narrower, force=True)
-    assert not out.exists()
-    report = merge(adapter, out, base=other, force=True, check=False)
-    assert "--force" in report.notes[0]
-    (adapter / "finetune.json").unlink()
-    report = merge(adapter, tmp_path / "foreign", check=False)
-    assert "only shapes were compared" in report.notes[0]
-
-
-def test_outputs_that_would_touch_what_is_read_or_there_are_refused(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base)
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    before = fingerprints(tmp_path)
-    for out in (
-        base,
-        adapter,
-        base / "new",
-        adapter / "new",
-        tmp_path / "taken",
-        tmp_path / "link",
-    ):
-        with pytest.raises(ConfigError, match="choose another --output"):
-            merge(adapter, out)
-    assert fingerprints(tmp_path) == before
-
-
-def fingerprints(folder: Path) -> dict[str, str]:
-    return {
-        str(file): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"peft_type": "PREFIX_TUNING"}, "only LoRA"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"init_lora_weights": "pissa"}, "changes the base"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"r": 5}, "has rank 4"),
-        ({"base_model_name_or_path": None}, "--base"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
-)
-def test_an_adapter_that_cannot_be_merged_exactly_is_refused_by_name(
-    tmp_path: Path, change: dict[str, Any], reason: str
-) -> None:
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ModelError, match=reason):
-        merge(adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_pickled_adapters_and_bases_are_not_opened(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base)
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(ModelError, match="pickle"):
-        merge(adapter, tmp_path / "out")
-    (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
-    for file in [*base.glob("*.safetensors"), *base.glob("*.index.json")]:
-        file.unlink()
-    with pytest.raises(ModelError, match="pickle"):
-        merge(adapter, tmp_path / "out", force=True)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
-def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: float) -> None:
-    base = make_base(tmp_path / "base", torch.float16)
-    adapter = make_adapter(tmp_path / "adapter", base)
-    parts = load_file(adapter / "adapter_model.safetensors")
-    next(part for name, part in parts.items() if "lora_B" in name)[0, 0] = value
-    save_file(parts, adapter / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match="not finite"):
-        merge(adapter, tmp_path / "out", check=False)
-    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
-
-
-def test_a_merge_that_the_parity_check_finds_wrong_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base)
-    apply = merging.adapters.Update.apply
-    wrong = {"scale": np.float32(1.2)}
-    monkeypatch.setattr(
-        merging.adapters.Update,
-        "apply",
-        lambda self, *rest: apply(merging.adapters.Update(self.a, self.b, **wrong), *rest),
-    )
-    with pytest.raises(ModelError, match="differ from the adapter's"):
-        merge(adapter, tmp_path / "out")
-    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
-
-
 def test_a_run_means_its_best_good_checkpoint_else_the_newest_good_one(tmp_path: Path) -> None:
     base, run = make_base(tmp_path / "base"), tmp_path / "run"
     run.mkdir()
@@ -398,77 +223,6 @@ def test_of_a_fully_tuned_checkpoint_the_model_alone_is_taken(tmp_path: Path) ->
     kept = {f.name for f in base.iterdir()} - {"pytorch_model.bin"} | {"manifest.json"}
     assert {f.name for f in (tmp_path / "out").iterdir()} == kept
     assert torch.equal(logits(load_model(base)), logits(load_model(tmp_path / "out")))
-
-
-def test_too_small_a_disk_is_said_before_the_first_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base)
-    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(checkpoint, "staged", None)
-    with pytest.raises(SpaceError, match="nothing was written") as caught:
-        merge(adapter, tmp_path / "out")
-    assert caught.value.exit_code == 6
-
-
-def test_a_disk_that_fills_up_while_writing_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base)
-    calls = iter(range(1000))
-    write = os.write
-
-    def full(descriptor: int, data: Any) -> int:
-        if next(calls) > 5:
-            raise OSError(28, "No space left on device")
-        return write(descriptor, data[:1000])
-
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(SpaceError, match="no room to write"):
-        merge(adapter, tmp_path / "out", check=False)
-    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
-
-
-def test_a_merge_killed_at_any_point_leaves_all_or_nothing(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", shards=2)
-    adapter = make_adapter(tmp_path / "adapter", base)
-    merge(adapter, tmp_path / "whole", check=False)
-    wanted = (tmp_path / "whole/manifest.json").read_text()
-    out, survived = tmp_path / "out", 0
-    for last in range(1000):
-        if (child := os.fork()) == 0:
-            die_at_call(last)
-            merge(adapter, out, check=False)
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if out.exists():
-            assert checkpoint.verify(out) == []
-            survived += 1
-            if code != 0:
-                shutil.rmtree(out)
-        if code == 0:
-            break
-    assert last > 50
-    assert survived >= 2  # some die after the rename
-    assert (out / "manifest.json").read_text() == wanted
-    assert {f.name for f in tmp_path.iterdir()} == {"base", "adapter", "whole", "out"}
-
-
-def die_at_call(last: int) -> None:
-    """End this process in place of the call number `last` that changes the disk."""
-    count = iter(range(last + 1))
-    for name in ("write", "fsync", "rename", "mkdir", "unlink", "rmdir"):
-        call = getattr(os, name)
-
-        def counted(*args: Any, call: Any = call, **options: Any) -> Any:
-            if next(count, last) == last:
-                os._exit(9)
-            return call(*args, **options)
-
-        setattr(os, name, counted)
 
 
 MEASURE = """

@@ -1,0 +1,203 @@
+"""Merging refuses what it cannot do right, and never leaves half of anything behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import make_adapter, make_base
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import ConfigError, ModelError, SpaceError
+from finetune.export import merge as merging
+from finetune.export.merge import merge
+from finetune.training import checkpoint
+
+
+def test_a_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    other = make_base(tmp_path / "other", seed=7)
+    narrower = make_base(tmp_path / "narrower", num_hidden_layers=1)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="is not the base that"):
+        merge(adapter, out, base=other)
+    with pytest.raises(ModelError, match="is not there"):
+        merge(adapter, out, base=narrower, force=True)
+    assert not out.exists()
+    report = merge(adapter, out, base=other, force=True, check=False)
+    assert "--force" in report.notes[0]
+    (adapter / "finetune.json").unlink()
+    report = merge(adapter, tmp_path / "foreign", check=False)
+    assert "only shapes were compared" in report.notes[0]
+
+
+def test_outputs_that_would_touch_what_is_read_or_there_are_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = fingerprints(tmp_path)
+    for out in (
+        base,
+        adapter,
+        base / "new",
+        adapter / "new",
+        tmp_path / "taken",
+        tmp_path / "link",
+    ):
+        with pytest.raises(ConfigError, match="choose another --output"):
+            merge(adapter, out)
+    assert fingerprints(tmp_path) == before
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    return {
+        str(file): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "only LoRA"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "changes the base"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"r": 5}, "has rank 4"),
+        ({"base_model_name_or_path": None}, "--base"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_an_adapter_that_cannot_be_merged_exactly_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=reason):
+        merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_adapters_and_bases_are_not_opened(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        merge(adapter, tmp_path / "out")
+    (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
+    for file in [*base.glob("*.safetensors"), *base.glob("*.index.json")]:
+        file.unlink()
+    with pytest.raises(ModelError, match="pickle"):
+        merge(adapter, tmp_path / "out", force=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: float) -> None:
+    base = make_base(tmp_path / "base", torch.float16)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    parts = load_file(adapter / "adapter_model.safetensors")
+    next(part for name, part in parts.items() if "lora_B" in name)[0, 0] = value
+    save_file(parts, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="not finite"):
+        merge(adapter, tmp_path / "out", check=False)
+    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+
+
+def test_a_merge_that_the_parity_check_finds_wrong_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    apply = merging.adapters.Update.apply
+    wrong = {"scale": np.float32(1.2)}
+    monkeypatch.setattr(
+        merging.adapters.Update,
+        "apply",
+        lambda self, *rest: apply(merging.adapters.Update(self.a, self.b, **wrong), *rest),
+    )
+    with pytest.raises(ModelError, match="differ from the adapter's"):
+        merge(adapter, tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+
+
+def test_too_small_a_disk_is_said_before_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoint, "staged", None)
+    with pytest.raises(SpaceError, match="nothing was written") as caught:
+        merge(adapter, tmp_path / "out")
+    assert caught.value.exit_code == 6
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    calls = iter(range(1000))
+    write = os.write
+
+    def full(descriptor: int, data: Any) -> int:
+        if next(calls) > 5:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:1000])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(SpaceError, match="no room to write"):
+        merge(adapter, tmp_path / "out", check=False)
+    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+
+
+def test_a_merge_killed_at_any_point_leaves_all_or_nothing(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shards=2)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "whole", check=False)
+    wanted = (tmp_path / "whole/manifest.json").read_text()
+    out, survived = tmp_path / "out", 0
+    for last in range(1000):
+        if (child := os.fork()) == 0:
+            die_at_call(last)
+            merge(adapter, out, check=False)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if out.exists():
+            assert checkpoint.verify(out) == []
+            survived += 1
+            if code != 0:
+                shutil.rmtree(out)
+        if code == 0:
+            break
+    assert last > 50
+    assert survived >= 2  # some die after the rename
+    assert (out / "manifest.json").read_text() == wanted
+    assert {f.name for f in tmp_path.iterdir()} == {"base", "adapter", "whole", "out"}
+
+
+def die_at_call(last: int) -> None:
+    """End this process in place of the call number `last` that changes the disk."""
+    count = iter(range(last + 1))
+    for name in ("write", "fsync", "rename", "mkdir", "unlink", "rmdir"):
+        call = getattr(os, name)
+
+        def counted(*args: Any, call: Any = call, **options: Any) -> Any:
+            if next(count, last) == last:
+                os._exit(9)
+            return call(*args, **options)
+
+        setattr(os, name, counted)

@@ -1,0 +1,140 @@
+"""Resuming: what must match is refused with a table, what may change is listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from finetune.config import RunConfig
+from finetune.errors import CheckpointError
+from finetune.training import checkpoint, resume
+from finetune.training.resume import RULES, Rule
+
+FACTS = {"model": "aa", "template": "bb", "data": "cc", "processes": 2, "dtype": "float32"}
+VERSIONS = {"torch": "2.13.0"}
+CONFIG = {
+    "model": {"path": "a"},
+    "data": {"train": "x"},
+    "method": {"kind": "lora"},
+    "training": {"output_dir": "runs/a"},
+}
+
+
+def record(config: dict[str, Any] | None = None, **facts: Any) -> dict[str, Any]:
+    resolved = RunConfig.model_validate(config or CONFIG).model_dump()
+    return resume.record(resolved, {**FACTS, **facts}, VERSIONS)
+
+
+def keys_of(section: type[BaseModel]) -> set[str]:
+    found = set()
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        inner = [k for k in getattr(kind, "__args__", (kind,)) if isinstance(k, type)]
+        models = [k for k in inner if issubclass(k, BaseModel)]
+        if section is RunConfig and name != "method":
+            found |= {f"{name}.{key}" for model in models for key in model.model_fields}
+        else:
+            found.add(name)
+    return found
+
+
+def test_every_option_has_a_rule_and_every_rule_an_option() -> None:
+    assert set(RULES) == keys_of(RunConfig)
+
+
+def test_the_same_run_resumes_without_a_word(tmp_path: Path) -> None:
+    resume.write(tmp_path, record())
+    assert resume.check(tmp_path, record()) == ()
+
+
+def other(value: Any) -> Any:
+    """A value that differs, of about the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return "something else"
+
+
+@pytest.mark.parametrize("key", [key for key in RULES if key != "method"])
+def test_each_option_behaves_as_declared(key: str) -> None:
+    saved = record({**CONFIG, "deepspeed": {}})
+    now = {**saved, "config": {**saved["config"], key: other(saved["config"][key])}}
+    found = resume.compare(saved, now)
+    refused, listed = [d.key for d in found.refusals], [d.key for d in found.changes]
+    wanted = {Rule.MATCH: ([key], []), Rule.CHANGE: ([], [key]), Rule.FREE: ([], [])}
+    assert (refused, listed) == wanted[RULES[key]]
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_a_changed_fact_is_refused_with_a_table(tmp_path: Path, fact: str) -> None:
+    resume.write(tmp_path, record())
+    with pytest.raises(CheckpointError) as caught:
+        resume.check(tmp_path, record(**{fact: "other"}))
+    assert caught.value.exit_code == 3
+    heading, row = str(caught.value).splitlines()[1:3]
+    assert heading.split() == ["checkpoint", "now"]
+    assert row.split()[-2:] == [str(FACTS[fact]), "other"]
+    assert row.strip().startswith(resume.FACTS[fact])
+
+
+def test_another_method_or_sharding_is_refused() -> None:
+    full = record({**CONFIG, "method": {"kind": "full"}})
+    assert "method.kind" in [d.key for d in resume.compare(record(), full).refusals]
+    sharded = record({**CONFIG, "deepspeed": {"zero_stage": 2}})
+    assert "deepspeed.zero_stage" in [d.key for d in resume.compare(record(), sharded).refusals]
+
+
+def test_an_option_that_the_older_version_did_not_know_is_only_listed() -> None:
+    saved = record()
+    del saved["config"]["training.weight_decay"]
+    found = resume.compare(saved, record())
+    assert (len(found.refusals), [d.key for d in found.changes]) == (0, ["training.weight_decay"])
+
+
+def test_another_library_version_is_listed() -> None:
+    now = {**record(), "versions": {"torch": "2.14.0"}}
+    found = resume.compare(record(), now)
+    assert (found.refusals, found.changes[0].key) == ((), "version of torch")
+
+
+def test_a_record_survives_the_file(tmp_path: Path) -> None:
+    resume.write(tmp_path, record())
+    assert resume.read(tmp_path) == record()
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        resume.read(tmp_path)
+
+
+def save(run: Path, step: int) -> Path:
+    with checkpoint.staged(run / f"checkpoint-{step}") as stage:
+        (stage / "optimizer.pt").write_bytes(b"state")
+    return run / f"checkpoint-{step}"
+
+
+def test_auto_takes_the_newest_good_one_and_says_what_it_passed_over(tmp_path: Path) -> None:
+    assert resume.choose(tmp_path, "auto") == (None, [])
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    (second / "optimizer.pt").unlink()
+    assert resume.choose(tmp_path, "auto") == (first, [(second, "optimizer.pt is missing")])
+
+
+def test_never_refuses_to_start_over_an_old_run(tmp_path: Path) -> None:
+    assert resume.choose(tmp_path, "never") == (None, [])
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"checkpoint-1\b.*training\.resume is never"):
+        resume.choose(tmp_path, "never")
+
+
+def test_a_named_checkpoint_is_never_replaced_by_another(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    second = save(tmp_path, 2)
+    assert resume.choose(tmp_path, str(second)) == (second, [])
+    (second / "optimizer.pt").write_bytes(b"stale")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt has other content"):
+        resume.choose(tmp_path, str(second))
+    with pytest.raises(CheckpointError, match="is no folder"):
+        resume.choose(tmp_path, str(tmp_path / "checkpoint-3"))
