@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune.data.conversation import Conversation, Message, RowError, calls_in_words, validate
-from finetune.data.formats import detect, to_conversation
+from finetune.data.formats import FORMATS, detect, to_conversation
 from finetune.data.sources import SourceSpec, read_conversations
 
 USER = {"role": "user", "content": "Q"}
@@ -173,6 +176,22 @@ def test_tools_may_stand_in_both_places_when_they_agree() -> None:
     both = {"role": "system", "content": "S", "tools": [WEATHER]}
     assert messages(both, USER, REPLY, tools=[WEATHER]).tools[0]["function"] == WEATHER
     assert "the row has others" in reason(both, USER, REPLY, tools=[{"type": "python"}])
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        WEATHER,
+        {"type": "function", "function": WEATHER},
+        {"function": WEATHER},
+        {"type": "function", **WEATHER},
+        json.dumps(WEATHER),
+    ],
+)
+def test_all_spellings_of_a_tool_definition_are_one(spelling: Any) -> None:
+    expected = ({"type": "function", "function": WEATHER},)
+    assert messages(USER, REPLY, tools=[spelling]).tools == expected
+    assert messages(USER, REPLY, tools=json.dumps([spelling])).tools == expected
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], "[]", "  "])
@@ -373,6 +392,8 @@ def test_an_unknown_role_is_told_the_known_ones() -> None:
         ("{bad", "tools: not JSON at column 2"),
         ('"x"', "tools: is text, not a list of definitions"),
         ([3], "tools: definition 1 is a number, not an object"),
+        ([{"type": "web", "name": "f"}], "tools: definition 1 has type 'web', not 'function'"),
+        ([{"name": "f", "description": "\ud800"}], "tools: the text contains half a surrogate pair"),
         ([{"description": "x"}], "tools: definition 1 has no usable name"),
         ([{"type": "function", "function": {"name": "a\nb"}}], "tools: definition 1 has no usable name"),
         ([{"type": "function", "function": "f"}], "tools: definition 1 has no usable name"),
@@ -388,6 +409,7 @@ def test_an_unusable_tool_definition_has_its_reason(tools: Any, expected: str) -
     ("row", "fmt", "expected"),
     [
         ({"text": "x"}, "messages", "the row has no 'messages'; its columns are 'text'"),
+        ({"messages": None}, "messages", "messages: is null, not a list of messages"),
         ({"messages": {"a": 1}}, "messages", "messages: is an object, not a list of messages"),
         ({"messages": "hello"}, "messages", "not JSON at column 1"),
         ({"messages": [USER, REPLY]}, "sharegpt", "the row has no 'conversations'"),
@@ -436,6 +458,53 @@ def test_a_conversation_made_by_hand_is_checked_alike() -> None:
     assert validate(good) is good
     with pytest.raises(RowError, match="message 2 is 'user' but message 1 is too"):
         validate(Conversation((Message("user", "Q"), Message("user", "Q"))), "predict")
+
+
+# Whatever a row holds
+
+MIXED = [
+    *SPELLINGS.values(),
+    {"messages": [SYSTEM, USER, {**REPLY, "train": True, "weight": 2}, {**USER, "image": "x.png"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, REPLY], "system": "S"},
+    {"instruction": "I", "input": "N", "output": "O", "history": [["q", "a"]]},
+    {"prompt": "Q", "response": "A", "tools": "[]", "images": None},
+]  # fmt: skip
+scalars = st.sampled_from(
+    [None, True, 0, -1, 1.5, "", " ", "x", "[", "{}", "[]", '["x"]', '{"name": "f", "arguments": {}}', "user", "tool", "function_call", "\ud800"]
+)  # fmt: skip
+anything = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["role", "content", "name", "type", "function", "from", "arguments", "text", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of every node below a value."""
+    if not isinstance(value, dict | list):
+        return []
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    return [(value, key) for key, _ in items] + [p for _, inner in items for p in places(inner)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    row=st.sampled_from(MIXED).map(copy.deepcopy), data=st.data(), fmt=st.sampled_from(["auto", *FORMATS])
+)  # fmt: skip
+def test_a_row_is_a_conversation_or_has_a_reason(row: Any, data: st.DataObject, fmt: str) -> None:
+    for _ in range(data.draw(st.integers(1, 3))):
+        container, key = data.draw(st.sampled_from(places(row)))
+        container[key] = data.draw(anything)
+        if not places(row):
+            return
+    try:
+        conversation = to_conversation(row, fmt)
+    except RowError:
+        return
+    assert validate(conversation) is conversation
 
 
 # Published data

@@ -51,14 +51,14 @@ def detect(rows: Sequence[Mapping[str, Any]], columns: Columns | None = None) ->
 def _layout(row: Mapping[str, Any]) -> str | None:
     if row.get("messages") is not None:
         return "openai" if _looks_like_openai(row["messages"]) else "messages"
-    turns = row.get("conversations")
-    if turns is not None:
-        first = turns[0] if isinstance(turns, list) and turns else turns
-        return "sharegpt" if "from" in (first or "") else "chatglm3"
+    if row.get("conversations") is not None:
+        return "chatglm3" if _has_roles(row["conversations"]) else "sharegpt"
     if "instruction" in row:
         return "alpaca"
     # Without a response the row is still known: rows to be answered have none.
-    return "pairs" if any(prompt in row for prompt, _ in PAIRS) else None
+    if any(prompt in row for prompt, _ in PAIRS):
+        return "pairs"
+    return "messages" if "messages" in row else None
 
 
 def _looks_like_openai(messages: Any) -> bool:
@@ -67,6 +67,11 @@ def _looks_like_openai(messages: Any) -> bool:
         and (m.get("role") == "tool" or m.get("tool_calls") or isinstance(m.get("content"), list))
         for m in messages
     )
+
+
+def _has_roles(turns: Any) -> bool:
+    first = turns[0] if isinstance(turns, list) and turns else turns
+    return isinstance(first, dict | str) and "role" in first
 
 
 def to_conversation(
@@ -107,7 +112,7 @@ def _listed(row: Mapping[str, Any], key: str) -> Turns:
     if isinstance(items, str):  # a CSV cell
         items = strict_json.parse(items)
     if not isinstance(items, list):
-        if items is None:
+        if key not in row:
             raise RowError(f"the row has no {key!r}; its columns are {', '.join(map(repr, row))}")
         raise RowError(f"{key}: is {strict_json.describe(items)}, not a list of messages")
     turns = _start(row)

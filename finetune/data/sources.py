@@ -109,8 +109,10 @@ class ConversationStream(Iterator[Conversation]):
             try:
                 fmt = detect(rows, self._columns) if rows else "auto"
             except RowError as error:
-                self._bad(BadRow(f"{path}:1", str(error), fatal=True))
-                self.rows += 1
+                unread = BadRow(f"{path}:1", str(error), fatal=True)
+                for bad in [unread, *(item for item in sample if isinstance(item, BadRow))]:
+                    self._bad(bad)
+                self.rows += len(sample)
                 return
         self.formats[str(path)] = fmt
         folder = path.parent

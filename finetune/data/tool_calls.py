@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from finetune.data import strict_json
-from finetune.data.conversation import Message, RowError
+from finetune.data.conversation import Message, RowError, text_problem
 
 BUILT_IN = frozenset({"python", "simple_browser", "cogview"})
 """Tools that GLM-4 knows without a definition; what they are called with is plain text."""
@@ -40,6 +40,9 @@ def read_tools(value: Any) -> Tools:
     for name in names:
         if names.count(name) > 1:
             raise RowError(f"tools: {name!r} is defined twice")
+    problem = text_problem(strict_json.dump(tools))
+    if problem:
+        raise RowError(f"tools: {problem}")
     return tools
 
 
@@ -62,19 +65,22 @@ def _tool(item: Any, number: int) -> dict[str, Any]:
         item = strict_json.parse(item)
     if not isinstance(item, dict):
         raise RowError(f"tools: definition {number} is {strict_json.describe(item)}, not an object")
-    if item.get("type") in BUILT_IN and "function" not in item:
+    kind = item.get("type") or "function"
+    if isinstance(kind, str) and kind in BUILT_IN and "function" not in item:
         return item
+    if kind != "function":
+        raise RowError(f"tools: definition {number} has type {kind!r}, not 'function'")
     function = item.get("function", item)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name or name != name.strip() or "\n" in name:
         raise RowError(f"tools: definition {number} has no usable name")
     if not isinstance(function.get("parameters", {}), dict | None):
         raise RowError(f"tools: parameters of {name!r} are not an object (a JSON schema)")
-    return (
-        item
-        if "function" in item and "type" in item
-        else {"type": "function", "function": function}
-    )
+    if function is item:  # flat, perhaps in OpenAI's newer way with its type among the rest
+        function = {key: value for key, value in item.items() if key != "type"}
+    elif item.get("type"):
+        return item
+    return {"type": "function", "function": function}
 
 
 def tool_name(tool: Any) -> str:

@@ -214,6 +214,8 @@ def _message(
     weight = item.get("weight")
     if weight is None:
         weight = 1.0
+    elif isinstance(weight, int) and abs(weight) > 1_000_000:
+        _fail(position, "weight is over a million")
     elif isinstance(weight, bool) or not isinstance(weight, int | float):
         _fail(position, f"weight is {strict_json.describe(weight)}, not a number")
     return Message(role, text, metadata, train, float(weight), image or item.get("image"))
