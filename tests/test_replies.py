@@ -86,6 +86,14 @@ def test_the_last_reply_keeps_its_reasoning_and_earlier_ones_do_not(z1: ChatTemp
     )
 
 
+def test_a_reply_before_a_call_is_no_longer_the_last(z1: ChatTemplate) -> None:
+    conversation = dialogue(("user", "q"), ("reply", REASONED), ("call", "{}", "f"))
+    assert shown(z1, conversation).startswith(
+        "[gMASK]<sop><|user|>\nq<|assistant|>\n答<|assistant|>f"
+    )
+    assert z1.decode(z1.prompt(conversation, 2)).endswith(f"<|assistant|>\n答{HEADER_THINK}")
+
+
 def test_a_reasoned_last_reply_starts_with_its_prompt_and_is_trained_whole(
     z1: ChatTemplate,
 ) -> None:

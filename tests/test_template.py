@@ -7,7 +7,7 @@ template rendered by jinja and encoded with control strings matched.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from finetune.data.conversation import Conversation, Message
 from finetune.data.jinja import JinjaTemplate
 from finetune.data.probe import own_messages
+from finetune.data.sources import SourceSpec, read_conversations
 from finetune.data.template import ChatTemplate, Rendered, trained_spans
 from finetune.data.tokenizer import ChatTokenizer, load_chat_tokenizer
 from finetune.errors import DataError
@@ -118,12 +119,27 @@ def test_the_z1_dialect_equals_its_template(published: ChatTokenizer, glm4_asset
     )
 
 
-def test_laws_hold_on_all_real_tool_dialogues(published: ChatTokenizer, glm4_assets: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "rows"),
+    [
+        ("advertisegen/train.jsonl", 3000),
+        ("advertisegen/dev.jsonl", 1070),
+        ("toolcall/glaive_zh_sharegpt.json", 300),
+    ],
+)
+def test_laws_hold_on_all_real_dialogues(
+    published: ChatTokenizer, glm4_assets: Path, file: str, rows: int
+) -> None:
     template = ChatTemplate(published)
-    for row in golden(glm4_assets, "chat_template.jsonl"):
-        conversation = from_golden(row)
-        if conversation.tools:
-            check_laws(template, conversation)
+    sources = [SourceSpec(str(glm4_assets / "data" / file))]
+    conversations = list(read_conversations(sources))
+    assert len(conversations) == rows
+    check_laws(template, conversations)
+    for conversation, rendered in zip(conversations, template.render(conversations), strict=True):
+        shorter = template.shorten(rendered, conversation, 256)
+        if shorter is not None:
+            assert len(shorter.input_ids) <= 256
+            assert spans(shorter, conversation)
 
 
 # --- law 1 -----------------------------------------------------------------------------------
@@ -191,7 +207,7 @@ def test_a_template_without_tools_serves_plain_dialogues_and_refuses_the_others(
     )
     template = ChatTemplate(replace(tokenizer, chat_template=plain))
     assert not template.takes_tools
-    check_laws(template, dialogue(("user", "Q"), ("reply", "A")))
+    check_laws(template, [dialogue(("user", "Q"), ("reply", "A"))])
     for refused, reason in (
         (dialogue(("user", "Q"), ("reply", "A"), tools=TOOLS), "file.jsonl:1: .*has tools"),
         (dialogue(("user", "Q"), ("call", "{}", "f")), "no place for tool calls"),
@@ -290,26 +306,32 @@ def test_nothing_typed_becomes_a_control_token(
 # --- laws 1 to 5 on drawn dialogues ------------------------------------------------------------
 
 
-def check_laws(template: ChatTemplate, conversation: Conversation) -> None:
-    """Laws 2, 3 and 4 on one dialogue of a dialect that leaves text as it is."""
-    rendered = template.render([conversation])[0]
-    ids, control = rendered.input_ids.tolist(), set(template.tokenizer.control_ids.values())
-    replies = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
-    assert [reply.message for reply in rendered.replies] == replies
-    prompts = template.prompts([(conversation, reply) for reply in replies])
-    for (index, start, end), prompt in zip(rendered.replies, prompts, strict=True):
-        assert ids[:start] == prompt
-        assert ids[end - 1] in control
-        assert not control & set(ids[start : end - 1])
-        said = conversation.messages[index]
-        for supervised in (ids[start:end], ids[start : end - 1]):
-            parsed = template.parse(supervised)
-            assert (parsed.metadata, parsed.content) == (said.metadata, said.content)
-    assert rendered.runs[0].start == 0
-    assert rendered.runs[-1].end == len(ids)
-    assert all(a.end == b.start for a, b in zip(rendered.runs, rendered.runs[1:], strict=False))
-    headers = [run.start for run in rendered.runs[1:]]
-    assert [place for place, i in enumerate(ids) if i in control] == [0, 1, *headers]
+def check_laws(template: ChatTemplate, conversations: Sequence[Conversation]) -> None:
+    """Laws 2, 3 and 4 for a dialect that leaves text as it is."""
+    asked = [
+        (conversation, index)
+        for conversation in conversations
+        for index, message in enumerate(conversation.messages)
+        if message.role == "assistant"
+    ]
+    prompts = iter(template.prompts(asked))
+    control = set(template.tokenizer.control_ids.values())
+    for conversation, rendered in zip(conversations, template.render(conversations), strict=True):
+        ids = rendered.input_ids.tolist()
+        replies = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        assert [reply.message for reply in rendered.replies] == replies
+        for index, start, end in rendered.replies:
+            assert ids[:start] == next(prompts)
+            assert ids[end - 1] in control
+            assert not control & set(ids[start : end - 1])
+            said = conversation.messages[index]
+            for supervised in (ids[start:end], ids[start : end - 1]):
+                parsed = template.parse(supervised)
+                assert (parsed.metadata, parsed.content) == (said.metadata, said.content)
+        assert (rendered.runs[0].start, rendered.runs[-1].end) == (0, len(ids))
+        assert all(a.end == b.start for a, b in zip(rendered.runs, rendered.runs[1:], strict=False))
+        headers = [run.start for run in rendered.runs[1:]]
+        assert [place for place, i in enumerate(ids) if i in control] == [0, 1, *headers]
 
 
 @settings(max_examples=80, deadline=None, database=None)
@@ -317,7 +339,7 @@ def check_laws(template: ChatTemplate, conversation: Conversation) -> None:
 def test_prompt_is_a_prefix_supervised_tokens_are_the_reply_and_its_stop(
     template: ChatTemplate, conversation: Conversation
 ) -> None:
-    check_laws(template, conversation)
+    check_laws(template, [conversation])
 
 
 @settings(max_examples=80, deadline=None, database=None)

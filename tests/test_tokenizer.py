@@ -141,6 +141,18 @@ def test_only_tokenizer_model_and_config_are_enough_in_a_read_only_folder(
     assert sorted(tiktoken_folder.iterdir()) == before
 
 
+def test_a_machine_without_a_home_directory_converts_too(
+    tiktoken_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FINETUNE_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert tokenizer_file(tiktoken_folder).is_relative_to(tmp_path)
+
+
 def test_a_temporary_folder_that_others_can_write_to_is_not_read(
     tiktoken_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
