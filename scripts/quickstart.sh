@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 case "${1:-}" in
     "") model=runs/quickstart-model run=runs/quickstart; options=() ;;
     --tiny) model=runs/tiny-model run=runs/quickstart-tiny
-            options=("model.path=$model" "training.output_dir=$run" training.max_steps=12 training.num_epochs=null evaluation.max_samples=12 evaluation.max_new_tokens=16) ;;
+            options=("model.path=$model" "training.output_dir=$run" data.max_length=1024 training.max_steps=12 training.num_epochs=null evaluation.max_samples=12 evaluation.max_new_tokens=16) ;;
     *) echo "usage: bash scripts/quickstart.sh [--tiny]" >&2; exit 2 ;;
 esac
 . scripts/install.sh quickstart

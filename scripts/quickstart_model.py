@@ -12,7 +12,6 @@ The tokenizer gets the GLM-4 control tokens and the GLM-4 chat layout.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -163,8 +162,7 @@ def tiny_random() -> tuple[GlmForCausalLM, PreTrainedTokenizerFast]:
         vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     lines = (TINY_TEXT_FOLDER / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [m["content"] for line in lines for m in json.loads(line)["messages"]]
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(lines, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)})
     torch.manual_seed(0)
