@@ -185,11 +185,11 @@ def test_a_row_of_20_mb_is_refused_without_holding_it(tmp_path: Path) -> None:
     huge = '{"a": "' + "x" * 20_000_000 + '"}'
     bad, good = read_rows(write(tmp_path, "a.jsonl", f"{huge}\n{GOOD}\n"))
     assert isinstance(bad, BadRow)
-    assert bad.reason == "the row is longer than 16 MiB"
+    assert bad.reason == "the row is longer than 8 MiB"
     assert good == Row(VALUE, f"{tmp_path}/a.jsonl:2")
     (only,) = read_rows(write(tmp_path, "a.json", f"[{huge}]"))
     assert isinstance(only, BadRow)
-    assert (only.reason, only.fatal) == ("the row is longer than 16 MiB", True)
+    assert (only.reason, only.fatal) == ("the row is longer than 8 MiB", True)
 
 
 def test_rows_of_an_array_have_the_line_they_begin_on(tmp_path: Path) -> None:

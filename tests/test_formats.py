@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -559,3 +560,18 @@ def test_published_rows_become_what_the_golden_dialogues_show(glm4_assets: Path)
             ours |= {(c.messages, "[]") for c in read(data / "advertisegen/train.jsonl")}
         found = [(c.messages, json.dumps(c.tools)) in ours for c in golden[source]]
         assert (source, sum(found)) == (source, expected)
+
+
+def test_the_record_in_the_readme_is_what_it_says() -> None:
+    text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
+    record = re.search(r"```json\n(.*?)```", text, re.DOTALL)
+    assert record is not None
+    conversation = to_conversation(json.loads(record[1]))
+    assert [m.role for m in conversation.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "observation",
+        "assistant",
+    ]
+    assert all(f"`{layout}`" in text for layout in FORMATS)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 CHUNK = 1 << 20
-MAX_ROW = 16 << 20
-"""Longest row in bytes; several million tokens, more than any model takes."""
+MAX_ROW = 8 << 20
+"""Longest row in bytes: some two million tokens, more than any model takes."""
 
 Layout = Literal["json", "csv", "parquet"]
 
