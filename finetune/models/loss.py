@@ -54,20 +54,19 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
-            for at in _chunks(targets.shape[0], weight.shape[0], kind):
+            chunks = _chunks(targets.shape[0], weight.shape[0], kind)
+            logits = _Logits(matrix, max((at.stop - at.start for at in chunks), default=0))
+            for at in chunks:
                 rows, target = hidden[at].to(dtype), targets[at]
-                share = None if weights is None else weights[at].float()
-                loss, slope = _cross_entropy(rows @ matrix.T, target, needs_hidden or needs_weight)
-                total += (loss if share is None else loss * share).sum()
-                if slope is None:
+                share = 1.0 if weights is None else weights[at].float().unsqueeze(1)
+                total += (logits.losses(rows, target) * share).sum()
+                if not (needs_hidden or needs_weight):
                     continue
-                if share is not None:
-                    slope.mul_(share.unsqueeze(1))
-                slope = slope.to(dtype)
+                slope = logits.slope(target)
                 if grad_hidden is not None:
-                    grad_hidden[at] = (slope @ matrix).float()
+                    torch.mul(slope @ matrix, share, out=grad_hidden[at])
                 if grad_weight is not None:
-                    _add_product(grad_weight, slope, rows)
+                    _add_product(grad_weight, slope, (rows * share).to(dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -79,19 +78,38 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden, weight, None, None
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Return fp32 losses [N] and, on request, their gradient by the logits [N, V]."""
-    logits = logits.float()
-    if not slope:
-        return F.cross_entropy(logits, target, reduction="none"), None
-    at = target.unsqueeze(1)
-    highest = logits.amax(dim=1, keepdim=True)
-    chosen = logits.gather(1, at)
-    shares = torch.softmax(logits, dim=1)
-    # log-sum-exp without a second pass of exponentials: the largest share is exp(0) / sum
-    losses = (highest - shares.amax(dim=1, keepdim=True).log() - chosen).squeeze(1)
-    shares.scatter_add_(1, at, shares.new_full((1, 1), -1.0).expand(at.shape))
-    return losses, shares
+class _Logits:
+    """The logits of one chunk at a time, in memory that all chunks share.
+
+    Fresh memory for 80 MB of logits costs a third of the matrix product that fills it, and softmax
+    twice that of an exponential in place.
+    """
+
+    def __init__(self, matrix: Tensor, size: int) -> None:
+        self.matrix = matrix.detach()
+        self.narrow = matrix.new_empty(size, matrix.shape[0])
+        same = matrix.dtype is torch.float32
+        self.wide = self.narrow if same else torch.empty_like(self.narrow, dtype=torch.float32)
+        self.sums = self.wide
+
+    def losses(self, rows: Tensor, target: Tensor) -> Tensor:
+        """Return cross-entropies [N, 1] in fp32; leaves exp(logit - highest) behind for `slope`."""
+        count = rows.shape[0]
+        torch.mm(rows.detach(), self.matrix.T, out=self.narrow[:count])
+        logits = self.wide[:count]
+        if logits.dtype is not self.narrow.dtype:
+            logits.copy_(self.narrow[:count])
+        highest = logits.amax(dim=1, keepdim=True)
+        chosen = logits.gather(1, target.unsqueeze(1))
+        self.sums = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+        return highest + self.sums.log() - chosen
+
+    def slope(self, target: Tensor) -> Tensor:
+        """Return the gradient [N, V] of the last `losses` by their logits: softmax - one-hot."""
+        count = target.shape[0]
+        slope = self.wide[:count].mul_(self.sums.reciprocal())
+        slope.scatter_add_(1, target.unsqueeze(1), slope.new_full((count, 1), -1.0))
+        return slope if self.narrow is self.wide else self.narrow[:count].copy_(slope)
 
 
 def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
@@ -105,7 +123,7 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
 def _chunks(length: int, vocabulary: int, kind: str) -> list[slice]:
     elements = CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["other"])
     size = max(1, elements // vocabulary)
-    return [slice(start, start + size) for start in range(0, length, size)]
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
