@@ -287,9 +287,9 @@ class Session:
         try:
             self._make_room()
             reply = self.voice.reply(self._conversation(), self.terminal.show)
-        except FinetuneError as error:
+        except (FinetuneError, KeyboardInterrupt) as error:
             self.history = before
-            self.terminal.line(f"error: {error}")
+            self.terminal.line(f"error: {error}" if str(error) else "(your message is forgotten)")
             return
         self.terminal.line()
         if all(message.content.strip() for message in reply):
