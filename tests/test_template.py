@@ -159,7 +159,8 @@ def test_jinja_renders_as_transformers_does() -> None:
     sources = (
         tiny.CHAT_TEMPLATE,
         Z1_TEMPLATE,
-        "{% for m in messages %}\n  {{ m|tojson }}\n{%endfor%}",
+        "{% set n = namespace(x=dict(a=1)) %}{% for m in messages %}\n  {% set n.x = m %}"
+        "{% generation %}\n{{ n.x | tojson }}\n{% endgeneration %}\n{% break %}{% endfor %}\n",
     )
     messages = [
         {"role": "system", "content": "", "tools": TOOLS},
@@ -192,7 +193,13 @@ def test_a_template_of_another_layout_is_refused_with_both_texts(tokenizer: Chat
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tokenizer: ChatTokenizer) -> None:
-    for escape in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
+    for escape in (
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ '{0.__class__.__mro__}'.format('') }}",
+        "{{ namespace(__class__=1) }}",
+        "{% set n = namespace() %}{% set n.__class__ = 1 %}",
+    ):
         with pytest.raises(DataError, match="chat template failed"):
             ChatTemplate(replace(tokenizer, chat_template=escape + tiny.CHAT_TEMPLATE))
 

@@ -15,8 +15,12 @@ from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from finetune.errors import DataError
 
@@ -204,17 +208,48 @@ def _last_body(template: JinjaTemplate, message: JsonMessage) -> str:
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _Namespace
+    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the type
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the checkpoint's chat template is not valid jinja: line {error.lineno}: {error}"
         ) from error
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`, by which templates mark replies: renders what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(Namespace):
+    """jinja's namespace, which takes no underscore names: they could reach Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # a template may pass `self=`
+        names = dict(*args[1:], **kwargs)
+        for name in names:
+            _refuse_private(name)
+        Namespace.__init__(args[0], names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name with an underscore in front, got {name!r}")
 
 
 def _to_json(
