@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "the quick brown fox jumps over a lazy dog order customer city answer what thing".split()
+WORDS = ["the", "quick", "fox", "jumps", "over", "a", "lazy", "dog", "order", "customer", "answer"]
 
 
 def write_dialogues(path: Path, count: int, *, seed: int = 0, weights: bool = False) -> Path:
