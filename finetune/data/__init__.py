@@ -1,0 +1,1 @@
+"""Dialogues: files in, tokens with their supervised spans out."""
