@@ -46,7 +46,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
         return result
 
     monkeypatch.setattr(FineTuner, "get_batch_samples", recording)
-    yield steps
+    return steps
 
 
 def adapter_hash(run_dir: Path, step: int) -> str:
@@ -389,11 +389,8 @@ main(["train", sys.argv[1]])
     assert time.monotonic() - begun < 100  # not a timeout of ten minutes
     assert done.returncode == 1  # torchrun's, whatever its workers say
     assert done.stderr.count("error: the loss of step 2 is not a finite number") == 1
-    assert done.stderr.count("exitcode  : 4") == 2, done.stderr
-    assert (
-        'Traceback (most recent call last):\n  File "'
-        not in done.stderr.split("torch.distributed.elastic")[0]
-    )
+    assert "exitcode  : 4" in done.stderr  # in torchrun's summary
+    assert "in poisoned" not in done.stderr  # no traceback of ours
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
@@ -411,7 +408,11 @@ def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int = 2
 def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
     tiny_chatglm: Path, data: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    changes = {"training__max_steps": 4000, "training__lr_schedule": "constant"}
+    changes = {
+        "training__max_steps": 4000,
+        "training__lr_schedule": "constant",
+        "training__warmup_steps": 0,
+    }
     settings = runs.config(tiny_chatglm, data, tmp_path / "run", **changes)
     process = runs.start_command(settings, tmp_path, launcher=False)
     wait_for_steps(tmp_path / "run", process)
@@ -438,7 +439,7 @@ def test_a_signal_to_torchrun_makes_all_processes_stop_after_the_same_step(
     _, err = process.communicate(timeout=100)
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     assert len(runs.history(tmp_path / "run")) == int(saved.name.removeprefix("checkpoint-"))
-    assert process.returncode != 0
+    assert process.returncode == 1  # torchrun's own
     assert "second signal" not in err
 
 
