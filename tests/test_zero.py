@@ -1,0 +1,166 @@
+"""ZeRO: what becomes of the section, which JSON files are refused, and that sharding changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+from finetune.config import DeepSpeedSection, TrainingSection
+from finetune.errors import ConfigError
+from finetune.training.zero import MIN_BUCKET, Setting, deepspeed_config
+
+
+def setting(precision: str = "fp32", hidden_size: int = 4096, **training: Any) -> Setting:
+    options = {"output_dir": "x", "batch_size": 4, "gradient_accumulation_steps": 8} | training
+    return Setting(TrainingSection(**options), 2, hidden_size, precision)
+
+
+def from_json(
+    tmp_path: Path, given: Any, section: dict[str, Any], **training: Any
+) -> dict[str, Any]:
+    file = tmp_path / "ds.json"
+    file.write_text(given if isinstance(given, str) else json.dumps(given), encoding="utf-8")
+    return deepspeed_config(
+        DeepSpeedSection(config=str(file), **section), setting(precision="bf16", **training)
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_batch_sizes_clipping_and_formats_come_from_the_training_section(stage: int) -> None:
+    config = deepspeed_config(
+        DeepSpeedSection(zero_stage=stage), setting("bf16", max_grad_norm=0.5)
+    )
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 8
+    assert config["train_batch_size"] == 64  # 4 x 8 x 2 processes
+    assert config["gradient_clipping"] == 0.5
+    assert (config["bf16"], config["fp16"]) == ({"enabled": True}, {"enabled": False})
+    assert "auto" not in json.dumps(config)
+
+
+def test_buckets_grow_with_the_hidden_size() -> None:
+    large = deepspeed_config(DeepSpeedSection(zero_stage=3), setting())["zero_optimization"]
+    assert large["reduce_bucket_size"] == 4096 * 4096
+    assert large["stage3_param_persistence_threshold"] == 40960
+    small = deepspeed_config(DeepSpeedSection(zero_stage=2), setting(hidden_size=32))
+    assert small["zero_optimization"]["reduce_bucket_size"] == MIN_BUCKET
+
+
+def test_offloading_never_asks_for_a_kernel_to_be_compiled() -> None:
+    section = DeepSpeedSection(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu")
+    config = deepspeed_config(section, setting())
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_a_json_file_keeps_what_it_says_and_gets_numbers_for_auto(tmp_path: Path) -> None:
+    given = {
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.0}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False},
+        "communication_data_type": "fp32",
+    }
+    config = from_json(tmp_path, given, {})
+    assert config["train_batch_size"] == 64
+    assert config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"] == {
+        "stage": 2, "reduce_bucket_size": 4096 * 4096, "overlap_comm": False,
+    }  # fmt: skip
+    assert config["communication_data_type"] == "fp32"
+    assert "optimizer" not in config  # torch's AdamW says the same
+
+
+def test_every_contradiction_of_a_json_file_is_named(tmp_path: Path) -> None:
+    given = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 4,
+        "gradient_clipping": 5,
+        "fp16": {"enabled": True},
+        "optimizer": {"type": "Lamb", "params": {"lr": 1e-5}},
+        "scheduler": {"type": "WarmupLR"},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+    }
+    section = {"zero_stage": 2, "offload_optimizer": "none"}
+    with pytest.raises(ConfigError) as caught:
+        from_json(tmp_path, given, section)
+    said = str(caught.value)
+    for name in (
+        "train_micro_batch_size_per_gpu is 2, but training.batch_size is 4",
+        "gradient_accumulation_steps is 1, but training.gradient_accumulation_steps is 8",
+        "train_batch_size is 4, but batch_size x gradient_accumulation_steps x processes is 64",
+        "gradient_clipping is 5, but training.max_grad_norm is 1.0",
+        "fp16.enabled is True",
+        "optimizer.type is Lamb",
+        "optimizer.params.lr is 1e-05, but the training section says 0.0005",
+        "scheduler: remove it",
+        "zero_optimization.stage is 3, but deepspeed.zero_stage is 2",
+        "zero_optimization.offload_optimizer.device is cpu, but deepspeed.offload_optimizer is none",
+    ):
+        assert name in said
+    assert said.count("deepspeed.config (") == 10
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '"zero"'])
+def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"deepspeed\.config: .*ds\.json"):
+        from_json(tmp_path, text, {})
+
+
+def test_stage_2_in_two_processes_equals_plain_data_parallel_and_resumes_in_the_same_bits(
+    tiny_chatglm: Path, tmp_path: Path
+) -> None:
+    data = runs.write_dialogues(tmp_path / "train.jsonl", 11, weights=True)
+
+    def settings(name: str, **changes: Any) -> dict[str, Any]:
+        return runs.config(
+            tiny_chatglm, data, tmp_path / name, training__gradient_accumulation_steps=2,
+            training__max_steps=4, training__save_every_steps=2, **changes,
+        )  # fmt: skip
+
+    plain, sharded = settings("plain"), settings("sharded", deepspeed__zero_stage=2)
+    for one in (plain, sharded):
+        done = runs.run_command(one, tmp_path, processes=2)
+        assert done.returncode == 0, done.stderr
+    assert "DeepSpeed" not in done.stderr
+    losses = [runs.history(tmp_path / name) for name in ("plain", "sharded")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6)
+    left, right = (runs.weights(tmp_path / n / "checkpoint-4") for n in ("plain", "sharded"))
+    assert all(torch.allclose(left[name], right[name], rtol=0, atol=1e-5) for name in left)
+    # Its own states are the only files beside the Trainer's, and no converters that open pickles.
+    names = {path.name for path in (tmp_path / "sharded/checkpoint-4").iterdir()}
+    assert {"global_step4", "latest"} < names
+    assert not [name for name in names if name.endswith(".py")]
+    whole = (tmp_path / "sharded/checkpoint-4/adapter_model.safetensors").read_bytes()
+    for path in (tmp_path / "sharded/checkpoint-4").rglob("*"):
+        path.unlink() if path.is_file() else None  # damaged: the one before is taken
+    done = runs.run_command(sharded, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-4 is passed over" in done.stderr
+    assert (tmp_path / "sharded/checkpoint-4/adapter_model.safetensors").read_bytes() == whole
+
+
+def test_stage_0_and_2_run_in_one_process_without_a_launcher(
+    tiny_glm: Path, tmp_path: Path
+) -> None:
+    data = runs.write_dialogues(tmp_path / "train.jsonl", 6)
+    runs.run_here(runs.config(tiny_glm, data, tmp_path / "plain", training__max_steps=3))
+    for stage in (0, 2):
+        settings = runs.config(
+            tiny_glm, data, tmp_path / f"zero-{stage}", training__max_steps=3,
+            deepspeed__zero_stage=stage,
+        )  # fmt: skip
+        done = runs.run_command(settings, tmp_path, launcher=False)
+        assert done.returncode == 0, done.stderr
+        for key in ("loss", "grad_norm"):
+            plain, sharded = (runs.history(tmp_path / n, key) for n in ("plain", f"zero-{stage}"))
+            assert plain == pytest.approx(sharded, abs=1e-5)
