@@ -538,7 +538,10 @@ def test_a_killed_builder_leaves_nothing_that_is_read_and_nothing_that_blocks(tm
     assert not any(path.name.startswith(".key.") for path in tmp_path.iterdir())
 
 
-def test_the_first_process_of_a_machine_prepares_even_when_it_comes_last(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_first_process_of_a_machine_prepares_even_when_it_comes_last(tmp_path, damaged):
+    if damaged:
+        (tmp_path / "key").mkdir()
     other = start_builder(tmp_path, 0.0, "rank 1", RANK="1", LOCAL_RANK="1")
     time.sleep(1.0)
     assert not (tmp_path / "log").exists()

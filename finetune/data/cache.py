@@ -163,13 +163,23 @@ def _leave_to_the_first_rank(folder: Path, lock: Path) -> None:
     handle = _open_lock(lock)
     try:
         deadline = time.monotonic() + _RANK_0_HEAD_START_SECONDS
-        while time.monotonic() < deadline and not folder.exists():
+        before = _identity(folder)  # of a damaged entry, which the first rank replaces
+        while time.monotonic() < deadline and _identity(folder) == before:
             if not _try_lock(handle, fcntl.LOCK_SH, lock):
                 return
             fcntl.flock(handle, fcntl.LOCK_UN)
             time.sleep(_POLL_SECONDS)
     finally:
         os.close(handle)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Another value once the folder is another one; None while there is none."""
+    try:
+        stat = folder.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _open_lock(path: Path) -> int:

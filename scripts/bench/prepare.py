@@ -53,13 +53,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--assets", type=Path, required=True, help="folder with assets/ and data/")
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
-    parser.add_argument("--rounds", type=int, default=3, help="of the first size; others run once")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="of the first size; of the others one preparation is measured, without a floor",
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for place, rows in enumerate(given.rows):
-            rounds = given.rounds if place == 0 else 1
+            rounds = given.rounds if place == 0 else 0
             work = Path(folder) / str(rows)
             work.mkdir()
             results.append(measure(given.assets.resolve(), work, rows, rounds))
@@ -71,43 +76,58 @@ def main() -> None:
 
 
 def measure(assets: Path, work: Path, rows: int, rounds: int) -> dict[str, Any]:
-    """Figures of one size, floor and preparation in turns."""
+    """Figures of one size: floor and preparation in turns, or with 0 rounds one preparation alone."""
     file = work / "rows.jsonl"
     write_rows(assets, file, rows)
     tokenizer = assets / TOKENIZER
-    run("texts", tokenizer, file, work / "texts.jsonl")  # also converts the tokenizer
     floors, preparations = [], []
-    for number in range(rounds):
-        floors.append(run("floor", tokenizer, work / "texts.jsonl"))
+    if rounds:
+        run("texts", tokenizer, file, work / "texts.jsonl")  # also converts the tokenizer
+    for number in range(max(rounds, 1)):
+        if rounds:
+            floors.append(run("floor", tokenizer, work / "texts.jsonl"))
         preparations.append(run("prepare", tokenizer, file, work / f"cache-{number}"))
-    if len({p["tokens"] for p in floors + preparations}) != 1:
+    again = run("prepare", tokenizer, file, work / "cache-0")
+    if len({p["tokens"] for p in [*floors, *preparations, again]}) != 1:
         raise SystemExit(f"not the same tokens: {floors} {preparations}")
-    floor_cpu = statistics.median(f["encode_cpu"] for f in floors)
     cpu = statistics.median(p["cpu"] for p in preparations)
-    return {
+    result = {
         "rows": rows,
-        "tokens": floors[0]["tokens"],
+        "tokens": again["tokens"],
         "rounds": rounds,
+        "prepare_cpu_s": round(cpu, 2),
+        "prepare_peak_mb": max(p["peak_mb"] for p in preparations),
+        "again_cpu_s": round(again["cpu"], 2),
+        "again_peak_mb": again["peak_mb"],
+    }
+    if not floors:
+        return result
+    floor_cpu = statistics.median(f["encode_cpu"] for f in floors)
+    return result | {
         "floor_cpu_s": round(floor_cpu, 2),
         "floor_process_cpu_s": round(statistics.median(f["cpu"] for f in floors), 2),
-        "prepare_cpu_s": round(cpu, 2),
-        "ratio": round(cpu / floor_cpu, 2),
         "floor_peak_mb": max(f["peak_mb"] for f in floors),
-        "prepare_peak_mb": max(p["peak_mb"] for p in preparations),
-        "again_cpu_s": round(run("prepare", tokenizer, file, work / "cache-0")["cpu"], 2),
+        "ratio": round(cpu / floor_cpu, 2),
     }
 
 
 def as_text(result: dict[str, Any]) -> str:
     """One size as lines of a table."""
-    return (
-        f"{result['rows']:,} dialogues, {result['tokens']:,} tokens, "
-        f"median of {result['rounds']} round(s)\n"
-        f"  encode_batch_fast   {result['floor_cpu_s']:7.2f} CPU s   "
-        f"{result['floor_peak_mb']:5} MB   (its whole process {result['floor_process_cpu_s']:.2f})\n"
-        f"  prepare             {result['prepare_cpu_s']:7.2f} CPU s   "
-        f"{result['prepare_peak_mb']:5} MB   ratio {result['ratio']:.2f}\n"
-        f"  prepared before     {result['again_cpu_s']:7.2f} CPU s"
+    lines = [f"{result['rows']:,} dialogues, {result['tokens']:,} tokens"]
+    if result["rounds"]:
+        lines[0] += f", median of {result['rounds']} rounds"
+        lines.append(
+            f"  encode_batch_fast {result['floor_cpu_s']:8.2f} CPU s {result['floor_peak_mb']:6} MB"
+            f"   (its whole process {result['floor_process_cpu_s']:.2f})"
+        )
+    ratio = f"   ratio {result['ratio']:.2f}" if "ratio" in result else ""
+    return "\n".join(
+        [
+            *lines,
+            f"  prepare           {result['prepare_cpu_s']:8.2f} CPU s {result['prepare_peak_mb']:6} MB"
+            + ratio,
+            f"  prepared before   {result['again_cpu_s']:8.2f} CPU s {result['again_peak_mb']:6} MB",
+        ]
     )
 
 
