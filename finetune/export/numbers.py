@@ -16,7 +16,10 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
 }
 
-_SIXTEEN, _ONE, _HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+# What still rounds to a finite float16.
+F16_LARGEST = np.float32(65519.996)
+
+_SIXTEEN, _HALF, _EVEN = np.uint32(16), np.uint32(0x8000), np.uint32(0xFFFEFFFF)
 
 
 def widen(stored: NDArray[Any], dtype: str, out: Floats) -> None:
@@ -30,21 +33,24 @@ def widen(stored: NDArray[Any], dtype: str, out: Floats) -> None:
 
 
 def narrow(values: Floats, dtype: str, out: NDArray[Any], scratch: NDArray[np.uint32]) -> None:
-    """``values`` rounded to the nearest (ties to even) number of ``dtype``, in ``out``."""
+    """``values`` rounded to the nearest (ties to even) number of ``dtype``, in ``out``.
+
+    ``values`` hold something else afterwards.
+    """
     if dtype != "BF16":
         with np.errstate(over="ignore"):  # an overflow to infinity is found by the caller
             out[...] = values
         return
-    # Adding 0x7FFF, or 0x8000 when the lowest kept bit is set, carries into the upper half exactly
-    # when rounding goes up: 0x3F808000 (halfway) + 0x7FFF = 0x3F80FFFF stays, 0x3F818000 + 0x8000 goes up.
-    # A NaN stays one: those that arithmetic makes have nothing in the lower half to carry.
+    # Adding half a unit carries into the upper half exactly when rounding goes up. A tie leaves a lower
+    # half of zero and went up too: 0x3F808000 -> 0x3F810000, which is odd; clearing the lowest bit that
+    # is kept makes it 0x3F80, while 0x3F818000 -> 0x3F820000 was right already.
     bits = values.view(np.uint32)
-    np.right_shift(bits, _SIXTEEN, out=scratch)
-    np.bitwise_and(scratch, _ONE, out=scratch)
-    np.add(scratch, _HALF, out=scratch)
-    np.add(scratch, bits, out=scratch)
-    np.right_shift(scratch, _SIXTEEN, out=scratch)
-    np.copyto(out, scratch, casting="unsafe")
+    np.add(bits, _HALF, out=bits)
+    np.left_shift(bits, _SIXTEEN, out=scratch)
+    if np.count_nonzero(scratch) < scratch.size:
+        bits[scratch == 0] &= _EVEN
+    np.right_shift(bits, _SIXTEEN, out=bits)
+    np.copyto(out, bits, casting="unsafe")
 
 
 def to_float32(stored: bytes, dtype: str, shape: tuple[int, ...]) -> Floats:
