@@ -167,15 +167,15 @@ def test_under_autocast_gradients_keep_the_dtype_of_the_weights(
         assert F.cosine_similarity(gradient.flatten(), full[name].flatten(), dim=0) > 0.999, name
 
 
-def test_float16_gradients_do_not_vanish_before_the_loss_scale(open_model: Open) -> None:
+def test_float16_gradients_do_not_vanish_before_the_loss_scale() -> None:
     head = loss_module.SupervisedHead(8, VOCAB_SIZE, bias=False, dtype=torch.float16)
     hidden = torch.randn(5, 8, dtype=torch.float16, requires_grad=True)
-    total = head(hidden, targets=torch.arange(5), weights=torch.full((5,), 1e-3))
-    (total / 1e6 * 2**24).backward()  # a mean over 1e6 tokens, scaled up as GradScaler does
+    light = torch.full((5,), 1e-6)  # gradients near the smallest float16, 6e-8
+    (head(hidden, targets=torch.arange(5), weights=light) * 2**24).backward()
     exact = hidden.detach().float().requires_grad_()
     losses = F.cross_entropy(exact @ head.weight.float().T, torch.arange(5), reduction="sum")
-    (losses * 1e-3 / 1e6 * 2**24).backward()
-    torch.testing.assert_close(hidden.grad.float(), exact.grad, atol=1e-4, rtol=2e-2)
+    (losses * 1e-6 * 2**24).backward()
+    torch.testing.assert_close(hidden.grad.float(), exact.grad, atol=5e-3, rtol=1e-2)
 
 
 class _Shapes(TorchDispatchMode):
