@@ -63,7 +63,7 @@ def run_here(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_command(
-    settings: dict[str, Any],
+    settings: dict[str, Any] | list[dict[str, Any]],
     folder: Path,
     *,
     processes: int = 1,
@@ -71,17 +71,34 @@ def run_command(
     environment: dict[str, str] | None = None,
     script: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Train through the command line, under torchrun or without; `script` is run instead of it."""
+    """Train through the command line, under torchrun or without; several runs one after another.
+
+    `script` is Python to run before, to break something.
+    """
     popen = start_command(
         settings, folder, processes=processes, launcher=launcher,
         environment=environment, script=script,
     )  # fmt: skip
-    out, err = popen.communicate(timeout=150)
+    out, err = popen.communicate(timeout=240)
     return subprocess.CompletedProcess(popen.args, popen.returncode, out, err)
 
 
+SEVERAL = """
+import sys
+from finetune.cli import main
+from finetune.training import fit, trainer
+fit.end = lambda: None  # one process group for all of them
+for file in sys.argv[1:]:
+    try:
+        main(["train", file])
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
 def start_command(
-    settings: dict[str, Any],
+    settings: dict[str, Any] | list[dict[str, Any]],
     folder: Path,
     *,
     processes: int = 1,
@@ -89,14 +106,16 @@ def start_command(
     environment: dict[str, str] | None = None,
     script: str | None = None,
 ) -> subprocess.Popen[str]:
-    file = folder / f"{Path(settings['training']['output_dir']).name}.yaml"
-    file.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-    if script is None:
-        what = ["-m", "finetune", "train", str(file)]
+    files = []
+    for one in [settings] if isinstance(settings, dict) else settings:
+        files.append(folder / f"{Path(one['training']['output_dir']).name}.yaml")
+        files[-1].write_text(json.dumps(one), encoding="utf-8")  # JSON is YAML
+    if script is None and len(files) == 1:
+        what = ["-m", "finetune", "train", str(files[0])]
     else:
         program = folder / "program.py"
-        program.write_text(script, encoding="utf-8")
-        what = [str(program), str(file)]
+        program.write_text((script or "") + SEVERAL, encoding="utf-8")
+        what = [str(program), *map(str, files)]
     command = [sys.executable]
     if launcher:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]

@@ -127,26 +127,49 @@ def test_accumulation_and_batch_size_train_the_same_weights(
     assert_same_weights(tmp_path / "small/checkpoint-4", tmp_path / "large/checkpoint-4", 1e-5)
 
 
-def test_two_processes_train_the_same_weights_as_one(
+POISON = """
+import os
+from finetune.training import trainer
+original = trainer.FineTuner.compute_loss
+def poisoned(self, *args, **kwargs):
+    loss = original(self, *args, **kwargs)
+    if "poisoned" in self.args.output_dir and os.environ["RANK"] == "1" and self.state.global_step == 1:
+        self._losses[-1] = self._losses[-1] * float("nan")
+    return loss
+trainer.FineTuner.compute_loss = poisoned
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_weights_as_one_and_fail_together(
     tiny_chatglm: Path, weighted_data: Path, tmp_path: Path
 ) -> None:
-    common = {"method__dropout": 0.0, "training__max_steps": 4, "data__validation": str(weighted_data),
-              "evaluation__generate": False, "evaluation__at_start": True}  # fmt: skip
-    one = runs.config(
-        tiny_chatglm, weighted_data, tmp_path / "one", training__batch_size=8, **common
-    )
-    two = runs.config(
-        tiny_chatglm, weighted_data, tmp_path / "two", training__batch_size=4, **common
+    common = {
+        "method__dropout": 0.0, "training__max_steps": 4, "data__validation": str(weighted_data),
+        "evaluation__generate": False, "evaluation__at_start": True, "training__save_every_steps": 1,
+    }  # fmt: skip
+    one, two, poisoned = (
+        runs.config(
+            tiny_chatglm, weighted_data, tmp_path / name, training__batch_size=size, **common
+        )
+        for name, size in (("one", 8), ("two", 4), ("poisoned", 4))
     )
     runs.run_here(one)
-    done = runs.run_command(two, tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
+    begun = time.monotonic()
+    done = runs.run_command([two, poisoned], tmp_path, processes=2, script=POISON)
     one_loss, two_loss = (runs.history(tmp_path / name) for name in ("one", "two"))
     assert len(one_loss) == 4
     assert one_loss == pytest.approx(two_loss, abs=2e-6)
     validation = [runs.history(tmp_path / name, "eval_loss") for name in ("one", "two")]
     assert validation[0] == pytest.approx(validation[1], abs=2e-6)
     assert_same_weights(tmp_path / "one/checkpoint-4", tmp_path / "two/checkpoint-4", 1e-5)
+    # What only process 1 finds not finite ends both with exit code 4, and not by a timeout.
+    assert time.monotonic() - begun < 240
+    assert done.returncode == 1  # torchrun's own, whatever its workers say
+    assert "exitcode  : 4" in done.stderr  # in torchrun's summary
+    assert done.stderr.count("error: the loss of step 2 is not a finite number") == 1
+    assert "in poisoned" not in done.stderr  # no traceback of ours
+    assert [path.name for path in (tmp_path / "poisoned").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
@@ -367,33 +390,6 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_learned(
     )
 
 
-def test_what_only_one_process_finds_not_finite_ends_both_with_exit_code_4(
-    tiny_chatglm: Path, data: Path, tmp_path: Path
-) -> None:
-    script = """
-import os, sys
-from finetune.cli import main
-from finetune.training import trainer
-original = trainer.FineTuner.compute_loss
-def poisoned(self, *args, **kwargs):
-    loss = original(self, *args, **kwargs)
-    if os.environ["RANK"] == "1" and self.state.global_step == 1:
-        self._losses[-1] = self._losses[-1] * float("nan")
-    return loss
-trainer.FineTuner.compute_loss = poisoned
-main(["train", sys.argv[1]])
-"""
-    settings = runs.config(tiny_chatglm, data, tmp_path / "run", training__save_every_steps=1)
-    begun = time.monotonic()
-    done = runs.run_command(settings, tmp_path, processes=2, script=script)
-    assert time.monotonic() - begun < 100  # not a timeout of ten minutes
-    assert done.returncode == 1  # torchrun's, whatever its workers say
-    assert done.stderr.count("error: the loss of step 2 is not a finite number") == 1
-    assert "exitcode  : 4" in done.stderr  # in torchrun's summary
-    assert "in poisoned" not in done.stderr  # no traceback of ours
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
-
-
 def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int = 2) -> None:
     for _ in range(1200):
         metrics = run_dir / "metrics.jsonl"
@@ -404,6 +400,7 @@ def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int = 2
     raise AssertionError("no step was logged within a minute")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
     tiny_chatglm: Path, data: Path, tmp_path: Path, number: int, code: int
@@ -429,6 +426,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
     assert adapter_hash(tmp_path / "run", step + 2) == adapter_hash(tmp_path / "whole", step + 2)
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_makes_all_processes_stop_after_the_same_step(
     tiny_chatglm: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -116,7 +116,8 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
         from_json(tmp_path, text, {})
 
 
-def test_stage_2_in_two_processes_equals_plain_data_parallel_and_resumes_in_the_same_bits(
+@pytest.mark.slow
+def test_two_processes_under_stage_0_and_2_equal_plain_data_parallel_and_resume_in_the_same_bits(
     tiny_chatglm: Path, tmp_path: Path
 ) -> None:
     data = runs.write_dialogues(tmp_path / "train.jsonl", 11, weights=True)
@@ -127,40 +128,63 @@ def test_stage_2_in_two_processes_equals_plain_data_parallel_and_resumes_in_the_
             training__max_steps=4, training__save_every_steps=2, **changes,
         )  # fmt: skip
 
-    plain, sharded = settings("plain"), settings("sharded", deepspeed__zero_stage=2)
-    for one in (plain, sharded):
-        done = runs.run_command(one, tmp_path, processes=2)
-        assert done.returncode == 0, done.stderr
+    plain, stage_0, stage_2, again = (
+        settings("plain"),
+        settings("stage-0", deepspeed__zero_stage=0),
+        settings("stage-2", deepspeed__zero_stage=2),
+        settings("again", deepspeed__zero_stage=2),
+    )
+    # The last run goes on from step 2 of the one before.
+    script = f"""
+import shutil
+from finetune.training import run
+original = run.train
+def train(config, path):
+    if config.training.output_dir.endswith("again"):
+        source, target = {str(tmp_path / "stage-2")!r}, {str(tmp_path / "again")!r}
+        if run.console.is_main():
+            shutil.copytree(source + "/checkpoint-2", target + "/checkpoint-2")
+    return original(config, path)
+run.train = train
+"""
+    done = runs.run_command([plain, stage_0, stage_2, again], tmp_path, processes=2, script=script)
+    assert done.returncode == 0, done.stderr
     assert "DeepSpeed" not in done.stderr
-    losses = [runs.history(tmp_path / name) for name in ("plain", "sharded")]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-6)
-    left, right = (runs.weights(tmp_path / n / "checkpoint-4") for n in ("plain", "sharded"))
-    assert all(torch.allclose(left[name], right[name], rtol=0, atol=1e-5) for name in left)
-    # Its own states are the only files beside the Trainer's, and no converters that open pickles.
-    names = {path.name for path in (tmp_path / "sharded/checkpoint-4").iterdir()}
+    for key in ("loss", "grad_norm"):
+        expected = runs.history(tmp_path / "plain", key)
+        assert len(expected) == 4
+        for name in ("stage-0", "stage-2"):
+            assert runs.history(tmp_path / name, key) == pytest.approx(expected, abs=1e-5)
+        assert runs.history(tmp_path / "again", key) == runs.history(tmp_path / "stage-2", key)[2:]
+    left = runs.weights(tmp_path / "plain/checkpoint-4")
+    for name in ("stage-0", "stage-2"):
+        right = runs.weights(tmp_path / name / "checkpoint-4")
+        assert all(torch.allclose(left[key], right[key], rtol=0, atol=1e-5) for key in left)
+    adapters = [
+        tmp_path / n / "checkpoint-4/adapter_model.safetensors" for n in ("stage-2", "again")
+    ]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    # Its states lie beside the Trainer's, and no converters that open pickles.
+    names = {path.name for path in (tmp_path / "stage-2/checkpoint-4").iterdir()}
     assert {"global_step4", "latest"} < names
     assert not [name for name in names if name.endswith(".py")]
-    whole = (tmp_path / "sharded/checkpoint-4/adapter_model.safetensors").read_bytes()
-    for path in (tmp_path / "sharded/checkpoint-4").rglob("*"):
-        path.unlink() if path.is_file() else None  # damaged: the one before is taken
-    done = runs.run_command(sharded, tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-4 is passed over" in done.stderr
-    assert (tmp_path / "sharded/checkpoint-4/adapter_model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_stage_0_and_2_run_in_one_process_without_a_launcher(
     tiny_glm: Path, tmp_path: Path
 ) -> None:
     data = runs.write_dialogues(tmp_path / "train.jsonl", 6)
     runs.run_here(runs.config(tiny_glm, data, tmp_path / "plain", training__max_steps=3))
-    for stage in (0, 2):
-        settings = runs.config(
-            tiny_glm, data, tmp_path / f"zero-{stage}", training__max_steps=3,
+    stages = [
+        runs.config(
+            tiny_glm, data, tmp_path / f"stage-{stage}", training__max_steps=3,
             deepspeed__zero_stage=stage,
-        )  # fmt: skip
-        done = runs.run_command(settings, tmp_path, launcher=False)
-        assert done.returncode == 0, done.stderr
-        for key in ("loss", "grad_norm"):
-            plain, sharded = (runs.history(tmp_path / n, key) for n in ("plain", f"zero-{stage}"))
-            assert plain == pytest.approx(sharded, abs=1e-5)
+        )
+        for stage in (0, 2)
+    ]  # fmt: skip
+    done = runs.run_command(stages, tmp_path, launcher=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("stage-0", "stage-2"):
+        expected = runs.history(tmp_path / "plain")
+        assert runs.history(tmp_path / name) == pytest.approx(expected, abs=1e-5)
