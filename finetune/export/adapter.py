@@ -51,7 +51,7 @@ class Update:
     """[out], the length of each row after merging (DoRA)."""
 
     def apply(self, rows: slice, weights: Floats, scratch: Floats) -> None:
-        """Change ``weights``, the rows ``rows`` of the matrix, in place."""
+        """Change ``weights``, the rows ``rows`` of the matrix, in place; an overflow gives infinity."""
         b = self.b[rows]
         width = max(1, _PRODUCT // b.size)
         for first in range(0, self.a.shape[1], width):

@@ -209,7 +209,8 @@ def _compute(output: Output, descriptor: int, sink: _Sink, work: _Workspace) -> 
             if output.update is not None:
                 here = slice(first + row, first + row + height)
                 delta = work.delta[: height * columns].reshape(height, columns)
-                output.update.apply(here, values.reshape(height, columns), delta)
+                with np.errstate(over="ignore", invalid="ignore"):  # found by the check
+                    output.update.apply(here, values.reshape(height, columns), delta)
             _check_finite(values, output)
             narrow(values, output.dtype, result[part], work.bits[: height * columns])
         sink.write(piece.data)
@@ -218,8 +219,9 @@ def _compute(output: Output, descriptor: int, sink: _Sink, work: _Workspace) -> 
 def _check_finite(values: Floats, output: Output) -> None:
     # A product with itself shows a NaN or an infinity in one fast pass; then look closer.
     largest = F16_LARGEST if output.dtype == "F16" else np.finfo(np.float32).max
-    if np.dot(values, values) <= largest or np.abs(values).max() <= largest:
-        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.dot(values, values) <= largest or np.abs(values).max() <= largest:
+            return
     raise ModelError(
         f"{output.name} would hold numbers that are not finite in {output.dtype}; "
         "the base or the adapter is broken, or the number format too small"
