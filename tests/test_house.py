@@ -1,0 +1,92 @@
+"""The house is in order: style, types, import arrows, sizes, and what is never called."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "finetune.py", *sorted((ROOT / "finetune").rglob("*.py"))]
+ALL_PYTHON = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "scripts").rglob("*.py"))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["lint-imports"],
+        ["codespell", "finetune", "tests", "scripts", "configs", "README.md", "docs"],
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_the_tools_find_nothing(command: list[str]) -> None:
+    beside_python = Path(sys.executable).parent / command[0]
+    program = str(beside_python) if beside_python.exists() else shutil.which(command[0])
+    if program is None:
+        pytest.skip(f"{command[0]} is not installed: pip install -e '.[dev]'")
+    done = subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_room_is_over_400_lines() -> None:
+    lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in ALL_PYTHON}
+    assert {str(p): n for p, n in lengths.items() if n > 400} == {}
+
+
+def _calls(path: Path) -> list[tuple[str, ast.Call]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [(ast.unparse(n.func), n) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+
+
+def test_nothing_opens_pickles_runs_shells_or_evaluates_text() -> None:
+    banned = {"os.system", "eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}  # fmt: skip
+    found = []
+    for path in SOURCES:
+        for name, call in _calls(path):
+            keywords = {k.arg: k.value for k in call.keywords}
+            shell = keywords.get("shell")
+            if name in banned or (isinstance(shell, ast.Constant) and shell.value):
+                found.append(f"{path.name}:{call.lineno}: {name}")
+            weights_only = keywords.get("weights_only")
+            if name == "torch.load" and not (
+                isinstance(weights_only, ast.Constant) and weights_only.value is True
+            ):
+                found.append(f"{path.name}:{call.lineno}: torch.load without weights_only=True")
+            remote = keywords.get("trust_remote_code")
+            if isinstance(remote, ast.Constant) and remote.value:
+                found.append(f"{path.name}:{call.lineno}: trust_remote_code")
+    assert found == []
+
+
+def test_no_exception_is_swallowed() -> None:
+    silent = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.ExceptHandler)
+                and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
+                and all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
+            ):
+                silent.append(f"{path.name}:{node.lineno}")
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["finetune.cli", "finetune.config", "finetune.config_file", "finetune.console", "finetune.data.report",
+     "finetune.data.dataset", "finetune.data.template", "finetune.evaluation.metrics"],
+)  # fmt: skip
+def test_light_rooms_import_nothing_heavy(module: str) -> None:
+    code = (
+        f"import sys, {module}; heavy = {{'torch', 'transformers', 'datasets', 'peft', 'deepspeed'}}; "
+        "found = heavy & set(sys.modules); sys.exit(', '.join(sorted(found)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

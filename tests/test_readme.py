@@ -1,0 +1,91 @@
+"""What the README says is so: its commands run, its map is the house, its keys exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.config_file import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+
+
+def blocks(readme: Path, language: str) -> list[str]:
+    text = readme.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(readme: Path) -> list[str]:
+    lines = [line for block in blocks(readme, "bash") for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_every_command_names_what_exists(readme: Path) -> None:
+    for command in commands(readme):
+        words = shlex.split(command)
+        for word in words:
+            if word.startswith(("scripts/", "configs/")) or word == "finetune.py":
+                assert (ROOT / word).exists(), command
+        config = next((word for word in words if word.startswith("configs/")), None)
+        if config:
+            load_config(ROOT / config, [word for word in words if re.match(r"[a-z_]+\.[a-z_]+=", word)])  # fmt: skip
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_every_subcommand_has_a_help_page(readme: Path) -> None:
+    named = set(re.findall(r"`finetune ((?:data )?[a-z]+)", readme.read_text(encoding="utf-8")))
+    assert {"train", "evaluate", "predict", "merge", "chat", "data check", "data show", "data tokens", "schema"} <= named  # fmt: skip
+    for subcommand in sorted(named):
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune", *subcommand.split(), "--help"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{subcommand}: {done.stderr}"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_the_map_is_the_house(readme: Path) -> None:
+    (drawn,) = [block for block in blocks(readme, "text") if "finetune/" in block]
+    named = {word.strip(",") for word in drawn.split() if word.endswith((".py", ".sh", ".yaml", "/"))}  # fmt: skip
+    rooms = {f"{p.relative_to(ROOT / 'finetune').parts[0]}/" for p in (ROOT / "finetune").glob("*/*.py")}  # fmt: skip
+    modules = {p.name for p in (ROOT / "finetune").glob("*.py") if not p.name.startswith("__")}
+    for name in rooms | modules:
+        assert name in named, f"{name} is not on the map"
+    for name in named:
+        assert list(ROOT.rglob(name.rstrip("/"))), f"{name} is on the map but not in the house"
+
+
+def test_both_languages_show_the_same_commands() -> None:
+    english, chinese = (commands(readme) for readme in READMES)
+    assert english == chinese
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_the_yaml_shown_is_a_config(readme: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(readme, "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        load_config(path, [])
+
+
+@pytest.mark.slow
+def test_the_quickstart_goes_from_nothing_to_a_reopened_model() -> None:
+    environment = Path(sys.prefix)
+    if not (environment / ".installed-quickstart").exists():
+        pytest.skip("this environment was not made by scripts/install.sh")
+    done = subprocess.run(
+        ["bash", "scripts/quickstart.sh", "--tiny"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "VENV": str(environment)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for sign in ("before", "after", "rouge-l", "parity", "tuned", "Done."):
+        assert sign in done.stdout, sign
