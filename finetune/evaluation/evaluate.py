@@ -165,7 +165,7 @@ def evaluate(
     from finetune.evaluation.turns import joined_processes
 
     with joined_processes():
-        opened = open_model(target, base=base, dtype=settings.dtype, attention=settings.attention)
+        opened = open_model(target, base=base)
         loss = validation_loss(
             opened.model, examples, Collator(template.pad_id), batch_size=settings.loss_batch_size
         )

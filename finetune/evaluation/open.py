@@ -11,6 +11,7 @@ from typing import Any, Literal
 from finetune.data.template import ChatTemplate
 from finetune.data.tokenizer import load_chat_tokenizer
 from finetune.errors import ModelError
+from finetune.evaluation.settings import settings_of
 
 ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -28,20 +29,14 @@ class OpenedModel:
     """The model that an adapter was opened on; of a whole model, itself."""
 
 
-def open_model(
-    target: str | Path,
-    *,
-    base: str | None = None,
-    dtype: str = "auto",
-    attention: str = "auto",
-) -> OpenedModel:
+def open_model(target: str | Path, *, base: str | None = None) -> OpenedModel:
     """The model in `target`: a base or merged checkpoint, a hub id, an adapter, or a checkpoint of a run.
+
+    A checkpoint computes in the number format of its run, anything else in that of `model.dtype: auto`.
 
     Args:
         target: what is opened; of a run, one of its checkpoints.
         base: the adapter's base where its own record is out of date; its content is still checked.
-        dtype: as in `model.dtype`.
-        attention: as in `model.attention`.
 
     Raises:
         ModelError: `target` or the adapter's base is no model, or they do not belong together.
@@ -52,7 +47,8 @@ def open_model(
 
     quiet_libraries()
     path, revision = _base_of(target, base)
-    model: Any = load_model(path, revision=revision, dtype=dtype, attention=attention)
+    saved = settings_of(target)
+    model: Any = load_model(path, revision=revision, dtype=saved.dtype, attention=saved.attention)
     if _is_adapter(target):
         model = _with_adapter(model, Path(target))
     kind: Literal["adapter", "model"] = "adapter" if _is_adapter(target) else "model"
