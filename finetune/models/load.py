@@ -54,7 +54,7 @@ _LORA_TARGETS = {
     "glm4": _SPLIT_LAYERS,
 }
 _SUPPORTED = (
-    "supported are chatglm (GLM-4-9B, GLM-4-9B-Chat and its long versions as first published), "
+    "supported are chatglm (GLM-4-9B, GLM-4-9B-Chat, its long versions and GLM-4V-9B as first published), "
     "glm (the -hf conversions) and glm4 (GLM-4-0414, GLM-Z1)"
 )
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]

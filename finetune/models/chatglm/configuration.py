@@ -23,8 +23,8 @@ _REQUIRED: dict[str, bool] = {
 _REFUSED_WHEN_SET = ("fp32_residual_connection", "quantization_bit", "pre_seq_len")
 _CHATGLM3_VOCABULARY = 65024
 _ADVICE = (
-    "supported are GLM-4-9B, GLM-4-9B-Chat and LongWriter-glm4-9b in this layout (model_type "
-    "chatglm), the -hf conversions (glm) and the 0414 models (glm4)"
+    "supported are GLM-4-9B, GLM-4-9B-Chat, LongWriter-glm4-9b and GLM-4V-9B in this layout "
+    "(model_type chatglm), the -hf conversions (glm) and the 0414 models (glm4)"
 )
 
 
@@ -69,6 +69,16 @@ class ChatGLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     vision_config: dict[str, Any] | None = None
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
+
+    @property
+    def image_patches(self) -> int:
+        """Tokens that an image takes between its boi and eoi: 1600 in GLM-4V-9B, 0 without vision."""
+        if self.vision_config is None:
+            return 0
+        side = int(self.vision_config["image_size"] // self.vision_config["patch_size"] // 2)
+        return side * side
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse what is not GLM-4, by name."""
@@ -139,9 +149,35 @@ def _problems(values: dict[str, Any]) -> list[str]:
     names = f"{values.get('_name_or_path', '')} {values.get('name_or_path', '')}".lower()
     if "cogagent" in names or any(key.startswith("cross_") for key in values):
         found.append("this is CogAgent")
+    if values.get("vision_config") is not None:
+        found += _vision_problems(values)
     layers, alias = values.get("num_layers"), values.get("num_hidden_layers")
     if layers and alias and layers != alias:
         found.append(f"`num_layers` is {layers} but `num_hidden_layers` is {alias}")
+    return found
+
+
+def _vision_problems(values: dict[str, Any]) -> list[str]:
+    """Return what in these config values is not GLM-4V's vision, one line each."""
+    vision = values["vision_config"]
+    needed = (
+        *("hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "layer_norm_eps"),
+        *("patch_size", "image_size", "in_channels", "num_positions", "scaling_factor"),
+    )
+    missing = [key for key in needed if not isinstance(vision.get(key), int | float)]
+    found = [f"`vision_config.{key}` is missing" for key in missing]
+    found += [
+        f"`{key}` is missing" for key in ("boi_token_id", "eoi_token_id") if values.get(key) is None
+    ]
+    if vision.get("hidden_act", "gelu") != "gelu":
+        found.append(f"`vision_config.hidden_act` is {vision['hidden_act']!r}, needed is 'gelu'")
+    if not missing:
+        size, patch = vision["image_size"], vision["patch_size"]
+        if size % (2 * patch) or vision["num_positions"] != (size // patch) ** 2 + 1:
+            found.append(
+                f"`vision_config`: {vision['num_positions']} positions do not fit an image of "
+                f"{size} pixels in patches of {patch}"
+            )
     return found
 
 

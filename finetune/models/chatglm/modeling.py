@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
+from finetune.models.chatglm.spans import Spans, image_positions, positions
+from finetune.models.chatglm.vision import PatchEmbedding, VisionModel
 from finetune.models.documents import document_starts, positions_in_documents
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 
@@ -207,6 +208,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, RotaryEmbedding):
             initialization.copy_(module.inv_freq, module.published_frequencies())
+        elif isinstance(module, PatchEmbedding):
+            initialization.zeros_(module.cls_embedding)
+        elif isinstance(module, VisionModel):
+            initialization.zeros_(module.boi)
+            initialization.zeros_(module.eoi)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -214,15 +220,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
-        if config.vision_config is not None:
-            raise ModelError(
-                f"{config.name_or_path}: this is GLM-4V; its vision part is not supported here. "
-                "Use a text checkpoint such as GLM-4-9B-Chat."
-            )
         self.embedding = Embedding(config)
         self.rotary_pos_emb = RotaryEmbedding(config)
         self.encoder = Encoder(config)
         self.output_layer = SupervisedHead(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.vision = VisionModel(config) if config.vision_config is not None else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -244,18 +246,28 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Return the normalised hidden states [B, T, D] and the cache, if one was asked for."""
+        """Return the normalised hidden states [B, T, D] and the cache, if one was asked for.
+
+        `pixel_values` [N, 3, H, W] belong to the image spans of `input_ids` in reading order.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
+        begins = past_key_values is None or past_key_values.get_seq_length() == 0
+        spans = None
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.embedding.word_embeddings(input_ids)
+            if self.vision is not None and begins:
+                spans = Spans(input_ids, self.config)
+                inputs_embeds = self._with_images(inputs_embeds, pixel_values, spans)
         starts = document_starts(position_ids, attention_mask, past_key_values)
         if use_cache and past_key_values is None and starts is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = positions(inputs_embeds, attention_mask, past_key_values, spans)
         # Positions only turn queries and keys. What a token may see follows from the mask or from
         # the documents: transformers would take an image's repeated positions for packing.
         mask = create_causal_mask(
@@ -278,15 +290,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden = self.encoder.final_layernorm(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
-
-def _positions(embeds: Tensor, attention_mask: Tensor | None, past_key_values: Any) -> Tensor:
-    """Return int64 [B, T]: counted over the mask's ones as `generate` does, else over all tokens."""
-    length = embeds.shape[1]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        positions = attention_mask.long().cumsum(-1) - 1
-        return positions.masked_fill(attention_mask == 0, 0)[:, -length:]
-    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return (torch.arange(length, device=embeds.device) + seen).unsqueeze(0)
+    def _with_images(self, embeds: Tensor, pixel_values: Tensor | None, spans: Spans) -> Tensor:
+        """Return [B, T, D] with the images in their spans' places."""
+        vision: VisionModel = self.vision  # type: ignore[assignment]
+        if pixel_values is not None and pixel_values.shape[0]:
+            return spans.splice(embeds, vision.features(pixel_values))
+        if len(spans):
+            raise ValueError(f"{len(spans)} image spans in input_ids but no pixel_values")
+        # Another process may have images, and then every process must do what that one does.
+        if vision.is_shared_out or (vision.is_trained and torch.is_grad_enabled()):
+            return embeds + vision.nothing().to(embeds.dtype)
+        return embeds
 
 
 class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, GenerationMixin):
@@ -296,6 +310,65 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.post_init()
+
+    def forward(  # noqa: PLR0913 - transformers looks for these names in the signature
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        loss_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return logits, or with labels [B, T] the loss alone; see `SupervisedLoss`.
+
+        `pixel_values` [N, 3, H, W] are the images of the spans (boi, patches, eoi) in `input_ids`.
+        """
+        if pixel_values is not None:
+            if self.config.vision_config is None:
+                raise ValueError("this model has no vision part; leave pixel_values out")
+            kwargs["pixel_values"] = pixel_values
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            labels,
+            use_cache,
+            logits_to_keep,
+            loss_weights,
+            num_items_in_batch,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return a step's inputs; the images go in with the prompt only."""
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            kwargs.pop("pixel_values", None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+        return inputs
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        if self.config.vision_config is not None and not inputs_tensor.is_floating_point():
+            spans = Spans(inputs_tensor, self.config)
+            if len(spans):
+                mask = model_kwargs.get("attention_mask")
+                return image_positions(inputs_tensor.shape[1], mask, spans)
+        counted: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return counted
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output layer."""
