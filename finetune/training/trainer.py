@@ -56,6 +56,8 @@ class FineTuner(Trainer):
 
     # The model's loss is a sum over num_items_in_batch, already right for accumulation.
     loss_is_scaled_for_ga = True
+    optimizer: Any
+    control: Any
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class FineTuner(Trainer):
 
     # --- optimizer ---------------------------------------------------------------------------
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """AdamW; with LoRA+ the B matrices learn faster than the A matrices."""
         ratio = self.services.lora_plus_ratio
         if ratio is None or self.optimizer is not None:
@@ -233,7 +235,7 @@ class FineTuner(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation loss and scores, logged as `eval_<name>`; leaves no trace in the training."""
         scores = self.services.evaluate(self.model, self.state.global_step)
-        metrics = {f"eval_{name}": value for name, value in scores.items() if value is not None}
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
         if metrics:
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
