@@ -47,6 +47,9 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; `auto` leaves the choice to transformers (sdpa)."""
 
+    freeze: list[str] = []
+    """Parts of the model that stay as they are: name parts or regexes searched in parameter names, such as `vision` or `layers\\.[0-9]\\.`."""
+
 
 class Source(Section):
     """One training or validation source."""

@@ -5,7 +5,7 @@ Nothing else in the house differs between methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,19 +14,34 @@ from transformers import PreTrainedModel
 from finetune.config import FullMethod, LoraMethod, PTuningV2Method
 from finetune.methods import full, lora, ptuning_v2
 from finetune.methods.base_record import BaseRecord
+from finetune.methods.freezing import frozen_names
 
 __all__ = ["BaseRecord", "attach", "restore", "save", "trained_modules"]
 
 
 def attach(
-    model: PreTrainedModel, section: LoraMethod | PTuningV2Method | FullMethod, *, family: str
+    model: PreTrainedModel,
+    section: LoraMethod | PTuningV2Method | FullMethod,
+    *,
+    family: str,
+    freeze: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """The model with the weights of `section.kind` trainable, in float32, and the rest frozen."""
+    """The model with the weights of `section.kind` trainable and the rest frozen.
+
+    Adapters are float32; weights of the model itself keep the format they were loaded in.
+
+    Args:
+        model: The base.
+        section: The method and its options.
+        family: See `models.load.family`.
+        freeze: `model.freeze`.
+    """
+    frozen = frozen_names((name for name, _ in model.named_parameters()), freeze)
     if isinstance(section, LoraMethod):
-        return lora.attach(model, section, family=family)
+        return lora.attach(model, section, family=family, frozen=frozen)
     if isinstance(section, PTuningV2Method):
-        return ptuning_v2.attach(model, section)
-    return full.attach(model)
+        return ptuning_v2.attach(model, section)  # trains none of the model's own weights
+    return full.attach(model, frozen=frozen)
 
 
 def trained_modules(model: PreTrainedModel) -> dict[str, int]:

@@ -1,18 +1,22 @@
-"""Full fine-tuning: every weight is trained and saved under the base's own names."""
+"""Full fine-tuning: every weight is trained and saved under the base's own names.
+
+Who keeps the float32 originals that small updates need, when a model computes in bfloat16: DeepSpeed
+in its optimizer, sharded over the processes, around a bfloat16 model; without DeepSpeed the model's
+trained weights themselves are float32 and every operation casts (`training.tunable` loads them so).
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.errors import ModelError
+from finetune.errors import ConfigError, ModelError
 from finetune.methods.base_record import BaseRecord
 
 MAX_SHARD_SIZE = "5GB"
@@ -28,15 +32,25 @@ CARRIED_OVER = (
 )
 
 
-def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with every weight trainable, in float32."""
-    model.requires_grad_(True)
-    return model.to(torch.float32)
+def attach(model: PreTrainedModel, *, frozen: Collection[str] = ()) -> PreTrainedModel:
+    """The model with every weight trainable but the `frozen` ones.
+
+    Raises:
+        ConfigError: Nothing is left to train.
+    """
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in frozen)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ConfigError("model.freeze: every weight is frozen and nothing is left to train")
+    return model
 
 
 def matched_modules(model: nn.Module) -> dict[str, int]:
-    """All of it."""
-    return {"every weight": sum(1 for _ in model.parameters())}
+    """How many tensors are trained and how many are frozen."""
+    trained = [weight.requires_grad for weight in model.parameters()]
+    if all(trained):
+        return {"every weight": len(trained)}
+    return {"weights": sum(trained), "frozen weights": len(trained) - sum(trained)}
 
 
 def save(

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -28,14 +28,26 @@ CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 
 
-def attach(model: PreTrainedModel, section: LoraMethod, *, family: str) -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel, section: LoraMethod, *, family: str, frozen: Collection[str] = ()
+) -> PreTrainedModel:
     """The model with fresh adapters: B is zero, so it still computes what the base computes.
+
+    Args:
+        model: The base.
+        section: The options.
+        family: See `models.load.family`; it gives the default targets.
+        frozen: Names of weights whose modules get no adapter.
 
     Raises:
         ConfigError: A target pattern is no regex, matches nothing, or matches what is no layer.
     """
     targets = section.target_modules or lora_targets(family)
-    modules = _target_modules(model, targets)
+    hit = _target_modules(model, targets)
+    excluded = [name for name in hit if f"{name}.weight" in frozen]
+    modules = [name for name in hit if name not in excluded]
+    if not modules:
+        raise ConfigError("model.freeze covers every layer of method.target_modules; nothing is left to train")  # fmt: skip
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.rank,
@@ -45,12 +57,14 @@ def attach(model: PreTrainedModel, section: LoraMethod, *, family: str) -> PreTr
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
+        exclude_modules=excluded or None,
         bias="none",
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    if targets != ALL_LINEAR and (hit := sum(matched_modules(adapted).values())) != len(modules):
+    found = sum(matched_modules(adapted).values())
+    if targets != ALL_LINEAR and found != len(modules):
         raise ConfigError(
-            f"method.target_modules matches {len(modules)} layers but PEFT adapted {hit}; "
+            f"method.target_modules matches {len(modules)} layers but PEFT adapted {found}; "
             "write the full module names as a regex"
         )
     return adapted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Precision:
     """`fp16`, `bf16` or `no`: what transformers casts to around float32 weights that are trained."""
     deepspeed: str
     """`fp16`, `bf16` or `fp32`: in what DeepSpeed keeps the weights it trains."""
+    weights: torch.dtype
+    """In what the model is loaded."""
 
 
 def computation_dtype(asked: str, device: torch.device) -> torch.dtype:
@@ -73,14 +75,17 @@ def mixed_precision(method: Method, dtype: torch.dtype, *, sharded: bool) -> Pre
 
     Adapters are float32 modules in a model of `dtype` and cast for themselves, so the same model
     computes the same numbers in training and in `finetune evaluate`. When all weights are trained,
-    they are kept in float32 and cast around every operation, or by DeepSpeed, which then holds the
-    float32 originals in its optimizer. float16 always needs the loss scaling that comes with that.
+    they are loaded in float32 and cast around every operation; with DeepSpeed they are loaded in
+    `dtype`, and its optimizer makes and holds the float32 originals. float16 always needs the loss
+    scaling that comes with that.
     """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    casts_for_itself = not isinstance(method, FullMethod) and name == "bf16"
-    if name == "fp32" or casts_for_itself:
-        return Precision("no", "fp32")
-    return Precision("no" if sharded else name, name if sharded else "fp32")
+    is_full = isinstance(method, FullMethod)
+    if name == "fp32" or (name == "bf16" and not is_full):
+        return Precision("no", "fp32", dtype)
+    if sharded:
+        return Precision("no", name, dtype)
+    return Precision(name, "fp32", torch.float32 if is_full else dtype)
 
 
 def training_arguments(
@@ -146,7 +151,7 @@ def training_arguments(
     return arguments
 
 
-def check_trackers(report_to: list[str]) -> None:
+def check_trackers(report_to: Sequence[str]) -> None:
     """Raises ConfigError for every experiment tracker that is not installed."""
     missing = [name for name in report_to if importlib.util.find_spec(TRACKERS[name]) is None]
     if missing:

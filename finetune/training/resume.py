@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
     "model.revision": Rule.FREE,
     "model.dtype": Rule.FREE,  # the fact "dtype" is compared
     "model.attention": Rule.CHANGE,
+    "model.freeze": Rule.MATCH,
     "data.train": Rule.FREE,  # the fact "data" is compared
     "data.validation": Rule.CHANGE,
     "data.format": Rule.FREE,

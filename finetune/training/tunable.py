@@ -1,4 +1,4 @@
-"""The model section and the method section -> a model whose trainable part is float32."""
+"""The model section and the method section -> a model that is ready to train."""
 
 from __future__ import annotations
 
@@ -70,12 +70,17 @@ def load_tunable(config: RunConfig, processes: Processes) -> Tunable:
     base = BaseRecord(_lasting(config.model.path), config.model.revision, model_fingerprint(folder))
     model = load_model(
         folder,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(precision.weights).removeprefix("torch."),
         attention=config.model.attention,
     )
     # Adapters start from the same numbers in every process and in every run of a seed.
     torch.manual_seed(config.training.seed)
-    model = methods.attach(model, config.method, family=family(model.config))
+    model = methods.attach(
+        model, config.method, family=family(model.config), freeze=config.model.freeze
+    )
+    for weight in model.parameters():
+        if precision.weights != dtype and not weight.requires_grad:
+            weight.data = weight.data.to(dtype)  # one at a time: only what learns is float32
     return Tunable(model, base, arguments, deepspeed, dtype)
 
 

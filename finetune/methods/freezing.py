@@ -1,0 +1,35 @@
+"""`model.freeze`: which weights stay as they are, whatever the method would train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from finetune.errors import ConfigError
+
+
+def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """Those of the parameter `names` that a pattern is found in.
+
+    Raises:
+        ConfigError: A pattern is no regex, or is found in no name.
+    """
+    listed = list(names)
+    found: set[str] = set()
+    problems = []
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            problems.append(f"model.freeze: {pattern!r} is not a regex: {error}")
+            continue
+        hits = {name for name in listed if compiled.search(name)}
+        if not hits:
+            shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in listed))
+            problems.append(
+                f"model.freeze: {pattern!r} is in no weight's name; there are {shown[:400]}"
+            )
+        found |= hits
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
