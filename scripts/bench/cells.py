@@ -1,0 +1,185 @@
+"""Small training runs side by side: torch is imported once, and every process of a run is a fork.
+
+A fork knows nothing of the run before it (DeepSpeed and accelerate keep global state), and sees
+the same variables as under torchrun. `PYTHONPATH` needs nothing: this file finds the checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu"), ("HF_HUB_OFFLINE", "1"),
+                    ("TOKENIZERS_PARALLELISM", "false"), ("CUDA_VISIBLE_DEVICES", "")):  # fmt: skip
+    os.environ.setdefault(name, value)
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    name: str
+    """Also the name of its log files."""
+    settings: Settings
+    """A RunConfig as plain values."""
+    processes: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def warm_up(model: Path) -> None:
+    """Import and build in this process what its forks will need; it takes longer than most cells."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helper processes: nothing is compiled
+    from finetune.training import zero
+
+    zero.prepare_libraries(has_gpu=False)
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+
+    import finetune.training.fit
+    import finetune.training.run  # noqa: F401
+    from finetune.evaluation.metrics import words
+    from finetune.evaluation.open import open_model
+
+    words("warm up")
+    open_model(model)
+
+
+def run_all(
+    cells: Iterable[Cell],
+    folder: Path,
+    *,
+    timeout: float = 120.0,
+    done: Callable[[str], None] = lambda line: None,
+) -> dict[str, str]:
+    """Run the cells one after the other; what went wrong by name, empty when nothing did."""
+    problems = {}
+    for cell in cells:
+        begun = time.monotonic()
+        if problem := run(cell, folder, timeout=timeout):
+            problems[cell.name] = problem
+        done(f"{cell.name}: {problem or 'done'} ({time.monotonic() - begun:.1f} s)")
+    return problems
+
+
+def run(cell: Cell, folder: Path, *, timeout: float = 120.0) -> str:
+    """What went wrong in the run of a cell, or an empty text. Logs and sample ids go to `folder`."""
+    import runs
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    port = runs.free_port()
+    children = {}
+    for rank in range(cell.processes):
+        child = os.fork()
+        if child == 0:
+            _work(cell, rank, port, folder)
+        children[child] = rank
+    codes = _wait(children, timeout)
+    failed = [rank for rank, code in sorted(codes.items()) if code != 0]
+    if not failed:
+        return ""
+    log = (folder / f"{cell.name}.{failed[0]}.log").read_text(encoding="utf-8").strip()
+    return (
+        f"process {failed[0]} ended with {codes[failed[0]]}: {log.splitlines()[-1] if log else ''}"
+    )
+
+
+def samples(cell: Cell, folder: Path) -> list[list[list[int]]]:
+    """The examples of every step that the cell trained: [steps][processes][examples]."""
+    texts = [
+        (folder / f"{cell.name}.{rank}.samples.json").read_text(encoding="utf-8")
+        for rank in range(cell.processes)
+    ]
+    return [list(step) for step in zip(*map(json.loads, texts), strict=True)]
+
+
+def _work(cell: Cell, rank: int, port: int, folder: Path) -> None:
+    """The life of a forked process; it never returns."""
+    code = 1
+    try:
+        log = os.open(folder / f"{cell.name}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(cell.environment)
+        if cell.processes > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cell.processes}
+            os.environ.update({name: str(number) for name, number in place.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        seen = _recorded_samples()
+        from finetune.config import RunConfig
+        from finetune.training.run import train
+
+        train(RunConfig.model_validate(cell.settings))
+        (folder / f"{cell.name}.{rank}.samples.json").write_text(json.dumps(seen))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException as error:
+        traceback.print_exc()
+        code = getattr(error, "exit_code", 1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _recorded_samples() -> list[list[int]]:
+    from finetune.training.trainer import FineTuner
+
+    steps: list[list[int]] = []
+    original = FineTuner.get_batch_samples
+
+    def recording(self: Any, *arguments: Any) -> Any:
+        result = original(self, *arguments)
+        steps.append([int(sample) for batch in self._samples for sample in batch])
+        return result
+
+    FineTuner.get_batch_samples = recording
+    return steps
+
+
+def _wait(children: dict[int, int], timeout: float) -> dict[int, int]:
+    """Exit codes by rank; when one fails or time is up, the others are ended."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + timeout
+    grace = 10.0
+    while len(codes) < len(children):
+        for child, rank in children.items():
+            if rank not in codes:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    if codes[rank] != 0:
+                        deadline = min(deadline, time.monotonic() + grace)
+        if time.monotonic() > deadline:
+            for child, rank in children.items():
+                if rank not in codes:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    codes[rank] = -9
+        time.sleep(0.02)
+    return codes
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [headers, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)
