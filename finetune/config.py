@@ -104,6 +104,9 @@ class DataSection(Section):
     max_bad_rows: Share = 0.01
     """With `on_bad_row: skip`, the share of bad rows above which the run stops all the same."""
 
+    image_root: str | None = None
+    """The folder that image paths are relative to and stay under; by default that of each data file."""
+
     packing: bool = False
     """Several dialogues share a row of `max_length` tokens, blind to each other."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from finetune.data.dataset import IGNORED, Example
+from finetune.data.image import ImageSpec, image_positions, shown
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,15 @@ class Collator:
     """
 
     def __init__(
-        self, pad_id: int, *, flatten: bool = False, pad_to_multiple_of: int | None = None
+        self,
+        pad_id: int,
+        *,
+        image: ImageSpec | None = None,
+        flatten: bool = False,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         self.pad_id = pad_id
+        self.image = image
         self.flatten = flatten
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 
@@ -40,7 +47,10 @@ class Collator:
         `input_ids`, `labels` (-100 where nothing is learned, not shifted) int64 [B, T];
         `attention_mask` int64 [B, T] or `position_ids` int64 [B, T];
         `loss_weights` float32 [B, T] only if some supervised token weighs other than 1;
+        `pixel_values` float32 [N, 3, H, W] only if some document shows an image, in reading order;
         `sample_ids` int64 [D], not for the model: the index of every document.
+
+        Images are decoded here, so in the loader's workers if there are any.
         """
         import torch
 
@@ -55,6 +65,10 @@ class Collator:
         arrays["labels"] = self._padded([[e.labels for e in row] for row in rows], IGNORED)
         if any(e.loss_weights is not None for row in rows for e in row):
             arrays["loss_weights"] = self._padded([[_weights(e) for e in row] for row in rows], 0.0)
+        if self.image is not None and (images := [e for row in rows for e in row if e.image]):
+            arrays["pixel_values"] = np.stack(
+                [shown(example.image, self.image.size, example.where) for example in images]
+            )
         arrays["sample_ids"] = np.array([e.index for row in rows for e in row], dtype=np.int64)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -63,13 +77,21 @@ class Collator:
         return {"attention_mask": self._padded(ones, 0)}
 
     def _positions(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:
-        """Counts from 0 in every document; the padding of a row counts as one more document."""
+        """Counts from 0 in every document; the padding of a row counts as one more document.
+
+        The patches of an image share a position. Their number never restarts the count.
+        """
         width = self._width(rows)
         counted = []
         for row in rows:
-            lengths = [len(e.input_ids) for e in row]
-            counted.append([np.arange(n) for n in [*lengths, width - sum(lengths)]])
+            padding = width - sum(len(e.input_ids) for e in row)
+            counted.append([*(self._places(e) for e in row), np.arange(padding)])
         return {"position_ids": self._padded(counted, 0)}
+
+    def _places(self, example: Example) -> np.ndarray:
+        if self.image is None or not example.image:
+            return np.arange(len(example.input_ids))
+        return image_positions(example.input_ids, self.image)
 
     def _width(self, rows: list[list[Example]]) -> int:
         longest = max(sum(len(e.input_ids) for e in row) for row in rows)

@@ -7,7 +7,7 @@ in the cache, and examples are read from its memory map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from finetune.data import cache
 from finetune.data.files import expand
 from finetune.data.preparation import NAMED, Counts, LengthPolicy, write_examples
-from finetune.data.sources import SourceSpec, read_conversations, weighted
+from finetune.data.sources import BESIDE, Images, SourceSpec, read_conversations, weighted
 from finetune.data.store import ExampleFile
 from finetune.errors import DataError
 
@@ -38,7 +38,7 @@ __all__ = [
 
 IGNORED = -100
 """The label of a token that carries no loss."""
-FORMAT = 1
+FORMAT = 2
 """Version of the stored file and of the rules that fill it; another one never reads this one's."""
 EXAMPLES_FILE = "examples.arrow"
 
@@ -57,6 +57,8 @@ class Example:
     """Its place in the dataset."""
     where: str
     """`file:line`."""
+    image: str = ""
+    """Path of the image that it shows, or empty."""
 
 
 class PreparedDataset:
@@ -95,7 +97,9 @@ class PreparedDataset:
             labels[start:end] = stored.input_ids[start:end]
             if weights is not None:
                 weights[start:end] = weight
-        return Example(stored.input_ids, labels, weights, index, self._file.where(row))
+        return Example(
+            stored.input_ids, labels, weights, index, self._file.where(row), stored.image
+        )
 
     def where(self, index: int) -> str:
         """The `file:line` of an example."""
@@ -114,6 +118,7 @@ class Reading:
     on_bad_row: Literal["error", "skip"] = "error"
     max_bad_rows: float = 0.01
     columns: tuple[str, str] | None = None
+    images: Images = BESIDE
 
 
 def load_examples(
@@ -145,7 +150,8 @@ def load_examples(
 
     def build(folder: Path) -> dict[str, Any]:
         stream = read_conversations(
-            [replace(source, weight=1.0) for source in sources], **asdict(reading)
+            [replace(source, weight=1.0) for source in sources],
+            **options_of(replace(reading, images=replace(reading.images, check=True))),
         )
         numbered = ((stream.source, conversation) for conversation in stream)
         facts = write_examples(
@@ -156,9 +162,17 @@ def load_examples(
         bad = [f"{row.where}: {row.reason}" for row in stream.bad_rows[:NAMED]]
         counts = facts["counts"]
         counts |= {"rows": stream.rows, "bad": stream.num_bad, "named": [*bad, *counts["named"]]}
-        return facts
+        paths = ExampleFile(folder / EXAMPLES_FILE).images()
+        content = cache.key_of({"images": [cache.file_digest(Path(path)) for path in paths]})
+        return facts | {"images": _image_state(paths), "image_content": content}
 
     entry = cache.open_or_build(_folder(cache_root), key, build)
+    state = _image_state(ExampleFile(entry.folder / EXAMPLES_FILE).images())
+    if state != entry.facts["images"]:  # other images since then, under the same names
+        key = cache.key_of({"key": key, "images": state})
+        entry = cache.open_or_build(_folder(cache_root), key, build)
+    if entry.facts["images"]:
+        made_by |= {"images": entry.facts["image_content"]}
     weights = [source.weight for source in sources]
     view = _weighted_view(entry.facts["kept_per_source"], weights, seed)
     fingerprint = cache.key_of(
@@ -220,6 +234,19 @@ def _state(path: Path) -> tuple[int, int]:
     """What changes when a file is written to."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _image_state(paths: Sequence[str]) -> str:
+    """What changes when any of the images is written to or goes; empty without images."""
+    if not paths:
+        return ""
+    states = [_state(Path(path)) if Path(path).is_file() else None for path in paths]
+    return cache.key_of({"states": states})
+
+
+def options_of(reading: Reading) -> dict[str, Any]:
+    """The arguments of `read_conversations` that a Reading holds."""
+    return {field.name: getattr(reading, field.name) for field in fields(reading)}
 
 
 def _made_by(template: ChatTemplate, policy: LengthPolicy) -> dict[str, Any]:

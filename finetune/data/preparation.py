@@ -84,7 +84,8 @@ def write_examples(
     ):
         while batch := list(islice(stream, BATCH)):
             kept = list(_examples(batch, template, policy, tally))
-            writer.append([k.ids for k in kept], [k.spans for k in kept], [k.where for k in kept])
+            columns = [[getattr(k, name) for k in kept] for name in _Kept._fields]
+            writer.append(*columns)
             meter.advance(len(batch))
             del batch, kept
             gc.collect(0)
@@ -112,6 +113,7 @@ class _Kept(NamedTuple):
     ids: npt.NDArray[np.int32]
     spans: Sequence[Span]
     where: str
+    image: str
 
 
 def _examples(
@@ -136,7 +138,18 @@ def _examples(
         if fitting is not rendered:
             tally.truncate(len(rendered.runs) - len(fitting.runs))
         tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
-        yield _Kept(fitting.input_ids, spans, conversation.where)
+        yield _Kept(fitting.input_ids, spans, conversation.where, _image(conversation, template))
+
+
+def _image(conversation: Conversation, template: ChatTemplate) -> str:
+    """Path of the image that the dialogue shows; DataError when the checkpoint takes none."""
+    paths = [message.image for message in conversation.messages if message.image]
+    if paths and template.image is None:
+        raise DataError(
+            f"{conversation.where}: shows an image, but this checkpoint takes none (its config.json "
+            "has no vision_config of GLM-4V); use GLM-4V-9B, or leave such rows out"
+        )
+    return paths[0] if paths else ""
 
 
 def _fit(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.data.conversation import Conversation, Message
+from finetune.data.image import ImagePrompt
 
 if TYPE_CHECKING:
     from finetune.data.template import ChatTemplate
@@ -31,7 +32,7 @@ _BATCH = 256
 class ReplyPrompt:
     """One reply to ask for."""
 
-    prompt_ids: npt.NDArray[np.int32]
+    prompt_ids: npt.NDArray[np.int32] | ImagePrompt
     """int32 [T]; ends where the reply begins."""
     reference: Message
     tools: tuple[Mapping[str, Any], ...]
@@ -153,14 +154,18 @@ def _shortened(
 ) -> list[int] | None:
     """The prompt with as many turns as fit, or None when not even its last turn does.
 
-    A turn reaches from a user message to the next; system messages and tools always stay.
+    A turn reaches from a user message to the next; system messages, tools and a turn with an image
+    always stay.
     """
     if max_prompt is None or len(full) <= max_prompt:
         return full
     conversation, reply = question
     messages = conversation.messages
     system = [message for message in messages[:reply] if message.role == "system"]
-    turns = [place for place in range(reply) if messages[place].role == "user"][1:]
+    turns = [place for place in range(reply) if messages[place].role == "user"]
+    if turns and messages[turns[0]].image is not None:
+        system += messages[turns.pop(0) : turns[0] if turns else reply]
+    turns = turns[1:]
     fitting = None
     first, stop = 0, len(turns)  # the fewest dropped turns that suffice are searched by halves
     while first < stop:
@@ -177,7 +182,7 @@ def _shortened(
 def _prompt(question: _Question, ids: list[int], template: ChatTemplate) -> ReplyPrompt:
     conversation, reply = question
     return ReplyPrompt(
-        prompt_ids=np.array(ids, dtype=np.int32),
+        prompt_ids=ids if isinstance(ids, ImagePrompt) else np.array(ids, dtype=np.int32),
         reference=conversation.messages[reply],
         tools=conversation.tools,
         where=conversation.where,

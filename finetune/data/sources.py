@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Literal, TypeVar
 from finetune.data.conversation import Conversation, Purpose, RowError
 from finetune.data.files import BadRow, Row, expand, read_rows
 from finetune.data.formats import Columns, detect, to_conversation
+from finetune.data.image import ImageError, check_image
 from finetune.errors import DataError
 
 KEPT_REASONS = 1000
@@ -37,6 +39,20 @@ class SourceSpec:
     """One of `formats.FORMATS`, or `auto`, which is told per file."""
 
 
+@dataclass(frozen=True)
+class Images:
+    """What is done about the images that rows show."""
+
+    root: str | None = None
+    """The folder that paths are relative to and stay under; by default the data file's own."""
+    check: bool = False
+    """Whether a row whose image cannot be decoded is a bad row."""
+
+
+BESIDE = Images()
+"""Images lie beside their data file, and were looked at before."""
+
+
 OnBadRow = Literal["error", "skip", "collect"]
 
 
@@ -56,6 +72,7 @@ class ConversationStream(Iterator[Conversation]):
         columns: Columns | None,
         purpose: Purpose,
         seed: int,
+        images: Images,
     ) -> None:
         self.source = 0
         """Number of the source that the last conversation came from."""
@@ -72,6 +89,8 @@ class ConversationStream(Iterator[Conversation]):
         self._max_bad_rows = max_bad_rows
         self._columns = columns
         self._purpose: Purpose = purpose
+        self._images = images
+        self._whole_images: set[str] = set()
         files = [(source, expand(source.path)) for source in sources]
         self._items = self._run(files, seed)
 
@@ -125,10 +144,35 @@ class ConversationStream(Iterator[Conversation]):
                 conversation = to_conversation(
                     item.value, fmt, where=item.where, columns=self._columns, purpose=self._purpose
                 )
+                conversation = self._with_image(conversation, folder)
             except RowError as error:
                 self._bad(BadRow(item.where, str(error)))
             else:
-                yield _with_image_beside(conversation, folder)
+                yield conversation
+
+    def _with_image(self, conversation: Conversation, folder: Path) -> Conversation:
+        """The conversation with its image's path as this process opens it; RowError if it may not."""
+        messages = conversation.messages
+        if not any(message.image for message in messages):
+            return conversation
+        moved = []
+        for message in messages:
+            if message.image:
+                path = _under(Path(self._images.root or folder), message.image)
+                self._check(path)
+                message = replace(message, image=path)
+            moved.append(message)
+        return replace(conversation, messages=tuple(moved))
+
+    def _check(self, path: str) -> None:
+        """RowError unless the image can be decoded; each is looked at once."""
+        if not self._images.check or path in self._whole_images:
+            return
+        try:
+            check_image(path)
+        except ImageError as error:
+            raise RowError(f"image {path}: {error}") from error
+        self._whole_images.add(path)
 
     def _bad(self, row: BadRow) -> None:
         self.num_bad += 1
@@ -163,6 +207,7 @@ def read_conversations(
     columns: Columns | None = None,
     purpose: Purpose = "train",
     seed: int = 0,
+    images: Images = BESIDE,
 ) -> ConversationStream:
     """The conversations of all sources, streamed; DataError with every bad row at the end.
 
@@ -174,6 +219,7 @@ def read_conversations(
         columns: Names of the prompt and response columns, for `pairs`.
         purpose: `predict` also takes dialogues that end in a user message or a tool result.
         seed: Chooses the rows that a fractional weight repeats.
+        images: Where images lie, and whether each is decoded once to see that it can be.
 
     Raises:
         DataError: At once when a path means nothing, at the end for bad rows.
@@ -185,6 +231,7 @@ def read_conversations(
         columns=columns,
         purpose=purpose,
         seed=seed,
+        images=images,
     )
 
 
@@ -213,13 +260,11 @@ def weighted(items: Iterable[Item], weight: float, seed: str) -> Iterator[Item]:
                 yield item
 
 
-def _with_image_beside(conversation: Conversation, folder: Path) -> Conversation:
-    """The conversation with its image's path seen from the data file's folder."""
-    messages = conversation.messages
-    if not any(message.image for message in messages):
-        return conversation
-    moved = tuple(
-        replace(message, image=str(folder / message.image)) if message.image else message
-        for message in messages
-    )
-    return replace(conversation, messages=moved)
+def _under(root: Path, path: str) -> str:
+    """The path of an image, seen from the working directory; RowError when it leaves the root."""
+    home = Path(os.path.normpath(root.absolute()))  # links may lead out, `..` may not
+    if not Path(os.path.normpath(home / path)).is_relative_to(home):
+        raise RowError(
+            f"image {path!r} is outside {root}; set data.image_root to a folder above it"
+        )
+    return os.path.normpath(root / path)

@@ -82,8 +82,8 @@ def shorten(
 ) -> Rendered | None:
     """The same dialogue without its oldest turns, at most `max_length` tokens; nothing is re-encoded.
 
-    A turn reaches from a user message to the next. Tools and system messages always stay. None when
-    nothing that carries loss would fit. Message numbers keep pointing into `conversation`.
+    A turn reaches from a user message to the next. Tools and system messages always stay, and so
+    does a turn that shows an image. None when nothing that carries loss would fit. Message numbers keep pointing into `conversation`.
     """
     if len(rendered.input_ids) <= max_length:
         return rendered
@@ -99,23 +99,32 @@ def shorten(
 
 
 def _fixed_runs(rendered: Rendered, conversation: Conversation) -> int:
-    """How many runs come before the first turn: prefix, tools, system messages."""
+    """How many runs always stay: prefix, tools, system messages, a first turn with an image."""
     for place, run in enumerate(rendered.runs):
-        if run.message is not None and conversation.messages[run.message].role != "system":
+        if run.message is None or conversation.messages[run.message].role == "system":
+            continue
+        if conversation.messages[run.message].image is None:
             return place
+        later = _users(rendered, conversation, place + 1)
+        return later[0] if later else len(rendered.runs)
     return len(rendered.runs)
 
 
 def _turn_starts(rendered: Rendered, conversation: Conversation) -> list[int]:
-    """Places in `runs` where a turn starts; a tool result is never the first thing after one."""
+    """Places in `runs` where a turn that may go starts."""
+    first = _fixed_runs(rendered, conversation)
+    return [first, *_users(rendered, conversation, first + 1)]
+
+
+def _users(rendered: Rendered, conversation: Conversation, first: int) -> list[int]:
+    """Places of user messages from `first` on; a tool result is never the first thing after one."""
     roles = [
         None if run.message is None else conversation.messages[run.message].role
         for run in rendered.runs
     ]
-    first = _fixed_runs(rendered, conversation)
-    return [first] + [
+    return [
         place
-        for place in range(first + 1, len(roles))
+        for place in range(first, len(roles))
         if roles[place] == "user" and roles[place + 1 : place + 2] != ["observation"]
     ]
 

@@ -27,6 +27,8 @@ class StoredExample(NamedTuple):
     starts: npt.NDArray[np.int32]
     ends: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
+    image: str
+    """Path of the image that it shows, or empty."""
 
 
 class ExampleWriter:
@@ -42,6 +44,7 @@ class ExampleWriter:
                 "ends": pa.list_(pa.int32()),
                 "weights": pa.list_(pa.float32()),
                 "where": pa.string(),
+                "image": pa.string(),
             }
         )
         self._sink = pa.OSFile(str(path), "wb")
@@ -64,8 +67,9 @@ class ExampleWriter:
         input_ids: Sequence[npt.NDArray[np.int32]],
         spans: Sequence[Sequence[Span]],
         where: Sequence[str],
+        images: Sequence[str] | None = None,
     ) -> None:
-        """Writes some examples: their ids, their spans and the `file:line` of each."""
+        """Writes some examples: their ids, spans, the `file:line` of each and the image it shows."""
         import pyarrow as pa
 
         if not input_ids:
@@ -81,6 +85,7 @@ class ExampleWriter:
                 for i, kind in enumerate((pa.int32(), pa.int32(), pa.float32()))
             ),
             pa.array(where, type=pa.string()),
+            pa.array(images or [""] * len(where), type=pa.string()),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
 
@@ -109,8 +114,19 @@ class ExampleFile:
         tokens = slice(*batch.token_ends[row : row + 2])
         spans = slice(*batch.span_ends[row : row + 2])
         return StoredExample(
-            batch.input_ids[tokens], batch.starts[spans], batch.ends[spans], batch.weights[spans]
+            batch.input_ids[tokens],
+            batch.starts[spans],
+            batch.ends[spans],
+            batch.weights[spans],
+            str(batch.images[row].as_py()),
         )
+
+    def images(self) -> list[str]:
+        """Paths of all images that are shown, each once, in order of first use."""
+        import pyarrow.compute as pc
+
+        found = dict.fromkeys(p for b in self._batches for p in pc.unique(b.images).to_pylist())
+        return [path for path in found if path]
 
     def where(self, index: int) -> str:
         """The `file:line` of a row."""
@@ -133,7 +149,7 @@ class _Batch:
     """The columns of one record batch as arrays over the mapped file."""
 
     def __init__(self, batch: Any) -> None:
-        ids, starts, ends, weights, self.where = batch.columns
+        ids, starts, ends, weights, self.where, self.images = batch.columns
         self.token_ends = ids.offsets.to_numpy()
         self.span_ends = starts.offsets.to_numpy()
         self.input_ids = ids.values.to_numpy()

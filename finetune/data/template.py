@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from finetune.data.conversation import Conversation, Message
+from finetune.data.image import ImagePrompt
 from finetune.data.jinja import (
     HEADERS,
     ROLES,
@@ -78,6 +79,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.stop_ids = tokenizer.stop_ids
         self.pad_id = tokenizer.pad_id
+        self.image = tokenizer.image
         self._jinja = JinjaTemplate(tokenizer.chat_template, tokenizer.special_tokens)
         self.layout = describe(self._jinja)
         ids = tokenizer.control_ids
@@ -88,9 +90,10 @@ class ChatTemplate:
         self._prefix = _Piece(None, tuple(~i for i in self._trusted(self.layout.prefix)))
         self._suffix = tuple(~i for i in self._trusted(self.layout.suffix))
         self._tools_text = lru_cache(maxsize=4096)(self._render_tools)
-        self.fingerprint = hashlib.sha256(
-            f"{tokenizer.fingerprint} rules {RULES_VERSION}".encode()
-        ).hexdigest()
+        made_of = f"{tokenizer.fingerprint} rules {RULES_VERSION}"
+        if self.image is not None:
+            made_of += f" image {self.image.patches}"
+        self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
         check_against_own_template(self, self._jinja)
 
     @property
@@ -126,12 +129,16 @@ class ChatTemplate:
         return self.prompts([(conversation, reply)])[0]
 
     def prompts(self, requests: Sequence[tuple[Conversation, int]]) -> list[list[int]]:
-        """`prompt` for many (dialogue, reply) pairs with one call into the tokenizer."""
+        """`prompt` for many (dialogue, reply) pairs with one call into the tokenizer.
+
+        Those of dialogues that show an image are `ImagePrompt`s.
+        """
         batch = _Batch()
         opening = _Piece(None, (self._headers["assistant"], *self._suffix))
         plans = [[*self._plan(c, reply, batch, last=None), opening] for c, reply in requests]
         flat, bounds = self._assemble(plans, self._encode(batch, [c for c, _ in requests]))
-        return [flat[positions[0] : positions[-1]].tolist() for positions in bounds]
+        ids = [flat[positions[0] : positions[-1]].tolist() for positions in bounds]
+        return [self._illustrated(i, c, reply) for i, (c, reply) in zip(ids, requests, strict=True)]
 
     def parse(self, ids: Iterable[int]) -> Message:
         """The message that reply ids say, with or without their stop, up to the first control token.
@@ -158,8 +165,12 @@ class ChatTemplate:
         return self.layout.clean["assistant"](reply.content)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of any ids, control tokens shown."""
-        return str(self.tokenizer.backend.decode(_to_list(ids), skip_special_tokens=False))
+        """The text of any ids, control tokens shown; an image as the three published tokens."""
+        text = str(self.tokenizer.backend.decode(_to_list(ids), skip_special_tokens=False))
+        if self.image is None:
+            return text
+        begin, patch, end = IMAGE
+        return text.replace(begin + patch * self.image.patches + end, begin + patch + end)
 
     def _reply_text(self, ids: Iterable[int]) -> str:
         listed = _to_list(ids)
@@ -225,12 +236,20 @@ class ChatTemplate:
             return (*self._suffix, batch.number(rest.rstrip()))
         return (batch.number(text),)
 
+    def _illustrated(self, ids: list[int], conversation: Conversation, reply: int) -> list[int]:
+        images = [m.image for m in conversation.messages[:reply] if m.image is not None]
+        if self.image is None or not images:
+            return ids
+        return ImagePrompt(ids, images[0], self.image)
+
     def _image(self) -> tuple[int, ...]:
+        """Ops of an image's span: with as many placeholders as the model has patches for it."""
         ids = self.tokenizer.control_ids
         missing = [token for token in IMAGE if token not in ids]
         if missing:
             raise DataError(f"this checkpoint's tokenizer has no {missing[0]}: it takes no images")
-        return tuple(~ids[token] for token in IMAGE)
+        begin, patch, end = (~ids[token] for token in IMAGE)
+        return (begin, *[patch] * (self.image.patches if self.image else 1), end)
 
     def _tools(self, conversation: Conversation) -> str:
         if not self.takes_tools:

@@ -24,6 +24,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from finetune.data.cache import default_root
+from finetune.data.image import ImageSpec, image_spec
 from finetune.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class ChatTokenizer:
     vocab_size: int
     fingerprint: str
     """SHA-256 of the tokenizer's bytes and the template's text."""
+    image: ImageSpec | None = None
+    """How the checkpoint takes images, if it does."""
 
 
 def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> ChatTokenizer:
@@ -101,6 +104,7 @@ def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> Chat
         pad_id=_pad_id(settings, config, control_ids),
         vocab_size=backend.get_vocab_size(),
         fingerprint=_digest(_source_bytes(place), template.encode()),
+        image=image_spec(_read_json(place / "config.json")),
     )
 
 

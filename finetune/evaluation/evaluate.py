@@ -16,7 +16,7 @@ from finetune import console
 from finetune.config import EvaluationSection
 from finetune.data.collate import Collator
 from finetune.data.conversation import Conversation
-from finetune.data.dataset import load_examples
+from finetune.data.dataset import load_examples, options_of
 from finetune.data.prompts import ReplyPrompt, ReplyPrompts, reply_prompts
 from finetune.data.sources import read_conversations
 from finetune.data.template import ChatTemplate
@@ -167,7 +167,10 @@ def evaluate(
     with joined_processes():
         opened = open_model(target, base=base)
         loss = validation_loss(
-            opened.model, examples, Collator(template.pad_id), batch_size=settings.loss_batch_size
+            opened.model,
+            examples,
+            Collator(template.pad_id, image=template.image),
+            batch_size=settings.loss_batch_size,
         )
         result = _generated(opened.model, template, settings)
     report = {
@@ -196,7 +199,7 @@ def _generated(model: Any, template: ChatTemplate, settings: Settings) -> Evalua
         return EvaluationResult({}, [])
     from finetune.evaluation.generate import context_length
 
-    dialogues = read_conversations(settings.sources, **asdict(settings.reading))
+    dialogues = read_conversations(settings.sources, **options_of(settings.reading))
     prompts = ask(dialogues, template, section, positions=context_length(model))
     return evaluate_model(
         model,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from finetune.data.image import ImagePrompt
 from finetune.errors import DataError
 from finetune.evaluation.turns import Poll, in_turns, longest_first, sharded
 
@@ -148,6 +149,7 @@ def _generate_batch(
 ) -> list[tuple[tuple[int, ...], bool]]:
     """New tokens before the stop, and whether there was one, for every prompt of a batch."""
     inputs = _left_padded(prompts, template.pad_id, model.device)  # [B, T]
+    inputs |= pixel_values(prompts, model.device)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -186,6 +188,12 @@ def _left_padded(
         "input_ids": torch.tensor(rows, device=device),
         "attention_mask": torch.tensor(mask, device=device),
     }
+
+
+def pixel_values(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+    """`pixel_values` [N, 3, H, W] of the prompts that show an image; nothing when none does."""
+    pixels = [prompt.pixels() for prompt in prompts if isinstance(prompt, ImagePrompt)]
+    return {"pixel_values": torch.from_numpy(np.stack(pixels)).to(device)} if pixels else {}
 
 
 @contextmanager

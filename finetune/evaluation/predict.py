@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from finetune import console
 from finetune.data.conversation import Conversation, Message
 from finetune.data.files import expand
-from finetune.data.sources import SourceSpec, read_conversations
+from finetune.data.sources import BESIDE, Images, SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.evaluation.predictions import json_line
 
@@ -230,10 +230,10 @@ def _row(question: Question, reply: Reply, template: ChatTemplate) -> dict[str, 
     return row | {"stopped": reply.stopped}
 
 
-def _questions(data: Sequence[str]) -> Iterator[Question]:
+def _questions(data: Sequence[str], images: Images = BESIDE) -> Iterator[Question]:
     """The dialogues with the place where a reply is wanted: their end, before a reply that is there."""
     sources = [SourceSpec(path) for path in data]
-    for conversation in read_conversations(sources, purpose="predict"):
+    for conversation in read_conversations(sources, purpose="predict", images=images):
         end = len(conversation.messages)
         while end and conversation.messages[end - 1].role == "assistant":
             end -= 1
@@ -242,7 +242,7 @@ def _questions(data: Sequence[str]) -> Iterator[Question]:
 
 def _prompt_lengths(data: Sequence[str], template: ChatTemplate) -> list[int]:
     lengths: list[int] = []
-    questions = _questions(data)
+    questions = _questions(data, Images(check=True))
     while batch := list(islice(questions, 1000)):
         lengths += map(len, template.prompts(batch))
     return lengths

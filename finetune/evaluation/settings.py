@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from finetune.config import DataSection, EvaluationSection, Source
 from finetune.config_file import load_config
 from finetune.data.dataset import LengthPolicy, Reading
-from finetune.data.sources import SourceSpec
+from finetune.data.sources import Images, SourceSpec
 from finetune.errors import ConfigError
 
 RECORD = "finetune.json"
@@ -60,7 +60,8 @@ class Settings:
         """How their rows are read."""
         columns = self.data.columns
         pair = (columns.prompt, columns.response) if columns else None
-        return Reading(self.data.on_bad_row, self.data.max_bad_rows, pair)
+        images = Images(root=self.data.image_root)
+        return Reading(self.data.on_bad_row, self.data.max_bad_rows, pair, images)
 
     @property
     def policy(self) -> LengthPolicy:

@@ -44,12 +44,17 @@ def fit(
     tunable = load_tunable(config, processes)
     record = run_record(config, template, data, tunable, processes)
     resumed = choose_checkpoint(config, run_dir.path, record, processes)
-    if processes.is_leader:
-        run_dir.write_config(dump_config(config))
+    with processes.failing_together():
+        if processes.is_leader:
+            run_dir.write_config(dump_config(config))
     total = total_steps(config, data)
     report.announce(config, data, tunable, processes, total)
     with StopFlag() as stop:
         trainer = build_trainer(config, template, data, tunable, record, processes, stop)
+        # Other dropout in every process. A resumed run gets its streams from the checkpoint; at
+        # another number of processes, where it has none for some, they differ from the first ones.
+        begun_at = checkpoint.step_of(resumed) if resumed else 0
+        torch.manual_seed(config.training.seed + processes.rank + (begun_at << 32))
         if resumed is None or checkpoint.step_of(resumed) != total:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         else:
@@ -134,7 +139,7 @@ def build_trainer(
             lengths=data.train.lengths,
             where=data.train.where,
             plan=data.plan,
-            collate=Collator(template.pad_id),
+            collate=Collator(template.pad_id, image=template.image),
         ),
         services=Services(
             processes=processes,
@@ -147,8 +152,6 @@ def build_trainer(
         callbacks=[schedule, narrator, MetricsFile(run_dir)],
     )
     schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
-    # Other dropout in every process; a resumed run gets its streams from the checkpoint.
-    torch.manual_seed(config.training.seed + processes.rank)
     return trainer
 
 

@@ -31,6 +31,8 @@ FACTS = {
     "model": "the base model's weights and config",
     "template": "the tokenizer and chat template",
     "data": "the training examples",
+    "global_batch": "training.batch_size x accumulation x processes",
+    # Only with DeepSpeed, which cuts the optimizer's state into as many parts.
     "processes": "the number of processes",
     "dtype": "the number format of the weights",
     "deepspeed": "the DeepSpeed settings",
@@ -52,6 +54,7 @@ RULES: dict[str, Rule] = {
     "data.on_too_long": Rule.MATCH,
     "data.on_bad_row": Rule.FREE,
     "data.max_bad_rows": Rule.FREE,
+    "data.image_root": Rule.FREE,
     "data.packing": Rule.MATCH,
     "data.group_by_length": Rule.MATCH,
     "data.loader_workers": Rule.FREE,
@@ -60,8 +63,8 @@ RULES: dict[str, Rule] = {
     "training.output_dir": Rule.FREE,
     "training.max_steps": Rule.CHANGE,
     "training.num_epochs": Rule.CHANGE,
-    "training.batch_size": Rule.MATCH,
-    "training.gradient_accumulation_steps": Rule.MATCH,
+    "training.batch_size": Rule.FREE,  # the fact "global_batch" is compared
+    "training.gradient_accumulation_steps": Rule.FREE,
     # The optimizer's saved state holds rate and decay: a new value would have no effect.
     "training.learning_rate": Rule.MATCH,
     "training.weight_decay": Rule.MATCH,
@@ -178,8 +181,26 @@ def check(folder: Path, now: Mapping[str, Any]) -> tuple[Difference, ...]:
         raise CheckpointError(
             f"{folder} was made by a different run and cannot be continued by this one:\n{table}\n"
             "Put these back as they were, or start anew in another training.output_dir"
+            + "".join(_remedies(found.refusals, folder))
         )
     return found.changes
+
+
+def _remedies(refusals: tuple[Difference, ...], folder: Path) -> Iterator[str]:
+    """What else can be done about some differences."""
+    refused = {difference.key: difference for difference in refusals}
+    if found := refused.get(FACTS["processes"]):
+        yield (
+            f"\nDeepSpeed cut this checkpoint into {found.checkpoint} parts: start {found.checkpoint} "
+            "processes (torchrun --nproc_per_node, times --nnodes), or go on with the weights and a "
+            f"fresh optimizer: of a full run by model.path={folder}, of LoRA by merging first "
+            f"(finetune merge {folder} --output FOLDER), each with another training.output_dir"
+        )
+    if found := refused.get(FACTS["global_batch"]):
+        yield (
+            f"\nAny number of processes can go on whose batch_size x gradient_accumulation_steps x "
+            f"processes is {found.checkpoint}"
+        )
 
 
 def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[tuple[Path, str]]]:

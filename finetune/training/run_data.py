@@ -19,7 +19,7 @@ from finetune.data.dataset import (
 )
 from finetune.data.order import EpochPlan, padding_share
 from finetune.data.packing import PackedDataset, pack
-from finetune.data.sources import SourceSpec
+from finetune.data.sources import Images, SourceSpec
 from finetune.data.template import ChatTemplate
 
 
@@ -87,7 +87,8 @@ def _examples(
 def reading(section: DataSection) -> Reading:
     """How rows are read: which columns, and what becomes of bad ones."""
     columns = (section.columns.prompt, section.columns.response) if section.columns else None
-    return Reading(section.on_bad_row, section.max_bad_rows, columns)
+    images = Images(root=section.image_root)
+    return Reading(section.on_bad_row, section.max_bad_rows, columns, images)
 
 
 def _items(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from finetune import console
 from finetune.config import EvaluationSection, RunConfig
 from finetune.data.collate import Collator
+from finetune.data.dataset import options_of
 from finetune.data.prompts import ReplyPrompt
 from finetune.data.sources import read_conversations
 from finetune.data.template import ChatTemplate
@@ -111,14 +112,14 @@ def load_validation(
         return None
     prompts: Sequence[ReplyPrompt] = ()
     if config.evaluation.generate:
-        dialogues = read_conversations(data.validation_sources, **asdict(reading(config.data)))
+        dialogues = read_conversations(data.validation_sources, **options_of(reading(config.data)))
         prompts = ask(dialogues, template, config.evaluation, positions=context_length(model))
     return Validation(
         section=config.evaluation,
         template=template,
         examples=data.validation,
         prompts=prompts,
-        collate=Collator(template.pad_id),
+        collate=Collator(template.pad_id, image=template.image),
         batch_size=config.training.batch_size,
         run_dir=run_dir,
         stop=stop,

@@ -1,0 +1,163 @@
+"""Image files to what GLM-4V's tower takes, equal to the published preprocessing bit for bit.
+
+RGB, resized to exactly size x size with Pillow's bicubic filter, scaled to 0..1, normalised with
+CLIP's mean and deviation. Nothing is decoded before its size is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded; where Pillow begins to warn of decompression bombs."""
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageError(ValueError):
+    """Why a file is no image that can be shown; the text goes behind its path."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """How a checkpoint takes images."""
+
+    size: int
+    """Width and height in pixels."""
+    patches: int
+    """Tokens between begin and end of an image; all but the first keep its position."""
+    begin_id: int
+    """The token that every image begins with, and nothing else."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image's whole span."""
+        return self.patches + 2
+
+
+def image_spec(config: Mapping[str, Any]) -> ImageSpec | None:
+    """What a checkpoint's config.json says about images; None when it takes none."""
+    vision = config.get("vision_config")
+    if config.get("model_type") != "chatglm" or not isinstance(vision, dict):
+        return None
+    size = int(vision["image_size"])
+    side = size // int(vision["patch_size"]) // 2
+    return ImageSpec(size, side * side, int(config["boi_token_id"]))
+
+
+def pixels(path: str | Path, size: int) -> npt.NDArray[np.float32]:
+    """The pixel values [3, size, size] of an image file; ImageError when it is none."""
+    from PIL import Image
+
+    resized = read_image(path).resize((size, size), Image.Resampling.BICUBIC)
+    values = np.asarray(resized)  # uint8 [size, size, 3]
+    return np.stack([table[values[:, :, c]] for c, table in enumerate(_tables())])
+
+
+def read_image(path: str | Path) -> Image:
+    """An image file as RGB: turned as its EXIF says, transparency on white, first frame."""
+    from PIL import ImageOps
+
+    with _opened(path) as image:
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def check_image(path: str | Path) -> None:
+    """Raises ImageError unless the whole file can be decoded.
+
+    JPEGs are decoded at an eighth of their size, which reads every byte of them too.
+    """
+    with _opened(path) as image:
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.load()
+
+
+def image_positions(ids: npt.NDArray[np.int32], spec: ImageSpec) -> npt.NDArray[np.int64]:
+    """Rotary positions of one document's tokens: begin p, every patch p + 1, end p + 2."""
+    steps = np.ones(len(ids), dtype=np.int64)
+    for begin in np.flatnonzero(ids == spec.begin_id):
+        steps[begin + 2 : begin + 1 + spec.patches] = 0
+    return np.cumsum(steps) - 1
+
+
+class ImagePrompt(list[int]):
+    """The ids of a prompt that shows an image, and where its pixels come from."""
+
+    def __init__(self, ids: Iterable[int], path: str, spec: ImageSpec) -> None:
+        super().__init__(ids)
+        self.path = path
+        self._size = spec.size
+
+    def pixels(self) -> npt.NDArray[np.float32]:
+        """The image's pixel values; DataError when it is gone or damaged since it was checked."""
+        return shown(self.path, self._size, "a prompt")
+
+
+def shown(path: str, size: int, where: str) -> npt.NDArray[np.float32]:
+    """`pixels` of an image that `where` shows; DataError naming both."""
+    try:
+        return pixels(path, size)
+    except ImageError as error:
+        raise DataError(f"{where}: image {path}: {error}") from error
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image]:
+    """The file, its header read and its size checked; whatever its decoder raises is an ImageError."""
+    from PIL import Image, UnidentifiedImageError
+
+    file = Path(path)
+    if not file.is_file():
+        raise ImageError("there is no such file" if not file.exists() else "it is not a file")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(_too_large(f"{image.width} x {image.height} pixels"))
+            yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"it is no image in one of the formats {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(_too_large("far too many pixels")) from None
+    except Exception as error:  # decoders raise anything on damaged files
+        raise ImageError(f"it cannot be decoded: {error}") from error
+
+
+def _too_large(size: str) -> str:
+    return f"it has {size}, more than {MAX_PIXELS:,}; make it smaller"
+
+
+def _rgb(image: Image) -> Image:
+    from PIL import Image as Pillow
+
+    if image.mode.startswith("I"):  # 16 bits of grey
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Pillow.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Pillow.new("RGBA", coloured.size, (255, 255, 255, 255))
+        image = Pillow.alpha_composite(white, coloured)
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[npt.NDArray[np.float32], ...]:
+    """For every channel the normalised value of each of the 256 intensities."""
+    scaled = np.arange(256).astype(np.float32) / np.float32(255)
+    pairs = zip(MEAN, DEVIATION, strict=True)
+    return tuple((scaled - np.float32(mean)) / np.float32(std) for mean, std in pairs)
