@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import config_text
 import pytest
-import yaml
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from config_text import MINIMAL
 
-from finetune.config import FullMethod, LoraMethod, RunConfig
-from finetune.config_file import dump_config, json_schema, load, load_config, reference_page
-from finetune.config_file.extras import OWNED, REFUSED, training_argument_names
-from finetune.config_file.yaml_text import parse, resolve
+from finetune.config import LoraMethod
+from finetune.config_file import dump_config, load, load_config
+from finetune.config_file.yaml_text import resolve
 from finetune.errors import ConfigError
-
-ROOT = Path(__file__).parent.parent
-
-MINIMAL = """\
-model:
-  path: some/model
-data:
-  train: train.jsonl
-method:
-  kind: lora
-training:
-  output_dir: runs/x
-"""
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a text (or bytes) as x.yaml into the working directory, and gives its path."""
+    """Writes x.yaml into a working directory of the test's own."""
     monkeypatch.chdir(tmp_path)
-
-    def writer(content: str | bytes) -> Path:
-        path = Path("x.yaml")
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return writer
+    return config_text.write
 
 
 @pytest.fixture
 def refused(write):
     """The message with which a text and overrides are refused."""
-
-    def message(content: str | bytes, *overrides: str) -> str:
-        with pytest.raises(ConfigError) as caught:
-            load_config(write(content), overrides)
-        assert caught.value.exit_code == 2
-        return str(caught.value)
-
-    return message
+    return config_text.refused
 
 
 # What is read
@@ -310,192 +277,3 @@ def test_options_without_effect_are_noted(write):
     assert loaded.notes == (
         "x.yaml:10: evaluation.every_steps: has no effect: there is no data.validation",
     )
-
-
-# Overrides
-
-
-@pytest.mark.parametrize(
-    ("override", "section", "name", "value"),
-    [
-        ("training.learning_rate=1e-5", "training", "learning_rate", 1e-5),
-        ("training.max_steps=7", "training", "max_steps", 7),
-        ("data.validation=null", "data", "validation", None),
-        ("data.validation=", "data", "validation", None),
-        ("data.packing=true", "data", "packing", True),
-        ("data.train=[a, b]", "data", "train", ["a", "b"]),
-        ("model.path='7'", "model", "path", "7"),
-        ("model.path=a=b", "model", "path", "a=b"),
-        ("training.extra.optim=sgd", "training", "extra", {"optim": "sgd"}),
-        ("training.extra={optim: sgd}", "training", "extra", {"optim": "sgd"}),
-        ("deepspeed.zero_stage=3", "deepspeed", "zero_stage", 3),
-    ],
-)
-def test_overrides_are_typed_like_yaml(write, override, section, name, value):
-    config = load_config(write(MINIMAL), [override])
-    assert getattr(getattr(config, section), name) == value
-
-
-def test_the_last_override_of_a_key_wins(write):
-    config = load_config(write(MINIMAL), ["training.seed=1", "training.seed=2"])
-    assert config.training.seed == 2
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("training.max_step=5", "command line: training.max_step: unknown key in training; did you "
-         "mean max_steps?"),
-        ("trainin.max_steps=5", "command line: trainin: unknown key in the top level; did you mean "
-         "training?"),
-        ("max_steps=5", "the option is training.max_steps"),
-        ("max_steps", "`max_steps` is not of the form section.key=value"),
-        ("=5", "is not of the form"),
-        ("training..seed=5", "is not of the form"),
-        ("model.path.x=5", "model.path is text, without keys; replace it as a whole"),
-        ("data.validation=*.jsonl", 'goes in quotes: "*.jsonl"'),
-        ("model.path=!!python/name:os.system x", "is refused"),
-        ("training.seed=[1", "command line: training.seed: not valid YAML"),
-        ("training.seed=1\n---\n2", "a second document begins here"),
-        ("training.extra={a: 1, a: 2}", "training.extra.a: given twice, first in before"),
-    ],
-)  # fmt: skip
-def test_a_wrong_override_is_refused_by_name(refused, override, said):
-    assert said in refused(MINIMAL, override)
-
-
-def test_an_override_of_the_method_leaves_out_the_files_options_of_the_other_and_says_so(write):
-    path = write(MINIMAL.replace("kind: lora", "kind: lora\n  rank: 16\n  alpha: 8"))
-    loaded = load(path, ["method.kind=full"])
-    assert loaded.config.method == FullMethod()
-    assert "method.rank, method.alpha of the file left out" in loaded.notes[0]
-
-
-def test_a_lora_override_under_full_is_an_error_that_says_so(refused):
-    for overrides in (["method.kind=full", "method.rank=8"], ["method.rank=8", "method.kind=full"]):
-        message = refused(MINIMAL, *overrides)
-        assert message.startswith("command line: method.rank: belongs to kind: lora")
-
-
-def test_a_section_can_be_replaced_as_a_whole(write):
-    path = write(MINIMAL + "deepspeed:\n  zero_stage: 2\n")
-    assert load_config(path, ["deepspeed=null"]).deepspeed is None
-    assert load_config(path, ["method={kind: lora, rank: 4}"]).method == LoraMethod(rank=4)
-
-
-# What is written
-
-
-def test_a_resolved_configuration_is_read_back_equal(write):
-    config = load_config(write(MINIMAL), ["training.learning_rate=1e-5", "data.train=['5e-4', no]"])
-    assert load_config(write(dump_config(config))) == config
-    assert config.data.train == ["5e-4", "no"]
-
-
-def test_a_resolved_configuration_with_a_deepspeed_file_is_read_back_equal(write):
-    config = load_config(write(MINIMAL + "deepspeed:\n  config: ds.json\n"))
-    assert load_config(write(dump_config(config))) == config
-
-
-@settings(deadline=None)
-@example("a\x85b")
-@example("\u2028")
-@example("a\n  b: c\n")
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20))
-def test_any_text_survives_the_resolved_configuration(text):
-    config = RunConfig.model_validate(
-        yaml.safe_load(MINIMAL) | {"model": {"path": text, "revision": text}}
-    )
-    document = parse(dump_config(config), "x")
-    assert document.problems == []
-    assert document.value["model"]["path"] == text
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
-def test_every_file_under_configs_loads_and_begins_with_its_command(path):
-    loaded = load(path)
-    assert loaded.notes == ()
-    assert load_config_text(dump_config(loaded.config)) == loaded.config
-    command, _, rest = path.read_text(encoding="utf-8").splitlines()[0].partition(" finetune.py ")
-    assert command.startswith("# torchrun --nproc_per_node=")
-    assert rest == path.relative_to(ROOT).as_posix()
-
-
-def load_config_text(text: str) -> RunConfig:
-    return RunConfig.model_validate(parse(text, "text").value, strict=True)
-
-
-# The schema and the page
-
-
-def test_the_reference_page_is_current():
-    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page.rstrip() == reference_page().rstrip(), (
-        "run: python -m finetune schema --markdown > docs/config.md"
-    )
-
-
-def test_the_reference_page_names_every_option():
-    page = reference_page()
-    schema = json_schema()
-    for definition in schema["$defs"].values():
-        for name in definition["properties"]:
-            assert f"`{name}`" in page or name == "kind"
-
-
-def test_the_schema_describes_every_option():
-    schema = json_schema()
-    assert schema["properties"].keys() == RunConfig.model_fields.keys()
-    assert schema["additionalProperties"] is False
-    for name, definition in schema["$defs"].items():
-        for key, details in definition["properties"].items():
-            assert "description" in details or key == "kind", f"{name}.{key}"
-    json.dumps(schema)
-
-
-# The fields of transformers.TrainingArguments
-
-
-def test_the_fields_read_from_the_source_are_the_real_fields():
-    from transformers import TrainingArguments
-
-    real = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    assert set(training_argument_names()) == real
-
-
-def test_options_that_are_ours_exist():
-    sections = {
-        f"{section}.{name}"
-        for section, info in RunConfig.model_fields.items()
-        for name in getattr(info.annotation, "model_fields", {})
-    }
-    for field, option in OWNED.items():
-        assert option in sections or option == "the section deepspeed", field
-
-
-def test_extra_cannot_set_what_the_trainer_sets_itself():
-    tree = ast.parse((ROOT / "finetune/training/arguments.py").read_text(encoding="utf-8"))
-    ours = {
-        key.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Dict)
-        for key in node.keys
-        if isinstance(key, ast.Constant) and key.value in training_argument_names()
-    }
-    free = {"optim", "log_level", "log_level_replica", "include_num_input_tokens_seen"}
-    assert "per_device_train_batch_size" in ours
-    assert ours - free <= OWNED.keys() | REFUSED.keys()
-
-
-def test_checking_a_configuration_imports_nothing_heavy(write):
-    path = write(MINIMAL + "  extra: {optmi: x}\n")
-    code = (
-        "import sys; from pathlib import Path; from finetune.config_file import load_config\n"
-        f"try: load_config(Path({str(path)!r}))\n"
-        "except Exception as error: assert 'did you mean optim' in str(error), error\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
-    )
-    assert done.stdout == "[]\n", done.stderr
