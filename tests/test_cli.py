@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -13,11 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import ROOT, exit_code, run
 
-from finetune import cli, console
 from finetune.errors import CheckpointError
 
-ROOT = Path(__file__).parent.parent
 COMMANDS = ("train", "evaluate", "predict", "merge", "chat", "schema", "data")
 DATA_COMMANDS = ("data check", "data show", "data tokens")
 
@@ -33,31 +31,12 @@ training:
 """
 
 
-def run(*words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python program with these words, as a user would start it."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """A working directory of the test's own, with x.yaml in it."""
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text(CONFIG)
     return tmp_path
-
-
-def exit_code(*words: str) -> object:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(words)
-    return caught.value.code
 
 
 # The forms
@@ -148,6 +127,8 @@ def test_help_answers_without_anything_heavy_in_well_under_a_second(tmp_path):
         done = run("-X", "importtime", "-m", "finetune", "--help", cwd=tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if seconds[-1] < 0.7:
+            break
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "datasets", "numpy", "pydantic", "rich"}
@@ -279,197 +260,3 @@ def test_show_config_prints_a_configuration_that_can_be_used_again(here, capsys)
     assert exit_code("train", "again.yaml", "--show-config") == 0
     assert capsys.readouterr().out == shown
     assert "  seed: 7\n" in shown
-
-
-# Every command, from both ends
-
-DIALOGUES = [
-    {"messages": [{"role": "user", "content": f"hello {n}"},
-                  {"role": "assistant", "content": f"the order {n}"}]}
-    for n in range(6)
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, tiny_chatglm) -> Path:
-    """A directory with data, a configuration, and the run that it made through the command line."""
-    folder = tmp_path_factory.mktemp("workplace")
-    rows = [json.dumps(row) + "\n" for row in DIALOGUES]
-    (folder / "rows.jsonl").write_text("".join(rows))
-    (folder / "run.yaml").write_text(
-        f"model:\n  path: {tiny_chatglm}\n"
-        "data:\n  train: rows.jsonl\n  validation: rows.jsonl\n  max_length: 64\n"
-        "method:\n  kind: lora\n"
-        "training:\n  output_dir: run\n  batch_size: 2\n  report_to: []\n"
-        "evaluation:\n  max_new_tokens: 4\n"
-    )
-    done = run(ROOT / "finetune.py", "run.yaml", "training.max_steps=2", "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (folder / "summary.json").write_text(done.stdout)
-    return folder
-
-
-@pytest.fixture
-def answer(workplace, monkeypatch, capfd):
-    """Runs a command with --json in the workplace and gives what it answers."""
-    monkeypatch.chdir(workplace)
-
-    def answered(*words: str) -> dict[str, object]:
-        code = exit_code(*words, "--json")
-        out, err = capfd.readouterr()
-        assert code == 0, err
-        return json.loads(out)
-
-    return answered
-
-
-def test_train_answers_with_the_summary_of_a_run_that_is_on_disk(workplace):
-    summary = json.loads((workplace / "summary.json").read_text())
-    assert summary["steps"] == 2
-    assert (workplace / "run" / "config.yaml").is_file()
-    assert (workplace / "run" / "checkpoint-2" / "adapter_model.safetensors").is_file()
-
-
-def test_evaluate_of_a_run_gives_the_scores_of_its_training(workplace, answer):
-    report = answer("evaluate", "run", "--output", "scores")
-    trained = json.loads((workplace / "summary.json").read_text())["scores"]
-    assert report["scores"] == pytest.approx({name: trained.get(name) for name in report["scores"]})
-    assert json.loads((workplace / "scores" / "scores.json").read_text()) == report
-    assert len((workplace / "scores" / "predictions.jsonl").read_text().splitlines()) == 6
-
-
-def test_predict_writes_a_reply_to_every_dialogue(workplace, answer):
-    report = answer("predict", "run", "--data", "rows.jsonl", "--output", "p.jsonl",
-                    "--max-new-tokens", "3")  # fmt: skip
-    rows = [json.loads(line) for line in (workplace / "p.jsonl").read_text().splitlines()]
-    assert report["replies"] == len(rows) == 6
-    assert [row["messages"][0] for row in rows] == [row["messages"][0] for row in DIALOGUES]
-
-
-def test_merge_writes_a_checkpoint_that_equals_base_and_adapter(workplace, answer):
-    report = answer("merge", "run", "--output", "merged")
-    assert report["output"] == "merged"
-    assert report["largest_difference"] < 1e-4
-    assert (workplace / "merged" / "model.safetensors").is_file()
-
-
-def test_chat_answers_until_it_is_told_to_quit(workplace, monkeypatch, capfd):
-    monkeypatch.chdir(workplace)
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/quit\n"))
-    assert exit_code("chat", "run", "--max-new-tokens", "3", "--system", "be brief") == 0
-    assert "opening run/checkpoint-2" in capfd.readouterr().out
-
-
-def test_data_check_counts_and_exits_2_when_a_row_is_bad(workplace, answer, capfd):
-    assert answer("data", "check", "rows.jsonl")["sources"][0]["dialogues"] == 6
-    Path("bad.jsonl").write_text(json.dumps(DIALOGUES[0]) + '\n{"messages": 5}\n')
-    assert exit_code("data", "check", "bad.jsonl") == 2
-    assert "error: 1 bad rows:\n  bad.jsonl:2: " in capfd.readouterr().err
-
-
-def test_data_show_marks_what_carries_loss(workplace, tiny_chatglm, answer, capfd):
-    shown = answer("data", "show", "rows.jsonl", "--model", str(tiny_chatglm), "--line", "3")
-    assert shown["where"] == "rows.jsonl:3"
-    assert exit_code("data", "show", "rows.jsonl", "--model", str(tiny_chatglm)) == 0
-    out = capfd.readouterr().out
-    assert "<|user|>\nhello 0<|assistant|>«\nthe order 0<|user|>»\n" in out
-    assert "it stops at <|user|>" in out
-
-
-def test_data_tokens_prints_a_row_per_dialogue(workplace, tiny_chatglm, monkeypatch, capfd):
-    monkeypatch.chdir(workplace)
-    assert exit_code("data", "tokens", "rows.jsonl", "--model", str(tiny_chatglm)) == 0
-    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert len(rows) == 6
-    for row in rows:
-        ((start, end),) = row["trained_spans"]
-        assert 0 < start < end == len(row["input_ids"])
-
-
-# The console
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-    """Pretends that a person watches."""
-    monkeypatch.setattr(console, "on_terminal", lambda: True)
-    monkeypatch.setattr(console, "_consoles", {})
-    monkeypatch.setenv("COLUMNS", "100")
-
-
-def test_only_rank_0_talks(monkeypatch, capfd):
-    monkeypatch.setenv("RANK", "1")
-    console.say("a")
-    console.warn("b")
-    console.table(["c"], [[1]])
-    with console.progress(1, "d") as meter, console.json_output() as emit:
-        meter.advance()
-        emit({"e": 1})
-    assert capfd.readouterr() == ("", "")
-
-
-def test_text_is_never_read_as_markup(terminal, capsys):
-    console.say("[gMASK]<sop> [bold]not bold[/bold] :smile:")
-    console.table(["[x]"], [["[/x]"]])
-    out = capsys.readouterr().out
-    assert "[gMASK]<sop> [bold]not bold[/bold] :smile:\n" in out
-    assert "[x]" in out
-    assert "[/x]" in out
-
-
-def test_a_long_line_is_not_broken_on_a_terminal(terminal, capsys):
-    console.say("x" * 300)
-    assert capsys.readouterr().out == "x" * 300 + "\n"
-
-
-def test_a_plain_table_is_aligned_also_in_chinese(capsys):
-    console.table(["file", "rows"], [["你好", 5], ["abcdef", 12]])
-    assert capsys.readouterr().out == (
-        "file    rows\n"
-        "------  ----\n"
-        "你好       5\n"
-        "abcdef    12\n"
-    )  # fmt: skip
-
-
-def test_in_a_log_file_progress_is_a_line_every_few_seconds_at_most(monkeypatch, capsys):
-    now = 0.0
-    monkeypatch.setattr(console.time, "monotonic", lambda: now)
-    with console.progress(100, "rows") as meter:
-        for _ in range(100):
-            now += 0.1875  # 18.75 seconds in all
-            meter.advance()
-    assert capsys.readouterr().out.splitlines() == [
-        "rows: 27/100 (27 %), 14 s left, 5 s so far",
-        "rows: 54/100 (54 %), 9 s left, 10 s so far",
-        "rows: 81/100 (81 %), 4 s left, 15 s so far",
-        "rows: 100/100 (100 %), 0 s left, 19 s so far",
-    ]
-
-
-def test_progress_of_an_unknown_total_is_a_count(monkeypatch, capsys):
-    now = 0.0
-    monkeypatch.setattr(console.time, "monotonic", lambda: now)
-    with console.progress(None, "rows") as meter:
-        now = 61.0
-        meter.advance(5, "still going")
-    assert capsys.readouterr().out == "rows: 5, 1:01 so far, still going\n"
-
-
-def test_with_json_standard_output_holds_only_json_whoever_prints(capfd):
-    with console.json_output() as emit:
-        console.say("talk")
-        print("a library")
-        os.write(1, b"a library in C\n")
-        subprocess.run(["echo", "a child"], check=True)
-        emit({"分数": 1.5})
-    console.say("back")
-    out, err = capfd.readouterr()
-    assert out == '{"分数": 1.5}\nback\n'
-    assert sorted(err.splitlines()) == ["a child", "a library", "a library in C", "talk"]
-
-
-def test_durations_are_written_as_people_write_them():
-    assert [console.duration(s) for s in (0.4, 59.6, 187, 3725)] == [
-        "0 s", "1:00", "3:07", "1:02:05",
-    ]  # fmt: skip

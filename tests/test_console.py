@@ -1,0 +1,96 @@
+"""What is said: by rank 0 only, for a person or a log file, and beside JSON."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from finetune import console
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Pretends that a person watches."""
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    monkeypatch.setattr(console, "_consoles", {})
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_only_rank_0_talks(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    console.say("a")
+    console.warn("b")
+    console.table(["c"], [[1]])
+    with console.progress(1, "d") as meter, console.json_output() as emit:
+        meter.advance()
+        emit({"e": 1})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_text_is_never_read_as_markup(terminal, capsys):
+    console.say("[gMASK]<sop> [bold]not bold[/bold] :smile:")
+    console.table(["[x]"], [["[/x]"]])
+    out = capsys.readouterr().out
+    assert "[gMASK]<sop> [bold]not bold[/bold] :smile:\n" in out
+    assert "[x]" in out
+    assert "[/x]" in out
+
+
+def test_a_long_line_is_not_broken_on_a_terminal(terminal, capsys):
+    console.say("x" * 300)
+    assert capsys.readouterr().out == "x" * 300 + "\n"
+
+
+def test_a_plain_table_is_aligned_also_in_chinese(capsys):
+    console.table(["file", "rows"], [["你好", 5], ["abcdef", 12]])
+    assert capsys.readouterr().out == (
+        "file    rows\n"
+        "------  ----\n"
+        "你好       5\n"
+        "abcdef    12\n"
+    )  # fmt: skip
+
+
+def test_in_a_log_file_progress_is_a_line_every_few_seconds_at_most(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with console.progress(100, "rows") as meter:
+        for _ in range(100):
+            now += 0.1875  # 18.75 seconds in all
+            meter.advance()
+    assert capsys.readouterr().out.splitlines() == [
+        "rows: 27/100 (27 %), 14 s left, 5 s so far",
+        "rows: 54/100 (54 %), 9 s left, 10 s so far",
+        "rows: 81/100 (81 %), 4 s left, 15 s so far",
+        "rows: 100/100 (100 %), 0 s left, 19 s so far",
+    ]
+
+
+def test_progress_of_an_unknown_total_is_a_count(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with console.progress(None, "rows") as meter:
+        now = 61.0
+        meter.advance(5, "still going")
+    assert capsys.readouterr().out == "rows: 5, 1:01 so far, still going\n"
+
+
+def test_with_json_standard_output_holds_only_json_whoever_prints(capfd):
+    with console.json_output() as emit:
+        console.say("talk")
+        print("a library")
+        os.write(1, b"a library in C\n")
+        subprocess.run(["echo", "a child"], check=True)
+        emit({"分数": 1.5})
+    console.say("back")
+    out, err = capfd.readouterr()
+    assert out == '{"分数": 1.5}\nback\n'
+    assert sorted(err.splitlines()) == ["a child", "a library", "a library in C", "talk"]
+
+
+def test_durations_are_written_as_people_write_them():
+    assert [console.duration(s) for s in (0.4, 59.6, 187, 3725)] == [
+        "0 s", "1:00", "3:07", "1:02:05",
+    ]  # fmt: skip
