@@ -53,7 +53,7 @@ def fit(
         trainer = build_trainer(config, template, data, tunable, record, processes, stop)
         # Other dropout in every process. A resumed run gets its streams from the checkpoint; at
         # another number of processes, where it has none for some, they differ from the first ones.
-        begun_at = checkpoint.step_of(resumed) if resumed else 0
+        begun_at = (checkpoint.step_of(resumed) if resumed else None) or 0
         torch.manual_seed(config.training.seed + processes.rank + (begun_at << 32))
         if resumed is None or checkpoint.step_of(resumed) != total:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)

@@ -3,6 +3,10 @@
 torchrun tells each process its place through RANK, LOCAL_RANK and WORLD_SIZE; without it a run is
 one process. What one process finds wrong ends all of them with the same error and exit code, well
 before anyone would run into a timeout.
+
+Exit codes. `python finetune.py` and every worker end with the error's own code (143 and 130 after a
+signal). torchrun itself always ends with 1 when a worker failed or when it was told to stop; the
+worker's code stands in its summary as `exitcode  : 4`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from finetune import console
 from finetune.config import RunConfig
 from finetune.data.template import ChatTemplate
 from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.training import resume
 from finetune.training.run_data import load_run_data
 from finetune.training.run_directory import RunDirectory
 
@@ -30,6 +31,8 @@ def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
     with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
         for line in run_dir.cleaned:
             console.say(line)
+        if config.training.resume == "never":
+            resume.choose(run_dir.path, "never")  # refuses an old run at once
         template = ChatTemplate(load_chat_tokenizer(config.model.path, config.model.revision))
         data = load_run_data(config, template)
 
