@@ -244,6 +244,8 @@ def test_a_resumed_run_ends_in_the_same_bits(
     whole = tmp_path / "whole"
     runs.run_here(runs.config(tiny_chatglm, data, whole, **changes))
     whole_seen = list(seen)
+    if case == "plain":  # each epoch has its own order
+        assert len({tuple(step) for step in whole_seen}) == steps
     for stop in stops:
         part = tmp_path / f"part-{stop}"
         part.mkdir()
@@ -268,6 +270,36 @@ def test_saving_and_evaluating_leave_no_trace_in_what_is_learned(
     )  # fmt: skip
     runs.run_here(busy)
     assert adapter_hash(tmp_path / "bare", 6) == adapter_hash(tmp_path / "busy", 6)
+
+
+@pytest.mark.parametrize("family", ["chatglm", "glm", "glm4"])
+def test_activation_checkpointing_and_loader_workers_train_the_same_weights(
+    request: pytest.FixtureRequest, data: Path, tmp_path: Path, family: str
+) -> None:
+    model = request.getfixturevalue(f"tiny_{family}")
+    runs.run_here(runs.config(model, data, tmp_path / "plain", training__max_steps=3))
+    saving = runs.config(
+        model, data, tmp_path / "saving", training__max_steps=3,
+        training__activation_checkpointing=True,
+    )  # fmt: skip
+    if family == "glm":
+        saving["data"]["loader_workers"] = 1
+    runs.run_here(saving)
+    for key in ("loss", "grad_norm"):
+        plain, saved = (runs.history(tmp_path / name, key) for name in ("plain", "saving"))
+        assert saved == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_resumed_run_logs_as_often_as_its_own_config_says(
+    tiny_chatglm: Path, data: Path, tmp_path: Path
+) -> None:
+    first = runs.config(tiny_chatglm, data, tmp_path / "run", training__max_steps=2)
+    runs.run_here(first)
+    more = runs.config(
+        tiny_chatglm, data, tmp_path / "run", training__max_steps=8, training__log_every_steps=3
+    )
+    runs.run_here(more)
+    assert runs.history(tmp_path / "run", "step")[2:4] == [3, 6]
 
 
 def test_a_finished_run_that_is_started_again_does_nothing(
