@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune import console
-from finetune.data.conversation import Conversation, Message, RowError
+from finetune.data.conversation import Conversation, Message, Role, RowError
+from finetune.data.image import ImageError, check_image
 from finetune.data.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
 
 HELP = """\
 /reset         forget the dialogue, keep the system message and the tools
 /system TEXT   set the system message and start afresh; without TEXT remove it
+/image FILE    show an image with the next message and start afresh (GLM-4V)
 /tools FILE    offer the functions in a JSON file and start afresh; without FILE remove them
 /help          this
 /quit          leave; so does Ctrl-D. Ctrl-C stops a reply
@@ -108,7 +110,7 @@ class Voice:
         import torch
         from transformers import GenerationConfig
 
-        from finetune.evaluation.generate import without_sampling_settings
+        from finetune.evaluation.generate import pixel_values, without_sampling_settings
         from finetune.evaluation.predict import reply_messages
 
         prompt = self.template.prompt(conversation, len(conversation.messages))
@@ -128,7 +130,11 @@ class Voice:
         mask = torch.ones_like(ids)
         with suppress(KeyboardInterrupt), without_sampling_settings(self.model):
             self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                streamer=streamer,
+                **pixel_values([prompt], self.model.device),
             )
         streamer.finish()
         return reply_messages(streamer.ids, self.template, conversation.tools)
@@ -242,6 +248,8 @@ class Session:
     system: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     history: list[Message] = field(default_factory=list)
+    image: str | None = None
+    """Shown with the dialogue's first message."""
 
     def run(self) -> None:
         """Reads lines and answers them until the input ends or /quit."""
@@ -281,7 +289,8 @@ class Session:
 
     def _say(self, text: str) -> None:
         before = list(self.history)
-        self.history.append(Message("observation" if self._waiting() else "user", text))
+        role: Role = "observation" if self._waiting() else "user"
+        self.history.append(Message(role, text, image=None if before else self.image))
         if self._waiting():
             return
         try:
@@ -299,13 +308,15 @@ class Session:
             self.terminal.line("(no reply; your message is forgotten)")
 
     def _make_room(self) -> None:
-        """Forgets the oldest turns until the dialogue and a reply fit into the context."""
+        """Forgets the oldest turns until the dialogue and a reply fit; never one with an image."""
         forgotten = 0
         while not self.voice.room(self._conversation()):
-            later = [i for i, m in enumerate(self.history) if i and m.role == "user"]
-            if not later:
+            turns = [i for i, m in enumerate(self.history) if m.role == "user"]
+            kept = self.history[: turns[1]] if self.image and len(turns) > 1 else []
+            oldest = 1 if self.image else 0
+            if len(turns) < oldest + 2:
                 raise DataError("this does not fit into the model's context; make it shorter")
-            self.history = self.history[later[0] :]
+            self.history = kept + self.history[turns[oldest + 1] :]
             forgotten += 1
         if forgotten:
             self.terminal.line(f"(the {forgotten} oldest turns are forgotten, to fit the context)")
@@ -319,7 +330,7 @@ class Session:
         rest = rest.strip()
         if name == "/help":
             self.terminal.line(HELP)
-        elif name in ("/reset", "/system", "/tools"):
+        elif name in ("/reset", "/system", "/tools", "/image"):
             try:
                 self._begin(name, rest)
             except FinetuneError as error:
@@ -332,11 +343,24 @@ class Session:
             self.system = rest
         elif name == "/tools":
             self.tools = read_tools_file(Path(rest)) if rest else ()
+        self.image = self._checked_image(rest) if name == "/image" else None
         self.history = []
         named = ", ".join(tool_name(tool) for tool in self.tools)
         state = [f"system message: {self.system}" if self.system else "no system message"]
         state += [f"tools: {named}"] if named else []
+        state += [f"image: {self.image}, shown with your next message"] if self.image else []
         self.terminal.line(f"(a new dialogue; {'; '.join(state)})")
+
+    def _checked_image(self, path: str) -> str:
+        if self.voice.template.image is None:
+            raise DataError("this model takes no images; GLM-4V does")
+        if not path:
+            raise DataError("which image? /image FILE")
+        try:
+            check_image(path)
+        except ImageError as error:
+            raise DataError(f"{path}: {error}") from error
+        return path
 
 
 def read_tools_file(path: Path) -> tuple[Mapping[str, Any], ...]:

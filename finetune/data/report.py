@@ -16,7 +16,7 @@ from finetune.data.conversation import Conversation, Message, calls_in_words, ki
 from finetune.data.files import BadRow
 from finetune.data.formats import Columns
 from finetune.data.show import ShowResult, show, tokens
-from finetune.data.sources import KEPT_REASONS, SourceSpec, read_conversations
+from finetune.data.sources import KEPT_REASONS, Images, SourceSpec, read_conversations
 from finetune.data.tool_calls import tool_name
 
 if TYPE_CHECKING:
@@ -158,7 +158,10 @@ def check(
     earlier: set[int] = set()
     for path in [paths] if isinstance(paths, str) else paths:
         stream = read_conversations(
-            [SourceSpec(path, format=format)], on_bad_row="collect", columns=columns
+            [SourceSpec(path, format=format)],
+            on_bad_row="collect",
+            columns=columns,
+            images=Images(check=True),
         )
         census = _Census(template, max_length)
         while batch := list(islice(stream, _BATCH)):

@@ -189,13 +189,16 @@ def _shown(conversation: Conversation, template: ChatTemplate, layout: str) -> S
 def _pieces(
     ids: Sequence[int], supervised: Sequence[bool], template: ChatTemplate
 ) -> Iterator[ShownToken]:
-    """Tokens with their text; those of a character that is split over tokens come together."""
+    """Tokens with their text; those of a split character, or of an image, come together."""
     control = frozenset(template.tokenizer.control_ids.values())
+    image = template.image
     start = 0
     for end in range(1, len(ids) + 1):
         text = template.decode(ids[start:end])
         at_border = end == len(ids) or supervised[end] != supervised[start] or ids[end] in control
         if _BROKEN in text and not at_border:
+            continue
+        if image and ids[start] == image.begin_id and end - start < image.tokens:
             continue
         yield ShownToken(tuple(ids[start:end]), text, supervised[start], ids[start] in control)
         start = end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ EXACT = 1e-4
 ROUNDED = 0.05
 
 _LENGTHS = (7, 16, 33)
+Inputs = dict[str, torch.Tensor]
 
 
 def check_parity(base: Path, adapter: Path, merged: Path) -> float:
@@ -28,7 +30,7 @@ def check_parity(base: Path, adapter: Path, merged: Path) -> float:
     """
     with torch.inference_mode():
         model = load_model(base)
-        prompts = _prompts(model.config.vocab_size)
+        prompts = _prompts(model.config)
         before = _logits(PeftModel.from_pretrained(model, str(adapter)).eval(), prompts)
         del model
         gc.collect()
@@ -45,15 +47,23 @@ def check_parity(base: Path, adapter: Path, merged: Path) -> float:
     return difference
 
 
-def _prompts(vocab_size: int) -> list[torch.Tensor]:
-    """Token ids, the same every time; [1, T] each."""
+def _prompts(config: Any) -> list[Inputs]:
+    """Inputs of [1, T] token ids, the same every time; one with an image where the model sees."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocab_size, (1, length), generator=generator) for length in _LENGTHS]
+    ids = [torch.randint(config.vocab_size, (1, n), generator=generator) for n in _LENGTHS]
+    prompts = [{"input_ids": text} for text in ids]
+    if getattr(config, "image_patches", 0):
+        size, pad = config.vision_config["image_size"], config.pad_token_id or 0
+        span = [config.boi_token_id, *[pad] * config.image_patches, config.eoi_token_id]
+        pixels = torch.randn(1, 3, size, size, generator=generator)
+        seen = torch.cat([torch.tensor([span]), ids[0]], dim=1)
+        prompts.append({"input_ids": seen, "pixel_values": pixels})
+    return prompts
 
 
-def _logits(model: torch.nn.Module, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+def _logits(model: torch.nn.Module, prompts: list[Inputs]) -> list[torch.Tensor]:
     """[1, T, V] in float32 for each prompt."""
-    return [model(input_ids=ids, use_cache=False).logits.float() for ids in prompts]
+    return [model(**inputs, use_cache=False).logits.float() for inputs in prompts]
 
 
 def _in_float32(model: torch.nn.Module, folder: Path) -> bool:
