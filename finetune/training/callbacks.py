@@ -161,6 +161,12 @@ class Narrator(TrainerCallback):
         self._done = self._total = 0
         self._estimated = False
 
+    def __enter__(self) -> Narrator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()  # a bar that stays would hide the error's message
+
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Time for others to show a bar of their own; it does not count as training time."""
@@ -205,10 +211,6 @@ class Narrator(TrainerCallback):
         elif scores := {k[5:]: v for k, v in logs.items() if k.startswith("eval_")}:
             said = "  ".join(f"{name} {score_text(name, v)}" for name, v in scores.items())
             console.say(f"step {state.global_step}  evaluation  {said}")
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Take the bar away."""
-        self._close()
 
     def _open(self) -> None:
         if console.is_main() and console.on_terminal() and self._done < self._total:

@@ -49,8 +49,17 @@ def fit(
             run_dir.write_config(dump_config(config))
     total = total_steps(config, data)
     report.announce(config, data, tunable, processes, total)
-    with StopFlag() as stop:
-        trainer = build_trainer(config, template, data, tunable, record, processes, stop)
+    saver = Saver(
+        run_dir=run_dir.path,
+        config_text=dump_config(config),
+        record=record,
+        base=tunable.base,
+        metric=config.evaluation.best_metric,
+        keep=config.training.keep_checkpoints,
+        processes=processes,
+    )
+    with StopFlag() as stop, Narrator(Meter()) as narrator:
+        trainer = build_trainer(config, template, data, tunable, saver, stop, narrator)
         # Other dropout in every process. A resumed run gets its streams from the checkpoint; at
         # another number of processes, where it has none for some, they differ from the first ones.
         begun_at = (checkpoint.step_of(resumed) if resumed else None) or 0
@@ -104,27 +113,16 @@ def build_trainer(
     template: ChatTemplate,
     data: RunData,
     tunable: Tunable,
-    record: Mapping[str, Any],
-    processes: Processes,
+    saver: Saver,
     stop: StopFlag,
+    narrator: Narrator,
 ) -> FineTuner:
     """The trainer with its callbacks, tied together."""
-    run_dir = Path(config.training.output_dir)
-    validation = load_validation(config, template, data, tunable.model, run_dir, stop)
-    narrator = Narrator(Meter())
+    validation = load_validation(config, template, data, tunable.model, saver.run_dir, stop)
     schedule = Schedule(
         config.evaluation if validation else None,
         save_every=config.training.save_every_steps,
         stop=stop,
-    )
-    saver = Saver(
-        run_dir=run_dir,
-        config_text=dump_config(config),
-        record=record,
-        base=tunable.base,
-        metric=config.evaluation.best_metric,
-        keep=config.training.keep_checkpoints,
-        processes=processes,
     )
 
     def scores(model: Any, step: int) -> dict[str, float]:
@@ -142,14 +140,14 @@ def build_trainer(
             collate=Collator(template.pad_id, image=template.image),
         ),
         services=Services(
-            processes=processes,
+            processes=saver.processes,
             stop=stop,
             saver=saver,
             evaluate=scores,
             meter=narrator.meter,
             lora_plus_ratio=getattr(config.method, "lora_plus_ratio", None),
         ),
-        callbacks=[schedule, narrator, MetricsFile(run_dir)],
+        callbacks=[schedule, narrator, MetricsFile(saver.run_dir)],
     )
     schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
     return trainer
