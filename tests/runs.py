@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -146,3 +147,9 @@ def weights(checkpoint: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(checkpoint / "adapter_model.safetensors")
+
+
+def adapter_hash(run_dir: Path, step: int) -> str:
+    """What tells the same bits from nearly the same."""
+    file = run_dir / f"checkpoint-{step}" / "adapter_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
