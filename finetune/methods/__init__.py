@@ -5,18 +5,18 @@ Nothing else in the house differs between methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from finetune.config import FullMethod, LoraMethod, PTuningV2Method
 from finetune.methods import full, lora, ptuning_v2
 from finetune.methods.base_record import BaseRecord
 from finetune.methods.freezing import frozen_names
+from finetune.methods.full import Gather
 
-__all__ = ["BaseRecord", "attach", "restore", "save", "trained_modules"]
+__all__ = ["BaseRecord", "Gather", "attach", "restore", "save", "trained_modules"]
 
 
 def attach(
@@ -58,15 +58,25 @@ def save(
     folder: Path,
     *,
     base: BaseRecord,
-    state_dict: Mapping[str, Tensor] | None = None,
+    gather: Gather | None = None,
 ) -> None:
-    """Write what was trained to `folder`; `state_dict` stands in for a sharded model's own."""
-    if lora.is_adapted(model):
-        lora.save(model, folder, base=base, state_dict=state_dict)
-    elif ptuning_v2.is_prefixed(model):
-        ptuning_v2.save(model, folder, base=base, state_dict=state_dict)
-    else:
-        full.save(model, folder, base=base, state_dict=state_dict)
+    """Write what was trained to `folder`.
+
+    Args:
+        model: With a method attached.
+        folder: Must exist.
+        base: What was tuned.
+        gather: Gives weights by name, for a model that is sharded: then every process calls this,
+            and those for which it gives nothing write nothing. By default the model's own.
+    """
+    gather = gather or full.own_weights(model)
+    if not (lora.is_adapted(model) or ptuning_v2.is_prefixed(model)):
+        full.save(model, folder, base=base, gather=gather)
+        return
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if state := gather(names):
+        kind = lora if lora.is_adapted(model) else ptuning_v2
+        kind.save(model, folder, base=base, state_dict=state)
 
 
 def restore(model: PreTrainedModel, folder: Path) -> None:

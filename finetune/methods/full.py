@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.errors import ConfigError, ModelError
 from finetune.methods.base_record import BaseRecord
+from finetune.models.load import local_folder
+from finetune.weights import INDEX, SINGLE, weight_files
 
-MAX_SHARD_SIZE = "5GB"
-INDEX_NAME = "model.safetensors.index.json"
+Gather: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Weights by name; in a process that does not write, nothing."""
+
+MAX_SHARD_BYTES = 5_000_000_000
 # What a folder needs besides weights and config to open on its own.
 CARRIED_OVER = (
     "tokenizer*",
     "chat_template*",
     "generation_config.json",
+    "*processor*.json",
     "*.py",
     "vocab*",
     "merges*",
@@ -53,20 +59,70 @@ def matched_modules(model: nn.Module) -> dict[str, int]:
     return {"weights": sum(trained), "frozen weights": len(trained) - sum(trained)}
 
 
-def save(
-    model: PreTrainedModel,
-    folder: Path,
-    *,
-    base: BaseRecord,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write the model as safetensors in the base's names, with the base's tokenizer files."""
-    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
-    source = Path(base.path)
-    for pattern in CARRIED_OVER if source.is_dir() else ():
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+def own_weights(model: nn.Module) -> Gather:
+    """Weights of a model that is whole, by name."""
+
+    def gather(names: Sequence[str]) -> dict[str, Tensor]:
+        state = model.state_dict()
+        return {name: state[name].detach() for name in names}
+
+    return gather
+
+
+def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gather) -> None:
+    """Write the model as safetensors in the base's names, with the base's tokenizer files.
+
+    Shard after shard is gathered and written, so that nobody holds more than one shard beside what
+    was there before.
+    """
+    index: dict[str, str] = {}
+    shards = _shards(model)
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
+        index |= dict.fromkeys(names, file)
+        if weights := gather(names):
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            del tensors
+    if not weights:
+        return
+    if shards[1:]:
+        size = sum(_num_bytes(tensor) for tensor in _state(model).values())
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    model.config.save_pretrained(folder)
+    source = local_folder(base.path, base.revision)
+    for pattern in CARRIED_OVER:
+        for carried in source.glob(pattern):
+            shutil.copyfile(carried, folder / carried.name)
     base.write(folder, method="full")
+
+
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors by name as they are saved: a tied weight once. Sharded ones are placeholders."""
+    parameters = dict(model.named_parameters())  # has tied ones once, like the base's files
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) - set(parameters)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return state | {name: weight for name, weight in parameters.items() if name in state}
+
+
+def _shards(model: PreTrainedModel) -> list[list[str]]:
+    """Names shard by shard, in the model's order."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in _state(model).items():
+        size = _num_bytes(tensor)
+        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Also of a weight that ZeRO-3 has taken apart."""
+    return int(getattr(tensor, "ds_numel", tensor.numel())) * tensor.element_size()
 
 
 def restore(model: PreTrainedModel, folder: Path) -> None:
@@ -75,14 +131,9 @@ def restore(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ModelError: The folder lacks weights of the model.
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    missing = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", ()))
-    for file in files:
-        shard = load_file(folder / file)
+    missing = set(_state(model))
+    for file in weight_files(folder):
+        shard = load_file(file)
         model.load_state_dict(shard, strict=False)
         missing -= set(shard)
     if missing:

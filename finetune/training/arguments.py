@@ -50,7 +50,7 @@ class Precision:
     """Who computes in which format."""
 
     autocast: str
-    """`fp16`, `bf16` or `no`: what transformers casts to around float32 weights that are trained."""
+    """`fp16`, `bf16` or `no`: what transformers is told to compute in although weights are float32."""
     deepspeed: str
     """`fp16`, `bf16` or `fp32`: in what DeepSpeed keeps the weights it trains."""
     weights: torch.dtype
@@ -84,7 +84,7 @@ def mixed_precision(method: Method, dtype: torch.dtype, *, sharded: bool) -> Pre
     if name == "fp32" or (name == "bf16" and not is_full):
         return Precision("no", "fp32", dtype)
     if sharded:
-        return Precision("no", name, dtype)
+        return Precision(name, name, dtype)
     return Precision(name, "fp32", torch.float32 if is_full else dtype)
 
 

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from finetune import console, methods
 from finetune.methods import BaseRecord
 from finetune.training import checkpoint, resume
+from finetune.training.gathering import gather
 from finetune.training.processes import Processes
 
 TRAINER_STATE = "trainer_state.json"
@@ -51,7 +53,7 @@ class Saver:
         with checkpoint.staged(
             final, leader=leader, agree=self.processes.all_well, replace=True
         ) as stage:
-            trainer.save_model(str(stage), _internal_call=True)
+            self.save_weights(trainer.model, stage)
             trainer._save_optimizer_and_scheduler(str(stage))
             trainer._save_scaler(str(stage))
             trainer._save_rng_state(str(stage))
@@ -62,17 +64,17 @@ class Saver:
                 _save_state(trainer, stage)
                 (stage / "config.yaml").write_text(self.config_text, encoding="utf-8")
                 resume.write(stage, self.record)
-        if leader:
-            if trainer.state.best_global_step == trainer.state.global_step:
-                checkpoint.set_best(self.run_dir, final, self.metric, trainer.state.best_metric)
-            self._rotate()
+        with self.processes.failing_together():
+            if leader:
+                if trainer.state.best_global_step == trainer.state.global_step:
+                    checkpoint.set_best(self.run_dir, final, self.metric, trainer.state.best_metric)
+                self._rotate()
         return final
 
-    def save_weights(
-        self, model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None
-    ) -> None:
-        """Write what was trained."""
-        methods.save(model, folder, base=self.base, state_dict=state_dict)
+    def save_weights(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained; every process takes part, the leader writes."""
+        pieces = partial(gather, model, leader=self.processes.is_leader)
+        methods.save(model, folder, base=self.base, gather=pieces)
 
     def load_weights(self, model: nn.Module, folder: Path) -> None:
         """Put back what `save_weights` wrote."""

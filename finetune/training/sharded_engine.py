@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         self._guard = guard
         self._norm: float | None = None
         engine.checkpoint_engine = WeightsOnlyStates()
+        if not all(weight.requires_grad for weight in engine.module.parameters()):
+            _leave_frozen_weights_out(engine)
 
     def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
         """Backward pass; at the end of an accumulation also guard and optimizer step."""
@@ -52,6 +55,17 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         if whole and not sharded:
             self._norm = float(torch.nn.utils.get_total_norm(whole))
         return all(bool(torch.isfinite(gradient).all()) for gradient in [*whole, *sharded])
+
+
+def _leave_frozen_weights_out(engine: Any) -> None:
+    """Checkpoints hold what is trained; the base is where it was. transformers does it for PEFT only."""
+    load = engine.load_checkpoint
+    engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+
+    def load_checkpoint(folder: str, **options: Any) -> Any:
+        return load(folder, **options | {"load_module_strict": False})
+
+    engine.load_checkpoint = load_checkpoint
 
 
 class WeightsOnlyStates(TorchCheckpointEngine):
