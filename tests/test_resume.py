@@ -13,7 +13,7 @@ from finetune.errors import CheckpointError
 from finetune.training import checkpoint, resume
 from finetune.training.resume import RULES, Rule
 
-FACTS = {"model": "aa", "template": "bb", "data": "cc", "processes": 2, "dtype": "float32"}
+FACTS = {"model": "aa", "template": "bb", "data": "cc", "global_batch": 8, "dtype": "float32"}
 VERSIONS = {"torch": "2.13.0"}
 CONFIG = {
     "model": {"path": "a"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -26,19 +27,33 @@ def run_record(
     processes: Processes,
 ) -> dict[str, Any]:
     """See `training.resume`."""
+    training = config.training
+    here = training.batch_size * training.gradient_accumulation_steps
     facts = {
         "model": tunable.base.fingerprint,
         "template": template.fingerprint,
         "data": data.train.fingerprint,
-        "processes": processes.world,
+        "global_batch": here * processes.world,
         "dtype": str(tunable.dtype).removeprefix("torch."),
-        "deepspeed": json.dumps(tunable.deepspeed, sort_keys=True),
+        "deepspeed": _sharding(tunable.deepspeed),
         "trainable": trainable_shapes(tunable.model),
     }
+    if tunable.deepspeed is not None:
+        facts["processes"] = processes.world
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
     if tunable.deepspeed is not None:
         versions["deepspeed"] = version("deepspeed")
     return resume.record(config.model_dump(), facts, versions | {"finetune": __version__})
+
+
+def _sharding(deepspeed: Mapping[str, Any] | None) -> str:
+    """The DeepSpeed settings but for batch sizes, which are compared by what they come to."""
+    if deepspeed is None:
+        return "none"
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    kept = {key: value for key, value in deepspeed.items() if key not in batch}
+    stage = deepspeed["zero_optimization"].get("stage", 0)
+    return f"ZeRO-{stage}, {hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def trainable_shapes(model: torch.nn.Module) -> str:
