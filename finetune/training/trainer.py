@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from finetune.data.order import EpochPlan
-from finetune.errors import NonFiniteError
+from finetune.errors import ConfigError, NonFiniteError
 from finetune.methods import lora
 from finetune.training.batches import Collate, Items, training_loader
 from finetune.training.callbacks import Meter
@@ -83,6 +84,7 @@ class FineTuner(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
+        _check_distribution(self.accelerator, args, services.processes)
 
     # --- data and loss -----------------------------------------------------------------------
 
@@ -113,6 +115,10 @@ class FineTuner(Trainer):
         self.counts = StepCounts(*everywhere)
         return batches, torch.tensor(self.counts.weight or 1.0, device=device)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Under DeepSpeed the Trainer would round the loss weights to the model's number format.
+        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -132,7 +138,9 @@ class FineTuner(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With speed, padding and memory beside a loss."""
+        """With speed, padding and memory beside a loss; without the Trainer's own closing summary."""
+        if "train_runtime" in logs:
+            return
         super().log(logs | self.services.meter.numbers() if "loss" in logs else logs, start_time)
 
     def mean_loss(self) -> float | None:
@@ -220,8 +228,7 @@ class FineTuner(Trainer):
     # --- state -------------------------------------------------------------------------------
 
     def load_state(self, folder: Path) -> None:
-        """Weights and log of a checkpoint, without going on from it."""
-        self._load_from_checkpoint(str(folder))
+        """The log of a checkpoint, without going on from it."""
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -244,12 +251,26 @@ class FineTuner(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.services.saver.save(self)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # Called by save_model, which gathers sharded weights first. No training_args.bin: a pickle.
-        if self.args.should_save:
-            self.services.saver.save_weights(self.model, Path(str(output_dir)), state_dict)
+        with self.services.meter.paused():
+            self.services.saver.save(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.services.saver.load_weights(self.model, Path(resume_from_checkpoint))
+
+
+def _check_distribution(accelerator: Any, args: TrainingArguments, processes: Processes) -> None:
+    """Refuse to train apart: several processes without gradients in common would go unnoticed."""
+    kind = accelerator.distributed_type
+    expected = (
+        kind == DistributedType.DEEPSPEED
+        if args.deepspeed
+        else kind != DistributedType.DEEPSPEED
+        and (processes.world == 1 or kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU))
+    )
+    if not expected or accelerator.num_processes != processes.world:
+        asked = "DeepSpeed" if args.deepspeed else "plain data parallel"
+        raise ConfigError(
+            f"{processes.world} processes with {asked} were asked for, but accelerate has set up "
+            f"{accelerator.num_processes} with {kind}; unset ACCELERATE_* environment variables and "
+            "start with torchrun"
+        )
