@@ -10,6 +10,7 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -29,6 +30,10 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         self._guard = guard
         self._norm: float | None = None
         engine.checkpoint_engine = WeightsOnlyStates()
+        if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+            # Its constructor took a step with gradients of zero, which would make Adam's first real
+            # update a quarter smaller than in every other stage.
+            engine.optimizer.optimizer.state.clear()
         if not all(weight.requires_grad for weight in engine.module.parameters()):
             _leave_frozen_weights_out(engine)
 

@@ -68,11 +68,9 @@ def load_tunable(config: RunConfig, processes: Processes) -> Tunable:
     if deepspeed is not None:
         zero.join(has_gpu=has_gpu)
     base = BaseRecord(_lasting(config.model.path), config.model.revision, model_fingerprint(folder))
-    model = load_model(
-        folder,
-        dtype=str(precision.weights).removeprefix("torch."),
-        attention=config.model.attention,
-    )
+    weights = str(precision.weights).removeprefix("torch.")
+    with zero.loading(arguments, weights):
+        model = load_model(folder, dtype=weights, attention=config.model.attention)
     # Adapters start from the same numbers in every process and in every run of a seed.
     torch.manual_seed(config.training.seed)
     model = methods.attach(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,28 @@ def prepare_libraries(*, has_gpu: bool) -> None:
 
     # Otherwise it is compiled for minutes, and fails without ninja and g++. gloo does its work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def loading(arguments: Any, dtype: str) -> Iterator[None]:
+    """While a model is loaded under ZeRO-3, shards are made in `dtype` (a torch dtype's name).
+
+    By itself DeepSpeed makes them in the format that it trains in, which is float32 with adapters:
+    twice the memory for a frozen base that is bfloat16.
+    """
+    holder = getattr(arguments, "hf_deepspeed_config", None)
+    if holder is None:
+        yield
+        return
+    kept = {key: holder.config.get(key) for key in ("bf16", "fp16")}
+    holder.config |= {
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+    try:
+        yield
+    finally:
+        holder.config |= kept
 
 
 def join(*, has_gpu: bool) -> None:
