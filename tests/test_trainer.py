@@ -178,16 +178,18 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
     assert runs.history(tmp_path / "run") == pytest.approx([total / weight], abs=2e-6)
 
 
+@pytest.mark.parametrize("family", ["chatglm", "glm4"])
 def test_packed_rows_and_single_examples_give_the_same_loss_on_the_same_tokens(
-    tiny_glm4: Path, data: Path, tmp_path: Path
+    request: pytest.FixtureRequest, data: Path, tmp_path: Path, family: str
 ) -> None:
+    model = request.getfixturevalue(f"tiny_{family}")
     # One global batch that holds everything: the token sets are the same.
     single = runs.config(
-        tiny_glm4, data, tmp_path / "single", method__dropout=0.0, training__max_steps=2,
+        model, data, tmp_path / "single", method__dropout=0.0, training__max_steps=2,
         training__batch_size=21,
     )  # fmt: skip
     packed = runs.config(
-        tiny_glm4, data, tmp_path / "packed", method__dropout=0.0, training__max_steps=2,
+        model, data, tmp_path / "packed", method__dropout=0.0, training__max_steps=2,
         training__batch_size=21, data__packing=True,
     )  # fmt: skip
     runs.run_here(single)
@@ -291,3 +293,21 @@ def test_metrics_and_tensorboard_logs_lie_in_the_run_directory(
         first
     )
     assert list((tmp_path / "run/logs").glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "deepspeed", "seen"),
+    [("NO", None, 2), ("MULTI_CPU", {"x": 1}, 2), ("MULTI_CPU", None, 1)],
+)
+def test_processes_that_would_train_apart_are_refused(kind: str, deepspeed: Any, seen: int) -> None:
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType
+
+    from finetune.training.processes import Processes
+    from finetune.training.trainer import _check_distribution
+
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=seen)
+    arguments: Any = SimpleNamespace(deepspeed=deepspeed)
+    with pytest.raises(ConfigError, match="start with torchrun"):
+        _check_distribution(accelerator, arguments, Processes(0, 2, torch.device("cpu")))
