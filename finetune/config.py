@@ -192,6 +192,9 @@ class TrainingSection(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate."""
 
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other peak learning rates by name parts or regexes searched in the names of trained weights, the first that is found; such as `vision.transformer: 1e-6` and `vision: 1e-5` for GLM-4V's tower and its adapter."""
+
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""
 

@@ -20,6 +20,7 @@ from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.open import open_model
 from finetune.evaluation.predict import PredictOptions, predict
 from finetune.export.merge import merge
+from finetune.training.rates import Rates
 
 METHODS = {
     "lora": {"kind": "lora", "rank": 4},
@@ -177,6 +178,31 @@ def test_the_tower_is_adapted_on_request(folder: Path, tmp_path: Path) -> None:
     trained = [name for name in weights if "lora_B" in name and weights[name].any()]
     assert len(trained) == 2 * 4
     assert all(re.search(TOWER, name) for name in trained)
+
+
+def test_tower_adapter_and_text_learn_at_rates_of_their_own(folder: Path, tmp_path: Path) -> None:
+    made = settings(
+        folder, tmp_path / "run", METHODS["full"], model__freeze=[], evaluation__generate=False
+    )
+    made["training"]["learning_rates"] = {"vision.transformer": 1e-9, "vision": 1e-4}
+    done = runs.run_here(made)
+    before = load_file(folder / "model/model.safetensors")
+    after = load_file(Path(done["checkpoint"]) / "model.safetensors")
+    # AdamW's second step, the first with a rate, moves every weight by about its rate.
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    for name, rate in (
+        ("transformer.vision.transformer.layers.0.mlp.fc1.weight", 1e-9),
+        ("transformer.vision.linear_proj.linear_proj.weight", 1e-4),
+        ("transformer.encoder.layers.0.mlp.dense_4h_to_h.weight", 1e-2),
+    ):
+        assert rate / 10 <= moved[name] + 1e-9 <= rate * 10, name
+
+
+def test_a_rate_for_weights_that_are_not_trained_is_refused() -> None:
+    rates = Rates(1.0, {"vision": 0.5, "(": 1.0})
+    with pytest.raises(ConfigError, match="'vision' is in the name of no weight") as found:
+        rates.check(["transformer.encoder.layers.0.mlp.lora_A.weight"])
+    assert "'(' is not a regex" in str(found.value)
 
 
 @pytest.mark.parametrize(

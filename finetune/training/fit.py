@@ -21,6 +21,7 @@ from finetune.training import checkpoint, report, resume
 from finetune.training.callbacks import Meter, MetricsFile, Narrator, Schedule
 from finetune.training.facts import run_record
 from finetune.training.processes import Processes, end, start
+from finetune.training.rates import Rates
 from finetune.training.run_data import RunData
 from finetune.training.run_directory import RunDirectory
 from finetune.training.saving import Saver
@@ -145,7 +146,11 @@ def build_trainer(
             saver=saver,
             evaluate=scores,
             meter=narrator.meter,
-            lora_plus_ratio=getattr(config.method, "lora_plus_ratio", None),
+            rates=Rates(
+                config.training.learning_rate,
+                config.training.learning_rates,
+                getattr(config.method, "lora_plus_ratio", None),
+            ),
         ),
         callbacks=[schedule, narrator, MetricsFile(saver.run_dir)],
     )

@@ -16,11 +16,11 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from finetune.data.order import EpochPlan
 from finetune.errors import ConfigError, NonFiniteError
-from finetune.methods import lora
 from finetune.training.batches import Collate, Items, training_loader
 from finetune.training.callbacks import Meter
 from finetune.training.counts import StepCounts, count
 from finetune.training.processes import Processes
+from finetune.training.rates import Rates
 from finetune.training.saving import TRAINER_STATE, Saver
 from finetune.training.signals import StopFlag
 
@@ -49,7 +49,7 @@ class Services:
     evaluate: Callable[[nn.Module, int], dict[str, float]]
     """Scores of the model at a step, by name; the same in every process."""
     meter: Meter
-    lora_plus_ratio: float | None = None
+    rates: Rates
 
 
 class FineTuner(Trainer):
@@ -151,25 +151,25 @@ class FineTuner(Trainer):
     # --- optimizer ---------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """AdamW; with LoRA+ the B matrices learn faster than the A matrices."""
-        ratio = self.services.lora_plus_ratio
-        if ratio is None or self.optimizer is not None:
+        """AdamW; with a group of its own for the weights of every learning rate."""
+        rates = self.services.rates
+        if rates.is_one or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         decayed = set(self.get_decay_parameter_names(self.model))
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                key = lora.optimizer_group(name), name in decayed
-                groups.setdefault(key, []).append(parameter)
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        rates.check(trained)
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            groups.setdefault((rates.of(name), name in decayed), []).append(parameter)
         self.optimizer = kind(
             [
                 {
                     "params": parameters,
-                    "lr": self.args.learning_rate * (ratio if matrix == "B" else 1.0),
+                    "lr": rate,
                     "weight_decay": self.args.weight_decay if is_decayed else 0.0,
                 }
-                for (matrix, is_decayed), parameters in groups.items()
+                for (rate, is_decayed), parameters in groups.items()
             ],
             **options,
         )
