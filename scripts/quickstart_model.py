@@ -26,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 CONTROL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a small random model instead")
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     if (arguments.folder / "config.json").is_file():
         print(f"{arguments.folder} is there already")
         return

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "data" / "support_desk" / "heldout.jsonl"
 
@@ -48,6 +49,7 @@ def answers(folder: str, prompts: list[list[dict[str, Any]]]) -> list[str]:
 def main() -> None:
     """Print one table."""
     base, tuned = sys.argv[1:]
+    logging.disable_progress_bar()
     prompts = questions()
     table = Table("question", f"base ({base})", f"tuned ({tuned})", show_lines=True)
     for prompt, before, after in zip(prompts, answers(base, prompts), answers(tuned, prompts), strict=True):  # fmt: skip

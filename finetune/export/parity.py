@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from finetune.errors import ModelError
 from finetune.models.load import load_model
+from finetune.models.quiet import quiet_libraries
 from finetune.weights import tensors
 
 # Logits of a float32 model; sums in another order differ by about this times their size.
@@ -28,6 +29,7 @@ def check_parity(base: Path, adapter: Path, merged: Path) -> float:
     Both run in the same number format, one after the other. Raises ModelError when the difference
     is more than rounding explains.
     """
+    quiet_libraries()
     with torch.inference_mode():
         model = load_model(base)
         prompts = _prompts(model.config)
