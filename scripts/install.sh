@@ -2,6 +2,7 @@
 # Usage: . scripts/install.sh "quickstart,test"
 VENV="${VENV:-.venv}"
 PYTHON="${PYTHON:-python3}"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
     echo "Python 3.11 to 3.13 is needed (transformers 5.23 asks for 3.11), got: $("$PYTHON" --version 2>&1)." >&2
