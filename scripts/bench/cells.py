@@ -145,7 +145,10 @@ def _recorded_samples() -> list[list[int]]:
 
     def recording(self: Any, *arguments: Any) -> Any:
         result = original(self, *arguments)
-        steps.append([int(sample) for batch in self._samples for sample in batch])
+        # A process that is short of examples runs a blank, of which nothing is learned.
+        learned = [bool((batch["labels"] != -100).any()) for batch in result[0]]
+        pairs = zip(self._samples, learned, strict=True)
+        steps.append([int(sample) for samples, real in pairs if real for sample in samples])
         return result
 
     FineTuner.get_batch_samples = recording

@@ -1,0 +1,60 @@
+"""A program: two steps of every file in configs/ on tiny models; prints what went wrong as JSON.
+
+Only the model, the data and the number of steps are other than in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "scripts/bench"), str(ROOT / "tests")]
+
+import cells  # noqa: E402
+import runs  # noqa: E402
+import tiny  # noqa: E402
+
+FAMILIES = {"lora_hf": "glm", "lora_0414": "glm4", "quickstart": "glm"}
+TEXT_CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("glm4v")
+)
+
+
+def main(folder: Path) -> None:
+    """Run them with `folder` as the working directory."""
+    from finetune.config_file import load_config
+
+    os.chdir(folder)
+    data = runs.write_dialogues(folder / "train.jsonl", 20)
+    question = {"messages": [{"role": r, "content": "order"} for r in ("user", "assistant")]}
+    validation = folder / "dev.jsonl"
+    validation.write_text(json.dumps(question) + "\n", encoding="utf-8")
+    models = {
+        family: tiny.save_model(folder / family, family, **positions)
+        for family, positions in (
+            ("chatglm", {"seq_length": 131072}),
+            ("glm", {"max_position_embeddings": 131072}),
+            ("glm4", {"max_position_embeddings": 131072}),
+        )
+    }
+    cells.warm_up(models["chatglm"])
+    problems = {}
+    for path in TEXT_CONFIGS:
+        model = models[FAMILIES.get(path.stem, "chatglm")]
+        overrides = [
+            f"model.path={model}", f"data.train={data}", f"data.validation={validation}",
+            "training.max_steps=2", "training.num_epochs=null", "evaluation.every_steps=2",
+        ]  # fmt: skip
+        config = load_config(path, overrides)
+        problem = cells.run(cells.Cell(path.stem, config.model_dump()), folder)
+        saved = Path(config.training.output_dir, "checkpoint-2/manifest.json").is_file()
+        if problem or not saved:
+            problems[path.name] = problem or "no checkpoint was written"
+    print(json.dumps({"ran": [path.name for path in TEXT_CONFIGS], "problems": problems}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""Methods x stages x processes: parts of the tables of scripts/bench, through the same programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def answer(program: str, *arguments: str) -> dict[str, Any]:
+    """What a program prints as JSON; it ends well."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), *arguments],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_losses_saved_weights_and_replies_do_not_depend_on_the_stage() -> None:
+    found = answer(
+        "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "0", "3",
+        "--methods", "ptuning_v2_projection", "full",
+    )  # fmt: skip
+    assert found["missed"] == {}
+    assert len(found["cells"]) == 4
+    assert all(cell["same_replies"] for cell in found["cells"].values())
+
+
+def test_a_prefix_is_trained_alike_when_packed_recomputed_and_sharded() -> None:
+    found = answer(
+        "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "3",
+        "--methods", "ptuning_v2", "--family", "glm4",
+        "--with", "data__packing=true", "training__activation_checkpointing=true",
+    )  # fmt: skip
+    assert found["missed"] == {}
+
+
+def test_bfloat16_stays_in_its_band_around_float32() -> None:
+    found = answer(
+        "scripts/bench/stage_matrix.py", "--json", "--processes", "1", "--dtype", "bfloat16",
+        "--methods", "lora", "full", "--stages", "0", "3",
+    )  # fmt: skip
+    assert found["missed"] == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "variant"),
+    [("full", "3", "accumulation"), ("ptuning_v2", "2", "packing"), ("lora", "none", "evaluation")],
+)
+def test_a_resumed_run_is_equal_bit_for_bit(method: str, stage: str, variant: str) -> None:
+    found = answer(
+        "scripts/bench/resume_matrix.py", "--json", "--methods", method, "--stages", stage,
+        "--variants", variant, "--moments", "middle", "epoch",
+    )  # fmt: skip
+    assert (found["equal"], found["of"]) == (2, 2)
+
+
+def test_plain_data_parallel_goes_on_at_any_world_size_and_zero_says_what_to_do() -> None:
+    found = answer("scripts/bench/world_size.py", "--json")
+    assert found["good"]
+    assert "the number of processes  2" in found["refusal"]
+    assert "start 2 processes (torchrun --nproc_per_node" in found["refusal"]
+    assert "finetune merge" in found["refusal"]
+
+
+def test_every_text_config_runs_two_steps_on_a_tiny_model(tmp_path: Path) -> None:
+    found = answer("tests/config_runs.py", str(tmp_path))
+    assert found["problems"] == {}
+    assert {"lora.yaml", "sft.yaml", "ptuning_v2.yaml", "quickstart.yaml"} <= set(found["ran"])
