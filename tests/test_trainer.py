@@ -245,17 +245,6 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_a_run(
 # --- options -------------------------------------------------------------------------------------
 
 
-def test_fields_that_would_undo_what_the_trainer_promises_are_refused(
-    tiny_chatglm: Path, data: Path, tmp_path: Path
-) -> None:
-    settings = runs.config(
-        tiny_chatglm, data, tmp_path / "run",
-        training__extra={"label_smoothing_factor": 0.1, "use_cpu": False},
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"label_smoothing_factor(.|\n)*use_cpu"):
-        runs.run_here(settings)
-
-
 def test_a_tracker_that_is_not_installed_is_named_with_its_package(
     tiny_chatglm: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,6 @@ from finetune.config import FullMethod, Method, TrainingSection
 from finetune.errors import ConfigError
 from finetune.training.processes import Processes
 
-# Fields of TrainingArguments that would undo what the trainer promises; those that an option of ours
-# sets are refused when the config is read.
-REFUSED = {
-    "average_tokens_across_devices": "the loss is always the mean over all processes",
-    "auto_find_batch_size": "it would change the global batch behind your back",
-    "dataloader_drop_last": "every example of an epoch is seen",
-    "ddp_find_unused_parameters": "every trained weight takes part in every step",
-    "disable_tqdm": "the console is ours",
-    "enable_jit_checkpoint": "SIGTERM already saves a checkpoint",
-    "fsdp": "sharding is the deepspeed section's",
-    "fsdp_config": "sharding is the deepspeed section's",
-    "ignore_data_skip": "a resumed run sees the data it would have seen",
-    "label_smoothing_factor": "the loss is computed inside the model",
-    "logging_nan_inf_filter": "a loss that is not finite ends the run",
-    "parallelism_config": "sharding is the deepspeed section's",
-    "push_to_hub": "a run writes to training.output_dir only",
-    "remove_unused_columns": "batches hold what the model needs",
-    "save_only_model": "every checkpoint can be resumed",
-    "use_cpu": "GPUs are used where there are any",
-    "use_liger_kernel": "the loss is computed inside the model",
-}
 TRACKERS = {
     "wandb": "wandb",
     "swanlab": "swanlab",
@@ -99,9 +78,8 @@ def training_arguments(
     """The arguments of the Trainer, checked: the world is as large as the launcher said.
 
     Raises:
-        ConfigError: `training.extra` names no field or one of ours; a tracker is not installed.
+        ConfigError: A tracker is not installed. What `training.extra` may hold was checked with the config.
     """
-    _check_extra(section.extra)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(section.output_dir) / "logs")
     arguments = TrainingArguments(
         **{
@@ -159,19 +137,6 @@ def check_trackers(report_to: Sequence[str]) -> None:
             f"training.report_to: {', '.join(missing)} not installed; "
             f"pip install {' '.join(TRACKERS[name] for name in missing)}"
         )
-
-
-def _check_extra(extra: Mapping[str, Any]) -> None:
-    real = {field.name for field in fields(TrainingArguments) if field.init}
-    problems = [
-        f"training.extra.{name}: cannot be set: {REFUSED[name]}"
-        if name in REFUSED
-        else f"training.extra.{name}: transformers.TrainingArguments has no such field"
-        for name in extra
-        if name in REFUSED or name not in real
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def _schedule(name: str) -> str:
