@@ -69,7 +69,8 @@ def fingerprints(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "only LoRA"),
+        ({"peft_type": "PREFIX_TUNING"}, "cannot be merged .*from_pretrained"),
+        ({"peft_type": "IA3"}, "only LoRA"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),

@@ -115,6 +115,14 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _check_mergeable(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
+    if kind == "PREFIX_TUNING":
+        raise ModelError(
+            f"{folder} is a P-Tuning v2 prefix: keys and values that every layer attends to beside its "
+            "own. There is no weight that could produce them, so it cannot be merged (only LoRA can). "
+            "It works as it is: `finetune chat`, `predict` and `evaluate` open it, and so does "
+            "peft.PeftModel.from_pretrained(base, folder); servers that load LoRA adapters, such as "
+            "vLLM, do not serve prefixes. For one plain checkpoint train method.kind lora or full"
+        )
     if kind != "LORA":
         raise ModelError(
             f"{folder} is a {kind} adapter; only LoRA becomes part of the weights. Use it as an adapter"
