@@ -57,6 +57,7 @@ def make_config(ids: dict[str, int], size: int, width: int, layers: int) -> Chat
     }  # fmt: skip
     sizes = {
         "num_layers": layers, "hidden_size": width, "ffn_hidden_size": 3 * width,
+        "initializer_range": width**-0.5,  # 0.02 is for widths of thousands
         "kv_channels": width // 4, "num_attention_heads": 4, "multi_query_group_num": 2,
         "padded_vocab_size": -(-(max(ids.values()) + 1) // 16) * 16, "seq_length": 4096,
         "vision_config": vision, "boi_token_id": ids["<|begin_of_image|>"],
