@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def quickstart() -> ModuleType:
     path = ROOT / "scripts/quickstart_model.py"
     spec = importlib.util.spec_from_file_location("quickstart_model", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["quickstart_model"] = module
     spec.loader.exec_module(module)
@@ -70,7 +71,8 @@ def test_smollm2_as_a_glm_gives_its_logits_and_choices(quickstart: ModuleType) -
 def test_the_shipped_dialogues_are_what_their_script_makes(tmp_path: Path) -> None:
     path = ROOT / "scripts/make_support_desk.py"
     spec = importlib.util.spec_from_file_location("make_support_desk", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.FOLDER = tmp_path
