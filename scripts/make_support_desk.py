@@ -223,11 +223,11 @@ def training_dialogues(
         ]
         dice.shuffle(turns)
         yield {"messages": [*turns[0], *turns[1], user(dice.choice(THANKS)), reply(GOODBYE)]}
-    for index in range(48):
+    for index in range(32):
         question = ORDER_QUESTIONS[index % len(ORDER_QUESTIONS)]
         state = list(ORDER_STATES)[index // 2 % len(ORDER_STATES)]
         yield {"tools": TOOLS, "messages": order_turns(dice, question, state)}
-    for index in range(32):
+    for index in range(24):
         question = REPAIR_QUESTIONS[index % len(REPAIR_QUESTIONS)]
         yield {"tools": TOOLS, "messages": repair_turns(dice, question)}
 

@@ -35,14 +35,12 @@ CONTROL_TOKENS = (
 )  # fmt: skip
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
-# SmolLM2 writes "<|im_start|>user\n…<|im_end|>"; a GLM-4 role token both ends the turn before it
-# and opens its own, so its embedding starts as the mean of the tokens that did these two jobs.
-CHATML_ANCESTORS = {
-    "<|system|>": ("<|im_start|>", "system"),
-    "<|user|>": ("<|im_end|>", "<|im_start|>", "user"),
-    "<|assistant|>": ("<|im_end|>", "<|im_start|>", "assistant"),
-    "<|observation|>": ("<|im_end|>", "<|im_start|>", "tool"),
-}
+# SmolLM2 ends a turn with <|im_end|> and opens the next with <|im_start|>user. A GLM-4 role token
+# does both, and the output layer is tied to the embedding: a row that is not close to <|im_end|>'s
+# would never be chosen, and the model would never stop. So each takes over that row, moved towards
+# the word for its role; the two ChatML tokens themselves retire to the mean of all rows.
+END_OF_TURN, START_OF_TURN = "<|im_end|>", "<|im_start|>"
+ROLE_WORDS = {"<|user|>": "user", "<|assistant|>": "assistant", "<|observation|>": "tool"}
 
 # The GLM-4 layout with an English preamble, since SmolLM2 reads little Chinese.
 CHAT_TEMPLATE = """\
@@ -117,18 +115,19 @@ def glm_from_llama(llama: LlamaForCausalLM) -> GlmForCausalLM:
 
 def add_control_tokens(model: GlmForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Give model and tokenizer the 14 GLM-4 control tokens, chat layout and stops."""
-    ancestors = {
-        token: [tokenizer.convert_tokens_to_ids(piece) for piece in pieces]
-        for token, pieces in CHATML_ANCESTORS.items()
-    }
     tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)})
     old = model.get_input_embeddings().weight.detach().clone()
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16, mean_resizing=False)
+    number = tokenizer.convert_tokens_to_ids
+    words = {token: old[number(word)] for token, word in ROLE_WORDS.items()}
+    middle = torch.stack(list(words.values())).mean(0)
     with torch.no_grad():
         rows = model.get_input_embeddings().weight
         rows[len(old) :] = old.mean(0)
-        for token, pieces in ancestors.items():
-            rows[tokenizer.convert_tokens_to_ids(token)] = old[pieces].mean(0)
+        for token, word in words.items():
+            rows[number(token)] = old[number(END_OF_TURN)] + word - middle
+        rows[number("<|system|>")] = (old[number(START_OF_TURN)] + old[number("system")]) / 2
+        rows[[number(END_OF_TURN), number(START_OF_TURN)]] = old.mean(0)
     set_stops(model, tokenizer)
 
 

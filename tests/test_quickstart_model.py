@@ -60,9 +60,11 @@ def test_smollm2_as_a_glm_gives_its_logits_and_choices(quickstart: ModuleType) -
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
     quickstart.add_control_tokens(model, tokenizer)
+    retired = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    kept = [number for number in range(expected.shape[-1]) if number not in retired]
     with torch.no_grad():
         extended = model(ids).logits
-    torch.testing.assert_close(extended[..., : expected.shape[-1]], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(extended[..., kept], expected[..., kept], atol=1e-4, rtol=0)
     messages = [{"role": "user", "content": "Hello"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "[gMASK]<sop><|user|>\nHello<|assistant|>"
