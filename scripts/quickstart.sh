@@ -21,7 +21,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / proces
 export TOKENIZERS_PARALLELISM=false
 
 say "1/4 The model: $model"
-python scripts/quickstart_model.py "$model" ${1:-}
+TQDM_DISABLE=1 python scripts/quickstart_model.py "$model" ${1:-}
 rm -rf "$run" "$run-merged"    # this script's own output, made anew
 
 say "2/4 Train LoRA under ZeRO-2 in $processes processes, scored before and after"
