@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on an embedded default, from nothing to a tuned, merged, reopened model.
-#   bash scripts/quickstart.sh          SmolLM2-135M as a GLM, LoRA under ZeRO-2: about seven minutes on 2 CPU cores
+#   bash scripts/quickstart.sh          SmolLM2-135M as a GLM, LoRA under ZeRO-2: about eight minutes on 2 CPU cores
 #   bash scripts/quickstart.sh --tiny   the same with a small random model: under a minute
 # GPUs are used when there are any. Everything it writes is under runs/.
 set -euo pipefail
