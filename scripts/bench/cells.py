@@ -156,10 +156,12 @@ def _recorded_samples() -> list[list[int]]:
 
 
 def _wait(children: dict[int, int], timeout: float) -> dict[int, int]:
-    """Exit codes by rank; when one fails or time is up, the others are ended."""
+    """Exit codes by rank; when one fails or time is up, the others are ended.
+
+    Time in which this process itself is stopped does not count.
+    """
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + timeout
-    grace = 10.0
+    left, last = timeout, time.monotonic()
     while len(codes) < len(children):
         for child, rank in children.items():
             if rank not in codes:
@@ -167,14 +169,16 @@ def _wait(children: dict[int, int], timeout: float) -> dict[int, int]:
                 if ended:
                     codes[rank] = os.waitstatus_to_exitcode(status)
                     if codes[rank] != 0:
-                        deadline = min(deadline, time.monotonic() + grace)
-        if time.monotonic() > deadline:
+                        left = min(left, 10.0)
+        if left < 0:
             for child, rank in children.items():
                 if rank not in codes:
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
                     codes[rank] = -9
         time.sleep(0.02)
+        now = time.monotonic()
+        left, last = left - min(now - last, 1.0), now
     return codes
 
 
