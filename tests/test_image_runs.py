@@ -215,8 +215,13 @@ def test_a_rate_for_weights_that_are_not_trained_is_refused() -> None:
 def test_two_processes_with_and_without_images_learn_like_one(
     folder: Path, tmp_path: Path, method: str, freeze: list[str], sharding: dict[str, int] | None
 ) -> None:
+    # One dialogue with an image and one without: in every step each process has one of them.
+    data = str(pictures.write_dialogues(tmp_path / "pair", 2))
     chosen = METHODS[method] | ({"dropout": 0.0} if method == "lora" else {})
-    changes = {"model__freeze": freeze, "training__max_steps": 3, "training__learning_rate": 1e-3}
+    changes = {
+        "model__freeze": freeze, "training__max_steps": 3, "training__learning_rate": 1e-3,
+        "data__train": data, "data__validation": data,
+    }  # fmt: skip
     alone = settings(folder, tmp_path / "one", chosen, **changes, training__batch_size=2)
     one = runs.run_here(alone)
     shared = settings(folder, tmp_path / "two", chosen, **changes, training__batch_size=1)

@@ -154,7 +154,7 @@ class VisionModel(nn.Module):
     def features(self, pixel_values: Tensor) -> Tensor:
         """Return what `forward` does; without a graph when nothing here is trained."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
-            return self(pixel_values.to(self.conv.weight.dtype))  # type: ignore[no-any-return]
+            return self(pixel_values.to(next(self.parameters()).dtype))  # type: ignore[no-any-return]
 
     def nothing(self) -> Tensor:
         """Return a 0 that every weight here has had a part in.
@@ -163,7 +163,8 @@ class VisionModel(nn.Module):
         gather the same weights and reduce the same gradients. Four patches are the least that the
         convolution takes.
         """
-        side, weight = self.smallest, self.conv.weight
+        # Not `self.conv.weight`: naming a sharded weight outside its own forward gathers it.
+        side, weight = self.smallest, next(self.parameters())
         blank = torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device)
         return self.features(blank).sum() * 0.0
 
@@ -175,4 +176,4 @@ class VisionModel(nn.Module):
     @property
     def is_shared_out(self) -> bool:
         """Whether each process holds but a part of the weights (ZeRO-3)."""
-        return hasattr(self.boi, "ds_id")
+        return any(hasattr(weight, "ds_id") for weight in self.parameters())
