@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 
-from finetune.chat.terminal import ReplyStream, Session, Terminal, Voice, read_tools_file
+from finetune.chat.terminal import Session, Speech, Terminal, Voice, read_tools_file
 from finetune.data.conversation import Conversation, Message
 from finetune.data.template import ChatTemplate
 from finetune.data.tokenizer import load_chat_tokenizer
@@ -164,12 +163,11 @@ def test_a_long_dialogue_forgets_its_oldest_turns_and_says_so() -> None:
 
 def streamed(
     template: ChatTemplate, ids: Sequence[int], *, tools: Sequence[Any] = ()
-) -> tuple[list[str], ReplyStream]:
+) -> tuple[list[str], Speech]:
     pieces: list[str] = []
-    stream = ReplyStream(template, tools, pieces.append)
-    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    stream = Speech(template, tools, pieces.append)
     for token in ids:
-        stream.put(torch.tensor([token]))
+        stream.take(token)
     stream.finish()
     return pieces, stream
 
@@ -191,11 +189,10 @@ def test_pieces_join_to_the_reply_and_no_character_is_broken(
 
 def test_text_appears_while_it_comes(template: ChatTemplate) -> None:
     pieces: list[str] = []
-    stream = ReplyStream(template, (), pieces.append)
-    stream.put(torch.tensor([[1]]))
+    stream = Speech(template, (), pieces.append)
     for token in ids_of(template, "\nhello world"):
         before = len("".join(pieces))
-        stream.put(torch.tensor([token]))
+        stream.take(token)
     assert 0 < before < len("".join(pieces))
 
 
@@ -255,8 +252,7 @@ def test_a_greedy_chat_says_what_generation_says(model: Any, template: ChatTempl
 def test_a_temperature_makes_replies_differ(model: Any, template: ChatTemplate) -> None:
     conversation = Conversation((Message("user", "hello"),))
     said = []
-    for seed in range(3):
-        torch.manual_seed(seed)
+    for _ in range(3):
         voice = Voice(model, template, max_new_tokens=12, temperature=1.5)
         said.append(voice.reply(conversation, lambda text: None)[0].content)
     assert len(set(said)) > 1

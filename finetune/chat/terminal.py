@@ -17,6 +17,7 @@ from finetune.data.conversation import Conversation, Message, Role, RowError
 from finetune.data.image import ImageError, check_image
 from finetune.data.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
+from finetune.evaluation.reply_stream import Piece, ReplyStream
 
 HELP = """\
 /reset         forget the dialogue, keep the system message and the tools
@@ -107,136 +108,50 @@ class Voice:
 
     def reply(self, conversation: Conversation, show: Callable[[str], None]) -> list[Message]:
         """The messages of the reply: one, or several calls. Ctrl-C ends it where it is."""
-        import torch
-        from transformers import GenerationConfig
-
-        from finetune.evaluation.generate import pixel_values, without_sampling_settings
+        from finetune.evaluation.decoding import Ask, Decoding, decode
         from finetune.evaluation.predict import reply_messages
 
         prompt = self.template.prompt(conversation, len(conversation.messages))
-        streamer = ReplyStream(self.template, conversation.tools, show)
-        sampling = (
-            {"do_sample": True, "temperature": self.temperature, "top_p": TOP_P, "top_k": 0}
-            if self.temperature > 0
-            else {"do_sample": False}
-        )
-        config = GenerationConfig(
-            **sampling,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=list(self.template.stop_ids),
-            pad_token_id=self.template.pad_id,
-        )
-        ids = torch.tensor([prompt], device=self.model.device)
-        mask = torch.ones_like(ids)
-        with suppress(KeyboardInterrupt), without_sampling_settings(self.model):
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                streamer=streamer,
-                **pixel_values([prompt], self.model.device),
-            )
-        streamer.finish()
-        return reply_messages(streamer.ids, self.template, conversation.tools)
+        speech = Speech(self.template, conversation.tools, show)
+        decoding = Decoding(self.max_new_tokens, self.temperature, TOP_P)
+        with suppress(KeyboardInterrupt):
+            decode(self.model, self.template, [Ask(prompt, decoding, speech.take)])
+        speech.finish()
+        return reply_messages(speech.ids, self.template, conversation.tools)
 
 
-class ReplyStream:
-    """Shows tokens as text when their bytes are whole; the `streamer` of `generate`."""
+class Speech:
+    """Shows a reply while it is written; a call as `→ name arguments`."""
 
     def __init__(
         self, template: Any, tools: Sequence[Mapping[str, Any]], show: Callable[[str], None]
     ) -> None:
-        self.ids: list[int] = []
-        """The reply so far, without its stop."""
-        self._template = template
-        self._opening = Opening(show, offers_tools=bool(tools))
-        self._prompt_seen = self._stopped = False
-        self._assistant = template.tokenizer.control_ids["<|assistant|>"]
-        self._begin()
-        if template.layout.suffix:  # the prompt ends inside the reply: `\n<think>`
-            self._opening.feed(template.layout.suffix)
-
-    def put(self, value: Any) -> None:
-        """Takes the prompt, which is ignored, and then one new token at a time."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in value.flatten().tolist():
-            self._take(token)
-
-    def end(self) -> None:
-        """Nothing: `finish` does it, also after an interruption."""
-
-    def finish(self) -> None:
-        """Shows what is left: the start of a character that never came to its end."""
-        text = str(self._template.tokenizer.plain.decode(self._piece, skip_special_tokens=False))
-        self._opening.feed(text[self._shown :])
-        self._opening.finish()
-
-    def _begin(self) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._decoder = DecodeStream(skip_special_tokens=False)
-        self._piece: list[int] = []
-        self._shown = 0
-
-    def _take(self, token: int) -> None:
-        if self._stopped or token in self._template.stop_ids:
-            self._stopped = True
-            return
-        self.ids.append(token)
-        if token == self._assistant:  # another call of the same turn
-            self.finish()
-            self._opening.next()
-            self._begin()
-            return
-        self._piece.append(token)
-        if text := self._decoder.step(self._template.tokenizer.plain, token):
-            self._shown += len(text)
-            self._opening.feed(text)
-
-
-class Opening:
-    """Tells by its first line whether a reply is text or a call, and shows it accordingly.
-
-    A plain reply opens with a line break, a call with the function's name and a line break.
-    """
-
-    def __init__(self, show: Callable[[str], None], *, offers_tools: bool) -> None:
+        self._stream = ReplyStream(template, tools)
         self._show = show
-        self._offers_tools = offers_tools
-        self._head: str | None = ""
+        self._begun = False
 
-    def feed(self, text: str) -> None:
-        """More of the reply."""
-        if self._head is None:
-            self._show(text)
-            return
-        from finetune.evaluation.predict import FUNCTION_NAME
+    @property
+    def ids(self) -> list[int]:
+        """The reply so far, without its stop."""
+        return self._stream.ids
 
-        self._head += text
-        name, line_break, rest = self._head.partition("\n")
-        may_be_name = self._offers_tools and FUNCTION_NAME.fullmatch(name) is not None
-        if not name and not line_break:
-            return
-        if line_break:
-            self._settle(rest if not name else f"→ {name} {rest}" if may_be_name else self._head)
-        elif not may_be_name:
-            self._settle(self._head)
+    def take(self, token: int) -> bool:
+        """Shows what a token adds; True when the reply is over."""
+        self._show_pieces(self._stream.take(token))
+        return self._stream.over
 
     def finish(self) -> None:
-        """No more will come."""
-        if self._head:
-            self._settle(self._head)
+        """Shows what is left."""
+        self._show_pieces(self._stream.finish())
 
-    def next(self) -> None:
-        """Another message of the same reply."""
-        self._show("\n")
-        self._head = ""
-
-    def _settle(self, text: str) -> None:
-        self._head = None
-        self._show(text)
+    def _show_pieces(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if piece.name:
+                line_break = "\n" if self._begun else ""
+                self._show(f"{line_break}→ {piece.name} {piece.text}")
+            else:
+                self._show(piece.text)
+            self._begun = True
 
 
 @dataclass

@@ -148,7 +148,7 @@ def _generate_batch(
     should_stop: Poll | None,
 ) -> list[tuple[tuple[int, ...], bool]]:
     """New tokens before the stop, and whether there was one, for every prompt of a batch."""
-    inputs = _left_padded(prompts, template.pad_id, model.device)  # [B, T]
+    inputs = left_padded(prompts, template.pad_id, model.device)  # [B, T]
     inputs |= pixel_values(prompts, model.device)
     config = GenerationConfig(
         do_sample=False,
@@ -178,9 +178,10 @@ def _until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> tuple[tuple[int,
     return tuple(ids[:end]), end is not None
 
 
-def _left_padded(
+def left_padded(
     prompts: Sequence[Prompt], pad_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` [B, T] of prompts of unlike lengths."""
     width = max(len(prompt) for prompt in prompts)
     rows = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +24,7 @@ from finetune.data.files import expand
 from finetune.data.sources import BESIDE, Images, SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.evaluation.predictions import json_line
+from finetune.evaluation.reply_stream import FUNCTION_NAME
 
 if TYPE_CHECKING:
     from finetune.data.template import ChatTemplate
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 BATCHES_PER_WINDOW = 32
 """Batches that are sorted by length together and written together."""
-FUNCTION_NAME = re.compile(r"[\w.-]+")
 
 
 class Question(NamedTuple):
