@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ class TensorInfo:
     def size(self) -> int:
         """Bytes."""
         return self.end - self.start
+
+    def rows(self, first: int, last: int) -> TensorInfo:
+        """The rows ``first`` to ``last`` (excluded), which lie together in the file."""
+        row = self.size // self.shape[0]
+        start, end = self.start + first * row, self.start + last * row
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, end=end)
 
 
 @dataclass(frozen=True, slots=True)

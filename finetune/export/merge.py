@@ -8,33 +8,24 @@ float32 adapters, without its memory.
 from __future__ import annotations
 
 import json
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from finetune import console
-from finetune.errors import CheckpointError, ConfigError, ModelError, SpaceError
+from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.export import adapter as adapters
 from finetune.export.adapter import Adapter
+from finetune.export.folder import FolderPlan, carried, check_output, written
 from finetune.export.numbers import STORAGE
-from finetune.export.shards import GivenUpError, Output, ShardPlan, make_header, write_shard
+from finetune.export.shards import Output, ShardPlan, make_header
 from finetune.training import checkpoint
-from finetune.training.manifest import MANIFEST, seal
+from finetune.training.manifest import MANIFEST
 from finetune.weights import CONFIG, INDEX, TensorInfo, model_fingerprint, read_shard, weight_files
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-_WORKERS = 2
-_SPARE = 16 << 20  # bytes beside the weights
-_CARRIED = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-_LEFT = (MANIFEST, "*.index.json", "adapter_*", "finetune.json", "run.json", "trainer_state.json")
 _TIED = (
     ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"),
     ("model.embed_tokens.weight", "lm_head.weight"),
@@ -60,20 +51,6 @@ class MergeReport:
     largest_difference: float | None
     """Between the logits of base + adapter and of the output; None when not checked."""
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Plan:
-    shards: tuple[ShardPlan, ...]
-    texts: Mapping[str, str]
-    """Files that are written anew, by name."""
-    copies: Mapping[str, Path]
-    """Files that are carried over byte for byte, by name."""
-    untied: bool
-
-    @property
-    def size(self) -> int:
-        return sum(shard.size for shard in self.shards)
 
 
 def merge(
@@ -102,27 +79,23 @@ def merge(
     source, notes = find_source(adapter)
     tuned = adapters.read_adapter(source) if (source / adapters.CONFIG).is_file() else None
     base = _find_base(tuned, source, base)
-    _check_output(out, {base, source})
+    check_output(out, {base, source})
     if tuned is not None:
         notes += _check_base(tuned, base, force=force)
-    plan = _plan(base, tuned, dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(plan, out)
-    with checkpoint.staged(out) as stage:
-        known = _write(plan, stage)
-        difference = None
+    plan, untied = _plan(base, tuned, dtype)
+    difference = None
+    with written(plan, out, "merged") as stage:
         if check and tuned is not None:
             from finetune.export.parity import check_parity
 
             difference = check_parity(base, source, stage)
-        seal(stage, known)
     return MergeReport(
         output=out,
         source=source,
         base=base,
         num_updated=len(tuned.updates) if tuned else 0,
         num_replaced=len(tuned.replacements) if tuned else 0,
-        untied=plan.untied,
+        untied=untied,
         num_bytes=plan.size,
         seconds=time.perf_counter() - started,
         largest_difference=difference,
@@ -166,14 +139,6 @@ def _find_base(tuned: Adapter | None, source: Path, given: Path | None) -> Path:
     return local_folder(name, tuned.revision if given is None else None)
 
 
-def _check_output(out: Path, inputs: set[Path]) -> None:
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists already; choose another --output or remove it first")
-    for folder in inputs:
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"{out} lies inside {folder}, which is read; choose another --output")
-
-
 def _check_base(tuned: Adapter, base: Path, *, force: bool) -> list[str]:
     if tuned.fingerprint is None:
         return [f"{tuned.folder} does not say which base it belongs to; only shapes were compared"]
@@ -191,16 +156,7 @@ def _check_base(tuned: Adapter, base: Path, *, force: bool) -> list[str]:
     return [f"{text}; merged all the same (--force)"]
 
 
-def _check_space(plan: _Plan, out: Path) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < plan.size + _SPARE:
-        raise SpaceError(
-            f"{out} needs {plan.size / 1e9:.2f} GB and {out.parent} has {free / 1e9:.2f} GB free; "
-            "nothing was written. Free some space or choose another --output"
-        )
-
-
-def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> _Plan:
+def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> tuple[FolderPlan, bool]:
     shards = [read_shard(file) for file in weight_files(base)]
     config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
     present = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -220,10 +176,10 @@ def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> _Plan:
             new.dtype == old.dtype for new, old in zip(outputs, shard.tensors, strict=True)
         )
         header = shard.header if same else make_header(outputs, shard.metadata)
-        plans.append(ShardPlan(shard.file, header, outputs))
+        plans.append(ShardPlan(shard.file.name, header, outputs))
     texts = _new_texts(base, config, plans, dtype=dtype, untied=bool(extra))
-    copies = {name: file for name, file in _carried(base).items() if name not in texts}
-    return _Plan(tuple(plans), texts, copies, bool(extra))
+    copies = {name: file for name, file in carried(base).items() if name not in texts}
+    return FolderPlan(tuple(plans), texts, copies), bool(extra)
 
 
 def _untied_head(
@@ -270,7 +226,7 @@ def _output(name: str, tensor: TensorInfo, tuned: Adapter | None, dtype: str | N
     wanted = DTYPES[dtype] if dtype and tensor.dtype in STORAGE else tensor.dtype
     update = tuned.updates.get(name) if tuned else None
     replacement = tuned.replacements.get(name) if tuned else None
-    return Output(name, replacement or tensor, wanted, update)
+    return Output(name, (replacement or tensor,), wanted, update)
 
 
 def _new_texts(
@@ -293,61 +249,8 @@ def _new_texts(
     if (base / INDEX).is_file():
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         if untied or dtype:
-            index["weight_map"] = {o.name: plan.file.name for plan in plans for o in plan.outputs}
+            index["weight_map"] = {o.name: plan.name for plan in plans for o in plan.outputs}
             total = sum(o.size for plan in plans for o in plan.outputs)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
             texts[INDEX] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     return texts
-
-
-def _carried(folder: Path) -> dict[str, Path]:
-    """Config, tokenizer, template, code and licence files of ``folder``, and the index."""
-    found = {INDEX: folder / INDEX} if (folder / INDEX).is_file() else {}
-    for file in folder.iterdir():
-        wanted = any(fnmatch(file.name, pattern) for pattern in _CARRIED)
-        if wanted and file.is_file() and not any(fnmatch(file.name, p) for p in _LEFT):
-            found[file.name] = file
-    return found
-
-
-def _write(plan: _Plan, stage: Path) -> dict[str, tuple[int, str]]:
-    """Write everything; size and SHA-256 of the weight files by name."""
-    for name, file in plan.copies.items():
-        shutil.copyfile(file, stage / name)
-    for name, text in plan.texts.items():
-        (stage / name).write_text(text, encoding="utf-8")
-    stop = threading.Event()
-    with _megabytes(plan.size) as advance, ThreadPoolExecutor(_WORKERS) as pool:
-        futures = [
-            pool.submit(write_shard, shard, stage / shard.file.name, stop=stop, advance=advance)
-            for shard in plan.shards
-        ]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:
-            stop.set()
-            raise
-        if any(future.done() and future.exception() for future in futures):
-            stop.set()
-    errors = [error for future in futures if (error := future.exception())]
-    # The one that made the others give up comes first.
-    for error in sorted(errors, key=lambda error: isinstance(error, GivenUpError)):
-        raise error
-    return {
-        shard.file.name: future.result() for shard, future in zip(plan.shards, futures, strict=True)
-    }
-
-
-@contextmanager
-def _megabytes(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in MB that several threads may advance by bytes."""
-    lock, done = threading.Lock(), 0
-    with console.progress(total // 1_000_000, "MB merged") as meter:
-
-        def advance(size: int) -> None:
-            nonlocal done
-            with lock:
-                meter.advance((done + size) // 1_000_000 - done // 1_000_000)
-                done += size
-
-        yield advance

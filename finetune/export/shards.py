@@ -35,23 +35,39 @@ class Output:
     """One tensor of the file to be written."""
 
     name: str
-    source: TensorInfo
+    sources: tuple[TensorInfo, ...]
+    """Its rows, one tensor's after the other's."""
     dtype: str
     update: Update | None = None
+    """Of a tensor with one source."""
+    constant: bytes = b""
+    """The content of a one-dimensional tensor without a source."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows of all sources together."""
+        if not self.sources:
+            return (len(self.constant) // ITEM_SIZE[self.dtype],)
+        if len(self.sources) == 1:
+            return self.sources[0].shape
+        return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
 
     @property
     def size(self) -> int:
         """Bytes."""
-        if self.dtype == self.source.dtype:
-            return self.source.size
-        return self.source.size // ITEM_SIZE[self.source.dtype] * ITEM_SIZE[self.dtype]
+        return len(self.constant) + sum(
+            source.size // ITEM_SIZE[source.dtype] * ITEM_SIZE[self.dtype]
+            if source.dtype != self.dtype
+            else source.size
+            for source in self.sources
+        )
 
 
 @dataclass(frozen=True)
 class ShardPlan:
     """One file to be written."""
 
-    file: Path
+    name: str
     header: bytes
     outputs: tuple[Output, ...]
 
@@ -73,7 +89,7 @@ def make_header(outputs: Sequence[Output], metadata: dict[str, str]) -> bytes:
         offsets = [position, position + output.size]
         entries[output.name] = {
             "dtype": output.dtype,
-            "shape": list(output.source.shape),
+            "shape": list(output.shape),
             "data_offsets": offsets,
         }
         position = offsets[1]
@@ -98,14 +114,17 @@ def write_shard(
         sink.write(memoryview(plan.header))
         work = _Workspace()
         for output in plan.outputs:
-            descriptor = os.open(output.source.file, os.O_RDONLY)
-            try:
-                if output.update is None and output.dtype == output.source.dtype:
-                    _copy(output, descriptor, sink, work)
-                else:
-                    _compute(output, descriptor, sink, work)
-            finally:
-                os.close(descriptor)
+            if output.constant:
+                sink.write(memoryview(output.constant))
+            for source in output.sources:
+                descriptor = os.open(source.file, os.O_RDONLY)
+                try:
+                    if output.update is None and output.dtype == source.dtype:
+                        _copy(source, descriptor, sink, work)
+                    else:
+                        _compute(output, source, descriptor, sink, work)
+                finally:
+                    os.close(descriptor)
         os.fsync(file.fileno())
         return sink.size, sink.hexdigest()
 
@@ -177,15 +196,16 @@ def _read(descriptor: int, place: int, out: NDArray[np.uint8]) -> None:
         done += read
 
 
-def _copy(output: Output, descriptor: int, sink: _Sink, work: _Workspace) -> None:
-    for place in range(output.source.start, output.source.end, _PIECE):
-        piece = work.piece(min(_PIECE, output.source.end - place))
+def _copy(source: TensorInfo, descriptor: int, sink: _Sink, work: _Workspace) -> None:
+    for place in range(source.start, source.end, _PIECE):
+        piece = work.piece(min(_PIECE, source.end - place))
         _read(descriptor, place, piece)
         sink.write(piece.data)
 
 
-def _compute(output: Output, descriptor: int, sink: _Sink, work: _Workspace) -> None:
-    source = output.source
+def _compute(
+    output: Output, source: TensorInfo, descriptor: int, sink: _Sink, work: _Workspace
+) -> None:
     rows, columns = source.shape if len(source.shape) == 2 else (1, 0)
     if output.update is None:  # only the number format changes: any split into rows will do
         rows, columns = source.size // ITEM_SIZE[source.dtype], 1
