@@ -1,0 +1,93 @@
+"""Trust that can be shown: faults of every kind, and how many of them a run survives.
+
+    python -m tests.reliability [SUITE[:GROUP] ...] [--subset] [--stock] [--mutations] [--write-readme]
+
+Prints `survived N of N` for every suite and the names of the cases that did not survive; ends with 1
+when there are any, or when fewer cases survived than `totals.json` records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections import defaultdict
+
+from tests.reliability import promises
+from tests.reliability.frame import ROOT, SUITES, Results, run_suite
+
+for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu"), ("HF_HUB_OFFLINE", "1"),
+                    ("TOKENIZERS_PARALLELISM", "false"), ("CUDA_VISIBLE_DEVICES", "")):  # fmt: skip
+    os.environ.setdefault(name, value)
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts/bench")]
+os.environ["PYTHONPATH"] = str(ROOT)
+
+
+def by_group(results: Results) -> dict[str, list[int]]:
+    """Group -> [survived, of]."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for case, problem in results.items():
+        counts[case.partition(":")[0]][0] += not problem
+        counts[case.partition(":")[0]][1] += 1
+    return dict(counts)
+
+
+def mutations(suites: list[str]) -> int:
+    """Take out one safeguard after the other; a case must fail each time."""
+    unnoticed = 0
+    for suite in suites:
+        module = importlib.import_module(f"tests.reliability.{suite}")
+        for name, (groups, _) in getattr(module, "MUTATIONS", {}).items():
+            os.environ["RELIABILITY_MUTATION"] = name
+            results = run_suite(suite, groups=groups, subset=False, stock=False)
+            os.environ.pop("RELIABILITY_MUTATION")
+            broken = sum(map(bool, results.values()))
+            print(f"{suite} without {name}: {broken} of {len(results)} fail", flush=True)
+            unnoticed += not broken
+    return unnoticed
+
+
+def main() -> int:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.reliability",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suites", nargs="*", metavar="SUITE[:GROUP]", help=", ".join(SUITES))
+    parser.add_argument("--subset", action="store_true", help="what the CI runs")
+    parser.add_argument("--stock", action="store_true", help="with plain transformers.Trainer")
+    parser.add_argument("--mutations", action="store_true", help="safeguards taken out in turn")
+    parser.add_argument("--write-readme", action="store_true", help="renew totals and the tables")
+    options = parser.parse_args()
+    here = [suite for suite in SUITES if (ROOT / f"tests/reliability/{suite}.py").exists()]
+    asked: dict[str, tuple[str, ...]] = dict.fromkeys(here, ()) if not options.suites else {}
+    for text in options.suites:
+        suite, _, group = text.partition(":")
+        if suite not in here:
+            parser.error(f"{suite} is none of {', '.join(here)}")
+        asked[suite] = (*asked.get(suite, ()), group) if group else ()
+    if options.mutations:
+        return mutations(list(asked))
+    problems = []
+    for suite, groups in asked.items():
+        results = run_suite(suite, groups=groups, subset=options.subset, stock=options.stock)
+        counts = by_group(results)
+        survived = sum(not problem for problem in results.values())
+        print(f"{suite}: survived {survived} of {len(results)}", flush=True)
+        column = "stock" if options.stock else "subset" if options.subset else "all"
+        if options.write_readme:
+            promises.record(suite, column, counts, whole=not groups)
+        if not options.stock:
+            problems += [f"{suite} / {name}: {why}" for name, why in results.items() if why]
+            problems += promises.fallen(suite, column, counts, groups)
+    if options.write_readme:
+        promises.write_tables()
+    for problem in problems:
+        print(f"FAILED {problem}", flush=True)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,137 @@
+"""What the README promises, which cases show it, and how many there must be.
+
+totals.json: suite -> column (`all`, `subset`, `stock`) -> group -> [survived, of], as last measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from tests.reliability.frame import ROOT
+
+TOTALS = ROOT / "tests/reliability/totals.json"
+Counts = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A line of the README."""
+
+    english: str
+    chinese: str
+    cases: str
+    """`suite` or `suite:group suite:group`; the arguments of the command that shows it."""
+
+
+PROMISES = [
+    Promise(
+        "`kill -9` at any moment of a save costs at most the steps since the last one",
+        "保存过程中任何时刻 `kill -9`，最多损失上次保存之后的步数",
+        "saves:crash saves:power saves:random",
+    ),
+    Promise(
+        "a damaged checkpoint is never opened; a full disk costs one save, not the run",
+        "损坏的检查点绝不会被打开；磁盘写满只损失一次保存，不损失整个训练",
+        "saves:damage saves:space saves:rotation",
+    ),
+    Promise(
+        "a signal ends the step, saves and says so by its exit code",
+        "收到信号后完成当前步、保存，并以退出码说明",
+        "signals:signal",
+    ),
+    Promise(
+        "a process that dies, raises or hangs ends all of them, with its name",
+        "任一进程死亡、报错或卡住，全部进程结束，并指出是哪一个",
+        "signals:process",
+    ),
+    Promise(
+        "a resumed run is the same run, bit for bit, or it is refused",
+        "恢复的训练与未中断的训练逐位相同，否则拒绝恢复",
+        "resume",
+    ),
+    # The other five: suites inputs, artifacts and security.
+]
+HEADS = {
+    "README.md": (
+        "promise",
+        "shown by `python -m tests.reliability …`",
+        "survived",
+        "plain Trainer",
+    ),
+    "README_zh.md": ("承诺", "由 `python -m tests.reliability …` 验证", "通过", "原版 Trainer"),
+}
+
+
+def load() -> dict[str, dict[str, Counts]]:
+    """The recorded counts."""
+    return dict(json.loads(TOTALS.read_text(encoding="utf-8"))) if TOTALS.exists() else {}
+
+
+def record(suite: str, column: str, counts: Counts, *, whole: bool) -> None:
+    """Write down what was measured: all groups of a suite, or only some."""
+    totals = load()
+    before = {} if whole else totals.get(suite, {}).get(column, {})
+    totals.setdefault(suite, {})[column] = dict(sorted({**before, **counts}.items()))
+    text = json.dumps(totals, indent=1, sort_keys=True)
+    text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
+    TOTALS.write_text(text + "\n", encoding="utf-8")
+
+
+def fallen(suite: str, column: str, counts: Counts, groups: tuple[str, ...]) -> list[str]:
+    """Where there were fewer cases, or fewer that survived, than recorded."""
+    recorded = load().get(suite, {}).get(column, {})
+    return [
+        f"{suite}:{group}: {counts.get(group, [0, 0])} instead of {wanted} survived and in all"
+        for group, wanted in recorded.items()
+        if (not groups or group in groups)
+        and any(a < b for a, b in zip(counts.get(group, [0, 0]), wanted, strict=True))
+    ]
+
+
+def table(readme: str) -> str:
+    """The Markdown table of the promises."""
+    totals = load()
+
+    def sums(cases: str, column: str) -> str:
+        found = [0, 0]
+        for case in cases.split():
+            suite, _, group = case.partition(":")
+            counts = totals.get(suite, {}).get(column, {})
+            for name, pair in counts.items():
+                if group in ("", name):
+                    found = [a + b for a, b in zip(found, pair, strict=True)]
+        of = {"README.md": " of ", "README_zh.md": " / "}[readme]
+        return f"{found[0]}{of}{found[1]}" if found[1] else "–"
+
+    rows = [
+        HEADS[readme],
+        ("---",) * 4,
+        *(
+            (
+                promise.english if readme == "README.md" else promise.chinese,
+                f"`{promise.cases}`",
+                sums(promise.cases, "all"),
+                sums(promise.cases, "stock"),
+            )
+            for promise in PROMISES
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_tables() -> None:
+    """Renew the tables between the markers of both READMEs."""
+    for readme in HEADS:
+        path = ROOT / readme
+        text = path.read_text(encoding="utf-8")
+        path.write_text(with_table(text, readme), encoding="utf-8")
+
+
+def with_table(text: str, readme: str) -> str:
+    """The text of a README with its table renewed."""
+    begin, end = "<!-- reliability -->\n", "<!-- end of reliability -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{table(readme)}\n{end}{after}" if rest else text

@@ -1,0 +1,61 @@
+"""The suites of tests/reliability: what the continuous integration runs of them, and their table."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.reliability import promises
+from tests.reliability.frame import SUITES, Case, in_fork
+
+ROOT = Path(__file__).resolve().parent.parent
+BARS = {"saves": 120, "signals": 40, "resume": 110, "inputs": 250, "artifacts": 45, "security": 100}
+HERE = [suite for suite in SUITES if (ROOT / f"tests/reliability/{suite}.py").exists()]
+
+
+@pytest.mark.parametrize("suite", HERE)
+def test_every_case_of_the_subset_survives_and_none_is_missing(suite: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.reliability", suite, "--subset"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("suite", list(promises.load()))
+def test_the_recorded_totals_are_n_of_n_and_reach_their_bars(suite: str) -> None:
+    counts = promises.load()[suite]["all"].values()
+    assert all(survived == of for survived, of in counts)
+    assert sum(of for _, of in counts) >= BARS[suite]
+
+
+@pytest.mark.parametrize("readme", list(promises.HEADS))
+def test_the_table_in_the_readme_is_that_of_the_recorded_totals(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    assert promises.with_table(text, readme) == text
+
+
+def test_a_case_that_says_raises_or_hangs_has_not_survived() -> None:
+    def raising(folder: Path) -> str:
+        raise ValueError("broken")
+
+    def hanging(folder: Path) -> str:
+        while True:
+            pass
+
+    assert in_fork(lambda folder: None, seconds=5) == ""
+    assert in_fork(lambda folder: "lost", seconds=5) == "lost"
+    assert "ValueError: broken" in in_fork(raising, seconds=5)
+    assert "not done after" in in_fork(hanging, seconds=0.2)
+    assert Case("group: what", raising).group == "group"
+
+
+def test_fewer_cases_than_recorded_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promises, "load", lambda: {"saves": {"all": {"crash": [3, 3]}}})
+    assert promises.fallen("saves", "all", {"crash": [3, 3]}, ()) == []
+    assert promises.fallen("saves", "all", {"crash": [2, 3]}, ())
+    assert promises.fallen("saves", "all", {"crash": [2, 2]}, ())
+    assert promises.fallen("saves", "all", {}, ())
