@@ -39,7 +39,7 @@ def test_every_family_loads_whole_in_eval_mode(name: str, request: pytest.Fixtur
     assert not model.training
     assert isinstance(model.get_output_embeddings(), SupervisedHead)
     assert family(model.config) == name
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "document_sdpa"
     stored = load_file(place / "model.safetensors")
     state = model.state_dict()
     assert state.keys() == stored.keys()

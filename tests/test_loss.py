@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from finetune.models import loss as loss_module
+from finetune.models.documents import pieces
 from finetune.models.load import load_model
 
 FAMILIES = ("chatglm", "glm", "glm4")
@@ -273,6 +275,42 @@ def test_packed_documents_give_the_logits_of_separate_ones(open_model: Open, fam
     packed = model(ids, position_ids=positions).logits
     separate = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], dim=1)
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("piece", "longest"), [(1024, 18), (14, 14), (6, 9)], ids=["one piece", "two", "a piece each"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_over_a_packed_row_is_no_wider_than_a_piece(
+    open_model: Open, family: str, piece: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(family)
+    ids, _, positions = packed_row()
+    separate = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], dim=1)
+    plain, widths = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        widths.append(query.shape[2])
+        return plain(query, *args, **kwargs)
+
+    monkeypatch.setattr("finetune.models.documents.PIECE", piece)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    packed = model(ids, position_ids=positions).logits
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
+    assert max(widths) == longest
+
+
+def test_a_piece_ends_with_the_last_document_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.models.documents.PIECE", 5)
+    starts = torch.zeros(2, 12, dtype=torch.bool)
+    starts[0, [0, 2, 4, 5, 11]] = True
+    starts[1, 0] = True
+    found = pieces(starts)
+    assert [part[:3] for part in found] == [(0, 0, 5), (0, 5, 11), (0, 11, 12), (1, 0, 12)]
+    assert [part[3] is None for part in found] == [False, True, True, True]
+    assert found[0][3].int().tolist() == [[[
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1],
+    ]]]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

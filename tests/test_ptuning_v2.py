@@ -109,7 +109,11 @@ def test_left_and_right_padding_give_what_a_row_alone_gives(base: Path) -> None:
     torch.testing.assert_close(left, alone, atol=1e-5, rtol=0)
 
 
-def test_packed_documents_see_the_prefix_and_not_each_other(base: Path) -> None:
+@pytest.mark.parametrize("piece", [1024, 4])
+def test_packed_documents_see_the_prefix_and_not_each_other(
+    base: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.models.documents.PIECE", piece)
     model = tuned(base)
     ids, _ = padded()
     first, second = ids[:1, :4], ids[1:, :5]

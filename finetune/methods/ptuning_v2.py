@@ -32,13 +32,18 @@ from transformers.models.glm.modeling_glm import eager_attention_forward
 from finetune.config import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods.base_record import BaseRecord
+from finetune.models.documents import DOCUMENT_SDPA, in_documents
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 ENCODER_WEIGHTS_NAME = "prefix_encoder.safetensors"
 FLAT_NAME = "prompt_embeddings"  # PEFT's: [N, L * 2 * H * D], keys before values in each layer
 START_STD = 0.2
 ATTENTION_LAYER = re.compile(r".*layers\.\d+\.(self_attn|self_attention)")
-IMPLEMENTATIONS = {"sdpa": "prefix_sdpa", "eager": "prefix_eager"}
+IMPLEMENTATIONS = {
+    "sdpa": "document_prefix_sdpa",
+    DOCUMENT_SDPA: "document_prefix_sdpa",
+    "eager": "prefix_eager",
+}
 
 
 class PrefixEncoder(nn.Module):
@@ -197,6 +202,19 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """The base again, without the prefix that `load_adapter` or `attach` gave it."""
+    implementation, shift = model._without_prefix
+    model.config.get_text_config()._attn_implementation = implementation
+    shift.remove()
+    for layer in _attention_layers(model).values():
+        del layer.prefix
+    if hasattr(model, "prefix_encoder"):
+        del model.prefix_encoder
+    del model._without_prefix
+    return model
+
+
 def _is_trained(name: str) -> bool:
     return ".prefix." in name or name.startswith("prefix_encoder.")
 
@@ -263,7 +281,7 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
             f"method.kind: ptuning_v2 does not run with attention {config._attn_implementation!r}; "
             "set model.attention: sdpa"
         )
-    config._attn_implementation = implementation
+    before, config._attn_implementation = config._attn_implementation, implementation
 
     def moved(value: Any) -> Any:
         is_positions = isinstance(value, Tensor) and not value.is_floating_point()
@@ -277,7 +295,7 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
     ]
     if len(rotary) != 1:
         raise ModelError(f"expected one rotary embedding in the model, found {len(rotary)}")
-    rotary[0].register_forward_pre_hook(shift, with_kwargs=True)
+    model._without_prefix = before, rotary[0].register_forward_pre_hook(shift, with_kwargs=True)
 
 
 def _open_left(mask: Tensor | None, query: Tensor, num_keys: int, num_open: int) -> Tensor | None:
@@ -313,7 +331,9 @@ def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-AttentionInterface.register("prefix_sdpa", _with_prefix(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+AttentionInterface.register(
+    "document_prefix_sdpa", in_documents(_with_prefix(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+)
 AttentionInterface.register("prefix_eager", _with_prefix(eager_attention_forward))
-AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
+AttentionMaskInterface.register("document_prefix_sdpa", sdpa_mask)
 AttentionMaskInterface.register("prefix_eager", eager_mask)

@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from finetune.models.documents import DOCUMENT_SDPA
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.weights import model_fingerprint, weight_files
 
@@ -103,6 +104,9 @@ def load_model(
     finally:
         transformers.logging.set_verbosity(verbosity)
     _check_complete(folder, report)
+    text = model.config.get_text_config()
+    if text._attn_implementation == "sdpa":
+        text._attn_implementation = DOCUMENT_SDPA
     return model.eval()
 
 

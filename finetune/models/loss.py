@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from finetune.models.documents import document_starts, flash_arguments
+from finetune.models.documents import document_starts, flash_arguments, pieces
 
 IGNORED = -100
 # Logits held at once: 128 positions of GLM-4's 151,552 rows, 80 MB in fp32. Larger on an accelerator,
@@ -200,8 +200,12 @@ class SupervisedLoss:
         if starts is not None:
             if use_cache:
                 raise ValueError("packed documents have no cache; pass use_cache=False")
-            if str(model.config._attn_implementation).startswith("flash"):
+            implementation = str(model.config._attn_implementation)
+            if implementation.startswith("flash"):
                 kwargs.update(flash_arguments(starts))
+            elif implementation.startswith("document"):
+                kwargs["documents"] = pieces(starts)
+                attention_mask = starts[:, None, None]  # 4-D: handed on, no T x T mask is made
             if labels is not None:
                 labels = labels.masked_fill(starts, IGNORED)
         if starts is not None or labels is not None:
