@@ -128,7 +128,7 @@ def test_a_merge_that_the_parity_check_finds_wrong_leaves_nothing(
         "apply",
         lambda self, *rest: apply(merging.adapters.Update(self.a, self.b, **wrong), *rest),
     )
-    with pytest.raises(ModelError, match="differ from the adapter's"):
+    with pytest.raises(ModelError, match="differ from those before"):
         merge(adapter, tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
 

@@ -197,6 +197,37 @@ def merge(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A model, an adapter, or a run.")
+    ],
+    layout: Annotated[
+        Literal["published", "hf"],
+        typer.Option(help="published: model_type chatglm. hf: transformers' glm."),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The folder to write; must not exist yet.")
+    ],
+    check: Annotated[bool, typer.Option(help="Compare forward passes in both layouts.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a GLM-4 text model in its other layout."""
+    with console.json_output(as_json) as emit:
+        from finetune.export.convert import export_model as run
+
+        report = run(source, output, layout=layout, check=check)
+        for note in report.notes:
+            console.say(f"note: {note}")
+        console.say(
+            f"{report.output}: {report.source} in the {report.layout} layout, {report.num_tensors} "
+            f"tensors, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
+        )
+        if report.largest_difference is not None:
+            console.say(f"largest difference of the logits: {report.largest_difference:.2e}")
+        emit(report)
+
+
+@app.command()
 def chat(
     target: Target,
     base: Base = None,
@@ -211,6 +242,62 @@ def chat(
     from finetune.chat.terminal import chat as run
 
     run(target, base=base, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def serve(
+    target: Target,
+    base: Base = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's id for clients; by default the folder's name.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the API key; else FINETUNE_API_KEY."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A further Host name of requests; repeatable."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Longest reply where a request names none.")
+    ] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Bound on prompt and reply; at most the model's."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests answered at once.")
+    ] = 8,
+    max_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests taken, waiting ones included.")
+    ] = 64,
+    max_request_mb: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Largest request in MiB.")
+    ] = 16,
+) -> None:
+    """Answer OpenAI's chat completions over HTTP."""
+    folder = model_in(target)
+    from finetune.serving.serve import ServeOptions
+    from finetune.serving.serve import serve as run
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        name=name,
+        api_key_file=api_key_file,
+        allow_hosts=tuple(allow_host or ()),
+        max_new_tokens=max_new_tokens,
+        context=context,
+        batch_size=batch_size,
+        max_requests=max_requests,
+        max_request_mb=max_request_mb,
+    )
+    run(folder, shown_as=target, base=base, options=options)
 
 
 @app.command()

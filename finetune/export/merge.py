@@ -78,7 +78,7 @@ def merge(
         raise ConfigError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
     source, notes = find_source(adapter)
     tuned = adapters.read_adapter(source) if (source / adapters.CONFIG).is_file() else None
-    base = _find_base(tuned, source, base)
+    base = find_base(tuned, source, base)
     check_output(out, {base, source})
     if tuned is not None:
         notes += _check_base(tuned, base, force=force)
@@ -88,7 +88,7 @@ def merge(
         if check and tuned is not None:
             from finetune.export.parity import check_parity
 
-            difference = check_parity(base, source, stage)
+            difference = check_parity(base, [(source, 1.0)], stage)
     return MergeReport(
         output=out,
         source=source,
@@ -124,7 +124,8 @@ def find_source(path: Path) -> tuple[Path, list[str]]:
     return newest, [*notes, f"took {newest.name}, the newest good one of {path}"]
 
 
-def _find_base(tuned: Adapter | None, source: Path, given: Path | None) -> Path:
+def find_base(tuned: Adapter | None, source: Path, given: Path | None) -> Path:
+    """The folder of the base of an adapter; of a whole model its own."""
     if tuned is None:
         if given is not None:
             raise ConfigError(f"--base does not apply: {source} is a whole model, not an adapter")
@@ -226,7 +227,8 @@ def _output(name: str, tensor: TensorInfo, tuned: Adapter | None, dtype: str | N
     wanted = DTYPES[dtype] if dtype and tensor.dtype in STORAGE else tensor.dtype
     update = tuned.updates.get(name) if tuned else None
     replacement = tuned.replacements.get(name) if tuned else None
-    return Output(name, (replacement or tensor,), wanted, update)
+    source = replacement or tensor
+    return Output(name, wanted, source.shape, (source,), update)
 
 
 def _new_texts(

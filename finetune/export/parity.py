@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from finetune.errors import ModelError
 from finetune.models.load import load_model
@@ -23,30 +25,51 @@ _LENGTHS = (7, 16, 33)
 Inputs = dict[str, torch.Tensor]
 
 
-def check_parity(base: Path, adapter: Path, merged: Path) -> float:
-    """The largest difference between the logits of both over a few prompts.
+def check_parity(base: Path, adapters: Sequence[tuple[Path, float]], written: Path) -> float:
+    """The largest difference between the logits before and in what was written, over a few prompts.
 
     Both run in the same number format, one after the other. Raises ModelError when the difference
     is more than rounding explains.
+
+    Args:
+        base: A whole model.
+        adapters: What was merged into it, each with its weight.
+        written: The checkpoint that should answer as these do together.
     """
     quiet_libraries()
     with torch.inference_mode():
         model = load_model(base)
         prompts = _prompts(model.config)
-        before = _logits(PeftModel.from_pretrained(model, str(adapter)).eval(), prompts)
+        before = _logits(_adapted(model, adapters), prompts)
         del model
         gc.collect()
-        merged_model = load_model(merged)
-        after = _logits(merged_model, prompts)
+        after_model = load_model(written)
+        after = _logits(after_model, prompts)
     difference = max(float((b - a).abs().max()) for b, a in zip(before, after, strict=True))
     largest = max(1.0, *(float(logits.abs().max()) for logits in before))
-    allowed = (EXACT if _in_float32(merged_model, merged) else ROUNDED) * largest
+    allowed = (EXACT if _in_float32(after_model, written) else ROUNDED) * largest
     if not difference <= allowed:
         raise ModelError(
-            f"the merged model's logits differ from the adapter's by {difference:.3g} "
+            f"the logits of what was written differ from those before by {difference:.3g} "
             f"(at most {allowed:.3g} is rounding); nothing was written. Please report this"
         )
     return difference
+
+
+def _adapted(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
+    """The model with all adapters at once, each as strong as its weight says."""
+    for number, (folder, weight) in enumerate(adapters):
+        name = f"adapter_{number}"
+        if number == 0:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        else:
+            model.load_adapter(str(folder), adapter_name=name)
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and name in module.scaling:
+                module.scaling[name] *= weight
+    if len(adapters) > 1:
+        model.base_model.set_adapter([f"adapter_{number}" for number in range(len(adapters))])
+    return model.eval()
 
 
 def _prompts(config: Any) -> list[Inputs]:

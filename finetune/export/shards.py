@@ -35,32 +35,20 @@ class Output:
     """One tensor of the file to be written."""
 
     name: str
-    sources: tuple[TensorInfo, ...]
-    """Its rows, one tensor's after the other's."""
     dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[TensorInfo, ...] = ()
+    """Its rows, one tensor's after the other's; or none, and a constant."""
     update: Update | None = None
-    """Of a tensor with one source."""
     constant: bytes = b""
-    """The content of a one-dimensional tensor without a source."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows of all sources together."""
-        if not self.sources:
-            return (len(self.constant) // ITEM_SIZE[self.dtype],)
-        if len(self.sources) == 1:
-            return self.sources[0].shape
-        return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return len(self.constant) + sum(
-            source.size // ITEM_SIZE[source.dtype] * ITEM_SIZE[self.dtype]
-            if source.dtype != self.dtype
-            else source.size
-            for source in self.sources
-        )
+        same = sum(source.size for source in self.sources if source.dtype == self.dtype)
+        others = [source for source in self.sources if source.dtype != self.dtype]
+        items = sum(source.size // ITEM_SIZE[source.dtype] for source in others)
+        return len(self.constant) + same + items * ITEM_SIZE[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,228 @@
+"""A GLM-4 text checkpoint in its other layout, tensor by tensor, with all that opens beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data.tokenizer import load_chat_tokenizer, tokenizer_file
+from finetune.errors import ConfigError, ModelError
+from finetune.export.folder import FolderPlan, carried, check_output, written
+from finetune.export.layout import (
+    EMBEDDING,
+    FUSED,
+    HEAD,
+    ROTARY_BUFFER,
+    SPLIT,
+    Layout,
+    TextModel,
+    hf_config,
+    other_names,
+    published_config,
+    read_text_model,
+)
+from finetune.export.merge import DTYPES, find_source
+from finetune.export.numbers import STORAGE, Floats, narrow
+from finetune.export.parity import check_parity
+from finetune.export.shards import Output, ShardPlan, make_header
+from finetune.weights import CONFIG, INDEX, ITEM_SIZE, Shard, TensorInfo, read_shard, weight_files
+
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did."""
+
+    output: Path
+    source: Path
+    layout: Layout
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    largest_difference: float | None = None
+    """Between the logits in both layouts; None when not checked."""
+    notes: tuple[str, ...] = ()
+
+
+def export_model(source: Path, out: Path, *, layout: Layout, check: bool = True) -> ExportReport:
+    """Write the model of ``source`` in ``layout`` to ``out``.
+
+    Args:
+        source: A whole model: a base, a merged or a fully tuned one, or the run that tuned it.
+        out: The new folder; must not exist.
+        layout: What it is not yet.
+        check: Compare the logits of both.
+    """
+    started = time.perf_counter()
+    folder, notes = find_source(source)
+    model = read_text_model(folder)
+    if model.layout == layout:
+        raise ConfigError(f"{folder} is in the {layout} layout already; nothing is to be done")
+    check_output(out, {folder})
+    plan = _plan(model, layout, notes)
+    difference = None
+    with written(plan, out, "exported") as stage:
+        if check:
+            difference = check_parity(folder, (), stage)
+    return ExportReport(
+        output=out,
+        source=folder,
+        layout=layout,
+        num_tensors=sum(len(shard.outputs) for shard in plan.shards),
+        num_bytes=plan.size,
+        seconds=time.perf_counter() - started,
+        largest_difference=difference,
+        notes=tuple(notes),
+    )
+
+
+def _plan(model: TextModel, layout: Layout, notes: list[str]) -> FolderPlan:
+    shards = [read_shard(file) for file in weight_files(model.folder)]
+    present = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    kept = next((s.metadata[ROTARY_BUFFER] for s in shards if ROTARY_BUFFER in s.metadata), "")
+    plans = []
+    for shard in shards:
+        outputs = _outputs(shard, model, present, layout)
+        if layout == "published" and any(EMBEDDING[layout] in output.name for output in outputs):
+            outputs.append(_rotary_buffer(kept, model, outputs[0].dtype))
+        header = make_header(outputs, {"format": "pt", **_put_by(shard)})
+        plans.append(ShardPlan(shard.file.name, header, tuple(outputs)))
+    texts = _texts(model, layout, _dtype(present, model), notes)
+    if (model.folder / INDEX).is_file():
+        total = sum(output.size for plan in plans for output in plan.outputs)
+        names = {output.name: plan.name for plan in plans for output in plan.outputs}
+        texts[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": names})
+    copies = {
+        name: file
+        for name, file in carried(model.folder).items()
+        if name not in texts and not name.endswith(".py")
+    }
+    if TOKENIZER_CONFIG in texts:
+        copies["tokenizer.json"] = tokenizer_file(model.folder)
+    return FolderPlan(tuple(plans), texts, copies)
+
+
+def _outputs(
+    shard: Shard, model: TextModel, present: Mapping[str, TensorInfo], layout: Layout
+) -> list[Output]:
+    """The tensors of one file."""
+    outputs: list[Output] = []
+    for tensor in shard.tensors:
+        if tensor.name == ROTARY_BUFFER or (model.tied and tensor.name == f"{HEAD['hf']}.weight"):
+            continue
+        outputs += _renamed(tensor, model, present, layout)
+        if model.tied and tensor.name == f"{EMBEDDING['hf']}.weight":
+            outputs.append(_output(f"{HEAD[layout]}.weight", tensor))
+    return outputs
+
+
+def _renamed(
+    tensor: TensorInfo, model: TextModel, present: Mapping[str, TensorInfo], layout: Layout
+) -> list[Output]:
+    module, _, kind = tensor.name.rpartition(".")
+    names = other_names(module, layout)
+    if module.endswith(FUSED):
+        _check_rows(tensor, sum(model.rows))
+        found, first = [], 0
+        for name, rows in zip(names, model.rows, strict=True):
+            part = tensor.rows(first, first + rows)
+            found.append(_output(f"{name}.{kind}", part))
+            first += rows
+        return found
+    if not module.endswith(SPLIT):
+        return [_output(f"{names[0]}.{kind}", tensor)]
+    at = module.removesuffix(next(name for name in SPLIT if module.endswith(name)))
+    siblings = [f"{at}{name}.{kind}" for name in SPLIT]
+    if missing := [name for name in siblings if name not in present]:
+        raise ModelError(f"{model.folder} has {tensor.name} but no {missing[0]}; copy it again")
+    if tensor.name != siblings[0]:
+        return []  # k and v go where q goes
+    parts = [present[name] for name in siblings]
+    for part, rows in zip(parts, model.rows, strict=True):
+        _check_rows(part, rows)
+    if len({part.dtype for part in parts}) > 1:
+        raise ModelError(f"{model.folder}: q, k and v of {at} have different number formats")
+    return [_output(f"{names[0]}.{kind}", *parts)]
+
+
+def _output(name: str, *sources: TensorInfo) -> Output:
+    shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
+    return Output(name, sources[0].dtype, shape, sources)
+
+
+def _check_rows(tensor: TensorInfo, rows: int) -> None:
+    if tensor.shape[0] != rows:
+        raise ModelError(
+            f"{tensor.name} has {tensor.shape[0]} rows and the config says {rows}; "
+            "use the config.json that belongs to these weights"
+        )
+
+
+def _put_by(shard: Shard) -> dict[str, str]:
+    """The rotary buffer, if it is here, as a line of metadata: it waits there for the way back."""
+    for tensor in shard.tensors:
+        if tensor.name == ROTARY_BUFFER:
+            with tensor.file.open("rb") as file:
+                file.seek(tensor.start)
+                return {ROTARY_BUFFER: f"{tensor.dtype} {file.read(tensor.size).hex()}"}
+    return {}
+
+
+def _rotary_buffer(kept: str, model: TextModel, dtype: str) -> Output:
+    """The unused buffer as it was before, or else as the published code makes it."""
+    if match := re.fullmatch(r"(BF16|F16|F32) ([0-9a-f]+)", kept):
+        content = bytes.fromhex(match[2])
+        shape = (len(content) // ITEM_SIZE[match[1]],)
+        return Output(ROTARY_BUFFER, match[1], shape, constant=content)
+    channels = model.config.head_dim // 2
+    exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
+    values: Floats = (1 / np.power(np.float32(10000), exponents)).astype(np.float32)
+    stored = np.empty(values.size, STORAGE[dtype])
+    narrow(values, dtype, stored, np.empty(values.size, np.uint32))
+    return Output(ROTARY_BUFFER, dtype, stored.shape, constant=stored.tobytes())
+
+
+def _dtype(present: Mapping[str, TensorInfo], model: TextModel) -> str:
+    stored = present[f"{EMBEDDING[model.layout]}.weight"].dtype
+    names = {stored_name: name for name, stored_name in DTYPES.items()}
+    if stored not in names:
+        raise ModelError(f"{model.folder} is stored as {stored}; {', '.join(DTYPES)} are exported")
+    return names[stored]
+
+
+def _texts(model: TextModel, layout: Layout, dtype: str, notes: list[str]) -> dict[str, str]:
+    """config.json, generation_config.json and tokenizer_config.json."""
+    folder, texts = model.folder, {}
+    generation = _read_json(folder / GENERATION_CONFIG)
+    eos, pad = model.config.eos_token_id, model.config.pad_token_id
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = load_chat_tokenizer(folder)
+        eos, pad = list(tokenizer.stop_ids), tokenizer.pad_id
+        settings = _read_json(folder / TOKENIZER_CONFIG)
+        settings.pop("auto_map", None)  # names code of the other layout
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings["chat_template"] = tokenizer.chat_template
+        texts[TOKENIZER_CONFIG] = _json(settings)
+    else:
+        notes.append(f"{folder} has no tokenizer, so none was written")
+    make = hf_config if layout == "hf" else published_config
+    texts[CONFIG] = _json(make(model, dtype, eos, pad))
+    texts[GENERATION_CONFIG] = _json(generation | {"eos_token_id": eos, "pad_token_id": pad})
+    return texts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _json(value: Mapping[str, Any] | Sequence[Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
