@@ -34,7 +34,11 @@ DEFAULT_EPOCHS = 3
 
 
 def fit(
-    config: RunConfig, template: ChatTemplate, data: RunData, run_dir: RunDirectory
+    config: RunConfig,
+    template: ChatTemplate,
+    data: RunData,
+    run_dir: RunDirectory,
+    stop: StopFlag,
 ) -> dict[str, Any]:
     """Train, evaluate and save; see `run.train`."""
     begun = time.monotonic()
@@ -48,6 +52,7 @@ def fit(
     with processes.failing_together():
         if processes.is_leader:
             run_dir.write_config(dump_config(config))
+            run_dir.write_data(data.described())
     total = total_steps(config, data)
     report.announce(config, data, tunable, processes, total)
     saver = Saver(
@@ -59,17 +64,15 @@ def fit(
         keep=config.training.keep_checkpoints,
         processes=processes,
     )
-    with StopFlag() as stop, Narrator(Meter()) as narrator:
+    with Narrator(Meter()) as narrator:
         trainer = build_trainer(config, template, data, tunable, saver, stop, narrator)
         # Other dropout in every process. A resumed run gets its streams from the checkpoint; at
         # another number of processes, where it has none for some, they differ from the first ones.
         begun_at = (checkpoint.step_of(resumed) if resumed else None) or 0
         torch.manual_seed(config.training.seed + processes.rank + (begun_at << 32))
-        if resumed is None or checkpoint.step_of(resumed) != total:
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        else:
-            console.say(f"nothing to do: {resumed} is the last of {total} steps")
-            trainer.load_state(resumed)
+        if begun_at >= total:
+            console.say(f"no step to do: {resumed} is the last of {total} steps")
+        trainer.train(str(resumed) if resumed else None)
     summary = summarise(trainer, run_dir.path, resumed, time.monotonic() - begun)
     end()
     if stop.is_set:
@@ -126,7 +129,7 @@ def build_trainer(
         stop=stop,
     )
 
-    def scores(model: Any, step: int) -> dict[str, float]:
+    def scores(model: Any, step: int) -> dict[str, float] | None:
         with narrator.silent():
             return validation.scores(model, step) if validation else {}
 
@@ -155,6 +158,7 @@ def build_trainer(
         callbacks=[schedule, narrator, MetricsFile(saver.run_dir)],
     )
     schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
+    schedule.save = lambda: saver.save(trainer)
     return trainer
 
 

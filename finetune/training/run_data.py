@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from finetune import console
 from finetune.config import DataSection, RunConfig, Source
@@ -22,6 +25,9 @@ from finetune.data.packing import PackedDataset, pack
 from finetune.data.sources import Images, SourceSpec
 from finetune.data.template import ChatTemplate
 
+BINS = 24
+"""Of the lengths of examples, as data.json has them."""
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -33,6 +39,11 @@ class RunData:
     plan: EpochPlan
     validation: PreparedDataset | None
     validation_sources: tuple[SourceSpec, ...]
+
+    def described(self) -> dict[str, Any]:
+        """Counts, fingerprint and lengths of both kinds, for data.json in the run directory."""
+        kinds = {"train": self.train, "validation": self.validation}
+        return {name: _described(kind) for name, kind in kinds.items() if kind is not None}
 
 
 def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
@@ -55,6 +66,16 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     if validation is not None:
         _report("validation", validation.counts, len(validation))
     return RunData(train, items, plan, validation, sources)
+
+
+def _described(examples: PreparedDataset) -> dict[str, Any]:
+    numbers, edges = np.histogram(examples.lengths, bins=BINS, range=(0, examples.counts.longest))
+    return {
+        "examples": len(examples),
+        **asdict(examples.counts),
+        "fingerprint": examples.fingerprint,
+        "lengths": {"edges": [float(edge) for edge in edges], "numbers": numbers.tolist()},
+    }
 
 
 def _specs(section: DataSection, sources: str | Sequence[str | Source]) -> tuple[SourceSpec, ...]:

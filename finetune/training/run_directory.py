@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.training import checkpoint
 
 LOCK = ".lock"
 CONFIG = "config.yaml"
+DATA = "data.json"
 
 
 class RunDirectory:
@@ -63,6 +67,12 @@ class RunDirectory:
         """The resolved config as the first file of a run."""
         checkpoint.write_file(self.path / CONFIG, text)
         return self.path / CONFIG
+
+    def write_data(self, counts: Mapping[str, Any]) -> Path:
+        """What became of the data's rows, for reports."""
+        text = json.dumps(counts, ensure_ascii=False, indent=1)
+        checkpoint.write_file(self.path / DATA, text + "\n")
+        return self.path / DATA
 
     def close(self) -> None:
         """Let other runs have the folder."""
