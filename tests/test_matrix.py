@@ -50,14 +50,31 @@ def test_bfloat16_stays_in_its_band_around_float32() -> None:
     assert found["missed"] == {}
 
 
+def test_with_images_among_the_dialogues_stages_and_processes_agree() -> None:
+    found = answer(
+        "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "2", "3",
+        "--methods", "ptuning_v2", "full", "--family", "glm4v",
+    )  # fmt: skip
+    assert found["missed"] == {}
+    assert len(found["cells"]) == 4
+    assert all(cell["same_replies"] for cell in found["cells"].values())
+
+
 @pytest.mark.parametrize(
-    ("method", "stage", "variant"),
-    [("full", "3", "accumulation"), ("ptuning_v2", "2", "packing"), ("lora", "none", "evaluation")],
+    ("method", "stage", "variant", "family"),
+    [
+        ("full", "3", "accumulation", "chatglm"),
+        ("ptuning_v2", "2", "packing", "chatglm"),
+        ("lora", "none", "evaluation", "chatglm"),
+        ("lora", "3", "loader_workers", "glm4v"),
+    ],
 )
-def test_a_resumed_run_is_equal_bit_for_bit(method: str, stage: str, variant: str) -> None:
+def test_a_resumed_run_is_equal_bit_for_bit(
+    method: str, stage: str, variant: str, family: str
+) -> None:
     found = answer(
         "scripts/bench/resume_matrix.py", "--json", "--methods", method, "--stages", stage,
-        "--variants", variant, "--moments", "middle", "epoch",
+        "--variants", variant, "--moments", "middle", "epoch", "--family", family,
     )  # fmt: skip
     assert (found["equal"], found["of"]) == (2, 2)
 

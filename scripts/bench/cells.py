@@ -25,6 +25,7 @@ for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu"), ("HF_HU
     os.environ.setdefault(name, value)
 
 Settings = dict[str, Any]
+FAMILIES = ("chatglm", "glm", "glm4", "glm4v")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,26 @@ class Cell:
     """A RunConfig as plain values."""
     processes: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+
+
+def subject(
+    family: str, folder: Path, count: int, *, weights: bool = False
+) -> tuple[Path, Path, dict[str, Any]]:
+    """A tiny model, `count` dialogues for it, and what its runs change in a config.
+
+    Of `glm4v` the tower is frozen, and every third dialogue shows an image: batches with and
+    without one meet in the same forward pass of two processes.
+    """
+    import pictures
+    import runs
+    import tiny
+
+    if family == "glm4v":
+        model = pictures.save_model(folder / "model")
+        data = pictures.write_dialogues(folder / "data", count, every=3)
+        return model, data, {"model__freeze": ["vision"], "data__group_by_length": False}
+    model = tiny.save_model(folder / "model", family)
+    return model, runs.write_dialogues(folder / "train.jsonl", count, weights=weights), {}
 
 
 def warm_up(model: Path) -> None:

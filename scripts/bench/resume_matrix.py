@@ -1,7 +1,7 @@
 """Runs stopped and resumed, against the same runs without a stop: equal bit for bit, N of N.
 
     python scripts/bench/resume_matrix.py [--methods lora full] [--stages none 2] [--variants packing]
-                                          [--json]
+                                          [--family glm4v] [--json]
 
 Every method in every variant under every stage (in two processes when there is one, else in one) is
 trained for two epochs, tiny and with dropout, and once more from its checkpoint
@@ -70,15 +70,25 @@ class Line:
         return 1 if self.stage == "none" else 2
 
 
-def cell(line: Line, name: str, model: Path, data: Path, folder: Path) -> Cell:
+@dataclass(frozen=True)
+class Subject:
+    """What all runs have in common."""
+
+    model: Path
+    data: Path
+    changes: dict[str, Any]
+
+
+def cell(line: Line, name: str, subject: Subject, folder: Path) -> Cell:
     """The run of a line, into `folder/name`."""
     import runs
 
-    changes = dict(VARIANTS[line.variant])
+    data = subject.data
+    changes = subject.changes | VARIANTS[line.variant]
     if line.variant == "evaluation":
         changes["data__validation"] = str(data)
     settings = runs.config(
-        model, data, folder / name, training__num_epochs=2, training__learning_rate=1e-3,
+        subject.model, data, folder / name, training__num_epochs=2, training__learning_rate=1e-3,
         training__save_every_steps=1, **changes,
     ) | {"method": METHODS[line.method]}  # fmt: skip
     del settings["training"]["max_steps"]
@@ -129,11 +139,9 @@ def _best(run_dir: Path) -> tuple[int, Any]:
     return state["best_global_step"] or 0, state["best_metric"]
 
 
-def measure(
-    line: Line, model: Path, data: Path, folder: Path, moments: list[str]
-) -> dict[str, str]:
+def measure(line: Line, subject: Subject, folder: Path, moments: list[str]) -> dict[str, str]:
     """What is wrong with each resumed run of a line; empty where it is equal."""
-    whole = cell(line, line.name, model, data, folder)
+    whole = cell(line, line.name, subject, folder)
     if problem := cells.run(whole, folder):
         return dict.fromkeys(moments, f"the run without a stop failed: {problem}")
     samples = cells.samples(whole, folder)
@@ -144,7 +152,7 @@ def measure(
         name = f"{line.name}-{moment}"
         saved = f"checkpoint-{stop}"
         shutil.copytree(folder / line.name / saved, folder / name / saved)
-        part = cell(line, name, model, data, folder)
+        part = cell(line, name, subject, folder)
         problem = cells.run(part, folder)
         if not problem:
             unequal = differences(folder / line.name, folder / name, stop)
@@ -178,6 +186,7 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["none", "2", "3"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
+    parser.add_argument("--family", choices=cells.FAMILIES, default="chatglm")
     parser.add_argument("--keep", type=Path, help="write the runs here instead of to a temporary")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -186,17 +195,13 @@ def main() -> int:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["FINETUNE_CACHE"] = str(folder / "cache")
-        import runs
-        import tiny
-
-        model = tiny.save_model(folder / "model", "chatglm")
-        data = runs.write_dialogues(folder / "train.jsonl", 13, weights=True)
-        cells.warm_up(model)
+        subject = Subject(*cells.subject(options.family, folder, 13, weights=True))
+        cells.warm_up(subject.model)
         for method in options.methods:
             for stage in options.stages:
                 for variant in options.variants:
                     line = Line(method, variant, stage)
-                    results[line.name] = measure(line, model, data, folder, options.moments)
+                    results[line.name] = measure(line, subject, folder, options.moments)
                     if not options.json:
                         print(f"{line.name}: {results[line.name]}", flush=True)
                     if not options.keep:

@@ -4,6 +4,8 @@
                                          [--dtype bfloat16] [--family chatglm] [--json]
                                          [--with data__packing=true]
 
+With `--family glm4v` the tower is frozen and every third dialogue shows an image.
+
 Tiny random models, five optimizer steps of eight dialogues, validation loss and generation at the
 end. A cell of the table holds the largest difference to its method's float32 run in one process
 without DeepSpeed
@@ -98,7 +100,9 @@ class Outcome:
 
 def outcome(run_dir: Path, base: Path) -> Outcome:
     """Read it from the run directory; the saved folder is opened as a user would."""
+    import pictures
     import runs
+    import tiny
     import torch
     from safetensors.torch import load_file
 
@@ -114,8 +118,15 @@ def outcome(run_dir: Path, base: Path) -> Outcome:
         if missing:
             raise SystemExit(f"{checkpoint} differs from the base in {sorted(missing)[:3]}")
     ids = torch.randint(0, 370, (2, 24), generator=torch.Generator().manual_seed(0))
+    opened = open_model(checkpoint)
+    shown = {}
+    if opened.template.image:
+        span = [pictures.BOI, *[tiny.PAD_ID] * pictures.NUM_PATCHES, pictures.EOI]
+        ids[0, 2 : 2 + len(span)] = torch.tensor(span)
+        side = pictures.SIZE
+        shown["pixel_values"] = torch.linspace(-2, 2, 3 * side**2).view(1, 3, side, side)
     with torch.no_grad():
-        logits = open_model(checkpoint).model(input_ids=ids, use_cache=False).logits
+        logits = opened.model(input_ids=ids, use_cache=False, **shown).logits
     lines = (run_dir / f"predictions-{STEPS}.jsonl").read_text(encoding="utf-8").splitlines()
     replies = [json.loads(line)["prediction"] for line in lines]
     return Outcome(runs.history(run_dir), weights, logits, replies)
@@ -137,14 +148,10 @@ def differences(found: Outcome, reference: Outcome) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the cells; differences or the problem by cell name."""
-    import runs
-    import tiny
-
     os.environ["FINETUNE_CACHE"] = str(folder / "cache")
-    changes = dict(text.split("=", 1) for text in options.changes)
-    changes = {key: json.loads(value) for key, value in changes.items()}
-    base = tiny.save_model(folder / "model", options.family)
-    data = runs.write_dialogues(folder / "train.jsonl", 21)
+    base, data, changes = cells.subject(options.family, folder, 21)
+    asked = dict(text.split("=", 1) for text in options.changes)
+    changes |= {key: json.loads(value) for key, value in asked.items()}
     places = [
         Place(method, stage, processes, options.dtype)
         for method in options.methods
@@ -206,7 +213,7 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtype", choices=BARS, default="float32")
-    parser.add_argument("--family", choices=("chatglm", "glm", "glm4"), default="chatglm")
+    parser.add_argument("--family", choices=cells.FAMILIES, default="chatglm")
     parser.add_argument("--with", dest="changes", nargs="*", default=[], metavar="SECTION__KEY=JSON")  # fmt: skip
     parser.add_argument("--keep", type=Path, help="write the runs here instead of to a temporary")
     parser.add_argument("--json", action="store_true")
