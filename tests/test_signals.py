@@ -15,9 +15,9 @@ from finetune.training.signals import StopFlag
 LOOP = """
 import sys, time
 from finetune.training.signals import StopFlag
-with StopFlag() as stop:
+with StopFlag() as stop, stop.steps():
     print("ready", flush=True)
-    while not stop.is_set:
+    while not stop.agree(lambda mine: mine):
         time.sleep(0.01)
     print("asked", flush=True)
     time.sleep(float(sys.argv[1]))
@@ -76,12 +76,19 @@ def test_no_signal_means_exit_code_0_and_the_old_handlers_come_back() -> None:
 
 def test_a_signal_in_one_process_stops_all_with_the_same_code() -> None:
     here, there = StopFlag(), StopFlag()
-    with here:
+    with here, here.steps():
         os.kill(os.getpid(), signal.SIGTERM)
-    numbers = [here.signal or 0, there.signal or 0]
+    assert not here.is_set  # the other process has not heard of it, and would go on
+    numbers = [here.heard or 0, there.heard or 0]
     assert here.agree(lambda mine: max([mine, *numbers]))
     assert there.agree(lambda mine: max([mine, *numbers]))
     assert (here.exit_code, there.exit_code) == (143, 143)
+
+
+def test_before_the_steps_there_is_nothing_to_wait_for() -> None:
+    with StopFlag(), pytest.raises(SystemExit) as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
 
 
 def test_without_a_signal_all_agree_to_go_on() -> None:

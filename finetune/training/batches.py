@@ -15,6 +15,7 @@ as often as the others and no example is seen twice.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from finetune.data.dataset import IGNORED, Example
 from finetune.data.order import EpochPlan
+from finetune.training.signals import SIGNALS
 
 Item: TypeAlias = "Example | Sequence[Example]"
 Collate: TypeAlias = Callable[[Sequence[Item]], dict[str, torch.Tensor]]
@@ -108,11 +110,18 @@ def blanked(item: Item) -> Item:
 
 
 def training_loader(
-    items: Items, plan: EpochPlan, collate: Collate, *, workers: int, **place: Any
+    items: Items,
+    plan: EpochPlan,
+    collate: Collate,
+    *,
+    workers: int,
+    seconds: float,
+    **place: Any,
 ) -> StepLoader:
     """The loader of one process's micro-batches; `place` goes to RankBatches.
 
-    It has a generator of its own: loading must not draw from the stream that dropout draws from.
+    It has a generator of its own: loading must not draw from the stream that dropout draws from. A
+    worker that gives nothing for `seconds` ends the run.
     """
     blank = ~int(np.argmin(items.lengths))
     return StepLoader(
@@ -121,9 +130,17 @@ def training_loader(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        timeout=seconds if workers > 0 else 0,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole group is the trainer's affair, which needs the workers for its step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _without_repeats(batches: npt.NDArray[np.int64]) -> Iterator[list[int]]:

@@ -35,13 +35,36 @@ class Schedule(TrainerCallback):
         self.stop = stop
         self.evaluate: Callable[[], Any] = lambda: None
         """The Trainer's; set once there is one."""
+        self.save: Callable[[], Any] = lambda: None
+        """The same."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """What the untuned model scores, at the start of a run but not of a resumed one."""
-        if self.evaluation and self.evaluation.at_start and state.global_step == 0:
+        """What the untuned model scores; of a resumed run, the evaluation that a signal cut short.
+
+        Raises:
+            NothingLeftError: There is no step to do after it.
+        """
+        if self.evaluation_is_due(state):
             self.evaluate()
+            if state.global_step and state.best_global_step == state.global_step:
+                self.save()
+        if self.stop.is_set or state.global_step >= state.max_steps:
+            raise NothingLeftError
+
+    def evaluation_is_due(self, state: TrainerState) -> bool:
+        """Whether the step that was done last should have been evaluated and was not."""
+        if self.evaluation is None or state.global_step in _scored_steps(state):
+            return False
+        return self.evaluation.at_start if state.global_step == 0 else self._evaluates_after(state)
+
+    def _evaluates_after(self, state: TrainerState) -> bool:
+        """Every so many steps, and after the last one."""
+        every = self.evaluation.every_steps if self.evaluation else None
+        return state.global_step >= state.max_steps or (
+            every is not None and state.global_step % every == 0
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -49,13 +72,7 @@ class Schedule(TrainerCallback):
         """Both at the last step too; only a save when the run was asked to stop."""
         is_last = state.global_step >= state.max_steps
         control.should_save = is_last or state.global_step % self.save_every == 0
-        control.should_evaluate = self.evaluation is not None and (
-            is_last
-            or (
-                self.evaluation.every_steps is not None
-                and state.global_step % self.evaluation.every_steps == 0
-            )
-        )
+        control.should_evaluate = self.evaluation is not None and self._evaluates_after(state)
         if self.stop.is_set:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
@@ -69,7 +86,9 @@ class Schedule(TrainerCallback):
         **_: Any,
     ) -> None:
         """Notes a new best, which is then saved; stops when there was none for too long."""
-        if self.evaluation is None or state.global_step == 0:
+        if self.stop.is_set:
+            control.should_training_stop = control.should_save = True
+        if self.evaluation is None or state.global_step == 0 or not metrics:
             return
         name = self.evaluation.best_metric
         value = metrics.get(f"eval_{name}")
@@ -80,6 +99,19 @@ class Schedule(TrainerCallback):
         if patience is not None and _without_better(state, f"eval_{name}") >= patience:
             console.say(f"stopping: {name} has not improved in {patience} evaluations")
             control.should_training_stop = control.should_save = True
+
+
+class NothingLeftError(Exception):
+    """The run ends where it stands, without another step."""
+
+
+def _scored_steps(state: TrainerState) -> set[int]:
+    """The steps after which there was an evaluation; read from the log, as a checkpoint has it."""
+    return {
+        int(entry["step"])
+        for entry in state.log_history
+        if any(key.startswith("eval_") for key in entry)
+    }
 
 
 def is_better(metric: str, value: float, than: float | None) -> bool:

@@ -15,6 +15,7 @@ from finetune.data.tokenizer import load_chat_tokenizer
 from finetune.training import resume
 from finetune.training.run_data import load_run_data
 from finetune.training.run_directory import RunDirectory
+from finetune.training.signals import StopFlag
 
 
 def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
@@ -26,9 +27,13 @@ def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
 
     Raises:
         FinetuneError: The user can mend it; every process ends with its exit code.
-        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint written.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C; after the step with a checkpoint written, or
+            at once before the first step, when there is nothing to save.
     """
-    with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
+    with (
+        StopFlag() as stop,
+        RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir,
+    ):
         for line in run_dir.cleaned:
             console.say(line)
         if config.training.resume == "never":
@@ -38,4 +43,4 @@ def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
 
         from finetune.training.fit import fit
 
-        return fit(config, template, data, run_dir)
+        return fit(config, template, data, run_dir, stop)

@@ -47,8 +47,16 @@ class Saver:
     def save(self, trainer: Any) -> Path:
         """Write `checkpoint-<step>`, whole or not at all; every process takes part."""
         final = self.run_dir / f"checkpoint-{trainer.state.global_step}"
-        if final.exists() and not checkpoint.verify(final):
-            return final  # already there: saved at this step before the run was stopped
+        if not final.exists() or checkpoint.verify(final):
+            self._write(trainer, final)
+        with self.processes.failing_together():
+            if self.processes.is_leader:
+                if trainer.state.best_global_step == trainer.state.global_step:
+                    checkpoint.set_best(self.run_dir, final, self.metric, trainer.state.best_metric)
+                self._rotate()
+        return final
+
+    def _write(self, trainer: Any, final: Path) -> None:
         leader = self.processes.is_leader
         with checkpoint.staged(
             final, leader=leader, agree=self.processes.all_well, replace=True
@@ -64,12 +72,6 @@ class Saver:
                 _save_state(trainer, stage)
                 (stage / "config.yaml").write_text(self.config_text, encoding="utf-8")
                 resume.write(stage, self.record)
-        with self.processes.failing_together():
-            if leader:
-                if trainer.state.best_global_step == trainer.state.global_step:
-                    checkpoint.set_best(self.run_dir, final, self.metric, trainer.state.best_metric)
-                self._rotate()
-        return final
 
     def save_weights(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained; every process takes part, the leader writes."""

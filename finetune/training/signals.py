@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,15 +17,19 @@ _ECHO = 2.0
 
 
 class StopFlag:
-    """Set by the first SIGTERM or SIGINT; a second one ends the process at once.
+    """Raised by the first SIGTERM or SIGINT while steps run; a second one ends the process at once.
 
-    The trainer looks at it at the end of each step, evaluation and generation between batches.
+    Evaluation and generation look at `heard` between batches. Everything else, which every process
+    must decide alike, looks at `signal`, which only ``agree`` changes.
     """
 
     def __init__(self) -> None:
+        self.heard: int | None = None
+        """The signal that arrived first in this process; others may not have got it yet."""
         self.signal: int | None = None
-        """The signal that arrived first, in this process or (after ``agree``) in another."""
+        """The signal that all processes know of."""
         self._since = 0.0
+        self._steps_run = False
         self._previous: dict[int, Any] = {}
 
     def install(self) -> StopFlag:
@@ -39,9 +44,18 @@ class StopFlag:
             signal.signal(number, handler)
         self._previous.clear()
 
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """In here a signal waits for the end of the step; elsewhere there is nothing to wait for."""
+        self._steps_run = True
+        try:
+            yield
+        finally:
+            self._steps_run = False
+
     @property
     def is_set(self) -> bool:
-        """Whether this process should come to an end."""
+        """Whether the run comes to an end; the same in every process."""
         return self.signal is not None
 
     @property
@@ -54,10 +68,8 @@ class StopFlag:
 
         Every process must call it at the same points, so that all stop after the same step.
         """
-        number = largest(self.signal or 0)
-        if number and self.signal is None:
-            self.signal, self._since = number, time.monotonic()
-        return bool(number)
+        self.signal = largest(self.heard or 0) or self.signal
+        return self.is_set
 
     def __enter__(self) -> StopFlag:
         return self.install()
@@ -71,9 +83,11 @@ class StopFlag:
         self.uninstall()
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal, self._since = number, time.monotonic()
-        elif number == self.signal or time.monotonic() - self._since > _ECHO:
+        if self.heard is None:
+            self.heard, self._since = number, time.monotonic()
+            if not self._steps_run:
+                raise SystemExit(128 + number)
+        elif number == self.heard or time.monotonic() - self._since > _ECHO:
             # os.write, since a handler must not wait for a lock that print may hold.
             os.write(2, b"\nsecond signal: stopping at once, without saving\n")
             os._exit(128 + number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback
 
 from finetune.data.order import EpochPlan
 from finetune.errors import ConfigError, NonFiniteError
 from finetune.training.batches import Collate, Items, training_loader
-from finetune.training.callbacks import Meter
+from finetune.training.callbacks import Meter, NothingLeftError
 from finetune.training.counts import StepCounts, count
 from finetune.training.processes import Processes
 from finetune.training.rates import Rates
-from finetune.training.saving import TRAINER_STATE, Saver
+from finetune.training.saving import Saver
 from finetune.training.signals import StopFlag
 
 
@@ -46,8 +47,8 @@ class Services:
     processes: Processes
     stop: StopFlag
     saver: Saver
-    evaluate: Callable[[nn.Module, int], dict[str, float]]
-    """Scores of the model at a step, by name; the same in every process."""
+    evaluate: Callable[[nn.Module, int], dict[str, float] | None]
+    """Scores of the model at a step, by name; the same in every process. None when given up."""
     meter: Meter
     rates: Rates
 
@@ -95,6 +96,7 @@ class FineTuner(Trainer):
             self.data.plan,
             self.data.collate,
             workers=self.args.dataloader_num_workers,
+            seconds=self.args.ddp_timeout,
             batch_size=self.args.per_device_train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
             rank=self.services.processes.rank,
@@ -200,14 +202,16 @@ class FineTuner(Trainer):
             NonFiniteError: In every process, naming the examples.
         """
         is_finite = torch.isfinite(torch.stack(self._losses)).tolist()
-        stop = self.services.stop
-        bad, signal = self.services.processes.largest(
-            [int(not (gradient_is_finite and all(is_finite))), stop.signal or 0]
-        )
-        stop.agree(lambda _: signal)
-        if bad:
+        if self._hear(int(not (gradient_is_finite and all(is_finite)))):
             with self.services.processes.failing_together():
                 self._refuse(is_finite, gradient_is_finite)
+
+    def _hear(self, problem: int = 0) -> int:
+        """Learn in every process of a signal to one of them; the largest `problem` of all."""
+        stop = self.services.stop
+        worst, signal = self.services.processes.largest([problem, stop.heard or 0])
+        stop.agree(lambda _: signal)
+        return worst
 
     def _refuse(self, is_finite: list[bool], gradient_is_finite: bool) -> None:
         losses = [i for i, fine in enumerate(is_finite) if not fine]
@@ -225,11 +229,21 @@ class FineTuner(Trainer):
             "float32 instead of float16; then resume from the last checkpoint"
         )
 
-    # --- state -------------------------------------------------------------------------------
+    # --- the run ---------------------------------------------------------------------------------
 
-    def load_state(self, folder: Path) -> None:
-        """The log of a checkpoint, without going on from it."""
-        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Go through the steps that are left; signals wait for the end of one."""
+        try:
+            with self.services.stop.steps():
+                return super().train(resume_from_checkpoint, **kwargs)
+        except NothingLeftError:
+            return None
+        except BaseException:
+            for worker in active_children():
+                worker.kill()  # one that hangs would keep this process from ending
+            raise
+
+    # --- state -------------------------------------------------------------------------------
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         begun = super()._init_training_state(max_steps, *args, **kwargs)
@@ -242,6 +256,9 @@ class FineTuner(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation loss and scores, logged as `eval_<name>`; leaves no trace in the training."""
         scores = self.services.evaluate(self.model, self.state.global_step)
+        if scores is None:  # every process knows, so every process comes here
+            self._hear()
+            scores = {}
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         if metrics:
             self.log(dict(metrics))

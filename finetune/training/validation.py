@@ -43,17 +43,17 @@ class Validation:
     run_dir: Path
     stop: StopFlag
 
-    def scores(self, model: Any, step: int) -> dict[str, float]:
+    def scores(self, model: Any, step: int) -> dict[str, float] | None:
         """Validation loss and the scores of generated replies, by name; the same in every process.
 
-        Empty when the run was asked to stop meanwhile. Writes `predictions-<step>.jsonl`.
+        None when the run was asked to stop meanwhile. Writes `predictions-<step>.jsonl`.
         """
         try:
             with unnoticed():
                 return self._loss(model) | self._generated(model, step)
         except EvaluationStoppedError:
             console.say(f"step {step}  evaluation given up: the run was asked to stop")
-            return {}
+            return None
 
     def _loss(self, model: Any) -> dict[str, float]:
         found = validation_loss(
@@ -61,7 +61,7 @@ class Validation:
             self.examples,
             self.collate,
             batch_size=self.batch_size,
-            should_stop=lambda: self.stop.is_set,
+            should_stop=lambda: self.stop.heard is not None,
         )
         return {"loss": found.loss}
 
@@ -74,7 +74,7 @@ class Validation:
             self.prompts,
             max_new_tokens=self.section.max_new_tokens,
             batch_size=self.section.batch_size,
-            should_stop=lambda: self.stop.is_set,
+            should_stop=lambda: self.stop.heard is not None,
         )
         if console.is_main():
             write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)
