@@ -1,0 +1,238 @@
+"""An evaluation folder, read: `evaluation.json` and a file of predictions per target."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from finetune.errors import DataError
+from finetune.evaluation.uncertainty import LOWER_IS_BETTER
+
+FILE = "evaluation.json"
+HEADLINES = ("rouge-l", "tool_call_accuracy", "exact_match", "chrf", "bleu-4", "perplexity", "loss")
+"""Metrics that may stand for all of them, the first that there is."""
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Score(_Part):
+    """A mean with its 95 % interval over `n` samples; None where the question does not arise."""
+
+    value: Number = None
+    low: Number = None
+    high: Number = None
+    n: int = 0
+
+
+class Target(_Part):
+    """One model, or one file of predictions, that was scored."""
+
+    name: str
+    path: str
+    kind: str
+    step: int | None = None
+    run: str | None = None
+    predictions: str
+    scores: dict[str, Score]
+    seconds: Number = None
+
+
+class Comparison(_Part):
+    """Whether `a` scores otherwise than `b`; the difference is a's score minus b's."""
+
+    a: str
+    b: str
+    metric: str
+    difference: Number
+    low: Number = None
+    high: Number = None
+    p: Number = None
+    p_holm: Number = None
+    verdict: Literal["better", "worse", "no real difference"]
+
+
+class DataFile(_Part):
+    """Held-out data that was asked."""
+
+    path: str
+    fingerprint: str = ""
+    samples: int = 0
+
+
+Slices = dict[str, dict[str, dict[str, dict[str, Score]]]]
+"""Slice -> value -> target -> metric -> score."""
+
+
+class Evaluation(_Part):
+    """What `evaluation.json` says."""
+
+    format: Literal[1]
+    data: list[DataFile] = []
+    settings: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    signatures: dict[str, str] = {}
+    targets: list[Target]
+    slices: Slices = {}
+    comparisons: list[Comparison] = []
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that some target has, in their order there."""
+        names = (name for one in self.targets for name, score in one.scores.items() if score.n)
+        return list(dict.fromkeys(names))
+
+    @property
+    def headline(self) -> str:
+        """The metric that stands for all of them."""
+        return next((name for name in HEADLINES if name in self.metrics), self.metrics[0])
+
+    @property
+    def base(self) -> Target | None:
+        """The untuned model, when it was asked too."""
+        return next((target for target in self.targets if target.kind == "base"), None)
+
+    @property
+    def num_samples(self) -> int:
+        """Replies that every target was asked for."""
+        return sum(file.samples for file in self.data)
+
+    def best(self, metric: str) -> Target:
+        """The tuned target with the best score, or the base when there is no other."""
+        tuned = [one for one in self.targets if one.kind != "base"] or self.targets
+        return max(tuned, key=lambda target: goodness(metric, target.scores.get(metric)))
+
+    def comparison(self, a: str, b: str, metric: str) -> Comparison | None:
+        """How `a` compares with `b`, whichever of the two was written first."""
+        for one in self.comparisons:
+            if one.metric == metric and (one.a, one.b) == (a, b):
+                return one
+            if one.metric == metric and (one.a, one.b) == (b, a):
+                return _turned(one)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt with what every target replied."""
+
+    row: Mapping[str, Any]
+    """The first target's row: prompt, reference, where, slices, images."""
+    replies: Sequence[str]
+    """Target by target."""
+    scores: Sequence[Mapping[str, float | None]]
+    """Target by target."""
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What lies in `folder`; DataError when it is no whole evaluation."""
+    file = folder / FILE
+    if not file.is_file():
+        raise DataError(
+            f"{folder} holds no {FILE}; `finetune evaluate … --output {folder}` writes one"
+        )
+    try:
+        evaluation = Evaluation.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:10]]
+        raise DataError(f"{file} is not as `finetune evaluate` writes it:\n  " + "\n  ".join(lines)) from error  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} cannot be read ({error}); evaluate again") from error
+    if not evaluation.targets or not evaluation.metrics:
+        raise DataError(f"{file} holds no scores; evaluate again with at least one reply")
+    return evaluation
+
+
+def common_rows(folder: Path, evaluation: Evaluation) -> set[tuple[Any, Any]]:
+    """Place and message of the replies that every target was asked for."""
+    files = dict.fromkeys(folder / target.predictions for target in evaluation.targets)
+    return set.intersection(*({_place(row) for row in _rows(file)} for file in files))
+
+
+def samples(
+    folder: Path, evaluation: Evaluation, common: Container[tuple[Any, Any]]
+) -> Iterator[Sample]:
+    """The `common` samples in their order, never all in memory.
+
+    Raises:
+        DataError: A file is missing, torn, or not in the order of the others.
+    """
+    files = [folder / target.predictions for target in evaluation.targets]
+    streams = [(row for row in _rows(file) if _place(row) in common) for file in files]
+    for rows in zip(*streams, strict=True):
+        first = rows[0]
+        for file, row in zip(files, rows, strict=True):
+            if _place(row) != _place(first):
+                raise DataError(f"{file} has {_place(row)} where {files[0]} has {_place(first)}; evaluate again")  # fmt: skip
+        yield Sample(
+            first,
+            [str(row.get("prediction", "")) for row in rows],
+            [_scores(row.get("scores")) for row in rows],
+        )
+
+
+def goodness(metric: str, score: Score | None) -> float:
+    """A number that is higher the better the score is; minus infinity without one."""
+    if score is None or score.value is None:
+        return -math.inf
+    return -score.value if metric in LOWER_IS_BETTER else score.value
+
+
+def _turned(one: Comparison) -> Comparison:
+    """The same comparison seen from the other side."""
+    other = {"better": "worse", "worse": "better"}
+
+    def minus(value: float | None) -> float | None:
+        return None if value is None else -value
+
+    return one.model_copy(
+        update={
+            "a": one.b,
+            "b": one.a,
+            "difference": minus(one.difference),
+            "low": minus(one.high),
+            "high": minus(one.low),
+            "verdict": other.get(one.verdict, one.verdict),
+        }
+    )
+
+
+def _scores(found: Any) -> dict[str, float | None]:
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {
+        name: _finite(float(value))
+        for name, value in pairs
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return row.get("where"), row.get("message")
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with file.open(encoding="utf-8") as opened:
+            for number, line in enumerate(opened, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{file}:{number}: not a JSON object; evaluate again")
+                yield row
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); evaluate again") from error
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; evaluate again") from error

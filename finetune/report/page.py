@@ -1,0 +1,268 @@
+"""An evaluation folder and its runs -> report.html, one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from finetune import __version__
+from finetune.evaluation.predictions import whole_file
+from finetune.report import words
+from finetune.report.charts import Point, Series, histogram, lines
+from finetune.report.content import Content, page_data, read_content
+from finetune.report.folder import Evaluation, Score, Target, goodness, read_evaluation
+from finetune.report.runs import Run, differences, read_run
+
+PAGE = "report.html"
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
+COLOURS = 8
+BINS = 30
+
+
+def write_page(folder: Path) -> Path:
+    """Writes `report.html` beside the `evaluation.json` in `folder`, and returns its path.
+
+    Raises:
+        DataError: The folder is no whole evaluation.
+    """
+    evaluation = read_evaluation(folder)
+    with whole_file(folder / PAGE) as file:
+        file.write(page(evaluation, read_content(folder, evaluation), runs_of(evaluation)))
+    return folder / PAGE
+
+
+def runs_of(evaluation: Evaluation) -> dict[str, Run]:
+    """The runs of the targets by name, those whose directory is still there."""
+    names = dict.fromkeys(target.run for target in evaluation.targets if target.run)
+    return {name: read_run(Path(name)) for name in names if (Path(name) / "config.yaml").is_file()}
+
+
+def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> str:
+    """The page's text."""
+    colours = colours_of(evaluation)
+    style, script = _asset("page.css"), "\n".join(map(_asset, SCRIPTS))
+    headline = evaluation.headline
+    template = _environment().get_template("page.html")
+    return template.render(
+        title=f"{words.number_of(evaluation)} on {evaluation.num_samples or content.num_samples:,} replies",
+        files=evaluation.data,
+        conclusion=words.conclusion(evaluation, headline),
+        outcome=_outcome(evaluation, headline),
+        differences=[(key, [_shown(v) for v in values]) for key, values in differences(list(runs.values()))],
+        runs=runs,
+        run_colours=_run_colours(evaluation),
+        legend=_legend(evaluation, colours),
+        panels=panels(evaluation, runs, colours),
+        metrics=evaluation.metrics,
+        rows=_rows(evaluation, colours),
+        verdicts=words.verdicts(evaluation, headline),
+        by_metric=words.by_metric(evaluation),
+        best=evaluation.best(headline),
+        headline=headline,
+        has_slices=bool(evaluation.slices),
+        lengths=_lengths(evaluation, content, colours),
+        training_lengths=_training_lengths(runs),
+        content=content,
+        configs={name: _sections(run) for name, run in runs.items()},
+        settings=_flat_settings(evaluation.settings),
+        versions=evaluation.versions,
+        signatures=evaluation.signatures,
+        words=words,
+        version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=page_data(evaluation, content, colours),
+    )  # fmt: skip
+
+
+def colours_of(evaluation: Evaluation) -> list[int]:
+    """A colour per target: 0 for the base, one for all checkpoints of a run, others their own."""
+    given: dict[str, int] = {}
+    return [
+        0 if one.kind == "base" else given.setdefault(one.run or one.name, len(given) % COLOURS + 1)
+        for one in evaluation.targets
+    ]
+
+
+def panels(
+    evaluation: Evaluation, runs: Mapping[str, Run], colours: Sequence[int]
+) -> list[tuple[str, Markup]]:
+    """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
+    drawn = [("loss", lines(_loss_curves(evaluation, runs), title="loss"))]
+    order = [evaluation.headline, *(m for m in evaluation.metrics if m != evaluation.headline)]
+    drawn += [
+        (words.label(metric), lines(metric_series(evaluation, metric, colours), title=metric))
+        for metric in order
+        if any(target.step is not None for target in evaluation.targets)
+    ]
+    return [(title, chart) for title, chart in drawn if chart]
+
+
+def metric_series(evaluation: Evaluation, metric: str, colours: Sequence[int]) -> list[Series]:
+    """The base and merged models as levels, the checkpoints of every run as a line."""
+    levels: list[Series] = []
+    stepped: dict[str, tuple[list[Point], int]] = {}
+    for target, colour in zip(evaluation.targets, colours, strict=True):
+        score = target.scores.get(metric)
+        if score is None or score.value is None:
+            continue
+        point = Point(float(target.step or 0), score.value, score.low, score.high)
+        if target.step is None:
+            levels.append(Series(target.name, colour, [point], "level"))
+        else:
+            points, _ = stepped.setdefault(target.run or target.name, ([], colour))
+            points.append(point)
+    curves = [
+        Series(_run_name(run), colour, sorted(points, key=lambda point: point.x))
+        for run, (points, colour) in stepped.items()
+    ]
+    return [*levels, *curves]
+
+
+def _loss_curves(evaluation: Evaluation, runs: Mapping[str, Run]) -> list[Series]:
+    colours = _run_colours(evaluation)
+    series = []
+    for name, run in runs.items():
+        training = [Point(x, y) for x, y in run.curve("loss")]
+        held_out = [Point(x, y) for x, y in run.curve("eval_loss")]
+        series.append(Series(f"{_run_name(name)}, training", colours[name], training, "thin"))
+        series.append(Series(f"{_run_name(name)}, validation", colours[name], held_out))
+    return series
+
+
+def _run_colours(evaluation: Evaluation) -> dict[str, int]:
+    pairs = zip(evaluation.targets, colours_of(evaluation), strict=True)
+    return {target.run: colour for target, colour in pairs if target.run}
+
+
+def _legend(evaluation: Evaluation, colours: Sequence[int]) -> list[tuple[str, int]]:
+    names = {
+        (_run_name(target.run) if target.run and target.step is not None else target.name): colour
+        for target, colour in zip(evaluation.targets, colours, strict=True)
+    }
+    return list(names.items())
+
+
+def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]]:
+    best = {
+        metric: max(goodness(metric, target.scores.get(metric)) for target in evaluation.targets)
+        for metric in evaluation.metrics
+    }
+
+    def cell(target: Target, metric: str) -> dict[str, Any]:
+        score = target.scores.get(metric, Score())
+        return {
+            "text": words.number(metric, score.value),
+            "interval": words.interval(metric, score),
+            "arrow": words.arrow(evaluation, target, metric),
+            "best": score.value is not None and goodness(metric, score) == best[metric],
+        }
+
+    return [
+        {
+            "target": target,
+            "colour": colour,
+            "cells": [cell(target, metric) for metric in evaluation.metrics],
+        }
+        for target, colour in zip(evaluation.targets, colours, strict=True)
+    ]
+
+
+def _outcome(evaluation: Evaluation, metric: str) -> str:
+    base, best = evaluation.base, evaluation.best(metric)
+    found = evaluation.comparison(best.name, base.name, metric) if base else None
+    return words.css(found) if found else "open"
+
+
+def _lengths(
+    evaluation: Evaluation, content: Content, colours: Sequence[int]
+) -> list[tuple[str, Markup]]:
+    everything = [content.reference_lengths, *content.reply_lengths]
+    top = max((sorted(one)[int(len(one) * 0.99)] for one in everything if one), default=0)
+    edges = _edges(top)
+    outline = _counted(content.reference_lengths, edges)
+    charts = [
+        (target.name, histogram(edges, _counted(found, edges), outline, title=f"Lengths of the replies of {target.name}", colour=colour))
+        for target, found, colour in zip(evaluation.targets, content.reply_lengths, colours, strict=True)
+    ]  # fmt: skip
+    ends = _edges(max(content.prompt_lengths, default=0))
+    prompts = histogram(ends, _counted(content.prompt_lengths, ends), title="Lengths of the prompts", colour=0)  # fmt: skip
+    return [("prompts", prompts), *charts]
+
+
+def _edges(top: int) -> list[float]:
+    width = max(1, -(-(top + 1) // BINS))
+    return [float(width * place) for place in range(min(BINS, top // width + 1) + 1)]
+
+
+def _counted(found: Sequence[int], edges: Sequence[float]) -> list[int]:
+    """How many values lie between the edges; longer ones count in the last bin."""
+    numbers = [0] * (len(edges) - 1)
+    for value in found:
+        numbers[min(int(value // (edges[1] - edges[0])), len(numbers) - 1)] += 1
+    return numbers
+
+
+def _training_lengths(runs: Mapping[str, Run]) -> list[tuple[str, Markup]]:
+    """Tokens of the training examples, once per data set."""
+    charts: dict[str, tuple[str, Markup]] = {}
+    for name, run in runs.items():
+        found = run.data.get("train", {})
+        if "lengths" in found:
+            chart = histogram(found["lengths"]["edges"], found["lengths"]["numbers"], title="Tokens of the training examples", colour=0)  # fmt: skip
+            charts.setdefault(found["fingerprint"], (f"training examples of {_run_name(name)}", chart))  # fmt: skip
+    return list(charts.values())
+
+
+def _sections(run: Run) -> dict[str, list[tuple[str, str]]]:
+    """Options by section, as text."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for key, value in run.config.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append((name or section, _shown(value)))
+    return sections
+
+
+def _flat_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _shown(value)) for key, value in settings.items()]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _run_name(run: str) -> str:
+    return Path(run).name
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """What the page's policy names, so that no other script or style runs."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -1,0 +1,151 @@
+"""Run directories, read: configuration, history, best checkpoint, counts of the data. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import ConfigError
+from finetune.evaluation.uncertainty import LOWER_IS_BETTER
+from finetune.training import checkpoint
+from finetune.training.run_directory import CONFIG, DATA
+
+HISTORY = "metrics.jsonl"
+DEEPEST = 4
+"""Folders below the one asked for in which runs are looked for."""
+ALWAYS_OTHER = ("training.output_dir",)
+"""Keys whose difference says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run directory says about itself."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """Every option as `section.key`."""
+    history: Sequence[Mapping[str, Any]]
+    """The records of metrics.jsonl in order."""
+    data: Mapping[str, Any]
+    """Counts by kind (train, validation); empty for a run that wrote none."""
+    checkpoints: Sequence[int]
+    """Steps of the checkpoints that are there."""
+    best_step: int | None
+    """Step of the checkpoint that the run itself held to be best."""
+
+    @property
+    def last_step(self) -> int:
+        """How far it came."""
+        return max((int(record["step"]) for record in self.history), default=0)
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of one number of the history, such as `loss` or `eval_rouge-l`."""
+        return [
+            (float(record["step"]), float(record[key]))
+            for record in self.history
+            if isinstance(record.get(key), (int, float))
+        ]
+
+    def best(self, metric: str) -> tuple[int, float] | None:
+        """The step with the best score in training, and the score."""
+        found = [(int(step), value) for step, value in self.curve(f"eval_{metric}")]
+        if not found:
+            return None
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        return max(found, key=lambda pair: (sign * pair[1], -pair[0]))
+
+    @property
+    def scored(self) -> list[str]:
+        """Names of the scores that it wrote during training."""
+        names = (key for record in self.history for key in record if key.startswith("eval_"))
+        return list(dict.fromkeys(name.removeprefix("eval_") for name in names))
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`; ConfigError when there is none."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{folder} is no run directory: it holds no {CONFIG}")
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(sections, dict):
+        raise ConfigError(f"{file} holds no configuration")
+    best = checkpoint.best(folder)
+    steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]
+    return Run(
+        path=folder,
+        config=dict(_flat(sections)),
+        history=list(_history(folder / HISTORY)),
+        data=_data(folder / DATA),
+        checkpoints=[step for step in steps if step is not None],
+        best_step=checkpoint.step_of(best) if best else None,
+    )
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The runs in and below `folder`, oldest first; checkpoints of a run are no runs."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder (seen from {Path.cwd()})")
+    found = []
+    for place, names, files in os.walk(folder):
+        depth = len(Path(place).relative_to(folder).parts)
+        names[:] = sorted(
+            name
+            for name in names
+            if depth < DEEPEST and not name.startswith((".", "checkpoint-"))
+        )  # fmt: skip
+        if CONFIG in files and (HISTORY in files or checkpoint.checkpoints(Path(place))):
+            found.append(Path(place))
+    return [read_run(path) for path in sorted(found, key=lambda p: (p / CONFIG).stat().st_mtime)]
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Options that are not the same in all runs, each with its value run by run; None where unset."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    rows = [(key, [run.config.get(key) for run in runs]) for key in keys]
+    return [
+        (key, values)
+        for key, values in rows
+        if key not in ALWAYS_OTHER and any(value != values[0] for value in values)
+    ]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.key` and value of every option; a list stays one value."""
+    if not isinstance(value, dict) or not value:
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _flat(inner, f"{key}.{name}" if key else str(name))
+
+
+def _history(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the torn last line of a run that was killed, or is writing just now
+        if isinstance(record, dict) and isinstance(record.get("step"), (int, float)):
+            yield record
+
+
+def _data(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); delete it") from error
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,124 @@
+"""What the scores mean, in words: the same on the page, in the terminal and in the tests."""
+
+from __future__ import annotations
+
+from finetune.evaluation.uncertainty import LOWER_IS_BETTER
+from finetune.report.folder import Comparison, Evaluation, Score, Target
+
+MINUS = "−"
+
+
+def number(metric: str, value: float | None, *, signed: bool = False) -> str:
+    """A score with one place, a loss with three; a dash where there is none."""
+    if value is None:
+        return "–"
+    places = 3 if metric.endswith("loss") else 2 if metric == "perplexity" else 1
+    text = f"{value:{'+' if signed else ''}.{places}f}"
+    return text.replace("-", MINUS)
+
+
+def interval(metric: str, score: Score | Comparison) -> str:
+    """`46.1 to 54.8`, or nothing."""
+    if score.low is None or score.high is None:
+        return ""
+    return f"{number(metric, score.low)} to {number(metric, score.high)}"
+
+
+def label(metric: str) -> str:
+    """A metric's name as people read it."""
+    return metric.replace("_", " ")
+
+
+def chance(value: float | None) -> str:
+    """A p-value as one says it."""
+    if value is None:
+        return ""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"  # fmt: skip
+
+
+def arrow(evaluation: Evaluation, target: Target, metric: str) -> str:
+    """`↑` really better than the base, `↓` worse, `→` no real difference; empty without an answer."""
+    base = evaluation.base
+    if base is None or base is target:
+        return ""
+    found = evaluation.comparison(target.name, base.name, metric)
+    return {"better": "↑", "worse": "↓", "no real difference": "→"}[found.verdict] if found else ""
+
+
+def verdict(one: Comparison) -> str:
+    """One comparison as a sentence."""
+    name = label(one.metric)
+    where = f"{interval(one.metric, one)}"
+    p = chance(one.p_holm if one.p_holm is not None else one.p)
+    inside = "; ".join(part for part in (where, p) if part)
+    told = f" ({inside})" if inside else ""
+    by = number(one.metric, one.difference, signed=True)
+    if one.verdict == "no real difference":
+        return f"No real difference between {one.a} and {one.b} in {name}: {by}{told}."
+    return f"{one.a} is {one.verdict} than {one.b} in {name}: {by}{told}."
+
+
+def verdicts(evaluation: Evaluation, metric: str) -> list[tuple[str, str]]:
+    """(kind, sentence): the best against all others, then the others against the base."""
+    best, base = evaluation.best(metric), evaluation.base
+    pairs = [(best.name, one.name) for one in evaluation.targets if one is not best]
+    if base is not None and best is not base:
+        pairs.sort(key=lambda pair: pair[1] != base.name)
+        pairs += [(one.name, base.name) for one in evaluation.targets if one not in (best, base)]
+    found = [evaluation.comparison(a, b, metric) for a, b in pairs]
+    return [(css(one), verdict(one)) for one in found if one is not None]
+
+
+def by_metric(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """(kind, sentence): the best against the base, metric by metric."""
+    base, best = evaluation.base, evaluation.best(evaluation.headline)
+    if base is None:
+        return []
+    found = [evaluation.comparison(best.name, base.name, metric) for metric in evaluation.metrics]
+    return [(css(one), verdict(one)) for one in found if one is not None]
+
+
+def css(one: Comparison) -> str:
+    """A verdict as a class of the style sheet."""
+    return one.verdict.replace(" ", "-")
+
+
+def conclusion(evaluation: Evaluation, metric: str) -> list[str]:
+    """The answer to "which one, and is it really better?", in a few sentences."""
+    best = evaluation.best(metric)
+    score = best.scores.get(metric, Score())
+    direction = "lowest" if metric in LOWER_IS_BETTER else "highest"
+    between = interval(metric, score)
+    lines = [
+        f"{best.name} has the {direction} {label(metric)} of {number_of(evaluation, tuned=True)}: "
+        f"{number(metric, score.value)}{f' ({between})' if between else ''}."
+    ]
+    base = evaluation.base
+    if base is not None and best is not base:
+        found = evaluation.comparison(best.name, base.name, metric)
+        if found is not None:
+            lines.append(verdict(found))
+    level = [
+        one.name
+        for one in evaluation.targets
+        if one not in (best, base)
+        and (found := evaluation.comparison(best.name, one.name, metric)) is not None
+        and found.verdict == "no real difference"
+    ]
+    if level:
+        lines.append(f"Between it and {listed(level)} there is no real difference.")
+    return lines
+
+
+def number_of(evaluation: Evaluation, *, tuned: bool = False) -> str:
+    """`3 checkpoints`, or `3 models` when they are of several kinds."""
+    targets = [one for one in evaluation.targets if not (tuned and one.kind == "base")]
+    targets = targets or evaluation.targets
+    one_kind = all(target.step is not None for target in targets)
+    noun = "checkpoint" if one_kind else "model"
+    return f"{len(targets)} {noun}{'' if len(targets) == 1 else 's'}"
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
