@@ -62,16 +62,22 @@ def warn(text: str) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Rows under headers; a column that holds only numbers is aligned to the right."""
+    """Rows under headers; a column of numbers, or of rich Texts that ask for it, is aligned right.
+
+    Rich Texts keep their colours on a terminal.
+    """
     if not is_main():
         return
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     numeric = [
-        bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
-        for column in range(len(headers))
+        bool(rows)
+        and all(
+            isinstance(c, (int, float)) or getattr(c, "justify", None) == "right" for c in column
+        )
+        for column in (zip(*rows, strict=True) if rows else [()] * len(headers))
     ]
     if on_terminal():
-        _rich_table(headers, cells, numeric)
+        _rich_table(headers, rows, numeric)
     else:
         _write(_stream(), "\n".join(_plain_table(headers, cells, numeric)))
 
@@ -210,7 +216,7 @@ def _rich(stderr: bool = False) -> Console:
 
 
 def _rich_table(
-    headers: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]
+    headers: Sequence[str], rows: Sequence[Sequence[object]], numeric: Sequence[bool]
 ) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -219,8 +225,13 @@ def _rich_table(
     grid = Table(box=SIMPLE_HEAD)
     for header, right in zip(headers, numeric, strict=True):
         grid.add_column(Text(header), justify="right" if right else "left", overflow="fold")
-    for row in cells:
-        grid.add_row(*(Text(cell) for cell in row))
+    for row in rows:
+        grid.add_row(
+            *(
+                cell if isinstance(cell, Text) else Text("" if cell is None else str(cell))
+                for cell in row
+            )
+        )
     _rich().print(grid)
 
 

@@ -72,7 +72,7 @@ def histogram(
     outline: Sequence[int] = (),
     *,
     title: str,
-    colour: int = 1,
+    colour: int = 0,
 ) -> Markup:
     """Bars between `edges`, with the outline of other counts in the same bins over them."""
     most = max([*bars, *outline, 1])
@@ -106,9 +106,9 @@ def ticks(low: float, high: float, most: int = 5, *, whole: bool = False) -> lis
         return [low]
     rough = span / most
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
     if whole:
-        step = max(step, 1.0)
+        step = max(float(math.ceil(step)), 1.0)
     first = math.ceil(low / step - 1e-9)
     return [round(number * step, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -14,30 +14,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__
-from finetune.evaluation.predictions import whole_file
 from finetune.report import words
 from finetune.report.charts import Point, Series, histogram, lines
-from finetune.report.content import Content, page_data, read_content
-from finetune.report.folder import Evaluation, Score, Target, goodness, read_evaluation
+from finetune.report.content import Content, page_data
+from finetune.report.folder import Evaluation, Score, Target, goodness
 from finetune.report.runs import Run, differences, read_run
 
-PAGE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
 COLOURS = 8
 BINS = 30
-
-
-def write_page(folder: Path) -> Path:
-    """Writes `report.html` beside the `evaluation.json` in `folder`, and returns its path.
-
-    Raises:
-        DataError: The folder is no whole evaluation.
-    """
-    evaluation = read_evaluation(folder)
-    with whole_file(folder / PAGE) as file:
-        file.write(page(evaluation, read_content(folder, evaluation), runs_of(evaluation)))
-    return folder / PAGE
 
 
 def runs_of(evaluation: Evaluation) -> dict[str, Run]:
@@ -69,8 +55,7 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         best=evaluation.best(headline),
         headline=headline,
         has_slices=bool(evaluation.slices),
-        lengths=_lengths(evaluation, content, colours),
-        training_lengths=_training_lengths(runs),
+        lengths=_lengths(evaluation, content, runs, colours),
         content=content,
         configs={name: _sections(run) for name, run in runs.items()},
         settings=_flat_settings(evaluation.settings),
@@ -99,7 +84,7 @@ def panels(
     evaluation: Evaluation, runs: Mapping[str, Run], colours: Sequence[int]
 ) -> list[tuple[str, Markup]]:
     """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
-    drawn = [("loss", lines(_loss_curves(evaluation, runs), title="loss"))]
+    drawn = [("loss", lines(loss_curves(evaluation, runs), title="loss"))]
     order = [evaluation.headline, *(m for m in evaluation.metrics if m != evaluation.headline)]
     drawn += [
         (words.label(metric), lines(metric_series(evaluation, metric, colours), title=metric))
@@ -130,7 +115,8 @@ def metric_series(evaluation: Evaluation, metric: str, colours: Sequence[int]) -
     return [*levels, *curves]
 
 
-def _loss_curves(evaluation: Evaluation, runs: Mapping[str, Run]) -> list[Series]:
+def loss_curves(evaluation: Evaluation, runs: Mapping[str, Run]) -> list[Series]:
+    """Training loss of every run as a thin line, validation loss with dots."""
     colours = _run_colours(evaluation)
     series = []
     for name, run in runs.items():
@@ -186,22 +172,30 @@ def _outcome(evaluation: Evaluation, metric: str) -> str:
 
 
 def _lengths(
-    evaluation: Evaluation, content: Content, colours: Sequence[int]
-) -> list[tuple[str, Markup]]:
+    evaluation: Evaluation, content: Content, runs: Mapping[str, Run], colours: Sequence[int]
+) -> list[tuple[str, str, Markup]]:
+    """(name, unit, histogram): base and best beside the references first, then what else there is."""
     everything = [content.reference_lengths, *content.reply_lengths]
     top = max((sorted(one)[int(len(one) * 0.99)] for one in everything if one), default=0)
-    edges = _edges(top)
+    edges, ends = edges_of(top), edges_of(max(content.prompt_lengths, default=0))
     outline = _counted(content.reference_lengths, edges)
+    prompts = histogram(ends, _counted(content.prompt_lengths, ends), title="Lengths of the prompts")  # fmt: skip
+    unit = "characters; line: references"
+    first = (evaluation.base, evaluation.best(evaluation.headline))
     charts = [
-        (target.name, histogram(edges, _counted(found, edges), outline, title=f"Lengths of the replies of {target.name}", colour=colour))
+        (target in first, target.name, unit, histogram(edges, _counted(found, edges), outline, title=f"Lengths of the replies of {target.name}", colour=colour))
         for target, found, colour in zip(evaluation.targets, content.reply_lengths, colours, strict=True)
     ]  # fmt: skip
-    ends = _edges(max(content.prompt_lengths, default=0))
-    prompts = histogram(ends, _counted(content.prompt_lengths, ends), title="Lengths of the prompts", colour=0)  # fmt: skip
-    return [("prompts", prompts), *charts]
+    return [
+        *[chart[1:] for chart in charts if chart[0]],
+        ("prompts", "characters", prompts),
+        *_training_lengths(runs),
+        *[chart[1:] for chart in charts if not chart[0]],
+    ]
 
 
-def _edges(top: int) -> list[float]:
+def edges_of(top: int) -> list[float]:
+    """Borders of at most `BINS` equal bins of whole numbers from 0 to beyond `top`."""
     width = max(1, -(-(top + 1) // BINS))
     return [float(width * place) for place in range(min(BINS, top // width + 1) + 1)]
 
@@ -214,14 +208,15 @@ def _counted(found: Sequence[int], edges: Sequence[float]) -> list[int]:
     return numbers
 
 
-def _training_lengths(runs: Mapping[str, Run]) -> list[tuple[str, Markup]]:
+def _training_lengths(runs: Mapping[str, Run]) -> list[tuple[str, str, Markup]]:
     """Tokens of the training examples, once per data set."""
-    charts: dict[str, tuple[str, Markup]] = {}
+    charts: dict[str, tuple[str, str, Markup]] = {}
     for name, run in runs.items():
         found = run.data.get("train", {})
         if "lengths" in found:
-            chart = histogram(found["lengths"]["edges"], found["lengths"]["numbers"], title="Tokens of the training examples", colour=0)  # fmt: skip
-            charts.setdefault(found["fingerprint"], (f"training examples of {_run_name(name)}", chart))  # fmt: skip
+            edges, numbers = found["lengths"]["edges"], found["lengths"]["numbers"]
+            chart = histogram(edges, numbers, title="Lengths of the training examples")
+            charts.setdefault(found["fingerprint"], (f"training, {_run_name(name)}", "tokens", chart))  # fmt: skip
     return list(charts.values())
 
 

@@ -66,6 +66,18 @@ class Run:
         names = (key for record in self.history for key in record if key.startswith("eval_"))
         return list(dict.fromkeys(name.removeprefix("eval_") for name in names))
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `finetune runs --json` says of it."""
+        best = {name: self.best(name) for name in self.scored}
+        return {
+            "path": str(self.path),
+            "steps": self.last_step,
+            "checkpoints": list(self.checkpoints),
+            "best": {name: {"step": found[0], "value": found[1]} for name, found in best.items() if found},
+            "config": dict(self.config),
+        }  # fmt: skip
+
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`; ConfigError when there is none."""

@@ -25,8 +25,6 @@ function differences(reference, reply) {
       table[i * width + j] = one[start + i] === other[start + j]
         ? table[(i + 1) * width + j + 1] + 1
         : Math.max(table[(i + 1) * width + j], table[i * width + j + 1]);
-  const common = start + (one.length - oneEnd) + table[0];
-  if (common < LEAST_COMMON * Math.max(one.length, other.length)) return null;
   const runs = [];
   const add = (kind, text) => {
     const last = runs[runs.length - 1];
@@ -40,5 +38,34 @@ function differences(reference, reply) {
     else { add("extra", other[start + j]); j++; }
   }
   add("same", one.slice(oneEnd).join(""));
-  return runs;
+  return alike(runs) < LEAST_COMMON ? null : joined(runs);
+}
+
+// Share of the longer text that stands in both, white space aside.
+function alike(runs) {
+  const letters = { same: 0, extra: 0, missing: 0 };
+  for (const [kind, text] of runs) letters[kind] += text.replace(/\s+/g, "").length;
+  return letters.same / Math.max(letters.same + Math.max(letters.extra, letters.missing), 1);
+}
+
+// Changes with nothing but space between them become one: what is missing, then what is extra.
+function joined(runs) {
+  const found = [];
+  let missing = "", extra = "", space = "";
+  const flush = () => {
+    if (missing.trim()) found.push(["missing", missing]);
+    if (extra) found.push([extra.trim() ? "extra" : "same", extra]);
+    if (space) found.push(["same", space]);
+    missing = extra = space = "";
+  };
+  for (const [kind, text] of runs) {
+    if (kind === "same" && !text.trim() && (missing || extra)) { space += text; continue; }
+    if (kind === "same") { flush(); found.push([kind, text]); continue; }
+    missing += space;
+    extra += space;
+    space = "";
+    if (kind === "missing") missing += text; else extra += text;
+  }
+  flush();
+  return found;
 }

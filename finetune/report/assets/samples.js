@@ -58,17 +58,16 @@ function turnsOf(prompt) {
 function card(data, view, place) {
   const sample = data.samples[place];
   const slices = Object.entries(sample.slices).map(([name, value]) => element("span", null, label(name) + ": " + value));
-  const asked = element("div", { class: "asked" },
+  const asked = element("div", null,
     ...(sample.images || []).map((picture) => pictureOf(data, picture)),
     element("div", { class: "prompt text", tabindex: "0", role: "group", "aria-label": "Prompt" },
       ...turnsOf(sample.prompt).flatMap(([role, text]) => [role ? element("span", { class: "role" }, role) : null, ...found(text, view.search)])),
     element("div", { class: "reference" }, element("span", { class: "role" }, "reference"),
       element("div", { class: "text" }, ...found(sample.reference, view.search))));
-  const order = data.targets.map((_, target) => target);
-  const given = element("div", { class: "given" }, ...order.map((target) => replyOf(data, view, sample, target)));
+  const given = element("div", { class: "given" }, ...data.targets.map((_, target) => replyOf(data, view, sample, target)));
   return element("article", { class: "card", tabindex: "-1", "aria-label": "Sample " + sample.number },
     element("header", null, element("b", null, "#" + sample.number), element("span", null, sample.where), ...slices),
-    element("div", { class: "columns" }, asked, given));
+    element("div", { class: "columns" }, element("div", { class: "asked" }, asked), given));
 }
 
 function pictureOf(data, picture) {
