@@ -9,7 +9,9 @@ import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json, data_app
-from finetune.cli.inputs import check_inputs, model_in
+from finetune.cli.export_commands import Base, export_app
+from finetune.cli.inputs import check_inputs, model_in, models_in
+from finetune.cli.report_commands import report_app
 
 app = typer.Typer(
     epilog="`finetune.py configs/lora.yaml` without a command trains. `finetune schema --markdown` "
@@ -20,14 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(export_app)
+app.add_typer(report_app)
 
 Target = Annotated[
     str,
     typer.Argument(help="A run, a checkpoint, an adapter, a merged model, or a base model."),
-]
-Base = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER", help="The base model, when it is not where the adapter says."),
 ]
 BatchSize = Annotated[
     int, typer.Option(metavar="N", min=1, help="Prompts generated at once, per process.")
@@ -36,7 +36,7 @@ MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest rep
 
 
 Replies = Literal["every_reply", "last_reply"]
-Dtype = Literal["bfloat16", "float16", "float32"]
+BleuUnit = Literal["word", "character"]
 
 
 def _show_version(asked: bool) -> None:
@@ -82,7 +82,7 @@ def train(
     with console.json_output(as_json) as emit:
         for note in loaded.notes:
             console.warn(note)
-        check_inputs(loaded.config)
+        check_inputs(loaded)
         from finetune.training.run import train as run
 
         emit(run(loaded.config, config))
@@ -90,7 +90,12 @@ def train(
 
 @app.command()
 def evaluate(
-    target: Target,
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Runs (all their checkpoints), checkpoints, adapters, merged or base models."
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,14 +103,26 @@ def evaluate(
             help="Held-out file, glob or folder; repeatable. By default those of the run.",
         ),
     ] = None,
+    base: Annotated[
+        bool,
+        typer.Option(
+            "--base",
+            help="Score the untuned model too. Where it lies elsewhere now, name it as a target.",
+        ),
+    ] = False,
+    predictions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Replies made elsewhere, scored as they are; repeatable."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="For scores.json and predictions.jsonl; by default beside the target.",
+            help="For evaluation.json and predictions/; by default beside the target.",
         ),
     ] = None,
-    base: Base = None,
     replies: Annotated[
         Replies | None, typer.Option(help="Which replies of a dialogue to generate.")
     ] = None,
@@ -119,12 +136,26 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Prompts generated at once.")
     ] = None,
+    bleu_unit: Annotated[
+        BleuUnit, typer.Option(help="`character` for LLaMA-Factory's BLEU and ROUGE.")
+    ] = "word",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Your own metric: texts of reply and reference -> a number; repeatable.",
+        ),
+    ] = None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A general set; its loss tells what was forgotten."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model's replies against held-out dialogues.
+    """Score models' replies against held-out dialogues, and say which differences are real.
 
-    What is not said here is as in the run that saved the model, so that the numbers are those of
-    its training.
+    What is not said here is as in the run that saved the (first) model, so that the numbers are
+    those of its training. What was generated before is not generated again.
     """
     changes = {
         "replies": replies,
@@ -133,10 +164,18 @@ def evaluate(
         "batch_size": batch_size,
     }
     with console.json_output(as_json) as emit:
-        target = model_in(target)
+        models = models_in(targets or ())
+        from finetune.evaluation.evaluate import Options
         from finetune.evaluation.evaluate import evaluate as run
+        from finetune.evaluation.scoring import Scoring
 
-        emit(run(target, data or (), output=output, base=base, changes=changes))
+        options = Options(
+            with_base=base,
+            predictions=tuple(predictions or ()),
+            scoring=Scoring(bleu_unit, tuple(metric or ())),
+            general=tuple(general or ()),
+        )
+        emit(run(models, data or (), output=output, changes=changes, options=options))
 
 
 @app.command()
@@ -159,72 +198,6 @@ def predict(
 
         options = PredictOptions(max_new_tokens=max_new_tokens, batch_size=batch_size)
         emit(run(target, data, output, base=base, options=options))
-
-
-@app.command()
-def merge(
-    adapter: Annotated[Path, typer.Argument(help="An adapter, a checkpoint, or a run.")],
-    output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="The folder to write; must not exist yet.")
-    ],
-    base: Base = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Number format to write; by default the base's.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Merge even when the base is not the adapter's own.")
-    ] = False,
-    check: Annotated[
-        bool, typer.Option(help="Compare forward passes of merged and adapted model.")
-    ] = True,
-    as_json: Json = False,
-) -> None:
-    """Fold an adapter into its base: a plain checkpoint."""
-    with console.json_output(as_json) as emit:
-        from finetune.export.merge import merge as run
-
-        where = Path(base) if base else None
-        report = run(adapter, output, base=where, dtype=dtype, force=force, check=check)
-        for note in report.notes:
-            console.say(f"note: {note}")
-        console.say(
-            f"{report.output}: {report.source} merged into {report.base}, {report.num_updated} "
-            f"tensors updated, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
-        )
-        if report.largest_difference is not None:
-            console.say(f"largest difference of the logits: {report.largest_difference:.2e}")
-        emit(report)
-
-
-@app.command()
-def export(
-    source: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A model, an adapter, or a run.")
-    ],
-    layout: Annotated[
-        Literal["published", "hf"],
-        typer.Option(help="published: model_type chatglm. hf: transformers' glm."),
-    ],
-    output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="The folder to write; must not exist yet.")
-    ],
-    check: Annotated[bool, typer.Option(help="Compare forward passes in both layouts.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Write a GLM-4 text model in its other layout."""
-    with console.json_output(as_json) as emit:
-        from finetune.export.convert import export_model as run
-
-        report = run(source, output, layout=layout, check=check)
-        for note in report.notes:
-            console.say(f"note: {note}")
-        console.say(
-            f"{report.output}: {report.source} in the {report.layout} layout, {report.num_tensors} "
-            f"tensors, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
-        )
-        if report.largest_difference is not None:
-            console.say(f"largest difference of the logits: {report.largest_difference:.2e}")
-        emit(report)
 
 
 @app.command()

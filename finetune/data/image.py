@@ -76,12 +76,12 @@ def read_image(path: str | Path) -> Image:
         return _rgb(ImageOps.exif_transpose(image))
 
 
-def check_image(path: str | Path) -> None:
-    """Raises ImageError unless the whole file can be decoded.
+def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises ImageError unless the whole file can be decoded and has at most `max_pixels`.
 
     JPEGs are decoded at an eighth of their size, which reads every byte of them too.
     """
-    with _opened(path) as image:
+    with _opened(path, max_pixels) as image:
         image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
 
@@ -116,30 +116,30 @@ def shown(path: str, size: int, where: str) -> npt.NDArray[np.float32]:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image]:
+def _opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image]:
     """The file, its header read and its size checked; whatever its decoder raises is an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     file = Path(path)
-    if not file.is_file():
-        raise ImageError("there is no such file" if not file.exists() else "it is not a file")
     try:
+        if not file.is_file():
+            raise ImageError("there is no such file" if not file.exists() else "it is not a file")
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(_too_large(f"{image.width} x {image.height} pixels"))
+            if image.width * image.height > max_pixels:
+                raise ImageError(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
             yield image
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"it is no image in one of the formats {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(_too_large("far too many pixels")) from None
+        raise ImageError(_too_large("far too many pixels", max_pixels)) from None
     except Exception as error:  # decoders raise anything on damaged files
         raise ImageError(f"it cannot be decoded: {error}") from error
 
 
-def _too_large(size: str) -> str:
-    return f"it has {size}, more than {MAX_PIXELS:,}; make it smaller"
+def _too_large(size: str, limit: int) -> str:
+    return f"it has {size}, more than {limit:,}; make it smaller"
 
 
 def _rgb(image: Image) -> Image:

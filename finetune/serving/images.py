@@ -1,0 +1,67 @@
+"""Images of a request: data URLs become files of its own folder; nothing else is ever opened.
+
+An address is not fetched and a path is not read, so that a request reaches neither the network nor
+the server's disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data.image import ImageError, check_image
+from finetune.serving.errors import bad_request
+
+MAX_PIXELS = 25_000_000
+"""Largest image that is decoded, 5000 x 5000; the model sees it at 1120 x 1120."""
+
+
+def with_image_files(messages: Sequence[Any], folder: Path) -> list[Any]:
+    """The messages with every data URL written into `folder`; ApiError for any other image."""
+    return [
+        _message(message, f"messages.{place}", folder) for place, message in enumerate(messages)
+    ]
+
+
+def _message(message: Any, where: str, folder: Path) -> Any:
+    if not isinstance(message, dict):
+        return message
+    if message.get("image") is not None:
+        raise bad_request(f"an image comes as an image_url part of content, {_ONLY}", where)
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts = [_part(part, f"{where}.content.{at}", folder) for at, part in enumerate(content)]
+    return {**message, "content": parts}
+
+
+def _part(part: Any, where: str, folder: Path) -> Any:
+    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+        return part
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    if part["type"] == "image" or not isinstance(url, str) or not url.startswith("data:"):
+        raise bad_request(f"an image comes as an image_url part, {_ONLY}", where)
+    path = folder / f"{len(list(folder.iterdir()))}"
+    path.write_bytes(_bytes_of(url, where))
+    try:
+        check_image(path, max_pixels=MAX_PIXELS)
+    except ImageError as error:
+        raise bad_request(f"the image cannot be shown: {error}", where) from error
+    return {"type": "image", "image": str(path)}
+
+
+_ONLY = "its url a data URL (data:image/png;base64,...): no address is fetched, no path is read"
+
+
+def _bytes_of(url: str, where: str) -> bytes:
+    head, comma, data = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise bad_request("the data URL is not data:image/...;base64,...", where)
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise bad_request(f"the data URL holds no base64: {error}", where) from error

@@ -1,0 +1,173 @@
+"""`finetune serve`: a model behind an address of this machine until it is told to stop."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from finetune import console
+from finetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.serving.engine import Engine
+
+KEY_VARIABLE = "FINETUNE_API_KEY"
+MIN_KEY = 16
+"""Characters of a key; nothing limits how often one may be guessed."""
+GRACE_SECONDS = 30
+"""After the first signal, replies that are being written may come to their end for so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Where the model is served, and what is taken."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    name: str | None = None
+    """The model's id for clients; by default the last part of the target."""
+    api_key_file: Path | None = None
+    allow_hosts: tuple[str, ...] = ()
+    max_new_tokens: int = 1024
+    """Longest reply of a request that names no length."""
+    context: int | None = None
+    """Bound on prompt and reply together, below the model's own."""
+    batch_size: int = 8
+    max_requests: int = 64
+    """Requests in work at once, those that wait among them."""
+    max_request_mb: int = 16
+
+
+def serve(
+    target: str, *, shown_as: str, base: str | None = None, options: ServeOptions = ServeOptions()
+) -> None:
+    """Opens `target` and answers requests until SIGTERM or Ctrl-C.
+
+    Args:
+        target: what `open_model` opens.
+        shown_as: what the user called it.
+        base: the adapter's base where its own record is out of date.
+        options: where, and what is taken.
+
+    Raises:
+        ConfigError: the address cannot be had, or the key for it is missing.
+        ModelError: `target` cannot be opened.
+    """
+    _check_installed()
+    listener = _bound(options.host, options.port)
+    with listener:
+        key = _key(options, listener)
+        console.say(f"opening {target} ...")
+        from finetune.evaluation.generate import context_length
+        from finetune.evaluation.open import open_model
+        from finetune.serving.app import Limits, make_app
+        from finetune.serving.engine import Engine
+        from finetune.serving.guard import Access
+        from finetune.serving.request import Rules
+
+        opened = open_model(target, base=base)
+        limits = [n for n in (options.context, context_length(opened.model)) if n is not None]
+        rules = Rules(
+            name=options.name or Path(shown_as).name,
+            template=opened.template,
+            context=min(limits, default=None),
+            max_new_tokens=options.max_new_tokens,
+        )
+        engine = Engine(opened.model, opened.template, batch_size=options.batch_size)
+        names = {"localhost", options.host.lower(), *(name.lower() for name in options.allow_hosts)}
+        app = make_app(
+            engine,
+            rules,
+            Limits(options.max_requests, options.max_request_mb << 20),
+            Access(names, key),
+        )
+        console.say(f"{rules.name} answers at {_url(listener)}/v1; Ctrl-C stops it")
+        _run(app, engine, listener)
+    console.say("stopped")
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"serving needs {' and '.join(missing)}: pip install 'glm4-finetune[serve]'"
+        )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address but does not listen yet: clients wait for the model elsewhere."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror or error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"{host}:{port} cannot be had: {error.strerror}") from error
+    return listener
+
+
+def _key(options: ServeOptions, listener: socket.socket) -> bytes | None:
+    """The API key; ConfigError when one is needed and not there. It is never printed."""
+    source, key = f"the variable {KEY_VARIABLE}", os.environ.get(KEY_VARIABLE, "")
+    if options.api_key_file is not None:
+        source = str(options.api_key_file)
+        try:
+            key = options.api_key_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {source} cannot be read: {error}") from error
+    key = key.strip()
+    if key and len(key) < MIN_KEY:
+        raise ConfigError(f"the API key in {source} is shorter than {MIN_KEY} characters")
+    if key:
+        return key.encode()
+    address = listener.getsockname()[0]
+    if options.api_key_file is not None:
+        raise ConfigError(f"--api-key-file {source} is empty")
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise ConfigError(
+            f"--host {options.host} can be reached from other machines, which needs an API key: set "
+            f"{KEY_VARIABLE} or give --api-key-file FILE"
+        )
+    return None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _run(app: object, engine: Engine, listener: socket.socket) -> None:
+    """Serves until a signal; a second one ends at once. Returns when everything is closed."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]  # any ASGI application
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = uvicorn.Server(config)
+
+    def stop(sig: int, frame: FrameType | None) -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+        engine.drain()
+
+    # Instead of uvicorn's own, which ends the process with the signal once more.
+    server.handle_exit = stop  # type: ignore[method-assign]
+    server.run(sockets=[listener])
