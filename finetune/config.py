@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+NotEmpty = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 RowFormat = Literal["auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3"]
@@ -35,7 +36,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which checkpoint is tuned, and in which number format."""
 
-    path: str
+    path: NotEmpty
     """A folder, or a hub id such as `THUDM/glm-4-9b-chat`; either published layout."""
 
     revision: str | None = None
@@ -46,6 +47,9 @@ class ModelSection(Section):
 
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; `auto` leaves the choice to transformers (sdpa)."""
+
+    quantization: Literal["nf4"] | None = None
+    """QLoRA: the frozen linear layers are held in 4 bits; `method.kind: lora` only, needs the extra `qlora` (bitsandbytes)."""
 
     freeze: list[str] = []
     """Parts of the model that stay as they are: name parts or regexes searched in parameter names, such as `vision` or `layers\\.[0-9]\\.`."""
@@ -174,7 +178,7 @@ Method = Annotated[LoraMethod | PTuningV2Method | FullMethod, Field(discriminato
 class TrainingSection(Section):
     """The optimisation and what a run leaves on disk."""
 
-    output_dir: str
+    output_dir: NotEmpty
     """The run directory; relative to the working directory."""
 
     max_steps: Positive | None = None
@@ -221,6 +225,9 @@ class TrainingSection(Section):
 
     keep_checkpoints: Positive = 3
     """How many of the newest checkpoints stay; the best one stays besides."""
+
+    on_full_disk: Literal["continue", "stop"] = "continue"
+    """When there is no room for a checkpoint: `continue` warns and tries again at the next save, `stop` ends the run with exit code 6. The last one of a run is missed only with that code."""
 
     resume: str = "auto"
     """`auto`: from the newest good checkpoint of `output_dir` if there is one; `never`: refuse to start over an old run; or a checkpoint folder."""

@@ -39,6 +39,7 @@ class _Values:
 def broken_rules(tree: Any) -> Iterator[tuple[Key, str]]:
     """Keys that contradict each other, each with what to do."""
     values = _Values(tree)
+    yield from _model(values)
     yield from _training(values)
     yield from _deepspeed(values)
     yield from _evaluation(values)
@@ -56,6 +57,17 @@ def without_effect(tree: Any) -> Iterator[tuple[Key, str]]:
         for name in ("every_steps", "at_start"):
             if values.raw("evaluation", name):
                 yield ("evaluation", name), "has no effect: there is no data.validation"
+
+
+def _model(values: _Values) -> Iterator[tuple[Key, str]]:
+    if not values.given("model", "quantization"):
+        return
+    key: Key = ("model", "quantization")
+    kind = values.raw("method", "kind")
+    if kind in ("full", "ptuning_v2"):
+        yield key, f"holds weights in 4 bits, which method.kind {kind} cannot train: choose lora"
+    if values.given("deepspeed", "config") or values("deepspeed", "zero_stage") == 3:
+        yield key, "cannot be sharded by ZeRO-3: choose deepspeed.zero_stage 2 or less"
 
 
 def _training(values: _Values) -> Iterator[tuple[Key, str]]:

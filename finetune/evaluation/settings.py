@@ -27,6 +27,7 @@ class Settings:
     evaluation: EvaluationSection
     dtype: str = "auto"
     attention: str = "auto"
+    quantization: str | None = None
     loss_batch_size: int = 8
     """Examples per forward pass for the loss."""
     seed: int = 0
@@ -86,6 +87,7 @@ def settings_of(target: str | Path) -> Settings:
         evaluation=config.evaluation,
         dtype=config.model.dtype,
         attention=config.model.attention,
+        quantization=config.model.quantization,
         loss_batch_size=config.training.batch_size,
         seed=config.training.seed,
     )

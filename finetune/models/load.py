@@ -17,6 +17,7 @@ from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from finetune.models.documents import DOCUMENT_SDPA
 from finetune.models.loss import SupervisedHead, SupervisedLoss
+from finetune.models.quantization import check_widths, four_bits
 from finetune.weights import model_fingerprint, weight_files
 
 __all__ = ["family", "load_model", "local_folder", "lora_targets", "model_fingerprint"]
@@ -67,6 +68,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     attention: str = "auto",
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """Return the model of a folder or hub id, in eval mode; with labels it returns only a loss.
 
@@ -77,6 +79,7 @@ def load_model(
         revision: The hub revision when `path` is a hub id.
         dtype: bfloat16, float16, float32, or auto: bfloat16 on a GPU that has it, else float32.
         attention: sdpa, eager, flash_attention_2, or auto: transformers' own choice.
+        quantization: nf4 holds the text's linear layers in 4 bits while they are loaded.
 
     Raises:
         ModelError: The folder is no such checkpoint, or this machine cannot run what is asked for.
@@ -84,6 +87,7 @@ def load_model(
     folder = local_folder(path, revision)
     config_class, model_class = _CLASSES[family(_read_config(folder))]
     implementation = _attention(attention)
+    extra = four_bits(_dtype(dtype)) if quantization == "nf4" else {}
     weight_files(folder)  # says what is missing better than transformers does
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
@@ -98,12 +102,15 @@ def load_model(
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **extra,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded: {error}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     _check_complete(folder, report)
+    if quantization:
+        check_widths(model)
     text = model.config.get_text_config()
     if text._attn_implementation == "sdpa":
         text._attn_implementation = DOCUMENT_SDPA

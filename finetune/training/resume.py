@@ -44,6 +44,7 @@ RULES: dict[str, Rule] = {
     "model.revision": Rule.FREE,
     "model.dtype": Rule.FREE,  # the fact "dtype" is compared
     "model.attention": Rule.CHANGE,
+    "model.quantization": Rule.MATCH,
     "model.freeze": Rule.MATCH,
     "data.train": Rule.FREE,  # the fact "data" is compared
     "data.validation": Rule.CHANGE,
@@ -77,6 +78,7 @@ RULES: dict[str, Rule] = {
     "training.log_every_steps": Rule.FREE,
     "training.save_every_steps": Rule.FREE,
     "training.keep_checkpoints": Rule.FREE,
+    "training.on_full_disk": Rule.FREE,
     "training.resume": Rule.FREE,
     "training.report_to": Rule.FREE,
     "training.process_timeout_minutes": Rule.FREE,

@@ -70,7 +70,12 @@ def load_tunable(config: RunConfig, processes: Processes) -> Tunable:
     base = BaseRecord(_lasting(config.model.path), config.model.revision, model_fingerprint(folder))
     weights = str(precision.weights).removeprefix("torch.")
     with zero.loading(arguments, weights):
-        model = load_model(folder, dtype=weights, attention=config.model.attention)
+        model = load_model(
+            folder,
+            dtype=weights,
+            attention=config.model.attention,
+            quantization=config.model.quantization,
+        )
     # Adapters start from the same numbers in every process and in every run of a seed.
     torch.manual_seed(config.training.seed)
     model = methods.attach(
