@@ -43,6 +43,7 @@ def halves(family: str, tokens: int, folder: Path) -> dict[str, Any]:
 
     loss, gradients = backward(load_model(folder, attention="sdpa").train(), slice(0, tokens))
     model = load_model(folder, attention="sdpa").train()
+    model.config._attn_implementation = "sdpa"  # the function that Ulysses puts itself around
     UlyssesSPAttentionHF.register_with_transformers(
         model, "sdpa", sequence_parallel_size=2, micro_batch_size=1
     )
