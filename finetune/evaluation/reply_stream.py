@@ -27,14 +27,15 @@ class ReplyStream:
         """The reply so far, without its stop."""
         self.over = False
         """The model ended the reply, with a stop or with a control token that no reply holds."""
-        self._template = template
-        self._tokenizer = template.tokenizer
-        self._control = frozenset(self._tokenizer.control_ids.values()) | set(template.stop_ids)
-        self._next_call = self._tokenizer.control_ids["<|assistant|>"]
+        self._plain = template.tokenizer.plain
+        self._control = frozenset(template.tokenizer.control_ids.values()) | set(template.stop_ids)
+        self._next_call = template.tokenizer.control_ids["<|assistant|>"]
         self._offers_tools = bool(tools)
         self._calls = 0
-        self._begin()
-        self._opening: list[Piece] = self._feed(template.layout.suffix)  # `\n<think>` of GLM-Z1
+        self._characters = _Characters(self._plain)
+        self._head: str | None = ""
+        self._is_call = False
+        self._opening = self._feed(template.layout.suffix)  # `\n<think>` of GLM-Z1
 
     def take(self, token: int) -> list[Piece]:
         """What the next token adds that can be shown."""
@@ -43,38 +44,24 @@ class ReplyStream:
             return opening
         if token == self._next_call and self._is_call:
             self.ids.append(token)
-            rest = self.finish()
+            opening += self.finish()
             self._calls += 1
-            self._begin()
-            return opening + rest
+            self._characters = _Characters(self._plain)
+            self._head, self._is_call = "", False
+            return opening
         if token in self._control:
             self.over = True
             return opening
         self.ids.append(token)
-        self._undecoded.append(token)
-        text = self._decoder.step(self._tokenizer.plain, token) or ""
-        self._decoded += len(text)
-        return opening + self._feed(text)
+        return opening + self._feed(self._characters.step(token))
 
     def finish(self) -> list[Piece]:
         """What is left at the end: the start of a character that never came to its end."""
-        opening, self._opening = self._opening, []
-        whole = str(self._tokenizer.plain.decode(self._undecoded, skip_special_tokens=False))
-        pieces = opening + self._feed(whole[self._decoded :])
-        self._decoded = len(whole)
+        pieces = self._opening + self._feed(self._characters.rest())
         if self._head:
             pieces.append(Piece(self._head))
-        self._head = None
+        self._head, self._opening = None, []
         return pieces
-
-    def _begin(self) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._decoder = DecodeStream(skip_special_tokens=False)
-        self._undecoded: list[int] = []
-        self._decoded = 0
-        self._head: str | None = ""
-        self._is_call = False
 
     def _feed(self, text: str) -> list[Piece]:
         """A plain reply opens with a line break, a call with the function's name and a line break."""
@@ -92,3 +79,26 @@ class ReplyStream:
         if self._is_call:
             return [Piece(rest, self._calls, name)]
         return [Piece(said)] if said else []
+
+
+class _Characters:
+    """Tokens -> text, each character when its last byte is there."""
+
+    def __init__(self, plain: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._plain = plain
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._told = 0
+
+    def step(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._stream.step(self._plain, token) or ""
+        self._told += len(text)
+        return text
+
+    def rest(self) -> str:
+        text = str(self._plain.decode(self._ids, skip_special_tokens=False))[self._told :]
+        self._told += len(text)
+        return text
