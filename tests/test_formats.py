@@ -288,6 +288,29 @@ def test_a_csv_row_is_read_like_any_other() -> None:
     assert to_conversation(listed) == messages(USER, REPLY)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "<image>Q"}, REPLY], "images": ["a/x.png"]},
+        {"conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}],
+         "image": "a/x.png"},
+        {"instruction": "<image>Q", "output": "A", "images": ["a/x.png"]},
+        {"messages": [{**USER, "image": "a/x.png"}, REPLY]},
+    ],
+)  # fmt: skip
+def test_an_image_column_with_a_placeholder_in_front_is_an_image_of_the_first_message(
+    row: dict[str, Any],
+) -> None:
+    question, reply = to_conversation(row).messages
+    assert (question.content, question.image) == ("Q", "a/x.png")
+    assert reply.image is None
+
+
+def test_a_placeholder_without_an_image_is_text() -> None:
+    said = to_conversation({"prompt": "What does <image> do in SVG?", "response": "A"}).messages[0]
+    assert (said.content, said.image) == ("What does <image> do in SVG?", None)
+
+
 # Whatever a row holds
 
 MIXED = [
@@ -296,6 +319,7 @@ MIXED = [
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, REPLY], "system": "S"},
     {"instruction": "I", "input": "N", "output": "O", "history": [["q", "a"]]},
     {"prompt": "Q", "response": "A", "tools": "[]", "images": None},
+    {"messages": [{"role": "user", "content": "<image>Q"}, REPLY], "images": ["x.png"]},
 ]  # fmt: skip
 scalars = st.sampled_from(
     [None, True, 0, -1, 1.5, "", " ", "x", "[", "{}", "[]", '["x"]', '{"name": "f", "arguments": {}}', "user", "tool", "function_call", "\ud800"]

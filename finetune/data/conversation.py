@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "observation"]
 Purpose = Literal["train", "predict"]
+PLACEHOLDER = "<image>"
+"""What LLaMA-Factory and LLaVA write into the text where an image stands."""
 
 
 class RowError(ValueError):
@@ -170,6 +172,18 @@ def _check_images(messages: Sequence[Message], at: Sequence[int]) -> None:
             raise RowError(f"message {position}: an image on {message.role!r}; only users show one")
         if users > 1:
             raise RowError(f"message {position}: GLM-4V takes one image, in the first user message")
+    if users and any(m.image for m in messages):
+        _check_placeholders(messages, at)
+
+
+def _check_placeholders(messages: Sequence[Message], at: Sequence[int]) -> None:
+    """Raise RowError when a text still says where another framework would put the image."""
+    for message, position in zip(messages, at, strict=True):
+        if PLACEHOLDER in message.content:
+            raise RowError(
+                f"message {position}: {PLACEHOLDER} stands in the text, but GLM-4V shows its one "
+                "image before the first question; remove it"
+            )
 
 
 def _check_text(messages: Sequence[Message], at: Sequence[int]) -> None:

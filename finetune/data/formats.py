@@ -7,12 +7,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune.data import strict_json
-from finetune.data.conversation import Conversation, Message, Purpose, RowError, validate
+from finetune.data.conversation import (
+    PLACEHOLDER,
+    Conversation,
+    Message,
+    Purpose,
+    RowError,
+    validate,
+)
 from finetune.data.tool_calls import order_results, read_tools
-from finetune.data.turns import Turns
+from finetune.data.turns import Turns, check_image_path
 
 FORMATS = ("messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3")
 _LISTS = {"messages": "messages", "openai": "messages"}  # the others: "conversations"
@@ -99,7 +107,7 @@ def to_conversation(
         turns = _pair(row, columns, purpose)
     else:
         turns = _listed(row, _LISTS.get(fmt, "conversations"))
-    messages = turns.messages
+    messages = _with_image(turns.messages, row)
     if turns.call_ids:
         messages = order_results(messages, turns.call_ids, turns.positions)
     conversation = Conversation(tuple(messages), turns.tools, where)
@@ -126,13 +134,40 @@ def _start(row: Mapping[str, Any]) -> Turns:
     if len(row) == 1:
         return turns
     turns.tools = read_tools(row.get("tools") or row.get("functions"))
-    for key in ("images", "image", "videos", "audios"):
+    for key in ("videos", "audios"):
         if row.get(key):
-            raise RowError(f"{key}: write the path as 'image' of the first user message")
+            raise RowError(f"{key}: GLM-4 takes text, and GLM-4V one image")
     system = row.get("system")
     if system:
         turns.add(Message("system", _column(row, "system")), 0)
     return turns
+
+
+def _with_image(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
+    """The messages with the image that a column of the row names.
+
+    LLaMA-Factory writes a list `images`, LLaVA `image`, and both a placeholder in the text. GLM-4V
+    shows its image before the first question, so that is the only place where one may stand.
+    """
+    column = next((key for key in ("images", "image") if row.get(key)), None)
+    if column is None:
+        return messages
+    value = row[column]
+    path = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(path, str):
+        raise RowError(f"{column}: GLM-4V takes one image, named by its path")
+    check_image_path(path, column)
+    first = next((n for n, m in enumerate(messages) if m.role == "user"), None)
+    if first is None:
+        raise RowError(f"{column}: there is no user message to show it with")
+    message = messages[first]
+    if message.image is not None:
+        raise RowError(f"{column}: the first user message names an image too; keep one of them")
+    text = message.content.lstrip()
+    if text.startswith(PLACEHOLDER):
+        text = text.removeprefix(PLACEHOLDER).removeprefix("\n")
+        message = replace(message, content=text)
+    return [*messages[:first], replace(message, image=path), *messages[first + 1 :]]
 
 
 def _column(row: Mapping[str, Any], name: str) -> str:

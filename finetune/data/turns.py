@@ -106,7 +106,7 @@ class Turns:
                 text, image = _parts(content, position)
                 path = item.get("image", image)
                 if path is not None:
-                    _check_image(path, position)
+                    check_image_path(path, f"message {position}: image")
                 self.add(_message(item, "user", text, position, image=path), position)
 
     def _system(self, item: Mapping[str, Any], content: Any, position: int) -> None:
@@ -257,17 +257,18 @@ def _parts(content: Any, position: int) -> tuple[str, str | None]:
         elif kind in ("image", "image_url") and image is None:
             image = part.get("image", part.get("image_url"))
             image = image.get("url") if isinstance(image, dict) else image
-            _check_image(image, position)
+            check_image_path(image, f"message {position}: image")
         else:
             _fail(position, "content is a list with more than text parts and one image part")
     return "".join(texts), image
 
 
-def _check_image(path: Any, position: int) -> None:
+def check_image_path(path: Any, what: str) -> None:
+    """Raise RowError unless the value can be the path of a file; `what` begins the reason."""
     if not isinstance(path, str) or not path or "\0" in path:
-        _fail(position, "image is not a path")
+        raise RowError(f"{what} is not a path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
-        _fail(position, f"image {path[:40]!r} is a URL; only paths of files are opened")
+        raise RowError(f"{what} {path[:40]!r} is a URL; only paths of files are opened")
 
 
 def _check_keys(item: Mapping[str, Any], position: int) -> None:
