@@ -16,7 +16,7 @@ from adapters import logits, make_adapter, make_base, peft_merged, weights_of
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.export import merge as merging
 from finetune.export.merge import merge
 from finetune.export.numbers import narrow, widen
@@ -170,6 +170,53 @@ def test_all_but_the_changed_tensors_is_carried_over_byte_for_byte(tmp_path: Pat
             is_target = tensor.name.endswith("query_key_value.weight")
             assert (before[part] != after[part]) == is_target, tensor.name
     assert checkpoint.verify(out) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_adapters_add_up_as_in_peft_s_add_weighted_adapter(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = make_base(tmp_path / "base", dtype)
+    kinds: list[tuple[dict[str, Any], float]] = [({"r": 4}, 0.5), ({"r": 8, "use_rslora": True}, -0.3)]  # fmt: skip
+    folders = [
+        make_adapter(tmp_path / f"adapter-{seed}", base, seed=seed, **options)
+        for seed, (options, _) in enumerate(kinds)
+    ]
+    weights = [weight for _, weight in kinds]
+    merge(list(zip(folders, weights, strict=True)), tmp_path / "out")  # with its own check
+    model = PeftModel.from_pretrained(load_model(base), str(folders[0]), adapter_name="0")
+    model.load_adapter(str(folders[1]), adapter_name="1")
+    model.add_weighted_adapter(["0", "1"], weights, "sum", combination_type="cat")
+    model.set_adapter("sum")
+    expected, found = model.merge_and_unload().state_dict(), weights_of(tmp_path / "out")
+    changed = 0
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name].to(dtype), rtol=2**-7, atol=1e-6), name
+        changed += not torch.equal(tensor, weights_of(base)[name])
+    assert changed == 12  # six matrices in two layers
+
+
+def test_one_adapter_may_be_weakened_and_what_cannot_be_added_up_is_refused(
+    tmp_path: Path,
+) -> None:
+    base = make_base(tmp_path / "base")
+    plain, dora = make_adapter(tmp_path / "a", base), make_adapter(tmp_path / "d", base, use_dora=True)  # fmt: skip
+    whole = make_adapter(tmp_path / "w", base, modules_to_save=["lm_head"])
+    merge([(plain, 0.5)], tmp_path / "half")
+    merge(plain, tmp_path / "full")
+    merge([(plain, 0.0)], tmp_path / "none")
+    for name, tensor in weights_of(base).items():
+        none, half, full = (weights_of(tmp_path / f)[name] for f in ("none", "half", "full"))
+        assert torch.equal(none, tensor)
+        assert torch.allclose(half, (tensor + full) / 2, atol=1e-6)
+    for one in (dora, whole):
+        with pytest.raises(ModelError, match="cannot be added up"):
+            merge([(plain, 1.0), (one, 1.0)], tmp_path / "out")
+    with pytest.raises(ConfigError, match="whole model"):
+        merge([(plain, 1.0), (base, 1.0)], tmp_path / "out")
+    with pytest.raises(ConfigError, match="given twice"):
+        merge([(plain, 1.0), (plain, 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_number_format_is_written_on_request(tmp_path: Path) -> None:

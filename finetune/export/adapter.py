@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
 # busy loops for one another: twenty times the processor time when several shards are written at once.
 _PRODUCT = 1 << 18
 
-_PART = re.compile(
+PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)"
 )
@@ -84,7 +84,7 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """The adapter of ``folder``; ModelError when merging would not give what it computes."""
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     _check_mergeable(config, folder)
     if not (folder / WEIGHTS).is_file():
         raise ModelError(
@@ -94,7 +94,7 @@ def read_adapter(folder: Path) -> Adapter:
     replacements: dict[str, TensorInfo] = {}
     for tensor in read_shard(folder / WEIGHTS).tensors:
         name = tensor.name.removeprefix("base_model.model.")
-        match = _PART.fullmatch(name)
+        match = PART.fullmatch(name)
         if match:
             part = match["part"].removesuffix(".weight")
             parts.setdefault(match["module"], {})[part] = tensor
@@ -102,7 +102,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise ModelError(f"{folder}: {name} is of a kind that merging does not know")
         else:
             replacements[name.replace(".base_layer.", ".")] = tensor
-    record = _read_json(folder / "finetune.json") if (folder / "finetune.json").is_file() else {}
+    record = read_json(folder / "finetune.json") if (folder / "finetune.json").is_file() else {}
     return Adapter(
         folder=folder,
         base=config.get("base_model_name_or_path"),
@@ -111,6 +111,34 @@ def read_adapter(folder: Path) -> Adapter:
         updates={f"{m}.weight": _update(m, found, config) for m, found in parts.items()},
         replacements=replacements,
     )
+
+
+def combined(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """Several adapters as one: the weighted sum of what each adds, exactly (PEFT's "cat").
+
+    W + w1 s1 B1 A1 + w2 s2 B2 A2 = W + [w1 s1 B1, w2 s2 B2] [A1; A2]
+    """
+    first, weight = weighted[0]
+    if len(weighted) == 1 and weight == 1:
+        return first
+    names = {name for adapter, _ in weighted for name in adapter.updates}
+    for adapter, _ in weighted:
+        if adapter.replacements or any(u.magnitude is not None for u in adapter.updates.values()):
+            kind = "tensors that were trained whole" if adapter.replacements else "DoRA lengths"
+            raise ModelError(
+                f"{adapter.folder} holds {kind}, which cannot be added up or weighted; "
+                "merge it alone and without a weight"
+            )
+    updates = {}
+    for name in names:
+        parts = [(a.updates[name], weight) for a, weight in weighted if name in a.updates]
+        shapes = {(part.b.shape[0], part.a.shape[1]) for part, _ in parts}
+        if len(shapes) > 1:
+            raise ModelError(f"the adapters do not fit one base: {name} has shapes {shapes}")
+        a = np.concatenate([part.a for part, _ in parts])
+        b = np.concatenate([part.b * np.float32(part.scale * w) for part, w in parts], axis=1)
+        updates[name] = Update(a, b, np.float32(1))
+    return replace(first, updates=updates)
 
 
 def _check_mergeable(config: Mapping[str, Any], folder: Path) -> None:
@@ -148,8 +176,7 @@ def _update(module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, A
     a, b = (_values(parts[name]) for name in names)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise ModelError(f"{module}: {names[0]} {a.shape} and {names[1]} {b.shape} do not fit")
-    rank = int(_by_pattern(config.get("rank_pattern"), module, config.get("r", 8)))
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    rank, alpha = rank_and_alpha(config, module)
     if rank != a.shape[0]:
         raise ModelError(f"{module} has rank {a.shape[0]} in {WEIGHTS} and {rank} in {CONFIG}")
     scale = np.float32(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
@@ -165,6 +192,13 @@ def _update(module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, A
     if math.frexp(float(scale))[0] == 0.5:  # a power of two multiplies exactly wherever it is put
         b, scale = b * scale, np.float32(1)
     return Update(a, b, scale, magnitude)
+
+
+def rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """What an adapter_config.json says of a module."""
+    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return int(rank), float(alpha)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -186,7 +220,8 @@ def _values(tensor: TensorInfo) -> Floats:
     return values
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; ModelError when there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -28,7 +28,7 @@ from finetune.export.layout import (
     published_config,
     read_text_model,
 )
-from finetune.export.merge import DTYPES, find_source
+from finetune.export.merge import DTYPES
 from finetune.export.numbers import STORAGE, Floats, narrow
 from finetune.export.parity import check_parity
 from finetune.export.shards import Output, ShardPlan, make_header
@@ -53,17 +53,17 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
 
-def export_model(source: Path, out: Path, *, layout: Layout, check: bool = True) -> ExportReport:
-    """Write the model of ``source`` in ``layout`` to ``out``.
+def export_model(folder: Path, out: Path, *, layout: Layout, check: bool = True) -> ExportReport:
+    """Write the model of ``folder`` in ``layout`` to ``out``.
 
     Args:
-        source: A whole model: a base, a merged or a fully tuned one, or the run that tuned it.
+        folder: A whole model: a base, a merged or a fully tuned one.
         out: The new folder; must not exist.
         layout: What it is not yet.
         check: Compare the logits of both.
     """
     started = time.perf_counter()
-    folder, notes = find_source(source)
+    notes: list[str] = []
     model = read_text_model(folder)
     if model.layout == layout:
         raise ConfigError(f"{folder} is in the {layout} layout already; nothing is to be done")
@@ -109,6 +109,13 @@ def _plan(model: TextModel, layout: Layout, notes: list[str]) -> FolderPlan:
     if TOKENIZER_CONFIG in texts:
         copies["tokenizer.json"] = tokenizer_file(model.folder)
     return FolderPlan(tuple(plans), texts, copies)
+
+
+def other_outputs(model: TextModel, layout: Layout) -> list[Output]:
+    """Every tensor of ``model`` as it is in ``layout``."""
+    shards = [read_shard(file) for file in weight_files(model.folder)]
+    present = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    return [output for shard in shards for output in _outputs(shard, model, present, layout)]
 
 
 def _outputs(

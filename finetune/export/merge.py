@@ -8,6 +8,7 @@ float32 adapters, without its memory.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class MergeReport:
     """What a merge did."""
 
     output: Path
-    source: Path
-    """The adapter or checkpoint that was merged."""
+    source: tuple[tuple[Path, float], ...]
+    """The adapters that were merged, each with its weight; or the one checkpoint."""
     base: Path
     num_updated: int
     """Tensors that a LoRA update was added to."""
@@ -54,7 +55,7 @@ class MergeReport:
 
 
 def merge(
-    adapter: Path,
+    adapter: Path | Sequence[tuple[Path, float]],
     out: Path,
     *,
     base: Path | None = None,
@@ -66,7 +67,8 @@ def merge(
 
     Args:
         adapter: A run directory (its best or newest good checkpoint), a checkpoint, or an adapter;
-            of a fully tuned checkpoint the weights are taken as they are.
+            of a fully tuned checkpoint the weights are taken as they are. Or several LoRA
+            adapters of one base, each with the factor for what it adds.
         out: The new folder; must not exist.
         base: The base, if it is no longer where the adapter says.
         dtype: bfloat16, float16 or float32, if not the base's own.
@@ -76,22 +78,23 @@ def merge(
     started = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    source, notes = find_source(adapter)
-    tuned = adapters.read_adapter(source) if (source / adapters.CONFIG).is_file() else None
-    base = find_base(tuned, source, base)
-    check_output(out, {base, source})
-    if tuned is not None:
-        notes += _check_base(tuned, base, force=force)
+    sources, notes = _find_sources([(adapter, 1.0)] if isinstance(adapter, Path) else adapter)
+    weighted = [(adapters.read_adapter(source), w) for source, w in sources if _is_adapter(source)]
+    tuned = adapters.combined(weighted) if weighted else None
+    base = find_base(tuned, sources[0][0], base)
+    check_output(out, {base, *(source for source, _ in sources)})
+    for one, _ in weighted:
+        notes += check_base(one, base, force=force)
     plan, untied = _plan(base, tuned, dtype)
     difference = None
     with written(plan, out, "merged") as stage:
         if check and tuned is not None:
             from finetune.export.parity import check_parity
 
-            difference = check_parity(base, [(source, 1.0)], stage)
+            difference = check_parity(base, sources, stage)
     return MergeReport(
         output=out,
-        source=source,
+        source=tuple(sources),
         base=base,
         num_updated=len(tuned.updates) if tuned else 0,
         num_replaced=len(tuned.replacements) if tuned else 0,
@@ -101,6 +104,27 @@ def merge(
         largest_difference=difference,
         notes=tuple(notes),
     )
+
+
+def _find_sources(
+    given: Sequence[tuple[Path, float]],
+) -> tuple[list[tuple[Path, float]], list[str]]:
+    found, notes = [], []
+    for path, weight in given:
+        source, said = find_source(path)
+        if not _is_adapter(source) and (len(given) > 1 or weight != 1):
+            raise ConfigError(f"{source} is a whole model; only adapters are added up or weighted")
+        if not math.isfinite(weight):
+            raise ConfigError(f"{path}: {weight} is no weight")
+        found.append((source, weight))
+        notes += said
+    if len({source.resolve() for source, _ in found}) < len(found):
+        raise ConfigError("one adapter is given twice; add up its weights")
+    return found, notes
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / adapters.CONFIG).is_file()
 
 
 def find_source(path: Path) -> tuple[Path, list[str]]:
@@ -140,7 +164,8 @@ def find_base(tuned: Adapter | None, source: Path, given: Path | None) -> Path:
     return local_folder(name, tuned.revision if given is None else None)
 
 
-def _check_base(tuned: Adapter, base: Path, *, force: bool) -> list[str]:
+def check_base(tuned: Adapter, base: Path, *, force: bool) -> list[str]:
+    """Refuse a base that is not the adapter's own; what is to be said when that is not known."""
     if tuned.fingerprint is None:
         return [f"{tuned.folder} does not say which base it belongs to; only shapes were compared"]
     found = model_fingerprint(base)

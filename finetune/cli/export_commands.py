@@ -1,0 +1,115 @@
+"""`finetune merge | export`: checkpoints that open elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finetune import console
+from finetune.cli.data_commands import Json
+from finetune.errors import ConfigError
+
+export_app = typer.Typer()
+
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="The base model, when it is not where the adapter says."),
+]
+Output = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="The folder to write; must not exist yet.")
+]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@export_app.command()
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="An adapter, a checkpoint, or a run; several are added up, each as ADAPTER:WEIGHT.",
+        ),
+    ],
+    output: Output,
+    base: Base = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Number format to write; by default the base's.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge even when the base is not the adapter's own.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option(help="Compare forward passes of merged and adapted model.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Fold adapters into their base: a plain checkpoint."""
+    with console.json_output(as_json) as emit:
+        from finetune.export.merge import merge as run
+
+        sources = [_weighted(adapter) for adapter in adapters]
+        where = Path(base) if base else None
+        report = run(sources, output, base=where, dtype=dtype, force=force, check=check)
+        for note in report.notes:
+            console.say(f"note: {note}")
+        named = " + ".join(
+            str(source) if weight == 1 else f"{weight:g} x {source}"
+            for source, weight in report.source
+        )
+        console.say(
+            f"{report.output}: {named} merged into {report.base}, {report.num_updated} "
+            f"tensors updated, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
+        )
+        _say_difference(report.largest_difference)
+        emit(report)
+
+
+@export_app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A model, an adapter, or a run.")
+    ],
+    layout: Annotated[
+        Literal["published", "hf"],
+        typer.Option(help="published: model_type chatglm. hf: transformers' glm."),
+    ],
+    output: Output,
+    base: Base = None,
+    new_base: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The base in that layout, for an adapter to name."),
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Compare forward passes in both layouts.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a GLM-4 text model or its LoRA adapter in the other layout."""
+    with console.json_output(as_json) as emit:
+        from finetune.export.export import export as run
+
+        report = run(source, output, layout=layout, base=base, new_base=new_base, check=check)
+        for note in report.notes:
+            console.say(f"note: {note}")
+        console.say(
+            f"{report.output}: {report.source} in the {report.layout} layout, {report.num_tensors} "
+            f"tensors, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
+        )
+        _say_difference(report.largest_difference)
+        emit(report)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """`runs/a:0.5` as the folder and its weight; a folder of that very name wins."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).is_dir():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise ConfigError(f"{text}: {weight!r} is no weight; write ADAPTER:0.5") from None
+
+
+def _say_difference(largest: float | None) -> None:
+    if largest is not None:
+        console.say(f"largest difference of the logits: {largest:.2e}")
