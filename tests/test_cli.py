@@ -73,7 +73,7 @@ def test_a_spawned_child_of_finetune_py_does_not_run_it_again():
 def test_under_torchrun_an_error_is_said_once(here):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = run(*launcher, ROOT / "finetune.py", "x.yaml", cwd=here)
-    assert done.stderr.count("error: data.train: no-such-file.jsonl does not exist") == 1
+    assert done.stderr.count("error: x.yaml:4: data.train: no-such-file.jsonl does not exist") == 1
     assert "exitcode  : 2" in done.stderr
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
 
@@ -170,7 +170,7 @@ def test_paths_that_lead_nowhere_are_named_together_before_anything_heavy(here, 
     assert exit_code("x.yaml", *overrides) == 2
     error = capsys.readouterr().err
     assert "data.train: no-such-file.jsonl does not exist" in error
-    assert "data.validation: no file matches a/*.jsonl" in error
+    assert "data.validation[0]: no file matches a/*.jsonl" in error
     assert "model.path: ./nowhere is not a folder" in error
     assert "deepspeed.config: ds.json is not a file" in error
 

@@ -49,7 +49,7 @@ def test_a_resolved_configuration_with_a_deepspeed_file_is_read_back_equal(write
 @example("a\x85b")
 @example("\u2028")
 @example("a\n  b: c\n")
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20))
 def test_any_text_survives_the_resolved_configuration(text):
     config = RunConfig.model_validate(
         yaml.safe_load(MINIMAL) | {"model": {"path": text, "revision": text}}

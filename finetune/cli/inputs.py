@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,20 +11,24 @@ from finetune import console
 from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
 
 if TYPE_CHECKING:
-    from finetune.config import DataSection, RunConfig
+    from finetune.config import DataSection
+    from finetune.config_file import Loaded
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(loaded: Loaded) -> None:
     """Raises one error that names every path of the configuration that leads nowhere."""
-    problems = _data_problems(config.data)
+    config = loaded.config
+    problems = _data_problems(config.data, loaded)
     kinds: list[type[FinetuneError]] = [DataError] if problems else []
     path = config.model.path
-    if _is_local(path) and not Path(path).is_dir():
-        problems.append(f"model.path: {path} is not a folder (seen from {Path.cwd()})")
+    if _is_local(path) and not _is_folder(path):
+        said = f"{path} is not a folder (seen from {Path.cwd()})"
+        problems.append(loaded.problem(("model", "path"), said))
         kinds.append(ModelError)
     deepspeed = config.deepspeed.config if config.deepspeed else None
     if deepspeed is not None and not Path(deepspeed).is_file():
-        problems.append(f"deepspeed.config: {deepspeed} is not a file (seen from {Path.cwd()})")
+        said = f"{deepspeed} is not a file (seen from {Path.cwd()})"
+        problems.append(loaded.problem(("deepspeed", "config"), said))
         kinds.append(ConfigError)
     if problems:
         raise kinds[0]("\n  ".join(problems))
@@ -31,7 +37,7 @@ def check_inputs(config: RunConfig) -> None:
 def model_in(target: str) -> str:
     """What `target` means: of a run, its best or else its newest good checkpoint, and says which."""
     folder = Path(target)
-    if not folder.is_dir():
+    if not _is_folder(target):
         if _is_local(target):
             raise ModelError(f"{target} is not a folder (seen from {Path.cwd()})")
         return target
@@ -45,17 +51,41 @@ def model_in(target: str) -> str:
     return str(found)
 
 
-def _data_problems(section: DataSection) -> list[str]:
+def models_in(targets: Sequence[str]) -> list[str]:
+    """What `targets` mean for an evaluation: of a run, all its good checkpoints, oldest first."""
+    from finetune.training.checkpoint import checkpoints, verify
+
+    found = []
+    for target in targets:
+        folder = Path(target)
+        whole = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+        if whole or not folder.is_dir() or not (there := checkpoints(folder)):
+            found.append(model_in(target))
+            continue
+        for checkpoint in there:
+            if problems := verify(checkpoint):
+                console.say(f"passed over {checkpoint.name}: {'; '.join(problems)}")
+            else:
+                found.append(str(checkpoint))
+    return found
+
+
+def _data_problems(section: DataSection, loaded: Loaded) -> list[str]:
     from finetune.data.files import expand
 
     problems = []
-    for key, sources in (("train", section.train), ("validation", section.validation or [])):
-        for source in [sources] if isinstance(sources, str) else sources:
+    for name, sources in (("train", section.train), ("validation", section.validation or [])):
+        for number, source in enumerate([sources] if isinstance(sources, str) else sources):
+            key = ("data", name) if isinstance(sources, str) else ("data", name, number)
             try:
                 expand(source if isinstance(source, str) else source.path)
             except DataError as error:
-                problems.append(f"data.{key}: {error}")
+                problems.append(loaded.problem(key, str(error)))
     return problems
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
 
 
 def _is_local(path: str) -> bool:

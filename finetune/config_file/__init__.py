@@ -6,6 +6,7 @@ environment variables are never expanded, so that a saved configuration holds no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -43,6 +44,11 @@ class Loaded:
 
     config: RunConfig
     notes: tuple[str, ...]
+    document: Document
+
+    def problem(self, key: Key, said: str) -> str:
+        """A sentence about an option, with the place where it was given: `x.yaml:4: data.train: …`."""
+        return str(_located(self.document, key, said))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -53,7 +59,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     """`load_config` with notes about options that were left out or have no effect."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
         raise ConfigError(_not_there(path))
     document = parse_file(path)
     if not document.whole:
@@ -66,7 +72,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     if config is None:
         raise _error(document.problems)
     notes += [str(_located(document, key, said)) for key, said in without_effect(document.value)]
-    return Loaded(config, tuple(notes))
+    return Loaded(config, tuple(notes), document)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -117,6 +117,8 @@ def _sentence(key: Key, item: Any, tree: Any) -> tuple[Key, str]:
         return (*key, "kind"), _not_one_of(context["tag"], list(METHODS))
     if kind == "literal_error":
         return key, _not_one_of(item["input"], _choices(key, tree))
+    if kind == "string_too_short":
+        return key, f"must not be empty{_meaning(key, tree)}"
     if kind in _LIMITS:
         words, limit = _LIMITS[kind]
         return key, f"must be {words} {context[limit]:g}, got {shown(item['input'])}"
