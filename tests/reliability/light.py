@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HEAVY = ("torch", "transformers", "datasets", "peft", "deepspeed", "accelerate", "matplotlib")
@@ -48,12 +48,17 @@ class Outcome:
     def cheap(self) -> None:
         """Assert that it took under a second and 200 MB."""
         assert not self.heavy, f"imported {self.heavy}"
-        assert self.seconds < MAX_SECONDS, f"{self.seconds:.2f} s"
+        assert self.seconds < allowed_seconds(), f"{self.seconds:.2f} s"
         assert self.peak_mb < MAX_MB, f"{self.peak_mb:.0f} MB"
 
 
+def allowed_seconds() -> float:
+    """A second; up to twice that while more is running than the machine has cores for."""
+    return MAX_SECONDS * min(max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0), 2.0)
+
+
 class Light:
-    """The server, seen from the tests; a context manager."""
+    """The server, seen from the tests; it ends with them."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -65,38 +70,20 @@ class Light:
         )
 
     def run(self, *words: object, cwd: Path) -> Outcome:
-        """`finetune WORDS...` with `cwd` as its working directory; the cheapest of three tries.
-
-        A second try is made only when the first was over the limit: other jobs slow a machine down.
-        """
-        outcome = self._once(words, cwd)
-        for _ in range(2):
-            if outcome.seconds < MAX_SECONDS:
-                break
-            outcome = self._once(words, cwd)
-        return outcome
-
-    def _once(self, words: Sequence[object], cwd: Path) -> Outcome:
+        """`finetune WORDS...` with `cwd` as its working directory."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        request = {"words": [str(word) for word in words], "cwd": str(cwd)}
+        request = {
+            "words": [str(word) for word in words],
+            "cwd": str(cwd),
+            "id": time.monotonic_ns(),
+        }
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        return Outcome(**json.loads(self._server.stdout.readline()))
-
-    def close(self) -> None:
-        """End the server."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
-
-    def __enter__(self) -> Light:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        while True:  # what a case that ran out of time had asked for may come first
+            answer = json.loads(self._server.stdout.readline())
+            if answer.pop("id") == request["id"]:
+                return Outcome(**answer)
 
 
 def serve() -> None:
@@ -112,11 +99,12 @@ def serve() -> None:
         with tempfile.TemporaryDirectory() as folder:
             answer = _measured(request["words"], request["cwd"], Path(folder))
         answer["seconds"] += started
+        answer["id"] = request["id"]
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
-def _measured(words: list[str], cwd: str, folder: Path) -> dict[str, object]:
+def _measured(words: list[str], cwd: str, folder: Path) -> dict[str, Any]:
     if (child := os.fork()) == 0:
         try:
             _run(words, cwd, folder)

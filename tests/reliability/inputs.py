@@ -1,0 +1,20 @@
+"""Data, images, paths and configurations that are odd or broken; control strings; numbers and memory that run out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.reliability import input_files, input_images, input_paths, input_yaml
+from tests.reliability.frame import Case
+from tests.reliability.places import prepare
+
+PARTS = (input_files, input_images, input_paths, input_yaml)
+
+
+def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+    """All of them; the subset has every third."""
+    if stock:
+        return []
+    prepare(folder)
+    found = [case for part in PARTS for case in part.cases()]
+    return found[::3] if subset else found
