@@ -40,12 +40,19 @@ class ReplyPrompt:
     """`file:line` of the dialogue."""
     index: int
     """Place of the reply among the dialogue's messages."""
+    turns: int
+    """User messages of the dialogue before the reply, also those that did not fit."""
     template: ChatTemplate = field(repr=False)
 
     @property
     def text(self) -> str:
         """The prompt as text, control tokens spelled out."""
         return self.template.decode(self.prompt_ids)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of the images that the prompt shows."""
+        return (self.prompt_ids.path,) if isinstance(self.prompt_ids, ImagePrompt) else ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,64 @@ class _Question(NamedTuple):
     reply: int
 
 
+class PromptStream(Iterator[ReplyPrompt]):
+    """A prompt for every reply of the dialogues, or for a fixed random `max_samples` of them.
+
+    Earlier turns come from the dialogue itself. A prompt over `max_prompt` tokens loses whole
+    oldest turns. Replies with `train: false` are not asked for: they are no references.
+    """
+
+    def __init__(
+        self,
+        conversations: Iterable[Conversation],
+        template: ChatTemplate,
+        *,
+        replies: Literal["every_reply", "last_reply"] = "every_reply",
+        max_prompt: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self._tally = Counter[str]()
+        self._named: list[str] = []
+        self._template = template
+        self._max_prompt = max_prompt
+        questions = _counted(_questions(conversations, replies), self._tally)
+        self._items = self._run(questions, max_samples)
+
+    def __next__(self) -> ReplyPrompt:
+        """The next prompt."""
+        return next(self._items)
+
+    @property
+    def counts(self) -> PromptCounts:
+        """What became of the replies read so far."""
+        tally = self._tally
+        return PromptCounts(
+            replies=tally["replies"],
+            sampled=tally["asked"] + tally["dropped"],
+            shortened=tally["shortened"],
+            dropped=tally["dropped"],
+            named=tuple(self._named),
+        )
+
+    def _run(
+        self, questions: Iterator[_Question], max_samples: int | None
+    ) -> Iterator[ReplyPrompt]:
+        if max_samples is not None:
+            questions = iter(_sample(questions, max_samples))
+        template, tally = self._template, self._tally
+        while batch := list(islice(questions, _BATCH)):
+            for question, full in zip(batch, template.prompts(batch), strict=True):
+                ids = _shortened(question, full, template, self._max_prompt)
+                if ids is None:
+                    tally["dropped"] += 1
+                    if len(self._named) < _NAMED:
+                        self._named.append(_too_long(question))
+                    continue
+                tally["asked"] += 1
+                tally["shortened"] += len(ids) < len(full)
+                yield _prompt(question, ids, template)
+
+
 def reply_prompts(
     conversations: Iterable[Conversation],
     template: ChatTemplate,
@@ -85,34 +150,12 @@ def reply_prompts(
     max_prompt: int | None = None,
     max_samples: int | None = None,
 ) -> ReplyPrompts:
-    """A prompt for every reply of the dialogues, or for a fixed random `max_samples` of them.
-
-    Earlier turns come from the dialogue itself. A prompt over `max_prompt` tokens loses whole
-    oldest turns. Replies with `train: false` are not asked for: they are no references.
-    """
-    tally = Counter[str]()
-    questions = _counted(_questions(conversations, replies), tally)
-    if max_samples is not None:
-        questions = iter(_sample(questions, max_samples))
-    prompts: list[ReplyPrompt] = []
-    named: list[str] = []
-    while batch := list(islice(questions, _BATCH)):
-        for question, full in zip(batch, template.prompts(batch), strict=True):
-            ids = _shortened(question, full, template, max_prompt)
-            if ids is None:
-                tally["dropped"] += 1
-                named.append(_too_long(question))
-                continue
-            tally["shortened"] += len(ids) < len(full)
-            prompts.append(_prompt(question, ids, template))
-    counts = PromptCounts(
-        replies=tally["replies"],
-        sampled=len(prompts) + tally["dropped"],
-        shortened=tally["shortened"],
-        dropped=tally["dropped"],
-        named=tuple(named[:_NAMED]),
+    """All prompts of a `PromptStream` at once, with their counts."""
+    stream = PromptStream(
+        conversations, template, replies=replies, max_prompt=max_prompt, max_samples=max_samples
     )
-    return ReplyPrompts(prompts, counts)
+    prompts = list(stream)
+    return ReplyPrompts(prompts, stream.counts)
 
 
 def _questions(
@@ -187,6 +230,7 @@ def _prompt(question: _Question, ids: list[int], template: ChatTemplate) -> Repl
         tools=conversation.tools,
         where=conversation.where,
         index=reply,
+        turns=sum(message.role == "user" for message in conversation.messages[:reply]),
         template=template,
     )
 

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from finetune.data.dataset import IGNORED, Example
 from finetune.evaluation.turns import Poll, in_turns, longest_first
+from finetune.models.loss import supervised_loss
 
 
 class Examples(Protocol):
@@ -28,10 +30,20 @@ class Examples(Protocol):
 class ValidationLoss:
     """The loss on held-out examples."""
 
-    loss: float
-    """Weighted mean cross-entropy, natural logarithm."""
-    weight: float
-    """What the mean is over: supervised tokens, each with its weight."""
+    losses: npt.NDArray[np.float64]
+    """Cross-entropy, natural logarithm, summed over each example's supervised tokens by their weights."""
+    weights: npt.NDArray[np.float64]
+    """Each example's supervised tokens, each with its weight."""
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean over all supervised tokens."""
+        return fsum(self.losses) / (self.weight or 1.0)
+
+    @property
+    def weight(self) -> float:
+        """What the mean is over."""
+        return fsum(self.weights)
 
 
 def validation_loss(
@@ -45,8 +57,7 @@ def validation_loss(
     """The loss over all of `examples`; the same on every process, for any number of them.
 
     Args:
-        model: one of `finetune.models`, whose loss is a sum over `num_items_in_batch`; PEFT or not,
-            not wrapped by DDP or DeepSpeed.
+        model: one of `finetune.models`; PEFT or not, not wrapped by DDP or DeepSpeed.
         examples: the prepared held-out set, each example in a row of its own.
         collate: a Collator.
         batch_size: examples per batch.
@@ -58,21 +69,57 @@ def validation_loss(
     order = longest_first(examples.lengths.tolist())
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
-    def summed(batch: list[int]) -> tuple[float, float]:
+    def summed(batch: list[int]) -> list[tuple[int, float, float]]:
         inputs = collate([examples[index] for index in batch])
         inputs.pop("sample_ids")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        output = model(**inputs, num_items_in_batch=1.0, use_cache=False)
-        return float(output.loss), _weight(inputs)
+        losses = row_losses(model, inputs, num_rows=batch_size).tolist()
+        return list(zip(batch, losses, _row_weights(inputs).tolist(), strict=False))
 
     parts = in_turns(model, batches, summed, label="validation loss", should_stop=should_stop)
-    weight = fsum(weight for _, weight in parts)
-    return ValidationLoss(fsum(loss for loss, _ in parts) / (weight or 1.0), weight)
+    losses, weights = np.zeros(len(order)), np.zeros(len(order))
+    for part in parts:
+        for index, loss, weight in part:
+            losses[index], weights[index] = loss, weight
+    return ValidationLoss(losses, weights)
 
 
-def _weight(inputs: dict[str, Any]) -> float:
+def row_losses(model: Any, inputs: dict[str, Any], *, num_rows: int) -> torch.Tensor:
+    """The loss of every row, summed over its supervised tokens by their weights [num_rows].
+
+    Args:
+        model: a causal language model, PEFT or not.
+        inputs: what it takes, with `labels` [B, T] and perhaps `loss_weights` [B, T].
+        num_rows: B or more; rows that are not there have a loss of 0. The head runs that often, for
+            under ZeRO-3 every process must call it as often as the others.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    given = {
+        name: value for name, value in inputs.items() if name not in ("labels", "loss_weights")
+    }
+    hidden: torch.Tensor = inner.base_model(**given, use_cache=False).last_hidden_state  # [B, T, D]
+    head, labels, shares = (
+        inner.get_output_embeddings(),
+        inputs["labels"],
+        inputs.get("loss_weights"),
+    )
+    return torch.stack(
+        [
+            supervised_loss(
+                head,
+                hidden[at],
+                labels[at],
+                loss_weights=None if shares is None else shares[at],
+                num_items=1.0,
+            )
+            for at in (slice(row, row + 1) for row in range(num_rows))
+        ]
+    )
+
+
+def _row_weights(inputs: dict[str, Any]) -> torch.Tensor:
     # The label at place t is predicted from place t - 1, so the first one never counts.
-    supervised = inputs["labels"][:, 1:] != IGNORED
-    if "loss_weights" not in inputs:
-        return float(supervised.sum())
-    return float(inputs["loss_weights"][:, 1:][supervised].double().sum())
+    supervised: torch.Tensor = (inputs["labels"][:, 1:] != IGNORED).double()
+    if "loss_weights" in inputs:
+        supervised = supervised * inputs["loss_weights"][:, 1:]
+    return supervised.sum(dim=1)

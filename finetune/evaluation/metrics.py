@@ -1,7 +1,8 @@
-"""Replies and references -> BLEU-4, ROUGE-1/2/L, exact match, stop rate, tool-call validity.
+"""One reply beside its reference -> BLEU-4, ROUGE-1/2/L, exact match, repetition, stop rate, tool calls.
 
-Every number runs from 0 to 100 and is a mean over pairs. Words are jieba's. BLEU is nltk's
-sentence BLEU and ROUGE is rouge_chinese's F1, to the last digit; `signature` says so in print.
+Every number runs from 0 to 100, and a model's score is their mean over pairs. Words are jieba's. BLEU
+is nltk's sentence BLEU and ROUGE is rouge_chinese's F1, to the last digit; `signatures` says so in
+print. Scores that are no means over pairs are in `finetune.evaluation.table`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ import numpy as np
 
 from finetune.data.conversation import Message
 from finetune.data.tool_calls import tool_name
+from finetune.evaluation import tool_calls
+from finetune.evaluation.corpus import is_chinese, plain_words
 
 BleuUnit = Literal["word", "character"]
 Scores: TypeAlias = dict[str, float | None]
 """Name -> 0..100; None where the question does not arise (tool-call validity without tools)."""
 
 TEXT_METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match")
-METRICS = (*TEXT_METRICS, "stop_rate", "tool_call_validity")
+METRICS = (*TEXT_METRICS, "repetition_rate", "stop_rate", "tool_call_validity", *tool_calls.PARTS)
+"""Those that are means over pairs."""
+_REPEATED = 4
+"""Words of what counts as repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +52,27 @@ def score(pairs: Iterable[Pair], *, bleu_unit: BleuUnit = "word") -> Scores:
 
 def score_pair(pair: Pair, *, bleu_unit: BleuUnit = "word") -> Scores:
     """The scores of one pair; their means over all pairs are the scores of a model."""
+    reply = text(pair.reply)
     return {
-        **_score_text(text(pair.reply), text(pair.reference), bleu_unit),
+        **_score_text(reply, text(pair.reference), bleu_unit),
+        "repetition_rate": repetition_rate(language_words(reply)),
         "stop_rate": None if pair.stopped is None else 100.0 * pair.stopped,
         "tool_call_validity": tool_call_validity(pair),
+        **tool_calls.parts(pair.reply, pair.reference, pair.tools),
     }
+
+
+def llama_factory_scores(reply: str, reference: str) -> dict[str, float]:
+    """BLEU-4 and ROUGE of one pair as LLaMA-Factory computes them before it takes the mean.
+
+    BLEU on characters, ROUGE on jieba words, the texts as they are with the white space around them,
+    and every value rounded to four digits.
+    """
+    one, other = words(reply), words(reference)
+    blank = not reply.split() or not reference.split()
+    found = dict.fromkeys(("rouge-1", "rouge-2", "rouge-l"), 0.0) if blank else rouge(one, other)
+    found["bleu-4"] = bleu(list(reply), list(reference))
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def mean(scores: Sequence[Scores]) -> Scores:
@@ -71,6 +93,19 @@ def text(message: Message) -> str:
 def words(line: str) -> list[str]:
     """The words of a text, white space among them, as jieba's default dictionary cuts it."""
     return _scorers().words(line)
+
+
+def language_words(line: str) -> list[str]:
+    """The words of a text without white space: jieba's of a Chinese text, else split at signs."""
+    if not is_chinese(line):
+        return plain_words(line)
+    return [word for word in words(line) if not word.isspace()]
+
+
+def repetition_rate(line: Sequence[str]) -> float | None:
+    """Share of a text's runs of four words that stood in it before; None without such a run."""
+    runs = [tuple(line[i : i + _REPEATED]) for i in range(len(line) - _REPEATED + 1)]
+    return 100.0 * (1 - len(set(runs)) / len(runs)) if runs else None
 
 
 def bleu(reply: Sequence[str], reference: Sequence[str]) -> float:
@@ -130,15 +165,40 @@ def tool_call_validity(pair: Pair) -> float | None:
     return 100.0 * (isinstance(arguments, dict) and all(key in arguments for key in required))
 
 
-def signature(*, bleu_unit: BleuUnit = "word") -> str:
-    """One line that says how the numbers came about, to be printed beside them."""
-    versions = " ".join(f"{name} {version(name)}" for name in ("jieba", "rouge-chinese", "nltk"))
-    unit = "jieba words" if bleu_unit == "word" else "characters"
-    return (
-        f"scale 0..100 | mean over pairs | bleu-4: sentence, {unit}, 1-4-grams, smoothing method3 | "
-        f"rouge: f1, jieba words | empty replies score 0 | calls as name, line break, arguments | "
-        f"surrounding white space and special tokens removed | {versions}"
+def signatures(*, bleu_unit: BleuUnit = "word") -> dict[str, str]:
+    """For every metric one line that says how its number came about, to be printed beside it."""
+    jieba, rouge_chinese, nltk = (
+        f"{name} {version(name)}" for name in ("jieba", "rouge-chinese", "nltk")
     )
+    unit, odd = "jieba words", "empty replies score 0"
+    if bleu_unit == "character":
+        unit, odd = "characters", f"{odd}, texts unstripped, pairs rounded to 4 digits"
+    text_form = "calls as name, line break, arguments"
+    rouge_form = f"f1, jieba words, mean over pairs, {odd}, {text_form} | {jieba} {rouge_chinese}"
+    return {
+        "bleu-4": f"sentence, {unit}, 1-4-grams, smoothing method3, mean over pairs, {odd}, "
+        f"{text_form} | {jieba} {nltk}",
+        "rouge-1": rouge_form,
+        "rouge-2": rouge_form,
+        "rouge-l": rouge_form,
+        "exact_match": f"share of equal texts, white space around them removed, {text_form}",
+        "repetition_rate": f"repeated runs of {_REPEATED} words in a reply, mean over replies that "
+        "long, jieba words of Chinese texts, else split at signs",
+        "stop_rate": "share of replies that a stop token ended",
+        "tool_call_validity": "share of calls in question with a known name, JSON, required keys",
+        "tool_call_accuracy": "share of right decisions whose call, if any, is right, over replies "
+        "with tools",
+        "tool_call_decision": "share of calls and texts where they were due, over replies with tools",
+        "tool_call_name": "share of equal names, over references that are calls",
+        "tool_call_arguments": "share of arguments equal as JSON, over references that are calls",
+        "tool_call_schema": "share of calls valid under a tool's JSON schema, over calls made",
+    }
+
+
+def signature(*, bleu_unit: BleuUnit = "word") -> str:
+    """What `signatures` says of BLEU and ROUGE, in one line."""
+    said = signatures(bleu_unit=bleu_unit)
+    return f"scale 0..100 | bleu-4: {said['bleu-4']} | rouge: {said['rouge-l']}"
 
 
 def _score_text(reply: str, reference: str, bleu_unit: BleuUnit) -> dict[str, float]:

@@ -29,6 +29,59 @@ class OpenedModel:
     """The model that an adapter was opened on; of a whole model, itself."""
 
 
+class Models:
+    """Opens one model after another; a base that several adapters share is loaded once.
+
+    Each opening ends the one before: an adapter is taken off its base before the next is put on.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._bare: Any = None
+        """The model of `_key` without an adapter."""
+        self._worn: Any = None
+        """The same with one, or None."""
+
+    def open(
+        self, target: str | Path, *, base: str | None = None, like: str | None = None
+    ) -> OpenedModel:
+        """The model in `target`, as `open_model` opens it; in the number format of `like`, if given."""
+        template = open_template(target, base=base)
+        from finetune.models.load import load_model
+        from finetune.models.quiet import quiet_libraries
+
+        quiet_libraries()
+        path, revision = base_of(target, base)
+        saved = settings_of(like or target)
+        key = path, revision, saved.dtype, saved.attention, saved.quantization
+        self._take_off()
+        if key != self._key:
+            self._bare = None  # before the next is loaded: there may be room for one only
+            loaded: Any = load_model(
+                path,
+                revision=revision,
+                dtype=saved.dtype,
+                attention=saved.attention,
+                quantization=saved.quantization,
+            )
+            self._bare, self._key = loaded.to(_device()), key
+        if not is_adapter(target):
+            return OpenedModel(self._bare, template, "model", path)
+        self._worn = _with_adapter(self._bare, Path(target)).to(_device())
+        return OpenedModel(self._worn, template, "adapter", path)
+
+    def _take_off(self) -> None:
+        if self._worn is None:
+            return
+        if hasattr(self._worn, "unload"):  # PEFT
+            self._bare = self._worn.unload()
+        else:
+            from finetune.methods import ptuning_v2
+
+            self._bare = ptuning_v2.detach(self._worn)
+        self._worn = None
+
+
 def open_model(target: str | Path, *, base: str | None = None) -> OpenedModel:
     """The model in `target`: a base or merged checkpoint, a hub id, an adapter, or a checkpoint of a run.
 
@@ -41,25 +94,14 @@ def open_model(target: str | Path, *, base: str | None = None) -> OpenedModel:
     Raises:
         ModelError: `target` or the adapter's base is no model, or they do not belong together.
     """
-    template = open_template(target, base=base)
-    from finetune.models.load import load_model
-    from finetune.models.quiet import quiet_libraries
-
-    quiet_libraries()
-    path, revision = _base_of(target, base)
-    saved = settings_of(target)
-    model: Any = load_model(path, revision=revision, dtype=saved.dtype, attention=saved.attention)
-    if _is_adapter(target):
-        model = _with_adapter(model, Path(target))
-    kind: Literal["adapter", "model"] = "adapter" if _is_adapter(target) else "model"
-    return OpenedModel(model.to(_device()), template, kind, path)
+    return Models().open(target, base=base)
 
 
 def open_template(target: str | Path, *, base: str | None = None) -> ChatTemplate:
     """The chat template of what `open_model` opens, within a second and without torch."""
     _refuse_run_directory(Path(target))
-    path, revision = _base_of(target, base)
-    if not _is_adapter(target):
+    path, revision = base_of(target, base)
+    if not is_adapter(target):
         return ChatTemplate(load_chat_tokenizer(*_tokenizer_source(path, revision)))
     if not Path(path).is_dir() and not _may_be_hub_id(path):
         raise ModelError(
@@ -69,7 +111,8 @@ def open_template(target: str | Path, *, base: str | None = None) -> ChatTemplat
     return ChatTemplate(load_chat_tokenizer(path, revision))
 
 
-def _is_adapter(target: str | Path) -> bool:
+def is_adapter(target: str | Path) -> bool:
+    """Whether `target` is an adapter, which needs a base."""
     return (Path(target) / ADAPTER).is_file()
 
 
@@ -83,9 +126,9 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     return openers[kind](model, folder)
 
 
-def _base_of(target: str | Path, base: str | None) -> tuple[str, str | None]:
+def base_of(target: str | Path, base: str | None) -> tuple[str, str | None]:
     """Path and revision of the weights to load: the adapter's base, or `target` itself."""
-    if not _is_adapter(target):
+    if not is_adapter(target):
         if base is not None:
             raise ModelError(f"{target} is a whole model, not an adapter: leave the base out")
         return str(target), None

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,16 +25,30 @@ class Prediction:
     """The prompt as text, control tokens spelled out."""
     reference: str
     prediction: str
-    stopped: bool
-    """A stop token ended the reply; otherwise it was cut at `max_new_tokens`."""
+    stopped: bool | None
+    """A stop token ended the reply; otherwise it was cut at `max_new_tokens`. None: not known."""
     scores: Scores
+    counts: dict[str, list[float]] = field(default_factory=dict)
+    """What is summed over replies for the scores that are no means: `table.COUNTS`."""
+    slices: dict[str, str] = field(default_factory=dict)
+    """Which parts of the data it belongs to."""
+    images: tuple[str, ...] = ()
+    """Paths of the images that the prompt shows."""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The line of a file of predictions."""
+        row = asdict(self)
+        if not self.images:
+            del row["images"]
+        return row
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Writes `predictions` as JSONL; the file appears when its last line is on the disk."""
     with whole_file(path) as file:
         for prediction in predictions:
-            file.write(json_line(asdict(prediction)))
+            file.write(json_line(prediction.row))
 
 
 def json_line(value: Any) -> str:

@@ -1,0 +1,140 @@
+"""What is to be compared: base, checkpoints, merged models and files of predictions, each with a name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import DataError, ModelError
+from finetune.weights import model_fingerprint
+
+Kind = Literal["base", "adapter", "prefix", "merged", "full", "predictions"]
+ADAPTER = "adapter_config.json"
+_RECORD = "finetune.json"
+_MANIFEST = "manifest.json"
+_KINDS: dict[str, Kind] = {"LORA": "adapter", "PREFIX_TUNING": "prefix"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One thing that is scored."""
+
+    name: str
+    """Unique, and good for a file name."""
+    path: str
+    kind: Kind
+    step: int | None = None
+    """Of a checkpoint, its optimizer step."""
+    run: str | None = None
+    """Of a checkpoint, its run directory."""
+    base: str | None = None
+    """Where the base of an adapter lies when that is not where its own record says."""
+    like: str | None = None
+    """Of a base, the checkpoint whose number format it is computed in."""
+
+
+def find_targets(
+    models: Sequence[str], predictions: Sequence[str] = (), *, base: str | None, with_base: bool
+) -> list[Target]:
+    """The targets in the order in which they are compared, the base first.
+
+    Args:
+        models: model folders, adapters and checkpoints, or hub ids.
+        predictions: files of replies made elsewhere.
+        base: where the adapters' base lies when that is not where they say.
+        with_base: whether the untuned model is scored too.
+
+    Raises:
+        ModelError: a base cannot be found.
+        DataError: a file of predictions does not exist.
+    """
+    tuned = [_target(path, base, models) for path in models]
+    if with_base:
+        tuned = _bases(tuned) + tuned
+    for file in predictions:
+        if not Path(file).is_file():
+            raise DataError(f"{file} is no file of predictions (seen from {Path.cwd()})")
+    files = [Target(Path(file).stem, str(file), "predictions") for file in predictions]
+    unique: dict[tuple[str, str], Target] = {}
+    for one in [*tuned, *files]:
+        unique.setdefault((one.kind, str(Path(one.path).absolute())), one)
+    return _named(list(unique.values()))
+
+
+def base_recorded(folder: Path) -> tuple[str | None, str | None]:
+    """Path and fingerprint of the base that an adapter or a fully tuned checkpoint was made from."""
+    record = _json(folder / _RECORD).get("base") or {}
+    path = _json(folder / ADAPTER).get("base_model_name_or_path") or record.get("path")
+    return path, record.get("fingerprint")
+
+
+def _target(path: str, base: str | None, models: Sequence[str]) -> Target:
+    folder = Path(path)
+    kind = _kind(folder)
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    run = str(folder.parent) if step else None
+    name = f"{folder.absolute().parent.name}-{folder.name}" if step else folder.absolute().name
+    moved = _moved_base(folder, base, models) if kind in ("adapter", "prefix") else None
+    return Target(name, path, kind, int(step[1]) if step else None, run, moved)
+
+
+def _kind(folder: Path) -> Kind:
+    if (folder / ADAPTER).is_file():
+        found = str(_json(folder / ADAPTER).get("peft_type"))
+        if found not in _KINDS:
+            raise ModelError(
+                f"{folder} is a {found} adapter; only {', '.join(_KINDS)} can be opened"
+            )
+        return _KINDS[found]
+    if (folder / _RECORD).is_file():
+        return "full"
+    return "merged" if (folder / _MANIFEST).is_file() else "base"
+
+
+def _moved_base(folder: Path, base: str | None, models: Sequence[str]) -> str | None:
+    """The base that is given, or a whole model among the targets that is the adapter's own."""
+    if base is not None:
+        return base
+    path, fingerprint = base_recorded(folder)
+    if fingerprint is None or (path and Path(path).is_dir()):
+        return None
+    whole = [one for one in models if (Path(one) / "config.json").is_file()]
+    return next((one for one in whole if model_fingerprint(one) == fingerprint), None)
+
+
+def _bases(targets: Sequence[Target]) -> list[Target]:
+    """The untuned models of the targets, each once."""
+    found: dict[str, Target] = {}
+    for one in targets:
+        if one.kind not in ("adapter", "prefix", "full"):
+            continue
+        path = one.base or base_recorded(Path(one.path))[0]
+        if path:
+            found.setdefault(path, Target("base", path, "base", like=one.path))
+    if not found and not any(one.kind == "base" for one in targets):
+        raise ModelError("--base: none of the targets says which model it was tuned from; name it as a target")  # fmt: skip
+    return list(found.values())
+
+
+def _named(targets: list[Target]) -> list[Target]:
+    """The targets with names that are unique and hold nothing odd."""
+    seen: dict[str, int] = {}
+    named = []
+    for one in targets:
+        plain = re.sub(r"[^\w.-]+", "-", one.name).strip("-.") or "target"
+        seen[plain] = seen.get(plain, 0) + 1
+        named.append(replace(one, name=plain if seen[plain] == 1 else f"{plain}-{seen[plain]}"))
+    return named
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file} is damaged ({error}); copy the folder again") from error
