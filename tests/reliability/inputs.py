@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.reliability import input_files, input_images, input_paths, input_yaml
+from tests.reliability import (
+    input_controls,
+    input_files,
+    input_images,
+    input_paths,
+    input_properties,
+    input_yaml,
+)
 from tests.reliability.frame import Case
 from tests.reliability.places import prepare
 
-PARTS = (input_files, input_images, input_paths, input_yaml)
+PARTS = (input_files, input_images, input_paths, input_yaml, input_controls, input_properties)
 
 
 def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
     """All of them; the subset has every third."""
     if stock:
-        return []
+        prepare(folder)
+        return list(input_controls.stock_cases())
     prepare(folder)
     found = [case for part in PARTS for case in part.cases()]
     return found[::3] if subset else found
