@@ -45,7 +45,11 @@ def save_random(folder: Path, written: dict[str, Any]) -> Path:
     """Write a random model of config `written` and what belongs to it; the tokenizer is there."""
     torch.manual_seed(0)
     config = ChatGLMConfig.from_dict(written)
-    ChatGLMForConditionalGeneration(config).save_pretrained(folder)
+    model = ChatGLMForConditionalGeneration(config)
+    for weight in model.parameters():
+        if weight.ndim == 1:  # biases and norms, which start as zeros and ones
+            weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder)
     add_settings(folder, written["eos_token_id"], written["pad_token_id"])
     return folder
 
