@@ -10,7 +10,10 @@ import typer
 from finetune import console
 from finetune.cli.data_commands import Json
 
+report_app = typer.Typer()
 
+
+@report_app.command()
 def report(
     folder: Annotated[
         Path, typer.Argument(help="What `finetune evaluate --output` or `finetune compare` wrote.")
@@ -25,6 +28,7 @@ def report(
     console.say(f"\nreport: {page}")
 
 
+@report_app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help="Where to look, also in folders below.")] = Path(
         "runs"

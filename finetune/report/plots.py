@@ -12,8 +12,8 @@ from finetune import console
 from finetune.errors import ConfigError
 from finetune.report import words
 from finetune.report.charts import Series
-from finetune.report.content import Content
-from finetune.report.folder import Evaluation
+from finetune.report.content import Content, read_content
+from finetune.report.folder import Evaluation, read_evaluation
 from finetune.report.page import colours_of, edges_of, loss_curves, metric_series, runs_of
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FOLDER = "plots"
 FORMATS = ("png", "svg")
+LONGEST_NAME = 36
 CHINESE = "中"
 FONTS = (
     "Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "PingFang SC", "Microsoft YaHei",
@@ -31,12 +32,15 @@ FONTS = (
 COLOURS = ("#8a877f", "#2f5bd0", "#d9641e", "#14845c", "#9a3fb5", "#c22f5d", "#0b8aa3", "#7a6a12", "#5b5bd6")  # fmt: skip
 
 
-def write_plots(folder: Path, evaluation: Evaluation, content: Content) -> list[Path]:
+def write_plots(folder: Path) -> list[Path]:
     """Writes `plots/<name>.png` and `.svg` of the losses, every score and the lengths; their paths.
 
     Raises:
         ConfigError: matplotlib is not installed.
+        DataError: The folder is no whole evaluation.
     """
+    evaluation = read_evaluation(folder)
+    content = read_content(folder, evaluation)
     colours = colours_of(evaluation)
     drawn = {"loss": loss_curves(evaluation, runs_of(evaluation))}
     if any(target.step is not None for target in evaluation.targets):
@@ -102,6 +106,7 @@ def _style(texts: str) -> AbstractContextManager[None]:
             "axes.axisbelow": True,
             "grid.color": "#ebe9e4",
             "axes.edgecolor": "#bdbab2",
+            "text.parse_math": False,  # a name may hold dollar signs
             "svg.fonttype": "none",
             "svg.hashsalt": "finetune",
             "figure.dpi": 100,
@@ -118,14 +123,14 @@ def _curves(series: Sequence[Series], title: str) -> Figure:
         known = [p for p in one.points if p.low is not None and p.high is not None]
         lows, highs = [p.low or 0.0 for p in known], [p.high or 0.0 for p in known]
         if one.style == "level":
-            axes.axhline(ys[0], color=colour, linestyle="--", linewidth=1.4, label=one.name)
+            axes.axhline(ys[0], color=colour, linestyle="--", linewidth=1.4, label=_short(one.name))
             for low, high in zip(lows, highs, strict=True):
                 axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
             continue
         marks: dict[str, Any] = (
             {"marker": "o", "markersize": 4} if one.style == "line" else {"alpha": 0.55}
         )
-        axes.plot(xs, ys, color=colour, linewidth=1.8 if marks.get("marker") else 1, label=one.name, **marks)  # fmt: skip
+        axes.plot(xs, ys, color=colour, linewidth=1.8 if marks.get("marker") else 1, label=_short(one.name), **marks)  # fmt: skip
         if len(known) > 1:
             axes.fill_between([p.x for p in known], lows, highs, color=colour, alpha=0.15, linewidth=0)  # fmt: skip
         elif known:
@@ -144,7 +149,7 @@ def _lengths(evaluation: Evaluation, content: Content, colours: Sequence[int]) -
         evaluation.targets, content.reply_lengths, colours, strict=True
     ):
         clipped = [min(value, edges[-1] - 1) for value in found]
-        axes.hist(clipped, edges, histtype="step", color=COLOURS[colour], linewidth=1.4, label=target.name)  # fmt: skip
+        axes.hist(clipped, edges, histtype="step", color=COLOURS[colour], linewidth=1.4, label=_short(target.name))  # fmt: skip
     references = [min(value, edges[-1] - 1) for value in content.reference_lengths]
     axes.hist(references, edges, color="#d8d5cd", label="references", zorder=0)
     axes.set_xlabel("characters")
@@ -163,6 +168,10 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
     return figure, axes
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:

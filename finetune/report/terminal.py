@@ -124,8 +124,9 @@ def _sample(metric: str, score: float, row: dict[str, Any]) -> str:
 
 
 def _line(text: str) -> str:
-    """A text on one line, its end left out when it is long."""
+    """A text on one line, its end left out when it is long; no terminal obeys what stands in it."""
     flat = " ".join(text.split())
+    flat = "".join(char if char.isprintable() else repr(char)[1:-1] for char in flat)
     return flat if len(flat) <= LONGEST_LINE else flat[: LONGEST_LINE - 2] + " …"
 
 

@@ -21,15 +21,20 @@ def write_report(folder: Path) -> Path:
     Raises:
         DataError: The folder is no whole evaluation.
     """
+    page = write_page(folder)
+    if find_spec("matplotlib") is None:
+        console.say("plots/ is left out: matplotlib is not installed (pip install 'glm4-finetune[report]')")  # fmt: skip
+    else:
+        write_plots(folder)
+    return page
+
+
+def write_page(folder: Path) -> Path:
+    """Writes `report.html`, and returns its path."""
     evaluation = read_evaluation(folder)
     runs = runs_of(evaluation)
     for name in {target.run for target in evaluation.targets if target.run} - set(runs):
         console.warn(f"{name} is not here: its losses and configuration are left out of the report")
-    content = read_content(folder, evaluation)
     with whole_file(folder / PAGE) as file:
-        file.write(page(evaluation, content, runs))
-    if find_spec("matplotlib") is None:
-        console.say("plots/ is left out: matplotlib is not installed (pip install 'glm4-finetune[report]')")  # fmt: skip
-    else:
-        write_plots(folder, evaluation, content)
+        file.write(page(evaluation, read_content(folder, evaluation), runs))
     return folder / PAGE

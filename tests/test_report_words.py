@@ -1,0 +1,294 @@
+"""Evaluations and runs, read and said: every expected number and sentence is worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import command_line
+import evaluations
+import pytest
+
+from finetune import console
+from finetune.errors import ConfigError, DataError
+from finetune.report import charts, content, plots, words
+from finetune.report.folder import Evaluation, read_evaluation
+from finetune.report.runs import differences, find_runs, read_run
+from finetune.report.terminal import show, show_runs, worst_samples
+from finetune.report.write import write_page, write_report
+
+
+def score(value: float | None, half: float = 1.0) -> dict[str, Any]:
+    low, high = (None, None) if value is None else (value - half, value + half)
+    return {"value": value, "low": low, "high": high, "n": 0 if value is None else 50}
+
+
+def evaluation(*comparisons: dict[str, Any], metric: str = "rouge-l", **scores: float) -> Evaluation:  # fmt: skip
+    """Targets by name; `base` is the untuned one."""
+    targets = [
+        {
+            "name": name,
+            "path": name,
+            "kind": "base" if name == "base" else "adapter",
+            "step": None if name == "base" else 10,
+            "predictions": f"{name}.jsonl",
+            "scores": {metric: score(value)},
+        }
+        for name, value in scores.items()
+    ]
+    return Evaluation.model_validate({"format": 1, "targets": targets, "comparisons": comparisons})
+
+
+def compared(a: str, b: str, difference: float, verdict: str, metric: str = "rouge-l") -> dict[str, Any]:  # fmt: skip
+    return {
+        "a": a, "b": b, "metric": metric, "difference": difference, "low": difference - 2,
+        "high": difference + 3, "p": 0.01, "p_holm": 0.0004 if verdict != "no real difference" else 0.213, "verdict": verdict,
+    }  # fmt: skip
+
+
+def test_the_answer_names_the_best_and_says_whether_it_is_really_better() -> None:
+    found = evaluation(
+        compared("one", "base", 40.0, "better"),
+        compared("two", "base", 46.5, "better"),
+        compared("two", "one", 6.5, "no real difference"),
+        base=4.0, one=44.0, two=50.5,
+    )  # fmt: skip
+    assert words.conclusion(found, "rouge-l") == [
+        "two has the highest rouge-l of 2 checkpoints: 50.5 (49.5 to 51.5).",
+        "two is better than base in rouge-l: +46.5 (44.5 to 49.5; p < 0.001).",
+        "Between it and one there is no real difference.",
+    ]
+
+
+def test_a_lower_perplexity_is_better() -> None:
+    found = evaluation(metric="perplexity", base=60.0, one=9.25, two=8.5)
+    assert words.conclusion(found, "perplexity") == [
+        "two has the lowest perplexity of 2 checkpoints: 8.50 (7.50 to 9.50)."
+    ]
+
+
+def test_a_comparison_reads_the_same_from_both_sides() -> None:
+    found = evaluation(compared("base", "one", -40.0, "worse"), base=4.0, one=44.0)
+    turned = found.comparison("one", "base", "rouge-l")
+    assert turned is not None
+    assert (turned.difference, turned.low, turned.high, turned.verdict) == (40, 37, 42, "better")
+    assert words.arrow(found, found.targets[1], "rouge-l") == "↑"
+    assert words.arrow(found, found.targets[0], "rouge-l") == ""
+
+
+def test_no_real_difference_is_said_in_words() -> None:
+    found = evaluation(compared("one", "base", -0.4, "no real difference"), base=4.4, one=4.0)
+    sentence = "No real difference between one and base in rouge-l: −0.4 (−2.4 to 2.6; p = 0.21)."
+    assert words.verdict(found.comparisons[0]) == sentence
+    assert words.arrow(found, found.targets[1], "rouge-l") == "→"
+
+
+def test_one_model_alone_gets_a_report_too(tmp_path: Path) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out", runs=())
+    assert "base has the highest rouge-l of 1 model" in write_page(made).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "evaluation.json").unlink(), "holds no evaluation.json"),
+        (lambda folder: (folder / "evaluation.json").write_text("{"), "evaluate again"),
+        (lambda folder: (folder / "evaluation.json").write_text('{"format": 2, "targets": []}'), "format"),
+        (lambda folder: (folder / "predictions" / "lora-20.jsonl").unlink(), "lora-20.jsonl"),
+        (lambda folder: (folder / "predictions" / "lora-20.jsonl").write_text("[1]\n"), "lora-20.jsonl:1"),
+    ],
+    ids=["absent", "torn", "another format", "no predictions", "no objects"],
+)  # fmt: skip
+def test_what_is_no_whole_evaluation_is_refused_by_name(
+    tmp_path: Path, damage: Any, said: str
+) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out")
+    damage(made)
+    with pytest.raises(DataError, match=said):
+        write_page(made)
+    assert not (made / "report.html").exists()
+
+
+def test_samples_that_some_target_was_not_asked_for_are_left_out(tmp_path: Path) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out", samples=6)
+    file = made / "predictions" / "lora-40.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:2] + lines[3:]), encoding="utf-8")
+    found = content.read_content(made, read_evaluation(made))
+    assert [one["where"].split(":")[1].split()[0] for one in found.samples] == ["1", "2", "4", "5", "6"]  # fmt: skip
+
+
+def test_a_page_carries_evenly_spaced_samples_of_very_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "MOST_SAMPLES", 4)
+    made = evaluations.write_evaluation(tmp_path / "out", samples=10)
+    found = content.read_content(made, read_evaluation(made))
+    assert [one["number"] for one in found.samples] == [3, 5, 8, 10]
+    assert len(found.reference_lengths) == found.num_samples == 10
+    assert "4 of the 10 samples are in this page" in write_page(made).read_text(encoding="utf-8")
+
+
+def test_json_in_the_page_cannot_leave_its_element() -> None:
+    text = content.inert_json({"a": "</script><!--\u2028\ud800&"})
+    assert text == '{"a":"\\u003c/script\\u003e\\u003c!--\\u2028\\ud800\\u0026"}'
+    assert json.loads(text) == {"a": "</script><!--\u2028\ud800&"}
+
+
+def test_ticks_are_round_numbers_inside_the_range() -> None:
+    assert charts.ticks(0, 106) == [0, 25, 50, 75, 100]
+    assert charts.ticks(0.8, 4.1) == [1, 2, 3, 4]
+    assert charts.ticks(0, 3, whole=True) == [0, 1, 2, 3]
+    assert charts.ticks(5, 5) == [5]
+
+
+def test_bins_hold_every_value_once_and_longer_ones_in_the_last() -> None:
+    from finetune.report.page import _counted, edges_of
+
+    assert edges_of(2) == [0, 1, 2, 3]
+    assert _counted([0, 1, 1, 2, 9], edges_of(2)) == [1, 2, 2]
+    assert len(edges_of(10_000)) == 31
+    assert edges_of(10_000)[-1] > 10_000
+
+
+def test_a_run_that_was_killed_while_it_wrote_is_read(tmp_path: Path) -> None:
+    run = read_run(evaluations.write_run(tmp_path / "lora"))
+    assert run.last_step == 60
+    assert run.best("loss") == (60, pytest.approx(1 + 2.5 / 7))
+    assert run.best("rouge-l") == (60, 50.0)
+    assert run.best("chrf") is None
+    assert (run.checkpoints, run.best_step) == ([20, 40, 60], 60)
+    assert run.data["train"]["examples"] == 300
+
+
+def test_runs_are_found_below_a_folder_and_differ_where_they_differ(tmp_path: Path) -> None:
+    for place, rank in (("a", 8), ("deeper/b", 16)):
+        evaluations.write_run(tmp_path / place, rank=rank)
+    (tmp_path / "a" / "checkpoint-20" / "config.yaml").write_text("method: {kind: lora}\n")
+    (tmp_path / "model").mkdir()
+    found = find_runs(tmp_path)
+    assert sorted(run.path.name for run in found) == ["a", "b"]
+    found.sort(key=lambda run: run.path.name)
+    assert differences(found) == [("method.rank", [8, 16])]
+    with pytest.raises(ConfigError, match="is not a folder"):
+        find_runs(tmp_path / "nowhere")
+
+
+def test_the_list_of_runs_says_best_scores_and_differences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [read_run(evaluations.write_run(tmp_path / name, rank=rank)) for name, rank in (("a", 8), ("b", 16))]  # fmt: skip
+    show_runs(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "run"
+    assert lines[2].endswith("1.357 at 60  rouge-l 50.0 at 60  method.rank 8")
+    assert lines[3].endswith("method.rank 16")
+
+
+def test_the_terminal_gets_a_table_the_answer_and_the_three_worst(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out")
+    show(made)
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert lines[0].split() == ["model", "rouge-l", "bleu-4", "exact", "match", "stop", "rate"]
+    assert lines[2].split()[0] == "base"
+    assert "↑" in lines[5]
+    assert "lora 60 is better than base in rouge-l" in said
+    found = worst_samples(made, read_evaluation(made).targets[-1], "rouge-l")
+    assert len(found) == 3
+    values = [json.loads(line)["scores"]["rouge-l"] for line in (made / "predictions" / "lora-60.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]  # fmt: skip
+    assert [value for value, _ in found] == sorted(values)[:3]
+    assert said.count("  reference  ") == 3
+
+
+def test_a_reply_cannot_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out", samples=2)
+    file = made / "predictions" / "lora-60.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    rows[0]["prediction"] = "\x1b[2Jgone\u202e"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    show(made)
+    said = capsys.readouterr().out
+    assert "\\x1b[2Jgone\\u202e" in said
+    assert "\x1b" not in said
+
+
+def with_chinese_name(made: Path) -> Path:
+    """One metric only, and a checkpoint with a Chinese name."""
+    file = made / "evaluation.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for target in found["targets"]:
+        target["scores"] = {"rouge-l": target["scores"]["rouge-l"]}
+    found["targets"][-1]["name"] = "微调 $60$"
+    file.write_text(json.dumps(found | {"comparisons": []}), encoding="utf-8")
+    return made
+
+
+def test_plots_say_when_they_cannot_show_chinese_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plots, "chinese_font", lambda: None)
+    made = with_chinese_name(evaluations.write_evaluation(tmp_path / "out", samples=4))
+    with pytest.warns(UserWarning, match="Glyph"):
+        plots.write_plots(made)
+    assert "no font with Chinese signs" in capsys.readouterr().err
+
+
+def test_a_font_with_chinese_signs_is_used_when_there_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if plots.chinese_font() is None:
+        pytest.skip("no Chinese font is installed here (fonts-noto-cjk)")
+    made = with_chinese_name(evaluations.write_evaluation(tmp_path / "out", samples=4))
+    written = plots.write_plots(made)  # a missing glyph would be a warning, and so an error here
+    assert capsys.readouterr().err == ""
+    names = {path.name for path in written}
+    assert names == {f"{name}.{kind}" for name in ("loss", "rouge-l", "lengths") for kind in ("png", "svg")}  # fmt: skip
+    assert "微调 $60$" in (made / "plots" / "lengths.svg").read_text(encoding="utf-8")
+
+
+def test_without_matplotlib_there_is_a_page_and_a_word_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.report.write.find_spec", lambda name: None)
+    made = evaluations.write_evaluation(tmp_path / "out", samples=4)
+    assert write_report(made).is_file()
+    assert not (made / "plots").exists()
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_a_report_of_runs_that_are_gone_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    made = evaluations.write_evaluation(tmp_path / "out", samples=4)
+    shutil.rmtree(tmp_path / "lora")
+    write_page(made)
+    assert "lora is not here: its losses and configuration are left out" in capsys.readouterr().err
+
+
+def test_the_commands_print_and_write_what_they_say(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.report.write.write_plots", lambda folder: [])
+    made = evaluations.write_evaluation(tmp_path / "out", samples=4)
+    assert command_line.exit_code("report", str(made)) == 0
+    assert f"report: {made / 'report.html'}" in capfd.readouterr().out
+    assert command_line.exit_code("runs", str(tmp_path), "--json") == 0
+    (run,) = json.loads(capfd.readouterr().out)
+    assert (run["path"], run["steps"]) == (str(tmp_path / "lora"), 60)
+    assert run["best"]["rouge-l"] == {"step": 60, "value": 50.0}
+    assert command_line.exit_code("report", str(tmp_path)) == 2
+
+
+def test_rich_texts_keep_their_side_in_a_plain_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.text import Text
+
+    console.table(["a", "b"], [["x", Text("1.0", justify="right")], ["y", Text("↑ 22.0", justify="right")]])  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[2:] == ["x     1.0", "y  ↑ 22.0"]
