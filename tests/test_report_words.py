@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from finetune.report import charts, content, plots, words
 from finetune.report.folder import Evaluation, read_evaluation
 from finetune.report.runs import differences, find_runs, read_run
 from finetune.report.terminal import show, show_runs, worst_samples
-from finetune.report.write import write_page, write_report
+from finetune.report.write import write_page
 
 
 def score(value: float | None, half: float = 1.0) -> dict[str, Any]:
@@ -252,14 +253,14 @@ def test_a_font_with_chinese_signs_is_used_when_there_is_one(
     assert "微调 $60$" in (made / "plots" / "lengths.svg").read_text(encoding="utf-8")
 
 
-def test_without_matplotlib_there_is_a_page_and_a_word_about_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_plots_without_matplotlib_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.report.write.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     made = evaluations.write_evaluation(tmp_path / "out", samples=4)
-    assert write_report(made).is_file()
-    assert not (made / "plots").exists()
-    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert write_page(made).is_file()
+    with pytest.raises(ConfigError, match=r"glm4-finetune\[report\]"):
+        plots.write_plots(made)
 
 
 def test_a_report_of_runs_that_are_gone_says_what_it_lacks(
@@ -276,7 +277,7 @@ def test_a_report_of_runs_that_are_gone_says_what_it_lacks(
 def test_the_commands_print_and_write_what_they_say(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.report.write.write_plots", lambda folder: [])
+    monkeypatch.setattr(plots, "write_plots", lambda folder: [])
     made = evaluations.write_evaluation(tmp_path / "out", samples=4)
     assert command_line.exit_code("report", str(made)) == 0
     assert f"report: {made / 'report.html'}" in capfd.readouterr().out

@@ -11,7 +11,7 @@ from finetune import console
 from finetune.cli.data_commands import Json, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.inputs import check_inputs, models_in
-from finetune.cli.report_commands import report_app
+from finetune.cli.report_commands import report_app, say_report
 from finetune.cli.using_commands import using_app
 
 app = typer.Typer(
@@ -144,7 +144,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score models' replies against held-out dialogues, and say which differences are real.
+    """Score models on held-out dialogues; say which differences are real.
 
     What is not said here is as in the run that saved the (first) model, so that the numbers are
     those of its training. What was generated before is not generated again.
@@ -167,7 +167,10 @@ def evaluate(
             scoring=Scoring(bleu_unit, tuple(metric or ())),
             general=tuple(general or ()),
         )
-        emit(run(models, data or (), output=output, changes=changes, options=options))
+        found = run(models, data or (), output=output, changes=changes, options=options)
+        if console.is_main():
+            say_report(Path(found["output"]))
+        emit(found)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json
+from finetune.errors import ConfigError
 
 report_app = typer.Typer()
 
@@ -19,13 +20,12 @@ def report(
         Path, typer.Argument(help="What `finetune evaluate --output` or `finetune compare` wrote.")
     ],
 ) -> None:
-    """Write report.html and plots/ of an evaluation anew, and say it in short."""
-    from finetune.report.terminal import show
-    from finetune.report.write import write_report
+    """Write report.html of an evaluation anew, and plots/ (PNG and SVG); say it in short."""
+    from finetune.report.plots import write_plots
 
-    page = write_report(folder)
-    show(folder)
-    console.say(f"\nreport: {page}")
+    say_report(folder)
+    write_plots(folder)
+    console.say(f"plots: {folder / 'plots'}")
 
 
 @report_app.command()
@@ -46,3 +46,39 @@ def runs(
         else:
             console.say(f"no runs in {folder}")
         emit([run.summary for run in found])
+
+
+@report_app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more runs.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For evaluation.json, predictions/ and the page.")
+    ] = Path("comparison"),
+    as_json: Json = False,
+) -> None:
+    """Report over several runs, from the replies that they gave while they were trained.
+
+    No model is opened. `finetune evaluate RUN RUN --data FILE` asks their checkpoints anew.
+    """
+    from finetune.report.compare import compare as run
+    from finetune.report.runs import read_run
+    from finetune.report.terminal import show_differences
+
+    if len(runs) < 2:
+        raise ConfigError("name two or more runs to compare; `finetune runs` lists them")
+    with console.json_output(as_json) as emit:
+        found = [read_run(path) for path in runs]
+        show_differences(found)
+        report = run(found, output)
+        say_report(output)
+        emit(report)
+
+
+def say_report(folder: Path) -> None:
+    """Writes the page of an evaluation folder, and says what is in it in short."""
+    from finetune.report.terminal import show
+    from finetune.report.write import write_page
+
+    page = write_page(folder)
+    show(folder)
+    console.say(f"\nreport: {page}")

@@ -45,7 +45,7 @@ class Scored:
         self.places: list[tuple[str, int]] = []
         """What was answered, reply by reply."""
         self.slices: dict[str, list[str]] = {name: [] for name in SLICES}
-        for row in _rows(file):
+        for row in rows(file):
             self.replies.add(row["where"], row["scores"], row["counts"])
             self.places.append((row["where"], row["message"]))
             for name, values in self.slices.items():
@@ -88,6 +88,9 @@ def write(
         work = by_name.get(target.name)
         if work is not None:
             _write_predictions(work, file, options.scoring)
+        elif target.kind != "predictions":  # asked and scored by its run, while it was trained
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(target.path, file)
         else:
             like = scored[0].file if scored else None
             read_foreign(Path(target.path), file, options.scoring, like=like)
@@ -246,7 +249,8 @@ def _signatures(scoring: Scoring) -> dict[str, str]:
     }
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of predictions."""
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ class Run:
     """Steps of the checkpoints that are there."""
     best_step: int | None
     """Step of the checkpoint that the run itself held to be best."""
+
+    predictions: Mapping[int, Path]
+    """By step, what it replied to the held-out prompts."""
 
     @property
     def last_step(self) -> int:
@@ -99,6 +103,7 @@ def read_run(folder: Path) -> Run:
         data=_data(folder / DATA),
         checkpoints=[step for step in steps if step is not None],
         best_step=checkpoint.step_of(best) if best else None,
+        predictions=_predictions(folder),
     )
 
 
@@ -128,6 +133,13 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
         for key, values in rows
         if key not in ALWAYS_OTHER and any(value != values[0] for value in values)
     ]
+
+
+def _predictions(folder: Path) -> dict[int, Path]:
+    found = [
+        (re.fullmatch(r"predictions-(\d+)\.jsonl", file.name), file) for file in folder.iterdir()
+    ]
+    return dict(sorted((int(name[1]), file) for name, file in found if name))
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
