@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class FinetuneError(Exception):
     """A problem that a user can act on; its text says what, where and what to do."""
@@ -39,13 +41,41 @@ class NonFiniteError(FinetuneError):
     exit_code = 4
 
 
+class OutOfMemoryError(FinetuneError):
+    """A GPU or the machine has not enough memory; says how much there was and what needs less."""
+
+    exit_code = 5
+
+
 class SpaceError(CheckpointError):
     """The disk has no room for a checkpoint; what was there before is untouched."""
 
     exit_code = 6
 
 
+class ProcessError(FinetuneError):
+    """A process of the run failed, is gone or hangs; raised in the others, with its exit code."""
+
+    def __init__(self, text: str, exit_code: int = 1) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class RunDirectoryInUseError(FinetuneError):
     """Another live process writes to the run directory."""
 
     exit_code = 7
+
+
+# As torch (C++), safetensors (Rust), CUDA's libraries and the C library word it.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|ALLOC_FAILED",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether any library says by this error that memory ran out; imports none of them."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and bool(_NO_MEMORY.search(str(error)))

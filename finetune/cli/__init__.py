@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import console
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, OutOfMemoryError, is_out_of_memory
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -28,12 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _run([word for word in words if word != "--debug"])
-    except FinetuneError as error:
+    except Exception as error:
+        problem = error if isinstance(error, FinetuneError) else _out_of_memory(error)
+        if problem is None:
+            raise
         if debug:
             traceback.print_exc()
-        elif _speaks(str(error)):
-            sys.stderr.write(f"error: {error}\n")
-        code = error.exit_code
+        elif _speaks(str(problem)):
+            sys.stderr.write(f"error: {problem}\n")
+        code = problem.exit_code
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except SystemExit as error:
@@ -41,6 +45,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         code = _BROKEN_PIPE  # `finetune data tokens … | head`; typer has seen to the rest
     sys.exit(code)
+
+
+def _out_of_memory(error: Exception) -> OutOfMemoryError | None:
+    """What a command that trains nothing can do when that is what `error` says."""
+    if not is_out_of_memory(error):
+        return None
+    first = (str(error).splitlines() or [""])[0] or type(error).__name__
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return OutOfMemoryError(
+        f"out of memory: {first[:300]}\nThe most this process has used is {peak:.2f} GB of the "
+        "machine's own memory. What needs less: a smaller --batch-size, fewer --max-new-tokens, "
+        "shorter rows"
+    )
 
 
 def _run(words: Sequence[str]) -> int:

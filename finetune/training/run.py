@@ -13,6 +13,7 @@ from finetune.config import RunConfig
 from finetune.data.template import ChatTemplate
 from finetune.data.tokenizer import load_chat_tokenizer
 from finetune.training import resume
+from finetune.training.memory import memory_explained
 from finetune.training.run_data import load_run_data
 from finetune.training.run_directory import RunDirectory
 from finetune.training.signals import StopFlag
@@ -41,6 +42,7 @@ def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
         template = ChatTemplate(load_chat_tokenizer(config.model.path, config.model.revision))
         data = load_run_data(config, template)
 
-        from finetune.training.fit import fit
+        with memory_explained(config, longest=int(data.train.lengths.max())):
+            from finetune.training.fit import fit
 
-        return fit(config, template, data, run_dir, stop)
+            return fit(config, template, data, run_dir, stop)

@@ -8,6 +8,7 @@ from tests.reliability import (
     input_controls,
     input_files,
     input_images,
+    input_limits,
     input_paths,
     input_properties,
     input_yaml,
@@ -15,7 +16,15 @@ from tests.reliability import (
 from tests.reliability.frame import Case
 from tests.reliability.places import prepare
 
-PARTS = (input_files, input_images, input_paths, input_yaml, input_controls, input_properties)
+PARTS = (
+    input_files,
+    input_images,
+    input_paths,
+    input_yaml,
+    input_controls,
+    input_properties,
+    input_limits,
+)
 
 
 def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:

@@ -7,6 +7,7 @@ command's process, in which everything imported counts.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -139,6 +140,7 @@ def _run(words: list[str], cwd: str, folder: Path) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    atexit._run_exitfuncs()  # what it started ends, and counts
     (folder / "heavy").write_text(" ".join(name for name in HEAVY if name in sys.modules))
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ _FOLDERS: list[Path] = []
 def prepare(folder: Path) -> None:
     """Begin a suite: `folder` is where what its cases share is put. Call it before the cases fork."""
     _FOLDERS[:] = [folder]
+    os.environ["FINETUNE_CACHE"] = str(folder / "cache")
     light()
 
 
