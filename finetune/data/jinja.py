@@ -1,8 +1,7 @@
 """The checkpoint's own chat template, rendered as transformers renders it, and what it does.
 
 The template is the authority on the layout: `describe` renders small dialogues with it and reads off
-where tool definitions go, what happens to each role's text and how a generation prompt ends. A
-template comes from a model folder, so it runs in jinja's immutable sandbox.
+where tool definitions go, what happens to each role's text and how a generation prompt ends.
 """
 
 from __future__ import annotations
@@ -10,18 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
+from finetune.data.sandbox import RefusedError, Sandbox
 from finetune.errors import DataError
 
 ROLES = ("system", "user", "assistant", "observation")
@@ -47,7 +38,7 @@ class JinjaTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
-        self._template = _compile(source)
+        self._sandbox = _sandbox(source)
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -58,15 +49,16 @@ class JinjaTemplate:
         add_generation_prompt: bool = False,
     ) -> str:
         """The dialogue as text; raises DataError when the template itself refuses it."""
+        values = {
+            "messages": list(messages),
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special_tokens,
+        }
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            return self._sandbox.render(values)
+        except RefusedError as error:
             raise DataError(
                 f"the checkpoint's chat template failed: {error}; rendering "
                 f"{json.dumps(list(messages), ensure_ascii=False)[:300]}"
@@ -206,72 +198,6 @@ def _last_body(template: JinjaTemplate, message: JsonMessage) -> str:
 
 
 @lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["namespace"] = _Namespace
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the type
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"the checkpoint's chat template is not valid jinja: line {error.lineno}: {error}"
-        ) from error
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, by which templates mark replies: renders what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(Namespace):
-    """jinja's namespace, which takes no underscore names: they could reach Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # a template may pass `self=`
-        names = dict(*args[1:], **kwargs)
-        for name in names:
-            _refuse_private(name)
-        Namespace.__init__(args[0], names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        Namespace.__setitem__(self, name, value)
-
-
-def _refuse_private(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace takes no name with an underscore in front, got {name!r}")
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as transformers' templates write it: jinja's own filter would escape HTML characters."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _sandbox(source: str) -> Sandbox:
+    """One process for all that render the same template."""
+    return Sandbox(source)
