@@ -50,7 +50,7 @@ def runs(
 
 @report_app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Two or more runs.")],
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="For evaluation.json, predictions/ and the page.")
     ] = Path("comparison"),

@@ -89,9 +89,12 @@ def conclusion(evaluation: Evaluation, metric: str) -> list[str]:
     score = best.scores.get(metric, Score())
     direction = "lowest" if metric in LOWER_IS_BETTER else "highest"
     between = interval(metric, score)
+    value = f"{number(metric, score.value)}{f' ({between})' if between else ''}"
+    if len(evaluation.targets) == 1:
+        return [f"{best.name} reaches {value} in {label(metric)}."]
     lines = [
         f"{best.name} has the {direction} {label(metric)} of {number_of(evaluation, tuned=True)}: "
-        f"{number(metric, score.value)}{f' ({between})' if between else ''}."
+        f"{value}."
     ]
     base = evaluation.base
     if base is not None and best is not base:
