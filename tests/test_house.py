@@ -81,11 +81,12 @@ def test_no_exception_is_swallowed() -> None:
 @pytest.mark.parametrize(
     "module",
     ["finetune.cli", "finetune.config", "finetune.config_file", "finetune.console", "finetune.data.report",
-     "finetune.data.dataset", "finetune.data.template", "finetune.evaluation.metrics"],
+     "finetune.data.dataset", "finetune.data.template", "finetune.evaluation.metrics", "finetune.report.compare",
+     "finetune.report.plots", "finetune.report.terminal", "finetune.report.write"],
 )  # fmt: skip
 def test_light_rooms_import_nothing_heavy(module: str) -> None:
     code = (
-        f"import sys, {module}; heavy = {{'torch', 'transformers', 'datasets', 'peft', 'deepspeed'}}; "
+        f"import sys, {module}; heavy = {{'torch', 'transformers', 'datasets', 'peft', 'deepspeed', 'matplotlib'}}; "
         "found = heavy & set(sys.modules); sys.exit(', '.join(sorted(found)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
