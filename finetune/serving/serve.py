@@ -15,6 +15,9 @@ from finetune import console
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from finetune.evaluation.open import OpenedModel
     from finetune.serving.engine import Engine
 
 KEY_VARIABLE = "FINETUNE_API_KEY"
@@ -61,36 +64,36 @@ def serve(
         ModelError: `target` cannot be opened.
     """
     _check_installed()
-    listener = _bound(options.host, options.port)
-    with listener:
+    with _bound(options.host, options.port) as listener:
         key = _key(options, listener)
         console.say(f"opening {target} ...")
-        from finetune.evaluation.generate import context_length
         from finetune.evaluation.open import open_model
-        from finetune.serving.app import Limits, make_app
-        from finetune.serving.engine import Engine
-        from finetune.serving.guard import Access
-        from finetune.serving.request import Rules
 
         opened = open_model(target, base=base)
-        limits = [n for n in (options.context, context_length(opened.model)) if n is not None]
-        rules = Rules(
-            name=options.name or Path(shown_as).name,
-            template=opened.template,
-            context=min(limits, default=None),
-            max_new_tokens=options.max_new_tokens,
-        )
-        engine = Engine(opened.model, opened.template, batch_size=options.batch_size)
-        names = {"localhost", options.host.lower(), *(name.lower() for name in options.allow_hosts)}
-        app = make_app(
-            engine,
-            rules,
-            Limits(options.max_requests, options.max_request_mb << 20),
-            Access(names, key),
-        )
-        console.say(f"{rules.name} answers at {_url(listener)}/v1; Ctrl-C stops it")
+        name = options.name or Path(shown_as).name
+        app, engine = endpoint(opened, name, options, key)
+        console.say(f"{name} answers at {_url(listener)}/v1; Ctrl-C stops it")
         _run(app, engine, listener)
     console.say("stopped")
+
+
+def endpoint(
+    opened: OpenedModel, name: str, options: ServeOptions, key: bytes | None
+) -> tuple[FastAPI, Engine]:
+    """The ASGI application on an opened model, and the engine that writes its replies."""
+    from finetune.evaluation.generate import context_length
+    from finetune.serving.app import Limits, make_app
+    from finetune.serving.engine import Engine
+    from finetune.serving.guard import Access
+    from finetune.serving.request import Rules
+
+    contexts = [n for n in (options.context, context_length(opened.model)) if n is not None]
+    context = min(contexts, default=None)
+    rules = Rules(name, opened.template, context, options.max_new_tokens)
+    engine = Engine(opened.model, opened.template, batch_size=options.batch_size)
+    limits = Limits(options.max_requests, options.max_request_mb << 20)
+    hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
+    return make_app(engine, rules, limits, Access(hosts, key)), engine
 
 
 def _check_installed() -> None:
@@ -149,12 +152,12 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _run(app: object, engine: Engine, listener: socket.socket) -> None:
+def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     """Serves until a signal; a second one ends at once. Returns when everything is closed."""
     import uvicorn
 
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # any ASGI application
+        app,
         log_config=None,
         log_level="error",
         access_log=False,

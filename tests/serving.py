@@ -1,0 +1,117 @@
+"""The endpoint in this process, with a model, or with replies that a test wrote."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tiny
+import uvicorn
+from safetensors.torch import load_file, save_file
+
+from finetune.data.conversation import Conversation, Message
+from finetune.evaluation.decoding import Ask
+from finetune.serving import engine as engine_module
+from finetune.serving.engine import Engine
+from finetune.serving.serve import ServeOptions, endpoint
+
+
+@dataclass
+class Served:
+    """A running endpoint."""
+
+    url: str
+    engine: Engine
+    key: str = "no key"
+
+    @cached_property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+
+    @cached_property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+
+
+@contextmanager
+def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[Served]:
+    """The endpoint of a model called `tiny` on a free port, until the block ends."""
+    app, engine = endpoint(opened, "tiny", ServeOptions(**options), key.encode() if key else None)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="error"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, key or "no key")
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def save_talkative(folder: Path, family: str = "glm") -> Path:
+    """A tiny model that says text for a while: of the control tokens it knows `<|user|>` alone."""
+    tiny.save_model(folder, family)
+    tensors = load_file(folder / "model.safetensors")
+    [head] = [name for name in tensors if name.endswith(("lm_head.weight", "output_layer.weight"))]
+    silent = [
+        n for n in range(tiny.NUM_RANKS, tiny.VOCAB_SIZE) if n != tiny.CONTROL_IDS["<|user|>"]
+    ]
+    tensors[head][silent] = 0.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Waits for something that must come."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+async def until_async(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Waits without stopping the loop."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
+def say(
+    monkeypatch: pytest.MonkeyPatch, template: Any, *messages: Message, stop: bool = True
+) -> list[Ask]:
+    """Puts these messages in the place of every reply; returns what was asked, as it comes."""
+    ids: list[int] = []
+    for message in messages:
+        ids += [template.tokenizer.control_ids["<|assistant|>"]] if ids else []
+        text = f"{message.metadata}\n{message.content}"
+        ids += template.tokenizer.plain.encode(text, add_special_tokens=False).ids
+    asked: list[Ask] = []
+
+    def decode(model: Any, template: Any, asks: Sequence[Ask]) -> None:
+        for ask in asks:
+            asked.append(ask)
+            for token in [*ids, template.stop_ids[0]] if stop else ids:
+                if ask.take(token):
+                    break
+
+    monkeypatch.setattr(engine_module, "decode", decode)
+    return asked
+
+
+def prompt_of(template: Any, *messages: Message, tools: Sequence[Any] = ()) -> list[int]:
+    """The prompt after these messages, as training lays them out."""
+    prompt: list[int] = template.prompt(Conversation(messages, tuple(tools)), len(messages))
+    return prompt
