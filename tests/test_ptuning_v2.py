@@ -51,6 +51,18 @@ def save(model: torch.nn.Module, base: Path, folder: Path) -> Path:
     return folder
 
 
+def test_a_fresh_prefix_is_the_base_with_its_text_in_front(base: Path) -> None:
+    ids, _ = padded()
+    text = [371, 9, 60, 200, 17]
+    model = ptuning_v2.attach(
+        load_model(base), PTuningV2Method(num_virtual_tokens=N), start_ids=text
+    )
+    together = torch.cat([torch.tensor([text]).expand(2, N), ids], 1)
+    with torch.no_grad():
+        expected = load_model(base)(together).logits[:, N:]
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_peft_opens_the_saved_adapter_with_the_same_logits(
     base: Path, tmp_path: Path, projection: bool

@@ -25,6 +25,7 @@ def attach(
     *,
     family: str,
     freeze: Sequence[str] = (),
+    start_ids: Sequence[int] = (),
 ) -> PreTrainedModel:
     """The model with the weights of `section.kind` trainable and the rest frozen.
 
@@ -35,12 +36,15 @@ def attach(
         section: The method and its options.
         family: See `models.load.family`.
         freeze: `model.freeze`.
+        start_ids: The text that a prefix starts from, see `ptuning_v2.attach`.
     """
     frozen = frozen_names((name for name, _ in model.named_parameters()), freeze)
     if isinstance(section, LoraMethod):
         return lora.attach(model, section, family=family, frozen=frozen)
     if isinstance(section, PTuningV2Method):
-        return ptuning_v2.attach(model, section)  # trains none of the model's own weights
+        return ptuning_v2.attach(
+            model, section, start_ids=start_ids
+        )  # trains none of the model's own weights
     return full.attach(model, frozen=frozen)
 
 

@@ -9,14 +9,14 @@ Shapes: N virtual tokens, L layers, H key/value heads, D head size, T new tokens
 
 Start values. Zero keys and values are not the base model: N keys of score 0 take part of every
 softmax and pull the output towards zero; and N equal tokens have equal gradients, so they would stay
-one token for ever. Keys and values start as noise of standard deviation 0.2: as near to a pretrained
-model as 0.02 is, and nearer to where they have to go. docs/methods.md has the measurements and rates.
+one token for ever. A prefix starts as the keys and values of the first tokens of the training data
+(`prefix_start`); without such a text as noise. docs/methods.md has the measurements and rates.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers.models.glm.modeling_glm import eager_attention_forward
 
 from finetune.config import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
+from finetune.methods import prefix_start
 from finetune.methods.base_record import BaseRecord
 from finetune.models.documents import DOCUMENT_SDPA, in_documents
 
@@ -66,10 +67,9 @@ class PrefixEncoder(nn.Module):
 class Prefix(nn.Module):
     """Keys and values of one layer, trained as they are."""
 
-    def __init__(self, num_virtual_tokens: int, num_heads: int, head_dim: int) -> None:
+    def __init__(self, start: Tensor) -> None:
         super().__init__()
-        values = torch.randn(2, num_heads, num_virtual_tokens, head_dim) * START_STD
-        self.key_value = nn.Parameter(values)
+        self.key_value = nn.Parameter(start)
 
     def forward(self) -> Tensor:
         """[2, H, N, D]."""
@@ -91,24 +91,35 @@ class EncodedPrefix(nn.Module):
         return flat.view(-1, *self.shape).permute(1, 2, 0, 3)
 
 
-def attach(model: PreTrainedModel, section: PTuningV2Method) -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel, section: PTuningV2Method, *, start_ids: Sequence[int] = ()
+) -> PreTrainedModel:
     """The model with a fresh prefix in every attention layer, everything else frozen.
+
+    Args:
+        model: The base.
+        section: The options.
+        start_ids: The text that a prefix without projection starts from, one token for each of its
+            own; of any other length it starts from noise.
 
     Raises:
         ConfigError: The attention implementation cannot take a prefix.
     """
     model.requires_grad_(False)
     heads, head_dim = _key_value_shape(model)
+    fits = len(start_ids) == section.num_virtual_tokens and not section.prefix_projection
+    starts = prefix_start.activations(model, start_ids) if fits else []
     encoder = None
     if section.prefix_projection:
         width = heads * head_dim
         hidden = section.encoder_hidden_size or width
         encoder = PrefixEncoder(section.num_virtual_tokens, width, hidden)
         model.add_module("prefix_encoder", encoder.to(model.device))
-    for layer in _attention_layers(model).values():
+    for number, layer in enumerate(_attention_layers(model).values()):
         prefix: nn.Module
         if encoder is None:
-            prefix = Prefix(section.num_virtual_tokens, heads, head_dim)
+            noise = torch.randn(2, heads, section.num_virtual_tokens, head_dim) * START_STD
+            prefix = Prefix(starts[number] if fits else noise)
         else:
             prefix = EncodedPrefix(encoder, heads, head_dim)
         layer.add_module("prefix", prefix.to(model.device))

@@ -46,7 +46,7 @@ def fit(
     processes = start(
         config.training.process_timeout_minutes, deepspeed=config.deepspeed is not None
     )
-    tunable = load_tunable(config, processes)
+    tunable = load_tunable(config, data, processes)
     record = run_record(config, template, data, tunable, processes)
     resumed = choose_checkpoint(config, run_dir.path, record, processes)
     with processes.failing_together():

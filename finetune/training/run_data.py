@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ class RunData:
     plan: EpochPlan
     validation: PreparedDataset | None
     validation_sources: tuple[SourceSpec, ...]
+
+    def first_tokens(self, count: int) -> list[int]:
+        """The first `count` tokens of the training data, from dialogues without images.
+
+        Fewer than `count` tokens are repeated; without any there are none.
+        """
+        found: list[int] = []
+        for number in range(len(self.train)):
+            if len(found) >= count:
+                break
+            example = self.train[number]
+            found += [] if example.image else example.input_ids.tolist()
+        return list(islice(cycle(found), count))
 
     def described(self) -> dict[str, Any]:
         """Counts, fingerprint and lengths of both kinds, for data.json in the run directory."""

@@ -22,6 +22,7 @@ from finetune.training.arguments import (
     training_arguments,
 )
 from finetune.training.processes import Processes
+from finetune.training.run_data import RunData
 from finetune.weights import model_fingerprint
 
 
@@ -37,8 +38,8 @@ class Tunable:
     """Number format of the frozen weights and of the computation."""
 
 
-def load_tunable(config: RunConfig, processes: Processes) -> Tunable:
-    """The model of a run.
+def load_tunable(config: RunConfig, data: RunData, processes: Processes) -> Tunable:
+    """The model of a run; a prefix starts from the first tokens of its data.
 
     Order matters: DeepSpeed wants to be told about the machine before TrainingArguments exist, and
     these must exist before a model is loaded, which ZeRO-3 shards meanwhile.
@@ -79,7 +80,11 @@ def load_tunable(config: RunConfig, processes: Processes) -> Tunable:
     # Adapters start from the same numbers in every process and in every run of a seed.
     torch.manual_seed(config.training.seed)
     model = methods.attach(
-        model, config.method, family=family(model.config), freeze=config.model.freeze
+        model,
+        config.method,
+        family=family(model.config),
+        freeze=config.model.freeze,
+        start_ids=data.first_tokens(getattr(config.method, "num_virtual_tokens", 0)),
     )
     for weight in model.parameters():
         if precision.weights != dtype and not weight.requires_grad:
