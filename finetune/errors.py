@@ -9,6 +9,8 @@ class FinetuneError(Exception):
     """A problem that a user can act on; its text says what, where and what to do."""
 
     exit_code = 1
+    is_echo = False
+    """Another process of the run met the problem, and can say more about it."""
 
 
 class ConfigError(FinetuneError):

@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,17 @@ def start_command(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int = 2) -> None:
+    """Until `count` steps are logged."""
+    for _ in range(1200):
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError("no step was logged within a minute")
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from finetune.training.signals import StopFlag
 LOOP = """
 import sys, time
 from finetune.training.signals import StopFlag
-with StopFlag() as stop, stop.steps():
+with StopFlag() as stop:
     print("ready", flush=True)
     while not stop.agree(lambda mine: mine):
         time.sleep(0.01)
@@ -76,19 +76,13 @@ def test_no_signal_means_exit_code_0_and_the_old_handlers_come_back() -> None:
 
 def test_a_signal_in_one_process_stops_all_with_the_same_code() -> None:
     here, there = StopFlag(), StopFlag()
-    with here, here.steps():
+    with here:
         os.kill(os.getpid(), signal.SIGTERM)
     assert not here.is_set  # the other process has not heard of it, and would go on
     numbers = [here.heard or 0, there.heard or 0]
     assert here.agree(lambda mine: max([mine, *numbers]))
     assert there.agree(lambda mine: max([mine, *numbers]))
     assert (here.exit_code, there.exit_code) == (143, 143)
-
-
-def test_before_the_steps_there_is_nothing_to_wait_for() -> None:
-    with StopFlag(), pytest.raises(SystemExit) as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.code == 143
 
 
 def test_without_a_signal_all_agree_to_go_on() -> None:

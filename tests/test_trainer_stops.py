@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +74,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
         assert summary["resumed_from"] == str(part / f"checkpoint-{stop}")
         assert seen[: steps - stop] == whole_seen[stop:steps]
         for key in ("loss", "learning_rate", "grad_norm"):
-            assert runs.history(part, key) == runs.history(whole, key)[stop:]
+            assert runs.history(part, key) == runs.history(whole, key)
         assert runs.adapter_hash(part, steps) == runs.adapter_hash(whole, steps)
 
 
@@ -200,16 +198,6 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_learned(
     )
 
 
-def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int = 2) -> None:
-    for _ in range(1200):
-        metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    raise AssertionError("no step was logged within a minute")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
@@ -222,7 +210,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
     }
     settings = runs.config(tiny_chatglm, data, tmp_path / "run", **changes)
     process = runs.start_command(settings, tmp_path, launcher=False)
-    wait_for_steps(tmp_path / "run", process)
+    runs.wait_for_steps(tmp_path / "run", process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
@@ -242,21 +230,13 @@ def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(
 def test_a_signal_to_torchrun_makes_all_processes_stop_after_the_same_step(
     tiny_chatglm: Path, data: Path, tmp_path: Path
 ) -> None:
-    # Once in nine launches on a loaded machine torchrun was gone before a save; why is not known
-    # yet, so a second launch is allowed, and both failing fails with what was said.
-    said = []
-    for attempt in ("first", "second"):
-        run = tmp_path / attempt
-        settings = runs.config(tiny_chatglm, data, run, training__max_steps=4000)
-        process = runs.start_command(settings, tmp_path, processes=2)
-        wait_for_steps(run, process)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=100)
-        said.append(err)
-        if list(run.glob("checkpoint-*")):
-            break
-    saved = list(run.glob("checkpoint-*"))
-    assert len(saved) == 1, said
-    assert len(runs.history(run)) == int(saved[0].name.removeprefix("checkpoint-"))
+    run = tmp_path / "run"
+    settings = runs.config(tiny_chatglm, data, run, training__max_steps=4000)
+    process = runs.start_command(settings, tmp_path, processes=2)
+    runs.wait_for_steps(run, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    (saved,) = run.glob("checkpoint-*")
+    assert len(runs.history(run)) == int(saved.name.removeprefix("checkpoint-"))
     assert process.returncode == 1  # torchrun's own
     assert "second signal" not in err

@@ -76,14 +76,21 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     was there before.
     """
     index: dict[str, str] = {}
+    problem: Exception | None = None
     shards = _shards(model)
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
         index |= dict.fromkeys(names, file)
-        if weights := gather(names):
+        weights = gather(names)
+        if weights and problem is None:
             tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except Exception as error:
+                problem = error  # the others are still to gather the shards after this one
             del tensors
+    if problem is not None:
+        raise problem
     if not weights:
         return
     if shards[1:]:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune import console
 from finetune.config import EvaluationSection
+from finetune.training.checkpoint import is_out_of_space, write_file
 from finetune.training.counts import StepCounts
 from finetune.training.signals import StopFlag
 
@@ -283,15 +284,18 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
+        self._unwritten = ""
+        self._anew = False
+        self._has_warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Forget what an interrupted run logged after the checkpoint that is resumed."""
-        if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+        """What the checkpoint that is resumed knows of: no more, as after a kill, and no less."""
+        if state.is_world_process_zero:
+            self._unwritten = "".join(map(_line, state.log_history))
+            self._anew = True
+            self._write()
 
     def on_log(
         self,
@@ -301,15 +305,36 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float],
         **_: Any,
     ) -> None:
-        """One more line."""
+        """One more line; with those before it that a full disk had no room for."""
         if state.is_world_process_zero:
-            record = {"step": state.global_step, **logs}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._unwritten += _line({"step": state.global_step, **logs})
+            self._write()
+
+    def _append(self) -> None:
+        text = self._unwritten.encode()
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while text:
+                    text = text[file.write(text) :]
+            except OSError:
+                file.truncate(size)  # no half of a line
+                raise
+
+    def _write(self) -> None:
+        try:
+            if self._anew:
+                write_file(self.path, self._unwritten)
+            else:
+                self._append()
+            self._unwritten, self._anew = "", False
+        except OSError as error:
+            if not is_out_of_space(error):
+                raise
+            if not self._has_warned:
+                console.warn(f"no room to write {self.path}; it is written when there is")
+            self._has_warned = True
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the torn last line of a run that was killed
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps({"step": entry["step"], **entry}, ensure_ascii=False) + "\n"

@@ -34,6 +34,9 @@ from finetune.training.manifest import verify as verify
 BEST = "best.json"
 STAGING, REPLACED, TRASH = ".staging-", ".replaced-", ".trash-"
 
+FINE, NO_ROOM, FAILED = 0, 1, 2
+"""How a process fared in a part of a save; the worst of all processes counts."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How safetensors (Rust) and torch.save (C++) word a full disk; neither raises OSError.
@@ -49,38 +52,39 @@ def staged(
     final: Path,
     *,
     leader: bool = True,
-    agree: Callable[[bool], bool] = bool,
+    worst: Callable[[int], int] = int,
     replace: bool = False,
 ) -> Iterator[Path]:
     """The staging folder of ``final``: committed when the block ends, removed when it fails.
 
     With several processes each enters the block; ``leader`` is true in one of them, and
-    ``agree(ok)`` waits for all and says whether all were well: a save fails everywhere or nowhere.
+    ``worst(outcome)`` waits for all and gives the largest outcome: a save fails everywhere or
+    nowhere, and for want of space everywhere alike.
     ``replace`` allows a folder of that name to be there already.
     """
     stage, lock = stage_path(final), -1
     try:
-        with _together(agree, final):
+        with _together(worst, final):
             if leader:
                 lock = open_stage(final, replace=replace)
-        with _together(agree, final):
+        with _together(worst, final):
             if not stage.is_dir():
                 raise CheckpointError(
                     f"{stage} was made by process 0 and this process cannot see it; "
                     "put training.output_dir on storage that every machine of the run shares"
                 )
             yield stage
-        with _together(agree, final):
+        with _together(worst, final):
             if leader:
                 commit(stage, final, replace=replace)
     except BaseException as error:
+        reason = _space_error(error, final, stage)
         if lock >= 0:
-            reason = _space_error(error, final, stage)
             # What cannot be removed now is removed at the next start.
             with suppress(OSError):
                 shutil.rmtree(stage, ignore_errors=True)
-            if reason is not None:
-                raise reason from error
+        if reason is not None:
+            raise reason from error
         raise
     finally:
         if lock >= 0:
@@ -267,20 +271,23 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _together(agree: Callable[[bool], bool], final: Path) -> Iterator[None]:
+def _together(worst: Callable[[int], int], final: Path) -> Iterator[None]:
     """Leave the block by an exception in every process when one of them failed in it."""
     try:
         yield
-    except BaseException:
-        agree(False)
+    except BaseException as error:
+        worst(NO_ROOM if is_out_of_space(error) else FAILED)
         raise
-    if not agree(True):
-        raise CheckpointError(f"{final} was not written: another process failed while saving it")
+    if (outcome := worst(FINE)) != FINE:
+        kind, what = (SpaceError, "no room") if outcome == NO_ROOM else (CheckpointError, "unable")
+        echo = kind(f"{what} to write {final} in another process; earlier ones are untouched")
+        echo.is_echo = True
+        raise echo
 
 
 def _space_error(error: BaseException, final: Path, stage: Path) -> SpaceError | None:
     """``error`` as a message about disk space, if that is what it is."""
-    if isinstance(error, CheckpointError) or not _is_out_of_space(error):
+    if isinstance(error, CheckpointError) or not is_out_of_space(error):
         return None
     with suppress(OSError):
         written = sum((stage / name).stat().st_size for name in walk(stage)[0])
@@ -296,7 +303,8 @@ def _space_error(error: BaseException, final: Path, stage: Path) -> SpaceError |
     return SpaceError(f"no room to write {final}; earlier checkpoints are untouched")
 
 
-def _is_out_of_space(error: BaseException | None) -> bool:
+def is_out_of_space(error: BaseException | None) -> bool:
+    """Whether the disk, a quota or a limit on file sizes is behind `error`."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -47,11 +47,14 @@ def run_record(
 
 
 def _sharding(deepspeed: Mapping[str, Any] | None) -> str:
-    """The DeepSpeed settings but for batch sizes, which are compared by what they come to."""
+    """The DeepSpeed settings but for what is the training section's, and judged there."""
     if deepspeed is None:
         return "none"
-    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    kept = {key: value for key, value in deepspeed.items() if key not in batch}
+    elsewhere = (
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping",
+    )  # fmt: skip
+    kept = {key: value for key, value in deepspeed.items() if key not in elsewhere}
     stage = deepspeed["zero_optimization"].get("stage", 0)
     return f"ZeRO-{stage}, {hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]}"
 

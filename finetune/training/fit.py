@@ -29,23 +29,38 @@ from finetune.training.signals import StopFlag
 from finetune.training.trainer import FineTuner, Services, TrainingData
 from finetune.training.tunable import Tunable, load_tunable
 from finetune.training.validation import load_validation
+from finetune.training.watch import watching
 
 DEFAULT_EPOCHS = 3
 
 
 def fit(
-    config: RunConfig,
-    template: ChatTemplate,
-    data: RunData,
-    run_dir: RunDirectory,
-    stop: StopFlag,
+    config: RunConfig, template: ChatTemplate, data: RunData, run_dir: RunDirectory
 ) -> dict[str, Any]:
     """Train, evaluate and save; see `run.train`."""
     begun = time.monotonic()
     quiet_libraries()
-    processes = start(
-        config.training.process_timeout_minutes, deepspeed=config.deepspeed is not None
-    )
+    minutes, stop = config.training.process_timeout_minutes, StopFlag()
+    processes = start(minutes, deepspeed=config.deepspeed is not None)
+    with watching(processes, minutes):
+        trainer, resumed = _train(config, template, data, run_dir, processes, stop)
+        summary = summarise(trainer, run_dir.path, resumed, time.monotonic() - begun)
+    end()
+    if stop.is_set:
+        console.say("stopped as asked; the same command goes on from here")
+        raise SystemExit(stop.exit_code)
+    return summary
+
+
+def _train(
+    config: RunConfig,
+    template: ChatTemplate,
+    data: RunData,
+    run_dir: RunDirectory,
+    processes: Processes,
+    stop: StopFlag,
+) -> tuple[FineTuner, Path | None]:
+    """The trainer when it is done, and the checkpoint that it began from."""
     tunable = load_tunable(config, data, processes)
     record = run_record(config, template, data, tunable, processes)
     resumed = choose_checkpoint(config, run_dir.path, record, processes)
@@ -63,6 +78,7 @@ def fit(
         metric=config.evaluation.best_metric,
         keep=config.training.keep_checkpoints,
         processes=processes,
+        goes_on_without_room=config.training.on_full_disk == "continue",
     )
     with Narrator(Meter()) as narrator:
         trainer = build_trainer(config, template, data, tunable, saver, stop, narrator)
@@ -73,12 +89,7 @@ def fit(
         if begun_at >= total:
             console.say(f"no step to do: {resumed} is the last of {total} steps")
         trainer.train(str(resumed) if resumed else None)
-    summary = summarise(trainer, run_dir.path, resumed, time.monotonic() - begun)
-    end()
-    if stop.is_set:
-        console.say("stopped as asked; the same command goes on from here")
-        raise SystemExit(stop.exit_code)
-    return summary
+    return trainer, resumed
 
 
 def choose_checkpoint(
@@ -92,6 +103,7 @@ def choose_checkpoint(
     chosen: list[str | None] = [None]
     with processes.failing_together():
         if processes.is_leader:
+            checkpoint.best(run_dir)  # is refused when damaged, before hours of training
             folder, skipped = resume.choose(run_dir, config.training.resume)
             for damaged, reason in skipped:
                 console.warn(f"{damaged} is passed over: {reason}")

@@ -53,9 +53,9 @@ class Processes:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def all_well(self, here: bool) -> bool:
-        """Whether every process says that it is well."""
-        return self.largest([int(not here)]) == [0]
+    def worst(self, here: int) -> int:
+        """The largest outcome of all processes."""
+        return self.largest([here])[0]
 
     def together(self, work: Callable[[], None]) -> None:
         """Do `work` in every process; when it fails in one, all raise that error."""
@@ -80,7 +80,7 @@ class Processes:
             raise others
 
     def _first_problem(self, problem: BaseException | None) -> FinetuneError | None:
-        if self.all_well(problem is None):
+        if not self.worst(problem is not None):
             return None
         said: list[FinetuneError | None] = [None] * self.world
         mine = problem

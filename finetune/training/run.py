@@ -16,7 +16,6 @@ from finetune.training import resume
 from finetune.training.memory import memory_explained
 from finetune.training.run_data import load_run_data
 from finetune.training.run_directory import RunDirectory
-from finetune.training.signals import StopFlag
 
 
 def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
@@ -28,13 +27,10 @@ def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
 
     Raises:
         FinetuneError: The user can mend it; every process ends with its exit code.
-        SystemExit: 143 after SIGTERM, 130 after Ctrl-C; after the step with a checkpoint written, or
-            at once before the first step, when there is nothing to save.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint written. Before the first
+            step there is nothing to save, and a signal ends the process as it would any other.
     """
-    with (
-        StopFlag() as stop,
-        RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir,
-    ):
+    with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
         for line in run_dir.cleaned:
             console.say(line)
         if config.training.resume == "never":
@@ -45,4 +41,4 @@ def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
         with memory_explained(config, longest=int(data.train.lengths.max())):
             from finetune.training.fit import fit
 
-            return fit(config, template, data, run_dir, stop)
+            return fit(config, template, data, run_dir)

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from finetune import console, methods
+from finetune.errors import SpaceError
 from finetune.methods import BaseRecord
 from finetune.training import checkpoint, resume
 from finetune.training.gathering import gather
@@ -43,32 +44,40 @@ class Saver:
     """What the best checkpoint is best by."""
     keep: int
     processes: Processes
+    goes_on_without_room: bool = True
+    """Whether a full disk costs a save or the run; `training.on_full_disk`."""
 
-    def save(self, trainer: Any) -> Path:
-        """Write `checkpoint-<step>`, whole or not at all; every process takes part."""
+    def save(self, trainer: Any) -> None:
+        """Write `checkpoint-<step>`, whole or not at all; every process takes part.
+
+        Raises:
+            SpaceError: There is no room, and the run stops for it or has no later save.
+        """
         final = self.run_dir / f"checkpoint-{trainer.state.global_step}"
-        if not final.exists() or checkpoint.verify(final):
-            self._write(trainer, final)
+        try:
+            if not final.exists() or checkpoint.verify(final):
+                self._write(trainer, final)
+        except SpaceError as error:
+            if not self.goes_on_without_room or trainer.control.should_training_stop:
+                raise
+            console.warn(f"{error}. Training goes on; the next save is tried as planned")
+            return
         with self.processes.failing_together():
             if self.processes.is_leader:
                 if trainer.state.best_global_step == trainer.state.global_step:
                     checkpoint.set_best(self.run_dir, final, self.metric, trainer.state.best_metric)
-                self._rotate()
-        return final
+                self._rotate(trainer.state)
 
     def _write(self, trainer: Any, final: Path) -> None:
         leader = self.processes.is_leader
         with checkpoint.staged(
-            final, leader=leader, agree=self.processes.all_well, replace=True
+            final, leader=leader, worst=self.processes.worst, replace=True
         ) as stage:
             self.save_weights(trainer.model, stage)
             trainer._save_optimizer_and_scheduler(str(stage))
             trainer._save_scaler(str(stage))
             trainer._save_rng_state(str(stage))
             if leader:
-                # DeepSpeed's converters open pickles; what was trained is there as safetensors.
-                for script in stage.glob("zero_to_*.py"):
-                    script.unlink()
                 _save_state(trainer, stage)
                 (stage / "config.yaml").write_text(self.config_text, encoding="utf-8")
                 resume.write(stage, self.record)
@@ -82,9 +91,12 @@ class Saver:
         """Put back what `save_weights` wrote."""
         methods.restore(model, folder)
 
-    def _rotate(self) -> None:
-        best = checkpoint.best(self.run_dir)
-        rotation = checkpoint.rotate(self.run_dir, self.keep, protect=[best] if best else [])
+    def _rotate(self, state: Any) -> None:
+        best = [
+            checkpoint.best(self.run_dir),
+            self.run_dir / f"checkpoint-{state.best_global_step}",
+        ]
+        rotation = checkpoint.rotate(self.run_dir, self.keep, protect=[b for b in best if b])
         if rotation.problem:
             console.warn(f"older checkpoints are kept: {rotation.problem}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         super().__init__(engine)
         self._guard = guard
         self._norm: float | None = None
-        engine.checkpoint_engine = WeightsOnlyStates()
+        _make_saves_safe(engine)
         if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
             # Its constructor took a step with gradients of zero, which would make Adam's first real
             # update a quarter smaller than in every other stage.
@@ -62,6 +63,25 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         return all(bool(torch.isfinite(gradient).all()) for gradient in [*whole, *sharded])
 
 
+def _make_saves_safe(engine: Any) -> None:
+    """A process that cannot write comes through DeepSpeed's barriers all the same, and fails then."""
+    states = engine.checkpoint_engine = WeightsOnlyStates()
+    # DeepSpeed's converters open pickles; what was trained is there as safetensors.
+    engine._copy_recovery_script = lambda folder: None
+    save = engine.save_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(folder: str, **options: Any) -> None:
+        save(folder, **options | {"save_latest": False})
+        if problem := states.problem:
+            states.problem = None
+            raise problem
+        if engine.global_rank == 0:
+            (Path(folder) / "latest").write_text(f"global_step{engine.global_steps}")
+
+    engine.save_checkpoint = save_checkpoint
+
+
 def _leave_frozen_weights_out(engine: Any) -> None:
     """Checkpoints hold what is trained; the base is where it was. transformers does it for PEFT only."""
     load = engine.load_checkpoint
@@ -78,6 +98,15 @@ class WeightsOnlyStates(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.problem: Exception | None = None
+        """Why a state could not be written."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a state to `path`."""
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.problem = self.problem or error
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state in `path`."""

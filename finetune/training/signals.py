@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,7 +16,7 @@ _ECHO = 2.0
 
 
 class StopFlag:
-    """Raised by the first SIGTERM or SIGINT while steps run; a second one ends the process at once.
+    """Raised by the first SIGTERM or SIGINT; a second one ends the process at once.
 
     Evaluation and generation look at `heard` between batches. Everything else, which every process
     must decide alike, looks at `signal`, which only ``agree`` changes.
@@ -29,7 +28,6 @@ class StopFlag:
         self.signal: int | None = None
         """The signal that all processes know of."""
         self._since = 0.0
-        self._steps_run = False
         self._previous: dict[int, Any] = {}
 
     def install(self) -> StopFlag:
@@ -43,15 +41,6 @@ class StopFlag:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-
-    @contextmanager
-    def steps(self) -> Iterator[None]:
-        """In here a signal waits for the end of the step; elsewhere there is nothing to wait for."""
-        self._steps_run = True
-        try:
-            yield
-        finally:
-            self._steps_run = False
 
     @property
     def is_set(self) -> bool:
@@ -85,8 +74,6 @@ class StopFlag:
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self.heard is None:
             self.heard, self._since = number, time.monotonic()
-            if not self._steps_run:
-                raise SystemExit(128 + number)
         elif number == self.heard or time.monotonic() - self._since > _ECHO:
             # os.write, since a handler must not wait for a lock that print may hold.
             os.write(2, b"\nsecond signal: stopping at once, without saving\n")

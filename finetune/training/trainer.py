@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from finetune.data.order import EpochPlan
-from finetune.errors import ConfigError, NonFiniteError
+from finetune.errors import ConfigError, NonFiniteError, ProcessError
 from finetune.training.batches import Collate, Items, training_loader
 from finetune.training.callbacks import Meter, NothingLeftError
 from finetune.training.counts import StepCounts, count
@@ -234,13 +234,18 @@ class FineTuner(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Go through the steps that are left; signals wait for the end of one."""
         try:
-            with self.services.stop.steps():
+            with self.services.stop:
                 return super().train(resume_from_checkpoint, **kwargs)
         except NothingLeftError:
             return None
-        except BaseException:
+        except BaseException as error:
             for worker in active_children():
                 worker.kill()  # one that hangs would keep this process from ending
+            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
+                raise ProcessError(
+                    f"process {self.services.processes.rank}: a loader process failed: {error} "
+                    "Look for a lack of memory, or set data.loader_workers to 0"
+                ) from error
             raise
 
     # --- state -------------------------------------------------------------------------------

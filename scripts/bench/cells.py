@@ -38,6 +38,10 @@ class Cell:
     """A RunConfig as plain values."""
     processes: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+    before: Callable[[int], object] | None = None
+    """Called in each process with its number, before anything else, to break something."""
+    program: Callable[[Path], object] | None = None
+    """What is run with a file of the settings instead of `finetune train`."""
 
 
 def subject(
@@ -98,25 +102,35 @@ def run_all(
 
 def run(cell: Cell, folder: Path, *, timeout: float = 120.0) -> str:
     """What went wrong in the run of a cell, or an empty text. Logs and sample ids go to `folder`."""
-    import runs
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    port = runs.free_port()
-    children = {}
-    for rank in range(cell.processes):
-        child = os.fork()
-        if child == 0:
-            _work(cell, rank, port, folder)
-        children[child] = rank
-    codes = _wait(children, timeout)
-    failed = [rank for rank, code in sorted(codes.items()) if code != 0]
+    codes = exit_codes(cell, folder, timeout=timeout)
+    failed = [rank for rank, code in enumerate(codes) if code != 0]
     if not failed:
         return ""
     log = (folder / f"{cell.name}.{failed[0]}.log").read_text(encoding="utf-8").strip()
     return (
         f"process {failed[0]} ended with {codes[failed[0]]}: {log.splitlines()[-1] if log else ''}"
     )
+
+
+def exit_codes(
+    cell: Cell, folder: Path, *, timeout: float = 120.0, grace: float = 10.0
+) -> list[int]:
+    """How each process of a cell ended: `finetune train` as under torchrun.
+
+    `grace` seconds after the first one failed those that are left are killed.
+    """
+    import runs
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    port = int(cell.environment.get("MASTER_PORT") or runs.free_port())
+    children = {}
+    for rank in range(cell.processes):
+        child = os.fork()
+        if child == 0:
+            _work(cell, rank, port, folder)
+        children[child] = rank
+    return [code for _, code in sorted(_wait(children, timeout, grace).items())]
 
 
 def samples(cell: Cell, folder: Path) -> list[list[list[int]]]:
@@ -141,21 +155,29 @@ def _work(cell: Cell, rank: int, port: int, folder: Path) -> None:
             os.environ.update({name: str(number) for name, number in place.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         seen = _recorded_samples()
-        from finetune.config import RunConfig
-        from finetune.training.run import train
-
-        train(RunConfig.model_validate(cell.settings))
+        file = folder / f"{cell.name}.{rank}.yaml"
+        file.write_text(json.dumps(cell.settings), encoding="utf-8")  # JSON is YAML
+        if cell.before:
+            cell.before(rank)
+        try:
+            (cell.program or _train)(file)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
         (folder / f"{cell.name}.{rank}.samples.json").write_text(json.dumps(seen))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException as error:
+    except BaseException:
         traceback.print_exc()
-        code = getattr(error, "exit_code", 1)
+        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _train(file: Path) -> None:
+    from finetune.cli import main
+
+    main(["train", str(file)])
 
 
 def _recorded_samples() -> list[list[int]]:
@@ -176,7 +198,7 @@ def _recorded_samples() -> list[list[int]]:
     return steps
 
 
-def _wait(children: dict[int, int], timeout: float) -> dict[int, int]:
+def _wait(children: dict[int, int], timeout: float, grace: float) -> dict[int, int]:
     """Exit codes by rank; when one fails or time is up, the others are ended.
 
     Time in which this process itself is stopped does not count.
@@ -190,7 +212,7 @@ def _wait(children: dict[int, int], timeout: float) -> dict[int, int]:
                 if ended:
                     codes[rank] = os.waitstatus_to_exitcode(status)
                     if codes[rank] != 0:
-                        left = min(left, 10.0)
+                        left = min(left, grace)
         if left < 0:
             for child, rank in children.items():
                 if rank not in codes:

@@ -144,23 +144,25 @@ def measure(line: Line, subject: Subject, folder: Path, moments: list[str]) -> d
     whole = cell(line, line.name, subject, folder)
     if problem := cells.run(whole, folder):
         return dict.fromkeys(moments, f"the run without a stop failed: {problem}")
-    samples = cells.samples(whole, folder)
-    found = {}
-    for moment, stop in stops(folder / line.name).items():
-        if moment not in moments:
-            continue
-        name = f"{line.name}-{moment}"
-        saved = f"checkpoint-{stop}"
-        shutil.copytree(folder / line.name / saved, folder / name / saved)
-        part = cell(line, name, subject, folder)
-        problem = cells.run(part, folder)
-        if not problem:
-            unequal = differences(folder / line.name, folder / name, stop)
-            if cells.samples(part, folder) != samples[stop:]:
-                unequal.append("sample ids")
-            problem = ", ".join(unequal)
-        found[moment] = problem
-    return found
+    return {
+        moment: resumed(line, stop, subject, folder, folder)
+        for moment, stop in stops(folder / line.name).items()
+        if moment in moments
+    }
+
+
+def resumed(line: Line, stop: int, subject: Subject, folder: Path, into: Path) -> str:
+    """What is not equal when the run in `folder` is resumed from step `stop`, in `into`."""
+    name, saved = f"{line.name}-{stop}", f"checkpoint-{stop}"
+    shutil.copytree(folder / line.name / saved, into / name / saved)
+    part = cell(line, name, subject, into)
+    if problem := cells.run(part, into):
+        return problem
+    unequal = differences(folder / line.name, into / name, stop)
+    whole = cells.samples(cell(line, line.name, subject, folder), folder)
+    if cells.samples(part, into) != whole[stop:]:
+        unequal.append("sample ids")
+    return ", ".join(unequal)
 
 
 def show(results: dict[str, dict[str, str]], options: argparse.Namespace) -> str:

@@ -60,7 +60,7 @@ def resumed(whole: Cell, place: str, model: Path, data: Path, folder: Path) -> d
     losses = [runs.history(folder / n) for n in (whole.name, name)]
     return {
         "same_samples": steps_of(part, folder) == steps_of(whole, folder)[STOP:],
-        "loss": max(abs(a - b) for a, b in zip(losses[0][STOP:], losses[1], strict=True)),
+        "loss": max(abs(a - b) for a, b in zip(*losses, strict=True)),
         "weights": max(float((left[key] - right[key]).abs().max()) for key in left),
     }
 
@@ -86,9 +86,7 @@ def measure(folder: Path) -> dict[str, Any]:
     other = cell("sharded", "one", model, data, folder, deepspeed__zero_stage=2)
     cells.run(other, folder)
     log = (folder / "sharded.0.log").read_text(encoding="utf-8")
-    found["refusal"] = (
-        log[log.find("CheckpointError:") :].strip() if "CheckpointError" in log else ""
-    )
+    found["refusal"] = log.partition("error: ")[2].strip()
     return found
 
 
