@@ -9,13 +9,13 @@ when there are any, or when fewer cases survived than `totals.json` records.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections import defaultdict
 
 from tests.reliability import promises
 from tests.reliability.frame import ROOT, SUITES, Results, run_suite
+from tests.reliability.mutations import MUTATIONS
 
 for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu"), ("HF_HUB_OFFLINE", "1"),
                     ("TOKENIZERS_PARALLELISM", "false"), ("CUDA_VISIBLE_DEVICES", "")):  # fmt: skip
@@ -33,18 +33,17 @@ def by_group(results: Results) -> dict[str, list[int]]:
     return dict(counts)
 
 
-def mutations(suites: list[str]) -> int:
+def mutations() -> int:
     """Take out one safeguard after the other; a case must fail each time."""
     unnoticed = 0
-    for suite in suites:
-        module = importlib.import_module(f"tests.reliability.{suite}")
-        for name, (groups, _) in getattr(module, "MUTATIONS", {}).items():
-            os.environ["RELIABILITY_MUTATION"] = name
-            results = run_suite(suite, groups=groups, subset=False, stock=False)
-            os.environ.pop("RELIABILITY_MUTATION")
-            broken = sum(map(bool, results.values()))
-            print(f"{suite} without {name}: {broken} of {len(results)} fail", flush=True)
-            unnoticed += not broken
+    for name, mutation in MUTATIONS.items():
+        suite, _, group = mutation.cases.partition(":")
+        os.environ["RELIABILITY_MUTATION"] = name
+        results = run_suite(suite, groups=(group,), subset=True, stock=False, quiet=True)
+        os.environ.pop("RELIABILITY_MUTATION")
+        broken = sum(map(bool, results.values()))
+        print(f"without {name}: {broken} of {len(results)} {mutation.cases} fail", flush=True)
+        unnoticed += not broken
     return unnoticed
 
 
@@ -69,7 +68,7 @@ def main() -> int:
             parser.error(f"{suite} is none of {', '.join(here)}")
         asked[suite] = (*asked.get(suite, ()), group) if group else ()
     if options.mutations:
-        return mutations(list(asked))
+        return mutations()
     problems = []
     for suite, groups in asked.items():
         results = run_suite(suite, groups=groups, subset=options.subset, stock=options.stock)

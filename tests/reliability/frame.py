@@ -11,6 +11,7 @@ those that plain transformers.Trainer can run, run with it.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -50,7 +51,9 @@ Results = dict[str, str]
 """Case name -> why it did not survive; an empty text when it did."""
 
 
-def run_suite(suite: str, *, groups: tuple[str, ...], subset: bool, stock: bool) -> Results:
+def run_suite(
+    suite: str, *, groups: tuple[str, ...], subset: bool, stock: bool, quiet: bool = False
+) -> Results:
     """Run a suite in a fork, so that what it imports and breaks is its own."""
 
     def work(folder: Path) -> str:
@@ -62,7 +65,8 @@ def run_suite(suite: str, *, groups: tuple[str, ...], subset: bool, stock: bool)
         for case in found:
             begun = time.monotonic()
             results[case.name] = in_fork(case.run, seconds=case.seconds)
-            report(case.name, results[case.name], time.monotonic() - begun)
+            if not quiet:
+                report(case.name, results[case.name], time.monotonic() - begun)
         return json.dumps(results)
 
     answer = in_fork(work, seconds=3600.0)
@@ -79,6 +83,8 @@ def report(name: str, problem: str, seconds: float) -> None:
         os.write(REPORT, (line.rstrip() + "\n").encode("utf-8", "backslashreplace"))
 
 
+PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when its parent is gone."""
 REPORT = os.dup(2)
 """Standard error of the program; that of a fork goes to its log."""
 
@@ -107,6 +113,8 @@ def _work(work: Callable[[Path], str | None], folder: Path, log: Path, answer: P
     """The life of a fork; it never returns."""
     try:
         os.setpgid(0, 0)
+        with suppress(AttributeError):  # only Linux has it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)

@@ -44,7 +44,7 @@ PROMISES = [
     Promise(
         "a process that dies, raises or hangs ends all of them, with its name",
         "任一进程死亡、报错或卡住，全部进程结束，并指出是哪一个",
-        "signals:process",
+        "signals:process signals:loader",
     ),
     Promise(
         "a resumed run is the same run, bit for bit, or it is refused",

@@ -1,0 +1,283 @@
+"""Suite 2: signals at every moment, and processes that die, raise, leave or hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.reliability.broken_processes import broken_loaders, broken_processes
+from tests.reliability.faults import at
+from tests.reliability.frame import Case
+from tests.reliability.tiny_runs import LORA, STEPS, Bench, Kind, goes_on
+
+EVALUATED = {
+    "evaluation__every_steps": 2,
+    "evaluation__at_start": True,
+    "evaluation__max_samples": 3,
+    "training__gradient_accumulation_steps": 2,
+    "training__batch_size": 1,
+    "training__save_every_steps": 100,
+}
+TERM, INT = signal.SIGTERM, signal.SIGINT
+NAMES = {TERM: "SIGTERM", INT: "SIGINT"}
+
+GENERATION = "evaluate_model"
+# Moment -> (module, name, which call, steps that are done and saved by then). 0: nothing to save.
+MOMENTS: dict[str, tuple[str, str, int, int]] = {
+    "reading the config": ("finetune.cli.inputs", "_data_problems", 1, 0),
+    "opening the tokenizer": ("finetune.training.run", "load_chat_tokenizer", 1, 0),
+    "tokenising": ("finetune.training.run_data", "load_examples", 1, 0),
+    "loading the model": ("finetune.training.fit", "load_tunable", 1, 0),
+    "choosing a checkpoint": ("finetune.training.fit", "choose_checkpoint", 1, 0),
+    "the evaluation before the first step": ("finetune.evaluation.loss", "row_losses", 1, 0),
+    "the first forward pass of a step": ("finetune.training.trainer", "FineTuner.compute_loss", 3, 2),
+    "the second forward pass of a step": ("finetune.training.trainer", "FineTuner.compute_loss", 4, 2),
+    "before the optimizer step": ("finetune.training.trainer", "FineTuner._guard", 2, 2),
+    "the optimizer step": ("finetune.training.callbacks", "Schedule.on_step_end", 2, 3),
+    "logging": ("finetune.training.callbacks", "MetricsFile.on_log", 3, 2),
+    "the validation loss": ("finetune.evaluation.loss", "row_losses", 12, 2),
+    "generation": ("finetune.training.validation", GENERATION, 2, 2),
+    "writing predictions": ("finetune.training.validation", "write_predictions", 2, 3),
+    "the evaluation after the last step": ("finetune.training.validation", GENERATION, 3, 4),
+}  # fmt: skip
+SAVING = {
+    "a save": ("finetune.training.saving", "Saver._write", 2, 3),
+    "the manifest of a save": ("finetune.training.checkpoint", "seal", 2, 3),
+    "the rename of a save": ("finetune.training.checkpoint", "commit", 2, 3),
+    "a rotation": ("finetune.training.checkpoint", "rotate", 2, 3),
+}
+
+
+def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+    """All of them."""
+    bench = Bench(folder)
+    if stock:
+        return list(stock_signals(bench))
+    found = [*signals(bench), *second_signals(bench), *one_of_two(bench)]
+    broken = [*broken_processes(bench), *broken_loaders(bench)]
+    return [*found[::6], *broken[::5]] if subset else [*found, *broken]
+
+
+def kind(bench: Bench, processes: int = 1, stage: int | None = None) -> Kind:
+    """LoRA, evaluated every second step, saved only when asked to stop."""
+    changes = {**EVALUATED, "data__validation": str(bench.data)}
+    return Kind(f"evaluated on {processes}, {stage}", LORA, processes, stage, changes=changes)
+
+
+def act_at(module: str, name: str, call: int, act: Callable[[], object], **options: bool) -> None:
+    """As `at`; in the middle of a generation, where a function is called for every token."""
+    if name != GENERATION:
+        at(module, name, call, act, **options)
+        return
+    from finetune.training import validation
+
+    evaluate, calls = validation.evaluate_model, [0]
+
+    def evaluated(*arguments: Any, should_stop: Callable[[], bool], **others: Any) -> Any:
+        calls[0] += 1
+        polls = [0]
+
+        def polled() -> bool:
+            polls[0] += 1
+            if (calls[0], polls[0]) == (call, 3):
+                act()
+            return should_stop()
+
+        return evaluate(*arguments, should_stop=polled, **others)
+
+    validation.evaluate_model = evaluated  # type: ignore[assignment]
+
+
+def send(*numbers: int) -> None:
+    """Signals to this process, one after the other."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+# --- one process -----------------------------------------------------------------------------------
+
+
+def signals(bench: Bench) -> Iterator[Case]:
+    """Both signals at every moment."""
+    for number in (TERM, INT):
+        for moment, (module, name, call, step) in MOMENTS.items():
+            run = partial(signalled, bench, number, (module, name, call), step, {})
+            yield Case(f"signal: {NAMES[number]}, {moment}", run)
+        for moment, (module, name, call, step) in SAVING.items():
+            run = partial(signalled, bench, number, (module, name, call), step, {"training__save_every_steps": 1})  # fmt: skip
+            yield Case(f"signal: {NAMES[number]}, {moment}", run)
+        yield Case(
+            f"signal: {NAMES[number]}, to loader processes too", partial(to_all, bench, number)
+        )
+
+
+def signalled(
+    bench: Bench,
+    number: int,
+    moment: tuple[str, str, int],
+    step: int,
+    changes: dict[str, Any],
+    folder: Path,
+) -> str:
+    """A signal at a moment: the step is saved, the exit code says so, and the next start goes on."""
+    one = kind(bench)
+    ended = bench.start(one, folder, lambda rank: act_at(*moment, lambda: send(number)), **changes)
+    expected = [128 + number] if step else [128 + number, -number]
+    if ended.codes[0] not in expected:
+        return f"ended with {ended.codes}: {ended.said[-300:]}"
+    return newest_is(step, folder) or goes_on(bench, one, folder)
+
+
+def newest_is(step: int, folder: Path) -> str:
+    """Why the newest checkpoint is not that of a step; 0: there is none."""
+    from finetune.training import checkpoint
+
+    found = [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder / "run")]
+    wanted = found[-1:] == [step] if step else not found
+    return "" if wanted else f"saved are {found} instead of {step}"
+
+
+def to_all(bench: Bench, number: int, folder: Path) -> str:
+    """As Ctrl-C in a terminal and torchrun do it: the loader processes get it too."""
+    one = kind(bench)
+
+    def act() -> None:
+        from multiprocessing import active_children
+
+        workers = active_children()
+        if not workers:
+            os._exit(77)
+        for process in workers:
+            os.kill(process.pid or 0, number)
+        send(number)
+
+    ended = bench.start(
+        one, folder, lambda rank: at("finetune.training.trainer", "FineTuner.compute_loss", 3, act),
+        data__loader_workers=1,
+    )  # fmt: skip
+    if ended.codes != [128 + number]:
+        return f"ended with {ended.codes}: {ended.said[-300:]}"
+    return newest_is(2, folder) or goes_on(bench, one, folder)
+
+
+def second_signals(bench: Bench) -> Iterator[Case]:
+    """The second one ends the process where it is; a launcher's echo of Ctrl-C is no second one."""
+    for moment in ("the first forward pass of a step", "generation"):
+        for numbers in ((TERM, TERM), (INT, INT)):
+            run = partial(twice, bench, MOMENTS[moment][:3], numbers)
+            yield Case(f"signal: twice {NAMES[numbers[0]]}, {moment}", run)
+    for moment in SAVING:
+        run = partial(twice, bench, SAVING[moment][:3], (TERM, TERM))
+        yield Case(f"signal: twice SIGTERM, {moment}", run)
+    yield Case("signal: SIGINT and its echo", partial(echoed, bench))
+
+
+def twice(bench: Bench, moment: tuple[str, str, int], numbers: tuple[int, ...], folder: Path) -> str:  # fmt: skip
+    """No step is waited for; the next start goes on from whatever was saved before."""
+    one = kind(bench)
+    ended = bench.start(
+        one, folder, lambda rank: act_at(*moment, lambda: send(*numbers)),
+        training__save_every_steps=1,
+    )  # fmt: skip
+    if ended.codes != [128 + numbers[0]] or "at once" not in ended.said:
+        return f"ended with {ended.codes}: {ended.said[-300:]}"
+    return goes_on(bench, one, folder)
+
+
+def echoed(bench: Bench, folder: Path) -> str:
+    """Ctrl-C, then at once the launcher's SIGTERM: the step is saved."""
+    one = kind(bench)
+    moment = MOMENTS["the first forward pass of a step"][:3]
+    ended = bench.start(one, folder, lambda rank: at(*moment, lambda: send(INT, TERM)))
+    if ended.codes != [130]:
+        return f"ended with {ended.codes}: {ended.said[-300:]}"
+    return newest_is(2, folder) or goes_on(bench, one, folder)
+
+
+# --- two processes ---------------------------------------------------------------------------------
+
+
+def one_of_two(bench: Bench) -> Iterator[Case]:
+    """A signal that only one process gets, or both at unlike moments: all stop after one step."""
+    for stage in (None, 2, 3):
+        for rank in (0, 1):
+            for moment in ("before the optimizer step", "the optimizer step", "generation"):
+                if stage is None or (rank, moment) == (stage % 2, "the optimizer step"):
+                    where = "plain" if stage is None else f"ZeRO-{stage}"
+                    run = partial(to_one, bench, stage, {rank: moment})
+                    yield Case(f"signal: to process {rank} of 2 ({where}), {moment}", run)
+    unlike = {0: "the optimizer step", 1: "logging of a later step"}
+    yield Case("signal: to both of 2 at unlike moments", partial(to_one, bench, None, unlike))
+    for number in (TERM, INT):
+        run = partial(to_torchrun, bench, number)
+        yield Case(f"signal: {NAMES[number]} to torchrun", run, seconds=240.0)
+
+
+def to_one(bench: Bench, stage: int | None, moments: dict[int, str], folder: Path) -> str:
+    """All processes stop after the same step, and go on as one."""
+    two = kind(bench, 2, stage)
+
+    def before(rank: int) -> None:
+        if rank in moments:
+            later = moments[rank] == "logging of a later step"
+            moment = ("finetune.training.callbacks", "Narrator.on_step_end", 2) if later else MOMENTS[moments[rank]][:3]  # fmt: skip
+            act_at(*moment, lambda: send(TERM), after=later)
+
+    ended = bench.start(two, folder, before)
+    if not any(ended.codes) and (folder / f"run/checkpoint-{STEPS}").exists():
+        return "it did not stop"
+    if ended.codes != [143, 143]:
+        return f"ended with {ended.codes}: {ended.said[-400:]}"
+    return goes_on(bench, two, folder)
+
+
+def to_torchrun(bench: Bench, number: int, folder: Path) -> str:
+    """The real launcher, asked to stop while its two processes train."""
+    import runs
+
+    two = kind(bench, 2)
+    settings = bench.settings(
+        two, folder / "run", training__max_steps=4000, training__lr_schedule="constant",
+        evaluation__every_steps=4000, evaluation__at_start=False,
+    )  # fmt: skip
+    process = runs.start_command(settings, folder, processes=2)
+    runs.wait_for_steps(folder / "run", process)
+    process.send_signal(number)
+    said = "".join(process.communicate(timeout=100))
+    steps = len(runs.history(folder / "run"))
+    if process.returncode == 0 or "second signal" in said:
+        return f"torchrun ended with {process.returncode}: {said[-500:]}"
+    return newest_is(steps, folder)
+
+
+# --- plain Trainer ---------------------------------------------------------------------------------
+
+
+def stock_signals(bench: Bench) -> Iterator[Case]:
+    """The moments that plain transformers.Trainer has, with a checkpoint after every second step."""
+    plain = Kind("plain Trainer", LORA, stock=True)
+    moments = {
+        "a forward pass": ("transformers", "Trainer.compute_loss", 3, 3),
+        "before the optimizer step": ("transformers", "Trainer._get_grad_norm", 3, 3),
+        "logging": ("transformers", "Trainer.log", 3, 3),
+        "a save": ("transformers", "Trainer._save_checkpoint", 1, 2),
+    }
+    for number in (TERM, INT):
+        for moment, (module, name, call, step) in moments.items():
+            run = partial(stock_signalled, bench, plain, number, (module, name, call), step)
+            yield Case(f"signal: {NAMES[number]}, {moment}", run)
+
+
+def stock_signalled(
+    bench: Bench, plain: Kind, number: int, moment: tuple[str, str, int], step: int, folder: Path
+) -> str:
+    """The same judgement."""
+    every = {"training__save_every_steps": 2}
+    ended = bench.start(plain, folder, lambda rank: act_at(*moment, lambda: send(number)), **every)
+    if ended.codes[0] not in (128 + number, -number):
+        return f"ended with {ended.codes}"
+    return newest_is(step, folder) or goes_on(bench, plain, folder, **every)
