@@ -53,7 +53,7 @@ def main() -> None:
             finetune("configs/quickstart.yaml", *STEPS, *changes, *extra, place)
     if "evaluate" in parts:
         runs = [str(home / method) for method in METHODS]
-        finetune("evaluate", *runs, "--base", "--data", HELD_OUT, "--output", str(home / "evaluation"))  # fmt: skip
+        finetune("evaluate", *runs, "--base", "--generate", "--data", HELD_OUT, "--output", str(home / "evaluation"))  # fmt: skip
     if "document" in parts:
         finetune("report", str(home / "evaluation"))
         document(home / "evaluation", Path(tempfile.mkdtemp()) if options.tiny else ROOT / "docs")

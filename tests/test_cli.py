@@ -97,7 +97,7 @@ def test_without_torchruns_folder_only_rank_0_speaks(here, monkeypatch, capsys):
         assert exit_code("evaluate") == 2
     errors = capsys.readouterr().err
     assert errors.count("`foo` is not of the form") == 1
-    assert errors.count("Missing argument") == 1
+    assert errors.count("there is nothing to evaluate") == 1
 
 
 # Help and usage
@@ -147,7 +147,7 @@ def test_a_wrong_path_answers_without_anything_heavy(here):
     ("words", "said"),
     [
         (["trian", "x.yaml"], "Did you mean 'train'?"),
-        (["evaluate"], "Missing argument 'TARGET'"),
+        (["evaluate"], "there is nothing to evaluate"),
         (["merge", "x"], "Missing option '--output'"),
         (["merge", "x", "--outptu", "y"], "--output"),
         (["evaluate", "x", "--data", "y", "--replies", "every"], "'every' is not one of"),

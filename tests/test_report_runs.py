@@ -107,4 +107,6 @@ def test_evaluating_a_run_writes_the_page_and_says_the_answer(
     assert found == in_training(trained / "small", 4)["rouge-l"]
     assert "worst replies of small-checkpoint-" in said
     assert f"report: {output / 'report.html'}" in said
+    assert command_line.exit_code("evaluate", str(trained / "small"), "--no-generate", "--output", str(output)) == 0  # fmt: skip
+    assert "--generate asks for replies too" in capfd.readouterr().out
     assert "eval_loss" not in (output / "report.html").read_text(encoding="utf-8")

@@ -118,6 +118,10 @@ def evaluate(
     replies: Annotated[
         Replies | None, typer.Option(help="Which replies of a dialogue to generate.")
     ] = None,
+    generate: Annotated[
+        bool | None,
+        typer.Option("--generate/--no-generate", help="Ask for replies, or measure the loss only."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")
     ] = None,
@@ -150,6 +154,7 @@ def evaluate(
     those of its training. What was generated before is not generated again.
     """
     changes = {
+        "generate": generate,
         "replies": replies,
         "max_new_tokens": max_new_tokens,
         "max_samples": max_samples,
