@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,44 +18,34 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import llama_cpp
 import numpy as np
 import serve_models
 import torch
 from rich.console import Console
 from rich.table import Table
-from serve_check import Answer, Request, common, requests
+from serve_check import common, requests
+from without_code import write_settings
 
-from finetune.data.tokenizer import load_chat_tokenizer, local_folder, tokenizer_file
-from finetune.evaluation.generate import generate
+from finetune.evaluation.generate import Reply, generate
 from finetune.evaluation.open import OpenedModel, open_model
+from finetune.models.load import local_folder
 
-NUM_TOKENS = 32
+NUM_TOKENS, EOM = 32, "tokenizer.ggml.eom_token_id"
 # Weights of 16 or 8 bits against ours of 32: logits, whose spread is 1, move by about this much.
 ROUNDING = {"f16": 0.02, "q8_0": 0.2}
 SIZES = {
     "num_layers": 4, "num_hidden_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384,
     "kv_channels": 32, "num_attention_heads": 4, "seq_length": 4096, "torch_dtype": "float32",
-    "initializer_range": 128**-0.5, "vocab_size": 151552,
+    "initializer_range": 128**-0.5,
 }  # fmt: skip
 
 
 def make_model(folder: Path, published: Path) -> None:
-    """A random model with the tokenizer and the settings of a published GLM-4 folder.
-
-    Three things differ from that folder, and the converter needs each of them: tokenizer.json, which
-    holds the merges; a tokenizer_config.json that runs no code; `vocab_size` in config.json.
-    """
+    """A small random model with the tokenizer of a published GLM-4 folder, for the converter."""
     folder.mkdir(parents=True)
-    shutil.copyfile(tokenizer_file(published), folder / "tokenizer.json")
-    settings = json.loads((published / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings.pop("auto_map", None)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["chat_template"] = load_chat_tokenizer(published).chat_template
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False))
-    config = json.loads((published / "config.json").read_text(encoding="utf-8"))
-    config.pop("auto_map", None)
-    serve_models.save_random(folder, config | SIZES)
+    write_settings(published, folder, **SIZES)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    serve_models.save_random(folder, settings)
 
 
 def convert(folder: Path, kind: str, llama_cpp_folder: Path) -> Path:
@@ -70,30 +59,21 @@ def convert(folder: Path, kind: str, llama_cpp_folder: Path) -> Path:
     return file
 
 
-def load(file: Path, **options: Any) -> llama_cpp.Llama:
-    """The model of a GGUF file."""
-    return llama_cpp.Llama(str(file), n_ctx=4096, n_batch=512, verbose=False, seed=0, **options)
-
-
-def their_answer(model: llama_cpp.Llama, prompt: str, stops: set[int]) -> Answer:
-    """llama.cpp's greedy answer, its own tokenizer included."""
-    ids = model.tokenize(prompt.encode(), add_bos=False, special=True)
-    model.reset()
-    reply: list[int] = []
-    model.eval(ids)
-    while len(reply) < NUM_TOKENS:
-        token = int(np.argmax(last_logits(model)))
-        if token in stops:
-            return Answer(ids, reply, True, [])
-        reply.append(token)
-        model.eval([token])
-    return Answer(ids, reply, False, [])
-
-
-def last_logits(model: llama_cpp.Llama) -> np.ndarray:
-    """Logits [V] after everything that was given so far."""
-    pointer = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-    return np.ctypeslib.as_array(pointer, shape=(model.n_vocab(),))
+def llama(
+    file: Path, prompts: list[str], stops: list[int], **overrides: int
+) -> tuple[list[dict[str, Any]], list[bool]]:
+    """llama.cpp's answers, and of each stop whether it ends a reply there."""
+    asked = {"file": str(file), "prompts": prompts, "stops": stops}
+    asked |= {"num_tokens": NUM_TOKENS, "overrides": overrides}
+    script = Path(__file__).with_name("gguf_answers.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(asked), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"llama.cpp failed:\n{done.stderr[-3000:]}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    return said["answers"], said["ends"]
 
 
 def our_logits(opened: OpenedModel, ids: list[int]) -> np.ndarray:
@@ -104,38 +84,36 @@ def our_logits(opened: OpenedModel, ids: list[int]) -> np.ndarray:
 
 
 def compare(
-    opened: OpenedModel, model: llama_cpp.Llama, asked: list[Request]
-) -> tuple[list[float], float]:
-    """Gap of the logits at every first difference, infinite for a prompt; the largest difference."""
-    prompts = opened.template.prompts(asked)
-    stops = set(opened.template.stop_ids)
-    ours = generate(
-        opened.model, opened.template, prompts, max_new_tokens=NUM_TOKENS, batch_size=10
-    )
-    gaps, largest = [], 0.0
-    for prompt, reply in zip(prompts, ours, strict=True):
-        theirs = their_answer(model, opened.template.decode(prompt), stops)
-        if theirs.prompt != list(prompt):
+    opened: OpenedModel, ours: list[Reply], prompts: list[list[int]], file: Path
+) -> tuple[list[float], float, list[bool]]:
+    """Gap of our logits at every first difference, infinite for a prompt that is read otherwise.
+
+    Also the largest difference of the logits after the prompts, and which stops end a reply.
+    """
+    stops = list(opened.template.stop_ids)
+    texts = [opened.template.decode(prompt) for prompt in prompts]
+    theirs, ends = llama(file, texts, stops)
+    moved = 0.0
+    gaps = []
+    for prompt, reply, said, logits in zip(
+        prompts, ours, theirs, np.load(f"{file}.npy"), strict=True
+    ):
+        if said["prompt"] != list(prompt):
             gaps.append(float("inf"))
             continue
-        model.reset()
-        model.eval(theirs.prompt)
-        moved = np.abs(last_logits(model) - our_logits(opened, theirs.prompt)).max()
-        largest = max(largest, float(moved))
-        if (theirs.reply, theirs.stopped) != (list(reply.ids), reply.stopped):
-            place = common(theirs.reply, list(reply.ids))
-            logits = our_logits(opened, [*prompt, *reply.ids[:place]])
-            token = theirs.reply[place] if place < len(theirs.reply) else min(stops)
-            gaps.append(float(logits.max() - logits[token]))
-    return gaps, largest
+        moved = max(moved, float(np.abs(logits - our_logits(opened, prompt)).max()))
+        if (said["reply"], said["stopped"]) != (list(reply.ids), reply.stopped):
+            place = common(said["reply"], list(reply.ids))
+            own = our_logits(opened, [*prompt, *reply.ids[:place]])
+            token = said["reply"][place] if place < len(said["reply"]) else stops[0]
+            gaps.append(float(own.max() - own[token]))
+    return gaps, moved, ends
 
 
-def ends(model: llama_cpp.Llama, stops: list[int]) -> str:
-    """Which of the stops end a reply in llama.cpp."""
-    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    return " ".join(
-        f"{i} {'yes' if llama_cpp.llama_vocab_is_eog(vocabulary, i) else 'NO'}" for i in stops
-    )
+def words(stops: list[int], ends: list[bool]) -> str:
+    """Which stops end a reply, for the table."""
+    pairs = zip(stops, ends, strict=True)
+    return ", ".join(f"{stop} {'yes' if end else 'NO'}" for stop, end in pairs)
 
 
 def main() -> None:
@@ -151,17 +129,20 @@ def main() -> None:
         folder = Path(scratch) / "model"
         make_model(folder, local_folder(given.tokenizer))
         opened = open_model(folder)
+        prompts = opened.template.prompts(asked)
+        ours = generate(
+            opened.model, opened.template, prompts, max_new_tokens=NUM_TOKENS, batch_size=10
+        )
         stops = list(opened.template.stop_ids)
         for kind, rounding in ROUNDING.items():
             file = convert(folder, kind, given.llama_cpp.resolve())
-            model = load(file)
-            gaps, largest = compare(opened, model, asked)
+            gaps, moved, ends = compare(opened, ours, prompts, file)
             failed = failed or any(gap > rounding for gap in gaps)
             worst = f"{max(gaps):.2g}" if gaps else ""
-            table.add_row(kind, f"{len(gaps)} of {len(asked)}", worst, f"{largest:.2g}", ends(model, stops))  # fmt: skip
-        override = {"tokenizer.ggml.eom_token_id": stops[-1]}
+            table.add_row(kind, f"{len(gaps)} of {len(asked)}", worst, f"{moved:.2g}", words(stops, ends))  # fmt: skip
         console.print(table)
-        console.print(f"with --override-kv tokenizer.ggml.eom_token_id=int:{stops[-1]}: {ends(load(file, kv_overrides=override), stops)}")  # fmt: skip
+        _, ends = llama(file, [], stops, **{EOM: stops[-1]})
+        console.print(f"with --override-kv {EOM}=int:{stops[-1]}: {words(stops, ends)}")
     raise SystemExit(failed)
 
 

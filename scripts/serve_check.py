@@ -159,7 +159,8 @@ def server(case: Case, python: Path, dtype: str) -> Iterator[str]:
         except openai.APIError as error:
             raise SystemExit(f"{case.name}: {error}\n{ending(log)}") from error
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             process.wait()
 
 
