@@ -229,6 +229,20 @@ def test_tables_follow_the_chosen_score(browser: Browser, folder: Path) -> None:
     assert pair == f"{values[0] - values[1]:.1f}".replace("-", "−")
 
 
+def test_a_page_of_losses_alone_has_no_samples_and_no_errors(
+    browser: Browser, tmp_path: Path
+) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out", samples=2)
+    found = json.loads((made / "evaluation.json").read_text(encoding="utf-8"))
+    (made / "evaluation.json").write_text(json.dumps(found | {"data": [], "slices": {}}))
+    for file in (made / "predictions").iterdir():
+        file.write_text("")
+    screens.look(browser, write_page(made))
+    assert browser.get_log("browser") == []
+    assert browser.find_element("css selector", "h1").text == "4 models by their loss"
+    assert browser.find_elements("id", "samples") == []
+
+
 def test_five_thousand_samples_put_ten_cards_into_the_page(
     browser: Browser, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from finetune.report.runs import Run, differences, read_run
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
+LOSS = "loss while training"
 COLOURS = 8
 BINS = 30
 
@@ -39,7 +40,7 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
     headline = evaluation.headline
     template = _environment().get_template("page.html")
     return template.render(
-        title=f"{words.number_of(evaluation)} on {evaluation.num_samples or content.num_samples:,} replies",
+        title=_title(evaluation, content),
         files=evaluation.data,
         conclusion=words.conclusion(evaluation, headline),
         outcome=_outcome(evaluation, headline),
@@ -84,7 +85,7 @@ def panels(
     evaluation: Evaluation, runs: Mapping[str, Run], colours: Sequence[int]
 ) -> list[tuple[str, Markup]]:
     """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
-    drawn = [("loss", lines(loss_curves(evaluation, runs), title="loss"))]
+    drawn = [(LOSS, lines(loss_curves(evaluation, runs), title=LOSS))]
     order = [evaluation.headline, *(m for m in evaluation.metrics if m != evaluation.headline)]
     drawn += [
         (words.label(metric), lines(metric_series(evaluation, metric, colours), title=metric))
@@ -125,6 +126,12 @@ def loss_curves(evaluation: Evaluation, runs: Mapping[str, Run]) -> list[Series]
         series.append(Series(f"{_run_name(name)}, training", colours[name], training, "thin"))
         series.append(Series(f"{_run_name(name)}, validation", colours[name], held_out))
     return series
+
+
+def _title(evaluation: Evaluation, content: Content) -> str:
+    number = evaluation.num_samples or content.num_samples
+    asked = f"on {number:,} replies" if number else "by their loss"
+    return f"{words.number_of(evaluation)} {asked}"
 
 
 def _run_colours(evaluation: Evaluation) -> dict[str, int]:

@@ -39,7 +39,7 @@ def show(folder: Path) -> None:
     for name in metrics:
         if name in evaluation.signatures:
             console.say(f"{words.label(name)}: {evaluation.signatures[name]}")
-    if evaluation.settings.get("decoding", "") is None:
+    if not evaluation.num_samples:
         console.say("only the loss was measured, as in training; --generate asks for replies too")
     worst = worst_samples(folder, best, evaluation.headline)
     if worst:

@@ -16,6 +16,10 @@ function start() {
     showPairs(data, at("pair-metric").value);
   }
 
+  if (data.samples.length) startSamples(data, at);
+}
+
+function startSamples(data, at) {
   const names = data.targets.map((target, place) => [place, target.name]);
   const other = data.base !== null ? data.base : data.targets.length > 1 ? (data.best === 0 ? 1 : 0) : 0;
   fillSelect(at("subject"), names, data.best);
