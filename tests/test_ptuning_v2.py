@@ -15,6 +15,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.methods import ptuning_v2
 from finetune.methods.base_record import BaseRecord
 from finetune.models.load import load_model
+from finetune.weights import model_fingerprint
 
 FAMILIES = ("chatglm", "glm", "glm4")
 N = 5
@@ -47,7 +48,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
 
 def save(model: torch.nn.Module, base: Path, folder: Path) -> Path:
     folder.mkdir()
-    ptuning_v2.save(model, folder, base=BaseRecord(str(base), None, "fingerprint"))
+    ptuning_v2.save(model, folder, base=BaseRecord(str(base), None, model_fingerprint(base)))
     return folder
 
 

@@ -10,6 +10,7 @@ import typer
 from finetune import console
 from finetune.cli.data_commands import Json, data_app
 from finetune.cli.export_commands import export_app
+from finetune.cli.floors import check_versions
 from finetune.cli.inputs import check_inputs, models_in
 from finetune.cli.report_commands import report_app, say_report
 from finetune.cli.using_commands import using_app
@@ -50,6 +51,7 @@ def finetune(
     ] = False,
 ) -> None:
     """Fine-tune GLM-4: train, evaluate, predict, merge, chat."""
+    check_versions()
 
 
 @app.command()
@@ -61,6 +63,12 @@ def train(
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every option's value, and stop there.")
+    ] = False,
+    trust_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--trust-checkpoint", help="Resume DeepSpeed states that another user wrote, too."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +85,7 @@ def train(
         check_inputs(loaded)
         from finetune.training.run import train as run
 
-        emit(run(loaded.config, config))
+        emit(run(loaded.config, config, trust_checkpoint=trust_checkpoint))
 
 
 @app.command()

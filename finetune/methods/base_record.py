@@ -62,6 +62,6 @@ def check_base(folder: Path, *, fingerprint: str, base: str, force: bool = False
         f"{folder} was trained on {record.path}"
         f"{f' at {record.revision}' if record.revision else ''} "
         f"(fingerprint {record.fingerprint[:16]}), but {base} has fingerprint {fingerprint[:16]}: "
-        "its weights or its config differ. Open it on its own base, or force it if you know why "
-        "they differ"
+        "its weights or its config differ. Open it on its own base; `finetune merge --force` is the "
+        "only way around that"
     )

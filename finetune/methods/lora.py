@@ -21,7 +21,7 @@ from finetune.config import LoraMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.methods.base_record import BaseRecord, check_base
 from finetune.models.load import lora_targets
-from finetune.weights import model_fingerprint
+from finetune.weights import model_fingerprint, read_shard
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -132,6 +132,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
             f"{folder} has no {WEIGHTS_NAME}; only safetensors adapters are opened. "
             "Give the folder of a checkpoint, or convert an adapter_model.bin with PEFT first"
         )
+    read_shard(folder / WEIGHTS_NAME)  # says what is wrong with a file that is not whole
     base = model.config.name_or_path
     if Path(base).is_dir():
         check_base(folder, fingerprint=model_fingerprint(base), base=base, force=force)

@@ -32,8 +32,9 @@ from transformers.models.glm.modeling_glm import eager_attention_forward
 from finetune.config import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import prefix_start
-from finetune.methods.base_record import BaseRecord
+from finetune.methods.base_record import BaseRecord, check_base
 from finetune.models.documents import DOCUMENT_SDPA, in_documents
+from finetune.weights import model_fingerprint, read_shard
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 ENCODER_WEIGHTS_NAME = "prefix_encoder.safetensors"
@@ -198,9 +199,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base with the saved prefix of `folder`, ready to generate.
 
     Raises:
-        ModelError: The folder has no prefix in safetensors, or one of another shape.
+        ModelError: The folder has no prefix in safetensors, or it belongs to another base.
     """
     flat = _flat_weights(folder)
+    base = model.config.name_or_path
+    if Path(base).is_dir():
+        check_base(folder, fingerprint=model_fingerprint(base), base=base)
     heads, head_dim = _key_value_shape(model)
     width = len(_attention_layers(model)) * 2 * heads * head_dim
     if flat.shape[1] != width:
@@ -246,6 +250,8 @@ def _key_value_shape(model: PreTrainedModel) -> tuple[int, int]:
 
 def _flat_weights(folder: Path) -> Tensor:
     path = folder / WEIGHTS_NAME
+    if path.is_file():
+        read_shard(path)  # says what is wrong with a file that is not whole
     tensors = load_file(path) if path.is_file() else {}
     if FLAT_NAME not in tensors:
         raise ModelError(f"{path} holds no saved prefix ({FLAT_NAME}); give a P-Tuning v2 adapter")

@@ -18,7 +18,7 @@ from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from finetune.models.documents import DOCUMENT_SDPA
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.quantization import check_widths, four_bits
-from finetune.weights import model_fingerprint, weight_files
+from finetune.weights import model_fingerprint, read_shard, weight_files
 
 __all__ = ["family", "load_model", "local_folder", "lora_targets", "model_fingerprint"]
 
@@ -88,7 +88,8 @@ def load_model(
     config_class, model_class = _CLASSES[family(_read_config(folder))]
     implementation = _attention(attention)
     extra = four_bits(_dtype(dtype)) if quantization == "nf4" else {}
-    weight_files(folder)  # says what is missing better than transformers does
+    for file in weight_files(folder):  # says what is missing or cut off better than transformers
+        read_shard(file)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
     try:

@@ -16,9 +16,12 @@ from finetune.training import resume
 from finetune.training.memory import memory_explained
 from finetune.training.run_data import load_run_data
 from finetune.training.run_directory import RunDirectory
+from finetune.training.trust import check_owner
 
 
-def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, config_path: Path | None = None, *, trust_checkpoint: bool = False
+) -> dict[str, Any]:
     """Run what `config` says; a run that was interrupted goes on where it stopped.
 
     Returns:
@@ -35,6 +38,8 @@ def train(config: RunConfig, config_path: Path | None = None) -> dict[str, Any]:
             console.say(line)
         if config.training.resume == "never":
             resume.choose(run_dir.path, "never")  # refuses an old run at once
+        if not trust_checkpoint:
+            check_owner(run_dir.path, config.training.resume)
         template = ChatTemplate(load_chat_tokenizer(config.model.path, config.model.revision))
         data = load_run_data(config, template)
 

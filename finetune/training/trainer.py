@@ -24,6 +24,7 @@ from finetune.training.processes import Processes
 from finetune.training.rates import Rates
 from finetune.training.saving import Saver
 from finetune.training.signals import StopFlag
+from finetune.training.trust import opening
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class FineTuner(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Go through the steps that are left; signals wait for the end of one."""
         try:
-            with self.services.stop:
+            with self.services.stop, opening(resume_from_checkpoint, begun=lambda: bool(self._losses)):
                 return super().train(resume_from_checkpoint, **kwargs)
         except NothingLeftError:
             return None
