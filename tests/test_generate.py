@@ -18,7 +18,8 @@ import torch
 import finetune.models
 from finetune.errors import DataError
 from finetune.evaluation import generate as generation
-from finetune.evaluation.generate import Reply, generate, plan_batches
+from finetune.evaluation import refill
+from finetune.evaluation.generate import Extras, Reply, Sampling, generate, plan_batches
 from finetune.evaluation.turns import EvaluationStoppedError
 
 
@@ -52,15 +53,15 @@ def glm(tiny_glm: Path) -> Any:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The shape [rows, new tokens] of every batch that was generated."""
+    """The shape [rows, tokens] that goes into every forward pass."""
     seen: list[tuple[int, int]] = []
-    original = generation._generate_batch
+    original = refill._forward
 
-    def watched(model: Any, template: Any, rows: Any, *rest: Any) -> Any:
-        seen.append((len(rows), max(len(row) for row in rows)))
-        return original(model, template, rows, *rest)
+    def watched(model: Any, cache: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        seen.append(tuple(ids.shape))
+        return original(model, cache, ids, *rest)
 
-    monkeypatch.setattr(generation, "_generate_batch", watched)
+    monkeypatch.setattr(refill, "_forward", watched)
     return seen
 
 
@@ -171,6 +172,68 @@ def test_batches_are_sorted_longest_first_and_bounded_by_rows_and_by_tokens() ->
     assert plan_batches([], 4, 10) == []
 
 
+def shapes_of(model: Any, batches: list[Any], asked: list[list[int]], **more: Any) -> list[Reply]:
+    batches.clear()
+    stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))
+    return generate(model, stops, asked, max_new_tokens=40, **more)
+
+
+def test_finished_rows_make_room_for_waiting_prompts(
+    glm: Any, batches: list[tuple[int, int]]
+) -> None:
+    asked = prompts(32)
+    replies = shapes_of(glm, batches, asked, batch_size=4)
+    computed = sum(rows for rows, tokens in batches if tokens == 1)
+    lengths = [len(reply.ids) + reply.stopped for reply in replies]
+    needed = sum(lengths) - len(lengths)  # each first token comes with its prompt
+    order = sorted(range(32), key=lambda i: -len(asked[i]))
+    fixed = sum(4 * (max(lengths[i] for i in order[at : at + 4]) - 1) for at in range(0, 32, 4))
+    assert max(rows for rows, _ in batches) == 4
+    assert computed < 0.7 * fixed  # what batches that wait for their slowest row compute
+    assert needed <= computed
+
+
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(
+    glm: Any, batches: list[tuple[int, int]]
+) -> None:
+    system = prompts(1, longest=40, seed=9)[0] * 3
+    asked = [[*system, *rest] for rest in prompts(10, longest=8)]
+    alone = [shapes_of(glm, batches, [one], batch_size=1)[0].ids for one in asked]
+    together = shapes_of(glm, batches, asked, batch_size=4)
+    assert [reply.ids for reply in together] == alone
+    shared = len(refill.common_beginning(asked))
+    assert shared >= len(system)
+    assert batches[0] == (1, shared)
+    assert max(tokens for _, tokens in batches[1:]) <= 8 + 2
+
+
+def test_sampled_replies_depend_on_the_seed_and_not_on_the_batch(glm: Any) -> None:
+    asked = prompts(9)
+
+    def sampled(seed: int, size: int, first: int = 0) -> list[tuple[int, ...]]:
+        extras = Extras(Sampling(temperature=0.8, seed=seed, first=first))
+        found = generate(
+            glm, Stops(), asked[first:], max_new_tokens=12, batch_size=size, extras=extras
+        )
+        return [reply.ids for reply in found]
+
+    assert sampled(1, 1) == sampled(1, 4) == sampled(1, 9)
+    assert sampled(1, 4)[5:] == sampled(1, 2, first=5)
+    assert sampled(1, 4) != sampled(2, 4)
+    assert sampled(1, 4) != [reply.ids for reply in generate(glm, Stops(), asked, max_new_tokens=12, batch_size=4)]  # fmt: skip
+
+
+def test_the_cache_of_a_batch_stays_within_its_bytes(
+    glm: Any, batches: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 2 (keys, values) x 2 layers x 2 heads x 8 x 4 bytes = 256 bytes a token.
+    assert generation.cache_tokens(glm) == (4 << 30) // 256
+    expected = shapes_of(glm, batches, prompts(12), batch_size=6)
+    monkeypatch.setattr(generation, "CACHE_BYTES", 256 * 2 * (42 + 40))
+    assert shapes_of(glm, batches, prompts(12), batch_size=6) == expected
+    assert max(rows for rows, _ in batches) == 2
+
+
 def test_no_prompts_have_no_replies(glm: Any) -> None:
     assert generate(glm, Stops(), [], max_new_tokens=4, batch_size=4) == []
 
@@ -200,9 +263,9 @@ def test_a_stop_request_ends_generation_within_a_token(
 
     with pytest.raises(EvaluationStoppedError, match="after 1 of 2 batches"):
         generate(
-            glm, Stops(), prompts(4), max_new_tokens=500, batch_size=2, should_stop=after_three
+            glm, Stops(), prompts(10), max_new_tokens=500, batch_size=1, should_stop=after_three
         )
-    assert len(batches) == 1
+    assert len(batches) == 3
     assert polls < 10
 
 
@@ -222,10 +285,10 @@ model = here.open_tiny(Path(FOLDER))
 stops = here.Stops(stop_ids=(*here.tiny.EOS_IDS, *range(0, here.tiny.NUM_RANKS, 3)))
 rank = dist.get_rank()
 calls = []
-original = model.generate
-model.generate = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+original = here.refill.Refill.run
+here.refill.Refill.run = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
 def run(**more):
-    replies = generate(model, stops, here.prompts(5), max_new_tokens=24, batch_size=2, **more)
+    replies = generate(model, stops, here.prompts(20), max_new_tokens=24, batch_size=1, **more)
     return [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
 results = {"plain": run(), "plain calls": len(calls)}
 try:
@@ -251,7 +314,7 @@ def test_two_processes_give_the_replies_of_one_also_with_sharded_weights(
 ) -> None:
     pytest.importorskip("deepspeed")
     stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))
-    replies = generate(glm, stops, prompts(5), max_new_tokens=24, batch_size=2)
+    replies = generate(glm, stops, prompts(20), max_new_tokens=24, batch_size=1)
     expected = [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
     script = tmp_path / "worker.py"
     names = {"TESTS": Path(__file__).parent, "FOLDER": tiny_glm, "OUT": tmp_path}
@@ -270,9 +333,9 @@ def test_two_processes_give_the_replies_of_one_also_with_sharded_weights(
         timeout=180,
         check=True,
     )
-    for rank, own in enumerate([2, 1]):  # three batches
+    for rank, own in enumerate([2, 1]):  # three groups
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         assert result["plain"] == result["sharded"] == expected
         assert result["plain calls"] == own
-        assert result["sharded calls"] == 2  # the second repeats a batch to keep in step
+        assert result["sharded calls"] == 2  # the second repeats a group to keep in step
         assert result["stopped"]

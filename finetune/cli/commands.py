@@ -130,6 +130,10 @@ def evaluate(
         bool | None,
         typer.Option("--generate/--no-generate", help="Ask for replies, or measure the loss only."),
     ] = None,
+    generate: Annotated[
+        bool | None,
+        typer.Option("--generate/--no-generate", help="Ask for replies, or only for the loss."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")
     ] = None,
@@ -154,9 +158,19 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="FILE", help="A general set; its loss tells what was forgotten."),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A task of lm-evaluation-harness, or its YAML; repeatable."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", min=0, help="Above 0 tokens are drawn, with --seed.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of drawn replies.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Score models on held-out dialogues; say which differences are real.
+    """Score models on held-out dialogues and compare them.
 
     What is not said here is as in the run that saved the (first) model, so that the numbers are
     those of its training. What was generated before is not generated again.
@@ -179,6 +193,9 @@ def evaluate(
             predictions=tuple(predictions or ()),
             scoring=Scoring(bleu_unit, tuple(metric or ())),
             general=tuple(general or ()),
+            tasks=tuple(tasks or ()),
+            temperature=temperature,
+            seed=seed,
         )
         found = run(models, data or (), output=output, changes=changes, options=options)
         if console.is_main():

@@ -6,34 +6,27 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from finetune import console
 from finetune.data.cache import file_digest, key_of
-from finetune.evaluation import metrics, table, uncertainty
+from finetune.evaluation import harness, metrics, table, uncertainty
 from finetune.evaluation.foreign import read_foreign
 from finetune.evaluation.predictions import whole_file
 from finetune.evaluation.scoring import FORMAT as SCORING_FORMAT
 from finetune.evaluation.scoring import Scoring, score_file, source_of
-from finetune.evaluation.settings import Settings
 from finetune.evaluation.slices import SLICES
 from finetune.evaluation.table import LossTable, ReplyTable, Score
 from finetune.evaluation.targets import Target
-
-if TYPE_CHECKING:
-    from finetune.evaluation.evaluate import Options, Work
+from finetune.evaluation.versions import GENERATING, SCORING, versions
+from finetune.evaluation.work import Options, Work, asked
 
 FILE = "evaluation.json"
-PACKAGES = ("torch", "transformers", "peft", "tokenizers")
-"""Whose versions decide what a model replies."""
-SCORERS = ("jieba", "nltk", "rouge-chinese", "sacrebleu", "numpy")
-"""Whose versions decide what a reply scores."""
 LOSSES = {"loss": ("loss", "perplexity"), "general_loss": ("general_loss",)}
-"""Scores of the sums per example that are kept under a name."""
+"""Scores of each set of losses."""
 
 
 class Scored:
@@ -50,11 +43,17 @@ class Scored:
             self.places.append((row["where"], row["message"]))
             for name, values in self.slices.items():
                 values.append(row["slices"].get(name, ""))
-        self.losses = {
-            name: LossTable(*found, names=names)
-            for name, names in LOSSES.items()
-            if work is not None and (found := work.results.losses(name)) is not None
-        }
+        self.losses: dict[str, LossTable] = {}
+        self.tasks: dict[str, Score] = {}
+        if work is not None:
+            self._read_measures(work)
+
+    def _read_measures(self, work: Work) -> None:
+        for name, kept in (("loss", "loss"), ("general_loss", work.general)):
+            if kept in work.losses and (found := work.results.losses(kept)) is not None:
+                self.losses[name] = LossTable(*found, names=LOSSES[name])
+        if work.options.tasks:
+            self.tasks = work.results.note(work.tasks) or {}
 
     @property
     def described(self) -> dict[str, Any]:
@@ -62,7 +61,7 @@ class Scored:
         scores: dict[str, Score] = {}
         for losses in self.losses.values():
             scores |= losses.described()
-        scores |= self.replies.described()
+        scores |= self.replies.described() | self.tasks
         facts = (self.work.results.facts if self.work else None) or {}
         target = self.target
         return {
@@ -105,35 +104,15 @@ def write(
     return report
 
 
-def asked(settings: Settings, options: Options) -> dict[str, Any]:
-    """What decides the replies and losses of given weights."""
-    section = settings.evaluation
-    decoding = "greedy"
-    if options.temperature > 0:
-        decoding = f"temperature {options.temperature}, seed {options.seed}"
-    return {
-        "data": [source.path for source in settings.sources],
-        "decoding": decoding if section.generate else None,
-        **{name: getattr(section, name) for name in ("replies", "max_new_tokens", "max_samples")},
-        "batch_size": section.batch_size,
-        **asdict(settings.policy),
-    }
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of installed packages."""
-    return {name: version(name) for name in packages}
-
-
 def _write_predictions(work: Work, file: Path, scoring: Scoring) -> None:
     """The answers of one model with their scores, scored once for every way of scoring."""
     file.parent.mkdir(parents=True, exist_ok=True)
     key = key_of(
         {
             "format": SCORING_FORMAT,
-            "scoring": asdict(scoring),
+            "scoring": _way_of_scoring(scoring),
             "own": [source_of(name) for name in scoring.own],
-            "versions": versions(SCORERS),
+            "versions": versions(SCORING),
         }
     )
     kept = work.results.folder / f"scored-{key[:16]}.jsonl"
@@ -151,9 +130,9 @@ def _evaluation(scored: Sequence[Scored], options: Options) -> dict[str, Any]:
     return {
         "format": 1,
         "data": _data(scored[0], files),
-        "settings": {**settings, **asdict(options.scoring)},
-        "versions": versions((*PACKAGES, *SCORERS)) if works else versions(SCORERS),
-        "signatures": _signatures(options.scoring),
+        "settings": settings | _way_of_scoring(options.scoring),
+        "versions": versions((*GENERATING, *SCORING) if works else SCORING),
+        "signatures": _signatures(options.scoring) | _of_tasks(scored),
         "targets": scores,
         "slices": _slices(scored) if same else {},
         "comparisons": _comparisons(scored) if same else [],
@@ -247,6 +226,14 @@ def _signatures(scoring: Scoring) -> dict[str, str]:
         **table.signatures(),
         **{name: f"yours, {own}" for name, own in zip(scoring.names, scoring.own, strict=True)},
     }
+
+
+def _way_of_scoring(scoring: Scoring) -> dict[str, Any]:
+    return {"bleu_unit": scoring.bleu_unit, "own": list(scoring.own)}
+
+
+def _of_tasks(scored: Sequence[Scored]) -> dict[str, str]:
+    return {name: harness.signature() for one in scored for name in one.tasks}
 
 
 def rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,12 @@ def _answer(row: Any, where: str) -> Answer:
         reference=Message("assistant", reference),
         stopped=stopped if isinstance(stopped, bool) else None,
         slices=slices if isinstance(slices, dict) else {"language": language(reference)},
+        images=tuple(row.get("images") or ()),
     )
 
 
 def _placed(source: Path, answers: Iterator[Answer], like: Path) -> Iterator[Answer]:
     """The answers with the places and slices of another target's, whose references must be the same."""
-    from dataclasses import replace
-
     with like.open(encoding="utf-8") as lines:
         for number, (answer, line) in enumerate(zip_longest(answers, lines), 1):
             if answer is None or line is None:

@@ -1,11 +1,11 @@
-"""Prompts -> replies: greedy, in batches, shared out over the processes. The one stop rule.
+"""Prompts -> replies: in batches, shared out over the processes. The one stop rule.
 
 B prompts of a batch, T its longest prompt, N new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -13,11 +13,17 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from finetune.data.image import ImagePrompt
 from finetune.errors import DataError
-from finetune.evaluation.turns import Poll, in_turns, longest_first, sharded
+from finetune.evaluation.refill import Beginning, Choose, Done, Refill
+from finetune.evaluation.turns import Poll, evaluating, in_turns, longest_first, sharded
+
+BATCHES_PER_GROUP = 8
+"""A group is the work of one process at a time: large enough for refilled rows to pay."""
+CACHE_BYTES = 4 << 30
+"""Keys and values that a batch may hold."""
 
 Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
 
@@ -46,6 +52,49 @@ class Reply:
     """A stop token came within `max_new_tokens`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Tokens drawn by their probability; a reply depends on its prompt's number and the seed alone."""
+
+    temperature: float
+    """Above 0; small values stay near the likeliest token."""
+    seed: int = 0
+    first: int = 0
+    """Number of the first prompt among all that are asked."""
+
+
+class GroupLog(Protocol):
+    """Keeps finished groups of one list of prompts, so that they are not generated again."""
+
+    def known(self) -> dict[int, list[Reply]]:
+        """Groups that are there already, by number; the same on every process."""
+
+    def note(self, number: int, group: list[Reply]) -> None:
+        """Keeps a group that this process finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What most callers of `generate` do without."""
+
+    sampling: Sampling | None = None
+    """Without it a reply is greedy."""
+    log: GroupLog | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One call of `generate`."""
+
+    model: Any
+    template: StopTokens
+    prompts: Sequence[Prompt]
+    max_new_tokens: int
+    batch_size: int
+    choose: Choose
+    should_stop: Poll | None
+
+
 def generate(
     model: Any,
     template: StopTokens,
@@ -53,21 +102,22 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
-    token_budget: int | None = None,
     should_stop: Poll | None = None,
+    extras: Extras = Extras(),
 ) -> list[Reply]:
-    """The greedy reply to every prompt, in the order of `prompts`, on every process.
+    """The reply to every prompt, in the order of `prompts`, on every process.
 
-    All processes call this together with the same arguments.
+    All processes call this together with the same arguments. Groups of prompts are dealt out to them;
+    what a group is, and so every tensor, does not depend on the number of processes.
 
     Args:
         model: a causal language model, PEFT or not, not wrapped by DDP or DeepSpeed.
         template: gives the stop ids and the padding id.
         prompts: token ids, each ending where a reply begins.
         max_new_tokens: N; a reply that is cut here has not stopped.
-        batch_size: prompts per batch.
-        token_budget: bound on B x (T + N), to keep the cache of a batch in memory.
-        should_stop: polled at every new token and, by all processes together, after every batch.
+        batch_size: prompts at once; fewer where their cache would take more than `CACHE_BYTES`.
+        should_stop: polled at every new token and, by all processes together, after every group.
+        extras: sampling, and a log of finished groups.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens` in the model's context.
@@ -75,16 +125,29 @@ def generate(
     """
     lengths = [len(prompt) for prompt in prompts]
     check_context(model, lengths, max_new_tokens)
-    batches = plan_batches(lengths, batch_size, max_new_tokens, token_budget)
+    choose = _chooser(extras.sampling)
+    task = _Task(model, template, prompts, max_new_tokens, batch_size, choose, should_stop)
+    # One way for all groups of a call, since processes that share weights must go the same way.
+    if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+        way, size, budget = _with_images, batch_size, cache_tokens(model)
+    else:
+        way, size, budget = _refilling, batch_size * BATCHES_PER_GROUP, None
+    groups = plan_batches(lengths, size, max_new_tokens, budget)
+    known = extras.log.known() if extras.log else {}
+    numbers = {group[0]: number for number, group in enumerate(groups) if number not in known}
+    with evaluating(model), without_sampling_settings(model):
+        answer = way(task)
 
-    def answer(batch: list[int]) -> list[Reply]:
-        rows = [prompts[index] for index in batch]
-        answers = _generate_batch(model, template, rows, max_new_tokens, should_stop)
-        return [Reply(index, *one) for index, one in zip(batch, answers, strict=True)]
+        def work(group: list[int]) -> list[Reply]:
+            found = [Reply(place, *one) for place, one in zip(group, answer(group), strict=False)]
+            if extras.log and len(found) == len(group):
+                extras.log.note(numbers[group[0]], found)
+            return found
 
-    with without_sampling_settings(model):
-        parts = in_turns(model, batches, answer, label="replies", should_stop=should_stop)
-    return sorted((reply for part in parts for reply in part), key=lambda reply: reply.index)
+        missing = [groups[number] for number in numbers.values()]
+        parts = in_turns(model, missing, work, label="replies", should_stop=should_stop)
+    everything = [reply for part in (*known.values(), *parts) for reply in part]
+    return sorted(everything, key=lambda reply: reply.index)
 
 
 def plan_batches(
@@ -106,6 +169,14 @@ def plan_batches(
                 continue
         batches.append([index])
     return batches
+
+
+def cache_tokens(model: Any) -> int:
+    """Tokens whose keys and values fit into `CACHE_BYTES`."""
+    config = model.config.get_text_config()
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(CACHE_BYTES // (2 * heads * size * model.dtype.itemsize))
 
 
 def check_context(
@@ -140,37 +211,81 @@ def context_length(model: Any) -> int | None:
     return None
 
 
-def _generate_batch(
-    model: Any,
-    template: StopTokens,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    should_stop: Poll | None,
-) -> list[tuple[tuple[int, ...], bool]]:
-    """New tokens before the stop, and whether there was one, for every prompt of a batch."""
-    inputs = left_padded(prompts, template.pad_id, model.device)  # [B, T]
-    inputs |= pixel_values(prompts, model.device)
+def _refilling(task: _Task) -> Callable[[list[int]], list[Done]]:
+    """Texts: finished rows make room at once, and what all prompts begin with is computed once."""
+    prompts: Sequence[Any] = task.prompts
+    beginning = Beginning(task.model, prompts)
+
+    def answer(group: list[int]) -> list[Done]:
+        room = cache_tokens(task.model) // (len(prompts[group[0]]) + task.max_new_tokens)
+        batch = Refill(
+            task.model,
+            stop_ids=task.template.stop_ids,
+            max_new_tokens=task.max_new_tokens,
+            slots=max(1, min(task.batch_size, room)),
+            choose=task.choose,
+            beginning=beginning,
+        )
+        return batch.run([prompts[place] for place in group], group, task.should_stop)
+
+    return answer
+
+
+def _with_images(task: _Task) -> Callable[[list[int]], list[Done]]:
+    """Images: transformers' own loop, which asks the model for their positions."""
+    stop_ids, device = task.template.stop_ids, task.model.device
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(template.stop_ids),
-        pad_token_id=template.pad_id,
+        max_new_tokens=task.max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=task.template.pad_id,
         use_cache=True,
     )
 
     def interrupted(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        stop = should_stop is not None and should_stop()
-        return torch.full((ids.shape[0],), stop, dtype=torch.bool, device=ids.device)
+        stop = task.should_stop is not None and task.should_stop()
+        return torch.full((ids.shape[0],), stop, dtype=torch.bool, device=device)
 
-    output = model.generate(
-        **inputs,
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([interrupted]),
-        synced_gpus=sharded(model),
-    )
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()  # [B, <= N]
-    return [_until_stop(row, template.stop_ids) for row in new]
+    def answer(group: list[int]) -> list[Done]:
+        rows = [task.prompts[place] for place in group]
+        inputs = left_padded(rows, task.template.pad_id, device)  # [B, T]
+
+        def chosen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            tokens = torch.tensor(task.choose(scores, group), device=device)[:, None]
+            return torch.full_like(scores, float("-inf")).scatter(1, tokens, 0.0)
+
+        output = task.model.generate(
+            **inputs,
+            **pixel_values(rows, device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([chosen]),
+            stopping_criteria=StoppingCriteriaList([interrupted]),
+            synced_gpus=sharded(task.model),
+        )
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()  # [B, <= N]
+        return [_until_stop(row, stop_ids) for row in new]
+
+    return answer
+
+
+def _chooser(sampling: Sampling | None) -> Choose:
+    """The likeliest tokens, or tokens drawn for each prompt by a generator of its own."""
+    if sampling is None:
+        return lambda logits, numbers: logits.argmax(dim=-1).tolist()
+    generators: dict[int, torch.Generator] = {}
+
+    def drawn(logits: torch.Tensor, numbers: Sequence[int]) -> list[int]:
+        likely = (logits.cpu().double() / sampling.temperature).softmax(dim=-1)
+        tokens = []
+        for row, number in zip(likely, numbers, strict=True):
+            if number not in generators:
+                seed = (sampling.seed * 1_000_003 + sampling.first + number) % 2**63
+                generators[number] = torch.Generator().manual_seed(seed)
+            tokens.append(int(torch.multinomial(row, 1, generator=generators[number])))
+        return tokens
+
+    return drawn
 
 
 def _until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
@@ -192,9 +307,12 @@ def left_padded(
 
 
 def pixel_values(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
-    """`pixel_values` [N, 3, H, W] of the prompts that show an image; nothing when none does."""
-    pixels = [prompt.pixels() for prompt in prompts if isinstance(prompt, ImagePrompt)]
-    return {"pixel_values": torch.from_numpy(np.stack(pixels)).to(device)} if pixels else {}
+    """`pixel_values` and the like of the prompts that show an image; nothing when none does."""
+    shown = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
+    if not shown:
+        return {}
+    arrays = shown[0].spec.arrays([(prompt.path, "a prompt") for prompt in shown])
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 @contextmanager

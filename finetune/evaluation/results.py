@@ -2,6 +2,7 @@
 
     <cache>/evaluations/<key>/
         answers.jsonl.part   grows window by window; a killed evaluation goes on behind it
+        window-N-R.jsonl     groups of the window that process R finished
         answers.jsonl        all answers
         losses.npz           sums per example
         done.json            written last
@@ -17,9 +18,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,9 @@ from finetune.evaluation.answers import Answer
 from finetune.evaluation.predictions import json_line, whole_file
 from finetune.evaluation.targets import ADAPTER, base_recorded
 from finetune.weights import model_fingerprint
+
+if TYPE_CHECKING:
+    from finetune.evaluation.generate import Reply
 
 FORMAT = 1
 """Version of how replies are generated; results of another one are not used."""
@@ -88,6 +92,10 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
+    def log(self, window: int) -> WindowLog:
+        """Finished groups of the window that begins with answer number `window`."""
+        return WindowLog(self.folder, window)
+
     def write_losses(self, name: str, losses: npt.NDArray[Any], weights: npt.NDArray[Any]) -> None:
         """Keeps sums per example under a name."""
         part = self.folder / f".{name}.part.npz"
@@ -102,12 +110,72 @@ class Results:
         except (FileNotFoundError, ValueError, EOFError):
             return None
 
+    def note(self, name: str) -> Any:
+        """What `write_note` kept."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write_note(self, name: str, value: Any) -> None:
+        """Keeps a value under a name."""
+        with whole_file(self.folder / f"{name}.json") as file:
+            file.write(json_line(value))
+
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Makes the results whole."""
         self._part.touch()
         self._part.replace(self.answers)
         with whole_file(self._done) as file:
             file.write(json_line(facts))
+
+
+class WindowLog:
+    """Groups of replies that were finished before their window was; every process writes a file.
+
+    The form that `generate` takes its `log` in.
+    """
+
+    def __init__(self, folder: Path, window: int) -> None:
+        self._folder, self._window = folder, window
+
+    def known(self) -> dict[int, list[Reply]]:
+        """The groups that are there, as the first process finds them."""
+        from finetune.evaluation.turns import from_the_first, place
+
+        return from_the_first(self._read if place()[0] == 0 else None)
+
+    def note(self, number: int, group: list[Reply]) -> None:
+        """Keeps a group; it is on the disk when this returns."""
+        from finetune.evaluation.turns import place
+
+        line = {"group": number, "replies": [[one.index, one.ids, one.stopped] for one in group]}
+        with (self._folder / f"{self._name}{place()[0]}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def forget(self) -> None:
+        """Called when the window itself is on the disk."""
+        for file in self._folder.glob(f"{self._name}*.jsonl"):
+            file.unlink()
+
+    @property
+    def _name(self) -> str:
+        return f"window-{self._window}-"
+
+    def _read(self) -> dict[int, list[Reply]]:
+        from finetune.evaluation.generate import Reply
+
+        found = {}
+        for file in sorted(self._folder.glob(f"{self._name}*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # the line that a kill tore
+                    row = json.loads(line)
+                    found[row["group"]] = [
+                        Reply(index, tuple(ids), stopped) for index, ids, stopped in row["replies"]
+                    ]
+        return found
 
 
 def model_key(path: str, base: str | None) -> dict[str, Any] | None:

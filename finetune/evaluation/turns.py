@@ -53,7 +53,7 @@ def in_turns(
                 done.append((first + rank, work(turn[rank])))
             elif everybody:
                 work(turn[0])
-            if _anywhere(model, should_stop is not None and should_stop()):
+            if anywhere(model, should_stop is not None and should_stop()):
                 raise EvaluationStoppedError(
                     f"evaluation ({label}) was stopped after {first + len(turn)} of "
                     f"{len(batches)} batches"
@@ -95,7 +95,7 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _anywhere(model: Any, here: bool) -> bool:
+def anywhere(model: Any, here: bool) -> bool:
     """Whether `here` is true on any process; keeps the processes within one batch of each other."""
     if place()[1] == 1:
         return here
