@@ -319,7 +319,7 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
     # 1 + 2^-8 lies halfway between 1 and 1 + 2^-7; 1 + 3 * 2^-8 between 1 + 2^-7 and 1 + 2^-6.
     values = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -(1 + 2**-8)], np.float32)
     out, back = np.empty(4, np.uint16), np.empty(4, np.float32)
-    narrow(values, "BF16", out, np.empty(4, np.uint32))
+    narrow(values, "BF16", out, np.empty(8, np.bool_))
     widen(out, "BF16", back)
     assert back.tolist() == [1.0, 1 + 2**-6, 1 + 2**-7, -1.0]
 
@@ -329,6 +329,6 @@ def test_bfloat16_rounds_as_torch_does_on_any_bits() -> None:
     values = bits.view(np.float32)
     values = values[np.isfinite(values)]
     out = np.empty(values.size, np.uint16)
-    narrow(values.copy(), "BF16", out, np.empty(values.size, np.uint32))
+    narrow(values.copy(), "BF16", out, np.empty(2 * values.size, np.bool_))
     wanted = torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy()
     assert (out.view(np.int16) == wanted).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export import merge as merging
+from finetune.export import shards
 from finetune.export.merge import merge
 from finetune.training import checkpoint
 
@@ -104,6 +107,30 @@ def test_pickled_adapters_and_bases_are_not_opened(tmp_path: Path) -> None:
         merge(adapter, tmp_path / "out", force=True)
 
 
+@pytest.mark.parametrize("buffer", [4096, 1 << 20])
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_written_is_the_same_through_the_cache_and_past_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, buffer: int
+) -> None:
+    base = make_base(tmp_path / "base", torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "whole", check=False)
+    monkeypatch.setattr(shards, "_BUFFER", buffer)
+    write = os.write
+
+    def refusing(descriptor: int, data: Any) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "this file system has a cache only")
+        return write(descriptor, data)
+
+    if not direct:
+        monkeypatch.setattr(os, "write", refusing)
+    merge(adapter, tmp_path / "out", check=False)
+    assert checkpoint.verify(tmp_path / "out") == []
+    one, other = (fingerprints(tmp_path / name) for name in ("whole", "out"))
+    assert sorted(one.values()) == sorted(other.values())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: float) -> None:
     base = make_base(tmp_path / "base", torch.float16)
@@ -165,7 +192,10 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
 
 
-def test_a_merge_killed_at_any_point_leaves_all_or_nothing(tmp_path: Path) -> None:
+def test_a_merge_killed_at_any_point_leaves_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_BUFFER", 8192)  # many writes although the model is tiny
     base = make_base(tmp_path / "base", shards=2)
     adapter = make_adapter(tmp_path / "adapter", base)
     merge(adapter, tmp_path / "whole", check=False)

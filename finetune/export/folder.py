@@ -41,8 +41,13 @@ class FolderPlan:
 
 
 def check_output(out: Path, inputs: set[Path]) -> None:
-    """Refuse an output that is there already or lies in what is read."""
-    if out.exists() or out.is_symlink():
+    """Refuse an output that is there already, cannot be there, or lies in what is read."""
+    try:
+        taken = out.exists() or out.is_symlink()
+        checkpoint.stage_path(out).exists()  # its name is longer
+    except OSError as error:
+        raise _no_place(out, error) from error
+    if taken:
         raise ConfigError(f"{out} exists already; choose another --output or remove it first")
     for folder in inputs:
         if out.resolve().is_relative_to(folder.resolve()):
@@ -65,12 +70,19 @@ def written(plan: FolderPlan, out: Path, label: str) -> Iterator[Path]:
 
     Raises SpaceError before the first byte when the disk is too small.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_place(out, error) from error
     _check_space(plan, out)
     with checkpoint.staged(out) as stage:
         known = _write(plan, stage, label)
         yield stage
         seal(stage, known)
+
+
+def _no_place(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{out} cannot be made ({error.strerror}); choose another --output")
 
 
 def _check_space(plan: FolderPlan, out: Path) -> None:

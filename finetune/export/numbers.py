@@ -32,10 +32,10 @@ def widen(stored: NDArray[Any], dtype: str, out: Floats) -> None:
         out[...] = stored
 
 
-def narrow(values: Floats, dtype: str, out: NDArray[Any], scratch: NDArray[np.uint32]) -> None:
+def narrow(values: Floats, dtype: str, out: NDArray[Any], ties: NDArray[np.bool_]) -> None:
     """``values`` rounded to the nearest (ties to even) number of ``dtype``, in ``out``.
 
-    ``values`` hold something else afterwards.
+    ``values`` hold something else afterwards; ``ties`` is space for twice as many.
     """
     if dtype != "BF16":
         with np.errstate(over="ignore"):  # an overflow to infinity is found by the caller
@@ -46,9 +46,10 @@ def narrow(values: Floats, dtype: str, out: NDArray[Any], scratch: NDArray[np.ui
     # is kept makes it 0x3F80, while 0x3F818000 -> 0x3F820000 was right already.
     bits = values.view(np.uint32)
     np.add(bits, _HALF, out=bits)
-    np.left_shift(bits, _SIXTEEN, out=scratch)
-    if np.count_nonzero(scratch) < scratch.size:
-        bits[scratch == 0] &= _EVEN
+    np.equal(bits.view("<u2"), 0, out=ties)
+    zeros = np.flatnonzero(ties)
+    tied = zeros[zeros % 2 == 0] // 2  # a lower half comes before its upper half
+    bits[tied] &= _EVEN
     np.right_shift(bits, _SIXTEEN, out=bits)
     np.copyto(out, bits, casting="unsafe")
 

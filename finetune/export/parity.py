@@ -75,7 +75,10 @@ def _adapted(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
 def _prompts(config: Any) -> list[Inputs]:
     """Inputs of [1, T] token ids, the same every time; one with an image where the model sees."""
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(config.vocab_size, (1, n), generator=generator) for n in _LENGTHS]
+    vocabulary = config.get_text_config().vocab_size
+    ids = [torch.randint(vocabulary, (1, n), generator=generator) for n in _LENGTHS]
+    for text in ids:  # GLM-4.1V's placeholder, which wants an image
+        text[text == getattr(config, "image_token_id", -1)] = 0
     prompts = [{"input_ids": text} for text in ids]
     if getattr(config, "image_patches", 0):
         size, pad = config.vision_config["image_size"], config.pad_token_id or 0

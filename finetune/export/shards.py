@@ -6,8 +6,11 @@ where a tensor is, written, and hashed beside the writing.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import struct
 import threading
@@ -25,7 +28,8 @@ from finetune.export.adapter import Update
 from finetune.export.numbers import F16_LARGEST, STORAGE, Floats, narrow, widen
 from finetune.weights import ITEM_SIZE, TensorInfo
 
-_PIECE = 4 << 20
+_BUFFER = 8 << 20
+_PAGE = 4096
 # Elements that are computed on at once: small enough for the processor's caches.
 _BLOCK = 1 << 16
 
@@ -97,28 +101,29 @@ def write_shard(
 
     ``advance`` hears of the bytes written; ``stop`` ends the writing early by GivenUpError.
     """
-    with target.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        sink = _Sink(file.fileno(), pool, stop, advance)
-        sink.write(memoryview(plan.header))
-        work = _Workspace()
-        for output in plan.outputs:
-            if output.constant:
-                sink.write(memoryview(output.constant))
-            for source in output.sources:
-                descriptor = os.open(source.file, os.O_RDONLY)
-                try:
-                    if output.update is None and output.dtype == source.dtype:
-                        _copy(source, descriptor, sink, work)
-                    else:
-                        _compute(output, source, descriptor, sink, work)
-                finally:
-                    os.close(descriptor)
-        os.fsync(file.fileno())
-        return sink.size, sink.hexdigest()
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            sink = _Sink(descriptor, pool, stop, advance)
+            sink.write(plan.header)
+            work = _Workspace()
+            for output in plan.outputs:
+                sink.write(output.constant)
+                for source in output.sources:
+                    _take(output, source, sink, work)
+            sink.flush()
+            os.fsync(descriptor)
+            return sink.size, sink.hexdigest()
+    finally:
+        os.close(descriptor)
 
 
 class _Sink:
-    """Writes in order and hashes the same bytes meanwhile."""
+    """Writes in order, a buffer at a time, and hashes one buffer while the next is filled.
+
+    Past the file cache where the file system can: the output is to be durable, and a cache filled with
+    it would only be emptied again.
+    """
 
     def __init__(
         self,
@@ -131,64 +136,114 @@ class _Sink:
         self._descriptor, self._pool, self._stop, self._advance = descriptor, pool, stop, advance
         self._digest = hashlib.sha256()
         self._hashing: Future[None] | None = None
+        # Whole pages of memory, as writing past the cache asks for.
+        self._buffers = [memoryview(mmap.mmap(-1, _BUFFER)) for _ in range(2)]
+        self._filled = 0
+        self._set_direct(True)
 
-    def write(self, data: memoryview) -> None:
-        """Append ``data``, which the caller may change again once the next call has returned."""
+    def room(self, size: int) -> memoryview:
+        """Where the next bytes go: space for ``size`` of them or less; ``fill`` it before the next call."""
+        return self._buffers[0][self._filled : min(_BUFFER, self._filled + size)]
+
+    def fill(self, size: int) -> None:
+        """That many bytes are in the room now."""
+        self._filled += size
+        if self._filled == _BUFFER:
+            self.flush()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
+        rest = memoryview(data)
+        while rest:
+            room = self.room(len(rest))
+            room[:] = rest[: len(room)]
+            self.fill(len(room))
+            rest = rest[len(room) :]
+
+    def flush(self) -> None:
+        """Hand everything to the system; of a part of a buffer only the last time."""
         if self._stop.is_set():
             raise GivenUpError
+        data = self._buffers[0][: self._filled]
         if self._hashing is not None:
             self._hashing.result()
         self._hashing = self._pool.submit(self._digest.update, data)
+        if self._filled % _PAGE:
+            self._set_direct(False)
         written = 0
         while written < len(data):
-            written += os.write(self._descriptor, data[written:])
+            written += self._write(data[written:])
         self.size += written
+        self._buffers.reverse()
+        self._filled = 0
         self._advance(written)
 
     def hexdigest(self) -> str:
+        """The SHA-256 of what was flushed."""
         if self._hashing is not None:
             self._hashing.result()
         return self._digest.hexdigest()
 
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+            self._set_direct(False)  # this file system writes through its cache only
+            return os.write(self._descriptor, data)
+
+    def _set_direct(self, wanted: bool) -> None:
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        flag = getattr(os, "O_DIRECT", 0)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
+        except OSError:
+            wanted = False
+        self._direct = wanted and bool(flag)
+
 
 class _Workspace:
-    """The buffers of one thread; pieces alternate, since the one before is still being hashed."""
+    """The arrays of one thread."""
 
     def __init__(self) -> None:
-        self._pieces = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
-        self.raw = np.empty(0, np.uint8)
-        self.values = np.empty(0, np.float32)
-        self.delta = np.empty(0, np.float32)
-        self.bits = np.empty(0, np.uint32)
+        self._arrays: dict[str, NDArray[Any]] = {}
 
-    def piece(self, size: int) -> NDArray[np.uint8]:
-        self._pieces.reverse()
-        if self._pieces[0].size < size:
-            self._pieces[0] = np.empty(size, np.uint8)
-        return self._pieces[0][:size]
-
-    def reserve(self, raw: int, block: int) -> None:
-        if self.raw.size < raw:
-            self.raw = np.empty(raw, np.uint8)
-        if self.values.size < block:
-            self.values, self.delta = np.empty(block, np.float32), np.empty(block, np.float32)
-            self.bits = np.empty(block, np.uint32)
+    def array(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
+        """``size`` elements that nobody else uses by that name."""
+        found = self._arrays.get(name)
+        if found is None or found.size < size or found.dtype != dtype:
+            found = self._arrays[name] = np.empty(size, dtype)
+        return found[:size]
 
 
-def _read(descriptor: int, place: int, out: NDArray[np.uint8]) -> None:
-    view, done = out.data, 0
-    while done < len(view):
-        read = os.preadv(descriptor, [view[done:]], place + done)
+def _take(output: Output, source: TensorInfo, sink: _Sink, work: _Workspace) -> None:
+    descriptor = os.open(source.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if output.update is None and output.dtype == source.dtype:
+            _copy(source, descriptor, sink)
+        else:
+            _compute(output, source, descriptor, sink, work)
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, place: int, out: memoryview) -> None:
+    done = 0
+    while done < len(out):
+        read = os.preadv(descriptor, [out[done:]], place + done)
         if read == 0:
             raise ModelError("a weight file of the base became shorter while it was read")
         done += read
 
 
-def _copy(source: TensorInfo, descriptor: int, sink: _Sink, work: _Workspace) -> None:
-    for place in range(source.start, source.end, _PIECE):
-        piece = work.piece(min(_PIECE, source.end - place))
-        _read(descriptor, place, piece)
-        sink.write(piece.data)
+def _copy(source: TensorInfo, descriptor: int, sink: _Sink) -> None:
+    place = source.start
+    while place < source.end:
+        room = sink.room(source.end - place)
+        _read(descriptor, place, room)
+        sink.fill(len(room))
+        place += len(room)
 
 
 def _compute(
@@ -201,27 +256,23 @@ def _compute(
         return
     storage, target = STORAGE[source.dtype], STORAGE[output.dtype]
     per_block = max(1, _BLOCK // columns)
-    per_piece = max(per_block, _PIECE // (columns * storage.itemsize) // per_block * per_block)
-    work.reserve(per_piece * columns * storage.itemsize, per_block * columns)
-    for first in range(0, rows, per_piece):
-        count = min(per_piece, rows - first)
-        raw = work.raw[: count * columns * storage.itemsize]
-        _read(descriptor, source.start + first * columns * storage.itemsize, raw)
-        piece = work.piece(count * columns * target.itemsize)
-        stored, result = raw.view(storage), piece.view(target)
-        for row in range(0, count, per_block):
-            height = min(per_block, count - row)
-            part = slice(row * columns, (row + height) * columns)
-            values = work.values[: height * columns]
-            widen(stored[part], source.dtype, values)
-            if output.update is not None:
-                here = slice(first + row, first + row + height)
-                delta = work.delta[: height * columns].reshape(height, columns)
-                with np.errstate(over="ignore", invalid="ignore"):  # found by the check
-                    output.update.apply(here, values.reshape(height, columns), delta)
-            _check_finite(values, output)
-            narrow(values, output.dtype, result[part], work.bits[: height * columns])
-        sink.write(piece.data)
+    for first in range(0, rows, per_block):
+        height = min(per_block, rows - first)
+        size = height * columns
+        stored = work.array("stored", size, storage)
+        place = source.start + first * columns * storage.itemsize
+        _read(descriptor, place, stored.view(np.uint8).data)
+        values = work.array("values", size, np.float32)
+        widen(stored, source.dtype, values)
+        if output.update is not None:
+            delta = work.array("delta", size, np.float32).reshape(height, columns)
+            here = slice(first, first + height)
+            with np.errstate(over="ignore", invalid="ignore"):  # found by the check
+                output.update.apply(here, values.reshape(height, columns), delta)
+        _check_finite(values, output)
+        result = work.array("result", size, target)
+        narrow(values, output.dtype, result, work.array("ties", 2 * size, np.bool_))
+        sink.write(result.view(np.uint8).data)
 
 
 def _check_finite(values: Floats, output: Output) -> None:

@@ -1,11 +1,13 @@
 """What a merge costs beside `cp`: wall time, processor time and peak memory, in alternation.
 
-python scripts/bench/merge.py --gigabytes 4 --rounds 3 [--directory FOLDER] [--cold] [--skip-peft]
+python scripts/bench/merge.py --gigabytes 4 --rounds 3 [--directory FOLDER] [--cold] [--only NAME]...
 
 Makes a synthetic sharded GLM in bfloat16 with a LoRA adapter on all attention and MLP matrices (as
-training does by default), then runs `cp`, `cp` + `sync`, `finetune merge` and PEFT's
-merge_and_unload + save, one after the other, each in a process of its own, as often as asked.
+training does by default), then runs one after the other, each in a process of its own, as often as asked:
+`cp`; `cp` + `sync`, which is as durable as our output; that and `sha256sum`, which is as durable and as
+checkable; `finetune merge`; PEFT's merge_and_unload + save. Threads of torch are not limited.
 --cold drops the inputs from the file cache before each, as for a checkpoint that was not just used.
+--directory keeps the inputs for another time.
 """
 
 from __future__ import annotations
@@ -56,20 +58,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=None)
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--skip-peft", action="store_true")
+    parser.add_argument("--only", action="append", help="a way's name; repeatable")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        work = Path(folder)
-        # In a process of its own: what is started later would count this one's memory as its own.
-        maker = Process(target=make, args=(work, options.gigabytes))
-        maker.start()
-        maker.join()
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.directory or Path(folder)
+        if not (work / "adapter").is_dir():
+            # In a process of its own: what is started later would count its memory as its own.
+            maker = Process(target=make, args=(work, options.gigabytes))
+            maker.start()
+            maker.join()
         size = sum(file.stat().st_size for file in (work / "base").glob("*.safetensors"))
         idle = run([sys.executable, "-c", NOTHING])[2]
         print(
             f"{size / 1e9:.2f} GB, {options.rounds} rounds, {'cold' if options.cold else 'warm'} cache"
         )
-        report(measure(ways(work, skip_peft=options.skip_peft), work, options), idle)
+        chosen = {
+            name: way for name, way in ways(work).items() if name in (options.only or ways(work))
+        }
+        report(measure(chosen, work, options), idle)
 
 
 def make(work: Path, gigabytes: float) -> None:
@@ -78,17 +84,19 @@ def make(work: Path, gigabytes: float) -> None:
     make_adapter(work / "adapter", work / "base")
 
 
-def ways(work: Path, *, skip_peft: bool) -> dict[str, list[str]]:
+def ways(work: Path) -> dict[str, list[str]]:
     """The command of each way; the last word is where its output goes."""
     base, adapter = str(work / "base"), str(work / "adapter")
-    found = {
+    synced = 'cp -r "$0" "$1" && sync "$1"/*'
+    return {
         "cp": ["cp", "-r", base, str(work / "cp")],
-        "cp + sync": ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', base, str(work / "sync")],
+        "cp + sync": ["sh", "-c", synced, base, str(work / "synced")],
+        "cp + sync + sha256sum": [
+            "sh", "-c", synced + ' && sha256sum "$1"/* > "$1"/sums', base, str(work / "summed"),
+        ],
         "finetune merge": [sys.executable, "-c", OURS, adapter, str(work / "ours")],
-    }
-    if not skip_peft:
-        found["PEFT"] = [sys.executable, "-c", PEFT, adapter, str(work / "peft")]
-    return found
+        "PEFT": [sys.executable, "-c", PEFT, adapter, str(work / "peft")],
+    }  # fmt: skip
 
 
 def measure(
@@ -122,12 +130,13 @@ def run(command: list[str]) -> tuple[float, float, float]:
 
 def report(results: dict[str, list[tuple[float, float, float]]], idle: float) -> None:
     """A table of medians; memory is above an interpreter with numpy."""
-    base = median(wall for wall, _, _ in results["cp"])
-    print(f"{'':16} {'wall s':>8} {'x cp':>6} {'CPU s':>8} {'peak MB above idle':>20}")
+    base = [wall for wall, _, _ in results["cp"]]
+    print(f"{'':22} {'wall s':>8} {'x cp':>6} {'CPU s':>8} {'peak MB above idle':>20}")
     for name, rows in results.items():
         wall, spent = (median(row[place] for row in rows) for place in (0, 1))
+        ratio = median(row[0] / one for row, one in zip(rows, base, strict=True))
         above = max(0.0, max(row[2] for row in rows) - idle)
-        print(f"{name:16} {wall:8.2f} {wall / base:6.2f} {spent:8.2f} {above:20.0f}")
+        print(f"{name:22} {wall:8.2f} {ratio:6.2f} {spent:8.2f} {above:20.0f}")
 
 
 def make_model(folder: Path, gigabytes: float) -> int:
