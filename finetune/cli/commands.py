@@ -128,10 +128,6 @@ def evaluate(
     ] = None,
     generate: Annotated[
         bool | None,
-        typer.Option("--generate/--no-generate", help="Ask for replies, or measure the loss only."),
-    ] = None,
-    generate: Annotated[
-        bool | None,
         typer.Option("--generate/--no-generate", help="Ask for replies, or only for the loss."),
     ] = None,
     max_new_tokens: Annotated[
