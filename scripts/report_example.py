@@ -48,6 +48,8 @@ def main() -> None:
     parts = options.parts or PARTS
     if "train" in parts:
         for method, changes in METHODS.items():
+            if (home / method / "checkpoint-24").is_dir():
+                continue
             extra = TINY if options.tiny else []
             place = f"training.output_dir={home / method}"
             finetune("configs/quickstart.yaml", *STEPS, *changes, *extra, place)

@@ -102,7 +102,7 @@ class Schedule(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-class NothingLeftError(Exception):
+class NothingLeftError(BaseException):  # no error, so nothing that looks for errors stops it
     """The run ends where it stands, without another step."""
 
 
