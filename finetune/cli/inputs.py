@@ -91,3 +91,19 @@ def _is_folder(path: str) -> bool:
 def _is_local(path: str) -> bool:
     """True where a path cannot be a hub id, which is `name` or `owner/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def check_output_file(output: Path) -> None:
+    """Raises ConfigError unless a file of this name, with an ending more, can be written."""
+    beside = output.with_name(f"{output.name}.part.json")
+    try:
+        if output.is_dir():
+            raise ConfigError(f"--output: {output} is a folder; name a file")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        was_there = beside.exists()
+        beside.open("a").close()
+        if not was_there:
+            beside.unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"--output: {output} cannot be written ({reason})") from error

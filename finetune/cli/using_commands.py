@@ -10,7 +10,7 @@ import typer
 from finetune import console
 from finetune.cli.data_commands import Json
 from finetune.cli.export_commands import Base
-from finetune.cli.inputs import model_in
+from finetune.cli.inputs import check_output_file, model_in
 
 using_app = typer.Typer()
 
@@ -38,6 +38,7 @@ def predict(
 ) -> None:
     """Write the model's reply to every dialogue of a file."""
     with console.json_output(as_json) as emit:
+        check_output_file(output)
         target = model_in(target)
         from finetune.evaluation.predict import PredictOptions
         from finetune.evaluation.predict import predict as run

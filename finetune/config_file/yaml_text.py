@@ -33,6 +33,7 @@ _WORDS = {"": None, "~": None} | {
 }
 _DOTTED_WORD = re.compile(r"\.([A-Za-z])")
 _CANNOT_BE_TEXT = re.compile("[\x00\ud800-\udfff]")
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,8 @@ class _Builder:
         self._stack.append(_Frame(value, path))
 
     def _put_scalar(self, event: yaml.ScalarEvent) -> None:
+        # JSON spells 😀 as two halves, \ud83d\ude00, which PyYAML leaves apart.
+        event.value = _PAIR.sub(_joined, event.value)
         if _CANNOT_BE_TEXT.search(event.value):
             said = "holds a NUL or half a surrogate pair, which is not text"
             self.refuse(event.start_mark, self._here(), said)
@@ -279,6 +282,10 @@ class _Builder:
         else:
             frame.value[frame.key] = value
             frame.key = None
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair[0].encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def _hint(error: yaml.MarkedYAMLError) -> str:
