@@ -6,6 +6,7 @@ to the JSON alone, and everything else, also what libraries print, goes to stand
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.text import Text
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PLAIN_PROGRESS_SECONDS = 5.0
 """In a log file a progress line appears at most this often."""
 
 _redirected = False
+_outlives_its_log = False
 
 
 def is_main() -> bool:
@@ -59,6 +62,11 @@ def warn(text: str) -> None:
         _rich(stderr=True).print(line, soft_wrap=True)
     else:
         _write(sys.stderr, f"warning: {text}")
+
+
+def error(text: str) -> None:
+    """Why the program ends; on standard error, by whoever calls."""
+    _write(sys.stderr, f"error: {text}")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -198,8 +206,28 @@ def _stream() -> TextIO:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    stream.write(text + "\n")
-    stream.flush()
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except OSError as error:
+        if not _outlives_its_log or error.errno not in NO_SPACE:
+            raise
+
+
+def outlive_a_full_log() -> None:
+    """From here on the output is a log, and a disk with no room for it is no reason to end."""
+    global _outlives_its_log
+    _outlives_its_log = True
+
+
+def let_go() -> None:
+    """At the end of the program: what a full disk has no room for does not decide the exit code."""
+    for stream in (sys.stdout, sys.stderr) if _outlives_its_log else ():
+        try:
+            stream.flush()
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 _consoles: dict[bool, Console] = {}

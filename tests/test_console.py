@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +96,18 @@ def test_durations_are_written_as_people_write_them():
     assert [console.duration(s) for s in (0.4, 59.6, 187, 3725)] == [
         "0 s", "1:00", "3:07", "1:02:05",
     ]  # fmt: skip
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_program_and_other_output_does() -> None:
+    script = (
+        "import sys; from finetune import console\n"
+        "if sys.argv[1] == 'log': console.outlive_a_full_log()\n"
+        "console.say('a line'); console.let_go(); sys.exit(6)\n"
+    )
+    codes = {}
+    for kind in ("log", "result"):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run([sys.executable, "-c", script, kind], stdout=full, stderr=subprocess.DEVNULL)  # fmt: skip
+        codes[kind] = done.returncode
+    assert codes["log"] == 6
+    assert codes["result"] != 6

@@ -47,23 +47,24 @@ def test_the_first_signal_lets_the_step_end(number: int, code: int) -> None:
 
 def test_the_second_signal_stops_at_once() -> None:
     process = start(30)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "asked\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=10)
     assert output == ""
     assert "at once" in errors
-    assert process.returncode == 143
+    assert process.returncode == 130
 
 
-def test_a_launcher_s_echo_of_ctrl_c_is_not_a_second_wish() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_launcher_s_echo_is_not_a_second_wish(number: int, code: int) -> None:
     process = start(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
     assert output == "saved\n"
-    assert process.returncode == 130
+    assert process.returncode == code
 
 
 def test_no_signal_means_exit_code_0_and_the_old_handlers_come_back() -> None:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         elif _speaks(str(problem)):
-            sys.stderr.write(f"error: {problem}\n")
+            console.error(str(problem))
         code = problem.exit_code
     except KeyboardInterrupt:
         code = _INTERRUPTED
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         code = _BROKEN_PIPE  # `finetune data tokens … | head`; typer has seen to the rest
+    finally:
+        console.let_go()
     sys.exit(code)
 
 

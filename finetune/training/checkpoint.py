@@ -14,7 +14,6 @@ later can tell a whole folder from a torn one. No torch here.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -25,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.console import NO_SPACE
 from finetune.errors import CheckpointError, SpaceError
 from finetune.training.manifest import MANIFEST as MANIFEST
 from finetune.training.manifest import fsync_folder, walk
@@ -38,11 +38,10 @@ FINE, NO_ROOM, FAILED = 0, 1, 2
 """How a process fared in a part of a save; the worst of all processes counts."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How safetensors (Rust) and torch.save (C++) word a full disk; neither raises OSError.
 _NO_SPACE_TEXT = re.compile(
     r"os error (28|122|27)\b|No space left|File too large|quota exceeded"
-    r"|PytorchStreamWriter failed|unexpected pos",
+    r"|PytorchStreamWriter failed|unexpected pos|iostream error",
     re.IGNORECASE,
 )
 
@@ -64,17 +63,17 @@ def staged(
     """
     stage, lock = stage_path(final), -1
     try:
-        with _together(worst, final):
+        with together(worst, final):
             if leader:
                 lock = open_stage(final, replace=replace)
-        with _together(worst, final):
+        with together(worst, final):
             if not stage.is_dir():
                 raise CheckpointError(
                     f"{stage} was made by process 0 and this process cannot see it; "
                     "put training.output_dir on storage that every machine of the run shares"
                 )
             yield stage
-        with _together(worst, final):
+        with together(worst, final):
             if leader:
                 commit(stage, final, replace=replace)
     except BaseException as error:
@@ -271,8 +270,11 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _together(worst: Callable[[int], int], final: Path) -> Iterator[None]:
-    """Leave the block by an exception in every process when one of them failed in it."""
+def together(worst: Callable[[int], int], final: Path) -> Iterator[None]:
+    """Leave a part of the writing of ``final`` by an exception in every process, or in none.
+
+    A part must not hold collective operations that a failing process would skip.
+    """
     try:
         yield
     except BaseException as error:
@@ -308,7 +310,7 @@ def is_out_of_space(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
         if not isinstance(error, OSError) and _NO_SPACE_TEXT.search(str(error)):
             return True

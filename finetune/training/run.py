@@ -33,6 +33,7 @@ def train(
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint written. Before the first
             step there is nothing to save, and a signal ends the process as it would any other.
     """
+    console.outlive_a_full_log()
     with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
         for line in run_dir.cleaned:
             console.say(line)

@@ -69,12 +69,13 @@ class Saver:
                 self._rotate(trainer.state)
 
     def _write(self, trainer: Any, final: Path) -> None:
-        leader = self.processes.is_leader
-        with checkpoint.staged(
-            final, leader=leader, worst=self.processes.worst, replace=True
-        ) as stage:
-            self.save_weights(trainer.model, stage)
-            trainer._save_optimizer_and_scheduler(str(stage))
+        leader, worst = self.processes.is_leader, self.processes.worst
+        with checkpoint.staged(final, leader=leader, worst=worst, replace=True) as stage:
+            # Each gathers what is sharded first: one that cannot write must not leave the others there.
+            with checkpoint.together(worst, final):
+                self.save_weights(trainer.model, stage)
+            with checkpoint.together(worst, final):
+                trainer._save_optimizer_and_scheduler(str(stage))
             trainer._save_scaler(str(stage))
             trainer._save_rng_state(str(stage))
             if leader:

@@ -11,8 +11,12 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# After Ctrl-C a launcher sends its workers SIGTERM: another signal this soon (seconds) is the same wish.
-_ECHO = 2.0
+ECHO = 5.0
+"""A SIGTERM this soon (seconds) after the first signal is the same wish.
+
+torchrun passes on what it gets, and a process manager that signals a whole group has sent it to the
+workers already. A second Ctrl-C is a person's.
+"""
 
 
 class StopFlag:
@@ -74,7 +78,7 @@ class StopFlag:
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self.heard is None:
             self.heard, self._since = number, time.monotonic()
-        elif number == self.heard or time.monotonic() - self._since > _ECHO:
+        elif number != signal.SIGTERM or time.monotonic() - self._since > ECHO:
             # os.write, since a handler must not wait for a lock that print may hold.
             os.write(2, b"\nsecond signal: stopping at once, without saving\n")
             os._exit(128 + number)
