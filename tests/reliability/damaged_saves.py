@@ -175,7 +175,7 @@ def left_overs(bench: Bench) -> Iterator[Case]:
         "a staging folder", "a staging folder that is whole", "a staging file", "a nested staging folder",
         "a link for a staging folder", "trash", "a replaced checkpoint", "a replaced checkpoint beside its replacement",
     ):  # fmt: skip
-        yield Case(f"left over: {what}", partial(left_over, bench, what))
+        yield Case(f"left_over: {what}", partial(left_over, bench, what))
 
 
 def left_over(bench: Bench, what: str, folder: Path) -> str:

@@ -29,17 +29,17 @@ PROMISES = [
     Promise(
         "`kill -9` at any moment of a save costs at most the steps since the last one",
         "保存过程中任何时刻 `kill -9`，最多损失上次保存之后的步数",
-        "saves:crash saves:power saves:random",
+        "saves:crash saves:crash_on_2 saves:power saves:random",
     ),
     Promise(
         "a damaged checkpoint is never opened; a full disk costs one save, not the run",
         "损坏的检查点绝不会被打开；磁盘写满只损失一次保存，不损失整个训练",
-        "saves:damage saves:space saves:rotation",
+        "saves:damage saves:space saves:rotation saves:left_over",
     ),
     Promise(
         "a signal ends the step, saves and says so by its exit code",
         "收到信号后完成当前步、保存，并以退出码说明",
-        "signals:signal",
+        "signals:signal signals:signal_on_2",
     ),
     Promise(
         "a process that dies, raises or hangs ends all of them, with its name",

@@ -12,7 +12,16 @@ from typing import Any
 from tests.reliability import faults
 from tests.reliability.damaged_saves import damages, left_overs, random_kills, rotations
 from tests.reliability.frame import Case
-from tests.reliability.tiny_runs import KINDS, STEPS, STOCK, Bench, Kind, goes_on, half_written
+from tests.reliability.tiny_runs import (
+    KINDS,
+    STEPS,
+    STOCK,
+    Bench,
+    Kind,
+    goes_on,
+    half_written,
+    newest_good_step,
+)
 
 
 def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
@@ -43,9 +52,9 @@ def crashes(bench: Bench, kinds: dict[str, Kind], subset: bool) -> Iterator[Case
             every = 1 if name == "lora" else 5 if kind.processes == 1 else 9 - 6 * rank
             for last in range(0, len(points), every * 6 if subset else every):
                 where = f"{last + 1} ({points[last]})" + (f" of process {rank}" if rank else "")
-                yield Case(
-                    f"crash: {name}, change {where}", partial(crash, bench, kind, rank, last)
-                )
+                group = "crash" if kind.processes == 1 else "crash_on_2"
+                run = partial(crash, bench, kind, rank, last)
+                yield Case(f"{group}: {name}, change {where}", run)
         if kind.processes == 1:
             for size in (1, 300, 1_000, 3_000, 6_000, 12_000)[:: 3 if subset else 1]:
                 run = partial(killed_by_kernel, bench, kind, size)
@@ -145,6 +154,8 @@ def power_cut(bench: Bench, kind: Kind, last: int, names_lost: bool, folder: Pat
     if ended.codes != [9]:
         return f"the fault did not happen: {ended.codes}"
     faults.PowerCut.apply(run_dir, note, names_lost=names_lost)
+    if not newest_good_step(run_dir):
+        return "no good checkpoint is left"
     return goes_on(bench, kind, folder, training__keep_checkpoints=1)
 
 
@@ -248,11 +259,9 @@ def full_for_good(bench: Bench, folder: Path) -> str:
     def before(rank: int) -> None:
         from finetune.training.trainer import FineTuner
 
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
         faults.limited_files(FineTuner, "train", 0, kill=False)
 
-    ended = bench.start(kind, folder, before)
+    ended = bench.start(kind, folder, before, training__report_to=["tensorboard"])
     if ended.codes != [6]:
         return f"{ended.codes}"
     return half_written(kind, run_dir) or goes_on(bench, kind, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -173,27 +174,36 @@ def second_signals(bench: Bench) -> Iterator[Case]:
     for moment in SAVING:
         run = partial(twice, bench, SAVING[moment][:3], (TERM, TERM))
         yield Case(f"signal: twice SIGTERM, {moment}", run)
-    yield Case("signal: SIGINT and its echo", partial(echoed, bench))
+    for number in (INT, TERM):
+        yield Case(f"signal: {NAMES[number]} and its echo", partial(echoed, bench, number))
 
 
 def twice(bench: Bench, moment: tuple[str, str, int], numbers: tuple[int, ...], folder: Path) -> str:  # fmt: skip
     """No step is waited for; the next start goes on from whatever was saved before."""
     one = kind(bench)
+
+    def act() -> None:
+        from finetune.training import signals
+
+        signals.ECHO = 0.1
+        send(numbers[0])
+        time.sleep(0.2)
+        send(numbers[1])
+
     ended = bench.start(
-        one, folder, lambda rank: act_at(*moment, lambda: send(*numbers)),
-        training__save_every_steps=1,
-    )  # fmt: skip
+        one, folder, lambda rank: act_at(*moment, act), training__save_every_steps=1
+    )
     if ended.codes != [128 + numbers[0]] or "at once" not in ended.said:
         return f"ended with {ended.codes}: {ended.said[-300:]}"
     return goes_on(bench, one, folder)
 
 
-def echoed(bench: Bench, folder: Path) -> str:
-    """Ctrl-C, then at once the launcher's SIGTERM: the step is saved."""
+def echoed(bench: Bench, number: int, folder: Path) -> str:
+    """A signal from a terminal or a process manager, and the launcher's SIGTERM: the step is saved."""
     one = kind(bench)
     moment = MOMENTS["the first forward pass of a step"][:3]
-    ended = bench.start(one, folder, lambda rank: at(*moment, lambda: send(INT, TERM)))
-    if ended.codes != [130]:
+    ended = bench.start(one, folder, lambda rank: at(*moment, lambda: send(number, TERM)))
+    if ended.codes != [128 + number]:
         return f"ended with {ended.codes}: {ended.said[-300:]}"
     return newest_is(2, folder) or goes_on(bench, one, folder)
 
@@ -209,12 +219,12 @@ def one_of_two(bench: Bench) -> Iterator[Case]:
                 if stage is None or (rank, moment) == (stage % 2, "the optimizer step"):
                     where = "plain" if stage is None else f"ZeRO-{stage}"
                     run = partial(to_one, bench, stage, {rank: moment})
-                    yield Case(f"signal: to process {rank} of 2 ({where}), {moment}", run)
+                    yield Case(f"signal_on_2: process {rank} ({where}), {moment}", run)
     unlike = {0: "the optimizer step", 1: "logging of a later step"}
-    yield Case("signal: to both of 2 at unlike moments", partial(to_one, bench, None, unlike))
+    yield Case("signal_on_2: both, at unlike moments", partial(to_one, bench, None, unlike))
     for number in (TERM, INT):
         run = partial(to_torchrun, bench, number)
-        yield Case(f"signal: {NAMES[number]} to torchrun", run, seconds=240.0)
+        yield Case(f"signal_on_2: {NAMES[number]} to torchrun", run, seconds=240.0)
 
 
 def to_one(bench: Bench, stage: int | None, moments: dict[int, str], folder: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -168,14 +169,29 @@ def half_written(kind: Kind, run_dir: Path) -> str:
 
 
 def goes_on(bench: Bench, kind: Kind, folder: Path, *said: str, **changes: Any) -> str:
-    """Why the next start does not end as the run without a fault, saying what it should say."""
+    """Why the next start does not end as the run without a fault, saying what it should say.
+
+    It must go on from the newest good checkpoint: to begin anew would end in the same weights too.
+    """
+    newest = 0 if kind.stock else newest_good_step(folder / "run")
     ended = bench.start(kind, folder, **changes)
     if not ended.well:
         return f"the next start ended with {ended.codes}: {ended.said[-300:]}"
+    begun = re.search(r"resuming from .*checkpoint-(\d+)", ended.said)
+    if newest > (int(begun[1]) if begun else 0):
+        return f"it did not go on from checkpoint-{newest}: {ended.said[-500:]}"
     missing = [text for text in said if text not in ended.said and not kind.stock]
     if missing:
         return f"the next start did not say {missing}: {ended.said[-500:]}"
     return bench.differs(kind, folder)
+
+
+def newest_good_step(run_dir: Path) -> int:
+    """Of the newest checkpoint that verifies; 0 without one."""
+    from finetune.training import checkpoint
+
+    newest, _ = checkpoint.newest_good(run_dir)
+    return (checkpoint.step_of(newest) if newest else None) or 0
 
 
 def history(checkpoint: Path) -> list[Any]:
