@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import resource
 import sys
 import traceback
@@ -61,6 +62,11 @@ def _out_of_memory(error: Exception) -> OutOfMemoryError | None:
         "machine's own memory. What needs less: a smaller --batch-size, fewer --max-new-tokens, "
         "shorter rows"
     )
+
+
+def _without_passwords(text: str) -> str:
+    """`https://name:secret@host` without what is before the host."""
+    return re.sub(r"://[^/\s@]+@", "://…@", text)
 
 
 def _run(words: Sequence[str]) -> int:

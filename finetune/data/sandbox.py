@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -88,7 +89,8 @@ class Sandbox:
 def _end(process: subprocess.Popen[str], owner: int) -> None:
     if os.getpid() == owner:
         process.kill()
-        with process:  # closes its pipes and waits for it
+        # Closes its pipes, of which one may hold a request that nobody reads, and waits for it.
+        with suppress(BrokenPipeError), process:
             pass
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,8 +98,9 @@ def serve() -> None:
     started = time.process_time()
     for line in sys.stdin:
         request = json.loads(line)
-        with tempfile.TemporaryDirectory() as folder:
-            answer = _measured(request["words"], request["cwd"], Path(folder))
+        folder = Path(tempfile.mkdtemp(prefix="reliability-light-"))
+        answer = _measured(request["words"], request["cwd"], folder)
+        shutil.rmtree(folder)
         answer["seconds"] += started
         answer["id"] = request["id"]
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.reliability import security_files
+from tests.reliability import (
+    security_code,
+    security_endpoint,
+    security_files,
+    security_secrets,
+    security_templates,
+)
 from tests.reliability.frame import Case
 from tests.reliability.places import prepare
 
-PARTS = (security_files,)
+PARTS = (security_files, security_templates, security_code, security_secrets, security_endpoint)
 
 
 def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:

@@ -1,0 +1,91 @@
+"""Calls that must not be in the product, found in its syntax trees; the one home of that list."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from tests.reliability.frame import ROOT, Case
+
+SOURCES = [ROOT / "finetune.py", *sorted((ROOT / "finetune").rglob("*.py"))]
+Rule = Callable[[str, dict[str | None, ast.expr]], bool]
+"""Whether a call, by its dotted name and keywords, is banned."""
+
+
+def _is(*names: str) -> Rule:
+    return lambda name, _: name in names or name.rpartition(".")[2] in {n for n in names if "." not in n}  # fmt: skip
+
+
+def _named(*names: str) -> Rule:
+    return lambda name, _: name in names
+
+
+def _with(keyword: str) -> Rule:
+    def rule(_: str, keywords: dict[str | None, ast.expr]) -> bool:
+        value = keywords.get(keyword)
+        return isinstance(value, ast.Constant) and bool(value.value)
+
+    return rule
+
+
+def _without_true(function: str, keyword: str) -> Rule:
+    def rule(name: str, keywords: dict[str | None, ast.expr]) -> bool:
+        value = keywords.get(keyword)
+        return name == function and not (isinstance(value, ast.Constant) and value.value is True)
+
+    return rule
+
+
+# Rule -> the calls that it bans, and a call that shows that it does.
+RULES: dict[str, tuple[Rule, str]] = {
+    "shell=True": (_with("shell"), "subprocess.run(command, shell=True)"),
+    "a shell": (_named("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "commands.getoutput"), "os.system(x)"),
+    "eval and exec": (_named("eval", "exec", "compile", "builtins.eval", "builtins.exec"), "eval(x)"),
+    "pickle": (_is("pickle.load", "pickle.loads", "pickle.Unpickler", "cPickle.load", "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load", "pandas.read_pickle", "read_pickle"), "pickle.loads(x)"),
+    "marshal and shelve": (_named("marshal.load", "marshal.loads", "shelve.open"), "shelve.open(x)"),
+    "unsafe YAML": (_named("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"), "yaml.load(x)"),
+    "torch.load without weights_only": (_without_true("torch.load", "weights_only"), "torch.load(x, weights_only=False)"),
+    "numpy with pickles": (_with("allow_pickle"), "np.load(x, allow_pickle=True)"),
+    "trust_remote_code": (_with("trust_remote_code"), "load(x, trust_remote_code=True)"),
+    "a name that others may take": (_named("tempfile.mktemp", "os.tempnam"), "tempfile.mktemp()"),
+    "archives unpacked as they say": (_is("extractall", "unpack_archive"), "archive.extractall()"),
+    "addresses opened": (_is("urlopen", "urlretrieve", "requests.get", "requests.post", "httpx.get", "httpx.post"), "urllib.request.urlopen(x)"),
+    "certificates not checked": (_named("ssl._create_unverified_context", "ssl.CERT_NONE"), "ssl._create_unverified_context()"),
+    "XML": (_named("xml.etree.ElementTree.parse", "ElementTree.parse", "ElementTree.fromstring", "lxml.etree.parse"), "ElementTree.parse(x)"),
+}  # fmt: skip
+
+
+def banned_calls(source: str, rule: Rule) -> list[int]:
+    """Lines of a source at which a rule is broken."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+            if rule(ast.unparse(node.func), keywords):
+                found.append(node.lineno)
+    return found
+
+
+def broken(name: str) -> list[str]:
+    """Places of the product at which a rule is broken."""
+    rule, _ = RULES[name]
+    return [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in SOURCES
+        for line in banned_calls(path.read_text(encoding="utf-8"), rule)
+    ]
+
+
+def holds(name: str, folder: Path) -> None:
+    """The rule finds the call that shows it, and none in the product."""
+    rule, sample = RULES[name]
+    assert banned_calls(sample, rule) == [1]
+    assert broken(name) == []
+
+
+def cases() -> Iterator[Case]:
+    """Every rule."""
+    for name in RULES:
+        yield Case(f"code: {name}", partial(holds, name))
