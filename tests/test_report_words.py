@@ -14,7 +14,7 @@ import pytest
 
 from finetune import console
 from finetune.errors import ConfigError, DataError
-from finetune.report import charts, content, plots, words
+from finetune.report import charts, content, page, plots, words
 from finetune.report.folder import Evaluation, read_evaluation
 from finetune.report.runs import differences, find_runs, read_run
 from finetune.report.terminal import show, show_runs, worst_samples
@@ -68,6 +68,13 @@ def test_a_lower_perplexity_is_better() -> None:
     assert words.conclusion(found, "perplexity") == [
         "two has the lowest perplexity of 2 checkpoints: 8.50 (7.50 to 9.50)."
     ]
+
+
+def test_no_length_ratio_is_the_best() -> None:
+    for metric, bold in (("length_ratio", [False, False]), ("loss", [True, False])):
+        found = evaluation(metric=metric, one=90.0, two=110.0)
+        rows = page._rows(found, colours=[1, 2])
+        assert [row["cells"][0]["best"] for row in rows] == bold
 
 
 def test_a_comparison_reads_the_same_from_both_sides() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from finetune.evaluation.uncertainty import LOWER_IS_BETTER
+from finetune.evaluation.uncertainty import LOWER_IS_BETTER, NO_BETTER
 from finetune.report.folder import Evaluation, Sample, common_rows, samples
 from finetune.report.words import verdict
 
@@ -74,6 +74,7 @@ def page_data(evaluation: Evaluation, content: Content, colours: Sequence[int]) 
         "metrics": content.metrics,
         "headline": headline if headline in content.metrics else next(iter(content.metrics), None),
         "lower": sorted(LOWER_IS_BETTER),
+        "neither": sorted(NO_BETTER),
         "comparisons": [
             [
                 names.index(one.a),

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__
+from finetune.evaluation.uncertainty import NO_BETTER
 from finetune.report import words
 from finetune.report.charts import Point, Series, histogram, lines
 from finetune.report.content import Content, page_data
@@ -159,7 +160,9 @@ def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]
             "text": words.number(metric, score.value),
             "interval": words.interval(metric, score),
             "arrow": words.arrow(evaluation, target, metric),
-            "best": score.value is not None and goodness(metric, score) == best[metric],
+            "best": metric not in NO_BETTER
+            and score.value is not None
+            and goodness(metric, score) == best[metric],
         }
 
     return [

@@ -36,7 +36,7 @@ function showSlices(data, metric) {
       const scores = data.targets.map((target) => (targets[target.name] || {})[metric] || { value: null, n: 0 });
       const known = scores.map((score) => score.value).filter((found) => found !== null);
       const top = known.length ? (lower ? Math.min(...known) : Math.max(...known)) : 0;
-      const span = Math.max(...known.map((found) => Math.abs(found - top)), 0);
+      const span = data.neither.includes(metric) ? null : Math.max(...known.map((found) => Math.abs(found - top)), 0);
       body.push(element("tr", null, element("th", { scope: "row" }, value),
         element("td", null, String(Math.max(...scores.map((score) => score.n)))),
         ...scores.map((score) => sliceCell(metric, score, top, span))));
@@ -48,7 +48,7 @@ function showSlices(data, metric) {
 function sliceCell(metric, score, top, span) {
   if (score.value === null) return element("td", null, "–");
   const far = span ? Math.abs(score.value - top) / span : 0;
-  const shade = far === 0 ? "top" : "shade" + Math.min(3, Math.ceil(far * 3));
+  const shade = span === null ? null : far === 0 ? "top" : "shade" + Math.min(3, Math.ceil(far * 3));
   const title = score.low === null || score.low === undefined ? null
     : number(metric, score.low) + " to " + number(metric, score.high) + ", n = " + score.n;
   return element("td", { class: shade, title }, number(metric, score.value));
