@@ -95,7 +95,12 @@ def test_checkpoints_of_all_kinds_score_together_what_each_scores_alone(
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / f"cache-{number}"))
         alone = evaluate(target["path"], [str(place / "dev.jsonl")], output=tmp_path / str(number),
                          changes={"max_new_tokens": 6, "batch_size": 4, **GENERATE})  # fmt: skip
-        assert flat(alone["targets"][0]) == flat(target)
+        expected = flat(target)
+        if (
+            target["kind"] == "base"
+        ):  # alone it has no run that says how large a batch of the loss is
+            expected |= {name: pytest.approx(expected[name]) for name in ("loss", "perplexity")}
+        assert flat(alone["targets"][0]) == expected
         rows = (tmp_path / str(number) / "predictions.jsonl").read_bytes()
         assert rows == (out / target["predictions"]).read_bytes()
     texts = [[r["prediction"] for r in read_rows(out / t["predictions"])] for t in report["targets"]]  # fmt: skip
@@ -244,8 +249,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
-    peak(200)  # imports
-    few = peak(2500)  # more than two windows
+    few = peak(1100)  # more than a window
     assert peak(10_000) - few < 40
 
 

@@ -26,7 +26,7 @@ LEVEL = 0.95
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "repetition_rate", "general_loss"})
 NO_BETTER = frozenset({"length_ratio"})
 """Scores of which neither more nor less is better; they are not compared."""
-_BLOCK = 4_000_000  # weights held at once, 32 MB
+_BLOCK = 500_000  # weights held at once, 4 MB
 
 
 @dataclass(frozen=True)
