@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         elif _speaks(str(problem)):
-            console.error(str(problem))
+            console.error(_without_passwords(str(problem)))
         code = problem.exit_code
     except KeyboardInterrupt:
         code = _INTERRUPTED
