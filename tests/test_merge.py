@@ -157,7 +157,10 @@ def test_all_but_the_changed_tensors_is_carried_over_byte_for_byte(tmp_path: Pat
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query_key_value"])
     merge(adapter, tmp_path / "out", check=False)
     out, names = tmp_path / "out", {file.name for file in base.iterdir()}
-    assert {f.name for f in out.iterdir()} == names - {"pytorch_model.bin"} | {"manifest.json"}
+    assert {f.name for f in out.iterdir()} == names - {"pytorch_model.bin"} | {
+        "manifest.json",
+        "README.md",
+    }
     for name in names - {"pytorch_model.bin"}:
         if not name.endswith(".safetensors"):
             assert (out / name).read_bytes() == (base / name).read_bytes(), name
@@ -267,7 +270,8 @@ def test_of_a_fully_tuned_checkpoint_the_model_alone_is_taken(tmp_path: Path) ->
             (stage / name).write_text("{}")
     report = merge(run, tmp_path / "out")
     assert (report.num_updated, report.largest_difference) == (0, None)
-    kept = {f.name for f in base.iterdir()} - {"pytorch_model.bin"} | {"manifest.json"}
+    kept = {f.name for f in base.iterdir()} - {"pytorch_model.bin"}
+    kept |= {"manifest.json", "README.md"}
     assert {f.name for f in (tmp_path / "out").iterdir()} == kept
     assert torch.equal(logits(load_model(base)), logits(load_model(tmp_path / "out")))
 

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import numpy as np
 
 from finetune.data.tokenizer import load_chat_tokenizer, tokenizer_file
 from finetune.errors import ConfigError, ModelError
+from finetune.export import card
 from finetune.export.folder import FolderPlan, carried, check_output, written
 from finetune.export.layout import (
     EMBEDDING,
     FUSED,
     HEAD,
+    LAYOUT_TYPES,
     ROTARY_BUFFER,
     SPLIT,
     Layout,
@@ -69,6 +71,9 @@ def export_model(folder: Path, out: Path, *, layout: Layout, check: bool = True)
         raise ConfigError(f"{folder} is in the {layout} layout already; nothing is to be done")
     check_output(out, {folder})
     plan = _plan(model, layout, notes)
+    done = f"Its weights are in the {layout} layout (model_type {LAYOUT_TYPES[layout]})."
+    text = card.exported_card(folder, out.name, done, str(folder))
+    plan = replace(plan, texts={**plan.texts, card.NAME: text})
     difference = None
     with written(plan, out, "exported") as stage:
         if check:

@@ -24,10 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import ConfigError, ModelError
+from finetune.export import card
 from finetune.export.adapter import CONFIG, PART, WEIGHTS, rank_and_alpha, read_adapter, read_json
 from finetune.export.convert import ExportReport, other_outputs
 from finetune.export.folder import FolderPlan, check_output, written
-from finetune.export.layout import FUSED, SPLIT, Layout, TextModel, other_names, read_text_model
+from finetune.export.layout import (
+    FUSED,
+    LAYOUT_TYPES,
+    SPLIT,
+    Layout,
+    TextModel,
+    other_names,
+    read_text_model,
+)
 from finetune.export.merge import check_base, find_base
 from finetune.export.numbers import STORAGE, narrow, to_float32
 from finetune.export.shards import Output, ShardPlan, make_header
@@ -97,6 +106,10 @@ def export_adapter(
         _check_same_weights(model, layout, Path(new_base))
         record = {"path": new_base, "revision": None, "fingerprint": model_fingerprint(new_base)}
         texts[RECORD_NAME] = _json({"format": 1, "method": "lora", "base": record})
+    done = (
+        f"The adapter is for the {layout} layout of its base (model_type {LAYOUT_TYPES[layout]})."
+    )
+    texts[card.NAME] = card.exported_card(folder, out.name, done, new_base or str(base))
     outputs = [
         Output(f"{_PREFIX}{name}.{end}", part.dtype, part.values.shape, constant=part.values.tobytes())
         for name, module in sorted(made.items())

@@ -28,7 +28,7 @@ from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.weights import CONFIG
 
 Layout = Literal["published", "hf"]
-MODEL_TYPES: dict[str, Layout] = {"chatglm": "published", "glm": "hf"}
+LAYOUT_TYPES: dict[Layout, str] = {"published": "chatglm", "hf": "glm"}
 
 ROTARY_BUFFER = "transformer.rotary_pos_emb.inv_freq"
 """In every published checkpoint, read by nobody, and without a place in the other layout."""
@@ -82,7 +82,11 @@ def read_text_model(folder: Path) -> TextModel:
         raise ModelError(f"{folder} has no readable {CONFIG} ({error.strerror})") from error
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{folder / CONFIG} is damaged ({error}); copy it again") from error
-    if kind not in MODEL_TYPES or values.get("vision_config") or values.get("quantization_config"):
+    if (
+        kind not in LAYOUT_TYPES.values()
+        or values.get("vision_config")
+        or values.get("quantization_config")
+    ):
         what = (
             "GLM-4V, and transformers' glm layout has no images"
             if values.get("vision_config")
@@ -97,7 +101,7 @@ def read_text_model(folder: Path) -> TextModel:
     else:
         config = GlmConfig.from_dict(values)
         _check_hf(config, folder)
-    return TextModel(folder, MODEL_TYPES[kind], config)
+    return TextModel(folder, "published" if kind == "chatglm" else "hf", config)
 
 
 def other_names(module: str, layout: Layout) -> tuple[str, ...]:

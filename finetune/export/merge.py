@@ -11,12 +11,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.export import adapter as adapters
+from finetune.export import card
 from finetune.export.adapter import Adapter
 from finetune.export.folder import FolderPlan, carried, check_output, written
 from finetune.export.numbers import STORAGE
@@ -86,6 +87,7 @@ def merge(
     for one, _ in weighted:
         notes += check_base(one, base, force=force)
     plan, untied = _plan(base, tuned, dtype)
+    plan = replace(plan, texts={**plan.texts, card.NAME: _card(out, base, sources, weighted)})
     difference = None
     with written(plan, out, "merged") as stage:
         if check and tuned is not None:
@@ -104,6 +106,22 @@ def merge(
         largest_difference=difference,
         notes=tuple(notes),
     )
+
+
+def _card(
+    out: Path,
+    base: Path,
+    sources: Sequence[tuple[Path, float]],
+    weighted: Sequence[tuple[Adapter, float]],
+) -> str:
+    done = "A fully tuned GLM-4 as one plain checkpoint."
+    if weighted:
+        named = str(weighted[0][0].base or base)
+        what = "A LoRA adapter" if len(weighted) == 1 else f"{len(weighted)} LoRA adapters"
+        done = (
+            f"{what} merged into {card.public_name(named)}: plain weights, opened as the base is."
+        )
+    return card.model_card(out.name, done, str(base), sources)
 
 
 def _find_sources(

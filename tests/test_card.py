@@ -1,0 +1,83 @@
+"""The model card says where a model comes from, and nothing that is nobody's business."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+
+from finetune.export.export import export
+from finetune.export.merge import merge
+
+SECRET = "hf_abcdefghijklmnopqrstuvwxyz012345"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_chatglm: Path) -> Path:
+    work = tmp_path_factory.mktemp("work")
+    train = runs.write_dialogues(work / "train.jsonl", 6)
+    held_out = runs.write_dialogues(work / "dev.jsonl", 3, seed=4)
+    settings = runs.config(
+        tiny_chatglm, train, work / "run", data__validation=str(held_out), training__max_steps=2,
+        evaluation__every_steps=2, training__extra={"hub_token": SECRET},
+    )  # fmt: skip
+    runs.run_here(settings)
+    return work / "run"
+
+
+def test_the_card_names_base_method_data_options_scores_and_versions(
+    run: Path, tmp_path: Path, tiny_chatglm: Path
+) -> None:
+    merge(run, tmp_path / "merged", check=False)
+    card = (tmp_path / "merged/README.md").read_text()
+    record = json.loads((run / "checkpoint-2/run.json").read_text())
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for line in (
+        "library_name: transformers",
+        f"| base | {tiny_chatglm.name} (fingerprint `{record['facts']['model'][:16]}`) |",
+        "| method | lora |",
+        "train.jsonl: 6 examples of 6 rows",
+        f"(fingerprint `{record['facts']['data'][:16]}`)",
+        "| method.rank | `4` |",
+        "| training.learning_rate | `0.01` |",
+        f"| loss | {logged['eval_loss']:.4g} |",
+        "* bleu-4: sentence, jieba words",
+        f"torch {record['versions']['torch']}",
+    ):
+        assert line in card, line
+
+
+def test_the_card_holds_no_secret_and_no_path_of_this_machine(run: Path, tmp_path: Path) -> None:
+    merge(run, tmp_path / "merged", check=False)
+    export(str(tmp_path / "merged"), tmp_path / "hf", layout="hf", check=False)
+    export(str(run), tmp_path / "adapter", layout="hf")
+    for name in ("merged", "hf", "adapter"):
+        card = (tmp_path / name / "README.md").read_text()
+        for word in (SECRET, "extra", "output_dir", str(tmp_path), str(run.parent), "/tmp"):
+            assert word not in card, (name, word)
+    assert "model_type glm)" in (tmp_path / "hf/README.md").read_text()
+    assert "library_name: peft" in (tmp_path / "adapter/README.md").read_text()
+
+
+def test_scores_of_an_evaluation_with_their_intervals_go_before_those_of_the_training(
+    run: Path, tmp_path: Path
+) -> None:
+    folder = run / "evaluation-checkpoint-2-dev"
+    folder.mkdir()
+    score = {"value": 41.5, "low": 38.25, "high": 44.75, "n": 60}
+    target = {"name": "tuned", "path": str(run / "checkpoint-2"), "scores": {"rouge-l": score}}
+    report = {
+        "data": [{"path": "/home/me/dev.jsonl", "fingerprint": "ab" * 32, "samples": 60}],
+        "signatures": {"rouge-l": "f1, as signed", "chrf": "not asked"},
+        "targets": [{**target, "path": "elsewhere"}, target],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(report))
+    merge(run, tmp_path / "merged", check=False)
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "### Scores on dev.jsonl (fingerprint `abababababababab`)" in card
+    assert "| rouge-l | 41.5 | 38.25 to 44.75 | 60 |" in card
+    assert "* rouge-l: f1, as signed" in card
+    assert "not asked" not in card
+    assert "held-out data in training" not in card
