@@ -1,4 +1,4 @@
-"""llama.cpp's greedy answers, in a process of their own: its threads and torch's do not get along.
+"""llama.cpp's greedy answers, in a process of their own: what fails in C ends that process only.
 
 Reads from standard input {"file", "prompts", "stops", "num_tokens", "overrides"} and writes one line:
 {"answers": [{"prompt", "reply", "stopped"}], "ends": [of each stop, whether it ends a reply]}. The
@@ -33,6 +33,17 @@ def answer(model: llama_cpp.Llama, prompt: str, stops: list[int], num_tokens: in
         model.eval(reply[-1:])
         logits = last_logits(model)
     return {"prompt": ids, "reply": reply, "stopped": len(reply) < num_tokens}, first
+
+
+def without_repacking() -> Any:
+    """Default options, but weights stay as they are: AMX's kernel for Q8_0 crashed on our machine."""
+    params = default_params()
+    params.use_extra_bufts = False
+    return params
+
+
+default_params = llama_cpp.llama_cpp.llama_model_default_params
+llama_cpp.llama_cpp.llama_model_default_params = without_repacking  # Llama() has no option for it
 
 
 def main() -> None:

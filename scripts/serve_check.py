@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of cases")
     parser.add_argument("--dtype", choices=list(ROUNDING), default="float32")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive us
     console = Console(width=130)
     table = Table("checkpoint", "folder", "differences", "compared", title=f"vLLM, {given.dtype}")
     failed = False
