@@ -58,3 +58,65 @@ def write_dialogues(folder: Path, count: int, *, every: int = 2, seed: int = 0) 
     path = folder / "rows.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+GRID_TEMPLATE = """[gMASK]<sop>
+{%- for msg in messages %}
+    {%- if msg.role == 'system' %}
+<|system|>
+{{ msg.content }}
+    {%- elif msg.role == 'user' %}
+<|user|>{{ '\n' }}
+        {%- if msg.content is string %}{{ msg.content }}
+        {%- else %}
+            {%- for item in msg.content %}
+                {%- if item.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>
+                {%- elif item.type == 'text' %}{{ item.text }}
+                {%- endif %}
+            {%- endfor %}
+        {%- endif %}
+    {%- elif msg.role == 'assistant' %}
+<|assistant|>{{ msg.metadata }}
+{{ msg.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+"""In the manner of GLM-4.1V's."""
+
+
+def save_grid_model(folder: Path) -> Path:
+    """A tiny random GLM-4.1V: images of any shape, a token for 28 x 28 pixels, four to sixteen each."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+    tiny.save_tokenizer(folder, chat_template=GRID_TEMPLATE)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|image|>", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    image = tokenizer.token_to_id("<|image|>")
+    text = {
+        "vocab_size": tiny.VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 2048, "pad_token_id": tiny.PAD_ID, "initializer_range": 0.2,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 0],
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 16, "num_heads": 2, "image_size": 56, "patch_size": 14,
+        "out_hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = Glm4vConfig(
+        text_config=text, vision_config=vision, image_token_id=image, video_token_id=image + 1,
+        image_start_token_id=BOI, image_end_token_id=EOI, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Glm4vForConditionalGeneration(config).save_pretrained(folder)
+    pixels = {"shortest_edge": 2 * 4 * 28**2, "longest_edge": 2 * 16 * 28**2}
+    settings = {"size": pixels, "image_processor_type": "Glm4vImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    generation = {"eos_token_id": tiny.EOS_IDS, "pad_token_id": tiny.PAD_ID}
+    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    return folder

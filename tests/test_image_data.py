@@ -96,7 +96,7 @@ def test_a_prompt_that_shows_an_image_brings_its_pixels(
     Image.new("RGB", (9, 9), "red").save(tmp_path / "x.png")
     shown = template.prompt(conversation(1, image=str(tmp_path / "x.png")), 1)
     assert isinstance(shown, ImagePrompt)
-    assert shown.pixels().shape == (3, pictures.SIZE, pictures.SIZE)
+    assert shown.arrays()["pixel_values"].shape == (1, 3, pictures.SIZE, pictures.SIZE)
     assert not isinstance(template.prompt(conversation(1, image=None), 1), ImagePrompt)
 
 

@@ -12,6 +12,7 @@ import pictures
 import pytest
 import runs
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.chat.terminal import Session, Terminal, Voice
@@ -20,6 +21,7 @@ from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.open import open_model
 from finetune.evaluation.predict import PredictOptions, predict
 from finetune.export.merge import merge
+from finetune.models.chatglm.vision import VisionModel
 from finetune.training.rates import Rates
 
 METHODS = {
@@ -237,3 +239,58 @@ def test_two_processes_with_and_without_images_learn_like_one(
     said = [(tmp_path / run / "predictions-3.jsonl").read_text() for run in ("two", "one")]
     assert said[0] == said[1]
     assert one["steps"] == 3
+
+
+def test_features_kept_on_disk_train_as_the_tower_does_which_then_rests(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = VisionModel.forward
+    monkeypatch.setattr(
+        VisionModel, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1]
+    )
+    calls = []
+    for name in ("tower", "first", "kept"):
+        made = settings(
+            folder, tmp_path / name, METHODS["lora"] | {"dropout": 0.0},
+            data__cache_image_features=name != "tower", data__cache_dir=str(tmp_path / "cache"),
+            data__loader_workers=int(name == "kept"), training__max_steps=6,
+            evaluation__generate=False, data__validation=None,
+        )  # fmt: skip
+        runs.run_here(made)
+        calls.append(sum(seen))
+        seen.clear()
+    assert calls == [6, 3, 0]  # for every example; once for each picture; never again
+    assert runs.adapter_hash(tmp_path / "kept", 6) == runs.adapter_hash(tmp_path / "first", 6)
+    assert runs.history(tmp_path / "first") == pytest.approx(
+        runs.history(tmp_path / "tower"), abs=1e-5
+    )
+
+
+def test_features_are_computed_again_for_another_picture_or_a_broken_file(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = pictures.write_dialogues(tmp_path / "own", 3)
+    made = settings(
+        folder, tmp_path / "run", METHODS["lora"], data__train=str(rows), data__validation=None,
+        data__cache_image_features=True, data__cache_dir=str(tmp_path / "cache"),
+        training__max_steps=1,
+    )  # fmt: skip
+    runs.run_here(made)
+    files = sorted((tmp_path / "cache/features").rglob("*.safetensors"))
+    assert len(files) == 2
+    files[0].write_bytes(files[0].read_bytes()[:-8])
+    Image.new("RGB", (9, 9), "pink").save(tmp_path / "own/images/red.png")
+    runs.run_here(made | {"training": made["training"] | {"output_dir": str(tmp_path / "next")}})
+    files = sorted((tmp_path / "cache/features").rglob("*.safetensors"))
+    assert len(files) == 3
+    assert all(load_file(file)["rows"].shape == (6, 32) for file in files[1:])
+
+
+def test_features_of_a_tower_that_learns_are_not_kept(folder: Path, tmp_path: Path) -> None:
+    made = settings(
+        folder, tmp_path / "run", METHODS["full"], model__freeze=[],
+        data__cache_image_features=True,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"the tower is trained.*model.freeze: \[vision\]"):
+        runs.run_here(made)

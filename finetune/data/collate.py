@@ -5,18 +5,19 @@ B rows, T tokens in the longest of them (rounded up on request), D documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from finetune.data.dataset import IGNORED, Example
-from finetune.data.image import ImageSpec, image_positions, shown
+from finetune.data.image import ImageSpec, TakesImages, image_positions
 
 if TYPE_CHECKING:
     import torch
 
 Item: TypeAlias = "Example | Sequence[Example]"
+Features: TypeAlias = "Callable[[Sequence[str]], torch.Tensor]"
 
 
 class Collator:
@@ -32,12 +33,14 @@ class Collator:
         self,
         pad_id: int,
         *,
-        image: ImageSpec | None = None,
+        image: TakesImages | None = None,
+        features: Features | None = None,
         flatten: bool = False,
         pad_to_multiple_of: int | None = None,
     ) -> None:
         self.pad_id = pad_id
         self.image = image
+        self.features = features
         self.flatten = flatten
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 
@@ -47,7 +50,8 @@ class Collator:
         `input_ids`, `labels` (-100 where nothing is learned, not shifted) int64 [B, T];
         `attention_mask` int64 [B, T] or `position_ids` int64 [B, T];
         `loss_weights` float32 [B, T] only if some supervised token weighs other than 1;
-        `pixel_values` float32 [N, 3, H, W] only if some document shows an image, in reading order;
+        `pixel_values` (float32 [N, 3, H, W] for GLM-4V) and what belongs to them only if some document shows an image, in reading order;
+        `image_features` [N, P + 2, D] in their place if they are at hand;
         `sample_ids` int64 [D], not for the model: the index of every document.
 
         Images are decoded here, so in the loader's workers if there are any.
@@ -65,12 +69,14 @@ class Collator:
         arrays["labels"] = self._padded([[e.labels for e in row] for row in rows], IGNORED)
         if any(e.loss_weights is not None for row in rows for e in row):
             arrays["loss_weights"] = self._padded([[_weights(e) for e in row] for row in rows], 0.0)
-        if self.image is not None and (images := [e for row in rows for e in row if e.image]):
-            arrays["pixel_values"] = np.stack(
-                [shown(example.image, self.image.size, example.where) for example in images]
-            )
+        images = [e for row in rows for e in row if e.image] if self.image else []
+        if self.image is not None and images and self.features is None:
+            arrays |= self.image.arrays([(example.image, example.where) for example in images])
         arrays["sample_ids"] = np.array([e.index for row in rows for e in row], dtype=np.int64)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if images and self.features is not None:
+            batch["image_features"] = self.features([example.image for example in images])
+        return batch
 
     def _mask(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:
         ones = [[np.ones(len(e.input_ids), np.int64) for e in row] for row in rows]
@@ -89,7 +95,7 @@ class Collator:
         return {"position_ids": self._padded(counted, 0)}
 
     def _places(self, example: Example) -> np.ndarray:
-        if self.image is None or not example.image:
+        if not isinstance(self.image, ImageSpec) or not example.image:
             return np.arange(len(example.input_ids))
         return image_positions(example.input_ids, self.image)
 

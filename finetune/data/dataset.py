@@ -105,6 +105,10 @@ class PreparedDataset:
         """The `file:line` of an example."""
         return self._file.where(self._row(index))
 
+    def images(self) -> list[str]:
+        """Paths of all images that examples show, each once."""
+        return self._file.images()
+
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")

@@ -6,12 +6,12 @@ CLIP's mean and deviation. Nothing is decoded before its size is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,40 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded; where Pillow begins to warn of decompression bombs."""
+_ORIENTATION = 0x0112
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageError(ValueError):
     """Why a file is no image that can be shown; the text goes behind its path."""
+
+
+class TakesImages(Protocol):
+    """How a checkpoint takes images."""
+
+    @property
+    def begin_id(self) -> int:
+        """The token that every image begins with, and nothing else."""
+        ...
+
+    @property
+    def patch_token(self) -> str:
+        """The placeholder between begin and end."""
+        ...
+
+    @property
+    def rules(self) -> str:
+        """Changes when the same image would take other tokens."""
+        ...
+
+    def patches_of(self, image: str) -> int:
+        """Tokens between begin and end of an image."""
+        ...
+
+    def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
+        """What the model is shown of (path, who shows it), by the names of its arguments."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +70,20 @@ class ImageSpec:
     """Tokens between begin and end of an image; all but the first keep its position."""
     begin_id: int
     """The token that every image begins with, and nothing else."""
+    patch_token = "<|endoftext|>"
+
+    @property
+    def rules(self) -> str:
+        """Changes when the same image would take other tokens."""
+        return str(self.patches)
+
+    def patches_of(self, image: str) -> int:
+        """Tokens between begin and end of an image."""
+        return self.patches
+
+    def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
+        """`pixel_values` [N, 3, size, size] of (path, who shows it)."""
+        return {"pixel_values": np.stack([shown(path, self.size, who) for path, who in images])}
 
     @property
     def tokens(self) -> int:
@@ -76,6 +118,14 @@ def read_image(path: str | Path) -> Image:
         return _rgb(ImageOps.exif_transpose(image))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) as the image is shown; only its header is read."""
+    with _opened(path) as image:
+        width, height = image.size
+        sideways = image.getexif().get(_ORIENTATION, 1) >= 5
+        return (height, width) if sideways else (width, height)
+
+
 def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
     """Raises ImageError unless the whole file can be decoded and has at most `max_pixels`.
 
@@ -97,14 +147,14 @@ def image_positions(ids: npt.NDArray[np.int32], spec: ImageSpec) -> npt.NDArray[
 class ImagePrompt(list[int]):
     """The ids of a prompt that shows an image, and where its pixels come from."""
 
-    def __init__(self, ids: Iterable[int], path: str, spec: ImageSpec) -> None:
+    def __init__(self, ids: Iterable[int], path: str, spec: TakesImages) -> None:
         super().__init__(ids)
         self.path = path
-        self._size = spec.size
+        self.spec = spec
 
-    def pixels(self) -> npt.NDArray[np.float32]:
-        """The image's pixel values; DataError when it is gone or damaged since it was checked."""
-        return shown(self.path, self._size, "a prompt")
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What the model is shown; DataError when it is gone or damaged since it was checked."""
+        return self.spec.arrays([(self.path, "a prompt")])
 
 
 def shown(path: str, size: int, where: str) -> npt.NDArray[np.float32]:

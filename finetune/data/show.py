@@ -192,13 +192,14 @@ def _pieces(
     """Tokens with their text; those of a split character, or of an image, come together."""
     control = frozenset(template.tokenizer.control_ids.values())
     image = template.image
+    image_end = template.tokenizer.control_ids.get("<|end_of_image|>")
     start = 0
     for end in range(1, len(ids) + 1):
         text = template.decode(ids[start:end])
         at_border = end == len(ids) or supervised[end] != supervised[start] or ids[end] in control
         if _BROKEN in text and not at_border:
             continue
-        if image and ids[start] == image.begin_id and end - start < image.tokens:
+        if image and ids[start] == image.begin_id and ids[end - 1] != image_end:
             continue
         yield ShownToken(tuple(ids[start:end]), text, supervised[start], ids[start] in control)
         start = end

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -45,7 +46,7 @@ RULES_VERSION = 1
 """Raised whenever the same dialogue would give other ids or spans."""
 
 THINK_START = "<think>"
-IMAGE = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
+BEGIN, END = "<|begin_of_image|>", "<|end_of_image|>"
 
 
 class _Piece(NamedTuple):
@@ -92,7 +93,7 @@ class ChatTemplate:
         self._tools_text = lru_cache(maxsize=4096)(self._render_tools)
         made_of = f"{tokenizer.fingerprint} rules {RULES_VERSION}"
         if self.image is not None:
-            made_of += f" image {self.image.patches}"
+            made_of += f" image {self.image.rules}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
         check_against_own_template(self, self._jinja)
 
@@ -169,8 +170,8 @@ class ChatTemplate:
         text = str(self.tokenizer.backend.decode(_to_list(ids), skip_special_tokens=False))
         if self.image is None:
             return text
-        begin, patch, end = IMAGE
-        return text.replace(begin + patch * self.image.patches + end, begin + patch + end)
+        begin, patch, end = map(re.escape, (BEGIN, self.image.patch_token, END))
+        return re.sub(f"({begin}{patch})(?:{patch})*({end})", r"\1\2", text)
 
     def _reply_text(self, ids: Iterable[int]) -> str:
         listed = _to_list(ids)
@@ -195,7 +196,12 @@ class ChatTemplate:
             name, body = self._texts(conversation, index)
             header = self._headers[message.role]
             if message.image is not None:
-                ops = (header, batch.number(name + "\n"), *self._image(), batch.number(body))
+                ops = (
+                    header,
+                    batch.number(name + "\n"),
+                    *self._image(message.image),
+                    batch.number(body),
+                )
             elif self._suffix and message.role == "assistant":
                 ops = (header, *self._opened(message, f"{name}\n{body}", index == last, batch))
             else:
@@ -242,14 +248,15 @@ class ChatTemplate:
             return ids
         return ImagePrompt(ids, images[0], self.image)
 
-    def _image(self) -> tuple[int, ...]:
+    def _image(self, path: str) -> tuple[int, ...]:
         """Ops of an image's span: with as many placeholders as the model has patches for it."""
         ids = self.tokenizer.control_ids
-        missing = [token for token in IMAGE if token not in ids]
+        tokens = (BEGIN, self.image.patch_token if self.image else "<|endoftext|>", END)
+        missing = [token for token in tokens if token not in ids]
         if missing:
             raise DataError(f"this checkpoint's tokenizer has no {missing[0]}: it takes no images")
-        begin, patch, end = (~ids[token] for token in IMAGE)
-        return (begin, *[patch] * (self.image.patches if self.image else 1), end)
+        begin, patch, end = (~ids[token] for token in tokens)
+        return (begin, *[patch] * (self.image.patches_of(path) if self.image else 1), end)
 
     def _tools(self, conversation: Conversation) -> str:
         if not self.takes_tools:

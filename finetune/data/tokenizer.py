@@ -24,7 +24,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from finetune.data.cache import default_root
-from finetune.data.image import ImageSpec, image_spec
+from finetune.data.grid_image import GridSpec
+from finetune.data.image import TakesImages, image_spec
 from finetune.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ CONVERSION_VERSION = 1
 
 HUB_FILES = [
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
-    "chat_template.json", "config.json", "generation_config.json",
+    "chat_template.json", "config.json", "generation_config.json", "preprocessor_config.json",
 ]  # fmt: skip
 
 
@@ -71,7 +72,7 @@ class ChatTokenizer:
     vocab_size: int
     fingerprint: str
     """SHA-256 of the tokenizer's bytes and the template's text."""
-    image: ImageSpec | None = None
+    image: TakesImages | None = None
     """How the checkpoint takes images, if it does."""
 
 
@@ -104,7 +105,7 @@ def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> Chat
         pad_id=_pad_id(settings, config, control_ids),
         vocab_size=backend.get_vocab_size(),
         fingerprint=_digest(_source_bytes(place), template.encode()),
-        image=image_spec(_read_json(place / "config.json")),
+        image=_image_spec(place),
     )
 
 
@@ -141,6 +142,13 @@ def local_folder(folder: str | Path, revision: str | None = None) -> Path:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
             "check the name, or download the checkpoint and give its folder"
         ) from error
+
+
+def _image_spec(place: Path) -> TakesImages | None:
+    config = _read_json(place / "config.json")
+    if config.get("model_type") == "glm4v":
+        return GridSpec(str(place), int(config["image_start_token_id"]))
+    return image_spec(config)
 
 
 def _open(path: Path) -> Tokenizer:

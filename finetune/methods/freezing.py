@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from finetune.errors import ConfigError
 
+PARTS = {"vision": r"vision|\.visual\."}
+"""Parts that go by other names in other families."""
+
 
 def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     """Those of the parameter `names` that a pattern is found in.
@@ -19,7 +22,7 @@ def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     problems = []
     for pattern in patterns:
         try:
-            compiled = re.compile(pattern)
+            compiled = re.compile(PARTS.get(pattern, pattern))
         except re.error as error:
             problems.append(f"model.freeze: {pattern!r} is not a regex: {error}")
             continue

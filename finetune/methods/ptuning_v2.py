@@ -245,7 +245,8 @@ def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _key_value_shape(model: PreTrainedModel) -> tuple[int, int]:
     """(H, D)."""
     config = model.config.get_text_config()
-    return config.num_key_value_heads, config.head_dim
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, size
 
 
 def _flat_weights(folder: Path) -> Tensor:
@@ -308,7 +309,9 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
         return tuple(map(moved, args)), {name: moved(value) for name, value in kwargs.items()}
 
     rotary = [
-        m for name, m in model.named_modules() if re.fullmatch(r".*\.?rotary(_pos)?_emb", name)
+        module
+        for name, module in model.named_modules()
+        if re.fullmatch(r".*\.?rotary(_pos)?_emb", name) and ".visual." not in name
     ]
     if len(rotary) != 1:
         raise ModelError(f"expected one rotary embedding in the model, found {len(rotary)}")

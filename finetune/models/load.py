@@ -16,6 +16,7 @@ from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from finetune.models.documents import DOCUMENT_SDPA
+from finetune.models.glm4v import Glm4vForConditionalGeneration
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.quantization import check_widths, four_bits
 from finetune.weights import model_fingerprint, read_shard, weight_files
@@ -43,6 +44,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "chatglm": (ChatGLMConfig, ChatGLMForConditionalGeneration),
     "glm": (transformers.GlmConfig, GlmForCausalLM),
     "glm4": (transformers.Glm4Config, Glm4ForCausalLM),
+    "glm4v": (transformers.Glm4vConfig, Glm4vForConditionalGeneration),
 }
 _SPLIT_LAYERS = (
     r"model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_up_proj|down_proj))"
@@ -54,10 +56,11 @@ _LORA_TARGETS = {
     ),
     "glm": _SPLIT_LAYERS,
     "glm4": _SPLIT_LAYERS,
+    "glm4v": _SPLIT_LAYERS.replace("model", r"model\.language_model", 1),
 }
 _SUPPORTED = (
     "supported are chatglm (GLM-4-9B, GLM-4-9B-Chat, its long versions and GLM-4V-9B as first published), "
-    "glm (the -hf conversions) and glm4 (GLM-4-0414, GLM-Z1)"
+    "glm (the -hf conversions), glm4 (GLM-4-0414, GLM-Z1) and glm4v (GLM-4.1V)"
 )
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 

@@ -15,11 +15,13 @@ from finetune import console
 from finetune.config import RunConfig
 from finetune.config_file import dump_config
 from finetune.data.collate import Collator
+from finetune.data.image import ImageSpec
 from finetune.data.template import ChatTemplate
 from finetune.models.quiet import quiet_libraries
 from finetune.training import checkpoint, report, resume
 from finetune.training.callbacks import Meter, MetricsFile, Narrator, Schedule
 from finetune.training.facts import run_record
+from finetune.training.features import FeatureFiles, prepare_features
 from finetune.training.processes import Processes, end, start
 from finetune.training.rates import Rates
 from finetune.training.run_data import RunData
@@ -153,7 +155,11 @@ def build_trainer(
             lengths=data.train.lengths,
             where=data.train.where,
             plan=data.plan,
-            collate=Collator(template.pad_id, image=template.image),
+            collate=Collator(
+                template.pad_id,
+                image=template.image,
+                features=features(config, template, data, tunable, saver.processes),
+            ),
         ),
         services=Services(
             processes=saver.processes,
@@ -172,6 +178,16 @@ def build_trainer(
     schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
     schedule.save = lambda: saver.save(trainer)
     return trainer
+
+
+def features(
+    config: RunConfig, template: ChatTemplate, data: RunData, tunable: Tunable, processes: Processes
+) -> FeatureFiles | None:
+    """What a frozen tower makes of the training images, when it is to be kept."""
+    if not config.data.cache_image_features:
+        return None
+    size = template.image.size if isinstance(template.image, ImageSpec) else 0
+    return prepare_features(config, tunable, size, data.train.images(), processes)
 
 
 def summarise(

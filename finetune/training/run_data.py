@@ -21,10 +21,12 @@ from finetune.data.dataset import (
     Reading,
     load_examples,
 )
+from finetune.data.image import ImageSpec
 from finetune.data.order import EpochPlan, padding_share
 from finetune.data.packing import PackedDataset, pack
 from finetune.data.sources import Images, SourceSpec
 from finetune.data.template import ChatTemplate
+from finetune.errors import ConfigError
 
 BINS = 24
 """Of the lengths of examples, as data.json has them."""
@@ -65,6 +67,8 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     section, training = config.data, config.training
     train = _examples(section, _specs(section, section.train), template, training.seed)
     _report("training", train.counts, len(train))
+    if template.image is not None and not isinstance(template.image, ImageSpec):
+        _check_newer_family(config)
     items = _items(train, section, training.seed)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plan = EpochPlan(
@@ -80,6 +84,19 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     if validation is not None:
         _report("validation", validation.counts, len(validation))
     return RunData(train, items, plan, validation, sources)
+
+
+def _check_newer_family(config: RunConfig) -> None:
+    """Raise ConfigError for what GLM-4.1V cannot do here."""
+    if config.data.packing:
+        raise ConfigError(
+            "data.packing: the positions of GLM-4.1V do not tell documents apart; leave it out"
+        )
+    if config.deepspeed is not None and config.deepspeed.zero_stage == 3:
+        raise ConfigError(
+            "deepspeed.zero_stage: 3 does not run with GLM-4.1V yet, where some batches show images "
+            "and others do not; use 2 or less"
+        )
 
 
 def _described(examples: PreparedDataset) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def load_tunable(config: RunConfig, data: RunData, processes: Processes) -> Tuna
 
 def _hidden_size(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(config["hidden_size"])
+    return int((config.get("text_config") or config)["hidden_size"])
 
 
 def _lasting(path: str) -> str:

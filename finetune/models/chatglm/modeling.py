@@ -238,7 +238,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
-    def forward(
+    def forward(  # noqa: PLR0913 - transformers looks for these names in the signature
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -247,11 +247,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the normalised hidden states [B, T, D] and the cache, if one was asked for.
 
-        `pixel_values` [N, 3, H, W] belong to the image spans of `input_ids` in reading order.
+        `pixel_values` [N, 3, H, W], or what the tower made of them, `image_features` [N, P + 2, D],
+        belong to the image spans of `input_ids` in reading order.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -262,7 +264,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             inputs_embeds = self.embedding.word_embeddings(input_ids)
             if self.vision is not None and begins:
                 spans = Spans(input_ids, self.config)
-                inputs_embeds = self._with_images(inputs_embeds, pixel_values, spans)
+                inputs_embeds = self._with_images(
+                    inputs_embeds, pixel_values, image_features, spans
+                )
         starts = document_starts(position_ids, attention_mask, past_key_values)
         if use_cache and past_key_values is None and starts is None:
             past_key_values = DynamicCache(config=self.config)
@@ -290,12 +294,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden = self.encoder.final_layernorm(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
-    def _with_images(self, embeds: Tensor, pixel_values: Tensor | None, spans: Spans) -> Tensor:
+    def _with_images(
+        self,
+        embeds: Tensor,
+        pixel_values: Tensor | None,
+        image_features: Tensor | None,
+        spans: Spans,
+    ) -> Tensor:
         """Return [B, T, D] with the images in their spans' places."""
         vision: VisionModel = self.vision  # type: ignore[assignment]
         if pixel_values is not None and pixel_values.shape[0]:
             return spans.splice(embeds, vision.features(pixel_values))
-        if len(spans):
+        if image_features is not None:
+            embeds = spans.splice(embeds, image_features)
+        elif len(spans):
             raise ValueError(f"{len(spans)} image spans in input_ids but no pixel_values")
         # Another process may have images, and then every process must do what that one does.
         if vision.is_shared_out or (vision.is_trained and torch.is_grad_enabled()):
@@ -324,16 +336,19 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
         loss_weights: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with labels [B, T] the loss alone; see `SupervisedLoss`.
 
-        `pixel_values` [N, 3, H, W] are the images of the spans (boi, patches, eoi) in `input_ids`.
+        `pixel_values` [N, 3, H, W] are the images of the spans (boi, patches, eoi) in `input_ids`;
+        `image_features` [N, P + 2, D] are what a frozen tower made of them.
         """
-        if pixel_values is not None:
-            if self.config.vision_config is None:
-                raise ValueError("this model has no vision part; leave pixel_values out")
-            kwargs["pixel_values"] = pixel_values
+        shown = {"pixel_values": pixel_values, "image_features": image_features}
+        shown = {name: tensor for name, tensor in shown.items() if tensor is not None}
+        if shown and self.config.vision_config is None:
+            raise ValueError(f"this model has no vision part; leave {' and '.join(shown)} out")
+        kwargs |= shown
         return super().forward(
             input_ids,
             attention_mask,
