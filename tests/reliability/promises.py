@@ -51,7 +51,33 @@ PROMISES = [
         "恢复的训练与未中断的训练逐位相同，否则拒绝恢复",
         "resume",
     ),
-    # The other five: suites inputs, artifacts and security.
+    Promise(
+        "odd data loads alike; a bad row, image, path or option is named with its line and the reason, "
+        "all at once, in a second and 200 MB",
+        "写法不同但无害的数据读取结果一致；有问题的行、图像、路径和选项一次性全部指出所在行与原因，耗时不到一秒、内存不到 200 MB",
+        "inputs:files inputs:rows inputs:images inputs:paths inputs:yaml inputs:contradictions "
+        "inputs:properties",
+    ),
+    Promise(
+        "nothing typed in data, a chat or a request becomes a control token",
+        "数据、对话和请求中输入的任何文字都不会变成控制词元",
+        "inputs:controls",
+    ),
+    Promise(
+        "a loss that is no number, and memory that runs out, end a run before harm, with what to look at",
+        "损失不是数或内存不足时，训练在造成损害之前结束，并指出应查看什么",
+        "inputs:numbers inputs:memory",
+    ),
+    Promise(
+        "an adapter meets no other base unasked; what is written is whole or absent, and over nothing",
+        "适配器不会在未经要求时用于别的基座；写出的结果要么完整要么不存在，绝不覆盖已有内容",
+        "artifacts",
+    ),
+    Promise(
+        "opening a model, a checkpoint or data runs none of its code; no secret is written anywhere",
+        "打开模型、检查点或数据不会运行其中的代码；任何密钥都不会被写出",
+        "security",
+    ),
 ]
 HEADS = {
     "README.md": (
