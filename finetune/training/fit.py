@@ -184,10 +184,11 @@ def features(
     config: RunConfig, template: ChatTemplate, data: RunData, tunable: Tunable, processes: Processes
 ) -> FeatureFiles | None:
     """What a frozen tower makes of the training images, when it is to be kept."""
-    if not config.data.cache_image_features:
+    images = data.train.images() if config.data.cache_image_features else []
+    if not images:
         return None
     size = template.image.size if isinstance(template.image, ImageSpec) else 0
-    return prepare_features(config, tunable, size, data.train.images(), processes)
+    return prepare_features(config, tunable, size, images, processes)
 
 
 def summarise(

@@ -60,6 +60,7 @@ RULES: dict[str, Rule] = {
     "data.group_by_length": Rule.MATCH,
     "data.loader_workers": Rule.FREE,
     "data.cache_dir": Rule.FREE,
+    "data.cache_image_features": Rule.CHANGE,
     "method": Rule.MATCH,  # the whole section, whatever its kind
     "training.output_dir": Rule.FREE,
     "training.max_steps": Rule.CHANGE,

@@ -81,6 +81,7 @@ CHANGES = [
     Change("data.group_by_length", False, REFUSED),
     Change("data.loader_workers", 1, SAME),
     Change("data.cache_dir", "a folder", SAME),
+    Change("data.cache_image_features", True, LISTED),
     Change("method.kind", "full", REFUSED),
     Change("method.rank", 8, REFUSED),
     Change("method.alpha", 16.0, REFUSED),
