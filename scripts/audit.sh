@@ -17,4 +17,4 @@ while read -r id until why; do
 done <<<"$EXCEPTIONS"
 VENV="${AUDIT_VENV:-$(mktemp -d)/venv}"
 [ -x "$VENV/bin/pip-audit" ] || { python3 -m venv "$VENV" && "$VENV/bin/pip" install -q pip-audit; }
-exec "$VENV/bin/pip-audit" --no-deps --disable-pip -r constraints.txt "${ignored[@]}" "$@"
+exec "$VENV/bin/pip-audit" --strict --no-deps --disable-pip -r constraints.txt "${ignored[@]}" "$@"

@@ -50,7 +50,45 @@ def no_staging() -> None:
     checkpoint.commit = commit  # type: ignore[assignment]
 
 
+def no_plain_tokenizer() -> None:
+    """Text from data goes through the tokenizer that knows control strings."""
+    from finetune.data import tokenizer
+
+    tokenizer._without_added_tokens = lambda backend: backend  # type: ignore[assignment]
+
+
+def no_guard() -> None:
+    """Losses and gradients are learned whatever they are."""
+    from finetune.training.trainer import FineTuner
+
+    FineTuner._guard = lambda *_: None  # type: ignore[method-assign]
+
+
+def no_base_check() -> None:
+    """An adapter may be opened on any base, a merge is given any."""
+    from finetune.export import merge
+    from finetune.methods import lora, ptuning_v2
+
+    def believing(*_: Any, **__: Any) -> None:
+        return None
+
+    lora.check_base = ptuning_v2.check_base = believing  # type: ignore[attr-defined]
+    merge._check_base = lambda *_, **__: []  # type: ignore[attr-defined]
+
+
+def no_safe_loading() -> None:
+    """torch.load opens what it is given."""
+    import torch
+
+    original = torch.load
+    torch.load = lambda *a, **o: original(*a, **{**o, "weights_only": False})
+
+
 MUTATIONS = {
+    "a tokenizer for text": Mutation("inputs:controls", no_plain_tokenizer),
+    "the guard of numbers": Mutation("inputs:numbers", no_guard),
+    "the check of the base": Mutation("artifacts:bases", no_base_check),
+    "weights_only": Mutation("security:pickles", no_safe_loading),
     "fsync": Mutation("saves:power", no_fsync),
     "the manifest check": Mutation("saves:damage", no_manifest_check),
     "staging": Mutation("saves:crash", no_staging),

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.reliability.frame import in_fork
 from tests.reliability.light import Light
+from tests.reliability.tiny_runs import mutate
 
 _FOLDERS: list[Path] = []
 
@@ -22,6 +23,7 @@ def prepare(folder: Path) -> None:
     _FOLDERS[:] = [folder]
     os.environ["FINETUNE_CACHE"] = str(folder / "cache")
     light()
+    mutate()
 
 
 def shared(name: str) -> Path:
