@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import socket
 import threading
 import time
@@ -17,6 +19,7 @@ import openai
 import pytest
 import tiny
 import uvicorn
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune.data.conversation import Conversation, Message
@@ -24,6 +27,8 @@ from finetune.evaluation.decoding import Ask
 from finetune.serving import engine as engine_module
 from finetune.serving.engine import Engine
 from finetune.serving.serve import ServeOptions, endpoint
+
+HELLO: list[Any] = [{"role": "user", "content": "hello 你好 there"}]
 
 
 @dataclass
@@ -60,9 +65,10 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
         assert not thread.is_alive()
 
 
-def save_talkative(folder: Path, family: str = "glm") -> Path:
-    """A tiny model that says text for a while: of the control tokens it knows `<|user|>` alone."""
-    tiny.save_model(folder, family)
+def save_talkative(folder: Path, family: str = "glm", *, ends: bool = True) -> Path:
+    """A tiny model that says text for a while: of the control tokens it knows at most `<|user|>`."""
+    context = {} if ends else {"max_position_embeddings": 200_000}
+    tiny.save_model(folder, family, **context)
     tensors = load_file(folder / "model.safetensors")
     [head] = [name for name in tensors if name.endswith(("lm_head.weight", "output_layer.weight"))]
     silent = [
@@ -115,3 +121,14 @@ def prompt_of(template: Any, *messages: Message, tools: Sequence[Any] = ()) -> l
     """The prompt after these messages, as training lays them out."""
     prompt: list[int] = template.prompt(Conversation(messages, tuple(tools)), len(messages))
     return prompt
+
+
+def data_url(size: tuple[int, int] = (20, 10), colour: str = "red", kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def showing(url: Any, text: str = "what is this?") -> list[Any]:
+    image = {"type": "image_url", "image_url": {"url": url}}
+    return [{"role": "user", "content": [{"type": "text", "text": text}, image]}]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from adapters import make_adapter
+from command_line import ROOT
 from rows import CALL, TOOL, Rows, answering, read_rows, spoken, turns, write_rows
 
 from finetune.data.conversation import Message
@@ -14,9 +23,10 @@ from finetune.data.dataset import LengthPolicy, load_examples
 from finetune.data.sources import SourceSpec
 from finetune.data.template import ChatTemplate
 from finetune.data.tokenizer import load_chat_tokenizer
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError, ModelError
 from finetune.evaluation import generate as generation
 from finetune.evaluation import predict as prediction
+from finetune.evaluation.open import open_model
 from finetune.evaluation.predict import PredictOptions, as_reply, predict, reply_messages
 
 
@@ -90,6 +100,136 @@ def test_after_a_crash_answered_dialogues_are_kept_and_not_asked_again(
     assert questions == [2, 2, 2, 2, 1]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
+    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", dialogues(11))
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    monkeypatch.setattr(prediction, "BATCHES_PER_WINDOW", 1)
+    predict(str(tiny_glm), [str(source)], tmp_path / "whole.jsonl", options=OPTIONS)
+
+    def num_lines() -> int:
+        return part.read_bytes().count(b"\n") if part.exists() else 0
+
+    append = prediction.Journal.append
+
+    def slow_append(journal: prediction.Journal, rows: Any) -> None:
+        append(journal, rows)
+        time.sleep(0.2)
+
+    for lines in (2, 4, 8):
+        if (child := os.fork()) == 0:
+            monkeypatch.setattr(prediction.Journal, "append", slow_append)
+            predict(str(tiny_glm), [str(source)], out, options=OPTIONS)
+            os._exit(0)
+        while num_lines() < lines:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert not out.exists()
+    kept, original, asked = num_lines(), generation.generate, []
+
+    def counting(model: Any, template: Any, prompts: Any, **rest: Any) -> Any:
+        asked.extend(prompts)
+        return original(model, template, prompts, **rest)
+
+    monkeypatch.setattr(generation, "generate", counting)
+    predict(str(tiny_glm), [str(source)], out, options=OPTIONS)
+    assert kept >= 8
+    assert len(asked) == 11 - kept
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+class FakeVllm(ModuleType):
+    """What `finetune.evaluation.vllm_backend` uses of vLLM, answered by our own generation."""
+
+    def __init__(self, model: Any, template: ChatTemplate) -> None:
+        super().__init__("vllm")
+        self.lora = SimpleNamespace(request=SimpleNamespace(LoRARequest=lambda *words: words))
+        self.SamplingParams = SimpleNamespace
+        self.opened: dict[str, Any] = {}
+        self.requests: list[Any] = []
+
+        def generate(asked: Any, sampling: Any, *, use_tqdm: bool, lora_request: Any) -> list[Any]:
+            assert (sampling.temperature, sampling.detokenize) == (0, False)
+            assert sampling.stop_token_ids == list(template.stop_ids)
+            self.requests.append(lora_request)
+            replies = generation.generate(
+                model, template, [one["prompt_token_ids"] for one in asked],
+                max_new_tokens=sampling.max_tokens, batch_size=1,
+            )  # fmt: skip
+            return [SimpleNamespace(outputs=[self._output(reply, template)]) for reply in replies]
+
+        def open_model(**options: Any) -> Any:
+            self.opened = options
+            return SimpleNamespace(generate=generate)
+
+        self.LLM = open_model
+
+    def _output(self, reply: generation.Reply, template: ChatTemplate) -> Any:
+        stop = [template.stop_ids[1]] if reply.stopped else []
+        reason = "stop" if reply.stopped else "length"
+        return SimpleNamespace(token_ids=[*reply.ids, *stop], finish_reason=reason)
+
+
+def test_vllm_is_asked_with_ids_and_its_replies_are_written_like_ours(
+    tiny_glm: Path, tmp_path: Path, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", dialogues(7))
+    predict(str(tiny_glm), [str(source)], tmp_path / "ours.jsonl", options=OPTIONS)
+    adapter = make_adapter(tmp_path / "adapter", tiny_glm, r=12)
+    (adapter / "finetune.json").unlink()
+    predict(str(adapter), [str(source)], tmp_path / "adapted.jsonl", options=OPTIONS)
+    options = replace(OPTIONS, backend="vllm")
+    for target, expected in ((tiny_glm, "ours"), (adapter, "adapted")):
+        fake = FakeVllm(open_model(target).model, template)
+        monkeypatch.setitem(sys.modules, "vllm", fake)
+        monkeypatch.setitem(sys.modules, "vllm.lora", fake.lora)
+        monkeypatch.setitem(sys.modules, "vllm.lora.request", fake.lora.request)
+        out = tmp_path / f"vllm-{expected}.jsonl"
+        predict(str(target), [str(source)], out, options=options)
+        assert out.read_bytes() == (tmp_path / f"{expected}.jsonl").read_bytes()
+        assert fake.opened["model"] == str(tiny_glm)
+        assert fake.opened["skip_tokenizer_init"] is True
+        assert fake.opened["dtype"] == "float32"
+        asked = list(prediction._questions([str(source)]))
+        longest = max(map(len, template.prompts(asked)))
+        assert fake.opened["max_model_len"] == longest + 5
+    assert fake.opened["max_lora_rank"] == 16
+    assert fake.requests[0] == ("adapter", 1, str(adapter))
+
+
+def test_what_vllm_cannot_do_is_said_before_it_starts(
+    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", dialogues(2))
+    options = replace(OPTIONS, backend="vllm")
+
+    def refused(kind: type[Exception], reason: str, target: Path = tiny_glm) -> None:
+        with pytest.raises(kind, match=reason):
+            predict(str(target), [str(source)], tmp_path / "out.jsonl", options=options)
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    refused(ConfigError, r"which .*python.* does not have(.|\n)*docs/serving\.md")
+    assert "Batch inference with vLLM" in (ROOT / "docs" / "serving.md").read_text("utf-8")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(ConfigError, "leave torchrun out")
+    monkeypatch.delenv("WORLD_SIZE")
+    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    adapter = make_adapter(tmp_path / "adapter", tiny_glm)
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    for changes, reason in (
+        ({"peft_type": "PREFIX_TUNING", "r": None}, "PREFIX_TUNING adapter .*backend transformers"),
+        ({"r": 1024}, "rank 1024, which vLLM does not open"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes), "utf-8")
+        refused(ModelError, reason, adapter)
+    long = write_rows(tmp_path / "in.jsonl", [{"messages": turns("x" * 2100)}])
+    refused(DataError, rf"{long.name}:1")
 
 
 def test_lines_of_another_request_are_not_kept(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import serving
 from adapters import make_adapter
 from PIL import Image
 from rows import CALL, TOOL
+from serving import HELLO, data_url, showing
 
 from finetune.data.conversation import Message
 from finetune.evaluation.generate import generate
@@ -23,7 +22,6 @@ from finetune.evaluation.predict import reply_messages
 from finetune.evaluation.reply_stream import Piece, ReplyStream
 from finetune.serving.job import StopStrings
 
-HELLO: list[Any] = [{"role": "user", "content": "hello 你好 there"}]
 QUESTION = Message("user", "weather?")
 CALLING = Message("assistant", CALL, metadata="get_weather")
 OTHER_CALL = Message("assistant", '{"city": "上海"}', metadata="get_weather")
@@ -287,17 +285,6 @@ def test_a_stream_reads_what_is_read_of_the_whole(
 
 
 # --- images --------------------------------------------------------------------------------------
-
-
-def data_url(size: tuple[int, int] = (20, 10), colour: str = "red", kind: str = "PNG") -> str:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def showing(url: Any, text: str = "what is this?") -> list[Any]:
-    image = {"type": "image_url", "image_url": {"url": url}}
-    return [{"role": "user", "content": [{"type": "text", "text": text}, image]}]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,16 +34,20 @@ def predict(
     base: Base = None,
     max_new_tokens: MaxNewTokens = 512,
     batch_size: BatchSize = 16,
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="Who generates; vllm has an environment of its own."),
+    ] = "transformers",
     as_json: Json = False,
 ) -> None:
-    """Write the model's reply to every dialogue of a file."""
+    """Write the model's reply to every dialogue of a file; the same command again goes on."""
     with console.json_output(as_json) as emit:
         check_output_file(output)
         target = model_in(target)
         from finetune.evaluation.predict import PredictOptions
         from finetune.evaluation.predict import predict as run
 
-        options = PredictOptions(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        options = PredictOptions(max_new_tokens, batch_size, backend)
         emit(run(target, data, output, base=base, options=options))
 
 

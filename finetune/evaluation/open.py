@@ -120,7 +120,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     from finetune.methods import lora, ptuning_v2
 
     openers = {"LORA": lora.load_adapter, "PREFIX_TUNING": ptuning_v2.load_adapter}
-    kind = str(_adapter_config(folder).get("peft_type"))
+    kind = str(adapter_config(folder).get("peft_type"))
     if kind not in openers:
         raise ModelError(f"{folder} is a {kind} adapter; only {', '.join(openers)} can be opened")
     return openers[kind](model, folder)
@@ -132,14 +132,15 @@ def base_of(target: str | Path, base: str | None) -> tuple[str, str | None]:
         if base is not None:
             raise ModelError(f"{target} is a whole model, not an adapter: leave the base out")
         return str(target), None
-    config = _adapter_config(Path(target))
+    config = adapter_config(Path(target))
     path = base or config.get("base_model_name_or_path")
     if not path:
         raise ModelError(f"{Path(target) / ADAPTER} names no base model; say where it is")
     return str(path), None if base else config.get("revision")
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """What PEFT's adapter_config.json in `folder` says."""
     try:
         return dict(json.loads((folder / ADAPTER).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from finetune import console
 from finetune.data.conversation import Conversation, Message
@@ -29,7 +30,10 @@ from finetune.evaluation.reply_stream import FUNCTION_NAME
 if TYPE_CHECKING:
     from finetune.data.template import ChatTemplate
     from finetune.evaluation.generate import Reply
-    from finetune.evaluation.open import OpenedModel
+
+    Answer: TypeAlias = Callable[[list[list[int]]], list[Reply]]
+
+Backend = Literal["transformers", "vllm"]
 
 BATCHES_PER_WINDOW = 32
 """Batches that are sorted by length together and written together."""
@@ -49,6 +53,19 @@ class PredictOptions:
 
     max_new_tokens: int = 512
     batch_size: int = 16
+    backend: Backend = "transformers"
+
+
+class _Work(NamedTuple):
+    """What one call of `predict` is about."""
+
+    target: str
+    data: Sequence[str]
+    base: str | None
+    options: PredictOptions
+    template: ChatTemplate
+    lengths: Sequence[int]
+    """Tokens of every prompt."""
 
 
 def predict(
@@ -69,24 +86,67 @@ def predict(
         options: how replies are generated.
 
     Raises:
+        ConfigError: the backend is not installed.
         DataError: rows are no dialogues, or leave no room for a reply; before anything is generated.
         ModelError: `target` cannot be opened.
     """
-    from finetune.evaluation.generate import check_context
-    from finetune.evaluation.open import open_model, open_template
+    from finetune.evaluation.open import open_template
     from finetune.evaluation.turns import joined_processes
 
     template = open_template(target, base=base)
     lengths = _prompt_lengths(data, template)  # reads every row once, so that bad ones show now
+    work = _Work(target, data, base, options, template, lengths)
+    journal = Journal(output, _identity(target, data, base, options))
+    if options.backend == "vllm":
+        return _answer_all(work, journal, _by_vllm(work))
     with joined_processes():
-        opened = open_model(target, base=base)
-        try:
-            check_context(opened.model, lengths, options.max_new_tokens)
-        except DataError:
-            names = [question.conversation.where for question in _questions(data)]
-            check_context(opened.model, lengths, options.max_new_tokens, names)
-        journal = Journal(output, _identity(target, data, base, options))
-        return _answer_all(opened, data, len(lengths), journal, options)
+        return _answer_all(work, journal, _by_transformers(work))
+
+
+def _by_transformers(work: _Work) -> Answer:
+    """Prompts -> replies by our own generation, on all processes together."""
+    from finetune.evaluation.generate import generate
+    from finetune.evaluation.open import open_model
+
+    opened = open_model(work.target, base=work.base)
+    _check_context(opened.model, work)
+    return lambda prompts: generate(
+        opened.model,
+        opened.template,
+        prompts,
+        max_new_tokens=work.options.max_new_tokens,
+        batch_size=work.options.batch_size,
+    )
+
+
+def _by_vllm(work: _Work) -> Answer:
+    """The same by vLLM, which makes batches of its own."""
+    from finetune.data.tokenizer import local_folder
+    from finetune.evaluation.open import base_of
+    from finetune.evaluation.vllm_backend import open_vllm
+
+    config = local_folder(*base_of(work.target, work.base)) / "config.json"
+    settings = SimpleNamespace(**json.loads(config.read_text(encoding="utf-8")))
+    _check_context(SimpleNamespace(config=settings), work)
+    longest = max(work.lengths, default=1) + work.options.max_new_tokens
+    return open_vllm(
+        work.target,
+        work.template,
+        base=work.base,
+        max_length=longest,
+        max_new_tokens=work.options.max_new_tokens,
+    )
+
+
+def _check_context(model: Any, work: _Work) -> None:
+    """DataError naming the dialogues that leave no room for a reply."""
+    from finetune.evaluation.generate import check_context
+
+    try:
+        check_context(model, work.lengths, work.options.max_new_tokens)
+    except DataError:
+        names = [question.conversation.where for question in _questions(work.data)]
+        check_context(model, work.lengths, work.options.max_new_tokens, names)
 
 
 def as_reply(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
@@ -170,31 +230,23 @@ class Journal:
         self._label.unlink()
 
 
-def _answer_all(
-    opened: OpenedModel, data: Sequence[str], total: int, journal: Journal, options: PredictOptions
-) -> dict[str, Any]:
-    from finetune.evaluation.generate import generate
+def _answer_all(work: _Work, journal: Journal, answer: Answer) -> dict[str, Any]:
     from finetune.evaluation.turns import from_the_first, place
 
+    total, options, template = len(work.lengths), work.options, work.template
     leads = place()[0] == 0
     stopped = from_the_first(journal.open if leads else None)
     if stopped:
         console.say(
             f"{len(stopped)} of {total} dialogues are answered already; going on behind them"
         )
-    questions = islice(_questions(data), len(stopped), None)
+    questions = islice(_questions(work.data), len(stopped), None)
     while window := list(islice(questions, options.batch_size * BATCHES_PER_WINDOW)):
-        replies = generate(
-            opened.model,
-            opened.template,
-            opened.template.prompts(window),
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-        )
+        replies = answer(template.prompts(window))
         stopped += [reply.stopped for reply in replies]
         if leads:
             pairs = zip(window, replies, strict=True)
-            journal.append(_row(question, reply, opened.template) for question, reply in pairs)
+            journal.append(_row(question, reply, template) for question, reply in pairs)
         if total > len(stopped):
             console.say(f"{len(stopped)} of {total} dialogues answered")
     if leads:

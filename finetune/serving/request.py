@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune.data import strict_json
 from finetune.data.conversation import Conversation, RowError
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 Zero = Annotated[float, Field(ge=0, le=0)]
 Tokens = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Stops = Annotated[
+    list[Stop],
+    Field(max_length=4),
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+]
 
 
 class _Strict(BaseModel):
@@ -62,7 +67,7 @@ class ChatRequest(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stops | None = None
 
     # Only the value that changes nothing.
     n: Literal[1] | None = None
@@ -129,12 +134,11 @@ def read_request(body: bytes, rules: Rules, folder: Path) -> ChatAsk:
         prompt = rules.template.prompt(conversation, len(conversation.messages))
     except DataError as error:
         raise bad_request(str(error), "messages") from error
-    stop = request.stop or []
     return ChatAsk(
         prompt=prompt,
         decoding=_decoding(request, len(prompt), rules),
         tools=conversation.tools,
-        stops=(stop,) if isinstance(stop, str) else tuple(stop),
+        stops=tuple(request.stop or ()),
         many_calls=request.parallel_tool_calls is not False,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),

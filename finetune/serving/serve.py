@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def serve(
         opened = open_model(target, base=base)
         name = options.name or Path(shown_as).name
         app, engine = endpoint(opened, name, options, key)
+        listener.listen()
         console.say(f"{name} answers at {_url(listener)}/v1; Ctrl-C stops it")
         _run(app, engine, listener)
     console.say("stopped")
@@ -171,6 +173,12 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
         server.should_exit = True
         engine.drain()
 
-    # Instead of uvicorn's own, which ends the process with the signal once more.
+    # Instead of uvicorn's own, which ends the process with the signal once more; and for a signal
+    # that comes when uvicorn has ended.
     server.handle_exit = stop  # type: ignore[method-assign]
-    server.run(sockets=[listener])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        engine.close()

@@ -235,7 +235,10 @@ class FineTuner(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Go through the steps that are left; signals wait for the end of one."""
         try:
-            with self.services.stop, opening(resume_from_checkpoint, begun=lambda: bool(self._losses)):
+            with (
+                self.services.stop,
+                opening(resume_from_checkpoint, begun=lambda: bool(self._losses)),
+            ):
                 return super().train(resume_from_checkpoint, **kwargs)
         except NothingLeftError:
             return None
