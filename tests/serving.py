@@ -65,10 +65,9 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
         assert not thread.is_alive()
 
 
-def save_talkative(folder: Path, family: str = "glm", *, ends: bool = True) -> Path:
-    """A tiny model that says text for a while: of the control tokens it knows at most `<|user|>`."""
-    context = {} if ends else {"max_position_embeddings": 200_000}
-    tiny.save_model(folder, family, **context)
+def save_talkative(folder: Path, family: str = "glm") -> Path:
+    """A tiny model that says text for a while: of the control tokens it knows `<|user|>` alone."""
+    tiny.save_model(folder, family)
     tensors = load_file(folder / "model.safetensors")
     [head] = [name for name in tensors if name.endswith(("lm_head.weight", "output_layer.weight"))]
     silent = [

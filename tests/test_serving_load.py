@@ -267,21 +267,6 @@ def test_the_command_serves_until_sigterm_and_ends_with_0(base: Path) -> None:
         httpx.get(f"{url}/health")
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    endless = serving.save_talkative(tmp_path / "endless", ends=False)
-    body = {"model": "endless", "messages": HELLO, "max_tokens": 150_000, "stream": True}
-    with started(endless) as (popen, url):
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
-            next(answer.iter_lines())
-            popen.send_signal(signal.SIGINT)
-            with pytest.raises(subprocess.TimeoutExpired):
-                popen.wait(1)
-            popen.send_signal(signal.SIGINT)
-            popen.wait(15)
-        assert "Traceback" not in popen.stdout.read()
-    assert popen.returncode in (0, -signal.SIGINT)  # at any moment of its end
-
-
 def test_mistakes_are_told_before_the_model_is_opened(base: Path, tmp_path: Path) -> None:
     done = run(
         "-m", "finetune", "serve", base, "--host", "0.0.0.0", cwd=tmp_path, FINETUNE_API_KEY=""
