@@ -84,7 +84,10 @@ def export(
     check: Annotated[bool, typer.Option(help="Compare forward passes in both layouts.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Write a GLM-4 text model or its LoRA adapter in the other layout."""
+    """Write a checkpoint in the other layout.
+
+    Of a GLM-4 text model or of its LoRA adapter.
+    """
     with console.json_output(as_json) as emit:
         from finetune.export.export import export as run
 

@@ -20,7 +20,10 @@ def report(
         Path, typer.Argument(help="What `finetune evaluate --output` or `finetune compare` wrote.")
     ],
 ) -> None:
-    """Write report.html of an evaluation anew, and plots/ (PNG and SVG); say it in short."""
+    """Make the page of an evaluation anew.
+
+    Writes report.html and plots/ (PNG and SVG), and says it in short.
+    """
     from finetune.report.plots import write_plots
 
     say_report(folder)
@@ -35,7 +38,7 @@ def runs(
     ),
     as_json: Json = False,
 ) -> None:
-    """List the runs in a folder, in what they differ, and their best scores."""
+    """List runs, how they differ, and their scores."""
     from finetune.report.runs import find_runs
     from finetune.report.terminal import show_runs
 
@@ -56,8 +59,9 @@ def compare(
     ] = Path("comparison"),
     as_json: Json = False,
 ) -> None:
-    """Report over several runs, from the replies that they gave while they were trained.
+    """Report over several runs.
 
+    From the replies that they gave while they were trained.
     No model is opened. `finetune evaluate RUN RUN --data FILE` asks their checkpoints anew.
     """
     from finetune.report.compare import compare as run

@@ -40,7 +40,10 @@ def predict(
     ] = "transformers",
     as_json: Json = False,
 ) -> None:
-    """Write the model's reply to every dialogue of a file; the same command again goes on."""
+    """Write replies to the dialogues of a file.
+
+    The same command again goes on where a killed one stopped.
+    """
     with console.json_output(as_json) as emit:
         check_output_file(output)
         target = model_in(target)
