@@ -39,10 +39,11 @@ def _owner(writer: str) -> Any:
 
 
 def _content(folder: Path) -> dict[str, str]:
+    """All files but the card, which names the folder, and the manifest, which has the card's sum."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in ("README.md", "manifest.json")
     }
 
 
