@@ -30,9 +30,9 @@ METHODS = {
     "full": ["method={kind: full}", "training.learning_rate=1e-4"],
 }  # fmt: skip
 STEPS = [
-    "deepspeed=null", "training.num_epochs=null", "training.max_steps=24", "training.save_every_steps=8",
+    "deepspeed=null", "training.num_epochs=null", "training.max_steps=45", "training.save_every_steps=15",
     "training.keep_checkpoints=3", "training.batch_size=4", "training.report_to=[]",
-    "evaluation.every_steps=8", "evaluation.at_start=true", "evaluation.generate=false",
+    "evaluation.every_steps=15", "evaluation.at_start=true", "evaluation.generate=false",
 ]  # fmt: skip
 TINY = ["model.path=runs/tiny-model", "data.max_length=1024", "evaluation.max_new_tokens=8"]
 BEGIN, END = "<!-- made by scripts/report_example.py -->", "<!-- end -->"
@@ -48,7 +48,7 @@ def main() -> None:
     parts = options.parts or PARTS
     if "train" in parts:
         for method, changes in METHODS.items():
-            if (home / method / "checkpoint-24").is_dir():
+            if (home / method / "checkpoint-45").is_dir():
                 continue
             extra = TINY if options.tiny else []
             place = f"training.output_dir={home / method}"

@@ -63,6 +63,38 @@ def test_the_answer_names_the_best_and_says_whether_it_is_really_better() -> Non
     ]
 
 
+def test_the_answer_names_the_slice_on_which_the_best_is_weakest() -> None:
+    def part(value: float, half: float, n: int = 50) -> dict[str, Any]:
+        scores = {name: {"rouge-l": score(value, half) | {"n": n}} for name in ("one", "two")}
+        return scores | {"one": {"rouge-l": score(1.0, 0.1)}}
+
+    found = evaluation(one=44.0, two=50.5)
+    slices = {
+        "kind": {"plain": part(58.0, 2.0), "tool": part(43.0, 2.0)},
+        "prompt_length": {"1-64 tokens": part(41.5, 3.0), "65-256 tokens": part(30.0, 25.0)},
+        "turns": {"3": part(5.0, 1.0, n=9)},
+    }  # too few, and too uncertain to lie below the whole
+    said = words.conclusion(found.model_copy(update={"slices": _slices(slices)}), "rouge-l")
+    assert said[1:] == [
+        "two is weakest on prompt length 1-64 tokens: 41.5 (38.5 to 44.5), 50 replies."
+    ]
+    even = {"kind": {"plain": part(51.0, 2.0), "tool": part(49.9, 2.0)}}
+    assert not words.weakness(found.model_copy(update={"slices": _slices(even)}), "rouge-l")
+
+
+def test_the_weakest_slice_by_perplexity_is_the_highest() -> None:
+    found = evaluation(metric="perplexity", one=9.0)
+    values = {"a": {"one": {"perplexity": score(12.0)}}, "b": {"one": {"perplexity": score(5.0)}}}
+    said = words.conclusion(
+        found.model_copy(update={"slices": _slices({"source": values})}), "perplexity"
+    )
+    assert said[1:] == ["one is weakest on source a: 12.00 (11.00 to 13.00), 50 replies."]
+
+
+def _slices(found: dict[str, Any]) -> Any:
+    return evaluation(one=1.0).model_validate({"format": 1, "targets": [], "slices": found}).slices
+
+
 def test_a_lower_perplexity_is_better() -> None:
     found = evaluation(metric="perplexity", base=60.0, one=9.25, two=8.5)
     assert words.conclusion(found, "perplexity") == [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.uncertainty import LOWER_IS_BETTER
-from finetune.report.folder import Comparison, Evaluation, Score, Target
+from finetune.evaluation.uncertainty import LOWER_IS_BETTER, NO_BETTER
+from finetune.report.folder import Comparison, Evaluation, Score, Target, goodness
 
 MINUS = "−"
+FEWEST = 10
+"""Replies of a slice that is worth a sentence."""
 
 
 def number(metric: str, value: float | None, *, signed: bool = False) -> str:
@@ -84,14 +86,14 @@ def css(one: Comparison) -> str:
 
 
 def conclusion(evaluation: Evaluation, metric: str) -> list[str]:
-    """The answer to "which one, and is it really better?", in a few sentences."""
+    """The answer to "which one, is it really better, and on what does it fail?", in a few sentences."""
     best = evaluation.best(metric)
     score = best.scores.get(metric, Score())
     direction = "lowest" if metric in LOWER_IS_BETTER else "highest"
     between = interval(metric, score)
     value = f"{number(metric, score.value)}{f' ({between})' if between else ''}"
     if len(evaluation.targets) == 1:
-        return [f"{best.name} reaches {value} in {label(metric)}."]
+        return [f"{best.name} reaches {value} in {label(metric)}.", *weakness(evaluation, metric)]
     lines = [
         f"{best.name} has the {direction} {label(metric)} of {number_of(evaluation, tuned=True)}: "
         f"{value}."
@@ -110,7 +112,32 @@ def conclusion(evaluation: Evaluation, metric: str) -> list[str]:
     ]
     if level:
         lines.append(f"Between it and {listed(level)} there is no real difference.")
-    return lines
+    return [*lines, *weakness(evaluation, metric)]
+
+
+def weakness(evaluation: Evaluation, metric: str) -> list[str]:
+    """The slice on which the best target is weakest; nothing unless its interval lies below the whole."""
+    best = evaluation.best(metric)
+    whole = best.scores.get(metric, Score()).value
+    if whole is None or metric in NO_BETTER:
+        return []
+
+    def lies_below(score: Score) -> bool:
+        near = score.low if metric in LOWER_IS_BETTER else score.high
+        return near is not None and (near > whole if metric in LOWER_IS_BETTER else near < whole)
+
+    found = [
+        (score, f"{label(slice_name)} {value}")
+        for slice_name, values in evaluation.slices.items()
+        for value, targets in values.items()
+        for score in [targets.get(best.name, {}).get(metric, Score())]
+        if score.n >= FEWEST and lies_below(score)
+    ]
+    if not found:
+        return []
+    score, where = min(found, key=lambda pair: goodness(metric, pair[0]))
+    told = f"{number(metric, score.value)} ({interval(metric, score)}), {score.n} replies"
+    return [f"{best.name} is weakest on {where}: {told}."]
 
 
 def number_of(evaluation: Evaluation, *, tuned: bool = False) -> str:

@@ -47,7 +47,10 @@ def report(medians: dict[str, Figures], bars: dict[str, dict[str, float]], *, as
     """Print the figures as ratios to the first variant; 1 when a bar (variant, key: most) is missed."""
     reference = next(iter(medians.values()))
     ratios = {
-        variant: {key: figures[key] / reference[key] for key in ("cpu_s", "peak_mib", "above_mib")}
+        variant: {
+            key: figures[key] / reference[key]
+            for key in ("cpu_s", "wall_s", "peak_mib", "above_mib")
+        }
         for variant, figures in medians.items()
     }
     missed = [
