@@ -262,6 +262,22 @@ def test_replacing_a_checkpoint_killed_anywhere_leaves_the_old_or_the_new(run: P
     assert outcomes == {False, True}
 
 
+def test_one_file_of_a_checkpoint_changes_and_a_kill_leaves_the_old_or_the_new(run: Path) -> None:
+    final = save(run, 1)
+    before = {name: (final / name).read_bytes() for name in CONTENT}
+    outcomes = set()
+
+    def check() -> None:
+        assert names(run) == {"checkpoint-1"}
+        assert checkpoint.verify(final) == []
+        now = {name: (final / name).read_bytes() for name in CONTENT}
+        assert {name for name in CONTENT if now[name] != before[name]} <= {"optimizer.pt"}
+        outcomes.add(now["optimizer.pt"])
+
+    survives_everywhere(run, lambda: checkpoint.amend(final, "optimizer.pt", "new"), check)
+    assert outcomes == {before["optimizer.pt"], b"new"}
+
+
 def test_a_rotation_killed_anywhere_leaves_no_half_checkpoint(run: Path) -> None:
     for step in (1, 2, 3):
         save(run, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -282,6 +283,24 @@ def test_metrics_and_tensorboard_logs_lie_in_the_run_directory(
         first
     )
     assert list((tmp_path / "run/logs").glob("events.out.tfevents*"))
+
+
+def test_a_disk_too_full_for_tensorboard_ends_its_curves_and_not_the_run(
+    tiny_chatglm: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "flush", full)
+    settings = runs.config(
+        tiny_chatglm, data, tmp_path / "run", training__max_steps=2,
+        training__report_to=["tensorboard"],
+    )  # fmt: skip
+    assert runs.run_here(settings)["steps"] == 2
+    assert "its curves end here" in "".join(capsys.readouterr())
+    assert (tmp_path / "run/checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ class Schedule(TrainerCallback):
         self.stop = stop
         self.evaluate: Callable[[], Any] = lambda: None
         """The Trainer's; set once there is one."""
-        self.save: Callable[[], Any] = lambda: None
-        """The same."""
+        self.save_scores: Callable[[], Any] = lambda: None
+        """Puts the scores of the step that was resumed from into its checkpoint."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -48,9 +48,9 @@ class Schedule(TrainerCallback):
             NothingLeftError: There is no step to do after it.
         """
         if self.evaluation_is_due(state):
-            self.evaluate()
-            if state.global_step and state.best_global_step == state.global_step:
-                self.save()
+            scores = self.evaluate()
+            if state.global_step and scores:
+                self.save_scores()
         if self.stop.is_set or state.global_step >= state.max_steps:
             raise NothingLeftError
 

@@ -135,6 +135,19 @@ def commit(stage: Path, final: Path, *, replace: bool = False) -> None:
         delete(aside)
 
 
+def amend(folder: Path, name: str, text: str) -> None:
+    """The checkpoint ``folder`` with another text in its file ``name``; whole at every moment.
+
+    Only one process may call it.
+    """
+    with staged(folder, replace=True) as stage:
+        for file in walk(folder)[0]:
+            if file not in (name, MANIFEST):
+                (stage / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, stage / file)
+        (stage / name).write_text(text, encoding="utf-8")
+
+
 def write_file(path: Path, text: str) -> None:
     """``path`` with ``text``, whole or as it was before, even through a crash."""
     temporary = path.parent / f"{STAGING}{path.name}"

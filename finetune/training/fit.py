@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def fit(
     quiet_libraries()
     minutes, stop = config.training.process_timeout_minutes, StopFlag()
     processes = start(minutes, deepspeed=config.deepspeed is not None)
-    with watching(processes, minutes):
+    with ExitStack() as at_the_end, watching(processes, minutes, stop):
+        # One that has saved and waits for the others may get its own signal only then.
+        at_the_end.callback(stop.uninstall)
         trainer, resumed = _train(config, template, data, run_dir, processes, stop)
         summary = summarise(trainer, run_dir.path, resumed, time.monotonic() - begun)
     end()
@@ -176,7 +179,7 @@ def build_trainer(
         callbacks=[schedule, narrator, MetricsFile(saver.run_dir)],
     )
     schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
-    schedule.save = lambda: saver.save(trainer)
+    schedule.save_scores = lambda: saver.save_scores(trainer)
     return trainer
 
 

@@ -12,8 +12,9 @@ checkpoint-<step>/
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,21 @@ class Saver:
                 raise
             console.warn(f"{error}. Training goes on; the next save is tried as planned")
             return
+        self._saved(trainer, final)
+
+    def save_scores(self, trainer: Any) -> None:
+        """Put scores that were made up for after a resume into the checkpoint resumed from.
+
+        Nothing else of it has changed, and no later checkpoint would hold them after the last step.
+        """
+        final = self.run_dir / f"checkpoint-{trainer.state.global_step}"
+        with self.processes.failing_together():
+            if self.processes.is_leader and final.exists():
+                checkpoint.amend(final, TRAINER_STATE, _state_text(trainer))
+        self._saved(trainer, final)
+
+    def _saved(self, trainer: Any, final: Path) -> None:
+        """Note a new best, and delete what is too old."""
         with self.processes.failing_together():
             if self.processes.is_leader:
                 if trainer.state.best_global_step == trainer.state.global_step:
@@ -79,7 +95,7 @@ class Saver:
             trainer._save_scaler(str(stage))
             trainer._save_rng_state(str(stage))
             if leader:
-                _save_state(trainer, stage)
+                (stage / TRAINER_STATE).write_text(_state_text(trainer), encoding="utf-8")
                 (stage / "config.yaml").write_text(self.config_text, encoding="utf-8")
                 resume.write(stage, self.record)
 
@@ -102,9 +118,10 @@ class Saver:
             console.warn(f"older checkpoints are kept: {rotation.problem}")
 
 
-def _save_state(trainer: Any, folder: Path) -> None:
+def _state_text(trainer: Any) -> str:
     """The Trainer's state, with that of its callbacks as the Trainer itself would put it there."""
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
-    trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    # As TrainerState.save_to_json writes it.
+    return json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n"

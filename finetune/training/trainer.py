@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from finetune.data.order import EpochPlan
@@ -24,6 +25,7 @@ from finetune.training.processes import Processes
 from finetune.training.rates import Rates
 from finetune.training.saving import Saver
 from finetune.training.signals import StopFlag
+from finetune.training.trackers import TensorBoard
 from finetune.training.trust import opening
 
 
@@ -85,6 +87,8 @@ class FineTuner(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        if self.pop_callback(TensorBoardCallback) is not None:
+            self.add_callback(TensorBoard())
         self.model_accepts_loss_kwargs = True
         _check_distribution(self.accelerator, args, services.processes)
 
@@ -235,10 +239,8 @@ class FineTuner(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Go through the steps that are left; signals wait for the end of one."""
         try:
-            with (
-                self.services.stop,
-                opening(resume_from_checkpoint, begun=lambda: bool(self._losses)),
-            ):
+            self.services.stop.install()
+            with opening(resume_from_checkpoint, begun=lambda: bool(self._losses)):
                 return super().train(resume_from_checkpoint, **kwargs)
         except NothingLeftError:
             return None

@@ -55,7 +55,9 @@ def opening(folder: str | None, *, begun: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if folder is None or begun() or isinstance(error, FinetuneError) or is_out_of_memory(error):
+        if folder is None or begun() or isinstance(error, FinetuneError):
+            raise
+        if is_out_of_memory(error) or checkpoint.is_out_of_space(error):
             raise
         said = (str(error).splitlines() or [""])[0]
         raise CheckpointError(

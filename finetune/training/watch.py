@@ -21,15 +21,19 @@ import torch.distributed as dist
 
 from finetune.errors import FinetuneError, ProcessError
 from finetune.training.processes import Processes
+from finetune.training.signals import StopFlag
 
 BEAT = 1.0
 """Seconds between two signs of life."""
 SILENCE = 5.0
 """Without one for so long a process is gone; it is also how long the others get to end by themselves."""
 
+LOST = ("gloo", "pair closure", "closed by peer", "reset by peer")
+"""How gloo words a connection that is no more; who waits on one closed already is not told by whom."""
+
 
 @contextmanager
-def watching(processes: Processes, timeout_minutes: float) -> Iterator[None]:
+def watching(processes: Processes, timeout_minutes: float, stop: StopFlag) -> Iterator[None]:
     """In here an error of one process ends all of them, with one reason.
 
     Raises:
@@ -38,7 +42,7 @@ def watching(processes: Processes, timeout_minutes: float) -> Iterator[None]:
     if processes.world == 1:
         yield
         return
-    watch = Watch(processes, timeout_minutes)
+    watch = Watch(processes, timeout_minutes, stop)
     try:
         yield
         dist.barrier()  # the store may end with the process that ends first
@@ -53,7 +57,8 @@ def watching(processes: Processes, timeout_minutes: float) -> Iterator[None]:
 class Watch:
     """One process's eye on the others."""
 
-    def __init__(self, processes: Processes, timeout_minutes: float) -> None:
+    def __init__(self, processes: Processes, timeout_minutes: float, stop: StopFlag) -> None:
+        self._stop = stop
         self._rank = processes.rank
         self._others = [rank for rank in range(processes.world) if rank != processes.rank]
         self._minutes = timeout_minutes
@@ -135,7 +140,10 @@ class Watch:
 
     def _left_alone(self) -> None:
         """The store is gone: without a launcher nobody would end this process, so it saves and goes."""
-        os.kill(os.getpid(), signal.SIGTERM)
+        if (
+            self._stop.heard is None
+        ):  # else it does so already, and a second signal would cut it short
+            os.kill(os.getpid(), signal.SIGTERM)
         if not self._done.wait(60 * self._minutes):
             os._exit(128 + signal.SIGTERM)
 
@@ -143,7 +151,7 @@ class Watch:
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether waiting for others was in vain, by what torch and gloo raise then."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in LOST)
     )
 
 

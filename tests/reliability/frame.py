@@ -113,6 +113,8 @@ def _work(work: Callable[[Path], str | None], folder: Path, log: Path, answer: P
     """The life of a fork; it never returns."""
     try:
         os.setpgid(0, 0)
+        # A shell that starts this in the background has it ignored, and forks would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(AttributeError):  # only Linux has it
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -254,7 +254,7 @@ def full_and_stopped(bench: Bench, folder: Path) -> str:
 
 
 def full_for_good(bench: Bench, folder: Path) -> str:
-    """Not even the log grows: the run comes to its end and says with 6 that it is not on the disk."""
+    """No log grows either: the run comes to its end and says with 6 that it is not on the disk."""
     kind = KINDS["lora"]
     run_dir = bench.begin(kind, folder, [1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -10,7 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.broken_processes import broken_loaders, broken_processes
+from tests.reliability.broken_processes import (
+    as_under_torchrun,
+    broken_loaders,
+    broken_processes,
+)
 from tests.reliability.faults import at
 from tests.reliability.frame import Case
 from tests.reliability.tiny_runs import LORA, STEPS, Bench, Kind, goes_on
@@ -51,6 +56,10 @@ SAVING = {
     "the rename of a save": ("finetune.training.checkpoint", "commit", 2, 3),
     "a rotation": ("finetune.training.checkpoint", "rotate", 2, 3),
 }
+LATER = {
+    "logging of a later step": ("finetune.training.callbacks", "Narrator.on_step_end", 2),
+    "when the run is saved": ("finetune.training.fit", "summarise", 1),
+}
 
 
 def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
@@ -66,6 +75,8 @@ def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
 def kind(bench: Bench, processes: int = 1, stage: int | None = None) -> Kind:
     """LoRA, evaluated every second step, saved only when asked to stop."""
     changes = {**EVALUATED, "data__validation": str(bench.data)}
+    if processes > 1:  # prompts for each of them
+        changes |= {"evaluation__max_samples": 9, "evaluation__batch_size": 1}
     return Kind(f"evaluated on {processes}, {stage}", LORA, processes, stage, changes=changes)
 
 
@@ -222,6 +233,9 @@ def one_of_two(bench: Bench) -> Iterator[Case]:
                     yield Case(f"signal_on_2: process {rank} ({where}), {moment}", run)
     unlike = {0: "the optimizer step", 1: "logging of a later step"}
     yield Case("signal_on_2: both, at unlike moments", partial(to_one, bench, None, unlike))
+    late = {0: "the optimizer step", 1: "when the run is saved"}
+    yield Case("signal_on_2: both, one when all is saved", partial(to_one, bench, None, late))
+    yield Case("signal_on_2: the launcher dies after it asked", partial(launcher_dies, bench))
     for number in (TERM, INT):
         run = partial(to_torchrun, bench, number)
         yield Case(f"signal_on_2: {NAMES[number]} to torchrun", run, seconds=240.0)
@@ -234,7 +248,7 @@ def to_one(bench: Bench, stage: int | None, moments: dict[int, str], folder: Pat
     def before(rank: int) -> None:
         if rank in moments:
             later = moments[rank] == "logging of a later step"
-            moment = ("finetune.training.callbacks", "Narrator.on_step_end", 2) if later else MOMENTS[moments[rank]][:3]  # fmt: skip
+            moment = LATER.get(moments[rank]) or MOMENTS[moments[rank]][:3]
             act_at(*moment, lambda: send(TERM), after=later)
 
     ended = bench.start(two, folder, before)
@@ -243,6 +257,44 @@ def to_one(bench: Bench, stage: int | None, moments: dict[int, str], folder: Pat
     if ended.codes != [143, 143]:
         return f"ended with {ended.codes}: {ended.said[-400:]}"
     return goes_on(bench, two, folder)
+
+
+def launcher_dies(bench: Bench, folder: Path) -> str:
+    """Its store goes with it while the step is being saved: the save is finished all the same."""
+    two = kind(bench, 2)
+    launcher, environment = launcher_process(folder)
+
+    def before(rank: int) -> None:
+        from finetune.training import signals
+
+        signals.ECHO = 0.1
+
+        def act() -> None:
+            os.kill(launcher, signal.SIGKILL)
+            time.sleep(3)  # the processes look for it every second
+
+        at(*MOMENTS["the optimizer step"][:3], lambda: send(TERM))
+        at(*SAVING["a save"][:2], 1, act if rank == 0 else lambda: None)
+
+    ended = bench.start(two, folder, before, environment=environment)
+    os.waitpid(launcher, 0)
+    if ended.codes != [143, 143] or "second signal" in ended.said:
+        return f"ended with {ended.codes}: {ended.said[-400:]}"
+    return newest_is(2, folder) or goes_on(bench, two, folder)
+
+
+def launcher_process(folder: Path) -> tuple[int, dict[str, str]]:
+    """A process that holds the store, as torchrun does, and the variables that tell of it."""
+    reading, writing = os.pipe()
+    if (launcher := os.fork()) == 0:
+        store, environment = as_under_torchrun(folder)
+        os.write(writing, json.dumps(environment).encode())
+        os.close(writing)
+        while store is not None:
+            time.sleep(1)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return launcher, json.load(pipe)
 
 
 def to_torchrun(bench: Bench, number: int, folder: Path) -> str:
