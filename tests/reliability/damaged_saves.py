@@ -25,10 +25,9 @@ LAST = f"checkpoint-{STEPS}"
 def damages(bench: Bench, kinds: dict[str, Kind], subset: bool) -> Iterator[Case]:
     """Every file of the newest checkpoint, in every way."""
     for name, kind in kinds.items():
+        newest = bench.whole(kind) / f"checkpoint-{STEPS - 1}"
         files = sorted(
-            str(file.relative_to(bench.whole(kind) / LAST))
-            for file in (bench.whole(kind) / LAST).rglob("*")
-            if file.is_file()
+            str(file.relative_to(newest)) for file in newest.rglob("*") if file.is_file()
         )
         pairs = [(file, way) for file in files for way in WAYS]
         step = 1 if name == "lora" else 7 if kind.processes == 1 else 13
@@ -44,9 +43,16 @@ def damages(bench: Bench, kinds: dict[str, Kind], subset: bool) -> Iterator[Case
 
 def differs_by_step(bench: Bench, kind: Kind, file: str) -> bool:
     """Whether a file says something else in another checkpoint."""
-    run = bench.whole(kind)
-    other = run / f"checkpoint-{STEPS - 2}" / file
-    return other.exists() and other.read_bytes() != (run / f"checkpoint-{STEPS - 1}" / file).read_bytes()  # fmt: skip
+    here = bench.whole(kind) / f"checkpoint-{STEPS - 1}" / file
+    other = a_step_before(here)
+    return other.exists() and other.read_bytes() != here.read_bytes()
+
+
+def a_step_before(file: Path) -> Path:
+    """The same file of the checkpoint before; DeepSpeed's folder has the step in its name too."""
+    now, before = str(STEPS - 1), str(STEPS - 2)
+    text = str(file).replace(f"checkpoint-{now}", f"checkpoint-{before}")
+    return Path(text.replace(f"global_step{now}", f"global_step{before}"))
 
 
 def damage(file: Path, way: str) -> None:
@@ -64,8 +70,7 @@ def damage(file: Path, way: str) -> None:
     elif way == "appended to":
         file.write_bytes(data + b"\n")
     else:
-        there = str(file).replace(f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS - 2}")
-        shutil.copy(there, file)
+        shutil.copy(a_step_before(file), file)
 
 
 def damaged(bench: Bench, kind: Kind, file: str, way: str, folder: Path) -> str:
