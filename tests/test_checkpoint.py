@@ -194,7 +194,7 @@ def test_two_processes_cannot_stage_the_same_folder(run: Path) -> None:
 
 # --- crashes -------------------------------------------------------------------------------------
 
-CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir", "open")
+CALLS = ("fsync", "rename", "mkdir", "link", "unlink", "rmdir", "open")
 
 
 def die_at_call(last: int) -> None:
@@ -262,7 +262,16 @@ def test_replacing_a_checkpoint_killed_anywhere_leaves_the_old_or_the_new(run: P
     assert outcomes == {False, True}
 
 
-def test_one_file_of_a_checkpoint_changes_and_a_kill_leaves_the_old_or_the_new(run: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_one_file_of_a_checkpoint_changes_and_a_kill_leaves_the_old_or_the_new(
+    run: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+
+        def refused(*_: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refused)
     final = save(run, 1)
     before = {name: (final / name).read_bytes() for name in CONTENT}
     outcomes = set()

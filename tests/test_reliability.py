@@ -13,11 +13,9 @@ from tests.reliability.frame import Case, in_fork
 
 ROOT = Path(__file__).resolve().parent.parent
 BARS = {"saves": 120, "signals": 40, "resume": 110, "inputs": 250, "artifacts": 45, "security": 100}
-IN_CI = ("inputs", "artifacts")
-"""The others run on demand, `python -m tests.reliability`, until their totals are recorded."""
 
 
-@pytest.mark.parametrize("suite", IN_CI)
+@pytest.mark.parametrize("suite", list(BARS))
 def test_every_case_of_the_subset_survives_and_none_is_missing(suite: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.reliability", suite, "--subset"],
@@ -26,7 +24,7 @@ def test_every_case_of_the_subset_survives_and_none_is_missing(suite: str) -> No
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("suite", list(promises.load()))
+@pytest.mark.parametrize("suite", list(BARS))
 def test_the_recorded_totals_are_n_of_n_and_reach_their_bars(suite: str) -> None:
     counts = promises.load()[suite]["all"].values()
     assert all(survived == of for survived, of in counts)

@@ -27,7 +27,7 @@ from pathlib import Path
 from finetune.console import NO_SPACE
 from finetune.errors import CheckpointError, SpaceError
 from finetune.training.manifest import MANIFEST as MANIFEST
-from finetune.training.manifest import fsync_folder, walk
+from finetune.training.manifest import fsync_folder, recorded_files, walk
 from finetune.training.manifest import seal as seal
 from finetune.training.manifest import verify as verify
 
@@ -136,16 +136,22 @@ def commit(stage: Path, final: Path, *, replace: bool = False) -> None:
 
 
 def amend(folder: Path, name: str, text: str) -> None:
-    """The checkpoint ``folder`` with another text in its file ``name``; whole at every moment.
+    """The checkpoint ``folder``, which verifies, with another text in its file ``name``.
 
-    Only one process may call it.
+    Whole at every moment. The other files are linked, not copied and hashed again: they may be
+    hundreds of gigabytes. Only one process may call it.
     """
+    known = {file: entry for file, entry in recorded_files(folder).items() if file != name}
     with staged(folder, replace=True) as stage:
-        for file in walk(folder)[0]:
-            if file not in (name, MANIFEST):
-                (stage / file).parent.mkdir(parents=True, exist_ok=True)
+        for file in list(known):
+            (stage / file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / file, stage / file)
+            except OSError:  # a filesystem without links
                 shutil.copyfile(folder / file, stage / file)
+                del known[file]
         (stage / name).write_text(text, encoding="utf-8")
+        seal(stage, known)
 
 
 def write_file(path: Path, text: str) -> None:

@@ -94,6 +94,17 @@ def walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
     return sorted(files), sorted(folders, reverse=True), sorted(odd)
 
 
+def recorded_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file, as the manifest has them; CheckpointError without one."""
+    try:
+        found = _parse_manifest((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        found = None
+    if found is None:
+        raise CheckpointError(f"{folder / MANIFEST} is missing or damaged")
+    return found
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and new names in ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -66,13 +66,16 @@ class Saver:
         self._saved(trainer, final)
 
     def save_scores(self, trainer: Any) -> None:
-        """Put scores that were made up for after a resume into the checkpoint resumed from.
+        """Keep scores that were made up for after a resume; every process takes part.
 
-        Nothing else of it has changed, and no later checkpoint would hold them after the last step.
+        After the last step no later checkpoint would hold them, so the one resumed from gets them.
         """
-        final = self.run_dir / f"checkpoint-{trainer.state.global_step}"
+        state = trainer.state
+        final = self.run_dir / f"checkpoint-{state.global_step}"
+        if not final.exists():
+            return  # resumed from one that lies elsewhere
         with self.processes.failing_together():
-            if self.processes.is_leader and final.exists():
+            if self.processes.is_leader and state.global_step >= state.max_steps:
                 checkpoint.amend(final, TRAINER_STATE, _state_text(trainer))
         self._saved(trainer, final)
 
