@@ -71,7 +71,9 @@ def verify(folder: Path) -> list[str]:
     except OSError as error:
         return [*problems, f"{error.filename or folder} cannot be read ({error.strerror})"]
     problems += [
-        f"{name} has other content" for name in same_size if digests[name] != recorded[name]
+        f"{name} has other content than {MANIFEST} says"
+        for name in same_size
+        if digests[name] != recorded[name]
     ]
     return problems
 
