@@ -55,6 +55,7 @@ class Sandbox:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # Ctrl-C and torchrun signal the whole group; it ends with its pipe
         )
         self._process, self._owner = process, os.getpid()
         weakref.finalize(self, _end, process, self._owner)

@@ -160,6 +160,7 @@ def _in_parallel(
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # a signal to the group is for this process, which ends them
         )
         for first, last, part in zip(borders, borders[1:], parts, strict=False)
     ]

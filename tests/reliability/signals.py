@@ -122,9 +122,9 @@ def signals(bench: Bench) -> Iterator[Case]:
         for moment, (module, name, call, step) in SAVING.items():
             run = partial(signalled, bench, number, (module, name, call), step, {"training__save_every_steps": 1})  # fmt: skip
             yield Case(f"signal: {NAMES[number]}, {moment}", run)
-        yield Case(
-            f"signal: {NAMES[number]}, to loader processes too", partial(to_all, bench, number)
-        )
+        for moment in ("a step", "the validation loss", "generation"):
+            run = partial(to_all, bench, number, moment)
+            yield Case(f"signal: {NAMES[number]} to the whole group, {moment}", run)
 
 
 def signalled(
@@ -153,27 +153,30 @@ def newest_is(step: int, folder: Path) -> str:
     return "" if wanted else f"saved are {found} instead of {step}"
 
 
-def to_all(bench: Bench, number: int, folder: Path) -> str:
-    """As Ctrl-C in a terminal and torchrun do it: the loader processes get it too."""
+def to_all(bench: Bench, number: int, moment: str, folder: Path) -> str:
+    """As Ctrl-C in a terminal and torchrun do it: every process of the group gets it too."""
     one = kind(bench)
 
     def act() -> None:
         from multiprocessing import active_children
 
-        workers = active_children()
-        if not workers:
+        if moment == "a step" and not active_children():
             os._exit(77)
-        for process in workers:
-            os.kill(process.pid or 0, number)
-        send(number)
+        for process in (*children_in_group(), os.getpid()):
+            os.kill(process, number)
 
-    ended = bench.start(
-        one, folder, lambda rank: at("finetune.training.trainer", "FineTuner.compute_loss", 3, act),
-        data__loader_workers=1,
-    )  # fmt: skip
-    if ended.codes != [128 + number]:
+    place = MOMENTS["the first forward pass of a step" if moment == "a step" else moment]
+    changes = {"data__loader_workers": 1} if moment == "a step" else {}
+    ended = bench.start(one, folder, lambda rank: act_at(*place[:3], act), **changes)
+    if ended.codes != [128 + number] or "Traceback" in ended.said:
         return f"ended with {ended.codes}: {ended.said[-300:]}"
-    return newest_is(2, folder) or goes_on(bench, one, folder)
+    return newest_is(place[3], folder) or goes_on(bench, one, folder)
+
+
+def children_in_group() -> list[int]:
+    """The processes that this one has started and that a signal to its group reaches."""
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in map(int, found) if os.getpgid(pid) == os.getpgrp()]
 
 
 def second_signals(bench: Bench) -> Iterator[Case]:
