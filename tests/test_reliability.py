@@ -24,6 +24,15 @@ def test_every_case_of_the_subset_survives_and_none_is_missing(suite: str) -> No
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_without_fsync_manifest_or_staging_a_case_fails() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.reliability", "saves", "--mutations"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("without ") == 3
+
+
 @pytest.mark.parametrize("suite", list(BARS))
 def test_the_recorded_totals_are_n_of_n_and_reach_their_bars(suite: str) -> None:
     counts = promises.load()[suite]["all"].values()

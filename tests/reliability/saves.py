@@ -36,8 +36,9 @@ def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
         *damages(bench, kinds, subset),
     ]
     if not stock:
-        found += [*power(bench, subset), *rotations(bench), *left_overs(bench)]
-        found += [*random_kills(bench, 4 if subset else 20)]
+        found += power(bench, subset)
+        found += [*rotations(bench), *left_overs(bench)][:: 2 if subset else 1]
+        found += random_kills(bench, 2 if subset else 20)
     return found
 
 
