@@ -22,6 +22,7 @@ from finetune.evaluation.open import open_model
 from finetune.evaluation.predict import PredictOptions, predict
 from finetune.export.merge import merge
 from finetune.models.chatglm.vision import VisionModel
+from finetune.report.write import write_page
 from finetune.training.rates import Rates
 
 METHODS = {
@@ -104,6 +105,9 @@ def test_evaluating_afterwards_gives_the_scores_of_the_run(
     after = (tmp_path / "out/predictions.jsonl").read_text()
     assert after == (folder / "lora/predictions-2.jsonl").read_text()
     assert "<|begin_of_image|><|endoftext|><|end_of_image|>" in after
+    shown = write_page(tmp_path / "out").read_text(encoding="utf-8")
+    found = re.search(r'"pictures": ?\["data:image/(\w+);base64,', shown)
+    assert found, "the page shows no picture of the prompts"
 
 
 def test_a_merged_model_sees_what_the_adapter_saw(

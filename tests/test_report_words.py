@@ -82,6 +82,19 @@ def test_the_answer_names_the_slice_on_which_the_best_is_weakest() -> None:
     assert not words.weakness(found.model_copy(update={"slices": _slices(even)}), "rouge-l")
 
 
+def test_without_a_base_the_answer_says_what_the_best_is_better_than() -> None:
+    found = evaluation(
+        compared("two", "one", 6.5, "better"),
+        compared("three", "one", 7.0, "better"),
+        compared("three", "two", 0.5, "no real difference"),
+        one=44.0, two=50.5, three=51.0,
+    )  # fmt: skip
+    assert words.conclusion(found, "rouge-l")[1:] == [
+        "Between it and two there is no real difference.",
+        "It is really better than one.",
+    ]
+
+
 def test_the_weakest_slice_by_perplexity_is_the_highest() -> None:
     found = evaluation(metric="perplexity", one=9.0)
     values = {"a": {"one": {"perplexity": score(12.0)}}, "b": {"one": {"perplexity": score(5.0)}}}
@@ -107,6 +120,19 @@ def test_no_length_ratio_is_the_best() -> None:
         found = evaluation(metric=metric, one=90.0, two=110.0)
         rows = page._rows(found, colours=[1, 2])
         assert [row["cells"][0]["best"] for row in rows] == bold
+
+
+def test_scores_that_read_the_same_are_both_the_best_and_the_deciding_score_comes_first() -> None:
+    found = evaluation(one=44.04, two=44.01, three=43.9)
+    plain = found.model_dump()
+    for target in plain["targets"]:
+        target["scores"] = {"bleu-4": score(1.0)} | target["scores"]
+    asked = Evaluation.model_validate(plain)
+    assert page._ordered(asked) == ["rouge-l", "bleu-4"]
+    rows = page._rows(asked, colours=[1, 2, 3])
+    assert [row["cells"][0]["best"] for row in rows] == [True, True, False]
+    negative = page._rows(evaluation(metric="yours", one=-3.0, two=-2.0), colours=[1, 2])
+    assert [row["cells"][0]["best"] for row in negative] == [False, True]
 
 
 def test_a_comparison_reads_the_same_from_both_sides() -> None:

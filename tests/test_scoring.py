@@ -97,6 +97,9 @@ def test_our_own_definition_differs_and_says_so(tmp_path: Path) -> None:
     assert report["scores"]["exact_match"] == pytest.approx(100 * 2 / len(PAIRS))
     assert "jieba words" in report["signatures"]["bleu-4"]
     assert report["output"] == str(tmp_path / "evaluation-generated_predictions")
+    [source] = report["data"]
+    assert (source["path"], source["samples"]) == (str(file), len(PAIRS))
+    assert len(source["fingerprint"]) == 64
 
 
 def test_a_file_that_holds_no_predictions_is_refused_by_row(tmp_path: Path) -> None:

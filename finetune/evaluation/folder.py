@@ -140,13 +140,17 @@ def _evaluation(scored: Sequence[Scored], options: Options) -> dict[str, Any]:
 
 
 def _data(first: Scored, files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The files that the replies answer, each with the hash of its bytes and the number of replies."""
+    """The files that the replies answer, each with the hash of its bytes and the number of replies.
+
+    Replies made elsewhere may not say what they answer: then it is the first file of them.
+    """
     sources = dict.fromkeys(first.slices["source"])
     counts = {source: first.slices["source"].count(source) for source in sources}
+    paths = {source: Path(source) if source or not files else files[0] for source in counts}
     return [
         {
-            "path": source,
-            "fingerprint": file_digest(Path(source)) if Path(source).is_file() else "",
+            "path": str(paths[source]) if source or files else "",
+            "fingerprint": file_digest(paths[source]) if paths[source].is_file() else "",
             "samples": number,
         }
         for source, number in counts.items()

@@ -50,12 +50,13 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         run_colours=_run_colours(evaluation),
         legend=_legend(evaluation, colours),
         panels=panels(evaluation, runs, colours),
-        metrics=evaluation.metrics,
+        metrics=_ordered(evaluation),
         rows=_rows(evaluation, colours),
         verdicts=words.verdicts(evaluation, headline),
         by_metric=words.by_metric(evaluation),
         best=evaluation.best(headline),
         headline=headline,
+        has_base=evaluation.base is not None,
         has_slices=bool(evaluation.slices),
         lengths=_lengths(evaluation, content, runs, colours),
         content=content,
@@ -87,10 +88,9 @@ def panels(
 ) -> list[tuple[str, Markup]]:
     """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
     drawn = [(LOSS, lines(loss_curves(evaluation, runs), title=LOSS))]
-    order = [evaluation.headline, *(m for m in evaluation.metrics if m != evaluation.headline)]
     drawn += [
         (words.label(metric), lines(metric_series(evaluation, metric, colours), title=metric))
-        for metric in order
+        for metric in _ordered(evaluation)
         if any(target.step is not None for target in evaluation.targets)
     ]
     return [(title, chart) for title, chart in drawn if chart]
@@ -148,11 +148,19 @@ def _legend(evaluation: Evaluation, colours: Sequence[int]) -> list[tuple[str, i
     return list(names.items())
 
 
+def _ordered(evaluation: Evaluation) -> list[str]:
+    """The metrics, first the one that stands for all."""
+    headline = evaluation.headline
+    return [headline, *(metric for metric in evaluation.metrics if metric != headline)]
+
+
 def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]]:
-    best = {
-        metric: max(goodness(metric, target.scores.get(metric)) for target in evaluation.targets)
-        for metric in evaluation.metrics
-    }
+
+    def best_of(metric: str) -> float | None:
+        scores = [target.scores.get(metric, Score()) for target in evaluation.targets]
+        return max(scores, key=lambda score: goodness(metric, score)).value
+
+    best = {metric: best_of(metric) for metric in evaluation.metrics}
 
     def cell(target: Target, metric: str) -> dict[str, Any]:
         score = target.scores.get(metric, Score())
@@ -162,14 +170,14 @@ def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]
             "arrow": words.arrow(evaluation, target, metric),
             "best": metric not in NO_BETTER
             and score.value is not None
-            and goodness(metric, score) == best[metric],
+            and words.number(metric, score.value) == words.number(metric, best[metric]),
         }
 
     return [
         {
             "target": target,
             "colour": colour,
-            "cells": [cell(target, metric) for metric in evaluation.metrics],
+            "cells": [cell(target, metric) for metric in _ordered(evaluation)],
         }
         for target, colour in zip(evaluation.targets, colours, strict=True)
     ]
@@ -240,7 +248,8 @@ def _sections(run: Run) -> dict[str, list[tuple[str, str]]]:
 
 
 def _flat_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), _shown(value)) for key, value in settings.items()]
+    named = {key.replace("_", " "): value for key, value in settings.items() if value != []}
+    return [(key, _shown(value)) for key, value in named.items()]
 
 
 def _shown(value: Any) -> str:

@@ -103,15 +103,14 @@ def conclusion(evaluation: Evaluation, metric: str) -> list[str]:
         found = evaluation.comparison(best.name, base.name, metric)
         if found is not None:
             lines.append(verdict(found))
-    level = [
-        one.name
-        for one in evaluation.targets
-        if one not in (best, base)
-        and (found := evaluation.comparison(best.name, one.name, metric)) is not None
-        and found.verdict == "no real difference"
-    ]
+    others = [one for one in evaluation.targets if one not in (best, base)]
+    found_by = {one.name: evaluation.comparison(best.name, one.name, metric) for one in others}
+    verdicts_of = {name: found.verdict for name, found in found_by.items() if found}
+    level = [name for name, said in verdicts_of.items() if said == "no real difference"]
     if level:
         lines.append(f"Between it and {listed(level)} there is no real difference.")
+    if base is None and (worse := [name for name, said in verdicts_of.items() if said == "better"]):
+        lines.append(f"It is really better than {listed(worse)}.")
     return [*lines, *weakness(evaluation, metric)]
 
 
