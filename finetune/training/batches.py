@@ -88,6 +88,18 @@ class StepLoader(DataLoader[Item]):
         """Chooses the order of the next iteration."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
+    def __iter__(self) -> Any:
+        """The batches of an epoch.
+
+        Workers begin with the signals blocked: torch's own handler would end one that gets a signal
+        before it ignores them.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 class WithBlanks(torch.utils.data.Dataset[Item]):
     """The items, and for `~index` item `index` with nothing to learn."""
