@@ -137,7 +137,7 @@ def power(bench: Bench, subset: bool) -> Iterator[Case]:
         points = changes(bench, kind, 0)
         late = [i for i, what in enumerate(points) if what.startswith(("rename", "delete", "fsync", "the end"))]  # fmt: skip
         for last in dict.fromkeys(
-            [*late[:: 8 if subset else 2 if name == "lora" else 6], len(points) - 1]
+            [*late[:: 4 if subset else 2 if name == "lora" else 6], len(points) - 1]
         ):
             for names_lost in (False, True):
                 lost = "contents and names" if names_lost else "contents"

@@ -125,8 +125,6 @@ def signals(bench: Bench) -> Iterator[Case]:
         for moment in ("a step", "the validation loss", "generation"):
             run = partial(to_all, bench, number, moment)
             yield Case(f"signal: {NAMES[number]} to the whole group, {moment}", run)
-        run = partial(to_starting_loader, bench, number)
-        yield Case(f"signal: {NAMES[number]} to a loader process that starts", run)
 
 
 def signalled(
@@ -173,16 +171,6 @@ def to_all(bench: Bench, number: int, moment: str, folder: Path) -> str:
     if ended.codes != [128 + number] or "Traceback" in ended.said:
         return f"ended with {ended.codes}: {ended.said[-300:]}"
     return newest_is(place[3], folder) or goes_on(bench, one, folder)
-
-
-def to_starting_loader(bench: Bench, number: int, folder: Path) -> str:
-    """Before it has come to ignore signals; it must not take the run with it."""
-    one = kind(bench)
-    moment = ("finetune.training.batches", "_ignore_signals", 1)
-    ended = bench.start(
-        one, folder, lambda rank: at(*moment, lambda: send(number)), data__loader_workers=1
-    )
-    return bench.differs(one, folder) if ended.well else f"{ended.codes}: {ended.said[-300:]}"
 
 
 def children_in_group() -> list[int]:
