@@ -1,0 +1,54 @@
+"""A signal to the whole process group leaves the processes that load batches to the trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune.data.order import EpochPlan
+from finetune.training import batches
+
+
+class Numbers:
+    """Items that are their own index."""
+
+    lengths = np.full(8, 5, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        return index
+
+
+@pytest.mark.parametrize("number", batches.SIGNALS)
+@pytest.mark.parametrize("moment", ["before it ignores signals", "when it loads"])
+def test_a_loader_process_outlives_a_signal(
+    monkeypatch: pytest.MonkeyPatch, number: int, moment: str
+) -> None:
+    ignore = batches._ignore_signals
+
+    def signalled(worker: int) -> None:
+        if moment == "before it ignores signals":
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+            ignore(worker)
+        else:
+            ignore(worker)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(batches, "_ignore_signals", signalled)
+    items: Any = Numbers()
+    loader = batches.training_loader(
+        items, EpochPlan(items.lengths, 8, 42, group_by_length=False), sorted, workers=1,
+        seconds=20, batch_size=4, accumulation=2, rank=0, world=1,
+    )  # fmt: skip
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    seen = [index for batch in loader for index in batch]
+    assert sorted(seen) == list(range(8))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
