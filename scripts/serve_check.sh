@@ -15,6 +15,11 @@ if [ ! -e "$VLLM_ENV/.complete" ]; then
     "$VLLM_ENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     touch "$VLLM_ENV/.complete"
 fi
+IMAGES="$VLLM_ENV/for-images"
+if [ ! -e "$IMAGES/sitecustomize.py" ]; then
+    "$VLLM_ENV/bin/python" -m pip install --quiet --no-deps --target "$IMAGES" torchvision==0.28.0
+    cp scripts/vllm_torchvision.py "$IMAGES/sitecustomize.py"
+fi
 if [ ! -d runs/quickstart-merged ]; then bash scripts/quickstart.sh; fi
 . scripts/install.sh "quickstart,test"
 exec python scripts/serve_check.py --vllm "$VLLM_ENV/bin/python" "$@"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.export import merge as merging
 from finetune.export.merge import merge
-from finetune.export.numbers import narrow, widen
+from finetune.export.numbers import STORAGE, is_finite, narrow, widen
 from finetune.models.load import load_model
 from finetune.training import checkpoint
 from finetune.weights import read_shard, tensors
@@ -323,16 +323,31 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
     # 1 + 2^-8 lies halfway between 1 and 1 + 2^-7; 1 + 3 * 2^-8 between 1 + 2^-7 and 1 + 2^-6.
     values = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -(1 + 2**-8)], np.float32)
     out, back = np.empty(4, np.uint16), np.empty(4, np.float32)
-    narrow(values, "BF16", out, np.empty(8, np.bool_))
+    narrow(values, "BF16", out, bytearray(8))
     widen(out, "BF16", back)
     assert back.tolist() == [1.0, 1 + 2**-6, 1 + 2**-7, -1.0]
 
 
-def test_bfloat16_rounds_as_torch_does_on_any_bits() -> None:
-    bits = np.random.default_rng(0).integers(0, 2**32, 1 << 16, dtype=np.uint32)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 1001, 1 << 16])
+def test_bfloat16_rounds_as_torch_does_on_any_bits(size: int) -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, size, dtype=np.uint32)
+    bits[::3] = bits[::3] & 0xFFFF0000 | 0x8000  # ties
+    bits[4::7] = 0
     values = bits.view(np.float32)
-    values = values[np.isfinite(values)]
+    values = np.where(np.isfinite(values), values, np.float32(1))
     out = np.empty(values.size, np.uint16)
-    narrow(values.copy(), "BF16", out, np.empty(2 * values.size, np.bool_))
+    narrow(values.copy(), "BF16", out, bytearray(b"\1" * 2 * values.size))
     wanted = torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy()
     assert (out.view(np.int16) == wanted).all()
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -np.nan])
+def test_what_is_no_finite_number_is_seen_in_every_format(dtype: str, bad: float) -> None:
+    values = np.array([0.0, -0.0, 65504.0, -65504.0, 1e-7, -1.0], np.float32)
+    stored = np.empty(values.size, STORAGE[dtype])
+    narrow(values.copy(), dtype, stored, bytearray(2 * values.size))
+    assert is_finite(stored, dtype)
+    values[3] = bad
+    narrow(values, dtype, stored, bytearray(2 * values.size))
+    assert not is_finite(stored, dtype)

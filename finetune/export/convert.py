@@ -199,7 +199,7 @@ def _rotary_buffer(kept: str, model: TextModel, dtype: str) -> Output:
     exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
     values: Floats = (1 / np.power(np.float32(10000), exponents)).astype(np.float32)
     stored = np.empty(values.size, STORAGE[dtype])
-    narrow(values, dtype, stored, np.empty(2 * values.size, np.bool_))
+    narrow(values, dtype, stored, bytearray(2 * values.size))
     return Output(ROTARY_BUFFER, dtype, stored.shape, constant=stored.tobytes())
 
 

@@ -240,7 +240,7 @@ def _times(part: NDArray[Any], dtype: str, factor: float) -> NDArray[Any]:
         return part
     values = to_float32(part.tobytes(), dtype, part.shape) * np.float32(factor)
     out = np.empty(part.shape, STORAGE[dtype])
-    narrow(values.reshape(-1), dtype, out.reshape(-1), np.empty(2 * part.size, np.bool_))
+    narrow(values.reshape(-1), dtype, out.reshape(-1), bytearray(2 * part.size))
     return out
 
 

@@ -16,9 +16,15 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
 }
 
-# What still rounds to a finite float16.
-F16_LARGEST = np.float32(65519.996)
+# The number format's bits as an integer, and its infinity there; larger ones are no numbers.
+_INFINITY: dict[str, tuple[Any, int]] = {
+    "BF16": (np.dtype("<i2"), 0x7F80),
+    "F16": (np.dtype("<i2"), 0x7C00),
+    "F32": (np.dtype("<i4"), 0x7F800000),
+}
 
+# So many are looked for one by one.
+_FEW = 32
 _SIXTEEN, _HALF, _EVEN = np.uint32(16), np.uint32(0x8000), np.uint32(0xFFFEFFFF)
 
 
@@ -32,10 +38,11 @@ def widen(stored: NDArray[Any], dtype: str, out: Floats) -> None:
         out[...] = stored
 
 
-def narrow(values: Floats, dtype: str, out: NDArray[Any], ties: NDArray[np.bool_]) -> None:
+def narrow(values: Floats, dtype: str, out: NDArray[Any], ties: bytearray) -> None:
     """``values`` rounded to the nearest (ties to even) number of ``dtype``, in ``out``.
 
-    ``values`` hold something else afterwards; ``ties`` is space for twice as many.
+    ``values`` hold something else afterwards; ``ties`` is space for twice as many. A NaN whose lower
+    half is full may come out as a zero: look for those before.
     """
     if dtype != "BF16":
         with np.errstate(over="ignore"):  # an overflow to infinity is found by the caller
@@ -46,12 +53,36 @@ def narrow(values: Floats, dtype: str, out: NDArray[Any], ties: NDArray[np.bool_
     # is kept makes it 0x3F80, while 0x3F818000 -> 0x3F820000 was right already.
     bits = values.view(np.uint32)
     np.add(bits, _HALF, out=bits)
-    np.equal(bits.view("<u2"), 0, out=ties)
-    zeros = np.flatnonzero(ties)
-    tied = zeros[zeros % 2 == 0] // 2  # a lower half comes before its upper half
-    bits[tied] &= _EVEN
+    halves = 2 * bits.size
+    np.equal(bits.view("<u2"), 0, out=np.frombuffer(ties, np.bool_, halves))
+    zeros = _places(ties, halves)
+    bits[zeros[zeros % 2 == 0] // 2] &= _EVEN  # a lower half comes before its upper half
     np.right_shift(bits, _SIXTEEN, out=bits)
     np.copyto(out, bits, casting="unsafe")
+
+
+def _places(marks: bytearray, size: int) -> NDArray[np.intp]:
+    """Where the first ``size`` marks are set; fast when that is hardly anywhere, as ties are."""
+    found: list[int] = []
+    place = marks.find(1, 0, size)
+    while place >= 0:
+        found.append(place)
+        if len(found) == _FEW:
+            return np.flatnonzero(np.frombuffer(marks, np.bool_, size))
+        place = marks.find(1, place + 1, size)
+    return np.array(found, np.intp)
+
+
+def is_finite(stored: NDArray[Any], dtype: str) -> bool:
+    """Whether ``stored`` (elements of STORAGE[dtype], one or more) holds neither infinity nor NaN.
+
+    As integers the positive ones are the largest; with the sign bit set, the largest of the unsigned.
+    """
+    kind, infinity = _INFINITY[dtype]
+    signed = stored.view(kind)
+    unsigned = stored.view(f"<u{kind.itemsize}")
+    sign = 1 << (8 * kind.itemsize - 1)
+    return bool(signed.max() < infinity and unsigned.max() < sign + infinity)
 
 
 def to_float32(stored: bytes, dtype: str, shape: tuple[int, ...]) -> Floats:

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from finetune.errors import ModelError
 from finetune.export.adapter import Update
-from finetune.export.numbers import F16_LARGEST, STORAGE, Floats, narrow, widen
+from finetune.export.numbers import STORAGE, is_finite, narrow, widen
 from finetune.weights import ITEM_SIZE, TensorInfo
 
-_BUFFER = 8 << 20
+# Small enough that what was computed is hashed and written while it is still in the processor's caches.
+_BUFFER = 2 << 20
 _PAGE = 4096
 # Elements that are computed on at once: small enough for the processor's caches.
 _BLOCK = 1 << 16
@@ -208,6 +209,7 @@ class _Workspace:
 
     def __init__(self) -> None:
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._marks = bytearray()
 
     def array(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
         """``size`` elements that nobody else uses by that name."""
@@ -215,6 +217,12 @@ class _Workspace:
         if found is None or found.size < size or found.dtype != dtype:
             found = self._arrays[name] = np.empty(size, dtype)
         return found[:size]
+
+    def marks(self, size: int) -> bytearray:
+        """``size`` bytes or more."""
+        if len(self._marks) < size:
+            self._marks = bytearray(size)
+        return self._marks
 
 
 def _take(output: Output, source: TensorInfo, sink: _Sink, work: _Workspace) -> None:
@@ -269,19 +277,18 @@ def _compute(
             here = slice(first, first + height)
             with np.errstate(over="ignore", invalid="ignore"):  # found by the check
                 output.update.apply(here, values.reshape(height, columns), delta)
-        _check_finite(values, output)
-        result = work.array("result", size, target)
-        narrow(values, output.dtype, result, work.array("ties", 2 * size, np.bool_))
-        sink.write(result.view(np.uint8).data)
-
-
-def _check_finite(values: Floats, output: Output) -> None:
-    # A product with itself shows a NaN or an infinity in one fast pass; then look closer.
-    largest = F16_LARGEST if output.dtype == "F16" else np.finfo(np.float32).max
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.dot(values, values) <= largest or np.abs(values).max() <= largest:
-            return
-    raise ModelError(
-        f"{output.name} would hold numbers that are not finite in {output.dtype}; "
-        "the base or the adapter is broken, or the number format too small"
-    )
+        ties = work.marks(2 * size)
+        room = sink.room(size * target.itemsize)
+        fits = len(room) == size * target.itemsize
+        result = np.frombuffer(room, target) if fits else work.array("result", size, target)
+        narrow(values, output.dtype, result, ties)
+        known = source.dtype != "F32" or is_finite(stored, "F32")
+        if not known or not is_finite(result, output.dtype):
+            raise ModelError(
+                f"{output.name} would hold numbers that are not finite in {output.dtype}; "
+                "the base or the adapter is broken, or the number format too small"
+            )
+        if fits:
+            sink.fill(len(room))
+        else:
+            sink.write(result.view(np.uint8).data)
