@@ -1,4 +1,4 @@
-"""`finetune merge | export`: checkpoints that open elsewhere."""
+"""`finetune merge | export | push`: checkpoints that open elsewhere."""
 
 from __future__ import annotations
 
@@ -99,6 +99,48 @@ def export(
             f"tensors, {report.num_bytes / 1e9:.2f} GB in {report.seconds:.0f} s"
         )
         _say_difference(report.largest_difference)
+        emit(report)
+
+
+@export_app.command()
+def push(
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Of merge or export, an adapter, or a run.")
+    ],
+    repo: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="The model repository; made if need be.")
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Send it. Without, only say what would be sent.")
+    ] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="For everybody to read; otherwise private.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Of an adapter: its base's name on the hub."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a checkpoint to the Hugging Face hub.
+
+    Needs --yes, and a token in HF_TOKEN or of `hf auth login`.
+    """
+    with console.json_output(as_json) as emit:
+        from finetune.export.push import push as run
+
+        report = run(source, repo, send=yes, public=public, base=base)
+        for note in report.notes:
+            console.say(f"note: {note}")
+        for name, size in report.files.items():
+            console.say(f"  {name}  {size / 1e6:.2f} MB")
+        kind = "private" if report.private else "public"
+        total = sum(report.files.values()) / 1e9
+        what = f"{len(report.files)} files, {total:.2f} GB, of {report.source}"
+        if report.address is None:
+            console.say(f"{what} would go to {repo} ({kind}); nothing was sent: add --yes")
+        else:
+            console.say(f"{what} are at {report.address} ({kind})")
         emit(report)
 
 

@@ -26,7 +26,7 @@ _UNTOLD = (
     "training.resume", "training.report_to", "training.process_timeout_minutes", "training.extra",
     "deepspeed.config",
 )  # fmt: skip
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(
@@ -36,6 +36,7 @@ def model_card(
     sources: Sequence[tuple[Path, float]] = (),
     *,
     library: str = "transformers",
+    named: str | None = None,
 ) -> str:
     """The card's text.
 
@@ -45,10 +46,11 @@ def model_card(
         base: The base's path or hub id.
         sources: The tuned folders that went in, each with its weight.
         library: What opens the output.
+        named: The base's hub id, where that is known better than by the sources' records.
     """
     records = [_json(folder / "finetune.json") for folder, _ in sources]
     found = [str((record.get("base") or {}).get("path") or base) for record in records]
-    base = found[0] if found else base
+    base = named or (found[0] if found else base)
     parts = [_front(base, library), f"# {title}\n\n{done}\n"]
     for (folder, weight), record in zip(sources, records, strict=True):
         heading = f"Adapter {folder.name}, weight {weight:g}" if len(sources) > 1 else "Training"
@@ -71,15 +73,16 @@ def exported_card(folder: Path, title: str, done: str, base: str) -> str:
 
 def public_name(path: str) -> str:
     """A hub id as it is, of anything else the last name."""
-    return path if _is_hub_id(path) else PurePath(path).name
+    return path if is_hub_id(path) else PurePath(path).name
 
 
-def _is_hub_id(path: str) -> bool:
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+def is_hub_id(path: str) -> bool:
+    """Whether it is `owner/name` and no folder here."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
 def _front(base: str, library: str) -> str:
-    named = [f"base_model: {base}"] if _is_hub_id(base) else []
+    named = [f"base_model: {base}"] if is_hub_id(base) else []
     lines = [*named, f"library_name: {library}", "pipeline_tag: text-generation", "tags: [glm-4]"]
     return "\n".join(["---", *lines, "---", ""])
 
