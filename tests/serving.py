@@ -65,14 +65,16 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
         assert not thread.is_alive()
 
 
-def save_talkative(folder: Path, family: str = "glm") -> Path:
-    """A tiny model that says text for a while: of the control tokens it knows `<|user|>` alone."""
-    tiny.save_model(folder, family)
+def save_talkative(folder: Path, family: str = "glm", *, ends: bool = True) -> Path:
+    """A tiny model that says text for a while: of the control tokens it knows `<|user|>` alone.
+
+    Without `ends` it does not know that one either, and has room for a very long reply.
+    """
+    tiny.save_model(folder, family, **({} if ends else {"max_position_embeddings": 200_000}))
     tensors = load_file(folder / "model.safetensors")
     [head] = [name for name in tensors if name.endswith(("lm_head.weight", "output_layer.weight"))]
-    silent = [
-        n for n in range(tiny.NUM_RANKS, tiny.VOCAB_SIZE) if n != tiny.CONTROL_IDS["<|user|>"]
-    ]
+    known = {tiny.CONTROL_IDS["<|user|>"]} if ends else set()
+    silent = [n for n in range(tiny.NUM_RANKS, tiny.VOCAB_SIZE) if n not in known]
     tensors[head][silent] = 0.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -267,6 +267,27 @@ def test_the_command_serves_until_sigterm_and_ends_with_0(base: Path) -> None:
         httpx.get(f"{url}/health")
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_server_in_the_middle_of_a_reply(
+    tmp_path: Path, first: signal.Signals
+) -> None:
+    endless = serving.save_talkative(tmp_path / "endless", ends=False)
+    body = {"model": "endless", "messages": HELLO, "max_tokens": 150_000, "stream": True}
+    with started(endless) as (popen, url):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            popen.send_signal(first)
+            for _ in range(400):  # the first signal lets it go on
+                next(lines)
+            assert popen.poll() is None
+            popen.send_signal(signal.SIGINT)
+            assert popen.wait(10) == 128 + signal.SIGINT
+        out = popen.stdout.read()
+    assert out.endswith("stopped in the middle of a reply\n")
+    assert "Traceback" not in out
+
+
 def test_mistakes_are_told_before_the_model_is_opened(base: Path, tmp_path: Path) -> None:
     done = run(
         "-m", "finetune", "serve", base, "--host", "0.0.0.0", cwd=tmp_path, FINETUNE_API_KEY=""

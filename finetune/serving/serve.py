@@ -7,6 +7,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -155,7 +156,12 @@ def _url(listener: socket.socket) -> str:
 
 
 def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
-    """Serves until a signal; a second one ends at once. Returns when everything is closed."""
+    """Serves until a signal. Returns when everything is closed; a second signal ends the process.
+
+    At once, and past every `finally`: uvicorn's own forced exit leaves the loop while the model's
+    thread still writes, so that what happens next depends on the moment (a traceback of a cancelled
+    request, a reply sent to a closed loop, ten seconds of waiting). There is nothing to be saved.
+    """
     import uvicorn
 
     config = uvicorn.Config(
@@ -169,7 +175,10 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     server = uvicorn.Server(config)
 
     def stop(sig: int, frame: FrameType | None) -> None:
-        server.force_exit = server.should_exit
+        if server.should_exit:
+            console.say("stopped in the middle of a reply")
+            sys.stdout.flush()
+            os._exit(128 + sig)
         server.should_exit = True
         engine.drain()
 
