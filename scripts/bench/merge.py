@@ -1,11 +1,13 @@
 """What a merge costs beside `cp`: wall time, processor time and peak memory, in alternation.
 
 python scripts/bench/merge.py --gigabytes 4 --rounds 3 [--directory FOLDER] [--cold] [--only NAME]...
+                              [--llamafactory ENV/bin/python]
 
 Makes a synthetic sharded GLM in bfloat16 with a LoRA adapter on all attention and MLP matrices (as
 training does by default), then runs one after the other, each in a process of its own, as often as asked:
 `cp`; `cp` + `sync`, which is as durable as our output; that and `sha256sum`, which is as durable and as
-checkable; `finetune merge`; PEFT's merge_and_unload + save. Threads of torch are not limited.
+checkable; `finetune merge`; PEFT's merge_and_unload + save; LLaMA-Factory's export, from an environment
+of its own. Threads of torch are not limited.
 --cold drops the inputs from the file cache before each, as for a checkpoint that was not just used.
 --directory keeps the inputs for another time.
 """
@@ -48,6 +50,23 @@ model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 model = PeftModel.from_pretrained(model, sys.argv[1]).merge_and_unload()
 model.save_pretrained(sys.argv[2], max_shard_size="1GB")
 """
+LLAMA_FACTORY = """
+import sys, json
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+import transformers, datasets, peft, trl
+try:
+    import torchaudio
+except Exception:  # needed for sound only, and none fits a torch without CUDA
+    sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
+from llamafactory.train.tuner import export_model
+base = json.load(open(sys.argv[1] + "/adapter_config.json"))["base_model_name_or_path"]
+export_model({
+    "model_name_or_path": base, "adapter_name_or_path": sys.argv[1], "template": "default",
+    "finetuning_type": "lora", "export_dir": sys.argv[2], "export_size": 1, "export_device": "cpu",
+    "infer_dtype": "bfloat16",
+})
+"""
 NOTHING = "import numpy"
 
 
@@ -58,6 +77,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=None)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--llamafactory", help="python of an environment that has it")
     parser.add_argument("--only", action="append", help="a way's name; repeatable")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,9 +92,11 @@ def main() -> None:
         print(
             f"{size / 1e9:.2f} GB, {options.rounds} rounds, {'cold' if options.cold else 'warm'} cache"
         )
-        chosen = {
-            name: way for name, way in ways(work).items() if name in (options.only or ways(work))
-        }
+        known = ways(work)
+        if options.llamafactory:
+            command = [options.llamafactory, "-c", LLAMA_FACTORY, str(work / "adapter")]
+            known["LLaMA-Factory"] = [*command, str(work / "llamafactory")]
+        chosen = {name: way for name, way in known.items() if name in (options.only or known)}
         report(measure(chosen, work, options), idle)
 
 
@@ -159,7 +181,19 @@ def make_model(folder: Path, gigabytes: float) -> int:
         "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": [0], "dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    make_tokenizer(folder)
     return write_shards(folder, shapes)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """One that knows a word; LLaMA-Factory does not export without."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {"<|endoftext|>": 0, "word": 1}
+    Tokenizer(WordLevel(words, "<|endoftext|>")).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def layer_shapes(layer: int) -> dict[str, tuple[int, int]]:
