@@ -14,13 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts/bench"), str(ROOT / "tests")]
 
 import cells  # noqa: E402
+import pictures  # noqa: E402
 import runs  # noqa: E402
 import tiny  # noqa: E402
 
 FAMILIES = {"lora_hf": "glm", "lora_0414": "glm4", "quickstart": "glm"}
-TEXT_CONFIGS = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("glm4v")
-)
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def stop_at_once(model: Path) -> None:
@@ -52,14 +51,18 @@ def main(folder: Path) -> None:
             ("glm4", {"max_position_embeddings": 131072}),
         )
     }
+    models["glm4v"] = pictures.save_model(folder / "glm4v", seq_length=8192)
+    pictured = pictures.write_dialogues(folder / "pictured", 20)
     for model in models.values():
         stop_at_once(model)
     cells.warm_up(models["chatglm"])
     problems = {}
-    for path in TEXT_CONFIGS:
-        model = models[FAMILIES.get(path.stem, "chatglm")]
+    for path in CONFIGS:
+        shows = path.stem.startswith("glm4v")
+        model = models["glm4v" if shows else FAMILIES.get(path.stem, "chatglm")]
+        files = (pictured, pictured) if shows else (data, validation)
         overrides = [
-            f"model.path={model}", f"data.train={data}", f"data.validation={validation}",
+            f"model.path={model}", f"data.train={files[0]}", f"data.validation={files[1]}",
             "training.max_steps=2", "training.num_epochs=null", "evaluation.every_steps=2",
         ]  # fmt: skip
         config = load_config(path, overrides)
@@ -67,7 +70,7 @@ def main(folder: Path) -> None:
         saved = Path(config.training.output_dir, "checkpoint-2/manifest.json").is_file()
         if problem or not saved:
             problems[path.name] = problem or "no checkpoint was written"
-    print(json.dumps({"ran": [path.name for path in TEXT_CONFIGS], "problems": problems}))
+    print(json.dumps({"ran": [path.name for path in CONFIGS], "problems": problems}))
 
 
 if __name__ == "__main__":
