@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from finetune.config import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
-from finetune.methods import ptuning_v2
+from finetune.methods import prefix_start, ptuning_v2
 from finetune.methods.base_record import BaseRecord
 from finetune.models.load import load_model
 from finetune.weights import model_fingerprint
@@ -34,7 +34,7 @@ def tuned(base: Path, *, projection: bool = False, **options: Any) -> torch.nn.M
     model = ptuning_v2.attach(load_model(base, **options), section)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            weight.data.normal_(0, 1 if "key_value" in name else 0.5)
+            weight.data.normal_(0, 4 if "key_value" in name else 0.5)
     return model.eval()
 
 
@@ -62,6 +62,46 @@ def test_a_fresh_prefix_is_the_base_with_its_text_in_front(base: Path) -> None:
     with torch.no_grad():
         expected = load_model(base)(together).logits[:, N:]
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_every_key_and_value_is_trained_in_a_unit_of_about_its_own_size(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = [371, 9, 60, 200, 17]
+    section = PTuningV2Method(num_virtual_tokens=N)
+    # As in a real model: large keys, small values, the first token's smallest of all.
+    sizes = torch.logspace(-2, 1, N)[None, None, :, None] * torch.tensor([2.0, 0.1])[:, None, None, None]  # fmt: skip
+    starts = [start * sizes for start in prefix_start.activations(load_model(base), text)]
+    monkeypatch.setattr(prefix_start, "activations", lambda *_: starts)
+    model = ptuning_v2.attach(load_model(base), section, start_ids=text)
+    prefixes = [m for m in model.modules() if isinstance(m, ptuning_v2.Prefix)]
+    for prefix, start in zip(prefixes, starts, strict=True):
+        assert torch.equal(prefix(), start)
+        own = prefix.key_value.square().mean(-1).sqrt()
+        assert own.min() > 2**-0.51
+        assert own.max() < 2**0.51
+        assert torch.equal(torch.frexp(prefix.unit).mantissa, torch.full_like(prefix.unit, 0.5))
+    # A step of the optimizer is a share of what is there, for the smallest as for the largest.
+    optimizer = torch.optim.AdamW([p.key_value for p in prefixes], lr=0.1, weight_decay=0)
+    for prefix in prefixes:
+        prefix.key_value.grad = torch.ones_like(prefix.key_value)
+    optimizer.step()
+    for prefix, start in zip(prefixes, starts, strict=True):
+        share = (start - prefix()).square().mean(-1).sqrt() / start.square().mean(-1).sqrt()
+        assert share.min() > 0.1 * 2**-0.51
+        assert share.max() < 0.1 * 2**0.51
+    adapter = save(model, base, tmp_path / "adapter")
+    fresh = ptuning_v2.attach(load_model(base), section)  # of noise, with other units
+    ptuning_v2.restore(fresh, adapter)
+    assert all(
+        torch.equal(value, dict(fresh.state_dict())[name])
+        for name, value in model.state_dict().items()
+    )
+    (adapter / ptuning_v2.UNITS_NAME).unlink()  # a checkpoint of before there were units
+    ptuning_v2.restore(fresh, adapter)
+    for old, new in zip(prefixes, (m for m in fresh.modules() if isinstance(m, ptuning_v2.Prefix)), strict=True):  # fmt: skip
+        assert torch.equal(new(), old())
+        assert torch.equal(new.unit, torch.ones_like(new.unit))
 
 
 @pytest.mark.parametrize("projection", [False, True])

@@ -38,6 +38,8 @@ from finetune.weights import model_fingerprint, read_shard
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 ENCODER_WEIGHTS_NAME = "prefix_encoder.safetensors"
+UNITS_NAME = "prefix_units.safetensors"
+UNIT = ".prefix.unit"
 FLAT_NAME = "prompt_embeddings"  # PEFT's: [N, L * 2 * H * D], keys before values in each layer
 START_STD = 0.2
 ATTENTION_LAYER = re.compile(r".*layers\.\d+\.(self_attn|self_attention)")
@@ -66,15 +68,26 @@ class PrefixEncoder(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Keys and values of one layer, trained as they are."""
+    """Keys and values of one layer, each vector trained in a unit of about its own size.
+
+    Adam moves a number by about the learning rate, whatever it is. Keys may be of size 2 where values
+    are of size 0.05, and those of the first token, which takes the attention that nothing else wants,
+    are the smallest of all: one step for all of them leaves the keys where they are or breaks the rest.
+    Units are powers of two, so numbers go to PEFT's form and back without rounding.
+    """
+
+    unit: Tensor
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
-        self.key_value = nn.Parameter(start)
+        size = start.square().mean(-1, keepdim=True).sqrt() * 2**0.5
+        nearest = size / torch.frexp(size).mantissa / 2
+        self.register_buffer("unit", torch.where(size > 0, nearest, 1.0))  # [2, H, N, 1]
+        self.key_value = nn.Parameter(start / self.unit)
 
     def forward(self) -> Tensor:
         """[2, H, N, D]."""
-        return self.key_value
+        return self.key_value * self.unit
 
 
 class EncodedPrefix(nn.Module):
@@ -145,11 +158,15 @@ def save(
     base: BaseRecord,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a PEFT prefix-tuning adapter, the encoder folded away; its weights beside it to resume.
+    """Write a PEFT prefix-tuning adapter, encoder or units folded away; they lie beside it to resume.
 
     The fold works on the state dict alone, so one rank can do it while the others wait.
     """
     state = {k: v.detach().cpu().float() for k, v in (state_dict or model.state_dict()).items() if _is_trained(k)}  # fmt: skip
+    units = {k: v.cpu().float() for k, v in model.named_buffers() if k.endswith(UNIT)}
+    if units:
+        save_file(units, folder / UNITS_NAME, metadata={"format": "pt"})
+    state |= units
     flat = _fold(state, list(_attention_layers(model)), *_key_value_shape(model))
     save_file({FLAT_NAME: flat}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     if any(name.startswith("prefix_encoder.") for name in state):
@@ -181,6 +198,8 @@ def restore(model: PreTrainedModel, folder: Path) -> None:
         state = load_file(folder / ENCODER_WEIGHTS_NAME)
     else:
         state = _unfold(model, _flat_weights(folder))
+        state |= load_file(folder / UNITS_NAME) if (folder / UNITS_NAME).is_file() else {}
+        state = _in_units(state)
     if set(state) != expected:
         raise ModelError(
             f"{folder} holds another prefix than this run attaches; "
@@ -273,21 +292,32 @@ def _fold(state: Mapping[str, Tensor], layers: list[str], heads: int, head_dim: 
         ]  # fmt: skip
     else:
         rows = [
-            state[f"{name}.prefix.key_value"].permute(2, 0, 1, 3).reshape(-1, 2 * heads * head_dim)
+            (state[f"{name}.prefix.key_value"] * state[f"{name}{UNIT}"])
+            .permute(2, 0, 1, 3)
+            .reshape(-1, 2 * heads * head_dim)
             for name in layers
         ]
     return torch.cat(rows, dim=1).contiguous()
 
 
 def _unfold(model: PreTrainedModel, flat: Tensor) -> dict[str, Tensor]:
-    """State dict of plain prefixes from PEFT's flat form."""
+    """State dict of plain prefixes from PEFT's flat form, in units of one."""
     heads, head_dim = _key_value_shape(model)
     layers = _attention_layers(model)
     per_layer = flat.view(flat.shape[0], len(layers), 2, heads, head_dim).permute(1, 2, 3, 0, 4)
+    state = {}
+    for name, values in zip(layers, per_layer, strict=True):
+        state[f"{name}.prefix.key_value"] = values.contiguous()
+        state[f"{name}{UNIT}"] = torch.ones(*values.shape[:-1], 1)
+    return state
+
+
+def _in_units(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with every key and value divided by its unit."""
     return {
-        f"{name}.prefix.key_value": values.contiguous()
-        for name, values in zip(layers, per_layer, strict=True)
-    }
+        name: tensor if name.endswith(UNIT) else tensor / state[name.replace(".prefix.key_value", UNIT)]
+        for name, tensor in state.items()
+    }  # fmt: skip
 
 
 def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
