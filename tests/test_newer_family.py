@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
+from finetune.data import grid_image
 from finetune.data.conversation import Conversation, Message
 from finetune.data.template import ChatTemplate
 from finetune.data.tokenizer import load_chat_tokenizer
@@ -142,14 +144,26 @@ def test_the_same_yaml_trains_it(folder: Path, tmp_path: Path, method: str) -> N
     assert said[0] == said[1]
 
 
-def test_two_processes_with_and_without_images_learn_like_one(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "freeze", "sharding"),
+    [
+        ("full", [], None),
+        ("full", [], {"zero_stage": 3}),
+        ("ptuning_v2", ["vision"], {"zero_stage": 3}),
+    ],
+)
+def test_two_processes_with_and_without_images_learn_like_one(
+    folder: Path, tmp_path: Path, method: str, freeze: list[str], sharding: dict[str, int] | None
+) -> None:
     data = str(pictures.write_dialogues(tmp_path / "pair", 2))
     changes = {
-        "model__freeze": [], "training__max_steps": 3, "training__learning_rate": 1e-3,
+        "model__freeze": freeze, "training__max_steps": 3, "training__learning_rate": 1e-3,
         "data__train": data, "data__validation": data,
     }  # fmt: skip
-    runs.run_here(settings(folder, tmp_path / "one", "full", **changes, training__batch_size=2))
-    shared = settings(folder, tmp_path / "two", "full", **changes, training__batch_size=1)
+    runs.run_here(settings(folder, tmp_path / "one", method, **changes, training__batch_size=2))
+    shared = settings(folder, tmp_path / "two", method, **changes, training__batch_size=1)
+    if sharding:
+        shared["deepspeed"] = sharding
     two = runs.run_command(shared, tmp_path, processes=2)
     assert two.returncode == 0, two.stderr[-2000:]
     assert runs.history(tmp_path / "two") == pytest.approx(runs.history(tmp_path / "one"), abs=1e-5)
@@ -162,10 +176,16 @@ def test_packing_is_refused(folder: Path, tmp_path: Path) -> None:
         runs.run_here(settings(folder, tmp_path / "run", "lora", data__packing=True))
 
 
-def test_zero_3_is_refused(folder: Path, tmp_path: Path) -> None:
-    made = settings(folder, tmp_path / "run", "lora") | {"deepspeed": {"zero_stage": 3}}
-    with pytest.raises(ConfigError, match=r"does not run with GLM-4\.1V yet"):
-        runs.run_here(made)
+def test_a_version_of_transformers_that_needs_torchvision_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "transformers.models.glm4v.image_processing_pil_glm4v"
+    monkeypatch.setitem(sys.modules, name, None)
+    grid_image._processor.cache_clear()
+    with pytest.raises(ModelError, match=r"cannot prepare images.*or torchvision"):
+        ChatTemplate(load_chat_tokenizer(folder / "model"))
+    monkeypatch.undo()
+    ChatTemplate(load_chat_tokenizer(folder / "model"))
 
 
 def test_a_folder_without_its_preprocessor_says_so(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import runs
 import torch
+from safetensors.torch import load_file
 
 from finetune.config import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
@@ -188,3 +189,32 @@ def test_stage_0_and_2_run_in_one_process_without_a_launcher(
     for name in ("stage-0", "stage-2"):
         expected = runs.history(tmp_path / "plain")
         assert runs.history(tmp_path / name) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_offloaded_optimizer_state_and_weights_train_the_same_run(
+    tiny_glm: Path, tmp_path: Path
+) -> None:
+    data = runs.write_dialogues(tmp_path / "train.jsonl", 8)
+    common = {"training__max_steps": 3, "training__learning_rate": 1e-3, "training__batch_size": 4}
+    full = {"method": {"kind": "full"}}
+    runs.run_here(runs.config(tiny_glm, data, tmp_path / "plain", **common) | full)
+    common["training__batch_size"] = 2
+    places = {
+        "stage-2": {"zero_stage": 2, "offload_optimizer": "cpu"},
+        "stage-3": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    }
+    settings = [
+        runs.config(tiny_glm, data, tmp_path / name, **common) | full | {"deepspeed": place}
+        for name, place in places.items()
+    ]
+    done = runs.run_command(settings, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    right = load_file(tmp_path / "plain/checkpoint-3/model.safetensors")
+    for name in places:
+        assert runs.history(tmp_path / name) == pytest.approx(
+            runs.history(tmp_path / "plain"), abs=1e-5
+        )
+        left = load_file(tmp_path / name / "checkpoint-3/model.safetensors")
+        assert left.keys() == right.keys()
+        assert all(torch.allclose(left[key], right[key], rtol=0, atol=1e-3) for key in right)

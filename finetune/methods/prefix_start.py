@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 def activations(model: PreTrainedModel, ids: Sequence[int]) -> list[Tensor]:
     """Return float32 [2, H, N, D] for every layer: keys and values of the N tokens `ids`."""
     text = torch.tensor([list(ids)], device=model.device)
+    base = model.base_model
+    reader = getattr(base, "language_model", base)  # GLM-4.1V's text model; its tower need not look
     with torch.no_grad(), _gathered(model):
-        cache: Any = model.base_model(input_ids=text, use_cache=True).past_key_values
+        cache: Any = reader(input_ids=text, use_cache=True).past_key_values
     return [torch.stack([layer.keys[0], layer.values[0]]).float() for layer in cache.layers]
 
 

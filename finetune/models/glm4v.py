@@ -29,8 +29,11 @@ class Glm4vModel(transformers.Glm4vModel):
         """
         kwargs.pop("mm_token_type_ids", None)
         begins = past_key_values is None or past_key_values.get_seq_length() == 0
+        # The tower comes first, with images or without: under ZeRO-3 processes must gather the same
+        # weights in the same order, and transformers by itself embeds the text before it looks.
         if pixel_values is not None and input_ids is not None:
-            kwargs |= {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+            seen = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+            kwargs |= {"image_grid_thw": image_grid_thw, "mm_encoder_outputs": {"image": seen}}
             kwargs["mm_token_type_ids"] = self.kinds(input_ids)
         elif begins:
             self.rope_deltas = None  # of whatever images were shown before

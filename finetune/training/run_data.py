@@ -92,11 +92,6 @@ def _check_newer_family(config: RunConfig) -> None:
         raise ConfigError(
             "data.packing: the positions of GLM-4.1V do not tell documents apart; leave it out"
         )
-    if config.deepspeed is not None and config.deepspeed.zero_stage == 3:
-        raise ConfigError(
-            "deepspeed.zero_stage: 3 does not run with GLM-4.1V yet, where some batches show images "
-            "and others do not; use 2 or less"
-        )
 
 
 def _described(examples: PreparedDataset) -> dict[str, Any]:

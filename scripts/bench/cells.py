@@ -25,7 +25,7 @@ for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu"), ("HF_HU
     os.environ.setdefault(name, value)
 
 Settings = dict[str, Any]
-FAMILIES = ("chatglm", "glm", "glm4", "glm4v")
+FAMILIES = ("chatglm", "glm", "glm4", "glm4v", "glm4.1v")
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,16 @@ def subject(
 ) -> tuple[Path, Path, dict[str, Any]]:
     """A tiny model, `count` dialogues for it, and what its runs change in a config.
 
-    Of `glm4v` the tower is frozen, and every third dialogue shows an image: batches with and
+    Of `glm4v` and `glm4.1v` the tower is frozen, and every third dialogue shows an image: batches with and
     without one meet in the same forward pass of two processes.
     """
     import pictures
     import runs
     import tiny
 
-    if family == "glm4v":
-        model = pictures.save_model(folder / "model")
+    if family in ("glm4v", "glm4.1v"):
+        save = pictures.save_model if family == "glm4v" else pictures.save_grid_model
+        model = save(folder / "model")
         data = pictures.write_dialogues(folder / "data", count, every=3)
         return model, data, {"model__freeze": ["vision"], "data__group_by_length": False}
     model = tiny.save_model(folder / "model", family)

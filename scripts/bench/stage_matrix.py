@@ -4,7 +4,7 @@
                                          [--dtype bfloat16] [--family chatglm] [--json]
                                          [--with data__packing=true]
 
-With `--family glm4v` the tower is frozen and every third dialogue shows an image.
+With `--family glm4v` or `glm4.1v` the tower is frozen and every third dialogue shows an image.
 
 Tiny random models, five optimizer steps of eight dialogues, validation loss and generation at the
 end. A cell of the table holds the largest difference to its method's float32 run in one process
@@ -120,7 +120,7 @@ def outcome(run_dir: Path, base: Path) -> Outcome:
     ids = torch.randint(0, 370, (2, 24), generator=torch.Generator().manual_seed(0))
     opened = open_model(checkpoint)
     shown = {}
-    if opened.template.image:
+    if opened.model.config.model_type == "chatglm" and opened.template.image:
         span = [pictures.BOI, *[tiny.PAD_ID] * pictures.NUM_PATCHES, pictures.EOI]
         ids[0, 2 : 2 + len(span)] = torch.tensor(span)
         side = pictures.SIZE
