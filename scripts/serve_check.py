@@ -14,6 +14,7 @@ import argparse
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -189,8 +190,10 @@ def wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) -> 
 
 
 def ending(log: Path) -> str:
-    """The last lines of a log."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
+    """The last lines of a log, and before them the errors of any process of vLLM, the cause first."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines[:-30] if re.search(r"\w*(Error|Exception): ", line)]
+    return "\n".join([*errors[:10], *lines[-30:]])
 
 
 def their_answer(client: openai.OpenAI, model: str, request: Request, stops: set[int]) -> Answer:
