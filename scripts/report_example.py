@@ -26,7 +26,7 @@ HELD_OUT = "data/support_desk/heldout.jsonl"
 PARTS = ("train", "evaluate", "document")
 METHODS = {
     "lora": ["training.learning_rate=1e-3"],
-    "ptuning_v2": ["method={kind: ptuning_v2, num_virtual_tokens: 32}", "training.learning_rate=1e-1"],
+    "ptuning_v2": ["method={kind: ptuning_v2}", "training.learning_rate=1e-1"],
     "full": ["method={kind: full}", "training.learning_rate=1e-4"],
 }  # fmt: skip
 STEPS = [
