@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -314,27 +315,40 @@ def test_ctrl_c_in_a_real_terminal_stops_the_reply_and_ctrl_d_leaves(tiny_glm: P
     )  # fmt: skip
     os.close(theirs)
     try:
-        seen = _read_until(ours, "/quit leaves\r\n")
+        terminal = Screen(ours)
+        terminal.until(r"/quit leaves\r\n[^>]*> ")
         os.write(ours, b"hello\n")
-        _read_until(ours, "hello\r\n")
-        time.sleep(0.5)  # the reply, of a minute or so, has begun
+        terminal.until(
+            r"hello\r\n(\x1b\[\?2004l\r?)?\s*[^\x1b\s]"
+        )  # the reply, of a minute or so, has begun
         process.send_signal(signal.SIGINT)
-        _read_until(ours, "\n> ")
+        terminal.until(r"\n[^\n]*> $")
         os.write(ours, b"/system be brief\n")
-        seen += _read_until(ours, "system message: be brief)")
+        # A Ctrl-D before the prompt is not the prompt's.
+        terminal.until(r"system message: be brief\)[^>]*> $")
         os.write(ours, b"\x04")
         assert process.wait(timeout=30) == 0
-        assert "Traceback" not in seen
+        assert "Traceback" not in terminal.seen
     finally:
         process.kill()
+        process.wait()
         os.close(ours)
 
 
-def _read_until(handle: int, text: str) -> str:
-    seen = b""
-    deadline = time.monotonic() + 100
-    while text.encode() not in seen:
-        ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"{text!r} never came; seen {seen[-500:]!r}"
-        seen += os.read(handle, 65536)
-    return seen.decode(errors="replace")
+class Screen:
+    """Our end of a pseudo-terminal."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.seen = ""
+        self.read = 0
+
+    def until(self, pattern: str) -> None:
+        """Read on until `pattern` stands behind what was matched before."""
+        deadline = time.monotonic() + 100
+        while not (found := re.compile(pattern).search(self.seen, self.read)):
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([self.handle], [], [], left)
+            assert ready, f"{pattern!r} never came; seen {self.seen[-500:]!r}"
+            self.seen += os.read(self.handle, 65536).decode(errors="replace")
+        self.read = found.end()
