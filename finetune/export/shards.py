@@ -1,7 +1,7 @@
 """Writes a safetensors file from another one, piece by piece, changing some of its tensors on the way.
 
-Memory is a few buffers, whatever the size of the file. Each byte passes through once: read, changed
-where a tensor is, written, and hashed beside the writing.
+Memory is a few buffers, whatever the size of the file. Each byte passes through once: read and changed
+where a tensor is, by one thread; hashed by a second and written by a third while the next ones are read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from finetune.export.adapter import Update
 from finetune.export.numbers import STORAGE, is_finite, narrow, widen
 from finetune.weights import ITEM_SIZE, TensorInfo
 
-# 2 and 4 MB were no faster on the machine of scripts/bench/merge.py's figures.
-_BUFFER = 8 << 20
+_BUFFER = 4 << 20
+_BUFFERS = 4
 _PAGE = 4096
-# Elements that are computed on at once: small enough for the processor's caches.
-_BLOCK = 1 << 16
+# Elements that are computed on at once: few enough for the processor's caches, and enough for threads
+# not to pass the interpreter's lock to and fro (half as many take a fifth longer).
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -104,43 +106,46 @@ def write_shard(
     """
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            sink = _Sink(descriptor, pool, stop, advance)
+        with _Sink(descriptor, stop, advance) as sink:
             sink.write(plan.header)
             work = _Workspace()
             for output in plan.outputs:
                 sink.write(output.constant)
                 for source in output.sources:
                     _take(output, source, sink, work)
-            sink.flush()
-            os.fsync(descriptor)
-            return sink.size, sink.hexdigest()
+            sink.finish()
+        os.fsync(descriptor)
+        return sink.size, sink.hexdigest()
     finally:
         os.close(descriptor)
 
 
 class _Sink:
-    """Writes in order, a buffer at a time, and hashes one buffer while the next is filled.
+    """Writes and hashes in order, a buffer at a time, while the next ones are filled.
 
     Past the file cache where the file system can: the output is to be durable, and a cache filled with
     it would only be emptied again.
     """
 
     def __init__(
-        self,
-        descriptor: int,
-        pool: ThreadPoolExecutor,
-        stop: threading.Event,
-        advance: Callable[[int], None],
+        self, descriptor: int, stop: threading.Event, advance: Callable[[int], None]
     ) -> None:
         self.size = 0
-        self._descriptor, self._pool, self._stop, self._advance = descriptor, pool, stop, advance
+        self._descriptor, self._stop, self._advance = descriptor, stop, advance
         self._digest = hashlib.sha256()
-        self._hashing: Future[None] | None = None
+        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         # Whole pages of memory, as writing past the cache asks for.
-        self._buffers = [memoryview(mmap.mmap(-1, _BUFFER)) for _ in range(2)]
+        self._buffers = deque(memoryview(mmap.mmap(-1, _BUFFER)) for _ in range(_BUFFERS))
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
         self._filled = 0
         self._set_direct(True)
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._hasher, self._writer):
+            pool.shutdown(cancel_futures=True)
 
     def room(self, size: int) -> memoryview:
         """Where the next bytes go: space for ``size`` of them or less; ``fill`` it before the next call."""
@@ -150,7 +155,7 @@ class _Sink:
         """That many bytes are in the room now."""
         self._filled += size
         if self._filled == _BUFFER:
-            self.flush()
+            self._hand_on()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``."""
@@ -161,29 +166,40 @@ class _Sink:
             self.fill(len(room))
             rest = rest[len(room) :]
 
-    def flush(self) -> None:
-        """Hand everything to the system; of a part of a buffer only the last time."""
+    def finish(self) -> None:
+        """Everything is hashed, and with the system, when this returns."""
+        self._hand_on()
+        while self._pending:
+            self._await_oldest()
+
+    def hexdigest(self) -> str:
+        """The SHA-256 of what was handed on."""
+        return self._digest.hexdigest()
+
+    def _hand_on(self) -> None:
+        """Pass the current buffer to the other threads, and take the next when they are through with it."""
         if self._stop.is_set():
             raise GivenUpError
         data = self._buffers[0][: self._filled]
-        if self._hashing is not None:
-            self._hashing.result()
-        self._hashing = self._pool.submit(self._digest.update, data)
-        if self._filled % _PAGE:
+        self.size += len(data)
+        hashed = self._hasher.submit(self._digest.update, data)
+        self._pending.append((hashed, self._writer.submit(self._write_all, data)))
+        self._buffers.rotate(-1)
+        self._filled = 0
+        if len(self._pending) == _BUFFERS:
+            self._await_oldest()
+
+    def _await_oldest(self) -> None:
+        for future in self._pending.popleft():
+            future.result()
+
+    def _write_all(self, data: memoryview) -> None:
+        if len(data) % _PAGE:  # the last one
             self._set_direct(False)
         written = 0
         while written < len(data):
             written += self._write(data[written:])
-        self.size += written
-        self._buffers.reverse()
-        self._filled = 0
         self._advance(written)
-
-    def hexdigest(self) -> str:
-        """The SHA-256 of what was flushed."""
-        if self._hashing is not None:
-            self._hashing.result()
-        return self._digest.hexdigest()
 
     def _write(self, data: memoryview) -> int:
         try:
