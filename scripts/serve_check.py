@@ -51,7 +51,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
 }  # fmt: skip
-NAMES = ("glm", "glm-lora", "chatglm", "chatglm-merged", "glm4v")
+NAMES = ("glm", "glm-lora", "chatglm", "chatglm-merged", "glm4v", "glm4v-stock")
 Request = tuple[Conversation, int]
 
 
@@ -90,11 +90,16 @@ def make_case(name: str, runs: Path) -> Case:
         tuned = max(runs.glob("quickstart/checkpoint-*"), key=lambda folder: int(folder.name[11:]))
         base = runs / "quickstart-model"
         return Case(name, base, {"base": base, "adapter": tuned}, flags=rank)
-    if name == "glm4v":
+    if name.startswith("glm4v"):
         base = serve_models.published_images(work / "glm4v")
-        override = ("--hf-overrides", '{"architectures": ["GLM4VForCausalLM"]}')
+        overrides: dict[str, Any] = {"architectures": ["GLM4VForCausalLM"]}
+        flags: tuple[str, ...] = ()
+        if name == "glm4v":
+            overrides |= {"mrope_section": [1, 1, 1]}
+            flags = ("--worker-extension-cls", "vllm_glm4v.TrainedPositions")
+        flags += ("--hf-overrides", json.dumps(overrides))
         data = "data/shapes/held_out.jsonl"
-        return Case(name, base, {"base": base}, data=data, flags=override, images=True)
+        return Case(name, base, {"base": base}, data=data, flags=flags, images=True)
     text = serve_models.published_text(work / "chatglm")
     adapter = serve_models.adapter(text, work / "chatglm-lora")
     if name == "chatglm":
@@ -155,8 +160,9 @@ def server(case: Case, python: Path, dtype: str) -> Iterator[str]:
         if adapter := case.targets.get("adapter"):
             command += ["--lora-modules", f"adapter={adapter}"]
         environment = os.environ | ENVIRONMENT
-        if case.images:  # torchvision and what makes it import, see serve_check.sh
-            environment |= {"PYTHONPATH": str(python.parent.parent / "for-images")}
+        if case.images:  # torchvision and what makes it import, see serve_check.sh; vllm_glm4v.py
+            places = (python.parent.parent / "for-images", ROOT / "scripts")
+            environment |= {"PYTHONPATH": os.pathsep.join(map(str, places))}
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -313,17 +319,18 @@ def main() -> None:
         with server(case, given.vllm, given.dtype) as address:
             console.print(f"{case.name}: up after {time.monotonic() - started:.0f} s")
             for name in case.targets:
-                if case.images:  # trained to be another: how much another is said, and passes
+                stock = case.name == "glm4v-stock"
+                if stock:  # vLLM's positions are not the trained ones: how much that is
                     compared, *lines = compare(case, address, name)
                     table.add_row(case.name, name, f"{len(lines)} of {NUM_PROMPTS}", compared)
-                with patches_counted() if case.images else nullcontext():
+                with patches_counted() if stock else nullcontext():
                     compared, *lines = compare(case, address, name)
                 unexplained = [line for line in lines if not is_rounding(line, given.dtype)]
                 failed = failed or bool(unexplained)
                 text = f"{len(lines)} of {NUM_PROMPTS}"
                 if lines and not unexplained:
                     text += ", all rounding"
-                label = f"{name}, patches counted" if case.images else name
+                label = f"{name}, patches counted" if stock else name
                 table.add_row(case.name, label, text, compared)
                 console.print(*[json.dumps(line, ensure_ascii=False) for line in lines], sep="\n")
     console.print(table)

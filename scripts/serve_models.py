@@ -38,7 +38,7 @@ def published_text(folder: Path) -> Path:
     written = tiny_glm4v.make_config(ids, size=28, width=128, layers=4).to_dict()
     for key in ("vision_config", "boi_token_id", "eoi_token_id"):
         written.pop(key)
-    return save_random(folder, written | {"rope_ratio": 50, "tie_word_embeddings": False})
+    return save_random(folder, written | {"rope_ratio": 50})
 
 
 def save_random(folder: Path, written: dict[str, Any]) -> Path:

@@ -54,6 +54,7 @@ def make_config(ids: dict[str, int], size: int, width: int, layers: int) -> Chat
         "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False,
         "apply_residual_connection_post_layernorm": False, "multi_query_attention": True,
         "original_rope": True, "post_layer_norm": True, "rmsnorm": True, "torch_dtype": "float32",
+        "tie_word_embeddings": False,
     }  # fmt: skip
     sizes = {
         "num_layers": layers, "hidden_size": width, "ffn_hidden_size": 3 * width,

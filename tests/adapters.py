@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from finetune.methods.base_record import BaseRecord
 from finetune.models.load import load_model, lora_targets
 from finetune.weights import model_fingerprint
 
@@ -51,9 +52,8 @@ def make_adapter(folder: Path, base: Path, *, seed: int = 1, **options: Any) -> 
         if "magnitude" in name:
             parameter.data *= torch.rand_like(parameter) + 0.5
     adapted.save_pretrained(str(folder))
-    (folder / "finetune.json").write_text(
-        json.dumps({"base": {"path": str(base), "fingerprint": model_fingerprint(base)}})
-    )
+    record = BaseRecord(str(base), None, model_fingerprint(base))
+    record.write(folder, method="lora")
     return folder
 
 

@@ -222,18 +222,25 @@ def test_one_adapter_may_be_weakened_and_what_cannot_be_added_up_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_number_format_is_written_on_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora", "several", "full"])
+def test_another_number_format_is_written_on_request(tmp_path: Path, kind: str) -> None:
     base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base)
-    merge(adapter, tmp_path / "plain", check=False)
-    merge(adapter, tmp_path / "small", dtype="bfloat16")
+    source: Any = base
+    if kind != "full":
+        source = make_adapter(tmp_path / "adapter", base, use_dora=kind == "dora")
+    if kind == "several":
+        source = [(source, 0.5), (make_adapter(tmp_path / "other", base, seed=2), 2.0)]
+    merge(source, tmp_path / "plain", check=False)
+    merge(source, tmp_path / "small", dtype="bfloat16")
     plain, small = weights_of(tmp_path / "plain"), weights_of(tmp_path / "small")
     assert plain.keys() == small.keys()
     for name, tensor in small.items():
+        assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, plain[name].to(torch.bfloat16)), name
     assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == "bfloat16"
+    assert checkpoint.verify(tmp_path / "small") == []
     with pytest.raises(ConfigError, match="--dtype 'int8'"):
-        merge(adapter, tmp_path / "other", dtype="int8")
+        merge(source, tmp_path / "other", dtype="int8")
 
 
 def test_a_run_means_its_best_good_checkpoint_else_the_newest_good_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export import merge as merging
 from finetune.export import shards
+from finetune.export.export import export
 from finetune.export.merge import merge
 from finetune.training import checkpoint
 
@@ -191,19 +192,30 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
 
 
-def test_a_merge_killed_at_any_point_leaves_all_or_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["lora", "several", "full", "export", "export adapter"])
+def test_what_is_killed_at_any_point_leaves_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(shards, "_BUFFER", 8192)  # many writes although the model is tiny
     base = make_base(tmp_path / "base", shards=2)
     adapter = make_adapter(tmp_path / "adapter", base)
-    merge(adapter, tmp_path / "whole", check=False)
+    other = make_adapter(tmp_path / "other", base, seed=2)
+    sources = {"lora": adapter, "several": [(adapter, 0.5), (other, 2.0)], "full": base}
+
+    def write(out: Path) -> None:
+        if kind.startswith("export"):
+            source = str(adapter if kind == "export adapter" else base)
+            export(source, out, layout="published", check=False)
+        else:
+            merge(sources[kind], out, dtype="bfloat16" if kind == "full" else None, check=False)
+
+    write(tmp_path / "whole")
     wanted = contents(tmp_path / "whole")
     out, survived = tmp_path / "out", 0
     for last in range(1000):
         if (child := os.fork()) == 0:
             die_at_call(last)
-            merge(adapter, out, check=False)
+            write(out)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if out.exists():
@@ -213,10 +225,11 @@ def test_a_merge_killed_at_any_point_leaves_all_or_nothing(
                 shutil.rmtree(out)
         if code == 0:
             break
-    assert last >= 40
+    assert last >= (10 if kind == "export adapter" else 40)
     assert survived >= 2  # some die after the rename
     assert contents(out) == wanted
-    assert {f.name for f in tmp_path.iterdir()} == {"base", "adapter", "whole", "out"}
+    left = {"base", "adapter", "other", "whole", "out"}
+    assert {f.name for f in tmp_path.iterdir()} == left
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -169,6 +169,12 @@ class FakeVllm(ModuleType):
 
         self.LLM = open_model
 
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Stand where vLLM is imported from."""
+        monkeypatch.setitem(sys.modules, "vllm", self)
+        monkeypatch.setitem(sys.modules, "vllm.lora", self.lora)
+        monkeypatch.setitem(sys.modules, "vllm.lora.request", self.lora.request)
+
     def _output(self, reply: generation.Reply, template: ChatTemplate) -> Any:
         stop = [template.stop_ids[1]] if reply.stopped else []
         reason = "stop" if reply.stopped else "length"
@@ -181,14 +187,11 @@ def test_vllm_is_asked_with_ids_and_its_replies_are_written_like_ours(
     source = write_rows(tmp_path / "in.jsonl", dialogues(7))
     predict(str(tiny_glm), [str(source)], tmp_path / "ours.jsonl", options=OPTIONS)
     adapter = make_adapter(tmp_path / "adapter", tiny_glm, r=12)
-    (adapter / "finetune.json").unlink()
     predict(str(adapter), [str(source)], tmp_path / "adapted.jsonl", options=OPTIONS)
     options = replace(OPTIONS, backend="vllm")
     for target, expected in ((tiny_glm, "ours"), (adapter, "adapted")):
         fake = FakeVllm(open_model(target).model, template)
-        monkeypatch.setitem(sys.modules, "vllm", fake)
-        monkeypatch.setitem(sys.modules, "vllm.lora", fake.lora)
-        monkeypatch.setitem(sys.modules, "vllm.lora.request", fake.lora.request)
+        fake.install(monkeypatch)
         out = tmp_path / f"vllm-{expected}.jsonl"
         predict(str(target), [str(source)], out, options=options)
         assert out.read_bytes() == (tmp_path / f"{expected}.jsonl").read_bytes()
@@ -200,6 +203,34 @@ def test_vllm_is_asked_with_ids_and_its_replies_are_written_like_ours(
         assert fake.opened["max_model_len"] == longest + 5
     assert fake.opened["max_lora_rank"] == 16
     assert fake.requests[0] == ("adapter", 1, str(adapter))
+
+
+def test_after_a_crash_of_vllm_answered_dialogues_are_kept_and_not_asked_again(
+    tiny_glm: Path, tmp_path: Path, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", dialogues(7))
+    out, options = tmp_path / "out.jsonl", replace(OPTIONS, backend="vllm")
+    monkeypatch.setattr(prediction, "BATCHES_PER_WINDOW", 1)
+    predict(str(tiny_glm), [str(source)], tmp_path / "whole.jsonl", options=OPTIONS)
+    fake = FakeVllm(open_model(tiny_glm).model, template)
+    fake.install(monkeypatch)
+    original, questions = generation.generate, []
+
+    def failing(model: Any, template: Any, prompts: Any, **rest: Any) -> Any:
+        questions.extend(map(tuple, prompts))
+        if len(questions) == 6:
+            raise RuntimeError("EngineDeadError")
+        return original(model, template, prompts, **rest)
+
+    monkeypatch.setattr(generation, "generate", failing)
+    with pytest.raises(RuntimeError):
+        predict(str(tiny_glm), [str(source)], out, options=options)
+    assert not out.exists()
+    assert len(read_rows(tmp_path / "out.jsonl.part")) == 4
+    predict(str(tiny_glm), [str(source)], out, options=options)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert set(questions[:4]).isdisjoint(questions[6:])  # 4 are kept, the torn window is asked anew
+    assert len(questions[6:]) == 3
 
 
 def test_what_vllm_cannot_do_is_said_before_it_starts(

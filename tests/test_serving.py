@@ -20,6 +20,7 @@ from finetune.evaluation.generate import generate
 from finetune.evaluation.open import OpenedModel, open_model
 from finetune.evaluation.predict import reply_messages
 from finetune.evaluation.reply_stream import Piece, ReplyStream
+from finetune.export.merge import merge
 from finetune.serving.job import StopStrings
 
 QUESTION = Message("user", "weather?")
@@ -91,13 +92,14 @@ def test_a_reply_is_the_greedy_one_of_evaluation_whole_and_streamed(
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-@pytest.mark.parametrize("kind", ["lora", "ptuning_v2", "chatglm"])
-def test_adapters_prefixes_and_the_published_layout_are_served(
+@pytest.mark.parametrize("kind", ["lora", "merged", "ptuning_v2", "chatglm"])
+def test_adapters_merged_models_prefixes_and_the_published_layout_are_served(
     tmp_path: Path, base: Path, opened: OpenedModel, kind: str
 ) -> None:
-    if kind == "lora":
+    if kind in ("lora", "merged"):
         folder = make_adapter(tmp_path / "adapter", base)
-        (folder / "finetune.json").unlink()
+        if kind == "merged":
+            folder = merge(folder, tmp_path / "merged", check=False).output
     elif kind == "ptuning_v2":
         folder = prefix(tmp_path, base)
     else:
@@ -287,9 +289,12 @@ def test_a_stream_reads_what_is_read_of_the_whole(
 # --- images --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
-    return open_model(pictures.save_model(tmp_path_factory.mktemp("glm4v")))
+@pytest.fixture(scope="module", params=["base", "lora"])
+def seeing(tmp_path_factory: pytest.TempPathFactory, request: Any) -> OpenedModel:
+    base = pictures.save_model(tmp_path_factory.mktemp("glm4v"))
+    if request.param == "base":
+        return open_model(base)
+    return open_model(make_adapter(tmp_path_factory.mktemp("adapter"), base))
 
 
 def test_an_image_is_a_data_url_and_gives_the_reply_of_its_file(

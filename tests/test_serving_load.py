@@ -101,6 +101,54 @@ def test_fifty_at_once_get_what_each_gets_alone(
         assert asyncio.run(singly(server)) == said[4::5]  # the sampled ones
 
 
+def test_those_who_stay_get_what_each_gets_alone_while_every_third_of_fifty_leaves(
+    opened: OpenedModel,
+) -> None:
+    questions = [f"question {n} {'the dog ' * (n % 7)}" for n in range(50)]
+    prompts = [serving.prompt_of(opened.template, *said) for said in map(_user, questions)]
+    alone = [
+        generate(opened.model, opened.template, [p], max_new_tokens=12, batch_size=1)[0]
+        for p in prompts
+    ]
+
+    async def ask(client: openai.AsyncOpenAI, n: int, first: asyncio.Event) -> str:
+        made = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": questions[n]}], max_tokens=12,
+            stream=True,
+        )  # fmt: skip
+        said = ""
+        async for chunk in made:
+            if text := chunk.choices[0].delta.content:
+                first.set()
+                said += text
+                if n % 6 == 3:
+                    await made.close()  # in the middle of its reply
+                    return "left"
+        return said
+
+    async def together(server: serving.Served) -> list[Any]:
+        async with server.async_client as client:
+            first = asyncio.Event()
+            tasks = [asyncio.create_task(ask(client, n, first)) for n in range(50)]
+            await first.wait()
+            for task in tasks[::6]:
+                task.cancel()  # most of them wait for their first token
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with serving.served(opened) as server:
+        said = asyncio.run(together(server))
+        again = server.client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1)
+        assert again.choices
+    left = [n for n, text in enumerate(said) if isinstance(text, asyncio.CancelledError)]
+    assert set(left) <= set(range(0, 50, 6))
+    assert len(left) >= 7
+    assert said[3::6].count("left") >= 7
+    for n, text in enumerate(said):
+        if n not in left and text != "left":
+            whole = opened.template.tokenizer.plain.decode(list(alone[n].ids))
+            assert text == whole.removeprefix("\n"), n
+
+
 def _user(text: str) -> list[Any]:
     return [Message("user", text)]
 

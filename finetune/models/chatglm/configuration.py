@@ -129,6 +129,7 @@ class ChatGLMConfig(PreTrainedConfig):
         defaults = type(self)().to_dict()
         added = {key for key, value in now.items() if value != defaults.get(key, not value)}
         ordered = {key: now.get(key, value) for key, value in published.items()}
+        added |= {"tie_word_embeddings"}  # vLLM's ChatGLM does not open a config without it
         added -= published.keys() | {"_name_or_path"}  # where it lay here concerns nobody else
         ordered.update({key: now[key] for key in sorted(added)})
         return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
