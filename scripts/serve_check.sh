@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vLLM and our own generation, token by token: 20 prompts a checkpoint, tool calls among them. See docs/serving.md.
 #   bash scripts/serve_check.sh                            all checkpoints, float32: about 15 minutes on 2 CPU cores
-#   bash scripts/serve_check.sh --only chatglm             one of: glm glm-lora chatglm chatglm-merged glm4v
+#   bash scripts/serve_check.sh --only chatglm             one of: glm glm-lora chatglm chatglm-merged glm4v glm4v-stock
 # vLLM lives in an environment of its own, VLLM_ENV, 4 GB, made the first time; the glm models are the quickstart's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +20,7 @@ if [ ! -e "$IMAGES/sitecustomize.py" ]; then
     "$VLLM_ENV/bin/python" -m pip install --quiet --no-deps --target "$IMAGES" torchvision==0.28.0
     cp scripts/vllm_torchvision.py "$IMAGES/sitecustomize.py"
 fi
+"$VLLM_ENV/bin/python" -m pip install --quiet --no-deps -e .  # our GLM-4V for vLLM, by its entry point
 if [ ! -d runs/quickstart-merged ]; then bash scripts/quickstart.sh; fi
 . scripts/install.sh "quickstart,test"
 exec python scripts/serve_check.py --vllm "$VLLM_ENV/bin/python" "$@"

@@ -62,9 +62,9 @@ def add_settings(folder: Path, stops: list[int], pad: int) -> None:
 
 
 def published_images(folder: Path) -> Path:
-    """A random GLM-4V, as scripts/tiny_glm4v.py makes it."""
+    """A random GLM-4V for images of 84 pixels, so that those of data/shapes, of 112, are resized."""
     if not (folder / "config.json").is_file():
-        tiny_glm4v.make_model(folder, [*PICTURES, *TEXT], size=112, width=128, layers=4)
+        tiny_glm4v.make_model(folder, [*PICTURES, *TEXT], size=84, width=128, layers=4)
         tokenizer = load_chat_tokenizer(folder)
         add_settings(folder, list(tokenizer.stop_ids), tokenizer.pad_id)
     return folder

@@ -103,9 +103,14 @@ def image_spec(config: Mapping[str, Any]) -> ImageSpec | None:
 
 def pixels(path: str | Path, size: int) -> npt.NDArray[np.float32]:
     """The pixel values [3, size, size] of an image file; ImageError when it is none."""
+    return pixels_of(read_image(path), size)
+
+
+def pixels_of(image: Image, size: int) -> npt.NDArray[np.float32]:
+    """The pixel values [3, size, size] of an RGB image."""
     from PIL import Image
 
-    resized = read_image(path).resize((size, size), Image.Resampling.BICUBIC)
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
     values = np.asarray(resized)  # uint8 [size, size, 3]
     return np.stack([table[values[:, :, c]] for c, table in enumerate(_tables())])
 
