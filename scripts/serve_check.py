@@ -51,7 +51,10 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
 }  # fmt: skip
-NAMES = ("glm", "glm-lora", "chatglm", "chatglm-merged", "glm4v", "glm4v-stock")
+NAMES = (
+    "glm", "glm-lora", "glm-exported", "chatglm", "chatglm-merged", "chatglm-exported", "glm4v",
+    "glm4v-stock",
+)  # fmt: skip
 Request = tuple[Conversation, int]
 
 
@@ -88,6 +91,10 @@ def make_case(name: str, runs: Path) -> Case:
     rank = ("--enable-lora", "--max-lora-rank", "16")
     if name == "glm":
         return Case(name, runs / "quickstart-merged", {"merged": runs / "quickstart-merged"})
+    if name == "glm-exported":  # by vLLM's own class, against ours of what it was exported from
+        merged = runs / "quickstart-merged"
+        published = serve_models.exported(merged, "published", work / "glm-exported")
+        return Case(name, published, {"merged": merged})
     if name == "glm-lora":
         tuned = max(runs.glob("quickstart/checkpoint-*"), key=lambda folder: int(folder.name[11:]))
         base = runs / "quickstart-model"
@@ -105,6 +112,9 @@ def make_case(name: str, runs: Path) -> Case:
     adapter = serve_models.adapter(text, work / "chatglm-lora")
     if name == "chatglm":
         return Case(name, text, {"base": text, "adapter": adapter}, flags=rank)
+    if name == "chatglm-exported":
+        plain = serve_models.exported(text, "hf", work / "chatglm-exported")
+        return Case(name, plain, {"base": text})
     merged = serve_models.merged(adapter, work / "chatglm-merged")
     return Case(name, merged, {"merged": merged})
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vLLM and our own generation, token by token: 20 prompts a checkpoint, tool calls among them. See docs/serving.md.
 #   bash scripts/serve_check.sh                            all checkpoints, float32: about 15 minutes on 2 CPU cores
-#   bash scripts/serve_check.sh --only chatglm             one of: glm glm-lora chatglm chatglm-merged glm4v glm4v-stock
+#   bash scripts/serve_check.sh --only chatglm             one of those of its --help
 # vLLM lives in an environment of its own, VLLM_ENV, 4 GB, made the first time; the glm models are the quickstart's.
 set -euo pipefail
 cd "$(dirname "$0")/.."

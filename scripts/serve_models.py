@@ -85,6 +85,13 @@ def merged(base_adapter: Path, folder: Path) -> Path:
     return folder
 
 
+def exported(model: Path, layout: str, folder: Path) -> Path:
+    """A model in its other layout, by `finetune export`."""
+    if not (folder / "config.json").is_file():
+        finetune("export", str(model), "--layout", layout, "--output", str(folder))
+    return folder
+
+
 def finetune(*arguments: str) -> None:
     """Run a command of ours; raises CalledProcessError when it fails."""
     subprocess.run([sys.executable, "finetune.py", *arguments], cwd=ROOT, check=True)

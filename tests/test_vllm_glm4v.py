@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.metadata import entry_points
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import ROOT
 from PIL import Image
 
 from finetune.data.image import ImageSpec, image_positions, pixels
@@ -105,7 +107,8 @@ def test_vllm_finds_the_architecture_where_this_package_is_installed(
     known: dict[str, str] = {}
     registry = SimpleNamespace(register_model=known.__setitem__)
     monkeypatch.setattr(sys.modules["vllm"], "ModelRegistry", registry, raising=False)
-    [point] = entry_points(group="vllm.general_plugins", name="glm4_finetune")
-    point.load()()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [point] = project["entry-points"]["vllm.general_plugins"].values()
+    EntryPoint("", point, "").load()()
     module, _, name = known[ARCHITECTURE].partition(":")
     assert getattr(importlib.import_module(module), name) is ours.GLM4VAsTrained
