@@ -120,6 +120,17 @@ def test_a_saved_checkpoint_has_the_published_names_bytes_and_config(
     assert list(config.items()) == list(published.items())
 
 
+def test_a_saved_config_says_that_nothing_is_tied_even_if_it_was_read_from_one_that_does_not(
+    tiny_chatglm: Path, tmp_path: Path
+) -> None:
+    # vLLM's ChatGLM ends at its start without the key (vllm/model_executor/models/chatglm.py).
+    values = json.loads((tiny_chatglm / "config.json").read_text(encoding="utf-8"))
+    values.pop("tie_word_embeddings", None)
+    ChatGLMConfig.from_dict(values).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert saved == values | {"tie_word_embeddings": False}
+
+
 def test_shards_are_read_and_written(tiny_chatglm: Path, tmp_path: Path) -> None:
     open_model(tiny_chatglm).save_pretrained(tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
