@@ -101,9 +101,10 @@ def make_case(name: str, runs: Path) -> Case:
         overrides: dict[str, Any] = {"architectures": ["GLM4VForCausalLM"]}
         if not stock:
             overrides = {"architectures": [ARCHITECTURE], "mrope_section": [1, 1, 1]}
-        flags = ("--hf-overrides", json.dumps(overrides))
+        targets = {"base": base, "adapter": serve_models.adapter(base, work / "glm4v-lora")}
+        flags = (*rank, "--hf-overrides", json.dumps(overrides))
         data = "data/shapes/held_out.jsonl"
-        return Case(name, base, {"base": base}, data, flags, images=True, stock=stock)
+        return Case(name, base, targets, data, flags, images=True, stock=stock)
     text = serve_models.published_text(work / "chatglm")
     adapter = serve_models.adapter(text, work / "chatglm-lora")
     if name == "chatglm":
