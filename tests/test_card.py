@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from adapters import make_adapter
 
 from finetune.export.export import export
 from finetune.export.merge import merge
@@ -90,3 +91,35 @@ def test_scores_of_an_evaluation_with_their_intervals_go_before_those_of_the_tra
     assert "* rouge-l: f1, as signed" in card
     assert "not asked" not in card
     assert "held-out data in training" not in card
+
+
+def test_the_card_of_several_adapters_tells_of_each_with_its_weight(
+    run: Path, tmp_path: Path, tiny_chatglm: Path
+) -> None:
+    foreign = make_adapter(tmp_path / "foreign", tiny_chatglm, r=8)
+    merge([(run / "checkpoint-2", 0.75), (foreign, -0.5)], tmp_path / "merged", check=False)
+    card = (tmp_path / "merged/README.md").read_text()
+    first, second = card.split("## Adapter ")[1:]
+    assert first.startswith("checkpoint-2, weight 0.75\n")
+    assert "train.jsonl: 6 examples of 6 rows" in first
+    assert second.startswith("foreign, weight -0.5\n")
+    assert "| method | lora |" in second
+    assert "train.jsonl" not in second
+
+
+def test_the_card_of_a_fully_tuned_model_names_its_base_and_method_in_both_layouts(
+    tmp_path: Path, tiny_chatglm: Path
+) -> None:
+    train = runs.write_dialogues(tmp_path / "train.jsonl", 4)
+    settings = runs.config(tiny_chatglm, train, tmp_path / "run", training__max_steps=1)
+    settings["method"] = {"kind": "full"}
+    runs.run_here(settings)
+    merge(tmp_path / "run", tmp_path / "merged", check=False)
+    export(str(tmp_path / "run"), tmp_path / "hf", layout="hf", check=False)
+    for name in ("merged", "hf"):
+        card = (tmp_path / name / "README.md").read_text()
+        for line in (
+            "library_name: transformers", f"| base | {tiny_chatglm.name} (fingerprint `",
+            "| method | full |", "train.jsonl: 4 examples of 4 rows", "### Versions",
+        ):  # fmt: skip
+            assert line in card, (name, line)

@@ -289,12 +289,15 @@ def test_a_stream_reads_what_is_read_of_the_whole(
 # --- images --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["base", "lora"])
+@pytest.fixture(scope="module", params=["base", "lora", "ptuning_v2"])
 def seeing(tmp_path_factory: pytest.TempPathFactory, request: Any) -> OpenedModel:
     base = pictures.save_model(tmp_path_factory.mktemp("glm4v"))
     if request.param == "base":
         return open_model(base)
-    return open_model(make_adapter(tmp_path_factory.mktemp("adapter"), base))
+    work = tmp_path_factory.mktemp("tuned")
+    return open_model(
+        prefix(work, base) if request.param == "ptuning_v2" else make_adapter(work, base)
+    )
 
 
 def test_an_image_is_a_data_url_and_gives_the_reply_of_its_file(
