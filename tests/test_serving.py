@@ -295,9 +295,12 @@ def seeing(tmp_path_factory: pytest.TempPathFactory, request: Any) -> OpenedMode
     if request.param == "base":
         return open_model(base)
     work = tmp_path_factory.mktemp("tuned")
-    return open_model(
+    tuned = open_model(
         prefix(work, base) if request.param == "ptuning_v2" else make_adapter(work, base)
     )
+    said = [greedy(opened, *turns(HELLO)) for opened in (tuned, open_model(base))]
+    assert said[0] != said[1]
+    return tuned
 
 
 def test_an_image_is_a_data_url_and_gives_the_reply_of_its_file(
