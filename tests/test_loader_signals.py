@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import runs
 
 from finetune.data.order import EpochPlan
 from finetune.training import batches
@@ -52,3 +55,16 @@ def test_a_loader_process_outlives_a_signal(
     seen = [index for batch in loader for index in batch]
     assert sorted(seen) == list(range(8))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    loader.close()
+    assert active_children() == []
+
+
+def test_a_run_that_stops_within_an_epoch_leaves_no_loader_process_behind(
+    tiny_glm: Path, tmp_path: Path
+) -> None:
+    # One that was left would not hear of the interpreter's end, which would wait for it for ever.
+    data = runs.write_dialogues(tmp_path / "train.jsonl", 40)
+    runs.run_here(
+        runs.config(tiny_glm, data, tmp_path / "run", data__loader_workers=2, training__max_steps=2)
+    )
+    assert active_children() == []

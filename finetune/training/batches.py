@@ -100,6 +100,12 @@ class StepLoader(DataLoader[Item]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def close(self) -> None:
+        """End the workers: they ignore the signal with which Python would at its own end, and wait."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._iterator = None
+
 
 class WithBlanks(torch.utils.data.Dataset[Item]):
     """The items, and for `~index` item `index` with nothing to learn."""

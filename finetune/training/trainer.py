@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from finetune.data.order import EpochPlan
 from finetune.errors import ConfigError, NonFiniteError, ProcessError
-from finetune.training.batches import Collate, Items, training_loader
+from finetune.training.batches import Collate, Items, StepLoader, training_loader
 from finetune.training.callbacks import Meter, NothingLeftError
 from finetune.training.counts import StepCounts, count
 from finetune.training.processes import Processes
@@ -79,6 +79,7 @@ class FineTuner(Trainer):
         """Of the last step, over all processes."""
         self._samples: list[Any] = []
         self._losses: list[Tensor] = []
+        self._loader: StepLoader | None = None
         super().__init__(
             model=model,
             args=args,
@@ -96,7 +97,7 @@ class FineTuner(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """This process's micro-batches; accelerate would repeat examples to make ranks even."""
-        return training_loader(
+        self._loader = training_loader(
             self.data.items,
             self.data.plan,
             self.data.collate,
@@ -107,6 +108,7 @@ class FineTuner(Trainer):
             rank=self.services.processes.rank,
             world=self.services.processes.world,
         )
+        return self._loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -253,6 +255,9 @@ class FineTuner(Trainer):
                     "Look for a lack of memory, or set data.loader_workers to 0"
                 ) from error
             raise
+        finally:
+            if self._loader is not None:
+                self._loader.close()
 
     # --- state -------------------------------------------------------------------------------
 
