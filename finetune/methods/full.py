@@ -77,21 +77,22 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     """
     index: dict[str, str] = {}
     problem: Exception | None = None
+    writes = False
     shards = _shards(model)
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
         index |= dict.fromkeys(names, file)
-        weights = gather(names)
-        if weights and problem is None:
-            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in gather(names).items()}
+        writes = bool(tensors)
+        if tensors and problem is None:
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             except Exception as error:
                 problem = error  # the others are still to gather the shards after this one
-            del tensors
+        del tensors  # before the next ones are gathered
     if problem is not None:
         raise problem
-    if not weights:
+    if not writes:
         return
     if shards[1:]:
         size = sum(_num_bytes(tensor) for tensor in _state(model).values())

@@ -113,6 +113,11 @@ def load_model(
     finally:
         transformers.logging.set_verbosity(verbosity)
     _check_complete(folder, report)
+    for name, buffer in list(model.named_buffers()):
+        # What is loaded is a view of the mapped file. Whoever replaces the weights (DeepSpeed, a GPU)
+        # lets go of it, but for a small table that nobody replaces gigabytes would stay mapped.
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.clone())
     if quantization:
         check_widths(model)
     text = model.config.get_text_config()
