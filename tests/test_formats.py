@@ -233,8 +233,16 @@ def test_arguments_of_built_in_tools_are_plain_text() -> None:
     assert conversation.messages[1] == Message("assistant", "print(1)", "python")
 
 
-def test_content_parts_are_joined_and_an_image_is_kept() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x.png"}}, {"type": "text", "text": "b"}]  # fmt: skip
+@pytest.mark.parametrize(
+    "shown",
+    [
+        {"type": "image_url", "image_url": {"url": "x.png"}},
+        {"type": "image_url", "image_url": "x.png"},
+        {"type": "image", "image": "x.png"},
+    ],
+)
+def test_content_parts_are_joined_and_an_image_is_kept(shown: dict[str, Any]) -> None:
+    parts = [{"type": "text", "text": "a"}, shown, {"type": "text", "text": "b"}]
     conversation = messages({"role": "user", "content": parts}, REPLY)
     assert conversation.messages[0] == Message("user", "ab", image="x.png")
     flat = messages({"role": "user", "content": "ab", "image": "x.png"}, REPLY)

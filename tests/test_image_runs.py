@@ -135,6 +135,23 @@ def test_a_merged_model_sees_what_the_adapter_saw(
     assert json.loads(first.splitlines()[0])["messages"][0]["image"].endswith("images/red.png")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_replies_of_a_batch_are_those_of_its_rows_after_every_method(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    done = runs.run_here(settings(folder, tmp_path / "run", METHODS[name], data__validation=None))
+    said = []
+    for size in (1, 5):
+        out = tmp_path / f"{size}.jsonl"
+        options = PredictOptions(6, size)
+        predict(done["checkpoint"], [str(folder / "rows.jsonl")], out, options=options)
+        said.append(out.read_text(encoding="utf-8"))
+    assert said[0] == said[1]
+    replies = [json.loads(line)["messages"][-1] for line in said[0].splitlines()]
+    assert len(replies) == 12
+    assert len({reply["content"] for reply in replies}) > 3
+
+
 def test_predictions_depend_on_the_image(folder: Path) -> None:
     opened = open_model(folder / "model")
     ids = torch.tensor([[*range(5), pictures.BOI, *[0] * 4, pictures.EOI, 7]])

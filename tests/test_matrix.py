@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,17 @@ def test_with_images_among_the_dialogues_stages_and_processes_agree() -> None:
     assert all(cell["same_replies"] for cell in found["cells"].values())
 
 
+def test_batches_without_any_image_train_a_tower_alike_on_every_rank(tmp_path: Path) -> None:
+    data = runs.write_dialogues(tmp_path / "text.jsonl", 21)
+    found = answer(
+        "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "2", "3",
+        "--methods", "full", "--family", "glm4v",
+        "--with", f"data__train={json.dumps(str(data))}", "model__freeze=[]",
+    )  # fmt: skip
+    assert found["missed"] == {}
+    assert len(found["cells"]) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "stage", "variant", "family"),
     [
@@ -67,6 +79,7 @@ def test_with_images_among_the_dialogues_stages_and_processes_agree() -> None:
         ("ptuning_v2", "2", "packing", "chatglm"),
         ("lora", "none", "evaluation", "chatglm"),
         ("lora", "3", "loader_workers", "glm4v"),
+        ("lora", "3", "plain", "glm4.1v"),
     ],
 )
 def test_a_resumed_run_is_equal_bit_for_bit(

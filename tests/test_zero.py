@@ -87,6 +87,7 @@ def test_every_contradiction_of_a_json_file_is_named(tmp_path: Path) -> None:
         "train_batch_size": 4,
         "gradient_clipping": 5,
         "fp16": {"enabled": True},
+        "amp": {"enabled": True},
         "optimizer": {"type": "Lamb", "params": {"lr": 1e-5}},
         "scheduler": {"type": "WarmupLR"},
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
@@ -101,6 +102,7 @@ def test_every_contradiction_of_a_json_file_is_named(tmp_path: Path) -> None:
         "train_batch_size is 4, but batch_size x gradient_accumulation_steps x processes is 64",
         "gradient_clipping is 5, but training.max_grad_norm is 1.0",
         "fp16.enabled is True",
+        "amp.enabled: remove it",
         "optimizer.type is Lamb",
         "optimizer.params.lr is 1e-05, but the training section says 0.0005",
         "scheduler: remove it",
@@ -108,13 +110,20 @@ def test_every_contradiction_of_a_json_file_is_named(tmp_path: Path) -> None:
         "zero_optimization.offload_optimizer.device is cpu, but deepspeed.offload_optimizer is none",
     ):
         assert name in said
-    assert said.count("deepspeed.config (") == 10
+    assert said.count("deepspeed.config (") == 11
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '"zero"'])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"deepspeed\.config: .*ds\.json"):
         from_json(tmp_path, text, {})
+
+
+def test_a_value_where_an_object_belongs_is_named_with_what_belongs_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(tmp_path, {"bf16": True, "zero_optimization": 2}, {})
+    assert "bf16 is True and not an object like {" in str(caught.value)
+    assert 'zero_optimization is 2 and not an object like {"stage": 2}' in str(caught.value)
 
 
 @pytest.mark.slow
@@ -172,7 +181,7 @@ run.train = train
 
 
 @pytest.mark.slow
-def test_stage_0_and_2_run_in_one_process_without_a_launcher(
+def test_stage_0_and_2_and_a_json_file_run_in_one_process_without_a_launcher(
     tiny_glm: Path, tmp_path: Path
 ) -> None:
     data = runs.write_dialogues(tmp_path / "train.jsonl", 6)
@@ -184,9 +193,24 @@ def test_stage_0_and_2_run_in_one_process_without_a_launcher(
         )
         for stage in (0, 2)
     ]  # fmt: skip
+    given = {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "zero_optimization": {
+            "stage": 3, "overlap_comm": False, "stage3_max_live_parameters": 1000,
+            "stage3_param_persistence_threshold": "auto",
+        },
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(given), encoding="utf-8")
+    stages.append(
+        runs.config(
+            tiny_glm, data, tmp_path / "json", training__max_steps=3,
+            deepspeed__config=str(tmp_path / "ds.json"),
+        )
+    )  # fmt: skip
     done = runs.run_command(stages, tmp_path, launcher=False)
     assert done.returncode == 0, done.stderr
-    for name in ("stage-0", "stage-2"):
+    for name in ("stage-0", "stage-2", "json"):
         expected = runs.history(tmp_path / "plain")
         assert runs.history(tmp_path / name) == pytest.approx(expected, abs=1e-5)
 

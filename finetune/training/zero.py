@@ -17,6 +17,15 @@ from typing import Any
 from finetune.config import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
 
+# Objects of a JSON file that are looked into.
+SECTIONS = {
+    "bf16": '{"enabled": "auto"}',
+    "fp16": '{"enabled": "auto"}',
+    "amp": '{"enabled": false}',
+    "optimizer": '{"type": "AdamW", "params": {"lr": "auto"}}',
+    "zero_optimization": '{"stage": 2}',
+}
+
 # Elements per communication bucket: 50 MB in bf16 for small models, hidden squared (as the
 # transformers integration has it) for large ones: 16.8 M at hidden 4096.
 MIN_BUCKET = 1_000_000
@@ -157,6 +166,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"deepspeed.config: {path} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"deepspeed.config: {path} holds no JSON object")
+    flat = [name for name in SECTIONS if not isinstance(given.get(name, {}), dict)]
+    if flat:
+        raise ConfigError(
+            "\n".join(
+                f"deepspeed.config ({path}): {name} is {given[name]!r} and not an object like "
+                f"{SECTIONS[name]}"
+                for name in flat
+            )
+        )
     return given
 
 
@@ -182,6 +200,8 @@ def _contradictions(
                 f"{name}.enabled is {enabled}, but model.dtype and the method ask for "
                 f'{setting.precision}; remove it or write "auto"'
             )
+    if given.get("amp", {}).get("enabled", False) is not False:
+        problems.append("amp.enabled: remove it; model.dtype decides")
     zero = given.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if "zero_stage" in section.model_fields_set and stage not in ("auto", section.zero_stage):

@@ -32,7 +32,12 @@ from cells import Cell
 STAGES = ("none", "0", "1", "2", "3")
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "dropout": 0.1},
-    "ptuning_v2": {"kind": "ptuning_v2", "num_virtual_tokens": 5, "prefix_projection": True},
+    "ptuning_v2": {"kind": "ptuning_v2", "num_virtual_tokens": 5},
+    "ptuning_v2_projection": {
+        "kind": "ptuning_v2",
+        "num_virtual_tokens": 5,
+        "prefix_projection": True,
+    },
     "full": {"kind": "full"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {

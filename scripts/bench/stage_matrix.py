@@ -52,7 +52,8 @@ GLOBAL_BATCH = 8
 # band around float32 in which a bfloat16 run stays (its replies may be others).
 BARS = {
     "float32": {"loss": 2e-5, "weights": 2e-3, "logits": 2e-3},
-    "bfloat16": {"loss": 3e-2, "weights": 3e-2, "logits": 0.2},
+    # A step may change a prefix's keys, of size 2, by 3e-2 of that.
+    "bfloat16": {"loss": 3e-2, "weights": 5e-2, "logits": 0.2},
 }
 
 
