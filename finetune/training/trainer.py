@@ -243,9 +243,9 @@ class FineTuner(Trainer):
         try:
             self.services.stop.install()
             with opening(resume_from_checkpoint, begun=lambda: bool(self._losses)):
-                return super().train(resume_from_checkpoint, **kwargs)
+                result = super().train(resume_from_checkpoint, **kwargs)
         except NothingLeftError:
-            return None
+            result = None
         except BaseException as error:
             for worker in active_children():
                 worker.kill()  # one that hangs would keep this process from ending
@@ -255,9 +255,9 @@ class FineTuner(Trainer):
                     "Look for a lack of memory, or set data.loader_workers to 0"
                 ) from error
             raise
-        finally:
-            if self._loader is not None:
-                self._loader.close()
+        if self._loader is not None:
+            self._loader.close()
+        return result
 
     # --- state -------------------------------------------------------------------------------
 
