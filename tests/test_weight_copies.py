@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from adapters import weights_of
 from weight_copies import NUM_SHARDS, SIZES
@@ -118,6 +120,27 @@ def test_a_shard_is_let_go_before_the_next_is_gathered(
     full.save(model, tmp_path, base=base, gather=gather)
     assert len(gathered) == len(weights_of(tmp_path))
     assert len(weight_files(tmp_path)) > 3
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_shards_with_the_same_bits(
+    tiny_chatglm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full, "MAX_SHARD_BYTES", 20_000)
+    data = runs.write_dialogues(tmp_path / "train.jsonl", 8)
+    whole, part = (
+        runs.config(
+            tiny_chatglm, data, tmp_path / name, training__max_steps=3,
+            training__save_every_steps=1, training__learning_rate=1e-3,
+        ) | {"method": {"kind": "full"}}
+        for name in ("whole", "part")
+    )  # fmt: skip
+    runs.run_here(whole)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "part/checkpoint-2")
+    assert runs.run_here(part)["resumed_from"] == str(tmp_path / "part/checkpoint-2")
+    files = weight_files(tmp_path / "whole/checkpoint-3")
+    assert len(files) > 3
+    for file in files:
+        assert (tmp_path / "part/checkpoint-3" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_model_is_large_beside_its_largest_weight(measured: Mapping[str, Any]) -> None:
