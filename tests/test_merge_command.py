@@ -42,13 +42,16 @@ def test_adapters_are_added_up_with_the_weights_that_are_typed(work: Path, tmp_p
 
 
 def test_the_format_and_the_place_of_the_base_are_taken_as_typed(
-    work: Path, tmp_path: Path
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = tmp_path / "moved"
     (work / "base").rename(moved)
     try:
         places = [str(work / "one"), "--output", str(tmp_path / "half")]
         assert exit_code("merge", *places) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "is not where it was" in said
+        assert "Give its new place with --base" in said
         assert exit_code("merge", *places, "--base", str(moved), "--dtype", "float16") == 0
         assert {tensor.dtype for tensor in weights_of(tmp_path / "half").values()} == {
             torch.float16

@@ -23,17 +23,12 @@ from finetune.models.load import load_model
 from finetune.weights import INDEX, model_fingerprint, read_shard, weight_files
 
 # What a step may hold at most, in units of the weights in float32; docs/methods.md has the sums.
+# Weights, gradients and Adam's two moments; under DeepSpeed also originals, their gradients and Adam's work.
+# In bfloat16 without DeepSpeed the casts are gone before all gradients are there.
 PEAKS = {
-    "float32-zeroNone-1p-adamw_torch": 1 + 1 + 2,  # weights, gradients, Adam's two moments
-    "bfloat16-zeroNone-1p-adamw_torch": 1
-    + 1
-    + 2,  # the same; the casts are gone before all gradients are there
-    "bfloat16-zero2-1p-adamw_torch": 0.5
-    + 0.5
-    + 1
-    + 2
-    + 1
-    + 2,  # also originals, their gradients, Adam's work
+    "float32-zeroNone-1p-adamw_torch": 1 + 1 + 2,
+    "bfloat16-zeroNone-1p-adamw_torch": 1 + 1 + 2,
+    "bfloat16-zero2-1p-adamw_torch": 0.5 + 0.5 + 1 + 2 + 1 + 2,
     "float32-zero2-1p-adamw_torch": 1 + 1 + 1 + 2 + 1 + 2,
     "bfloat16-zero2-1p-adamw_torch_fused": 0.5 + 0.5 + 0.5 + 1 + 2 + 1,
 }

@@ -179,7 +179,14 @@ def find_base(tuned: Adapter | None, source: Path, given: Path | None) -> Path:
         return Path(name)
     from finetune.models.load import local_folder  # heavy, and only needed for a hub id
 
-    return local_folder(name, tuned.revision if given is None else None)
+    if given is not None:
+        return local_folder(name)
+    try:
+        return local_folder(name, tuned.revision)
+    except ModelError as error:
+        raise ModelError(
+            f"the base of {source} is not where it was: {error}. Give its new place with --base"
+        ) from error
 
 
 def check_base(tuned: Adapter, base: Path, *, force: bool) -> list[str]:

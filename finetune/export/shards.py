@@ -33,7 +33,7 @@ _BUFFER = 4 << 20
 _BUFFERS = 4
 _PAGE = 4096
 # Elements that are computed on at once: few enough for the processor's caches, and enough for threads
-# not to pass the interpreter's lock around (half as many take a fifth longer).
+# not to pass the interpreter's lock around all the time.
 _BLOCK = 1 << 17
 
 
