@@ -21,7 +21,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / proces
 export TOKENIZERS_PARALLELISM=false
 
 say "1/4 The model: $model"
-TQDM_DISABLE=1 python scripts/quickstart_model.py "$model" ${1:-}
+TQDM_DISABLE=1 python scripts/fixtures/quickstart_model.py "$model" ${1:-}
 rm -rf "$run" "$run-merged"    # this script's own output, made anew
 
 say "2/4 Train LoRA under ZeRO-2 in $processes processes, scored before and after"
@@ -31,6 +31,6 @@ say "3/4 Merge the adapter into a plain checkpoint: $run-merged"
 python finetune.py merge "$run" --output "$run-merged"
 
 say "4/4 Reopen it with plain transformers: replies of the base and of the tuned model"
-python scripts/quickstart_replies.py "$model" "$run-merged"
+python scripts/evidence/quickstart_replies.py "$model" "$run-merged"
 
 say "Done. Talk to it:  $VENV/bin/finetune chat $run-merged"

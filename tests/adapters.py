@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from finetune.methods.base_record import BaseRecord
+from finetune.artifacts.base_record import BaseRecord
+from finetune.artifacts.weights import model_fingerprint
 from finetune.models.load import load_model, lora_targets
-from finetune.weights import model_fingerprint
 
 
 def make_base(

@@ -36,7 +36,7 @@ def stop_at_once(model: Path) -> None:
 
 def main(folder: Path) -> None:
     """Run them with `folder` as the working directory."""
-    from finetune.config_file import load_config
+    from finetune.config.load import load_config
 
     os.chdir(folder)
     data = runs.write_dialogues(folder / "train.jsonl", 20)

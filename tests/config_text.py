@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config_file import load_config
+from finetune.config.load import load_config
 from finetune.errors import ConfigError
 
 MINIMAL = """\

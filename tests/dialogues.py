@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 from hypothesis import strategies as st
 
-from finetune.data.conversation import Conversation, Message
+from finetune.data.dialogue.conversation import Conversation, Message
 
 CONTROL_STRINGS = (
     *tiny.CONTROL_TOKENS, "<think>", "</think>", "<|begin_of_box|>", "<|im_start|>"

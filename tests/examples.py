@@ -6,10 +6,10 @@ from pathlib import Path
 
 import tiny
 
-from finetune.data.conversation import Conversation, Message
-from finetune.data.dataset import LengthPolicy
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.examples.dataset import LengthPolicy
 
 LONG = LengthPolicy(max_length=10_000)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data.conversation import Conversation, RowError
-from finetune.data.formats import to_conversation
+from finetune.data.dialogue.conversation import Conversation, RowError
+from finetune.data.dialogue.formats import to_conversation
 
 USER = {"role": "user", "content": "Q"}
 REPLY = {"role": "assistant", "content": "A"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data.conversation import Message
-from finetune.data.template import ChatTemplate
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.dialogue.conversation import Message
 
 TOOL = {
     "type": "function",
@@ -43,7 +43,7 @@ def answering(
 ) -> None:
     """Puts replies that `text_of(index)` gives in the place of a model's."""
 
-    from finetune.evaluation import generate as generation  # imports torch
+    from finetune.generation import generate as generation
 
     def fake(model: Any, template: Any, prompts: Any, **_: Any) -> list[generation.Reply]:
         answers = [text_of(index) for index in range(len(prompts))]

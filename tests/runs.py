@@ -58,7 +58,7 @@ def config(model: Path, data: Path, run_dir: Path, **changes: Any) -> dict[str, 
 
 def run_here(settings: dict[str, Any]) -> dict[str, Any]:
     """Train in this process."""
-    from finetune.config import RunConfig
+    from finetune.config.schema import RunConfig
     from finetune.training.run import train
 
     return train(RunConfig.model_validate(settings))

@@ -22,8 +22,8 @@ import uvicorn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from finetune.data.conversation import Conversation, Message
-from finetune.evaluation.decoding import Ask
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.generation.decoding import Ask
 from finetune.serving import engine as engine_module
 from finetune.serving.engine import Engine
 from finetune.serving.serve import ServeOptions, endpoint

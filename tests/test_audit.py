@@ -1,4 +1,4 @@
-"""scripts/audit.sh: exceptions have a date, after which they count no longer."""
+"""scripts/evidence/audit.sh: exceptions have a date, after which they count no longer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ AUDIT = '#!/bin/sh\necho "$@"\n'
 
 
 def audited(folder: Path, *exceptions: str) -> subprocess.CompletedProcess[str]:
-    text = (ROOT / "scripts/audit.sh").read_text(encoding="utf-8")
+    text = (ROOT / "scripts/evidence/audit.sh").read_text(encoding="utf-8")
     assert text.count("EXCEPTIONS='\n'") == 1
     text = text.replace("EXCEPTIONS='\n'", "EXCEPTIONS='\n" + "\n".join(exceptions) + "\n'")
-    for name, content in (("scripts/audit.sh", text), ("venv/bin/pip-audit", AUDIT)):
+    for name, content in (("scripts/evidence/audit.sh", text), ("venv/bin/pip-audit", AUDIT)):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(content)
     (folder / "venv/bin/pip-audit").chmod(0o755)
     return subprocess.run(
-        ["bash", str(folder / "scripts/audit.sh"), "--dry-run"], capture_output=True, text=True,
+        ["bash", str(folder / "scripts/evidence/audit.sh"), "--dry-run"], capture_output=True, text=True,
         env={**os.environ, "AUDIT_VENV": str(folder / "venv")},
     )  # fmt: skip
 

@@ -20,9 +20,9 @@ import pytest
 import tiny
 
 from finetune.chat.terminal import Session, Speech, Terminal, Voice, read_tools_file
-from finetune.data.conversation import Conversation, Message
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,14 +227,14 @@ def test_calls_are_shown_as_calls_where_tools_are_offered(template: ChatTemplate
 
 @pytest.fixture(scope="module")
 def model(tiny_glm: Path) -> Any:
-    from finetune.evaluation.open import open_model
+    from finetune.generation.load import open_model
 
     return open_model(tiny_glm).model
 
 
 def test_a_greedy_chat_says_what_generation_says(model: Any, template: ChatTemplate) -> None:
-    from finetune.evaluation.generate import generate
-    from finetune.evaluation.predict import reply_messages
+    from finetune.generation.generate import generate
+    from finetune.generation.predict import reply_messages
 
     conversation = Conversation((Message("user", "hello [gMASK] <|assistant|>"),))
     prompt = template.prompt(conversation, 1)

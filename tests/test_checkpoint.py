@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from finetune.artifacts import checkpoint
 from finetune.errors import CheckpointError, SpaceError
-from finetune.training import checkpoint
+from finetune.storage import folders
 
 CONTENT = {
     "model.safetensors": b"weights " * 500,
@@ -25,7 +26,7 @@ CONTENT = {
 
 def save(run: Path, step: int, *, replace: bool = False, **extra: bytes) -> Path:
     final = run / f"checkpoint-{step}"
-    with checkpoint.staged(final, replace=replace) as stage:
+    with folders.staged(final, replace=replace) as stage:
         for name, data in {**CONTENT, **extra}.items():
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).write_bytes(str(step).encode() + data)
@@ -34,7 +35,7 @@ def save(run: Path, step: int, *, replace: bool = False, **extra: bytes) -> Path
 
 def failing_save(run: Path, error: Exception) -> None:
     """A save that writes half a file and then meets `error`."""
-    with checkpoint.staged(run / "checkpoint-2") as stage:
+    with folders.staged(run / "checkpoint-2") as stage:
         (stage / "model.safetensors").write_bytes(b"half")
         raise error
 
@@ -51,7 +52,7 @@ def names(folder: Path) -> set[str]:
 
 def test_a_saved_checkpoint_verifies_and_holds_what_was_written(run: Path) -> None:
     final = save(run, 1)
-    assert checkpoint.verify(final) == []
+    assert folders.verify(final) == []
     assert (final / "sub/rank_1").read_bytes() == b"1"
     assert names(run) == {"checkpoint-1"}
 
@@ -87,13 +88,13 @@ def test_any_damage_to_any_file_is_noticed_and_the_one_before_is_taken(
 ) -> None:
     older, newer = save(run, 9), save(run, 10)
     damage(newer, name, how, older)
-    problems = checkpoint.verify(newer)
+    problems = folders.verify(newer)
     assert name in " ".join(problems) or how == "a stale copy"
     assert checkpoint.newest_good(run) == (older, [(newer, "; ".join(problems))])
 
 
 def test_every_byte_of_the_manifest_counts(run: Path) -> None:
-    with checkpoint.staged(run / "checkpoint-1") as stage:
+    with folders.staged(run / "checkpoint-1") as stage:
         (stage / "a").write_bytes(b"x")
     file = run / "checkpoint-1/manifest.json"
     whole = file.read_bytes()
@@ -102,13 +103,13 @@ def test_every_byte_of_the_manifest_counts(run: Path) -> None:
             data = bytearray(whole)
             data[place] ^= 1 << bit
             file.write_bytes(data)
-            assert checkpoint.verify(run / "checkpoint-1"), (place, bit)
+            assert folders.verify(run / "checkpoint-1"), (place, bit)
 
 
 def test_a_file_that_was_added_later_is_noticed(run: Path) -> None:
     final = save(run, 1)
     (final / "training_args.bin").write_bytes(b"pickle")
-    assert checkpoint.verify(final) == ["training_args.bin is not in the manifest"]
+    assert folders.verify(final) == ["training_args.bin is not in the manifest"]
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(run: Path) -> None:
@@ -136,7 +137,7 @@ def test_an_error_while_saving_leaves_what_was_there(run: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         failing_save(run, ZeroDivisionError())
     assert names(run) == {"checkpoint-1"}
-    assert checkpoint.verify(old) == []
+    assert folders.verify(old) == []
 
 
 @pytest.mark.parametrize(
@@ -155,17 +156,17 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(run: Path, error: Ex
         failing_save(run, error)
     assert (caught.value.exit_code, isinstance(caught.value, CheckpointError)) == (6, True)
     assert names(run) == {"checkpoint-1"}
-    assert checkpoint.verify(old) == []
+    assert folders.verify(old) == []
 
 
 def test_a_real_limit_on_file_size_is_a_full_disk(run: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from finetune.errors import SpaceError\n"
-        "from finetune.training import checkpoint\n"
+        "from finetune.storage import folders\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "try:\n"
-        "    with checkpoint.staged(Path(sys.argv[1])) as stage:\n"
+        "    with folders.staged(Path(sys.argv[1])) as stage:\n"
         "        (stage / 'a').write_bytes(bytes(100_000))\n"
         "except SpaceError as error: sys.exit(error.exit_code)\n"
     )
@@ -180,15 +181,15 @@ def test_saving_over_a_checkpoint_needs_saying_so(run: Path) -> None:
         save(run, 1)
     save(run, 1, replace=True, more=b"x")
     assert (final / "more").exists()
-    assert (names(run), checkpoint.verify(final)) == ({"checkpoint-1"}, [])
+    assert (names(run), folders.verify(final)) == ({"checkpoint-1"}, [])
 
 
 def test_two_processes_cannot_stage_the_same_folder(run: Path) -> None:
-    with checkpoint.staged(run / "out") as stage:
+    with folders.staged(run / "out") as stage:
         (stage / "a").write_text("first")
         with pytest.raises(CheckpointError, match="another process is writing"):
-            checkpoint.open_stage(run / "out")
-        assert checkpoint.clean(run) == []
+            folders.open_stage(run / "out")
+        assert folders.clean(run) == []
     assert (run / "out/a").read_text() == "first"
 
 
@@ -225,7 +226,7 @@ def survives_everywhere(run: Path, act: Any, check: Any) -> int:
             act()
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        checkpoint.clean(run)
+        folders.clean(run)
         check()
         if code == 0:
             return last
@@ -238,10 +239,10 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint_or_none(run: Path) -> 
     outcomes = set()
 
     def check() -> None:
-        assert checkpoint.verify(old) == []
+        assert folders.verify(old) == []
         left = names(run) - {"checkpoint-1"}
         assert left in (set(), {"checkpoint-2"})
-        assert not left or checkpoint.verify(run / "checkpoint-2") == []
+        assert not left or folders.verify(run / "checkpoint-2") == []
         outcomes.add(len(left))
 
     points = survives_everywhere(run, lambda: save(run, 2), check)
@@ -255,7 +256,7 @@ def test_replacing_a_checkpoint_killed_anywhere_leaves_the_old_or_the_new(run: P
 
     def check() -> None:
         assert names(run) == {"checkpoint-1"}
-        assert checkpoint.verify(final) == []
+        assert folders.verify(final) == []
         outcomes.add((final / "more").exists())
 
     survives_everywhere(run, lambda: save(run, 1, replace=True, more=b"x"), check)
@@ -278,12 +279,12 @@ def test_one_file_of_a_checkpoint_changes_and_a_kill_leaves_the_old_or_the_new(
 
     def check() -> None:
         assert names(run) == {"checkpoint-1"}
-        assert checkpoint.verify(final) == []
+        assert folders.verify(final) == []
         now = {name: (final / name).read_bytes() for name in CONTENT}
         assert {name for name in CONTENT if now[name] != before[name]} <= {"optimizer.pt"}
         outcomes.add(now["optimizer.pt"])
 
-    survives_everywhere(run, lambda: checkpoint.amend(final, "optimizer.pt", "new"), check)
+    survives_everywhere(run, lambda: folders.amend(final, "optimizer.pt", "new"), check)
     assert outcomes == {before["optimizer.pt"], b"new"}
 
 
@@ -293,7 +294,7 @@ def test_a_rotation_killed_anywhere_leaves_no_half_checkpoint(run: Path) -> None
 
     def check() -> None:
         assert {"checkpoint-3"} <= names(run) <= {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
-        assert all(checkpoint.verify(path) == [] for path in checkpoint.checkpoints(run))
+        assert all(folders.verify(path) == [] for path in checkpoint.checkpoints(run))
 
     assert survives_everywhere(run, lambda: checkpoint.rotate(run, 1), check) > 10
     assert names(run) == {"checkpoint-3"}
@@ -321,7 +322,7 @@ def test_left_overs_are_removed_and_named(run: Path) -> None:
     (run / ".trash-checkpoint-0").mkdir()
     (run / ".staging-config.yaml").write_text("half")
     shutil.copytree(run / "checkpoint-1", run / ".replaced-checkpoint-5")
-    done = checkpoint.clean(run)
+    done = folders.clean(run)
     assert len(done) == 4
     assert names(run) == {"checkpoint-1", "checkpoint-5"}
 
@@ -354,4 +355,4 @@ def test_rotation_never_empties_a_run(run: Path) -> None:
     save(run, 1)
     for keep in (1, 0):
         assert checkpoint.rotate(run, keep).removed == ()
-    assert checkpoint.verify(run / "checkpoint-1") == []
+    assert folders.verify(run / "checkpoint-1") == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import SpaceError
-from finetune.training import checkpoint
+from finetune.storage import folders
 
 
 class Ranks:
@@ -39,9 +39,7 @@ def test_ranks_write_into_one_folder_and_fail_together(tmp_path: Path, failing: 
 
     def work(rank: int) -> None:
         try:
-            with checkpoint.staged(
-                run / "checkpoint-1", leader=rank == 0, worst=ranks.worst
-            ) as stage:
+            with folders.staged(run / "checkpoint-1", leader=rank == 0, worst=ranks.worst) as stage:
                 if rank == failing:
                     raise OSError(errno.ENOSPC, "No space left on device")
                 (stage / f"rng_state_{rank}.pth").write_bytes(b"state")
@@ -55,7 +53,7 @@ def test_ranks_write_into_one_folder_and_fail_together(tmp_path: Path, failing: 
         thread.join()
     if failing is None:
         assert errors == {}
-        assert checkpoint.verify(run / "checkpoint-1") == []
+        assert folders.verify(run / "checkpoint-1") == []
         assert (run / "checkpoint-1/rng_state_1.pth").exists()
     else:
         assert {rank: type(error) for rank, error in errors.items()} == {

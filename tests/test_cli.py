@@ -183,7 +183,7 @@ def failing(monkeypatch):
         def fail(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("finetune.config_file.load", fail)
+        monkeypatch.setattr("finetune.config.load.load", fail)
 
     return fail_with
 
@@ -205,7 +205,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(failing, capsys):
 
 def test_an_unexpected_error_keeps_its_traceback_and_exits_1(here):
     code = (
-        "import finetune.config_file as c, finetune.cli\n"
+        "import finetune.config.load as c, finetune.cli\n"
         "def load(*_): raise ZeroDivisionError('ours to fix')\n"
         "c.load = load\n"
         "finetune.cli.main(['x.yaml'])"

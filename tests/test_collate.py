@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.data.collate import Collator
-from finetune.data.dataset import IGNORED, Example
+from finetune.data.examples.collate import Collator
+from finetune.data.examples.dataset import IGNORED, Example
 
 PAD = 99
 

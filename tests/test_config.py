@@ -15,9 +15,9 @@ from config_text import (
     WRONG_SOURCES,
 )
 
-from finetune.config import LoraMethod
-from finetune.config_file import dump_config, load, load_config
-from finetune.config_file.yaml_text import resolve
+from finetune.config.load import dump_config, load, load_config
+from finetune.config.schema import LoraMethod
+from finetune.config.yaml_text import resolve
 from finetune.errors import ConfigError
 
 

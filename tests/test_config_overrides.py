@@ -6,8 +6,8 @@ import config_text
 import pytest
 from config_text import MINIMAL
 
-from finetune.config import FullMethod, LoraMethod
-from finetune.config_file import load, load_config
+from finetune.config.load import load, load_config
+from finetune.config.schema import FullMethod, LoraMethod
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from config_text import MINIMAL
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finetune.config import RunConfig
-from finetune.config_file import dump_config, json_schema, load, load_config, reference_page
-from finetune.config_file.extras import OWNED, REFUSED, training_argument_names
-from finetune.config_file.yaml_text import parse
+from finetune.config.extras import OWNED, REFUSED, training_argument_names
+from finetune.config.load import dump_config, json_schema, load, load_config, reference_page
+from finetune.config.schema import RunConfig
+from finetune.config.yaml_text import parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,7 +138,7 @@ def test_extra_cannot_set_what_the_trainer_sets_itself():
 def test_checking_a_configuration_imports_nothing_heavy(write):
     path = write(MINIMAL + "  extra: {optmi: x}\n")
     code = (
-        "import sys; from pathlib import Path; from finetune.config_file import load_config\n"
+        "import sys; from pathlib import Path; from finetune.config.load import load_config\n"
         f"try: load_config(Path({str(path)!r}))\n"
         "except Exception as error: assert 'did you mean optim' in str(error), error\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"

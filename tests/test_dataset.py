@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from examples import LONG, dialogue, tiny_template
 
-from finetune.data.conversation import Conversation, Message
-from finetune.data.dataset import (
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.examples.dataset import (
     IGNORED,
     LengthPolicy,
     PreparedDataset,
     load_examples,
     prepare,
 )
-from finetune.data.sources import SourceSpec
-from finetune.data.store import ExampleFile, ExampleWriter
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.examples.store import ExampleFile, ExampleWriter
+from finetune.data.reading.sources import SourceSpec
 from finetune.errors import DataError
 
 STOPS = (151336, 151337, 151338)  # <|user|>, <|assistant|> between two calls, <|observation|>

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from examples import LONG, dialogue, tiny_template
 
-from finetune.data import cache
-from finetune.data.conversation import Conversation
-from finetune.data.dataset import LengthPolicy, prepare
-from finetune.data.template import ChatTemplate
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.dialogue.conversation import Conversation
+from finetune.data.examples.dataset import LengthPolicy, prepare
 from finetune.errors import DataError
+from finetune.storage import cache
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_failure_half_way_leaves_no_entry(template, tmp_path):
 BUILDER = """
 import sys, time
 from pathlib import Path
-from finetune.data import cache
+from finetune.storage import cache
 
 def build(folder):
     (folder / "content").write_text("whole")

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 from examples import LONG, tiny_template
 
-from finetune.data.dataset import IGNORED, LengthPolicy, PreparedDataset, Reading, load_examples
-from finetune.data.sources import SourceSpec
-from finetune.data.template import ChatTemplate
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.examples.dataset import (
+    IGNORED,
+    LengthPolicy,
+    PreparedDataset,
+    Reading,
+    load_examples,
+)
+from finetune.data.reading.sources import SourceSpec
 from finetune.errors import DataError
 
 

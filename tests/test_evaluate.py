@@ -13,20 +13,20 @@ import tiny
 import torch
 from rows import CALL, TOOL, Rows, answering, read_rows, spoken, turns, write_rows
 
-from finetune.config import DataSection, EvaluationSection
-from finetune.data.collate import Collator
-from finetune.data.conversation import Conversation, Message
-from finetune.data.dataset import LengthPolicy, PreparedDataset, load_examples
-from finetune.data.prompts import ReplyPrompts, reply_prompts
-from finetune.data.sources import SourceSpec
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.config.schema import DataSection, EvaluationSection
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.examples.collate import Collator
+from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
+from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.evaluation.evaluate import ask, evaluate, evaluate_model
 from finetune.evaluation.loss import validation_loss
-from finetune.evaluation.open import open_model
 from finetune.evaluation.predictions import Prediction, write_predictions
-from finetune.evaluation.settings import Settings
+from finetune.generation.load import open_model
+from finetune.generation.prompts import ReplyPrompts, reply_prompts
+from finetune.generation.settings import Settings
 
 
 def held_out() -> Rows:

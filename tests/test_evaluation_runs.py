@@ -18,10 +18,10 @@ import torch
 from rows import Rows, read_rows, turns, write_rows
 
 from finetune.errors import ConfigError, DataError, ModelError, RunDirectoryInUseError
-from finetune.evaluation import asking, results, work
+from finetune.evaluation import asking, job, store
 from finetune.evaluation.evaluate import Options, evaluate
-from finetune.evaluation.open import Models, open_model
 from finetune.evaluation.targets import find_targets
+from finetune.generation.load import Models, open_model
 
 
 def held_out(count: int = 30) -> Rows:
@@ -122,7 +122,7 @@ def test_an_evaluation_says_slices_and_what_differs(place: Path, tmp_path: Path)
     assert report["data"] == [
         {
             "path": str(place / "dev.jsonl"),
-            "fingerprint": results.file_digest(place / "dev.jsonl"),
+            "fingerprint": store.file_digest(place / "dev.jsonl"),
             "samples": 40,
         }
     ]
@@ -190,16 +190,17 @@ def test_a_second_evaluation_generates_nothing_and_says_the_same(
 
 KILLED = """
 import os, signal
-from finetune.evaluation import asking, evaluate, generate, results
+from finetune.evaluation import asking, evaluate, store
+from finetune.generation import generate
 asking.BATCHES_PER_WINDOW = 4
 generate.BATCHES_PER_GROUP = 1
-note, noted = results.WindowLog.note, []
+note, noted = store.WindowLog.note, []
 def counted(self, number, group):
     note(self, number, group)
     noted.append(number)
     if len(noted) == 6:  # in the middle of the second window
         os.kill(os.getpid(), signal.SIGKILL)
-results.WindowLog.note = counted
+store.WindowLog.note = counted
 evaluate.evaluate(TARGET, output=None, changes={"generate": True})
 """
 
@@ -207,7 +208,7 @@ evaluate.evaluate(TARGET, output=None, changes={"generate": True})
 def test_a_killed_evaluation_goes_on_where_it_was(
     place: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.evaluation import generate
+    from finetune.generation import generate
 
     target = checkpoints(place)[0]
     monkeypatch.setattr(asking, "BATCHES_PER_WINDOW", 4)
@@ -222,8 +223,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     [kept] = (cache / "evaluations").iterdir()
     assert len(read_rows(kept / "answers.jsonl.part")) == 16
     noted: list[int] = []
-    original = results.WindowLog.note
-    monkeypatch.setattr(results.WindowLog, "note", lambda self, n, g: (noted.append(n), original(self, n, g))[1])  # fmt: skip
+    original = store.WindowLog.note
+    monkeypatch.setattr(store.WindowLog, "note", lambda self, n, g: (noted.append(n), original(self, n, g))[1])  # fmt: skip
     evaluate(target, output=tmp_path / "resumed", changes=GENERATE)
     assert noted == [2, 3, 0, 1]  # 40 replies are 10 groups; 6 were there
     assert not list(kept.glob("window-*"))
@@ -259,7 +260,7 @@ def test_one_process_evaluates_a_model_at_a_time(
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(work, "_measure_losses", refuse)
+    monkeypatch.setattr(job, "_measure_losses", refuse)
     with pytest.raises(RuntimeError):
         evaluate(checkpoints(place)[0], output=tmp_path, changes=GENERATE)
     [kept] = (cache / "evaluations").iterdir()

@@ -15,12 +15,13 @@ from command_line import exit_code
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 
+from finetune.artifacts import checkpoint
+from finetune.artifacts.weights import tensors
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export.convert import export_model
 from finetune.export.export import export
 from finetune.models.load import load_model
-from finetune.training import checkpoint
-from finetune.weights import tensors
+from finetune.storage import folders
 
 
 def stored_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -73,7 +74,7 @@ def test_there_and_back_every_tensor_has_the_bytes_it_had(
     export_model(tmp_path / "there", tmp_path / "back", layout=back)
     assert stored_bytes(tmp_path / "back") == stored_bytes(base)
     for folder in (tmp_path / "there", tmp_path / "back"):
-        assert checkpoint.verify(folder) == []
+        assert folders.verify(folder) == []
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         found = tensors(folder)
         assert index["weight_map"] == {name: info.file.name for name, info in found.items()}

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from row_files import BAD_ROWS, BENIGN, FATAL, GOOD, VALUE
 
-from finetune.data import json_rows, streams, strict_json
-from finetune.data.files import BadRow, Row, expand, read_rows
+from finetune.data.dialogue import strict_json
+from finetune.data.reading import json_rows, streams
+from finetune.data.reading.files import BadRow, Row, expand, read_rows
 from finetune.errors import DataError
 
 

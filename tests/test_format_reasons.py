@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from row_parts import CALL, REASONS, REPLY, RESULT, SYSTEM, USER, WEATHER, reason
 
-from finetune.data.conversation import Conversation, Message, RowError, validate
-from finetune.data.formats import to_conversation
+from finetune.data.dialogue.conversation import Conversation, Message, RowError, validate
+from finetune.data.dialogue.formats import to_conversation
 
 # Reasons
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_parts import CALL, REPLY, RESULT, SYSTEM, USER, WEATHER, messages, reason
 
-from finetune.data.conversation import Conversation, Message, RowError, validate
-from finetune.data.formats import FORMATS, detect, to_conversation
+from finetune.data.dialogue.conversation import Conversation, Message, RowError, validate
+from finetune.data.dialogue.formats import FORMATS, detect, to_conversation
 
 ARGUMENTS = {"city": "北京", "days": 2}
 CITY = '{"city": "北京", "days": 2}'

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import methods
-from finetune.config import FullMethod, LoraMethod
+from finetune.config.schema import FullMethod, LoraMethod
 from finetune.errors import ConfigError
 from finetune.models.load import load_model
 

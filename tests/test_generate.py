@@ -16,11 +16,11 @@ import tiny
 import torch
 
 import finetune.models
+from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.errors import DataError
-from finetune.evaluation import generate as generation
-from finetune.evaluation import refill
-from finetune.evaluation.generate import Extras, Reply, Sampling, generate, plan_batches
-from finetune.evaluation.turns import EvaluationStoppedError
+from finetune.generation import batch as refill
+from finetune.generation import generate as generation
+from finetune.generation.generate import Extras, Reply, Sampling, generate, plan_batches
 
 
 @dataclass
@@ -277,8 +277,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 sys.path[:0] = [TESTS]
 import test_generate as here
-from finetune.evaluation.generate import generate
-from finetune.evaluation.turns import EvaluationStoppedError, sharded
+from finetune.generation.generate import generate
+from finetune.distributed.map_batches import EvaluationStoppedError, sharded
 from pathlib import Path
 
 model = here.open_tiny(Path(FOLDER))

@@ -81,7 +81,7 @@ def test_a_task_of_ones_own_is_asked_and_kept(
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr("finetune.evaluation.work.run_tasks", refuse)
+    monkeypatch.setattr("finetune.evaluation.job.run_tasks", refuse)
     again = evaluate(str(tiny_glm), [str(data)], output=tmp_path / "b", changes=changes, options=options)  # fmt: skip
     assert again["targets"] == report["targets"]
     monkeypatch.undo()

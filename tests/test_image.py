@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.image import (
+from finetune.data.chat.image import (
     MAX_PIXELS,
     ImageError,
     ImageSpec,

@@ -14,17 +14,17 @@ import pytest
 import tiny
 from PIL import Image
 
-from finetune.data.collate import Collator
-from finetune.data.conversation import Conversation, Message
-from finetune.data.dataset import LengthPolicy, PreparedDataset, load_examples
-from finetune.data.image import ImagePrompt, ImageSpec
-from finetune.data.packing import PackedDataset
-from finetune.data.prompts import reply_prompts
-from finetune.data.show import show
-from finetune.data.sources import Images, SourceSpec, read_conversations
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat.image import ImagePrompt, ImageSpec
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.examples.collate import Collator
+from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
+from finetune.data.examples.packing import PackedDataset
+from finetune.data.preview.show import show
+from finetune.data.reading.sources import Images, SourceSpec, read_conversations
 from finetune.errors import DataError
+from finetune.generation.prompts import reply_prompts
 
 BOI, EOI, PAD = pictures.BOI, pictures.EOI, tiny.PAD_ID
 SPAN = [BOI, *[PAD] * pictures.NUM_PATCHES, EOI]

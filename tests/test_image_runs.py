@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from finetune.chat.terminal import Session, Terminal, Voice
 from finetune.errors import ConfigError
 from finetune.evaluation.evaluate import evaluate
-from finetune.evaluation.open import open_model
-from finetune.evaluation.predict import PredictOptions, predict
 from finetune.export.merge import merge
+from finetune.generation.load import open_model
+from finetune.generation.predict import PredictOptions, predict
 from finetune.models.chatglm.vision import VisionModel
 from finetune.report.write import write_page
-from finetune.training.rates import Rates
+from finetune.training.learning_rates import Rates
 
 METHODS = {
     "lora": {"kind": "lora", "rank": 4},

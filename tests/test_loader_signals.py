@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 
-from finetune.data.order import EpochPlan
+from finetune.data.examples.order import EpochPlan
 from finetune.training import batches
 
 

@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 
 from finetune import methods
-from finetune.config import LoraMethod
+from finetune.artifacts.weights import model_fingerprint
+from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import BaseRecord, lora
 from finetune.models.load import load_model
-from finetune.weights import model_fingerprint
 
 IDS = torch.tensor([[372, 374, 377, 10, 40, 41, 378, 10, 60, 377]])
 LABELS = torch.tensor([[-100, -100, -100, -100, -100, -100, -100, 10, 60, 377]])

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from finetune.models import loss as loss_module
-from finetune.models.documents import pieces
 from finetune.models.load import load_model
+from finetune.models.packed_attention import pieces
 
 FAMILIES = ("chatglm", "glm", "glm4")
 Open = Callable[..., PreTrainedModel]
@@ -293,7 +293,7 @@ def test_attention_over_a_packed_row_is_no_wider_than_a_piece(
         widths.append(query.shape[2])
         return plain(query, *args, **kwargs)
 
-    monkeypatch.setattr("finetune.models.documents.PIECE", piece)
+    monkeypatch.setattr("finetune.models.packed_attention.PIECE", piece)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     packed = model(ids, position_ids=positions).logits
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
@@ -301,7 +301,7 @@ def test_attention_over_a_packed_row_is_no_wider_than_a_piece(
 
 
 def test_a_piece_ends_with_the_last_document_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.models.documents.PIECE", 5)
+    monkeypatch.setattr("finetune.models.packed_attention.PIECE", 5)
     starts = torch.zeros(2, 12, dtype=torch.bool)
     starts[0, [0, 2, 4, 5, 11]] = True
     starts[1, 0] = True

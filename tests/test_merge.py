@@ -16,13 +16,14 @@ from adapters import logits, make_adapter, make_base, peft_merged, weights_of
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
+from finetune.artifacts import checkpoint
+from finetune.artifacts.weights import read_shard, tensors
 from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.export import merge as merging
 from finetune.export.merge import merge
 from finetune.export.numbers import STORAGE, is_finite, narrow, widen
 from finetune.models.load import load_model
-from finetune.training import checkpoint
-from finetune.weights import read_shard, tensors
+from finetune.storage import folders
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
@@ -172,7 +173,7 @@ def test_all_but_the_changed_tensors_is_carried_over_byte_for_byte(tmp_path: Pat
             part = slice(tensor.start, tensor.end)
             is_target = tensor.name.endswith("query_key_value.weight")
             assert (before[part] != after[part]) == is_target, tensor.name
-    assert checkpoint.verify(out) == []
+    assert folders.verify(out) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -238,7 +239,7 @@ def test_another_number_format_is_written_on_request(tmp_path: Path, kind: str) 
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, plain[name].to(torch.bfloat16)), name
     assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == "bfloat16"
-    assert checkpoint.verify(tmp_path / "small") == []
+    assert folders.verify(tmp_path / "small") == []
     with pytest.raises(ConfigError, match="--dtype 'int8'"):
         merge(source, tmp_path / "other", dtype="int8")
 
@@ -247,7 +248,7 @@ def test_a_run_means_its_best_good_checkpoint_else_the_newest_good_one(tmp_path:
     base, run = make_base(tmp_path / "base"), tmp_path / "run"
     run.mkdir()
     for step in (1, 2, 3):
-        with checkpoint.staged(run / f"checkpoint-{step}") as stage:
+        with folders.staged(run / f"checkpoint-{step}") as stage:
             make_adapter(stage, base, seed=step)
             (stage / "optimizer.pt").write_bytes(b"state")
     source, notes = merging.find_source(run)
@@ -265,13 +266,13 @@ def test_a_run_means_its_best_good_checkpoint_else_the_newest_good_one(tmp_path:
     with pytest.raises(CheckpointError, match=r"optimizer\.pt has other content"):
         merge(run / "checkpoint-1", tmp_path / "out")
     report = merge(run, run / "merged", check=False)
-    assert checkpoint.verify(report.output) == []
+    assert folders.verify(report.output) == []
 
 
 def test_of_a_fully_tuned_checkpoint_the_model_alone_is_taken(tmp_path: Path) -> None:
     base, run = make_base(tmp_path / "base"), tmp_path / "run"
     run.mkdir()
-    with checkpoint.staged(run / "checkpoint-5") as stage:
+    with folders.staged(run / "checkpoint-5") as stage:
         shutil.copytree(base, stage, dirs_exist_ok=True)
         for name in ("optimizer.pt", "rng_state.pth", "run.json", "trainer_state.json"):
             (stage / name).write_text("{}")

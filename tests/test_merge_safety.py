@@ -17,12 +17,13 @@ import torch
 from adapters import make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
+from finetune.artifacts import checkpoint
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export import merge as merging
 from finetune.export import shards
 from finetune.export.export import export
 from finetune.export.merge import merge
-from finetune.training import checkpoint
+from finetune.storage import folders
 
 
 def test_a_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_what_is_written_is_the_same_through_the_cache_and_past_it(
     if not direct:
         monkeypatch.setattr(os, "write", refusing)
     merge(adapter, tmp_path / "out", check=False)
-    assert checkpoint.verify(tmp_path / "out") == []
+    assert folders.verify(tmp_path / "out") == []
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -219,7 +220,7 @@ def test_what_is_killed_at_any_point_leaves_all_or_nothing(
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if out.exists():
-            assert checkpoint.verify(out) == []
+            assert folders.verify(out) == []
             survived += 1
             if code != 0:
                 shutil.rmtree(out)

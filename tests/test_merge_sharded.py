@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from finetune.export.export import export
 from finetune.export.merge import merge
 from finetune.models.load import load_model
-from finetune.training import checkpoint
+from finetune.storage import folders
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_what_two_processes_tuned_under_zero_1_2_and_3_merges_to_the_same_plain_
         if stage is not None:  # DeepSpeed's own states are there and are not needed
             assert list((tmp_path / f"run-{stage}/checkpoint-2").glob("global_step2/*"))
         out = merge(tmp_path / f"run-{stage}", tmp_path / f"merged-{stage}").output
-        assert checkpoint.verify(out) == []
+        assert folders.verify(out) == []
         merged[stage] = weights_of(out)
         assert {"global_step2", "optimizer.pt", "latest"}.isdisjoint(f.name for f in out.iterdir())
         load_model(out)  # refuses what is missing, left over or of another shape

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.conversation import Message
+from finetune.data.dialogue.conversation import Message
 from finetune.evaluation import metrics
 from finetune.evaluation.metrics import Pair
 

@@ -14,15 +14,15 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune.data import grid_image
-from finetune.data.conversation import Conversation, Message
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat import glm41v_image
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import ConfigError, ModelError
-from finetune.evaluation.generate import generate
-from finetune.evaluation.open import open_model
-from finetune.evaluation.predict import PredictOptions, predict
 from finetune.export.merge import merge
+from finetune.generation.generate import generate
+from finetune.generation.load import open_model
+from finetune.generation.predict import PredictOptions, predict
 from finetune.models.load import load_model
 
 METHODS = {
@@ -181,7 +181,7 @@ def test_a_version_of_transformers_that_needs_torchvision_is_named(
 ) -> None:
     name = "transformers.models.glm4v.image_processing_pil_glm4v"
     monkeypatch.setitem(sys.modules, name, None)
-    grid_image._processor.cache_clear()
+    glm41v_image._processor.cache_clear()
     with pytest.raises(ModelError, match=r"cannot prepare images.*or torchvision"):
         ChatTemplate(load_chat_tokenizer(folder / "model"))
     monkeypatch.undo()

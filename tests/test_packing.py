@@ -7,14 +7,14 @@ import pickle
 import numpy as np
 import pytest
 
-from finetune.data.order import (
+from finetune.data.examples.order import (
     EpochPlan,
     grouped_order,
     padding_share,
     permutation,
     shuffled_order,
 )
-from finetune.data.packing import PackedDataset, pack
+from finetune.data.examples.packing import PackedDataset, pack
 
 
 def advertisegen_lengths(count: int, seed: int = 0) -> np.ndarray:

@@ -18,16 +18,16 @@ from adapters import make_adapter
 from command_line import ROOT
 from rows import CALL, TOOL, Rows, answering, read_rows, spoken, turns, write_rows
 
-from finetune.data.conversation import Message
-from finetune.data.dataset import LengthPolicy, load_examples
-from finetune.data.sources import SourceSpec
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Message
+from finetune.data.examples.dataset import LengthPolicy, load_examples
+from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
-from finetune.evaluation import generate as generation
-from finetune.evaluation import predict as prediction
-from finetune.evaluation.open import open_model
-from finetune.evaluation.predict import PredictOptions, as_reply, predict, reply_messages
+from finetune.generation import generate as generation
+from finetune.generation import predict as prediction
+from finetune.generation.load import open_model
+from finetune.generation.predict import PredictOptions, as_reply, predict, reply_messages
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
 
 
 class FakeVllm(ModuleType):
-    """What `finetune.evaluation.vllm_backend` uses of vLLM, answered by our own generation."""
+    """What `finetune.generation.vllm` uses of vLLM, answered by our own generation."""
 
     def __init__(self, model: Any, template: ChatTemplate) -> None:
         super().__init__("vllm")

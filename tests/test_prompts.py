@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from finetune.data.conversation import Conversation, Message
-from finetune.data.prompts import reply_prompts
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.generation.prompts import reply_prompts
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from finetune.config import PTuningV2Method
+from finetune.artifacts.base_record import BaseRecord
+from finetune.artifacts.weights import model_fingerprint
+from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
-from finetune.methods import prefix_start, ptuning_v2
-from finetune.methods.base_record import BaseRecord
+from finetune.methods import prefix_init, ptuning_v2
 from finetune.models.load import load_model
-from finetune.weights import model_fingerprint
 
 FAMILIES = ("chatglm", "glm", "glm4")
 N = 5
@@ -71,8 +71,8 @@ def test_every_key_and_value_is_trained_in_a_unit_of_about_its_own_size(
     section = PTuningV2Method(num_virtual_tokens=N)
     # As in a real model: large keys, small values, the first token's smallest of all.
     sizes = torch.logspace(-2, 1, N)[None, None, :, None] * torch.tensor([2.0, 0.1])[:, None, None, None]  # fmt: skip
-    starts = [start * sizes for start in prefix_start.activations(load_model(base), text)]
-    monkeypatch.setattr(prefix_start, "activations", lambda *_: starts)
+    starts = [start * sizes for start in prefix_init.activations(load_model(base), text)]
+    monkeypatch.setattr(prefix_init, "activations", lambda *_: starts)
     model = ptuning_v2.attach(load_model(base), section, start_ids=text)
     prefixes = [m for m in model.modules() if isinstance(m, ptuning_v2.Prefix)]
     for prefix, start in zip(prefixes, starts, strict=True):
@@ -166,7 +166,7 @@ def test_left_and_right_padding_give_what_a_row_alone_gives(base: Path) -> None:
 def test_packed_documents_see_the_prefix_and_not_each_other(
     base: Path, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.models.documents.PIECE", piece)
+    monkeypatch.setattr("finetune.models.packed_attention.PIECE", piece)
     model = tuned(base)
     ids, _ = padded()
     first, second = ids[:1, :4], ids[1:, :5]

@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-from finetune.data.conversation import Conversation, calls_in_words
-from finetune.data.formats import FORMATS, to_conversation
-from finetune.data.sources import SourceSpec, read_conversations
+from finetune.data.dialogue.conversation import Conversation, calls_in_words
+from finetune.data.dialogue.formats import FORMATS, to_conversation
+from finetune.data.reading.sources import SourceSpec, read_conversations
 
 
 def read(path: Path) -> list[Conversation]:

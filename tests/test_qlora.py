@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from finetune.config_file import load_config
+from finetune.config.load import load_config
 from finetune.errors import ConfigError, ModelError
 from finetune.models.load import load_model
 
@@ -67,8 +67,8 @@ def test_a_width_that_the_kernels_cannot_take_is_refused_on_a_cpu(tiny_glm: Path
 def test_a_quantised_base_trains_is_evaluated_alike_and_merges(
     family: str, stage: int | None, tmp_path: Path
 ) -> None:
-    from finetune.evaluation.open import open_model
     from finetune.export.merge import merge
+    from finetune.generation.load import open_model
 
     base = tiny.save_model(tmp_path / "model", family, **WIDE[family])
     changes = {"deepspeed__zero_stage": stage} if stage is not None else {}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def quickstart() -> ModuleType:
-    path = ROOT / "scripts/quickstart_model.py"
+    path = ROOT / "scripts/fixtures/quickstart_model.py"
     spec = importlib.util.spec_from_file_location("quickstart_model", path)
     assert spec
     assert spec.loader
@@ -71,7 +71,7 @@ def test_smollm2_as_a_glm_gives_its_logits_and_choices(quickstart: ModuleType) -
 
 
 def test_the_shipped_dialogues_are_what_their_script_makes(tmp_path: Path) -> None:
-    path = ROOT / "scripts/make_support_desk.py"
+    path = ROOT / "scripts/fixtures/make_support_desk.py"
     spec = importlib.util.spec_from_file_location("make_support_desk", path)
     assert spec
     assert spec.loader

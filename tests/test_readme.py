@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config_file import load_config
+from finetune.config.load import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]

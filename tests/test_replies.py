@@ -11,9 +11,9 @@ from dialogues import GLM4_0414_TEMPLATE, Z1_TEMPLATE, dialogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.conversation import Conversation, Message
-from finetune.data.template import ChatTemplate, trained_spans
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat.template import ChatTemplate, trained_spans
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import DataError
 
 REASONED = "<think>\n先想。\n</think>\n\n答"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.report import check, show, tokens
+from finetune.data.preview.report import check, show, tokens
 from finetune.errors import DataError
 
 TOOLS = [{"name": "f"}]

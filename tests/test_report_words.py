@@ -14,7 +14,7 @@ import pytest
 
 from finetune import console
 from finetune.errors import ConfigError, DataError
-from finetune.report import charts, content, page, plots, words
+from finetune.report import charts, page, page_data, plots, sentences
 from finetune.report.folder import Evaluation, read_evaluation
 from finetune.report.runs import differences, find_runs, read_run
 from finetune.report.terminal import show, show_runs, worst_samples
@@ -56,7 +56,7 @@ def test_the_answer_names_the_best_and_says_whether_it_is_really_better() -> Non
         compared("two", "one", 6.5, "no real difference"),
         base=4.0, one=44.0, two=50.5,
     )  # fmt: skip
-    assert words.conclusion(found, "rouge-l") == [
+    assert sentences.conclusion(found, "rouge-l") == [
         "two has the highest rouge-l of 2 checkpoints: 50.5 (49.5 to 51.5).",
         "two is better than base in rouge-l: +46.5 (44.5 to 49.5; p < 0.001).",
         "Between it and one there is no real difference.",
@@ -74,12 +74,12 @@ def test_the_answer_names_the_slice_on_which_the_best_is_weakest() -> None:
         "prompt_length": {"1-64 tokens": part(41.5, 3.0), "65-256 tokens": part(30.0, 25.0)},
         "turns": {"3": part(5.0, 1.0, n=9)},
     }  # too few, and too uncertain to lie below the whole
-    said = words.conclusion(found.model_copy(update={"slices": _slices(slices)}), "rouge-l")
+    said = sentences.conclusion(found.model_copy(update={"slices": _slices(slices)}), "rouge-l")
     assert said[1:] == [
         "two is weakest on prompt length 1-64 tokens: 41.5 (38.5 to 44.5), 50 replies."
     ]
     even = {"kind": {"plain": part(51.0, 2.0), "tool": part(49.9, 2.0)}}
-    assert not words.weakness(found.model_copy(update={"slices": _slices(even)}), "rouge-l")
+    assert not sentences.weakness(found.model_copy(update={"slices": _slices(even)}), "rouge-l")
 
 
 def test_without_a_base_the_answer_says_what_the_best_is_better_than() -> None:
@@ -89,7 +89,7 @@ def test_without_a_base_the_answer_says_what_the_best_is_better_than() -> None:
         compared("three", "two", 0.5, "no real difference"),
         one=44.0, two=50.5, three=51.0,
     )  # fmt: skip
-    assert words.conclusion(found, "rouge-l")[1:] == [
+    assert sentences.conclusion(found, "rouge-l")[1:] == [
         "Between it and two there is no real difference.",
         "It is really better than one.",
     ]
@@ -98,7 +98,7 @@ def test_without_a_base_the_answer_says_what_the_best_is_better_than() -> None:
 def test_the_weakest_slice_by_perplexity_is_the_highest() -> None:
     found = evaluation(metric="perplexity", one=9.0)
     values = {"a": {"one": {"perplexity": score(12.0)}}, "b": {"one": {"perplexity": score(5.0)}}}
-    said = words.conclusion(
+    said = sentences.conclusion(
         found.model_copy(update={"slices": _slices({"source": values})}), "perplexity"
     )
     assert said[1:] == ["one is weakest on source a: 12.00 (11.00 to 13.00), 50 replies."]
@@ -110,7 +110,7 @@ def _slices(found: dict[str, Any]) -> Any:
 
 def test_a_lower_perplexity_is_better() -> None:
     found = evaluation(metric="perplexity", base=60.0, one=9.25, two=8.5)
-    assert words.conclusion(found, "perplexity") == [
+    assert sentences.conclusion(found, "perplexity") == [
         "two has the lowest perplexity of 2 checkpoints: 8.50 (7.50 to 9.50)."
     ]
 
@@ -140,15 +140,15 @@ def test_a_comparison_reads_the_same_from_both_sides() -> None:
     turned = found.comparison("one", "base", "rouge-l")
     assert turned is not None
     assert (turned.difference, turned.low, turned.high, turned.verdict) == (40, 37, 42, "better")
-    assert words.arrow(found, found.targets[1], "rouge-l") == "↑"
-    assert words.arrow(found, found.targets[0], "rouge-l") == ""
+    assert sentences.arrow(found, found.targets[1], "rouge-l") == "↑"
+    assert sentences.arrow(found, found.targets[0], "rouge-l") == ""
 
 
 def test_no_real_difference_is_said_in_words() -> None:
     found = evaluation(compared("one", "base", -0.4, "no real difference"), base=4.4, one=4.0)
     sentence = "No real difference between one and base in rouge-l: −0.4 (−2.4 to 2.6; p = 0.21)."
-    assert words.verdict(found.comparisons[0]) == sentence
-    assert words.arrow(found, found.targets[1], "rouge-l") == "→"
+    assert sentences.verdict(found.comparisons[0]) == sentence
+    assert sentences.arrow(found, found.targets[1], "rouge-l") == "→"
 
 
 def test_one_model_alone_gets_a_report_too(tmp_path: Path) -> None:
@@ -183,23 +183,23 @@ def test_samples_that_some_target_was_not_asked_for_are_left_out(tmp_path: Path)
     file = made / "predictions" / "lora-40.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:2] + lines[3:]), encoding="utf-8")
-    found = content.read_content(made, read_evaluation(made))
+    found = page_data.read_content(made, read_evaluation(made))
     assert [one["where"].split(":")[1].split()[0] for one in found.samples] == ["1", "2", "4", "5", "6"]  # fmt: skip
 
 
 def test_a_page_carries_evenly_spaced_samples_of_very_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content, "MOST_SAMPLES", 4)
+    monkeypatch.setattr(page_data, "MOST_SAMPLES", 4)
     made = evaluations.write_evaluation(tmp_path / "out", samples=10)
-    found = content.read_content(made, read_evaluation(made))
+    found = page_data.read_content(made, read_evaluation(made))
     assert [one["number"] for one in found.samples] == [3, 5, 8, 10]
     assert len(found.reference_lengths) == found.num_samples == 10
     assert "4 of the 10 samples are in this page" in write_page(made).read_text(encoding="utf-8")
 
 
 def test_json_in_the_page_cannot_leave_its_element() -> None:
-    text = content.inert_json({"a": "</script><!--\u2028\ud800&"})
+    text = page_data.inert_json({"a": "</script><!--\u2028\ud800&"})
     assert text == '{"a":"\\u003c/script\\u003e\\u003c!--\\u2028\\ud800\\u0026"}'
     assert json.loads(text) == {"a": "</script><!--\u2028\ud800&"}
 

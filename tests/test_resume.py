@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from finetune.config import RunConfig
+from finetune.config.schema import RunConfig
 from finetune.errors import CheckpointError
-from finetune.training import checkpoint, resume
+from finetune.storage import folders
+from finetune.training import resume
 from finetune.training.resume import RULES, Rule
 
 FACTS = {"model": "aa", "template": "bb", "data": "cc", "global_batch": 8, "dtype": "float32"}
@@ -110,7 +111,7 @@ def test_a_record_survives_the_file(tmp_path: Path) -> None:
 
 
 def save(run: Path, step: int) -> Path:
-    with checkpoint.staged(run / f"checkpoint-{step}") as stage:
+    with folders.staged(run / f"checkpoint-{step}") as stage:
         (stage / "optimizer.pt").write_bytes(b"state")
     return run / f"checkpoint-{step}"
 

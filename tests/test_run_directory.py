@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune.artifacts.run_dir import RunDirectory
 from finetune.errors import ConfigError, RunDirectoryInUseError
-from finetune.training.run_directory import RunDirectory
 
 HOLD = (
-    "import sys, time; from finetune.training.run_directory import RunDirectory\n"
+    "import sys, time; from finetune.artifacts.run_dir import RunDirectory\n"
     "directory = RunDirectory.open(sys.argv[1]); print('held', flush=True); time.sleep(60)\n"
 )
 

@@ -13,7 +13,7 @@ import pytest
 from command_line import exit_code
 from rows import read_rows, write_rows
 
-from finetune.data.conversation import Message
+from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation import metrics, scoring, table, tool_calls
 from finetune.evaluation.evaluate import Options, evaluate
@@ -280,7 +280,7 @@ def test_several_processes_score_what_one_scores(
 
 def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.evaluation.answers import Answer
-    from finetune.evaluation.predictions import json_line
+    from finetune.storage.files import json_line
 
     monkeypatch.chdir(tmp_path)
     module = f"late_{tmp_path.name.replace('-', '_')}"

@@ -15,12 +15,12 @@ from PIL import Image
 from rows import CALL, TOOL
 from serving import HELLO, data_url, showing
 
-from finetune.data.conversation import Message
-from finetune.evaluation.generate import generate
-from finetune.evaluation.open import OpenedModel, open_model
-from finetune.evaluation.predict import reply_messages
-from finetune.evaluation.reply_stream import Piece, ReplyStream
+from finetune.data.dialogue.conversation import Message
 from finetune.export.merge import merge
+from finetune.generation.generate import generate
+from finetune.generation.load import OpenedModel, open_model
+from finetune.generation.predict import reply_messages
+from finetune.generation.stream import Piece, ReplyStream
 from finetune.serving.job import StopStrings
 
 QUESTION = Message("user", "weather?")

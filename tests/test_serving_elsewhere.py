@@ -16,9 +16,9 @@ import jinja2
 import pytest
 import tiny
 
-from finetune.data.jinja import JinjaTemplate
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import BUILT_IN_TEMPLATE, load_chat_tokenizer
+from finetune.data.chat.jinja import JinjaTemplate
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import BUILT_IN_TEMPLATE, load_chat_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELFILE = (ROOT / "docs" / "Modelfile").read_text(encoding="utf-8")
@@ -36,7 +36,8 @@ TOOLS_AS_ARGUMENT = (
 
 
 def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    [path] = (ROOT / "scripts").rglob(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -149,7 +150,7 @@ class ParserBase:
 
 @pytest.fixture
 def parser_class(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The plugin's parser; vLLM is not installed here, scripts/serve_check.sh runs it for real."""
+    """The plugin's parser; vLLM is not installed here, scripts/evidence/serve_check.sh runs it for real."""
     names = ("DeltaFunctionCall", "DeltaMessage", "DeltaToolCall", "ExtractedToolCallInformation",
              "FunctionCall", "ToolCall")  # fmt: skip
     manager = SimpleNamespace(register_module=lambda name: lambda cls: cls)

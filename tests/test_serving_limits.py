@@ -22,9 +22,9 @@ from dialogues import CONTROL_STRINGS
 from rows import TOOL
 from serving import HELLO, data_url, showing
 
-from finetune.data.conversation import Message
+from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError
-from finetune.evaluation.open import OpenedModel, open_model
+from finetune.generation.load import OpenedModel, open_model
 from finetune.serving import engine as engine_module
 from finetune.serving.request import Rules, read_request
 from finetune.serving.serve import ServeOptions, _bound, _key

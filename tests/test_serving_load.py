@@ -20,10 +20,10 @@ import serving
 from command_line import run
 from serving import HELLO
 
-from finetune.data.conversation import Message
+from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError
-from finetune.evaluation.generate import generate
-from finetune.evaluation.open import OpenedModel, open_model
+from finetune.generation.generate import generate
+from finetune.generation.load import OpenedModel, open_model
 from finetune.serving import engine as engine_module
 from finetune.serving.errors import ApiError
 from finetune.serving.serve import serve

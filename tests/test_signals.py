@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.training.signals import StopFlag
+from finetune.distributed.signals import StopFlag
 
 LOOP = """
 import sys, time
-from finetune.training.signals import StopFlag
+from finetune.distributed.signals import StopFlag
 with StopFlag() as stop:
     print("ready", flush=True)
     while not stop.agree(lambda mine: mine):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rows import turns
 
-from finetune.data.files import BadRow
-from finetune.data.sources import SourceSpec, read_conversations, weighted
+from finetune.data.reading.files import BadRow
+from finetune.data.reading.sources import SourceSpec, read_conversations, weighted
 from finetune.errors import DataError
 
 GOOD = json.dumps({"messages": turns("Q", "A")})

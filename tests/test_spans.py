@@ -11,9 +11,9 @@ from dialogues import TOOLS, Z1_TEMPLATE, dialogue, dialogues
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.conversation import Conversation
-from finetune.data.template import ChatTemplate, Rendered, shorten, trained_spans
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.data.chat.template import ChatTemplate, Rendered, shorten, trained_spans
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation
 
 # Single characters are single tokens of the tiny tokenizer, so that positions can be counted:
 # 0 [gMASK]  1 <sop>  2 <|user|>  3 \n  4 q  5 <|assistant|>  6 \n  7 a  8 <|user|> …

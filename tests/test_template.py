@@ -19,12 +19,12 @@ from dialogues import CONTROL_STRINGS, TOOLS, Z1_TEMPLATE, dialogue, dialogues, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.conversation import Conversation, Message
-from finetune.data.jinja import JinjaTemplate
-from finetune.data.probe import own_messages
-from finetune.data.sources import SourceSpec, read_conversations
-from finetune.data.template import ChatTemplate, Rendered, trained_spans
-from finetune.data.tokenizer import ChatTokenizer, load_chat_tokenizer
+from finetune.data.chat.jinja import JinjaTemplate
+from finetune.data.chat.template import ChatTemplate, Rendered, trained_spans
+from finetune.data.chat.template_check import own_messages
+from finetune.data.chat.tokenizer import ChatTokenizer, load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.reading.sources import SourceSpec, read_conversations
 from finetune.errors import DataError
 
 IDS = tiny.CONTROL_IDS
@@ -239,7 +239,7 @@ def test_system_text_follows_the_tools_and_empty_system_text_is_absent(
 
 def test_built_in_tools_are_rendered_by_templates_that_know_them(tokenizer: ChatTokenizer) -> None:
     built_in = (
-        Path(tiny.__file__).parents[1] / "finetune/data/templates/glm4_chat.jinja"
+        Path(tiny.__file__).parents[1] / "finetune/data/chat/templates/glm4_chat.jinja"
     ).read_text("utf-8")
     template = ChatTemplate(replace(tokenizer, chat_template=built_in))
     tools = [{"type": kind} for kind in ("python", "simple_browser", "cogview")]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from finetune.data import tokenizer as tokenizer_module
-from finetune.data.jinja import JinjaTemplate
-from finetune.data.tokenizer import CONTROL_TOKENS, load_chat_tokenizer, tokenizer_file
+from finetune.data.chat import tokenizer as tokenizer_module
+from finetune.data.chat.jinja import JinjaTemplate
+from finetune.data.chat.tokenizer import CONTROL_TOKENS, load_chat_tokenizer, tokenizer_file
 from finetune.errors import ModelError
 
 
@@ -299,8 +299,8 @@ def test_a_folder_with_tokenizer_json_needs_neither_torch_nor_transformers(
     fast_folder: Path,
 ) -> None:
     program = (
-        "import sys; from finetune.data.template import ChatTemplate; "
-        "from finetune.data.tokenizer import load_chat_tokenizer; "
+        "import sys; from finetune.data.chat.template import ChatTemplate; "
+        "from finetune.data.chat.tokenizer import load_chat_tokenizer; "
         f"ChatTemplate(load_chat_tokenizer({str(fast_folder)!r})); "
         "heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules); "
         "sys.exit(', '.join(heavy) or 0)"

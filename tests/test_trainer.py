@@ -13,7 +13,7 @@ import pytest
 import runs
 import torch
 
-from finetune.data.order import EpochPlan
+from finetune.data.examples.order import EpochPlan
 from finetune.errors import ConfigError
 
 
@@ -149,10 +149,10 @@ def test_two_processes_train_the_same_weights_as_one_and_fail_together(
 def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
     tiny_glm: Path, weighted_data: Path, tmp_path: Path
 ) -> None:
-    from finetune.config import RunConfig
-    from finetune.data.collate import Collator
-    from finetune.data.template import ChatTemplate
-    from finetune.data.tokenizer import load_chat_tokenizer
+    from finetune.config.schema import RunConfig
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
+    from finetune.data.examples.collate import Collator
     from finetune.models.load import load_model
     from finetune.training.run_data import load_run_data
 
@@ -312,7 +312,7 @@ def test_processes_that_would_train_apart_are_refused(kind: str, deepspeed: Any,
 
     from accelerate.utils import DistributedType
 
-    from finetune.training.processes import Processes
+    from finetune.distributed.processes import Processes
     from finetune.training.trainer import _check_distribution
 
     accelerator = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=seen)

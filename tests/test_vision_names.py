@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from finetune.config import LoraMethod
+from finetune.config.schema import LoraMethod
 from finetune.methods import attach
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration

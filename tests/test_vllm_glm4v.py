@@ -1,4 +1,4 @@
-"""GLM-4V in vLLM stands and sees as in training. vLLM is a stand-in here; scripts/serve_check.sh has the real one."""
+"""GLM-4V in vLLM stands and sees as in training. vLLM is a stand-in here; scripts/evidence/serve_check.sh has the real one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from command_line import ROOT
 from PIL import Image
 
-from finetune.data.image import ImageSpec, image_positions, pixels
+from finetune.data.chat.image import ImageSpec, image_positions, pixels
 from finetune.serving.vllm_plugin import ARCHITECTURE
 
 BOI, PATCH, EOI = 7, 8, 9

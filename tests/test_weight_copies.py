@@ -18,9 +18,9 @@ import torch
 from adapters import weights_of
 from weight_copies import NUM_SHARDS, SIZES
 
+from finetune.artifacts.weights import INDEX, model_fingerprint, read_shard, weight_files
 from finetune.methods import BaseRecord, full
 from finetune.models.load import load_model
-from finetune.weights import INDEX, model_fingerprint, read_shard, weight_files
 
 # What a step may hold at most, in units of the weights in float32; docs/methods.md has the sums.
 # Weights, gradients and Adam's two moments; under DeepSpeed also originals, their gradients and Adam's work.

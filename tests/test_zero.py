@@ -11,7 +11,7 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from finetune.config import DeepSpeedSection, TrainingSection
+from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
 from finetune.training.zero import MIN_BUCKET, Setting, deepspeed_config
 

@@ -56,7 +56,7 @@ RUNS = (
 
 def main(folder: Path) -> None:
     """Run them into `folder`."""
-    from finetune.weights import tensors
+    from finetune.artifacts.weights import tensors
 
     model = tiny.save_model(folder / "model", **SIZES)
     sizes = [tensor.size for tensor in tensors(model).values()]
@@ -91,7 +91,7 @@ def _measuring(output: Path, weights: int, *, alone: bool) -> Callable[[Path], N
         from torch.profiler import ProfilerActivity, profile, record_function
 
         from finetune.methods import full
-        from finetune.training.saving import Saver
+        from finetune.training.checkpointing import Saver
 
         full.MAX_SHARD_BYTES = weights // NUM_SHARDS
         figures: dict[str, float] = {}

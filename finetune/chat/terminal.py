@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune import console
-from finetune.data.conversation import Conversation, Message, Role, RowError
-from finetune.data.image import ImageError, check_image
-from finetune.data.tool_calls import read_tools, tool_name
+from finetune.data.chat.image import ImageError, check_image
+from finetune.data.dialogue.conversation import Conversation, Message, Role, RowError
+from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
-from finetune.evaluation.reply_stream import Piece, ReplyStream
+from finetune.generation.stream import Piece, ReplyStream
 
 HELP = """\
 /reset         forget the dialogue, keep the system message and the tools
@@ -40,7 +40,7 @@ def chat(
     temperature: float = 0.0,
 ) -> None:
     """Opens `target` (a model, an adapter or a checkpoint) and talks until the input ends."""
-    from finetune.evaluation.open import open_model
+    from finetune.generation.load import open_model
 
     console.say(f"opening {target} ...")
     opened = open_model(target, base=base)
@@ -100,7 +100,7 @@ class Voice:
 
     def room(self, conversation: Conversation) -> bool:
         """Whether the dialogue and a reply fit into the model's context."""
-        from finetune.evaluation.generate import context_length
+        from finetune.generation.generate import context_length
 
         limit = context_length(self.model)
         prompt = self.template.prompt(conversation, len(conversation.messages))
@@ -108,8 +108,8 @@ class Voice:
 
     def reply(self, conversation: Conversation, show: Callable[[str], None]) -> list[Message]:
         """The messages of the reply: one, or several calls. Ctrl-C ends it where it is."""
-        from finetune.evaluation.decoding import Ask, Decoding, decode
-        from finetune.evaluation.predict import reply_messages
+        from finetune.generation.decoding import Ask, Decoding, decode
+        from finetune.generation.predict import reply_messages
 
         prompt = self.template.prompt(conversation, len(conversation.messages))
         speech = Speech(self.template, conversation.tools, show)

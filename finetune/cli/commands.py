@@ -11,9 +11,9 @@ from finetune import console
 from finetune.cli.data_commands import Json, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
+from finetune.cli.inference_commands import using_app
 from finetune.cli.inputs import check_inputs, models_in
 from finetune.cli.report_commands import report_app, say_report
-from finetune.cli.using_commands import using_app
 
 app = typer.Typer(
     epilog="`finetune.py configs/lora.yaml` without a command trains. `finetune schema --markdown` "
@@ -73,7 +73,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train; a run that was interrupted goes on where it stopped."""
-    from finetune.config_file import dump_config, load
+    from finetune.config.load import dump_config, load
 
     loaded = load(config, overrides or ())
     if show_config:
@@ -206,7 +206,7 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON Schema of a configuration."""
-    from finetune.config_file import json_schema, reference_page
+    from finetune.config.load import json_schema, reference_page
 
     if markdown:
         console.say(reference_page().rstrip())

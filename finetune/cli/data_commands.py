@@ -50,7 +50,7 @@ def check(
     if max_length is not None and model is None:
         raise ConfigError("--max-length counts tokens: give --model too")
     with console.json_output(as_json) as emit:
-        from finetune.data.report import check as run
+        from finetune.data.preview.report import check as run
 
         report = run(files, model=model, max_length=max_length, format=format, columns=columns)
         console.table(*report.table())
@@ -82,7 +82,7 @@ def show(
     if index is not None and line is not None:
         raise ConfigError("give --index or --line, not both")
     with console.json_output(as_json) as emit:
-        from finetune.data.report import show as run
+        from finetune.data.preview.report import show as run
 
         shown = run(file, model=model, index=index, line=line, format=format, columns=columns)
         console.say(
@@ -107,7 +107,7 @@ def tokens(
     Spans are half-open ranges of the ids that carry loss, adjacent ones merged.
     """
     with console.json_output() as emit:
-        from finetune.data.report import tokens as run
+        from finetune.data.preview.report import tokens as run
 
         for row in run(file, model, format=format, columns=columns):
             emit(row)

@@ -11,8 +11,8 @@ from finetune import console
 from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
 
 if TYPE_CHECKING:
-    from finetune.config import DataSection
-    from finetune.config_file import Loaded
+    from finetune.config.load import Loaded
+    from finetune.config.schema import DataSection
 
 
 def check_inputs(loaded: Loaded) -> None:
@@ -53,7 +53,8 @@ def model_in(target: str) -> str:
 
 def models_in(targets: Sequence[str]) -> list[str]:
     """What `targets` mean for an evaluation: of a run, all its good checkpoints, oldest first."""
-    from finetune.training.checkpoint import checkpoints, verify
+    from finetune.artifacts.checkpoint import checkpoints
+    from finetune.storage.folders import verify
 
     found = []
     for target in targets:
@@ -71,7 +72,7 @@ def models_in(targets: Sequence[str]) -> list[str]:
 
 
 def _data_problems(section: DataSection, loaded: Loaded) -> list[str]:
-    from finetune.data.files import expand
+    from finetune.data.reading.files import expand
 
     problems = []
     for name, sources in (("train", section.train), ("validation", section.validation or [])):

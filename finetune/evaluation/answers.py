@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.conversation import Message
+from finetune.data.dialogue.conversation import Message
 from finetune.evaluation.slices import slices_of
 
 if TYPE_CHECKING:
-    from finetune.data.prompts import ReplyPrompt
-    from finetune.data.template import ChatTemplate
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.generation.prompts import ReplyPrompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.config import EvaluationSection
-from finetune.data.conversation import Conversation
-from finetune.data.prompts import PromptCounts, PromptStream, ReplyPrompt, ReplyPrompts
-from finetune.data.template import ChatTemplate
+from finetune.config.schema import EvaluationSection
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.dialogue.conversation import Conversation
 from finetune.evaluation.answers import Answer, answered
+from finetune.generation.prompts import PromptCounts, PromptStream, ReplyPrompt, ReplyPrompts
 
 if TYPE_CHECKING:
-    from finetune.evaluation.generate import Extras
-    from finetune.evaluation.turns import Poll
+    from finetune.distributed.map_batches import Poll
+    from finetune.generation.generate import Extras
 
 BATCHES_PER_WINDOW = 64
 """Batches whose prompts are sorted by length together, and whose answers are kept together."""
@@ -74,7 +74,7 @@ def answers(
     same prompts are generated in the same batches wherever this runs. `extras_at` is given the
     number of a window's first prompt.
     """
-    from finetune.evaluation.generate import Extras, check_context, generate
+    from finetune.generation.generate import Extras, check_context, generate
 
     first = 0
     while window := list(islice(prompts, section.batch_size * BATCHES_PER_WINDOW)):

@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.config import EvaluationSection
-from finetune.data.prompts import ReplyPrompt
-from finetune.data.template import ChatTemplate
+from finetune.config.schema import EvaluationSection
+from finetune.data.chat.template import ChatTemplate
 from finetune.errors import ConfigError
-from finetune.evaluation import folder, work
+from finetune.evaluation import folder
+from finetune.evaluation import job as work
 from finetune.evaluation.asking import answers, ask
+from finetune.evaluation.job import Options
 from finetune.evaluation.metrics import Scores
 from finetune.evaluation.predictions import Prediction
 from finetune.evaluation.scoring import Scoring, score, user_metric
-from finetune.evaluation.settings import Settings, settings_of
 from finetune.evaluation.table import ReplyTable
 from finetune.evaluation.targets import Target, find_targets
-from finetune.evaluation.work import Options
+from finetune.generation.prompts import ReplyPrompt
+from finetune.generation.settings import Settings, settings_of
 
 if TYPE_CHECKING:
-    from finetune.evaluation.turns import Poll
+    from finetune.distributed.map_batches import Poll
 
 __all__ = ["EvaluationResult", "Options", "ask", "evaluate", "evaluate_model"]
 

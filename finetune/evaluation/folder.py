@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from finetune import console
-from finetune.data.cache import file_digest, key_of
 from finetune.evaluation import harness, metrics, table, uncertainty
-from finetune.evaluation.foreign import read_foreign
-from finetune.evaluation.predictions import whole_file
+from finetune.evaluation.external_predictions import read_foreign
+from finetune.evaluation.job import Options, Work, asked
 from finetune.evaluation.scoring import FORMAT as SCORING_FORMAT
 from finetune.evaluation.scoring import Scoring, score_file, source_of
 from finetune.evaluation.slices import SLICES
 from finetune.evaluation.table import LossTable, ReplyTable, Score
 from finetune.evaluation.targets import Target
 from finetune.evaluation.versions import GENERATING, SCORING, versions
-from finetune.evaluation.work import Options, Work, asked
+from finetune.storage.cache import file_digest, key_of
+from finetune.storage.files import whole_file
 
 FILE = "evaluation.json"
 LOSSES = {"loss": ("loss", "perplexity"), "general_loss": ("general_loss",)}

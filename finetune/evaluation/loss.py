@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from finetune.data.dataset import IGNORED, Example
-from finetune.evaluation.turns import Poll, in_turns, longest_first
+from finetune.data.examples.dataset import IGNORED, Example
+from finetune.distributed.map_batches import Poll, in_turns, longest_first
 from finetune.models.loss import supervised_loss
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from finetune.data.conversation import Message
-from finetune.data.tool_calls import tool_name
+from finetune.data.dialogue.conversation import Message
+from finetune.data.dialogue.tool_calls import tool_name
 from finetune.evaluation import tool_calls
 from finetune.evaluation.corpus import is_chinese, plain_words
 

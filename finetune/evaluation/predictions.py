@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from finetune.evaluation.metrics import Scores
+from finetune.storage.files import json_line, whole_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +47,3 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     with whole_file(path) as file:
         for prediction in predictions:
             file.write(json_line(prediction.row))
-
-
-def json_line(value: Any) -> str:
-    """One line of a JSONL file."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name only once all of it is written and synced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

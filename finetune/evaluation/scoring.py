@@ -27,7 +27,8 @@ from finetune.errors import ConfigError
 from finetune.evaluation import metrics, table
 from finetune.evaluation.answers import Answer, answer_of
 from finetune.evaluation.metrics import BleuUnit, Pair
-from finetune.evaluation.predictions import Prediction, json_line, whole_file
+from finetune.evaluation.predictions import Prediction
+from finetune.storage.files import json_line, whole_file
 
 FORMAT = 1
 """Version of what is computed; scores that were kept under another one are not used."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from finetune.data.prompts import ReplyPrompt
 from finetune.evaluation.corpus import is_chinese
 from finetune.evaluation.metrics import text
+from finetune.generation.prompts import ReplyPrompt
 
 SLICES = ("source", "turns", "prompt_length", "kind", "language")
 _LENGTHS = (64, 256, 1024, 4096)

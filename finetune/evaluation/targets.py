@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.artifacts.weights import model_fingerprint
 from finetune.errors import DataError, ModelError
-from finetune.weights import model_fingerprint
 
 Kind = Literal["base", "adapter", "prefix", "merged", "full", "predictions"]
 ADAPTER = "adapter_config.json"

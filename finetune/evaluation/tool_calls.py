@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.data.conversation import Message
-from finetune.data.tool_calls import tool_name
+from finetune.data.dialogue.conversation import Message
+from finetune.data.dialogue.tool_calls import tool_name
 
 PARTS = (
     "tool_call_accuracy",

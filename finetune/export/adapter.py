@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from finetune.artifacts.weights import TensorInfo, read_shard
 from finetune.errors import ModelError
 from finetune.export.numbers import STORAGE, Floats, to_float32
-from finetune.weights import TensorInfo, read_shard
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -75,7 +75,7 @@ class Adapter:
     """Path or hub id of the base, as the adapter names it."""
     revision: str | None
     fingerprint: str | None
-    """Of the base it was trained on (``finetune.weights.model_fingerprint``), if it was noted."""
+    """Of the base it was trained on (``finetune.artifacts.weights.model_fingerprint``), if it was noted."""
     updates: Mapping[str, Update]
     """By the name of the base's tensor."""
     replacements: Mapping[str, TensorInfo]

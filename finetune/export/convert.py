@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.tokenizer import load_chat_tokenizer, tokenizer_file
+from finetune.artifacts.weights import (
+    CONFIG,
+    INDEX,
+    ITEM_SIZE,
+    Shard,
+    TensorInfo,
+    read_shard,
+    weight_files,
+)
+from finetune.data.chat.tokenizer import load_chat_tokenizer, tokenizer_file
 from finetune.errors import ConfigError, ModelError
 from finetune.export import card
 from finetune.export.folder import FolderPlan, carried, check_output, written
@@ -34,7 +43,6 @@ from finetune.export.merge import DTYPES
 from finetune.export.numbers import STORAGE, Floats, narrow
 from finetune.export.parity import check_parity
 from finetune.export.shards import Output, ShardPlan, make_header
-from finetune.weights import CONFIG, INDEX, ITEM_SIZE, Shard, TensorInfo, read_shard, weight_files
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

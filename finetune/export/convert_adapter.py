@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.artifacts.base_record import RECORD_NAME
+from finetune.artifacts.weights import TensorInfo, model_fingerprint, read_shard, tensors
 from finetune.errors import ConfigError, ModelError
 from finetune.export import card
 from finetune.export.adapter import CONFIG, PART, WEIGHTS, rank_and_alpha, read_adapter, read_json
@@ -40,8 +42,6 @@ from finetune.export.layout import (
 from finetune.export.merge import check_base, find_base
 from finetune.export.numbers import STORAGE, narrow, to_float32
 from finetune.export.shards import Output, ShardPlan, make_header
-from finetune.methods.base_record import RECORD_NAME
-from finetune.weights import TensorInfo, model_fingerprint, read_shard, tensors
 
 _PREFIX = "base_model.model."
 _DORA = "lora_magnitude_vector"

@@ -12,11 +12,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from finetune import console
+from finetune.artifacts.weights import INDEX
 from finetune.errors import ConfigError, SpaceError
 from finetune.export.shards import GivenUpError, ShardPlan, write_shard
-from finetune.training import checkpoint
-from finetune.training.manifest import MANIFEST, seal
-from finetune.weights import INDEX
+from finetune.storage import folders
+from finetune.storage.manifest import MANIFEST, seal
 
 _WORKERS = 2
 _SPARE = 16 << 20  # bytes beside the weights
@@ -44,7 +44,7 @@ def check_output(out: Path, inputs: set[Path]) -> None:
     """Refuse an output that is there already, cannot be there, or lies in what is read."""
     try:
         taken = out.exists() or out.is_symlink()
-        checkpoint.stage_path(out).exists()  # its name is longer
+        folders.stage_path(out).exists()  # its name is longer
     except OSError as error:
         raise _no_place(out, error) from error
     if taken:
@@ -75,7 +75,7 @@ def written(plan: FolderPlan, out: Path, label: str) -> Iterator[Path]:
     except OSError as error:
         raise _no_place(out, error) from error
     _check_space(plan, out)
-    with checkpoint.staged(out) as stage:
+    with folders.staged(out) as stage:
         known = _write(plan, stage, label)
         yield stage
         seal(stage, known)

@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 from transformers import GlmConfig
 
+from finetune.artifacts.weights import CONFIG
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
-from finetune.weights import CONFIG
 
 Layout = Literal["published", "hf"]
 LAYOUT_TYPES: dict[Layout, str] = {"published": "chatglm", "hf": "glm"}

@@ -15,6 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts import checkpoint
+from finetune.artifacts.weights import (
+    CONFIG,
+    INDEX,
+    TensorInfo,
+    model_fingerprint,
+    read_shard,
+    weight_files,
+)
 from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.export import adapter as adapters
 from finetune.export import card
@@ -22,9 +31,8 @@ from finetune.export.adapter import Adapter
 from finetune.export.folder import FolderPlan, carried, check_output, written
 from finetune.export.numbers import STORAGE
 from finetune.export.shards import Output, ShardPlan, make_header
-from finetune.training import checkpoint
-from finetune.training.manifest import MANIFEST
-from finetune.weights import CONFIG, INDEX, TensorInfo, model_fingerprint, read_shard, weight_files
+from finetune.storage import folders
+from finetune.storage.manifest import MANIFEST
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -151,12 +159,12 @@ def find_source(path: Path) -> tuple[Path, list[str]]:
         raise ConfigError(f"{path} is no folder; give a run, a checkpoint or an adapter")
     is_run = not (path / adapters.CONFIG).is_file() and not (path / CONFIG).is_file()
     if not is_run:
-        problems = checkpoint.verify(path) if (path / MANIFEST).is_file() else []
+        problems = folders.verify(path) if (path / MANIFEST).is_file() else []
         if problems:
             raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
         return path, []
     best = checkpoint.best(path)
-    if best is not None and not checkpoint.verify(best):
+    if best is not None and not folders.verify(best):
         return best, [f"took {best.name}, the best of {path}"]
     newest, skipped = checkpoint.newest_good(path)
     if newest is None:

@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from finetune.artifacts.weights import tensors
 from finetune.errors import ModelError
+from finetune.models.library_logging import quiet_libraries
 from finetune.models.load import load_model
-from finetune.models.quiet import quiet_libraries
-from finetune.weights import tensors
 
 # Logits of a float32 model; sums in another order differ by about this times their size.
 EXACT = 1e-4

@@ -20,13 +20,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from finetune import console
+from finetune.artifacts.weights import CONFIG
 from finetune.errors import CheckpointError, ConfigError
 from finetune.export import adapter as adapters
 from finetune.export import card
 from finetune.export.merge import find_source
-from finetune.training import checkpoint
-from finetune.training.manifest import MANIFEST
-from finetune.weights import CONFIG
+from finetune.storage import folders
+from finetune.storage.manifest import MANIFEST
 
 _STATES = ("optimizer.pt", "scheduler.pt", "rng_state*", "global_step*", "trainer_state.json")
 
@@ -60,7 +60,7 @@ def push(
     if not card.HUB_ID.fullmatch(repo):
         raise ConfigError(f"--repo {repo!r} is not of the form owner/name")
     folder, notes = find_source(source)
-    problems = checkpoint.verify(folder)
+    problems = folders.verify(folder)
     if problems:
         raise CheckpointError(f"{folder} is not pushed: {'; '.join(problems)}")
     texts, files = _adapter(folder, repo, base) if _is_adapter(folder) else _model(folder, base)

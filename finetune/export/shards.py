@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.artifacts.weights import ITEM_SIZE, TensorInfo
 from finetune.errors import ModelError
 from finetune.export.adapter import Update
 from finetune.export.numbers import STORAGE, is_finite, narrow, widen
-from finetune.weights import ITEM_SIZE, TensorInfo
 
 _BUFFER = 4 << 20
 _BUFFERS = 4

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from finetune.config import FullMethod, LoraMethod, PTuningV2Method
+from finetune.artifacts.base_record import BaseRecord
+from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.methods import full, lora, ptuning_v2
-from finetune.methods.base_record import BaseRecord
 from finetune.methods.freezing import frozen_names
 from finetune.methods.full import Gather
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.artifacts.base_record import BaseRecord
+from finetune.artifacts.weights import INDEX, SINGLE, weight_files
 from finetune.errors import ConfigError, ModelError
-from finetune.methods.base_record import BaseRecord
 from finetune.models.load import local_folder
-from finetune.weights import INDEX, SINGLE, weight_files
 
 Gather: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Weights by name; in a process that does not write, nothing."""

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.config import LoraMethod
+from finetune.artifacts.base_record import BaseRecord, check_base
+from finetune.artifacts.weights import model_fingerprint, read_shard
+from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
-from finetune.methods.base_record import BaseRecord, check_base
 from finetune.models.load import lora_targets
-from finetune.weights import model_fingerprint, read_shard
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"

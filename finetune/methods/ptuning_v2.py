@@ -29,12 +29,12 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.glm.modeling_glm import eager_attention_forward
 
-from finetune.config import PTuningV2Method
+from finetune.artifacts.base_record import BaseRecord, check_base
+from finetune.artifacts.weights import model_fingerprint, read_shard
+from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
-from finetune.methods import prefix_start
-from finetune.methods.base_record import BaseRecord, check_base
-from finetune.models.documents import DOCUMENT_SDPA, in_documents
-from finetune.weights import model_fingerprint, read_shard
+from finetune.methods import prefix_init
+from finetune.models.packed_attention import DOCUMENT_SDPA, in_documents
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 ENCODER_WEIGHTS_NAME = "prefix_encoder.safetensors"
@@ -122,7 +122,7 @@ def attach(
     model.requires_grad_(False)
     heads, head_dim = _key_value_shape(model)
     fits = len(start_ids) == section.num_virtual_tokens and not section.prefix_projection
-    starts = prefix_start.activations(model, start_ids) if fits else []
+    starts = prefix_init.activations(model, start_ids) if fits else []
     encoder = None
     if section.prefix_projection:
         width = heads * head_dim

@@ -12,14 +12,14 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from finetune.artifacts.weights import model_fingerprint, read_shard, weight_files
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from finetune.models.documents import DOCUMENT_SDPA
-from finetune.models.glm4v import Glm4vForConditionalGeneration
+from finetune.models.glm41v import Glm4vForConditionalGeneration
 from finetune.models.loss import SupervisedHead, SupervisedLoss
+from finetune.models.packed_attention import DOCUMENT_SDPA
 from finetune.models.quantization import check_widths, four_bits
-from finetune.weights import model_fingerprint, read_shard, weight_files
 
 __all__ = ["family", "load_model", "local_folder", "lora_targets", "model_fingerprint"]
 

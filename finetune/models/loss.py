@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from finetune.models.documents import document_starts, flash_arguments, pieces
+from finetune.models.packed_attention import document_starts, flash_arguments, pieces
 
 IGNORED = -100
 # Logits held at once: 128 positions of GLM-4's 151,552 rows, 80 MB in fp32. Larger on an accelerator,

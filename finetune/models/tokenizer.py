@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerFast
 
-from finetune.data.tokenizer import BUILT_IN_TEMPLATE, tokenizer_file
+from finetune.data.chat.tokenizer import BUILT_IN_TEMPLATE, tokenizer_file
 
 
 class ChatGLM4Tokenizer(PreTrainedTokenizerFast):

@@ -15,10 +15,10 @@ from markupsafe import Markup
 
 from finetune import __version__
 from finetune.evaluation.uncertainty import NO_BETTER
-from finetune.report import words
+from finetune.report import sentences
 from finetune.report.charts import Point, Series, histogram, lines
-from finetune.report.content import Content, page_data
 from finetune.report.folder import Evaluation, Score, Target, goodness
+from finetune.report.page_data import Content, page_data
 from finetune.report.runs import Run, differences, read_run
 
 ASSETS = Path(__file__).parent / "assets"
@@ -43,7 +43,7 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
     return template.render(
         title=_title(evaluation, content),
         files=evaluation.data,
-        conclusion=words.conclusion(evaluation, headline),
+        conclusion=sentences.conclusion(evaluation, headline),
         outcome=_outcome(evaluation, headline),
         differences=[(key, [_shown(v) for v in values]) for key, values in differences(list(runs.values()))],
         runs=runs,
@@ -52,8 +52,8 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         panels=panels(evaluation, runs, colours),
         metrics=_ordered(evaluation),
         rows=_rows(evaluation, colours),
-        verdicts=words.verdicts(evaluation, headline),
-        by_metric=words.by_metric(evaluation),
+        verdicts=sentences.verdicts(evaluation, headline),
+        by_metric=sentences.by_metric(evaluation),
         best=evaluation.best(headline),
         headline=headline,
         has_base=evaluation.base is not None,
@@ -64,7 +64,7 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         settings=_flat_settings(evaluation.settings),
         versions=evaluation.versions,
         signatures=evaluation.signatures,
-        words=words,
+        words=sentences,
         version=__version__,
         style=Markup(style),
         script=Markup(script),
@@ -89,7 +89,7 @@ def panels(
     """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
     drawn = [(LOSS, lines(loss_curves(evaluation, runs), title=LOSS))]
     drawn += [
-        (words.label(metric), lines(metric_series(evaluation, metric, colours), title=metric))
+        (sentences.label(metric), lines(metric_series(evaluation, metric, colours), title=metric))
         for metric in _ordered(evaluation)
         if any(target.step is not None for target in evaluation.targets)
     ]
@@ -132,7 +132,7 @@ def loss_curves(evaluation: Evaluation, runs: Mapping[str, Run]) -> list[Series]
 def _title(evaluation: Evaluation, content: Content) -> str:
     number = evaluation.num_samples or content.num_samples
     asked = f"on {number:,} replies" if number else "by their loss"
-    return f"{words.number_of(evaluation)} {asked}"
+    return f"{sentences.number_of(evaluation)} {asked}"
 
 
 def _run_colours(evaluation: Evaluation) -> dict[str, int]:
@@ -165,12 +165,12 @@ def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]
     def cell(target: Target, metric: str) -> dict[str, Any]:
         score = target.scores.get(metric, Score())
         return {
-            "text": words.number(metric, score.value),
-            "interval": words.interval(metric, score),
-            "arrow": words.arrow(evaluation, target, metric),
+            "text": sentences.number(metric, score.value),
+            "interval": sentences.interval(metric, score),
+            "arrow": sentences.arrow(evaluation, target, metric),
             "best": metric not in NO_BETTER
             and score.value is not None
-            and words.number(metric, score.value) == words.number(metric, best[metric]),
+            and sentences.number(metric, score.value) == sentences.number(metric, best[metric]),
         }
 
     return [
@@ -186,7 +186,7 @@ def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]
 def _outcome(evaluation: Evaluation, metric: str) -> str:
     base, best = evaluation.base, evaluation.best(metric)
     found = evaluation.comparison(best.name, base.name, metric) if base else None
-    return words.css(found) if found else "open"
+    return sentences.css(found) if found else "open"
 
 
 def _lengths(

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from finetune.artifacts import checkpoint
+from finetune.artifacts.run_dir import CONFIG, DATA
 from finetune.errors import ConfigError
 from finetune.evaluation.uncertainty import LOWER_IS_BETTER
-from finetune.training import checkpoint
-from finetune.training.run_directory import CONFIG, DATA
 
 HISTORY = "metrics.jsonl"
 DEEPEST = 4

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.evaluation.uncertainty import LOWER_IS_BETTER
-from finetune.report import words
+from finetune.report import sentences
 from finetune.report.folder import Evaluation, Score, Target, read_evaluation
 from finetune.report.runs import Run, differences
 
@@ -31,14 +31,14 @@ def show(folder: Path) -> None:
     chosen = [name for name in SHOWN if name in evaluation.metrics and name != evaluation.headline]
     metrics = [evaluation.headline, *chosen]
     console.table(
-        ["model", *(words.label(name) for name in metrics)],
+        ["model", *(sentences.label(name) for name in metrics)],
         [_row(evaluation, target, metrics) for target in evaluation.targets],
     )
-    for sentence in words.conclusion(evaluation, evaluation.headline):
+    for sentence in sentences.conclusion(evaluation, evaluation.headline):
         console.say(sentence)
     for name in metrics:
         if name in evaluation.signatures:
-            console.say(f"{words.label(name)}: {evaluation.signatures[name]}")
+            console.say(f"{sentences.label(name)}: {evaluation.signatures[name]}")
     if not evaluation.num_samples:
         console.say("only the loss was measured, as in training; --generate asks for replies too")
     worst = worst_samples(folder, best, evaluation.headline)
@@ -79,8 +79,8 @@ def best_score(run: Run, metric: str | None) -> str:
     if metric is None or found is None:
         return "–"
     step, value = found
-    named = "" if metric == "loss" else f"{words.label(metric)} "
-    return f"{named}{words.number(metric, value)} at {step}"
+    named = "" if metric == "loss" else f"{sentences.label(metric)} "
+    return f"{named}{sentences.number(metric, value)} at {step}"
 
 
 def worst_samples(folder: Path, target: Target, metric: str) -> list[tuple[float, dict[str, Any]]]:
@@ -105,9 +105,9 @@ def _cell(evaluation: Evaluation, target: Target, metric: str) -> Text:
     from rich.text import Text
 
     score = target.scores.get(metric, Score())
-    arrow = words.arrow(evaluation, target, metric)
-    said = words.number(metric, score.value)
-    if metric == evaluation.headline and (between := words.interval(metric, score)):
+    arrow = sentences.arrow(evaluation, target, metric)
+    said = sentences.number(metric, score.value)
+    if metric == evaluation.headline and (between := sentences.interval(metric, score)):
         said += f" ({between})"
     colour = _COLOURS.get(arrow, "")
     is_best = target is evaluation.best(metric) and len(evaluation.targets) > 1
@@ -117,7 +117,7 @@ def _cell(evaluation: Evaluation, target: Target, metric: str) -> Text:
 def _sample(metric: str, score: float, row: dict[str, Any]) -> str:
     prompt = str(row.get("prompt", "")).removesuffix("<|assistant|>").rpartition("|>")[2]
     lines = (
-        f"{row.get('where', '')}, {words.label(metric)} {words.number(metric, score)}",
+        f"{row.get('where', '')}, {sentences.label(metric)} {sentences.number(metric, score)}",
         f"  prompt     {_line(prompt)}",
         f"  reference  {_line(str(row.get('reference', '')))}",
         f"  reply      {_line(str(row.get('prediction', '')))}",

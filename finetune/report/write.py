@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune import console
-from finetune.evaluation.predictions import whole_file
-from finetune.report.content import read_content
 from finetune.report.folder import read_evaluation
 from finetune.report.page import page, runs_of
+from finetune.report.page_data import read_content
+from finetune.storage.files import whole_file
 
 PAGE = "report.html"
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from finetune.evaluation.reply_stream import Piece
+from finetune.generation.stream import Piece
 from finetune.serving.job import FinishReason
 
 

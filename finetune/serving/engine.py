@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from finetune.data.template import ChatTemplate
-from finetune.evaluation.decoding import Ask, decode
+from finetune.data.chat.template import ChatTemplate
+from finetune.generation.decoding import Ask, decode
 from finetune.serving.errors import ApiError
 from finetune.serving.job import Job
 

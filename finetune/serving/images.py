@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data.image import ImageError, check_image
+from finetune.data.chat.image import ImageError, check_image
 from finetune.serving.errors import bad_request
 
 MAX_PIXELS = 25_000_000

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal, TypeAlias
 
-from finetune.data.template import ChatTemplate
-from finetune.evaluation.reply_stream import Piece, ReplyStream
+from finetune.data.chat.template import ChatTemplate
+from finetune.generation.stream import Piece, ReplyStream
 from finetune.serving.errors import ApiError
 from finetune.serving.request import ChatAsk
 

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from finetune.data import strict_json
-from finetune.data.conversation import Conversation, RowError
-from finetune.data.formats import to_conversation
+from finetune.data.dialogue import strict_json
+from finetune.data.dialogue.conversation import Conversation, RowError
+from finetune.data.dialogue.formats import to_conversation
 from finetune.errors import DataError
-from finetune.evaluation.decoding import Decoding
+from finetune.generation.decoding import Decoding
 from finetune.serving.errors import ApiError, bad_request
 from finetune.serving.images import with_image_files
 
 if TYPE_CHECKING:
-    from finetune.data.template import ChatTemplate
+    from finetune.data.chat.template import ChatTemplate
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 Tokens = Annotated[int, Field(ge=1)]

@@ -19,7 +19,7 @@ from finetune.errors import ConfigError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from finetune.evaluation.open import OpenedModel
+    from finetune.generation.load import OpenedModel
     from finetune.serving.engine import Engine
 
 KEY_VARIABLE = "FINETUNE_API_KEY"
@@ -69,7 +69,7 @@ def serve(
     with _bound(options.host, options.port) as listener:
         key = _key(options, listener)
         console.say(f"opening {target} ...")
-        from finetune.evaluation.open import open_model
+        from finetune.generation.load import open_model
 
         opened = open_model(target, base=base)
         name = options.name or Path(shown_as).name
@@ -84,7 +84,7 @@ def endpoint(
     opened: OpenedModel, name: str, options: ServeOptions, key: bytes | None
 ) -> tuple[FastAPI, Engine]:
     """The ASGI application on an opened model, and the engine that writes its replies."""
-    from finetune.evaluation.generate import context_length
+    from finetune.generation.generate import context_length
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access

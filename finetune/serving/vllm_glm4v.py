@@ -29,7 +29,7 @@ from vllm.model_executor.models.glm4v import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.processors.glm4v import GLM4VImageProcessorFast
 
-from finetune.data.image import pixels_of
+from finetune.data.chat.image import pixels_of
 
 
 def prompt_positions(num_tokens: int, images: Sequence[tuple[int, int]]) -> torch.Tensor:

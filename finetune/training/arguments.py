@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from finetune.config import FullMethod, Method, TrainingSection
+from finetune.config.schema import FullMethod, Method, TrainingSection
+from finetune.distributed.processes import Processes
 from finetune.errors import ConfigError
-from finetune.training.processes import Processes
 
 TRACKERS = {
     "wandb": "wandb",

@@ -25,9 +25,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from finetune.data.dataset import IGNORED, Example
-from finetune.data.order import EpochPlan
-from finetune.training.signals import SIGNALS
+from finetune.data.examples.dataset import IGNORED, Example
+from finetune.data.examples.order import EpochPlan
+from finetune.distributed.signals import SIGNALS
 
 Item: TypeAlias = "Example | Sequence[Example]"
 Collate: TypeAlias = Callable[[Sequence[Item]], dict[str, torch.Tensor]]

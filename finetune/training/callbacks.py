@@ -15,10 +15,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import console
-from finetune.config import EvaluationSection
-from finetune.training.checkpoint import is_out_of_space, write_file
+from finetune.config.schema import EvaluationSection
+from finetune.distributed.signals import StopFlag
+from finetune.storage.folders import is_out_of_space, write_file
 from finetune.training.counts import StepCounts
-from finetune.training.signals import StopFlag
 
 METRICS_FILE = "metrics.jsonl"
 LOWER_IS_BETTER = ("loss",)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from finetune.data.dataset import IGNORED
+from finetune.data.examples.dataset import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from finetune import __version__
-from finetune.config import RunConfig
-from finetune.data.template import ChatTemplate
+from finetune.config.schema import RunConfig
+from finetune.data.chat.template import ChatTemplate
+from finetune.distributed.processes import Processes
 from finetune.training import resume
-from finetune.training.processes import Processes
+from finetune.training.prepare_model import Tunable
 from finetune.training.run_data import RunData
-from finetune.training.tunable import Tunable
 
 
 def run_record(

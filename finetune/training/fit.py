@@ -13,26 +13,27 @@ import torch
 import torch.distributed as dist
 
 from finetune import console
-from finetune.config import RunConfig
-from finetune.config_file import dump_config
-from finetune.data.collate import Collator
-from finetune.data.image import ImageSpec
-from finetune.data.template import ChatTemplate
-from finetune.models.quiet import quiet_libraries
-from finetune.training import checkpoint, report, resume
+from finetune.artifacts import checkpoint
+from finetune.artifacts.run_dir import RunDirectory
+from finetune.config.load import dump_config
+from finetune.config.schema import RunConfig
+from finetune.data.chat.image import ImageSpec
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.examples.collate import Collator
+from finetune.distributed.processes import Processes, end, start
+from finetune.distributed.signals import StopFlag
+from finetune.distributed.watchdog import watching
+from finetune.models.library_logging import quiet_libraries
+from finetune.training import report, resume
 from finetune.training.callbacks import Meter, MetricsFile, Narrator, Schedule
+from finetune.training.checkpointing import Saver
 from finetune.training.facts import run_record
-from finetune.training.features import FeatureFiles, prepare_features
-from finetune.training.processes import Processes, end, start
-from finetune.training.rates import Rates
+from finetune.training.learning_rates import Rates
+from finetune.training.prepare_model import Tunable, load_tunable
 from finetune.training.run_data import RunData
-from finetune.training.run_directory import RunDirectory
-from finetune.training.saving import Saver
-from finetune.training.signals import StopFlag
 from finetune.training.trainer import FineTuner, Services, TrainingData
-from finetune.training.tunable import Tunable, load_tunable
 from finetune.training.validation import load_validation
-from finetune.training.watch import watching
+from finetune.training.vision_features import FeatureFiles, prepare_features
 
 DEFAULT_EPOCHS = 3
 

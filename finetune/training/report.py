@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune import console, methods
-from finetune.config import RunConfig
+from finetune.config.schema import RunConfig
+from finetune.distributed.processes import Processes
 from finetune.training import resume
 from finetune.training.callbacks import score_text
-from finetune.training.processes import Processes
+from finetune.training.prepare_model import Tunable
 from finetune.training.run_data import RunData
-from finetune.training.tunable import Tunable
 
 
 def announce(

@@ -9,8 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.checkpoint import checkpoints, newest_good
 from finetune.errors import CheckpointError
-from finetune.training.checkpoint import checkpoints, newest_good, verify
+from finetune.storage.folders import verify
 
 RECORD = "run.json"
 

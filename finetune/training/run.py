@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import console
-from finetune.config import RunConfig
-from finetune.data.template import ChatTemplate
-from finetune.data.tokenizer import load_chat_tokenizer
+from finetune.artifacts.run_dir import RunDirectory
+from finetune.config.schema import RunConfig
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.training import resume
-from finetune.training.memory import memory_explained
+from finetune.training.memory_hints import memory_explained
 from finetune.training.run_data import load_run_data
-from finetune.training.run_directory import RunDirectory
 from finetune.training.trust import check_owner
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from finetune import console
-from finetune.config import DataSection, RunConfig, Source
-from finetune.data.dataset import (
+from finetune.config.schema import DataSection, RunConfig, Source
+from finetune.data.chat.image import ImageSpec
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.examples.dataset import (
     Counts,
     Example,
     LengthPolicy,
@@ -21,11 +23,9 @@ from finetune.data.dataset import (
     Reading,
     load_examples,
 )
-from finetune.data.image import ImageSpec
-from finetune.data.order import EpochPlan, padding_share
-from finetune.data.packing import PackedDataset, pack
-from finetune.data.sources import Images, SourceSpec
-from finetune.data.template import ChatTemplate
+from finetune.data.examples.order import EpochPlan, padding_share
+from finetune.data.examples.packing import PackedDataset, pack
+from finetune.data.reading.sources import Images, SourceSpec
 from finetune.errors import ConfigError
 
 BINS = 24

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.integrations import TensorBoardCallback
 
 from finetune import console
-from finetune.training.checkpoint import is_out_of_space
+from finetune.storage.folders import is_out_of_space
 
 
 class TensorBoard(TensorBoardCallback):

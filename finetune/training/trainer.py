@@ -16,15 +16,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from finetune.data.order import EpochPlan
+from finetune.data.examples.order import EpochPlan
+from finetune.distributed.processes import Processes
+from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, NonFiniteError, ProcessError
 from finetune.training.batches import Collate, Items, StepLoader, training_loader
 from finetune.training.callbacks import Meter, NothingLeftError
+from finetune.training.checkpointing import Saver
 from finetune.training.counts import StepCounts, count
-from finetune.training.processes import Processes
-from finetune.training.rates import Rates
-from finetune.training.saving import Saver
-from finetune.training.signals import StopFlag
+from finetune.training.learning_rates import Rates
 from finetune.training.trackers import TensorBoard
 from finetune.training.trust import opening
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune.artifacts import checkpoint
 from finetune.errors import CheckpointError, FinetuneError, is_out_of_memory
-from finetune.training import checkpoint
-from finetune.training.manifest import walk
+from finetune.storage import folders
+from finetune.storage.manifest import walk
 
 SHARDS = "global_step"
 
@@ -57,7 +58,7 @@ def opening(folder: str | None, *, begun: Callable[[], bool]) -> Iterator[None]:
     except Exception as error:
         if folder is None or begun() or isinstance(error, FinetuneError):
             raise
-        if is_out_of_memory(error) or checkpoint.is_out_of_space(error):
+        if is_out_of_memory(error) or folders.is_out_of_space(error):
             raise
         said = (str(error).splitlines() or [""])[0]
         raise CheckpointError(

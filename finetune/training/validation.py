@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from finetune import console
-from finetune.config import EvaluationSection, RunConfig
-from finetune.data.collate import Collator
-from finetune.data.dataset import options_of
-from finetune.data.prompts import ReplyPrompt
-from finetune.data.sources import read_conversations
-from finetune.data.template import ChatTemplate
+from finetune.config.schema import EvaluationSection, RunConfig
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.examples.collate import Collator
+from finetune.data.examples.dataset import options_of
+from finetune.data.reading.sources import read_conversations
+from finetune.distributed.map_batches import EvaluationStoppedError
+from finetune.distributed.signals import StopFlag
 from finetune.evaluation.evaluate import ask, evaluate_model
-from finetune.evaluation.generate import context_length
 from finetune.evaluation.loss import Examples, validation_loss
 from finetune.evaluation.predictions import write_predictions
-from finetune.evaluation.turns import EvaluationStoppedError
+from finetune.generation.generate import context_length
+from finetune.generation.prompts import ReplyPrompt
 from finetune.training.run_data import RunData, reading
-from finetune.training.signals import StopFlag
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config import DeepSpeedSection, TrainingSection
+from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
 
 # Objects of a JSON file that are looked into.

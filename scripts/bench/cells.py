@@ -78,7 +78,7 @@ def warm_up(model: Path) -> None:
     import finetune.training.fit
     import finetune.training.run  # noqa: F401
     from finetune.evaluation.metrics import words
-    from finetune.evaluation.open import open_model
+    from finetune.generation.load import open_model
 
     words("warm up")
     open_model(model)

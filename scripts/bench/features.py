@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from finetune.config import LoraMethod
-from finetune.data.image import pixels, read_image
+from finetune.config.schema import LoraMethod
+from finetune.data.chat.image import pixels, read_image
 from finetune.methods import attach
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration

@@ -5,7 +5,7 @@
   demo 4       as GLM-4's demo evaluates: transformers' generate on batches in the order of the file,
                padded to the longest, until the slowest row ends; its 4 prompts a batch
   demo 16      the same with 16 a batch
-  here 4       finetune.evaluation.generate: sorted by length, finished rows refilled, keys and
+  here 4       finetune.generation.generate: sorted by length, finished rows refilled, keys and
                values in place; the demo's 4 at once
   here 16      the same with 16 at once, the default of `evaluation.batch_size`
   here 32      the same with 32 at once
@@ -62,9 +62,9 @@ def load_model(folder: str | None) -> Any:
 
 def questions(options: argparse.Namespace) -> tuple[Any, list[list[int]], list[int]]:
     """The template, the prompts, and how many tokens each reply may have."""
-    from finetune.data.conversation import Conversation, Message
-    from finetune.data.template import ChatTemplate
-    from finetune.data.tokenizer import load_chat_tokenizer
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
+    from finetune.data.dialogue.conversation import Conversation, Message
 
     template = ChatTemplate(
         load_chat_tokenizer(options.model or ROOT / "runs" / "quickstart-model")
@@ -118,7 +118,7 @@ def demo(model: Any, template: Any, prompts: Sequence[Any], lengths: Sequence[in
 
 def here(model: Any, template: Any, prompts: Sequence[Any], lengths: Sequence[int], size: int) -> list[list[int]]:  # fmt: skip
     """Replies of our own loop, each ended at its length by the choice of its tokens."""
-    from finetune.evaluation import generate as generation
+    from finetune.generation import generate as generation
 
     stop = template.stop_ids[0]
 
@@ -146,8 +146,8 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     """Measure one variant in this process."""
     import torch
 
-    from finetune.evaluation import refill
-    from finetune.models.quiet import quiet_libraries
+    from finetune.generation import batch as refill
+    from finetune.models.library_logging import quiet_libraries
 
     quiet_libraries()
     torch.set_num_threads(options.threads)

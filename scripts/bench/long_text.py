@@ -12,7 +12,7 @@ token supervised, each measurement in a process of its own:
 
 `above` is the peak above what the process held before the step. No variant has an attention mask of
 T x T: a single document is causal, packed documents are attended to piece by piece
-(finetune/models/documents.py). The logits of the plain loss end it at 32 K.
+(finetune/models/packed_attention.py). The logits of the plain loss end it at 32 K.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def build(variant: str, length: int, family: str) -> Any:
 
     from finetune.models.chatglm.configuration import ChatGLMConfig
     from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-    from finetune.models.documents import DOCUMENT_SDPA
     from finetune.models.load import GlmForCausalLM
+    from finetune.models.packed_attention import DOCUMENT_SDPA
 
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj"]

@@ -150,7 +150,7 @@ def run(*command: object) -> dict[str, Any]:
 def write_rows(assets: Path, target: Path, count: int) -> None:
     """`count` rows of the `messages` layout, pass after pass over the sets, each pass shuffled."""
     sys.path.insert(0, str(ROOT))
-    from finetune.data.sources import SourceSpec, read_conversations
+    from finetune.data.reading.sources import SourceSpec, read_conversations
 
     lines = [
         json.dumps(as_row(conversation), ensure_ascii=False)
@@ -179,9 +179,9 @@ def as_row(conversation: Any) -> dict[str, Any]:
 
 def write_texts(tokenizer: Path, rows: Path, target: Path) -> None:
     """Child: every dialogue as the text that gives its ids, one JSON string per line."""
-    from finetune.data.sources import SourceSpec, read_conversations
-    from finetune.data.template import ChatTemplate
-    from finetune.data.tokenizer import load_chat_tokenizer
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
+    from finetune.data.reading.sources import SourceSpec, read_conversations
 
     template = ChatTemplate(load_chat_tokenizer(tokenizer))
     stream = read_conversations([SourceSpec(str(rows))])
@@ -196,7 +196,7 @@ def floor(tokenizer: Path, texts: Path) -> None:
     """Child: `encode_batch_fast` on all texts."""
     from tokenizers import Tokenizer
 
-    from finetune.data.tokenizer import tokenizer_file
+    from finetune.data.chat.tokenizer import tokenizer_file
 
     encoder = Tokenizer.from_file(str(tokenizer_file(tokenizer)))
     tokens, spent = 0, 0.0
@@ -217,10 +217,10 @@ def batches_of_texts(path: Path) -> Iterator[list[str]]:
 
 def prepare(tokenizer: Path, rows: Path, cache: Path) -> None:
     """Child: files to examples."""
-    from finetune.data.dataset import LengthPolicy, load_examples
-    from finetune.data.sources import SourceSpec
-    from finetune.data.template import ChatTemplate
-    from finetune.data.tokenizer import load_chat_tokenizer
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
+    from finetune.data.examples.dataset import LengthPolicy, load_examples
+    from finetune.data.reading.sources import SourceSpec
 
     template = ChatTemplate(load_chat_tokenizer(tokenizer))
     dataset = load_examples(

@@ -104,7 +104,7 @@ def cell(line: Line, name: str, subject: Subject, folder: Path) -> Cell:
 
 def stops(run_dir: Path) -> dict[str, int]:
     """The steps of the three moments."""
-    from finetune.training.checkpoint import checkpoints
+    from finetune.artifacts.checkpoint import checkpoints
 
     saved = checkpoints(run_dir)
     state = json.loads((saved[-1] / "trainer_state.json").read_text(encoding="utf-8"))

@@ -58,11 +58,11 @@ def generating(options: argparse.Namespace) -> float:
 
 def scoring(data: Path, folder: Path) -> dict[str, float]:
     """Seconds per reply of what follows the generation."""
-    from finetune.data.conversation import Message
+    from finetune.data.dialogue.conversation import Message
     from finetune.evaluation import scoring as scores
     from finetune.evaluation.answers import Answer
     from finetune.evaluation.evaluate import Options, evaluate
-    from finetune.evaluation.predictions import json_line
+    from finetune.storage.files import json_line
 
     rows = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
     total = len(rows)

@@ -12,7 +12,7 @@ without DeepSpeed
 
     loss     of any step's training loss
     weights  of any number in the saved adapter or model
-    logits   of the saved folder opened by `finetune.evaluation.open`
+    logits   of the saved folder opened by `finetune.generation.load`
 
 and says so when the greedy replies of the evaluation are others. A save must hold every tensor.
 """
@@ -107,8 +107,8 @@ def outcome(run_dir: Path, base: Path) -> Outcome:
     import torch
     from safetensors.torch import load_file
 
-    from finetune.evaluation.open import open_model
-    from finetune.weights import tensors
+    from finetune.artifacts.weights import tensors
+    from finetune.generation.load import open_model
 
     checkpoint = run_dir / f"checkpoint-{STEPS}"
     weights: dict[str, Any] = {}

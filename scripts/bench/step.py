@@ -40,7 +40,7 @@ def dialogues(steps: int) -> list[Any]:
     """Four examples per step; the first fifth of each carries no loss."""
     import numpy as np
 
-    from finetune.data.dataset import Example
+    from finetune.data.examples.dataset import Example
 
     generator = np.random.default_rng(0)
     examples = []
@@ -55,8 +55,8 @@ def dialogues(steps: int) -> list[Any]:
 
 def batches(variant: str, steps: int) -> list[dict[str, Any]]:
     """The same examples in as many batches: four padded ones each, or packed rows of 512."""
-    from finetune.data.collate import Collator
-    from finetune.data.packing import pack
+    from finetune.data.examples.collate import Collator
+    from finetune.data.examples.packing import pack
 
     examples = dialogues(steps)
     if variant == "packed":

@@ -2,7 +2,7 @@
 
     python scripts/bench/trainer.py [--steps 60] [--rounds 3] [--json]
 
-A small random GLM (scripts/quickstart_model.py --tiny) with LoRA on data/support_desk, one process,
+A small random GLM (scripts/fixtures/quickstart_model.py --tiny) with LoRA on data/support_desk, one process,
 one thread. The Trainer's cost per step is that of a long run minus that of a short one, so start-up
 drops out; the bare loop does forward, backward, clipping and an AdamW step on the same batches.
 Launch is the wall time of `finetune train` from the command to the end of its first step.
@@ -53,13 +53,13 @@ def run_loop(model: Path, steps: int) -> float:
     import torch
 
     from finetune import methods
-    from finetune.config import LoraMethod
-    from finetune.data.collate import Collator
-    from finetune.data.dataset import LengthPolicy, load_examples
-    from finetune.data.order import EpochPlan
-    from finetune.data.sources import SourceSpec
-    from finetune.data.template import ChatTemplate
-    from finetune.data.tokenizer import load_chat_tokenizer
+    from finetune.config.schema import LoraMethod
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
+    from finetune.data.examples.collate import Collator
+    from finetune.data.examples.dataset import LengthPolicy, load_examples
+    from finetune.data.examples.order import EpochPlan
+    from finetune.data.reading.sources import SourceSpec
     from finetune.models.load import load_model
 
     torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def main() -> int:
     found: dict[str, list[float]] = {"loop_cpu_s": [], "trainer_cpu_s": [], "launch_wall_s": []}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
-        make = [sys.executable, "scripts/quickstart_model.py", str(model), "--tiny"]
+        make = [sys.executable, "scripts/fixtures/quickstart_model.py", str(model), "--tiny"]
         subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
         for number in range(options.rounds):
             folder = Path(scratch) / str(number)

@@ -66,7 +66,7 @@ def _changes(writer: str) -> list[str]:
 
 def killed(writer: str, last: int, folder: Path) -> None:
     """Absent or whole; the next try, which finds what was left, gives the same bytes."""
-    from finetune.training.manifest import verify
+    from finetune.storage.manifest import verify
 
     out = folder / "out"
     if (child := os.fork()) == 0:
@@ -189,7 +189,7 @@ def fills_up(writer: str, size: int, folder: Path) -> None:
 def _start(folder: Path, *, hold: float) -> subprocess.Popen[bytes]:
     """A process that holds the lock of `folder/run` and says so."""
     program = (
-        "import sys, time\nfrom finetune.training.run_directory import RunDirectory\n"
+        "import sys, time\nfrom finetune.artifacts.run_dir import RunDirectory\n"
         f"with RunDirectory.open({str(folder / 'run')!r}):\n"
         f"    print('held', flush=True)\n    time.sleep({hold})\n"
     )
@@ -239,9 +239,9 @@ def free_when_it_ends(folder: Path) -> None:
 
 def two_writers(writer: str, folder: Path) -> None:
     """Two outputs of one name at once: one is made, whole, the other is refused."""
-    from finetune.training import checkpoint
+    from finetune.storage import folders
 
-    lock = checkpoint.open_stage(folder / "out")
+    lock = folders.open_stage(folder / "out")
     begun = time.monotonic()
     ended, said = _run(writer, folder / "out")
     assert (ended, "another process is writing" in said) == (3, True), said[-500:]

@@ -43,7 +43,7 @@ PLACES = {
     "loading": ("finetune.training.fit", "run_record"),
     "a step": ("finetune.training.trainer", "FineTuner.compute_loss"),
     "an evaluation": ("finetune.evaluation.loss", "row_losses"),
-    "a save": ("finetune.training.saving", "Saver.save_weights"),
+    "a save": ("finetune.training.checkpointing", "Saver.save_weights"),
 }
 
 

@@ -137,7 +137,7 @@ CHANGES = [
 
 def option_names() -> set[str]:
     """Every option of a config as `section.key`, methods of all kinds included."""
-    from finetune.config import RunConfig
+    from finetune.config.schema import RunConfig
 
     return {
         f"{section}.{key}" for section, model in _models(RunConfig) for key in model.model_fields
@@ -226,7 +226,8 @@ def other_weights(bench: Bench, kind: Kind, folder: Path) -> str:
 
 def rewrite_record(checkpoint: Path, key: str, value: Any) -> None:
     """A checkpoint of a run in which an option had another value."""
-    from finetune.training import manifest, resume
+    from finetune.storage import manifest
+    from finetune.training import resume
 
     record = resume.read(checkpoint)
     assert record["config"][key] != value

@@ -121,15 +121,15 @@ def rotated_when_damaged(bench: Bench, way: str, folder: Path) -> str:
     run_dir = bench.begin(kind, folder, [STEPS - 1])
 
     def before(rank: int) -> None:
-        from finetune.training import checkpoint
+        from finetune.storage import folders
 
-        commit = checkpoint.commit
+        commit = folders.commit
 
         def broken(stage: Path, final: Path, **options: Any) -> None:
             commit(stage, final, **options)
             damage(final / "optimizer.pt", way)
 
-        checkpoint.commit = broken  # type: ignore[assignment]
+        folders.commit = broken  # type: ignore[assignment]
 
     ended = bench.start(kind, folder, before, training__keep_checkpoints=1)
     if not (run_dir / f"checkpoint-{STEPS - 1}").exists():
@@ -141,7 +141,7 @@ def rotated_when_damaged(bench: Bench, way: str, folder: Path) -> str:
 
 def best_stays(bench: Bench, folder: Path) -> str:
     """The best checkpoint outlives `keep_checkpoints`, also after a resume."""
-    from finetune.training import checkpoint
+    from finetune.artifacts import checkpoint
 
     kind = KINDS["lora"]
     run_dir = bench.begin(kind, folder, [1])

@@ -27,8 +27,8 @@ def _template() -> Any:
     """Of a tokenizer that knows all eighteen as added tokens, some special and some not."""
     import tiny
 
-    from finetune.data.template import ChatTemplate
-    from finetune.data.tokenizer import load_chat_tokenizer
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
 
     folder = shared("controls")
     tiny.save_tokenizer(folder)
@@ -82,7 +82,7 @@ def _compare(ids_of: Callable[[str], Sequence[int]], text: str) -> None:
 
 def training(text: str, folder: Path) -> None:
     """Rows in four layouts, read from files."""
-    from finetune.data.sources import SourceSpec, read_conversations
+    from finetune.data.reading.sources import SourceSpec, read_conversations
 
     def openai(said: str) -> dict[str, Any]:
         row = _row(said)
@@ -122,7 +122,7 @@ class _Voice:
         return True
 
     def reply(self, conversation: Any, show: Callable[[str], None]) -> list[Any]:
-        from finetune.data.conversation import Message
+        from finetune.data.dialogue.conversation import Message
 
         self.prompts.append(self.template.prompt(conversation, len(conversation.messages)))
         return [Message("assistant", self._reply)]
@@ -150,7 +150,7 @@ def chat(text: str, folder: Path) -> None:
 
 def history(text: str, folder: Path) -> None:
     """Written by the model as text, in pieces, and fed back with the next message."""
-    from finetune.data.conversation import Conversation, Message
+    from finetune.data.dialogue.conversation import Conversation, Message
 
     template = _template()
 
@@ -195,7 +195,7 @@ def cases() -> Iterator[Case]:
     """Every string by every route."""
     _template()
     import finetune.chat.terminal
-    import finetune.data.sources
+    import finetune.data.reading.sources
     import finetune.serving.request  # noqa: F401
 
     for route, check in ROUTES.items():

@@ -187,7 +187,7 @@ def _row(name: str) -> str:
 
 def shows(name: str, content: bytes, picture: Image.Image, slack: int, folder: Path) -> None:
     """The file is taken, and gives the pixels of the picture."""
-    from finetune.data.image import pixels, read_image
+    from finetune.data.chat.image import pixels, read_image
 
     (folder / name).write_bytes(content)
     (folder / "wanted.png").write_bytes(_as("PNG", picture))

@@ -96,7 +96,7 @@ def _gradient_becomes(value: float) -> Callable[[Any, Any], Any]:
 
 def no_number(what: str, breaks: Break, changes: dict[str, Any], folder: Path) -> None:
     """Exit 4 before step 3 is learned, its examples named; the checkpoints before it are whole."""
-    from finetune.training import checkpoint
+    from finetune.storage import folders
 
     breaks()
     code, said = _train(folder, **changes)
@@ -109,7 +109,7 @@ def no_number(what: str, breaks: Break, changes: dict[str, Any], folder: Path) -
     assert 1 <= named <= examples, said
     assert _saved(folder) == ["checkpoint-1", "checkpoint-2"]
     for name in _saved(folder):
-        assert checkpoint.verify(folder / "run" / name) == []
+        assert folders.verify(folder / "run" / name) == []
     _are_finite(folder / "run/checkpoint-2")
 
 
@@ -248,7 +248,7 @@ def _explained(code: int, said: str, *knobs: str) -> None:
 
 def no_memory(breaks: Break, folder: Path) -> None:
     """Exit 5, the options that need less, the measured peak; what was saved is whole."""
-    from finetune.training import checkpoint
+    from finetune.storage import folders
 
     breaks()
     code, said = _train(folder, data__validation=str(_data()), evaluation__every_steps=3)
@@ -258,7 +258,7 @@ def no_memory(breaks: Break, folder: Path) -> None:
         "evaluation.batch_size (now 16)",
     )  # fmt: skip
     for name in _saved(folder):
-        assert checkpoint.verify(folder / "run" / name) == []
+        assert folders.verify(folder / "run" / name) == []
 
 
 def a_real_limit(folder: Path) -> None:
@@ -297,7 +297,7 @@ def other_commands(folder: Path) -> None:
     import io
 
     from finetune.cli import main
-    from finetune.evaluation import predict
+    from finetune.generation import predict
 
     def predicting(*_: Any, **__: Any) -> None:
         raise _torch_error()

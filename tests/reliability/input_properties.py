@@ -30,7 +30,7 @@ ROWS = st.lists(st.dictionaries(TEXT, JSON, max_size=3), min_size=1, max_size=5)
 
 
 def _rows(path: Path) -> list[Any]:
-    from finetune.data.files import read_rows
+    from finetune.data.reading.files import read_rows
 
     return list(read_rows(path))
 
@@ -53,7 +53,7 @@ def jsonl_is_read_as_written(folder: Path) -> None:
 
 def broken_jsonl_is_named(folder: Path) -> None:
     """Bytes put in, changed or cut at any place give rows or reasons, never an exception."""
-    from finetune.data.files import BadRow, Row
+    from finetune.data.reading.files import BadRow, Row
 
     @seed(2)
     @OPTIONS
@@ -76,8 +76,8 @@ def broken_jsonl_is_named(folder: Path) -> None:
 
 def yaml_is_read_back(folder: Path) -> None:
     """A resolved configuration with any text in it is read back equal."""
-    from finetune.config import RunConfig
-    from finetune.config_file import dump_config, load_config
+    from finetune.config.load import dump_config, load_config
+    from finetune.config.schema import RunConfig
 
     @seed(3)
     @OPTIONS
@@ -101,7 +101,7 @@ def broken_yaml_is_named(folder: Path) -> None:
     """Bytes put in, changed or cut at any place give a configuration or a message, nothing else."""
     from config_text import MINIMAL
 
-    from finetune.config_file import load_config
+    from finetune.config.load import load_config
     from finetune.errors import ConfigError
 
     @seed(4)
@@ -143,8 +143,8 @@ def encoding_is_reversible(folder: Path) -> None:
 
 def rows_are_dialogues_or_reasons(folder: Path) -> None:
     """Any JSON in the place of messages and tools: a dialogue that renders, or a RowError."""
-    from finetune.data.conversation import RowError
-    from finetune.data.formats import to_conversation
+    from finetune.data.dialogue.conversation import RowError
+    from finetune.data.dialogue.formats import to_conversation
     from tests.reliability.input_controls import _template
 
     message = st.fixed_dictionaries(

@@ -91,8 +91,8 @@ class Light:
 def serve() -> None:
     """Answer requests until there are no more."""
     import finetune.cli.commands
-    import finetune.config_file
-    import finetune.data.report
+    import finetune.config.load
+    import finetune.data.preview.report
     import finetune.training.run  # noqa: F401
 
     started = time.process_time()

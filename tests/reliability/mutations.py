@@ -23,36 +23,37 @@ def no_fsync() -> None:
     """Nothing is forced to the disk."""
     import os
 
-    from finetune.training import checkpoint, manifest
+    from finetune.storage import folders, manifest
 
     without = SimpleNamespace(**{**vars(os), "fsync": lambda descriptor: None})
-    manifest.os = checkpoint.os = without  # type: ignore[attr-defined]
+    manifest.os = folders.os = without  # type: ignore[attr-defined]
 
 
 def no_manifest_check() -> None:
     """Every checkpoint is believed."""
-    from finetune.training import checkpoint, resume
+    from finetune.storage import folders
+    from finetune.training import resume
 
     def believing(folder: Path) -> list[str]:
         return []
 
-    checkpoint.verify = resume.verify = believing  # type: ignore[attr-defined]
+    folders.verify = resume.verify = believing  # type: ignore[attr-defined]
 
 
 def no_staging() -> None:
     """A checkpoint is written where it is to be."""
-    from finetune.training import checkpoint
+    from finetune.storage import folders
 
     def commit(stage: Path, final: Path, **_: Any) -> None:
-        checkpoint.seal(stage)
+        folders.seal(stage)
 
-    checkpoint.stage_path = lambda final: final  # type: ignore[assignment]
-    checkpoint.commit = commit  # type: ignore[assignment]
+    folders.stage_path = lambda final: final  # type: ignore[assignment]
+    folders.commit = commit  # type: ignore[assignment]
 
 
 def no_plain_tokenizer() -> None:
     """Text from data goes through the tokenizer that knows control strings."""
-    from finetune.data import tokenizer
+    from finetune.data.chat import tokenizer
 
     tokenizer._without_added_tokens = lambda backend: backend  # type: ignore[assignment]
 

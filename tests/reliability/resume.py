@@ -272,8 +272,8 @@ def order_without_history(folder: Path) -> str:
     """The order of an epoch is the same whether or not others were asked for before it."""
     import numpy as np
 
-    from finetune.data.order import EpochPlan
-    from finetune.data.packing import pack
+    from finetune.data.examples.order import EpochPlan
+    from finetune.data.examples.packing import pack
 
     lengths = np.random.default_rng(0).integers(5, 60, 203)
     for grouped in (False, True):

@@ -84,7 +84,7 @@ def saving(kind: Kind) -> tuple[Any, str]:
     """What saves."""
     from transformers import Trainer
 
-    from finetune.training.saving import Saver
+    from finetune.training.checkpointing import Saver
 
     return (Trainer, "_save_checkpoint") if kind.stock else (Saver, "save")
 
@@ -192,7 +192,7 @@ def full_disk(bench: Bench, kind: Kind, rank: int, size: int, folder: Path) -> s
     if not ended.well:
         return f"the run ended with {ended.codes}: {ended.said[-300:]}"
     if not kind.stock:
-        from finetune.training import checkpoint
+        from finetune.artifacts import checkpoint
 
         if problem := half_written(kind, folder / "run"):
             return problem

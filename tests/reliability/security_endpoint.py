@@ -24,8 +24,8 @@ class _Model:
 
 @cache
 def _template() -> Any:
-    from finetune.data.template import ChatTemplate
-    from finetune.data.tokenizer import load_chat_tokenizer
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
 
     return ChatTemplate(load_chat_tokenizer(glm_folder()))
 

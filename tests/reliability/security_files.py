@@ -132,7 +132,7 @@ def in_checkpoint(name: str, *, sealed: bool) -> Plant:
     """A pickle in the newest checkpoint of a run, which its manifest may confirm."""
 
     def plant(target: Path, left: Path) -> None:
-        from finetune.training.manifest import seal
+        from finetune.storage.manifest import seal
 
         saved = target / "checkpoint-2"
         found = sorted(saved.glob(name)) or [saved / name]

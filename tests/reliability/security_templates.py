@@ -78,7 +78,7 @@ def is_refused(template: str, codes: tuple[int, ...], folder: Path) -> None:
 
     Where 0 is allowed the attempt may also come to nothing, which jinja writes as no text.
     """
-    from finetune.data import sandbox
+    from finetune.data.chat import sandbox
 
     sandbox.SECONDS = SECONDS
     model = Path(shutil.copytree(tokenizer_folder(), folder / "model"))
@@ -114,7 +114,7 @@ def a_dead_process_is_replaced(folder: Path) -> None:
     """A renderer that was killed from outside is started again."""
     import tiny
 
-    from finetune.data.sandbox import RefusedError, Sandbox
+    from finetune.data.chat.sandbox import RefusedError, Sandbox
 
     renderer = Sandbox(tiny.CHAT_TEMPLATE)
     values = {"messages": [{"role": "user", "content": "q"}]}

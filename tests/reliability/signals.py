@@ -51,10 +51,10 @@ MOMENTS: dict[str, tuple[str, str, int, int]] = {
     "the evaluation after the last step": ("finetune.training.validation", GENERATION, 3, 4),
 }  # fmt: skip
 SAVING = {
-    "a save": ("finetune.training.saving", "Saver._write", 2, 3),
-    "the manifest of a save": ("finetune.training.checkpoint", "seal", 2, 3),
-    "the rename of a save": ("finetune.training.checkpoint", "commit", 2, 3),
-    "a rotation": ("finetune.training.checkpoint", "rotate", 2, 3),
+    "a save": ("finetune.training.checkpointing", "Saver._write", 2, 3),
+    "the manifest of a save": ("finetune.storage.folders", "seal", 2, 3),
+    "the rename of a save": ("finetune.storage.folders", "commit", 2, 3),
+    "a rotation": ("finetune.storage.folders", "rotate", 2, 3),
 }
 LATER = {
     "logging of a later step": ("finetune.training.callbacks", "Narrator.on_step_end", 2),
@@ -146,7 +146,7 @@ def signalled(
 
 def newest_is(step: int, folder: Path) -> str:
     """Why the newest checkpoint is not that of a step; 0: there is none."""
-    from finetune.training import checkpoint
+    from finetune.artifacts import checkpoint
 
     found = [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder / "run")]
     wanted = found[-1:] == [step] if step else not found
@@ -197,7 +197,7 @@ def twice(bench: Bench, moment: tuple[str, str, int], numbers: tuple[int, ...], 
     one = kind(bench)
 
     def act() -> None:
-        from finetune.training import signals
+        from finetune.distributed import signals
 
         signals.ECHO = 0.1
         send(numbers[0])
@@ -268,7 +268,7 @@ def launcher_dies(bench: Bench, folder: Path) -> str:
     launcher, environment = launcher_process(folder)
 
     def before(rank: int) -> None:
-        from finetune.training import signals
+        from finetune.distributed import signals
 
         signals.ECHO = 0.1
 

@@ -158,13 +158,14 @@ class Bench:
 
 def half_written(kind: Kind, run_dir: Path) -> str:
     """A checkpoint that shows itself must be whole; at least one must be there."""
-    from finetune.training import checkpoint
+    from finetune.artifacts import checkpoint
+    from finetune.storage import folders
 
     if kind.stock:
         return ""  # has no means to tell
     found = checkpoint.checkpoints(run_dir)
-    problems = [f"{path.name}: {why}" for path in found for why in checkpoint.verify(path)]
-    in_between = any(run_dir.glob(f"{checkpoint.REPLACED}*"))
+    problems = [f"{path.name}: {why}" for path in found for why in folders.verify(path)]
+    in_between = any(run_dir.glob(f"{folders.REPLACED}*"))
     return "; ".join(problems) or ("" if found or in_between else "no checkpoint is left")
 
 
@@ -188,7 +189,7 @@ def goes_on(bench: Bench, kind: Kind, folder: Path, *said: str, **changes: Any) 
 
 def newest_good_step(run_dir: Path) -> int:
     """Of the newest checkpoint that verifies; 0 without one."""
-    from finetune.training import checkpoint
+    from finetune.artifacts import checkpoint
 
     newest, _ = checkpoint.newest_good(run_dir)
     return (checkpoint.step_of(newest) if newest else None) or 0

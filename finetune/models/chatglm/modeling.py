@@ -22,8 +22,8 @@ from transformers.utils.output_capturing import capture_outputs
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.spans import Spans, image_positions, positions
 from finetune.models.chatglm.vision import PatchEmbedding, VisionModel
-from finetune.models.documents import document_starts, positions_in_documents
 from finetune.models.loss import SupervisedHead, SupervisedLoss
+from finetune.models.packed_attention import document_starts, positions_in_documents
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,1 @@
+"""What lies on disk: bases, adapters, checkpoints, runs and their file names."""

@@ -1,0 +1,87 @@
+"""The checkpoints of a run: which there are, which is the newest good one, which the best; rotation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import CheckpointError
+from finetune.storage.folders import delete, write_file
+from finetune.storage.manifest import verify
+
+BEST = "best.json"
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None when it is no checkpoint's name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, good or not."""
+    if not run_dir.is_dir():
+        return []
+    found = [p for p in run_dir.iterdir() if step_of(p) is not None and p.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.name))
+
+
+def newest_good(run_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and the newer ones passed over, each with the reason."""
+    skipped: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoints(run_dir)):
+        problems = verify(folder)
+        if not problems:
+            return folder, skipped
+        skipped.append((folder, "; ".join(problems)))
+    return None, skipped
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What a rotation did."""
+
+    removed: tuple[Path, ...] = ()
+    problem: str | None = None
+    """Why nothing was removed although there was too much."""
+
+
+def rotate(run_dir: Path, keep: int, protect: Collection[Path] = ()) -> Rotation:
+    """Delete all but the newest ``keep`` checkpoints and the protected ones.
+
+    Nothing is deleted unless the newest verifies, so a good one always remains.
+    """
+    folders = checkpoints(run_dir)
+    kept = {path.resolve() for path in (*protect, *folders[-max(keep, 1) :])}
+    surplus = [path for path in folders if path.resolve() not in kept]
+    if not surplus:
+        return Rotation()
+    problems = verify(folders[-1])
+    if problems:
+        return Rotation(problem=f"{folders[-1]} is damaged ({'; '.join(problems)})")
+    for folder in surplus:
+        delete(folder)
+    return Rotation(removed=tuple(surplus))
+
+
+def set_best(run_dir: Path, checkpoint: Path, metric: str, value: float) -> None:
+    """Note which checkpoint is the best by ``metric``."""
+    record = {"checkpoint": checkpoint.name, "metric": metric, "value": value}
+    write_file(run_dir / BEST, json.dumps(record, indent=1) + "\n")
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint noted by ``set_best``, if it is still there."""
+    try:
+        record = json.loads((run_dir / BEST).read_text(encoding="utf-8"))
+        folder = run_dir / Path(str(record["checkpoint"])).name
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{run_dir / BEST} is damaged; delete it") from None
+    return folder if step_of(folder) is not None and folder.is_dir() else None

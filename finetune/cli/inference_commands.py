@@ -1,0 +1,127 @@
+"""`finetune predict | chat | serve`: a model at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finetune import console
+from finetune.cli.data_commands import Json
+from finetune.cli.export_commands import Base
+from finetune.cli.inputs import check_output_file, model_in
+
+using_app = typer.Typer()
+
+Target = Annotated[
+    str,
+    typer.Argument(help="A run, a checkpoint, an adapter, a merged model, or a base model."),
+]
+BatchSize = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Prompts generated at once, per process.")
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")]
+
+
+@using_app.command()
+def predict(
+    target: Target,
+    data: Annotated[
+        list[str], typer.Option(metavar="FILE", help="File, glob or folder; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The JSONL file to write.")],
+    base: Base = None,
+    max_new_tokens: MaxNewTokens = 512,
+    batch_size: BatchSize = 16,
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="Who generates; vllm has an environment of its own."),
+    ] = "transformers",
+    as_json: Json = False,
+) -> None:
+    """Write replies to the dialogues of a file.
+
+    The same command again goes on where a killed one stopped.
+    """
+    with console.json_output(as_json) as emit:
+        check_output_file(output)
+        target = model_in(target)
+        from finetune.generation.predict import PredictOptions
+        from finetune.generation.predict import predict as run
+
+        options = PredictOptions(max_new_tokens, batch_size, backend)
+        emit(run(target, data, output, base=base, options=options))
+
+
+@using_app.command()
+def chat(
+    target: Target,
+    base: Base = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", min=0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+) -> None:
+    """Talk to a model in the terminal."""
+    target = model_in(target)
+    from finetune.chat.terminal import chat as run
+
+    run(target, base=base, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@using_app.command()
+def serve(
+    target: Target,
+    base: Base = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's id for clients; by default the folder's name.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the API key; else FINETUNE_API_KEY."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A further Host name of requests; repeatable."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Longest reply where a request names none.")
+    ] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Bound on prompt and reply; at most the model's."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests answered at once.")
+    ] = 8,
+    max_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests taken, waiting ones included.")
+    ] = 64,
+    max_request_mb: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Largest request in MiB.")
+    ] = 16,
+) -> None:
+    """Answer OpenAI's chat completions over HTTP."""
+    folder = model_in(target)
+    from finetune.serving.serve import ServeOptions
+    from finetune.serving.serve import serve as run
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        name=name,
+        api_key_file=api_key_file,
+        allow_hosts=tuple(allow_host or ()),
+        max_new_tokens=max_new_tokens,
+        context=context,
+        batch_size=batch_size,
+        max_requests=max_requests,
+        max_request_mb=max_request_mb,
+    )
+    run(folder, shown_as=target, base=base, options=options)

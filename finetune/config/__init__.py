@@ -1,0 +1,1 @@
+"""Every option there is: the schema, and a YAML file read into it."""

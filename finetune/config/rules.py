@@ -1,0 +1,131 @@
+"""What options must hold together; checked on the plain values, beside every other problem."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config.extras import extra_problems
+from finetune.config.problems import model_at
+from finetune.config.yaml_text import Key
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The tree with each option's default where nothing is given."""
+
+    tree: Any
+
+    def given(self, section: str, name: str) -> bool:
+        """True when the file or the command line sets the option to something."""
+        return self.raw(section, name) is not None
+
+    def raw(self, section: str, name: str) -> Any:
+        """The value as written; None when it is not."""
+        node = self.tree.get(section) if isinstance(self.tree, dict) else None
+        return node.get(name) if isinstance(node, dict) else None
+
+    def __call__(self, section: str, name: str) -> Any:
+        """The value in force."""
+        value = self.raw(section, name)
+        model = model_at((section,), self.tree)
+        if value is None and model is not None and name in model.model_fields:
+            return model.model_fields[name].get_default()
+        return value
+
+
+def broken_rules(tree: Any) -> Iterator[tuple[Key, str]]:
+    """Keys that contradict each other, each with what to do."""
+    values = _Values(tree)
+    yield from _model(values)
+    yield from _training(values)
+    yield from _deepspeed(values)
+    yield from _evaluation(values)
+    yield from _data(values)
+
+
+def without_effect(tree: Any) -> Iterator[tuple[Key, str]]:
+    """Keys that are given but do nothing in this combination; worth a word, not an error."""
+    values = _Values(tree)
+    if values.given("data", "max_bad_rows") and values("data", "on_bad_row") == "error":
+        yield ("data", "max_bad_rows"), "has no effect: data.on_bad_row is error"
+    if values.raw("data", "group_by_length") is True and values("data", "packing") is True:
+        yield ("data", "group_by_length"), "has no effect: data.packing is true"
+    if not values.given("data", "validation"):
+        for name in ("every_steps", "at_start"):
+            if values.raw("evaluation", name):
+                yield ("evaluation", name), "has no effect: there is no data.validation"
+
+
+def _model(values: _Values) -> Iterator[tuple[Key, str]]:
+    if not values.given("model", "quantization"):
+        return
+    key: Key = ("model", "quantization")
+    kind = values.raw("method", "kind")
+    if kind in ("full", "ptuning_v2"):
+        yield key, f"holds weights in 4 bits, which method.kind {kind} cannot train: choose lora"
+    if values.given("deepspeed", "config") or values("deepspeed", "zero_stage") == 3:
+        yield key, "cannot be sharded by ZeRO-3: choose deepspeed.zero_stage 2 or less"
+
+
+def _training(values: _Values) -> Iterator[tuple[Key, str]]:
+    if values.given("training", "max_steps") and values.given("training", "num_epochs"):
+        said = "contradicts training.max_steps: give one of the two (null removes the other)"
+        yield ("training", "num_epochs"), said
+    warmup = values("training", "warmup_steps")
+    if isinstance(warmup, float) and warmup > 1 and not warmup.is_integer():
+        yield (
+            ("training", "warmup_steps"),
+            f"must be whole from 1 on (a share below 1), got {warmup}",
+        )
+    extra = values.raw("training", "extra")
+    if isinstance(extra, dict):
+        for name, said in extra_problems(extra).items():
+            yield ("training", "extra", name), said
+    pattern = values.raw("method", "target_modules")
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield ("method", "target_modules"), f"is not a regular expression: {error}"
+
+
+def _deepspeed(values: _Values) -> Iterator[tuple[Key, str]]:
+    section = values.tree.get("deepspeed") if isinstance(values.tree, dict) else None
+    if not isinstance(section, dict):
+        return
+    if section.get("config") is not None:
+        for name in section.keys() - {"config"}:
+            yield ("deepspeed", name), "contradicts deepspeed.config: the JSON file says it all"
+        return
+    stage = values("deepspeed", "zero_stage")
+    if values("deepspeed", "offload_parameters") == "cpu" and stage != 3:
+        yield ("deepspeed", "offload_parameters"), f"cpu needs deepspeed.zero_stage 3, got {stage}"
+    if values("deepspeed", "offload_optimizer") == "cpu" and stage == 0:
+        yield ("deepspeed", "offload_optimizer"), "cpu needs deepspeed.zero_stage 1 or more, got 0"
+
+
+def _evaluation(values: _Values) -> Iterator[tuple[Key, str]]:
+    held_out = values.given("data", "validation")
+    metric = values("evaluation", "best_metric")
+    if metric != "loss":
+        key: Key = ("evaluation", "best_metric")
+        if values("evaluation", "generate") is False:
+            yield key, f"{metric} needs generated replies, but evaluation.generate is false"
+        if not held_out:
+            yield key, f"{metric} needs held-out dialogues: give data.validation"
+    if values.given("evaluation", "patience"):
+        key = ("evaluation", "patience")
+        if not held_out:
+            yield key, "needs held-out dialogues: give data.validation"
+        if not values.given("evaluation", "every_steps"):
+            yield key, "needs more than one evaluation: give evaluation.every_steps"
+
+
+def _data(values: _Values) -> Iterator[tuple[Key, str]]:
+    row_format = values("data", "format")
+    if values.given("data", "columns") and row_format not in ("auto", "pairs"):
+        said = f"are names for prompt/response rows, but data.format is {row_format}"
+        yield ("data", "columns"), said

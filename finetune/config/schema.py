@@ -1,0 +1,304 @@
+"""Every option there is: one frozen pydantic model per section of the YAML file.
+
+A field's meaning is the text under it; that text is also the JSON Schema's and the reference
+page's. Reading a file, overrides and error reports live in ``finetune.config.load``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+NotEmpty = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+RowFormat = Literal["auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3"]
+MetricName = Literal[
+    "loss", "bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match", "tool_call_validity"
+]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys refused, values frozen, docs from the source."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelSection(Section):
+    """Which checkpoint is tuned, and in which number format."""
+
+    path: NotEmpty
+    """A folder, or a hub id such as `THUDM/glm-4-9b-chat`; either published layout."""
+
+    revision: str | None = None
+    """The hub revision (branch, tag or commit) when `path` is a hub id."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the frozen weights and of the computation; `auto` is bfloat16 on a GPU that has it, else float32."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; `auto` leaves the choice to transformers (sdpa)."""
+
+    quantization: Literal["nf4"] | None = None
+    """QLoRA: the frozen linear layers are held in 4 bits; `method.kind: lora` only, needs the extra `qlora` (bitsandbytes)."""
+
+    freeze: list[str] = []
+    """Parts of the model that stay as they are: name parts or regexes searched in parameter names, such as `vision` or `layers\\.[0-9]\\.`."""
+
+
+class Source(Section):
+    """One training or validation source."""
+
+    path: str
+    """A file, a glob or a folder; relative to the working directory."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often its rows are seen per epoch: 2.0 twice, 0.5 a seeded half of them."""
+
+    format: RowFormat = "auto"
+    """The layout of its rows; `auto` detects it per file."""
+
+
+class Columns(Section):
+    """Column names of prompt/response rows when they are not the usual ones."""
+
+    prompt: str
+    """The column with the user's text."""
+
+    response: str
+    """The column with the reply."""
+
+
+class DataSection(Section):
+    """Where dialogues come from and how they become examples."""
+
+    train: str | list[str | Source]
+    """Training files: a path, a glob, a folder, or a list of these or of `{path, weight, format}`."""
+
+    validation: str | list[str | Source] | None = None
+    """Held-out files, for the validation loss and for generation; same forms as `train`."""
+
+    format: RowFormat = "auto"
+    """The layout of the rows of every source that does not say its own."""
+
+    columns: Columns | None = None
+    """Column names for `format: pairs` when they are not prompt/response, content/summary or the like."""
+
+    max_length: Positive = 2048
+    """Longest example in tokens, stop tokens included."""
+
+    train_on: Literal["every_reply", "last_reply"] = "every_reply"
+    """Which replies carry loss; a message's own `train` wins over it."""
+
+    on_too_long: Literal["drop_oldest_turns", "drop", "error"] = "drop_oldest_turns"
+    """What happens to a dialogue over `max_length`: nothing is ever cut inside a message."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`error` lists every bad row and stops; `skip` leaves them out, counted and named."""
+
+    max_bad_rows: Share = 0.01
+    """With `on_bad_row: skip`, the share of bad rows above which the run stops all the same."""
+
+    image_root: str | None = None
+    """The folder that image paths are relative to and stay under; by default that of each data file."""
+
+    cache_image_features: bool = False
+    """What a frozen vision tower makes of each training image is kept under `cache_dir` (13 MB an image for GLM-4V-9B) and computed only once."""
+
+    packing: bool = False
+    """Several dialogues share a row of `max_length` tokens, blind to each other."""
+
+    group_by_length: bool = True
+    """Batches of similar length: less padding, same examples per epoch. Without effect when packing."""
+
+    loader_workers: NonNegative = 0
+    """Processes that load batches ahead of the trainer."""
+
+    cache_dir: str | None = None
+    """Where tokenised data is kept; by default `$FINETUNE_CACHE` or `~/.cache/glm4-finetune`."""
+
+
+class LoraMethod(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) through PEFT."""
+
+    kind: Literal["lora"] = "lora"
+
+    rank: Positive = 8
+    """Rank of the update."""
+
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
+
+    dropout: Share = 0.1
+    """Dropout on the adapter's input."""
+
+    target_modules: str | list[str] | None = None
+    """A regex over full module names, a list of name endings, or `all-linear`; by default attention and MLP of the text layers."""
+
+    use_rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+
+    use_dora: bool = False
+    """Weight-decomposed adapters (arXiv:2402.09353)."""
+
+    lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+ (arXiv:2402.12354): learning rate of the B matrices over that of the A matrices."""
+
+
+class FullMethod(Section):
+    """Every weight is trained."""
+
+    kind: Literal["full"] = "full"
+
+
+class PTuningV2Method(Section):
+    """Trained keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602)."""
+
+    kind: Literal["ptuning_v2"] = "ptuning_v2"
+
+    num_virtual_tokens: Positive = 128
+    """Length of the prefix in tokens."""
+
+    prefix_projection: bool = False
+    """Train an embedding and a two-layer MLP that make the prefix, instead of the prefix itself; folded away on save."""
+
+    encoder_hidden_size: Positive | None = None
+    """Width of that MLP; by default the width of one layer's keys."""
+
+
+Method = Annotated[LoraMethod | PTuningV2Method | FullMethod, Field(discriminator="kind")]
+
+
+class TrainingSection(Section):
+    """The optimisation and what a run leaves on disk."""
+
+    output_dir: NotEmpty
+    """The run directory; relative to the working directory."""
+
+    max_steps: Positive | None = None
+    """Optimizer steps; either this or `num_epochs`."""
+
+    num_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data; either this or `max_steps`. Default 3 when neither is given."""
+
+    batch_size: Positive = 1
+    """Examples (packed rows when packing) per process and forward pass."""
+
+    gradient_accumulation_steps: Positive = 1
+    """Forward passes per optimizer step; the global batch is batch_size x this x processes."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate."""
+
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other peak learning rates by name parts or regexes searched in the names of trained weights, the first that is found; such as `vision.transformer: 1e-6` and `vision: 1e-5` for GLM-4V's tower and its adapter."""
+
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.03
+    """Linear warm-up: a number of steps, or a share of all steps when below 1."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay on matrices (never on norms and biases)."""
+
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient clipping by global norm; 0 turns it off."""
+
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    seed: NonNegative = 42
+    """Seed of data order, dropout and initialisation."""
+
+    log_every_steps: Positive = 10
+    """Optimizer steps between two log lines."""
+
+    save_every_steps: Positive = 500
+    """Optimizer steps between two checkpoints; one is always written at the end."""
+
+    keep_checkpoints: Positive = 3
+    """How many of the newest checkpoints stay; the best one stays besides."""
+
+    on_full_disk: Literal["continue", "stop"] = "continue"
+    """When there is no room for a checkpoint: `continue` warns and tries again at the next save, `stop` ends the run with exit code 6. The last one of a run is missed only with that code."""
+
+    resume: str = "auto"
+    """`auto`: from the newest good checkpoint of `output_dir` if there is one; `never`: refuse to start over an old run; or a checkpoint folder."""
+
+    report_to: list[Literal["tensorboard", "wandb", "swanlab", "mlflow"]] = ["tensorboard"]
+    """Experiment trackers beside the console; each but tensorboard must be installed by you."""
+
+    process_timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """How long a process waits for the others before the run is ended."""
+
+    extra: dict[str, Any] = {}
+    """Any other field of transformers.TrainingArguments, checked against its real fields."""
+
+
+class DeepSpeedSection(Section):
+    """Sharding of optimizer state (1), gradients (2) and weights (3) over the processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage."""
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep optimizer state in CPU memory."""
+
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Keep weights in CPU memory; stage 3 only."""
+
+    config: str | None = None
+    """A DeepSpeed JSON file instead of the fields above; contradictions with `training` are refused."""
+
+
+class EvaluationSection(Section):
+    """Validation loss and greedy generation during training, and `finetune evaluate`."""
+
+    every_steps: Positive | None = None
+    """Optimizer steps between two evaluations; without it one evaluation at the end."""
+
+    at_start: bool = False
+    """Evaluate before the first step too, to see what the untuned model scores."""
+
+    generate: bool = True
+    """Generate replies and score them; otherwise only the validation loss."""
+
+    replies: Literal["every_reply", "last_reply"] = "every_reply"
+    """Which replies of a dialogue are asked for; earlier turns come from the reference dialogue."""
+
+    max_new_tokens: Positive = 512
+    """Longest reply in tokens; a reply cut here counts as not stopped."""
+
+    max_samples: Positive | None = None
+    """At most this many replies are generated, a seeded sample that is the same every time; the log says so."""
+
+    batch_size: Positive = 16
+    """Prompts generated at once, per process."""
+
+    best_metric: MetricName = "loss"
+    """The score that chooses the best checkpoint; loss is better when lower, the others when higher."""
+
+    patience: Positive | None = None
+    """Stop after this many evaluations without a better `best_metric`."""
+
+
+class RunConfig(Section):
+    """One run: what a YAML file says."""
+
+    model: ModelSection
+    data: DataSection
+    method: Method
+    training: TrainingSection
+    deepspeed: DeepSpeedSection | None = None
+    """Leave out for plain data-parallel training."""
+    evaluation: EvaluationSection = EvaluationSection()

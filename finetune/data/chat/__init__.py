@@ -1,0 +1,1 @@
+"""Dialogues -> token ids with their trained spans, in the checkpoint's own chat layout."""

@@ -1,0 +1,75 @@
+"""Images as GLM-4.1V takes them: of any shape, in a grid of patches that follows it.
+
+The work is done by transformers' own image processor, the one that needs Pillow and no torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.data.chat.image import ImageError, image_size, read_image
+from finetune.errors import DataError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class GridSpec:
+    """How a GLM-4.1V checkpoint takes images."""
+
+    folder: str
+    """Where its preprocessor_config.json lies."""
+    begin_id: int
+    patch_token = "<|image|>"
+
+    @property
+    def rules(self) -> str:
+        """Changes when the same image would take other tokens."""
+        processor = _processor(self.folder)
+        return f"grid {processor.patch_size} {processor.merge_size} {dict(processor.size)}"
+
+    def patches_of(self, image: str) -> int:
+        """Tokens between begin and end of an image; its header is read, not its pixels."""
+        processor = _processor(self.folder)
+        try:
+            width, height = image_size(image)
+            count = processor.get_number_of_image_patches(height, width)
+        except ValueError as error:  # gone, or more than 200 times as long as wide
+            raise DataError(f"image {image}: {error}") from error
+        return int(count // processor.merge_size**2)
+
+    def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
+        """`pixel_values` [patches of all, C] and `image_grid_thw` [N, 3] of (path, who shows it)."""
+        opened = []
+        for path, where in images:
+            try:
+                opened.append(read_image(path))
+            except ImageError as error:
+                raise DataError(f"{where}: image {path}: {error}") from error
+        made = _processor(self.folder)(images=opened, return_tensors="np")
+        return {
+            "pixel_values": made["pixel_values"].astype(np.float32),
+            "image_grid_thw": made["image_grid_thw"].astype(np.int64),
+        }
+
+
+@lru_cache(maxsize=4)
+def _processor(folder: str) -> Any:
+    try:
+        from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+    except ImportError as error:
+        raise ModelError(
+            f"{folder}: this version of transformers cannot prepare images for GLM-4.1V ({error}); "
+            "install the one that this project asks for, or torchvision"
+        ) from error
+    try:
+        return Glm4vImageProcessorPil.from_pretrained(folder)
+    except OSError as error:
+        raise ModelError(
+            f"{folder}: no preprocessor_config.json that says how images are prepared; copy it from "
+            "the checkpoint"
+        ) from error

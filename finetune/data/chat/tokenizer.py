@@ -1,0 +1,355 @@
+"""Tokenizer files of a checkpoint, in either published layout -> one ChatTokenizer.
+
+A folder brings `tokenizer.json` (-hf and 0414 checkpoints) or a tiktoken file `tokenizer.model`
+(glm-4-9b-chat and the like), which is converted once and cached. No code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from finetune.data.chat.glm41v_image import GridSpec
+from finetune.data.chat.image import TakesImages, image_spec
+from finetune.errors import ModelError
+from finetune.storage.cache import default_root
+
+logger = logging.getLogger(__name__)
+
+# The 14 control tokens of GLM-4, in the order of their ids after the ranks of tokenizer.model.
+CONTROL_TOKENS = (
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
+    "<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>",
+    "<|begin_of_video|>", "<|end_of_video|>",
+)  # fmt: skip
+NEEDED_TOKENS = (
+    "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>",
+)  # fmt: skip
+
+BUILT_IN_TEMPLATE = Path(__file__).parent / "templates" / "glm4_chat.jinja"
+"""The layout of glm-4-9b-chat, for checkpoints that bring no template."""
+
+CONVERSION_VERSION = 1
+"""Raised whenever the conversion of tokenizer.model gives another file."""
+
+HUB_FILES = [
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+    "chat_template.json", "config.json", "generation_config.json", "preprocessor_config.json",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """Everything about a checkpoint's tokens that laying out a dialogue needs."""
+
+    backend: Tokenizer
+    """Turns control strings into control ids; for text that we or the template wrote."""
+    plain: Tokenizer
+    """Knows no control string: whatever is typed is ordinary text; for text from data."""
+    chat_template: str
+    special_tokens: Mapping[str, str]
+    """`eos_token`, `pad_token` and the like, which templates may write."""
+    control_ids: Mapping[str, int]
+    """Every added token of the checkpoint by its text."""
+    stop_ids: tuple[int, ...]
+    """Ids at which a generated reply ends."""
+    pad_id: int
+    vocab_size: int
+    fingerprint: str
+    """SHA-256 of the tokenizer's bytes and the template's text."""
+    image: TakesImages | None = None
+    """How the checkpoint takes images, if it does."""
+
+
+def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> ChatTokenizer:
+    """The tokenizer and chat template of a folder or hub id; ModelError when it has none.
+
+    Args:
+        folder: A checkpoint folder (it may be read-only) or a hub id.
+        revision: The hub revision when `folder` is a hub id.
+    """
+    place = local_folder(folder, revision)
+    config = _read_json(place / "tokenizer_config.json")
+    backend = _open(tokenizer_file(place))
+    control_ids = {token.content: number for number, token in _added_tokens(backend).items()}
+    missing = [token for token in NEEDED_TOKENS if token not in control_ids]
+    if missing:
+        raise ModelError(
+            f"{place}: not a GLM-4 tokenizer, it lacks {', '.join(missing)} as added tokens; "
+            "use a GLM-4, GLM-4V or GLM-Z1 checkpoint"
+        )
+    settings = _read_json(place / "config.json") | _read_json(place / "generation_config.json")
+    template = _chat_template(place, config)
+    return ChatTokenizer(
+        backend=backend,
+        plain=_without_added_tokens(backend),
+        chat_template=template,
+        special_tokens=_special_tokens(config),
+        control_ids=control_ids,
+        stop_ids=_stop_ids(settings, control_ids),
+        pad_id=_pad_id(settings, config, control_ids),
+        vocab_size=backend.get_vocab_size(),
+        fingerprint=_digest(_source_bytes(place), template.encode()),
+        image=_image_spec(place),
+    )
+
+
+def tokenizer_file(folder: str | Path, revision: str | None = None) -> Path:
+    """Path of the checkpoint's `tokenizer.json`: its own, or the one converted from tokenizer.model."""
+    place = local_folder(folder, revision)
+    if (place / "tokenizer.json").is_file():
+        return place / "tokenizer.json"
+    model = place / "tokenizer.model"
+    if not model.is_file():
+        raise ModelError(
+            f"{place}: no tokenizer.json and no tokenizer.model; copy the tokenizer files of the "
+            "base checkpoint into this folder"
+        )
+    added = _declared_tokens(_read_json(place / "tokenizer_config.json"))
+    key = _digest(model.read_bytes(), repr((added, CONVERSION_VERSION)).encode())
+    return _kept(key) or _keep(key, _convert(model, added).to_str())
+
+
+def local_folder(folder: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or the tokenizer files of a hub id downloaded into the hub's cache."""
+    place = Path(folder)
+    if place.is_dir():
+        return place
+    if place.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        raise ModelError(f"{folder}: no such checkpoint folder, and not a hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:  # what hub errors, refused ids and networks derive from
+        raise ModelError(
+            f"{folder}: no such folder here, and its tokenizer files cannot be fetched from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "check the name, or download the checkpoint and give its folder"
+        ) from error
+
+
+def _image_spec(place: Path) -> TakesImages | None:
+    config = _read_json(place / "config.json")
+    if config.get("model_type") == "glm4v":
+        return GridSpec(str(place), int(config["image_start_token_id"]))
+    return image_spec(config)
+
+
+def _open(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ModelError(f"{path}: not a tokenizer.json that can be read: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """The same model without any added token, special or not; it shares the vocabulary in memory."""
+    plain = Tokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        plain.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        plain.pre_tokenizer = tokenizer.pre_tokenizer
+    if tokenizer.decoder is not None:
+        plain.decoder = tokenizer.decoder
+    return plain
+
+
+def _added_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:
+    return dict(tokenizer.get_added_tokens_decoder())
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+    values = {name: config.get(name) for name in names}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _stop_ids(settings: Mapping[str, Any], control_ids: Mapping[str, int]) -> tuple[int, ...]:
+    """The checkpoint's eos ids, and always the two control tokens that trained replies end with."""
+    eos = settings.get("eos_token_id")
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not listed:
+        listed = [control_ids["<|endoftext|>"]]
+    needed = [control_ids["<|user|>"], control_ids["<|observation|>"]]
+    return tuple(dict.fromkeys([*map(int, listed), *needed]))
+
+
+def _pad_id(
+    settings: Mapping[str, Any], config: Mapping[str, Any], control_ids: Mapping[str, int]
+) -> int:
+    if isinstance(settings.get("pad_token_id"), int):
+        return int(settings["pad_token_id"])
+    name = _special_tokens(config).get("pad_token", "<|endoftext|>")
+    return control_ids.get(name, control_ids["<|endoftext|>"])
+
+
+def _chat_template(place: Path, config: Mapping[str, Any]) -> str:
+    """The checkpoint's own template, where transformers looks for it; else the built-in one."""
+    if (file := place / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    stored = _read_json(place / "chat_template.json").get("chat_template")
+    stored = config.get("chat_template") if stored is None else stored
+    if stored is None:
+        return BUILT_IN_TEMPLATE.read_text(encoding="utf-8")
+    if isinstance(stored, str):
+        return stored
+    named = {item["name"]: item["template"] for item in stored}
+    if "default" in named:
+        return str(named["default"])
+    if len(named) == 1:
+        return str(next(iter(named.values())))
+    raise ModelError(
+        f"{place}: tokenizer_config.json names the chat templates {', '.join(named)} and none of them "
+        "'default'; name the one for chat 'default' or put it into chat_template.jinja"
+    )
+
+
+# --- tokenizer.model ---------------------------------------------------------------------------
+
+
+def _declared_tokens(config: Mapping[str, Any]) -> tuple[tuple[int | None, str, bool], ...]:
+    """(id, text, special) of the added tokens that tokenizer_config.json declares, or GLM-4's 14."""
+    declared = config.get("added_tokens_decoder")
+    if not declared:
+        return tuple((None, token, True) for token in CONTROL_TOKENS)
+    ordered = sorted((int(number), token) for number, token in declared.items())
+    return tuple((n, token["content"], bool(token.get("special"))) for n, token in ordered)
+
+
+def _convert(model: Path, added: Iterable[tuple[int | None, str, bool]]) -> Tokenizer:
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    logger.info("converting %s once, which takes about 10 s", model)
+    ranks = _read_ranks(model)
+    converter = TikTokenConverter(str(model))
+    converter.load_tiktoken_bpe = lambda _path: ranks  # its own reader needs the tiktoken package
+    tokenizer: Tokenizer = converter.converted()
+    for place, (number, text, special) in enumerate(added):
+        expected = len(ranks) + place
+        if number is not None and number != expected:
+            raise ModelError(
+                f"{model}: tokenizer_config.json gives {text} the id {number}, but after "
+                f"{len(ranks)} ranks it is number {expected}; the two files do not belong together"
+            )
+        token = AddedToken(text, normalized=False, special=special)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(text) != expected:
+            raise ModelError(f"{model}: {text} is an ordinary token of the vocabulary already")
+    return tokenizer
+
+
+def _read_ranks(model: Path) -> dict[bytes, int]:
+    try:
+        pairs = [line.split() for line in model.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error) as error:
+        raise ModelError(
+            f"{model}: not a tiktoken file of base64 ranks ({error}); ChatGLM2 and ChatGLM3 "
+            "checkpoints are not supported"
+        ) from error
+    if sorted(ranks.values()) != list(range(len(pairs))) or not ranks:
+        raise ModelError(f"{model}: its {len(pairs)} ranks are not 0..{len(pairs) - 1}, each once")
+    return ranks
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _cache_folders() -> Iterator[Path]:
+    """Where converted tokenizers are kept: the cache, else a private folder for temporary files."""
+    with suppress(RuntimeError):  # no home directory
+        yield default_root() / "tokenizers"
+    owner = os.getuid()
+    private = Path(tempfile.gettempdir()) / f"glm4-finetune-{owner}"
+    with suppress(OSError):
+        private.mkdir(mode=0o700, exist_ok=True)
+        status = private.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == owner and not status.st_mode & 0o022:
+            yield private
+
+
+def _kept(key: str) -> Path | None:
+    """The converted tokenizer of this key; its name holds its content's digest, which is checked."""
+    for folder in _cache_folders():
+        for path in folder.glob(f"{key}-*.json") if folder.is_dir() else ():
+            if path.stem == f"{key}-{_digest(path.read_bytes())[:16]}":
+                return path
+    return None
+
+
+def _keep(key: str, text: str) -> Path:
+    name = f"{key}-{_digest(text.encode())[:16]}.json"
+    for folder in _cache_folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_atomically(folder / name, text)
+        except OSError as error:
+            logger.warning("%s: cannot keep the converted tokenizer here (%s)", folder, error)
+        else:
+            return folder / name
+    raise ModelError(
+        "there is no folder to keep the converted tokenizer in; set FINETUNE_CACHE to one that you "
+        "can write to"
+    )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Whole or absent, also when several processes write the same file at once."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _source_bytes(place: Path) -> bytes:
+    own = place / "tokenizer.json"
+    if own.is_file():
+        return own.read_bytes()
+    added = _declared_tokens(_read_json(place / "tokenizer_config.json"))
+    return (place / "tokenizer.model").read_bytes() + repr(added).encode()
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value

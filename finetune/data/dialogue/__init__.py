@@ -1,0 +1,1 @@
+"""What a dialogue is, and the layouts that people have it in."""

@@ -1,0 +1,304 @@
+"""A list of messages, in any of the spellings of a message -> Message.
+
+One reader for `messages`, OpenAI, ShareGPT and ChatGLM3 lists, because data in the wild mixes
+them: `role` or `from`, `content` or `value`, a tool call in five ways. A field that is null
+counts as absent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NoReturn
+
+from finetune.data.dialogue import strict_json
+from finetune.data.dialogue.conversation import Message, Role, RowError
+from finetune.data.dialogue.tool_calls import (
+    Call,
+    Tools,
+    arguments_text,
+    call_in_text,
+    read_call,
+    read_tools,
+    tool_name,
+)
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "observation",
+    "tool": "observation",
+    "function": "observation",
+    "function_response": "observation",
+}
+_CALL_ROLES = frozenset({"function_call", "tool_call"})
+_USED = frozenset(
+    {
+        *("role", "from", "content", "value", "metadata", "tools", "train", "weight", "image"),
+        *("tool_calls", "function_call", "tool_call_id", "name", "parameters", "observation"),
+    }
+)
+_UNSUPPORTED = {
+    "reasoning_content": "put the reasoning into content as the model shall write it",
+    "refusal": "put the text into content",
+    "images": "write one path as 'image'",
+    "audio": "GLM-4 takes no audio",
+    "videos": "GLM-4 takes no video",
+}
+
+
+class Turns:
+    """Messages under construction: what was read so far, and where in the row it stood."""
+
+    def __init__(self, tools: Tools = ()) -> None:
+        self.messages: list[Message] = []
+        self.positions: list[int] = []
+        self.call_ids: dict[int, str] = {}
+        """Index into `messages` -> OpenAI's id of the call that it makes or answers."""
+        self.tools = tools
+
+    def add(self, message: Message, position: int, call_id: object = None) -> None:
+        """Append one message that came from the row's message `position`."""
+        if isinstance(call_id, str):
+            self.call_ids[len(self.messages)] = call_id
+        self.messages.append(message)
+        self.positions.append(position)
+
+    def read(self, items: Sequence[Any]) -> None:
+        """Append what the items say; RowError with the first that cannot be read."""
+        for position, item in enumerate(items, 1):
+            if type(item) is not dict:
+                _fail(position, f"is {strict_json.describe(item)}, not an object")
+            name = item.get("role") if "role" in item else item.get("from")
+            role = ROLES.get(name) if isinstance(name, str) else None
+            if role is None:
+                _fail_role(position, item, name)
+            content = item["content"] if "content" in item else item.get("value")
+            if (
+                len(item) == 2
+                and type(content) is str
+                and (
+                    role != "assistant"
+                    or not (content.startswith(("{", "[")) or name in _CALL_ROLES)
+                )
+                and content
+            ):
+                self.messages.append(Message(role, content))
+                self.positions.append(position)
+                continue
+            _check_keys(item, position)
+            if role == "assistant":
+                follower = items[position] if position < len(items) else None
+                self._assistant(item, content, position, name in _CALL_ROLES, _is_result(follower))
+            elif role == "observation":
+                self._observation(item, content, position)
+            elif role == "system":
+                self._system(item, content, position)
+            else:
+                text, image = _parts(content, position)
+                path = item.get("image", image)
+                if path is not None:
+                    check_image_path(path, f"message {position}: image")
+                self.add(_message(item, "user", text, position, image=path), position)
+
+    def _system(self, item: Mapping[str, Any], content: Any, position: int) -> None:
+        tools = read_tools(item.get("tools"))
+        if tools and self.tools and tools != self.tools:
+            _fail(position, "has tools, and the row has others; keep one list")
+        self.tools = tools or self.tools
+        if content is None and tools:
+            return
+        text = _text(content, position)
+        if text:  # an empty one says nothing, with or without tools
+            self.add(_message(item, "system", text, position), position)
+
+    def _observation(self, item: Mapping[str, Any], content: Any, position: int) -> None:
+        """A tool result; in ChatGLM3's layout the call that it answers too."""
+        if item.get("parameters") is not None:
+            name = item.get("name")
+            if not isinstance(name, str) or not name:
+                _fail(position, "has parameters but no name of a tool")
+            arguments = arguments_text(name, item["parameters"], position)
+            self.add(_message(item, "assistant", arguments, position, metadata=name), position)
+            content = item.get("observation", content)
+            if content is None:
+                return
+        elif content is None:
+            content = item.get("observation")
+        is_data = isinstance(content, dict)
+        text = strict_json.dump(content) if is_data else _text(content, position)
+        plain = {key: item[key] for key in ("metadata", "image") if key in item}
+        message = _message(plain, "observation", text, position)
+        self.add(message, position, item.get("tool_call_id"))
+
+    def _assistant(
+        self,
+        item: Mapping[str, Any],
+        content: Any,
+        position: int,
+        is_call: bool,
+        before_result: bool,
+    ) -> None:
+        """A reply, a call, several calls, or (OpenAI) a reply and the calls that it makes."""
+        calls = self._calls(item, content, position, is_call, before_result)
+        if calls is None:
+            text = content
+            if item.get("metadata") and isinstance(content, dict):
+                text = strict_json.dump(content)
+            self.add(_message(item, "assistant", _text(text, position), position), position)
+            return
+        if item.get("metadata"):
+            _fail(position, "has metadata beside a call that names its function itself")
+        if "tool_calls" in item or "function_call" in item:
+            text = "" if content is None else _text(content, position)
+            if text and not text.isspace():
+                self.add(_message(item, "assistant", text, position), position)
+        for source in calls:
+            call: Call = read_call(source, position)
+            message = _message(item, "assistant", call.arguments, position, metadata=call.name)
+            self.add(message, position, source.get("id"))
+
+    def _calls(
+        self,
+        item: Mapping[str, Any],
+        content: Any,
+        position: int,
+        is_call: bool,
+        before_result: bool,
+    ) -> list[Any] | None:
+        """The calls that the message makes, in whatever spelling; None when it is a reply."""
+        named = item.get("tool_calls") or item.get("function_call")
+        if named:
+            return named if isinstance(named, list) else [named]
+        if item.get("metadata"):
+            return None
+        if isinstance(content, dict):
+            if "name" not in content:
+                _fail(position, 'content is an object but not {"name": …, "arguments": …}')
+            return [content]
+        if is_call:
+            found = _parse_call(content, position)
+            return found if isinstance(found, list) else [found]
+        found = call_in_text(content) if isinstance(content, str) else None
+        if found is None:
+            return None
+        known = {tool_name(tool) for tool in self.tools}
+        return found if before_result or all(c["name"] in known for c in found) else None
+
+
+def _message(
+    item: Mapping[str, Any],
+    role: Role,
+    text: str,
+    position: int,
+    *,
+    metadata: str | None = None,
+    image: str | None = None,
+) -> Message:
+    """A message with the item's `metadata`, `train`, `weight` and `image`."""
+    if metadata is None:
+        metadata = item.get("metadata") or ""
+        if not isinstance(metadata, str):
+            _fail(position, f"metadata is {strict_json.describe(metadata)}, not a tool's name")
+    train = item.get("train")
+    if train is not None and not isinstance(train, bool):
+        _fail(position, f"train is {strict_json.describe(train)}, not true or false")
+    weight = item.get("weight")
+    if weight is None:
+        weight = 1.0
+    elif isinstance(weight, int) and abs(weight) > 1_000_000:
+        _fail(position, "weight is over a million")
+    elif isinstance(weight, bool) or not isinstance(weight, int | float):
+        _fail(position, f"weight is {strict_json.describe(weight)}, not a number")
+    return Message(role, text, metadata, train, float(weight), image or item.get("image"))
+
+
+def _parse_call(content: Any, position: int) -> Any:
+    if not isinstance(content, str):
+        return content
+    try:
+        return strict_json.parse(content)
+    except RowError as error:
+        _fail(position, f"the call is not JSON: {error}")
+
+
+def _is_result(item: Any) -> bool:
+    name = item.get("role", item.get("from")) if isinstance(item, dict) else None
+    return isinstance(name, str) and ROLES.get(name) == "observation"
+
+
+def _text(content: Any, position: int) -> str:
+    text, image = _parts(content, position)
+    if image is not None:
+        _fail(position, "shows an image; only user messages can")
+    return text
+
+
+def _parts(content: Any, position: int) -> tuple[str, str | None]:
+    """(text, image path) of a content that is text or a list of OpenAI's content parts."""
+    if isinstance(content, str):
+        return content, None
+    if not isinstance(content, list) or not content:
+        _fail(position, f"content is {strict_json.describe(content)}, not text")
+    texts: list[str] = []
+    image = None
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url") and image is None:
+            image = part.get("image", part.get("image_url"))
+            image = image.get("url") if isinstance(image, dict) else image
+            check_image_path(image, f"message {position}: image")
+        else:
+            _fail(position, "content is a list with more than text parts and one image part")
+    return "".join(texts), image
+
+
+def check_image_path(path: Any, what: str) -> None:
+    """Raise RowError unless the value can be the path of a file; `what` begins the reason."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise RowError(f"{what} is not a path")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
+        raise RowError(f"{what} {path[:40]!r} is a URL; only paths of files are opened")
+
+
+def _check_keys(item: Mapping[str, Any], position: int) -> None:
+    """Raise RowError for a key that would change the training if it were heeded."""
+    for key in item.keys() - _USED:
+        if item[key] in (None, "", []):
+            continue
+        if key in _UNSUPPORTED:
+            _fail(position, f"key {key!r} is not supported; {_UNSUPPORTED[key]}")
+        near = _meant(key)
+        if near:
+            _fail(position, f"key {key!r} is not known; did you mean {near!r}?")
+
+
+@lru_cache(maxsize=256)
+def _meant(key: str) -> str | None:
+    """The key that an unknown one is a slip of, or None for a key of somebody's own."""
+    if len(key) < 4:
+        return None
+    near = difflib.get_close_matches(key.lower(), _USED, n=1, cutoff=0.8)
+    return near[0] if near else None
+
+
+def _fail(position: int, problem: str) -> NoReturn:
+    raise RowError(f"message {position}: {problem}")
+
+
+def _fail_role(position: int, item: Mapping[str, Any], name: Any) -> NoReturn:
+    if "role" not in item and "from" not in item:
+        _fail(position, "has no role")
+    if isinstance(name, str):
+        _fail(position, f"role {name!r} is not one of {', '.join(ROLES)}")
+    _fail(position, f"role is {strict_json.describe(name)}, not text")

@@ -1,0 +1,178 @@
+"""Tool definitions and tool calls in all their spellings -> the one that GLM-4 is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from finetune.data.dialogue import strict_json
+from finetune.data.dialogue.conversation import Message, RowError, text_problem
+
+BUILT_IN = frozenset({"python", "simple_browser", "cogview"})
+"""Tools that GLM-4 knows without a definition; what they are called with is plain text."""
+
+Tools = tuple[dict[str, Any], ...]
+
+
+class Call(NamedTuple):
+    """A call: the function's name and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+def read_tools(value: Any) -> Tools:
+    """Tool definitions, each as `{"type": "function", "function": {…}}` or `{"type": "python"}`.
+
+    Takes a list or JSON text of one, of wrapped or bare functions; null and "" are no tools.
+    """
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return _tools_of_text(value)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise RowError(f"tools: is {strict_json.describe(value)}, not a list of definitions")
+    tools = tuple(_tool(item, number) for number, item in enumerate(value, 1))
+    names = [tool_name(tool) for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise RowError(f"tools: {name!r} is defined twice")
+    problem = text_problem(strict_json.dump(tools))
+    if problem:
+        raise RowError(f"tools: {problem}")
+    return tools
+
+
+@lru_cache(maxsize=1024)
+def _tools_of_text(text: str) -> Tools:
+    """Cached because whole data sets share a few tool lists; nobody changes the result."""
+    if not text.strip():
+        return ()
+    try:
+        value = strict_json.parse(text)
+    except RowError as error:
+        raise RowError(f"tools: {error}") from None
+    if isinstance(value, str):
+        raise RowError("tools: is text, not a list of definitions")
+    return read_tools(value)
+
+
+def _tool(item: Any, number: int) -> dict[str, Any]:
+    if isinstance(item, str):
+        item = strict_json.parse(item)
+    if not isinstance(item, dict):
+        raise RowError(f"tools: definition {number} is {strict_json.describe(item)}, not an object")
+    kind = item.get("type") or "function"
+    if isinstance(kind, str) and kind in BUILT_IN and "function" not in item:
+        return item
+    if kind != "function":
+        raise RowError(f"tools: definition {number} has type {kind!r}, not 'function'")
+    function = item.get("function", item)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name or name != name.strip() or "\n" in name:
+        raise RowError(f"tools: definition {number} has no usable name")
+    if not isinstance(function.get("parameters", {}), dict | None):
+        raise RowError(f"tools: parameters of {name!r} are not an object (a JSON schema)")
+    if function is item:  # flat, perhaps in OpenAI's newer way with its type among the rest
+        function = {key: value for key, value in item.items() if key != "type"}
+    elif item.get("type"):
+        return item
+    return {"type": "function", "function": function}
+
+
+def tool_name(tool: Any) -> str:
+    """The name that a call of this tool carries as metadata."""
+    function = tool.get("function")
+    return str(function["name"] if function else tool["type"])
+
+
+def read_call(value: Any, position: int) -> Call:
+    """A call from `{"name": …, "arguments": …}` or OpenAI's `{"function": {…}}` around it."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    if not isinstance(value, dict):
+        raise RowError(f"message {position}: the call is {strict_json.describe(value)}")
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        raise RowError(f"message {position}: the call has no function name")
+    arguments = value.get("arguments", value.get("parameters"))
+    return Call(name, arguments_text(name, arguments, position))
+
+
+def arguments_text(name: str, arguments: Any, position: int) -> str:
+    """Arguments as JSON text in one spelling, whether they came as an object or as JSON text."""
+    where = f"message {position}: the arguments of {name!r}"
+    try:
+        if isinstance(arguments, str):
+            if name in BUILT_IN:
+                return arguments
+            arguments = strict_json.parse(arguments)
+        if not isinstance(arguments, dict):
+            raise RowError(f"are {strict_json.describe(arguments)}, not a JSON object")
+        return strict_json.dump(arguments)
+    except RowError as error:
+        raise RowError(f"{where}: {error}") from None
+
+
+def call_in_text(text: str) -> Any:
+    """Objects with `name` and `arguments` that a text consists of, or None when it says more."""
+    if (
+        not text.startswith(("{", "["))
+        or '"name"' not in text
+        or not text.rstrip().endswith(("}", "]"))
+    ):
+        return None
+    try:
+        value = strict_json.parse(text)
+    except RowError:
+        return None  # a reply that happens to look like JSON: it stays text
+    calls = value if isinstance(value, list) else [value]
+    if calls and all(isinstance(c, dict) and set(c) == {"name", "arguments"} for c in calls):
+        return calls
+    return None
+
+
+def order_results(
+    messages: Sequence[Message], call_ids: Mapping[int, str], positions: Sequence[int]
+) -> list[Message]:
+    """The messages with tool results in the order of their calls, as GLM-4 has no call ids.
+
+    Args:
+        messages: A dialogue in which runs of results follow runs of calls.
+        call_ids: Index of a message -> the id of the call that it makes or answers.
+        positions: For each message its number in the row.
+    """
+    ordered = list(messages)
+    for start, end in _result_runs(messages):
+        first_call = start
+        while first_call and messages[first_call - 1].metadata:
+            first_call -= 1
+        calls = [call_ids.get(i) for i in range(first_call, start)]
+        answers = [call_ids.get(i) for i in range(start, end)]
+        if not calls or None in calls or None in answers:
+            continue
+        for index in range(start, end):
+            if call_ids[index] not in calls:
+                raise RowError(
+                    f"message {positions[index]} answers call {call_ids[index]!r}, "
+                    f"but the calls before it are {', '.join(map(repr, calls))}"
+                )
+        order = sorted(range(start, end), key=lambda index: calls.index(call_ids[index]))
+        ordered[start:end] = [messages[index] for index in order]
+    return ordered
+
+
+def _result_runs(messages: Sequence[Message]) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive tool results."""
+    runs = []
+    start = None
+    for index, message in enumerate(messages):
+        if message.role == "observation":
+            start = index if start is None else start
+        elif start is not None:
+            runs.append((start, index))
+            start = None
+    return runs if start is None else [*runs, (start, len(messages))]

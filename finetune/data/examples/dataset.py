@@ -1,0 +1,262 @@
+"""Dialogues to examples: rendered in batches, shortened by whole turns, kept on disk, counted.
+
+Nothing grows with the data but a few bytes per example: dialogues are streamed into an Arrow file
+in the cache, and examples are read from its memory map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.data.examples.preparation import NAMED, Counts, LengthPolicy, write_examples
+from finetune.data.examples.store import ExampleFile
+from finetune.data.reading.files import expand
+from finetune.data.reading.sources import BESIDE, Images, SourceSpec, read_conversations, weighted
+from finetune.errors import DataError
+from finetune.storage import cache
+
+if TYPE_CHECKING:
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.dialogue.conversation import Conversation
+
+__all__ = [
+    "IGNORED",
+    "Counts",
+    "Example",
+    "LengthPolicy",
+    "PreparedDataset",
+    "Reading",
+    "load_examples",
+    "prepare",
+]
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
+FORMAT = 2
+"""Version of the stored file and of the rules that fill it; another one never reads this one's."""
+EXAMPLES_FILE = "examples.arrow"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One dialogue to learn from; T tokens."""
+
+    input_ids: npt.NDArray[np.int32]
+    """[T], read-only."""
+    labels: npt.NDArray[np.int64]
+    """[T]: the ids where they carry loss, elsewhere -100; not shifted."""
+    loss_weights: npt.NDArray[np.float32] | None
+    """[T], 0 where nothing is learned; None when all supervised tokens weigh 1."""
+    index: int
+    """Its place in the dataset."""
+    where: str
+    """`file:line`."""
+    image: str = ""
+    """Path of the image that it shows, or empty."""
+
+
+class PreparedDataset:
+    """Examples by index over a memory-mapped file.
+
+    `view` maps an example to its stored row when the two differ, because a source is repeated or
+    taken in part; nothing is stored twice.
+    """
+
+    def __init__(
+        self,
+        file: ExampleFile,
+        counts: Counts,
+        fingerprint: str,
+        view: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self._file = file
+        self._view = view
+        self.counts = counts
+        """Counts of the stored rows, whatever their sources' weights."""
+        self.fingerprint = fingerprint
+        """Changes when any example or its place changes; independent of paths."""
+        stored = file.lengths()
+        self.lengths = stored if view is None else stored[view]
+        """Tokens of every example, int32 [examples]."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._row(index)
+        stored = self._file[row]
+        labels = np.full(len(stored.input_ids), IGNORED, dtype=np.int64)
+        weights = None if (stored.weights == 1.0).all() else np.zeros(len(labels), np.float32)
+        for start, end, weight in zip(stored.starts, stored.ends, stored.weights, strict=True):
+            labels[start:end] = stored.input_ids[start:end]
+            if weights is not None:
+                weights[start:end] = weight
+        return Example(
+            stored.input_ids, labels, weights, index, self._file.where(row), stored.image
+        )
+
+    def where(self, index: int) -> str:
+        """The `file:line` of an example."""
+        return self._file.where(self._row(index))
+
+    def images(self) -> list[str]:
+        """Paths of all images that examples show, each once."""
+        return self._file.images()
+
+    def _row(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return index if self._view is None else int(self._view[index])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read; see the config's `data` section."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_bad_rows: float = 0.01
+    columns: tuple[str, str] | None = None
+    images: Images = BESIDE
+
+
+def load_examples(
+    sources: Sequence[SourceSpec],
+    template: ChatTemplate,
+    policy: LengthPolicy,
+    *,
+    reading: Reading = Reading(),
+    seed: int = 0,
+    cache_root: Path | None = None,
+) -> PreparedDataset:
+    """The examples of some files, from the cache when the same bytes were prepared before.
+
+    `seed` chooses the rows of a source with a fractional weight. Raises DataError for paths, bad
+    rows and lengths that do not fit, each listing all of them.
+    """
+    files = [expand(source.path) for source in sources]
+    seen = [[_state(path) for path in paths] for paths in files]
+    content = [
+        {"files": [cache.file_digest(path) for path in paths], "format": source.format}
+        for source, paths in zip(sources, files, strict=True)
+    ]
+    made_by = _made_by(template, policy) | {"content": content, "columns": reading.columns}
+    # What is stored names rows by their paths, and is made under one policy on bad rows.
+    key = cache.key_of(
+        made_by
+        | {"paths": [[str(path) for path in paths] for paths in files], "reading": asdict(reading)}
+    )
+
+    def build(folder: Path) -> dict[str, Any]:
+        stream = read_conversations(
+            [replace(source, weight=1.0) for source in sources],
+            **options_of(replace(reading, images=replace(reading.images, check=True))),
+        )
+        numbered = ((stream.source, conversation) for conversation in stream)
+        facts = write_examples(
+            numbered, template, policy, folder / EXAMPLES_FILE, num_sources=len(sources)
+        )
+        if [[_state(path) for path in paths] for paths in files] != seen:
+            raise DataError("data files changed while they were read; start again")
+        bad = [f"{row.where}: {row.reason}" for row in stream.bad_rows[:NAMED]]
+        counts = facts["counts"]
+        counts |= {"rows": stream.rows, "bad": stream.num_bad, "named": [*bad, *counts["named"]]}
+        paths = ExampleFile(folder / EXAMPLES_FILE).images()
+        content = cache.key_of({"images": [cache.file_digest(Path(path)) for path in paths]})
+        return facts | {"images": _image_state(paths), "image_content": content}
+
+    entry = cache.open_or_build(_folder(cache_root), key, build)
+    state = _image_state(ExampleFile(entry.folder / EXAMPLES_FILE).images())
+    if state != entry.facts["images"]:  # other images since then, under the same names
+        key = cache.key_of({"key": key, "images": state})
+        entry = cache.open_or_build(_folder(cache_root), key, build)
+    if entry.facts["images"]:
+        made_by |= {"images": entry.facts["image_content"]}
+    weights = [source.weight for source in sources]
+    view = _weighted_view(entry.facts["kept_per_source"], weights, seed)
+    fingerprint = cache.key_of(
+        made_by | {"weights": weights, "seed": seed if view is not None else None}
+    )
+    return _open(entry, fingerprint, view)
+
+
+def prepare(
+    conversations: Iterable[Conversation],
+    template: ChatTemplate,
+    policy: LengthPolicy,
+    *,
+    key: str,
+    cache_root: Path | None = None,
+) -> PreparedDataset:
+    """The examples of `conversations`, from the cache when `key` (a hash of their content) is known.
+
+    Raises DataError when nothing is left to learn from, and with `on_too_long: error` listing
+    every dialogue that is too long.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        return write_examples(
+            ((0, c) for c in conversations), template, policy, folder / EXAMPLES_FILE
+        )
+
+    full_key = cache.key_of(_made_by(template, policy) | {"key": key})
+    return _open(cache.open_or_build(_folder(cache_root), full_key, build), full_key)
+
+
+def _open(
+    entry: cache.Entry, fingerprint: str, view: npt.NDArray[np.int64] | None = None
+) -> PreparedDataset:
+    stored = entry.facts["counts"]
+    counts = Counts(**{**stored, "named": tuple(stored["named"])})
+    return PreparedDataset(ExampleFile(entry.folder / EXAMPLES_FILE), counts, fingerprint, view)
+
+
+def _weighted_view(
+    kept_per_source: Sequence[int], weights: Sequence[float], seed: int
+) -> npt.NDArray[np.int64] | None:
+    """Stored rows as often as their sources' weights say; None when that is each once."""
+    if all(weight == 1.0 for weight in weights):
+        return None
+    rows: list[npt.NDArray[np.int64]] = []
+    first = 0
+    for number, (kept, weight) in enumerate(zip(kept_per_source, weights, strict=True)):
+        chosen = weighted(range(first, first + kept), weight, f"{seed}:{number}")
+        rows.append(np.fromiter(chosen, dtype=np.int64))
+        first += kept
+    view = np.concatenate(rows)
+    if not len(view):
+        raise DataError("the weights of data.train are so small that no example is left")
+    return view
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _image_state(paths: Sequence[str]) -> str:
+    """What changes when any of the images is written to or goes; empty without images."""
+    if not paths:
+        return ""
+    states = [_state(Path(path)) if Path(path).is_file() else None for path in paths]
+    return cache.key_of({"states": states})
+
+
+def options_of(reading: Reading) -> dict[str, Any]:
+    """The arguments of `read_conversations` that a Reading holds."""
+    return {field.name: getattr(reading, field.name) for field in fields(reading)}
+
+
+def _made_by(template: ChatTemplate, policy: LengthPolicy) -> dict[str, Any]:
+    """What decides the stored rows besides the dialogues."""
+    return {"format": FORMAT, "template": template.fingerprint, "policy": asdict(policy)}
+
+
+def _folder(cache_root: Path | None) -> Path:
+    return (cache_root or cache.default_root()) / "examples"

@@ -1,0 +1,239 @@
+"""Dialogues to stored examples: rendered in batches, shortened by whole turns, counted.
+
+Nothing is held but one batch of dialogues. Every dialogue that gives no example is counted under
+a reason, and the first of each reason are named.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune import console
+from finetune.data.examples.store import ExampleWriter, Span
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from finetune.data.chat.spans import Rendered
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.dialogue.conversation import Conversation
+
+BATCH = 1000
+"""Dialogues rendered in one call of the tokenizer and written as one record batch."""
+NAMED = 5
+"""Rows named per reason."""
+_LISTED = 20
+"""Too long dialogues listed in an error."""
+
+
+@dataclass(frozen=True)
+class LengthPolicy:
+    """How long an example may be, and which replies it teaches."""
+
+    max_length: int
+    train_on: Literal["every_reply", "last_reply"] = "every_reply"
+    on_too_long: Literal["drop_oldest_turns", "drop", "error"] = "drop_oldest_turns"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows of a preparation; lengths and tokens are of the kept examples."""
+
+    rows: int = 0
+    """Rows read, bad ones among them."""
+    bad: int = 0
+    """Rows that are no dialogue, left out with `on_bad_row: skip`."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Dialogues left out, by reason."""
+    named: tuple[str, ...] = ()
+    """The first dropped dialogues of every reason, as `file:line: reason`."""
+    truncated: int = 0
+    """Dialogues that lost their oldest turns."""
+    messages_removed: int = 0
+    """Messages in those turns."""
+    kept: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+
+
+def write_examples(
+    numbered: Iterable[tuple[int, Conversation]],
+    template: ChatTemplate,
+    policy: LengthPolicy,
+    file: Path,
+    *,
+    num_sources: int = 1,
+) -> dict[str, Any]:
+    """Writes the examples of (source, dialogue) into a new `file`; returns what was counted."""
+    tally = _Tally()
+    stream = iter(numbered)
+    with (
+        ExampleWriter(file) as writer,
+        console.progress(None, "tokenising dialogues") as meter,
+        _collecting_by_hand(),
+    ):
+        while batch := list(islice(stream, BATCH)):
+            kept = list(_examples(batch, template, policy, tally))
+            columns = [[getattr(k, name) for k in kept] for name in _Kept._fields]
+            writer.append(*columns)
+            meter.advance(len(batch))
+            del batch, kept
+            gc.collect(0)
+    tally.raise_if_refused(policy.max_length)
+    tally.raise_if_nothing_is_left()
+    return tally.facts(num_sources)
+
+
+@contextmanager
+def _collecting_by_hand() -> Iterator[None]:
+    """Without the collector of reference cycles, which finds none among a million token ids.
+
+    It would run hundreds of times per batch, a fifth of the time outside the tokenizer.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _Kept(NamedTuple):
+    ids: npt.NDArray[np.int32]
+    spans: Sequence[Span]
+    where: str
+    image: str
+
+
+def _examples(
+    batch: Sequence[tuple[int, Conversation]],
+    template: ChatTemplate,
+    policy: LengthPolicy,
+    tally: _Tally,
+) -> Iterator[_Kept]:
+    """The examples that the dialogues of a batch give; what they do not give goes into `tally`."""
+    renderings = template.render([conversation for _, conversation in batch])
+    for (source, conversation), rendered in zip(batch, renderings, strict=True):
+        tally.rows += 1
+        fitting: Rendered | None = rendered
+        if len(rendered.input_ids) > policy.max_length:
+            fitting = _fit(rendered, conversation, template, policy, tally)
+        if fitting is None:
+            continue
+        spans = template.trained_spans(fitting, conversation, policy.train_on)
+        if not spans:
+            tally.drop(conversation.where, "no reply that is trained")
+            continue
+        if fitting is not rendered:
+            tally.truncate(len(rendered.runs) - len(fitting.runs))
+        tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
+        yield _Kept(fitting.input_ids, spans, conversation.where, _image(conversation, template))
+
+
+def _image(conversation: Conversation, template: ChatTemplate) -> str:
+    """Path of the image that the dialogue shows; DataError when the checkpoint takes none."""
+    paths = [message.image for message in conversation.messages if message.image]
+    if paths and template.image is None:
+        raise DataError(
+            f"{conversation.where}: shows an image, but this checkpoint takes none (its config.json "
+            "has no vision_config of GLM-4V); use GLM-4V-9B, or leave such rows out"
+        )
+    return paths[0] if paths else ""
+
+
+def _fit(
+    rendered: Rendered,
+    conversation: Conversation,
+    template: ChatTemplate,
+    policy: LengthPolicy,
+    tally: _Tally,
+) -> Rendered | None:
+    """A shorter rendering, or None after noting why there is none."""
+    length = len(rendered.input_ids)
+    if policy.on_too_long == "error":
+        tally.refuse(f"{conversation.where}: {length} tokens")
+        return None
+    if policy.on_too_long == "drop":
+        tally.drop(conversation.where, "too long", f"{length} tokens")
+        return None
+    fitting = template.shorten(rendered, conversation, policy.max_length, policy.train_on)
+    if fitting is None:
+        tally.drop(conversation.where, "no trained reply fits", f"{length} tokens")
+    return fitting
+
+
+class _Tally:
+    """Counts while examples are made."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._totals: Counter[str] = Counter()
+        self._longest = 0
+        self._kept_per_source: Counter[int] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._named: list[str] = []
+        self._refused: list[str] = []
+        self._num_refused = 0
+
+    def keep(self, source: int, tokens: int, supervised: int) -> None:
+        self._kept_per_source[source] += 1
+        self._totals["tokens"] += tokens
+        self._totals["supervised_tokens"] += supervised
+        self._longest = max(self._longest, tokens)
+
+    def truncate(self, num_messages: int) -> None:
+        self._totals["truncated"] += 1
+        self._totals["messages_removed"] += num_messages
+
+    def drop(self, where: str, reason: str, detail: str = "") -> None:
+        self._dropped[reason] += 1
+        if self._dropped[reason] <= NAMED:
+            self._named.append(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
+
+    def refuse(self, problem: str) -> None:
+        self._num_refused += 1
+        if len(self._refused) < _LISTED:
+            self._refused.append(problem)
+
+    def raise_if_refused(self, max_length: int) -> None:
+        if not self._num_refused:
+            return
+        more = self._num_refused - len(self._refused)
+        raise DataError(
+            f"{self._num_refused} dialogues are longer than data.max_length ({max_length}); raise "
+            "it, or set data.on_too_long to drop_oldest_turns or drop:\n  "
+            + "\n  ".join([*self._refused, *([f"... and {more} more"] if more else [])])
+        )
+
+    def raise_if_nothing_is_left(self) -> None:
+        if self._kept_per_source:
+            return
+        raise DataError(
+            f"none of {self.rows} dialogues is left to learn from:\n  " + "\n  ".join(self._named)
+        )
+
+    def facts(self, num_sources: int) -> dict[str, Any]:
+        """What the manifest keeps: the fields of Counts, and how many rows each source gave."""
+        counts = Counts(
+            rows=self.rows,
+            dropped=dict(self._dropped),
+            named=tuple(self._named),
+            kept=sum(self._kept_per_source.values()),
+            longest=self._longest,
+            **self._totals,
+        )
+        return {
+            "counts": asdict(counts),
+            "kept_per_source": [self._kept_per_source[i] for i in range(num_sources)],
+        }

@@ -1,0 +1,1 @@
+"""Files in many forms -> rows -> dialogues."""

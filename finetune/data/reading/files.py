@@ -1,0 +1,107 @@
+"""Paths -> rows, streaming: JSONL, JSON arrays, Parquet and CSV, plain or in gzip or zstd.
+
+Every row comes with the `file:line` it stands on, and whatever cannot be read comes as a BadRow
+with the reason; nothing is left out. Memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.data.reading.json_rows import read_json
+from finetune.data.reading.rows import BadRow, Row
+from finetune.data.reading.streams import StreamError, open_stream
+from finetune.data.reading.tables import read_csv, read_parquet
+from finetune.errors import DataError
+
+__all__ = ["SUFFIXES", "BadRow", "Row", "expand", "read_rows"]
+
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv")
+_ALL_SUFFIXES = tuple(s + c for s in SUFFIXES for c in ("", ".gz", ".zst"))
+
+
+def expand(path: str) -> list[Path]:
+    """The files that a path, a glob or a folder means, sorted; DataError if there are none.
+
+    Of a folder these are all files in it and below whose names end like data files.
+    """
+    if not path or "\0" in path:
+        raise DataError(f"{path!r} is not a path")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise DataError(f"{path} is a URL; download the file and name it by its path")
+    try:
+        target = Path(path)
+        if target.is_file():
+            return [target]
+        if target.is_dir():
+            return _files_in(target)
+        if target.exists():
+            raise DataError(f"{path} is neither a regular file nor a folder")
+        if target.is_symlink():
+            raise DataError(f"{path} is a link to nowhere ({target.readlink()})")
+        if glob.has_magic(path):
+            names = glob.glob(path, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+            found = sorted(p for p in map(Path, names) if p.is_file())
+            if found:
+                return found
+            raise DataError(f"no file matches {path} (seen from {Path.cwd()})")
+        raise DataError(f"{path} does not exist{_near_name(target)}")
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+def _files_in(folder: Path) -> list[Path]:
+    found = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.name.lower().endswith(_ALL_SUFFIXES)
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and not p.is_dir()
+    )
+    odd = next((p for p in found if not p.is_file()), None)
+    if odd:
+        raise DataError(f"{odd} is not a regular file; mend or remove it")
+    if not found:
+        raise DataError(f"folder {folder} holds no {', '.join(SUFFIXES)} file (.gz, .zst allowed)")
+    return found
+
+
+def _near_name(target: Path) -> str:
+    """The most similar name beside it, or where relative paths start."""
+    seen_from = "" if target.is_absolute() else f" (seen from {Path.cwd()})"
+    if not target.parent.is_dir():
+        return seen_from
+    near = difflib.get_close_matches(target.name, [p.name for p in target.parent.iterdir()], n=1)
+    return f"; did you mean {target.parent / near[0]}?" if near else seen_from
+
+
+def read_rows(path: Path) -> Iterator[Row | BadRow]:
+    """Each row of one file in order. The layout is told from the first bytes; CSV by its name."""
+    last = f"{path}:1"
+    empty = True
+    try:
+        for item in _open_rows(path):
+            empty = False
+            last = item.where
+            yield item
+    except StreamError as error:
+        yield BadRow(last, str(error), fatal=True)
+    except OSError as error:
+        yield BadRow(last, f"the file cannot be read: {error.strerror or error}", fatal=True)
+    else:
+        if empty:
+            yield BadRow(last, "the file is empty: it holds no rows", fatal=True)
+
+
+def _open_rows(path: Path) -> Iterator[Row | BadRow]:
+    with open_stream(path) as stream:
+        if stream.layout == "parquet":
+            yield from read_parquet(path)
+        elif stream.layout == "csv":
+            yield from read_csv(stream.file, str(path))
+        else:
+            yield from read_json(stream.file, str(path))

@@ -1,0 +1,270 @@
+"""Sources -> conversations, streamed, with every bad row named in one report."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from finetune.data.chat.image import ImageError, check_image
+from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
+from finetune.data.dialogue.formats import Columns, detect, to_conversation
+from finetune.data.reading.files import BadRow, Row, expand, read_rows
+from finetune.errors import DataError
+
+KEPT_REASONS = 1000
+"""Bad rows whose reason is kept; the others are only counted."""
+LISTED = 30
+"""Bad rows that an error message lists."""
+_SAMPLE = 20  # rows by which a file's layout is told
+_BLOCK = 1024  # rows within which a fractional weight chooses
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source, as the config says it."""
+
+    path: str
+    """A file, a glob or a folder."""
+    weight: float = 1.0
+    """2.0: each row twice per epoch; 0.5: a seeded half of them."""
+    format: str = "auto"
+    """One of `formats.FORMATS`, or `auto`, which is told per file."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is done about the images that rows show."""
+
+    root: str | None = None
+    """The folder that paths are relative to and stay under; by default the data file's own."""
+    check: bool = False
+    """Whether a row whose image cannot be decoded is a bad row."""
+
+
+BESIDE = Images()
+"""Images lie beside their data file, and were looked at before."""
+
+
+OnBadRow = Literal["error", "skip", "collect"]
+
+
+class ConversationStream(Iterator[Conversation]):
+    """Valid conversations in order; at the end DataError if too many rows were bad.
+
+    Once the run is sure to stop, nothing more is handed out: the rest is only checked, so that
+    one report has it all. With `on_bad_row: collect`, for reports, it never raises.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceSpec],
+        *,
+        on_bad_row: OnBadRow,
+        max_bad_rows: float,
+        columns: Columns | None,
+        purpose: Purpose,
+        seed: int,
+        images: Images,
+    ) -> None:
+        self.source = 0
+        """Number of the source that the last conversation came from."""
+        self.rows = 0
+        """Rows read so far, good and bad, each once whatever its source's weight."""
+        self.num_bad = 0
+        """Bad rows among them."""
+        self.bad_rows: list[BadRow] = []
+        """The first of the bad rows, at most KEPT_REASONS."""
+        self.formats: dict[str, str] = {}
+        """Layout of each file read so far."""
+        self._must_stop = False
+        self._on_bad_row = on_bad_row
+        self._max_bad_rows = max_bad_rows
+        self._columns = columns
+        self._purpose: Purpose = purpose
+        self._images = images
+        self._whole_images: set[str] = set()
+        files = [(source, expand(source.path)) for source in sources]
+        self._items = self._run(files, seed)
+
+    def __next__(self) -> Conversation:
+        """The next conversation."""
+        return next(self._items)
+
+    def _run(
+        self, sources: Sequence[tuple[SourceSpec, list[Path]]], seed: int
+    ) -> Iterator[Conversation]:
+        given = 0
+        for number, (source, paths) in enumerate(sources):
+            good = chain.from_iterable(self._file(path, source.format) for path in paths)
+            for conversation in weighted(good, source.weight, f"{seed}:{number}"):
+                if not self._must_stop:
+                    given += 1
+                    self.source = number
+                    yield conversation
+        if self._on_bad_row == "collect":
+            return
+        share = self.num_bad / max(self.rows, 1)
+        if self._must_stop or (self.num_bad and share > self._max_bad_rows):
+            raise DataError(self.report())
+        if not given:
+            paths_given = ", ".join(source.path for source, _ in sources)
+            raise DataError(f"{paths_given}: there is no row that can be used")
+
+    def _file(self, path: Path, fmt: str) -> Iterator[Conversation]:
+        """The good rows of one file; the bad ones are noted."""
+        items = iter(read_rows(path))
+        if fmt == "auto":
+            sample = list(islice(items, _SAMPLE))
+            items = chain(sample, items)
+            rows = [item.value for item in sample if isinstance(item, Row)]
+            try:
+                fmt = detect(rows, self._columns) if rows else "auto"
+            except RowError as error:
+                unread = BadRow(f"{path}:1", str(error), fatal=True)
+                for bad in [unread, *(item for item in sample if isinstance(item, BadRow))]:
+                    self._bad(bad)
+                self.rows += len(sample)
+                return
+        self.formats[str(path)] = fmt
+        folder = path.parent
+        for item in items:
+            self.rows += 1
+            if isinstance(item, BadRow):
+                self._bad(item)
+                continue
+            try:
+                conversation = to_conversation(
+                    item.value, fmt, where=item.where, columns=self._columns, purpose=self._purpose
+                )
+                conversation = self._with_image(conversation, folder)
+            except RowError as error:
+                self._bad(BadRow(item.where, str(error)))
+            else:
+                yield conversation
+
+    def _with_image(self, conversation: Conversation, folder: Path) -> Conversation:
+        """The conversation with its image's path as this process opens it; RowError if it may not."""
+        messages = conversation.messages
+        if not any(message.image for message in messages):
+            return conversation
+        moved = []
+        for message in messages:
+            if message.image:
+                path = _under(Path(self._images.root or folder), message.image)
+                self._check(path)
+                message = replace(message, image=path)
+            moved.append(message)
+        return replace(conversation, messages=tuple(moved))
+
+    def _check(self, path: str) -> None:
+        """RowError unless the image can be decoded; each is looked at once."""
+        if not self._images.check or path in self._whole_images:
+            return
+        try:
+            check_image(path)
+        except ImageError as error:
+            raise RowError(f"image {path}: {error}") from error
+        self._whole_images.add(path)
+
+    def _bad(self, row: BadRow) -> None:
+        self.num_bad += 1
+        if len(self.bad_rows) < KEPT_REASONS:
+            self.bad_rows.append(row)
+        if self._on_bad_row != "collect":
+            self._must_stop = self._must_stop or row.fatal or self._on_bad_row == "error"
+
+    def report(self) -> str:
+        """What is wrong with the rows, as an error message says it."""
+        listed = [f"  {row.where}: {row.reason}" for row in self.bad_rows[:LISTED]]
+        if self.num_bad > len(listed):
+            listed.append(f"  … and {self.num_bad - len(listed)} more")
+        return "\n".join(
+            [f"{self.num_bad} of {self.rows} rows cannot be used:", *listed, self._advice()]
+        )
+
+    def _advice(self) -> str:
+        if self._on_bad_row == "skip" and not self._must_stop:
+            share = self.num_bad / max(self.rows, 1)
+            return f"That is {share:.1%}, more than data.max_bad_rows allows ({self._max_bad_rows:.1%})."
+        if self._on_bad_row == "skip" or any(row.fatal for row in self.bad_rows):
+            return "Mend the files: rows behind such a place cannot be read, so they cannot be skipped."
+        return "Mend the rows, or set data.on_bad_row to skip to leave them out."
+
+
+def read_conversations(
+    sources: Sequence[SourceSpec],
+    *,
+    on_bad_row: OnBadRow = "error",
+    max_bad_rows: float = 0.01,
+    columns: Columns | None = None,
+    purpose: Purpose = "train",
+    seed: int = 0,
+    images: Images = BESIDE,
+) -> ConversationStream:
+    """The conversations of all sources, streamed; DataError with every bad row at the end.
+
+    Args:
+        sources: What is read, in this order.
+        on_bad_row: `error` stops for any bad row, `skip` leaves them out, `collect` does that
+            without ever raising (for reports).
+        max_bad_rows: With `skip`, the share of bad rows above which it is an error all the same.
+        columns: Names of the prompt and response columns, for `pairs`.
+        purpose: `predict` also takes dialogues that end in a user message or a tool result.
+        seed: Chooses the rows that a fractional weight repeats.
+        images: Where images lie, and whether each is decoded once to see that it can be.
+
+    Raises:
+        DataError: At once when a path means nothing, at the end for bad rows.
+    """
+    return ConversationStream(
+        sources,
+        on_bad_row=on_bad_row,
+        max_bad_rows=max_bad_rows,
+        columns=columns,
+        purpose=purpose,
+        seed=seed,
+        images=images,
+    )
+
+
+def weighted(items: Iterable[Item], weight: float, seed: str) -> Iterator[Item]:
+    """Each item `weight` times: the whole part for all, the fraction for a seeded share of them.
+
+    Of n items round(n x fraction) are chosen, spread over blocks of 1,024: 10 items with weight
+    0.5 give 5, with 2.5 they give 25. Copies of an item follow each other.
+    """
+    whole, fraction = int(weight), weight - int(weight)
+    if not fraction:
+        for item in items:
+            for _ in range(whole):
+                yield item
+        return
+    stream = iter(items)
+    seen = chosen = number = 0
+    while block := list(islice(stream, _BLOCK)):
+        seen += len(block)
+        more = int(seen * fraction + 0.5) - chosen
+        chosen += more
+        extra = Counter(random.Random(f"{seed}:{number}").sample(range(len(block)), more))
+        number += 1
+        for index, item in enumerate(block):
+            for _ in range(whole + extra[index]):
+                yield item
+
+
+def _under(root: Path, path: str) -> str:
+    """The path of an image, seen from the working directory; RowError when it leaves the root."""
+    home = Path(os.path.normpath(root.absolute()))  # links may lead out, `..` may not
+    if not Path(os.path.normpath(home / path)).is_relative_to(home):
+        raise RowError(
+            f"image {path!r} is outside {root}; set data.image_root to a folder above it"
+        )
+    return os.path.normpath(root / path)

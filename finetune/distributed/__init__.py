@@ -1,0 +1,1 @@
+"""Several processes: who is who, agree, share out, fail together."""

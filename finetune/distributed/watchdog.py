@@ -1,0 +1,174 @@
+"""The processes of a run look after each other: what ends one ends all, and each says the same.
+
+Every process gives a sign of life each second, in a thread, through the store by which the processes
+found each other. A process that fails says why there, and the others stop waiting for it. When one
+is gone without a word, the others find out who is silent; when one hangs, who did not come to where
+the others waited for `training.process_timeout_minutes`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from finetune.distributed.processes import Processes
+from finetune.distributed.signals import StopFlag
+from finetune.errors import FinetuneError, ProcessError
+
+BEAT = 1.0
+"""Seconds between two signs of life."""
+SILENCE = 5.0
+"""Without one for so long a process is gone; it is also how long the others get to end by themselves."""
+
+LOST = ("gloo", "pair closure", "closed by peer", "reset by peer")
+"""How gloo words a connection that is no more; who waits on one closed already is not told by whom."""
+
+
+@contextmanager
+def watching(processes: Processes, timeout_minutes: float, stop: StopFlag) -> Iterator[None]:
+    """In here an error of one process ends all of them, with one reason.
+
+    Raises:
+        ProcessError: Another process failed, is gone, or hangs.
+    """
+    if processes.world == 1:
+        yield
+        return
+    watch = Watch(processes, timeout_minutes, stop)
+    try:
+        yield
+        dist.barrier()  # the store may end with the process that ends first
+    except BaseException as error:
+        if (reason := watch.reason_for(error)) is error:
+            raise
+        raise reason from error
+    finally:
+        watch.stop()
+
+
+class Watch:
+    """One process's eye on the others."""
+
+    def __init__(self, processes: Processes, timeout_minutes: float, stop: StopFlag) -> None:
+        self._stop = stop
+        self._rank = processes.rank
+        self._others = [rank for rank in range(processes.world) if rank != processes.rank]
+        self._minutes = timeout_minutes
+        # torchrun's store outlives an attempt that it restarts.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"finetune/{attempt}",
+            dist.TCPStore(  # type: ignore[attr-defined]
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=2 * SILENCE),
+            ),
+        )
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No longer watch, and no longer be watched."""
+        self._done.set()
+        self._thread.join()
+
+    def reason_for(self, error: BaseException) -> BaseException:
+        """Why the run ends: `error` itself, or what another process said or became first."""
+        try:
+            if getattr(error, "is_echo", False):
+                return self._heard(SILENCE) or error
+            if not _is_lost_connection(error):
+                return self._report(_said(self._rank, error), _code(error)) or error
+            self._store.set(f"waiting/{self._rank}", "")
+            if (heard := self._heard(SILENCE)) is not None:
+                return heard
+            found = self._who_is_missing()
+            return self._report(found, 1) or ProcessError(found)
+        except RuntimeError:  # the store is gone, and process 0 or the launcher with it
+            return ProcessError("process 0 is gone, or the launcher is", exit_code=1)
+
+    def _report(self, text: str, code: int) -> ProcessError | None:
+        """The first report of all processes; None when it is this one."""
+        mine = json.dumps([text, code])
+        first = self._store.compare_set("failed", "", mine).decode()
+        return None if first == mine else ProcessError(*json.loads(first))
+
+    def _heard(self, seconds: float) -> ProcessError | None:
+        """The first report, if there is one within `seconds`."""
+        until = time.monotonic() + seconds
+        while not (there := self._store.check(["failed"])) and time.monotonic() < until:
+            time.sleep(BEAT / 4)
+        return ProcessError(*json.loads(self._store.get("failed"))) if there else None
+
+    def _who_is_missing(self) -> str:
+        before = {rank: self._store.add(f"beat/{rank}", 0) for rank in self._others}
+        time.sleep(SILENCE)
+        gone = [rank for rank in self._others if self._store.add(f"beat/{rank}", 0) == before[rank]]
+        if gone:
+            return f"{_named(gone)} gone without a word: killed (by a lack of memory?), or the machine is down"  # fmt: skip
+        absent = [rank for rank in self._others if not self._store.check([f"waiting/{rank}"])]
+        return (
+            f"{_named(absent)} hanging: the others have waited {self._minutes:g} minutes "
+            "(training.process_timeout_minutes)"
+            if absent
+            else "the connection between the processes was lost, though all of them are there"
+        )
+
+    def _look(self) -> None:
+        """The thread: gives signs of life, and ends a process that does not end by itself."""
+        while not self._done.wait(BEAT):
+            try:
+                self._store.add(f"beat/{self._rank}", 1)
+                failed = self._store.check(["failed"])
+            except dist.DistNetworkError:
+                return self._left_alone()
+            except dist.DistStoreError:
+                continue  # busy
+            if failed and not self._done.wait(3 * SILENCE):
+                os._exit(json.loads(self._store.get("failed"))[1])  # those who waited have said why
+        return None
+
+    def _left_alone(self) -> None:
+        """The store is gone: without a launcher nobody would end this process, so it saves and goes."""
+        if (
+            self._stop.heard is None
+        ):  # else it does so already, and a second signal would cut it short
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not self._done.wait(60 * self._minutes):
+            os._exit(128 + signal.SIGTERM)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether waiting for others was in vain, by what torch and gloo raise then."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in LOST)
+    )
+
+
+def _said(rank: int, error: BaseException) -> str:
+    if isinstance(error, FinetuneError):
+        return str(error)
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        return f"process {rank} left before the run was done"
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return f"process {rank} failed: {type(error).__name__}: {last}"
+
+
+def _code(error: BaseException) -> int:
+    code = getattr(error, "exit_code", getattr(error, "code", 1))
+    return code if isinstance(code, int) and code else 1
+
+
+def _named(ranks: list[int]) -> str:
+    names = ", ".join(map(str, ranks))
+    return f"process {names} is" if len(ranks) == 1 else f"processes {names} are"

@@ -1,0 +1,210 @@
+"""What was generated and measured, kept by content: asked again, nothing is computed again.
+
+    <cache>/evaluations/<key>/
+        answers.jsonl.part   grows window by window; a killed evaluation goes on behind it
+        window-N-R.jsonl     groups of the window that process R finished
+        answers.jsonl        all answers
+        losses.npz           sums per example
+        done.json            written last
+        scored-<key>.jsonl   the answers with their scores
+
+The key is that of the model's weights, the data, the template and the settings; nothing in it depends
+on where things lie, except the data's path, which stands in every row.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.artifacts.weights import model_fingerprint
+from finetune.data.reading.files import expand
+from finetune.errors import RunDirectoryInUseError
+from finetune.evaluation.answers import Answer
+from finetune.evaluation.targets import ADAPTER, base_recorded
+from finetune.storage.cache import default_root, file_digest, key_of
+from finetune.storage.files import json_line, whole_file
+
+if TYPE_CHECKING:
+    from finetune.generation.generate import Reply
+
+FORMAT = 1
+"""Version of how replies are generated; results of another one are not used."""
+
+
+class Results:
+    """The folder of one model on one set of data under one setting."""
+
+    def __init__(self, root: Path | None, key: str) -> None:
+        self.folder = (root or default_root()) / "evaluations" / key
+        self.answers = self.folder / "answers.jsonl"
+        self._part = self.folder / "answers.jsonl.part"
+        self._done = self.folder / "done.json"
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """What `finish` noted; None while something is missing."""
+        try:
+            facts = json.loads(self._done.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return dict(facts) if self.answers.is_file() else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder against another evaluation of the same; ends with the process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunDirectoryInUseError(
+                    f"another process evaluates the same model on the same data at this moment "
+                    f"({self.folder}); wait for it, its results will be used"
+                ) from None
+            yield
+
+    def num_kept(self, window: int) -> int:
+        """Answers of an earlier attempt, whole windows of `window` only; what is torn is cut off."""
+        if not self._part.is_file():
+            return 0
+        ends = [0]
+        with self._part.open("rb+") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    ends.append(ends[-1] + len(line))
+            kept = (len(ends) - 1) // window * window
+            file.truncate(ends[kept])
+        return kept
+
+    def append(self, answers: Iterable[Answer]) -> None:
+        """Adds a window; it is on the disk when this returns."""
+        with self._part.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(json_line(answer.row) for answer in answers)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def log(self, window: int) -> WindowLog:
+        """Finished groups of the window that begins with answer number `window`."""
+        return WindowLog(self.folder, window)
+
+    def write_losses(self, name: str, losses: npt.NDArray[Any], weights: npt.NDArray[Any]) -> None:
+        """Keeps sums per example under a name."""
+        part = self.folder / f".{name}.part.npz"
+        np.savez(part, losses=losses, weights=weights)
+        part.replace(self.folder / f"{name}.npz")
+
+    def losses(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """What `write_losses` kept."""
+        try:
+            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as found:
+                return found["losses"], found["weights"]
+        except (FileNotFoundError, ValueError, EOFError):
+            return None
+
+    def note(self, name: str) -> Any:
+        """What `write_note` kept."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write_note(self, name: str, value: Any) -> None:
+        """Keeps a value under a name."""
+        with whole_file(self.folder / f"{name}.json") as file:
+            file.write(json_line(value))
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Makes the results whole."""
+        self._part.touch()
+        self._part.replace(self.answers)
+        with whole_file(self._done) as file:
+            file.write(json_line(facts))
+
+
+class WindowLog:
+    """Groups of replies that were finished before their window was; every process writes a file.
+
+    The form that `generate` takes its `log` in.
+    """
+
+    def __init__(self, folder: Path, window: int) -> None:
+        self._folder, self._window = folder, window
+
+    def known(self) -> dict[int, list[Reply]]:
+        """The groups that are there, as the first process finds them."""
+        from finetune.distributed.map_batches import from_the_first, place
+
+        return from_the_first(self._read if place()[0] == 0 else None)
+
+    def note(self, number: int, group: list[Reply]) -> None:
+        """Keeps a group; it is on the disk when this returns."""
+        from finetune.distributed.map_batches import place
+
+        line = {"group": number, "replies": [[one.index, one.ids, one.stopped] for one in group]}
+        with (self._folder / f"{self._name}{place()[0]}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def forget(self) -> None:
+        """Called when the window itself is on the disk."""
+        for file in self._folder.glob(f"{self._name}*.jsonl"):
+            file.unlink()
+
+    @property
+    def _name(self) -> str:
+        return f"window-{self._window}-"
+
+    def _read(self) -> dict[int, list[Reply]]:
+        from finetune.generation.generate import Reply
+
+        found = {}
+        for file in sorted(self._folder.glob(f"{self._name}*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # the line that a kill tore
+                    row = json.loads(line)
+                    found[row["group"]] = [
+                        Reply(index, tuple(ids), stopped) for index, ids, stopped in row["replies"]
+                    ]
+        return found
+
+
+def model_key(path: str, base: str | None) -> dict[str, Any] | None:
+    """What tells one model from another by content; None for one that is not on this disk."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    key: dict[str, Any] = {"texts": _texts(folder)}
+    if not (folder / ADAPTER).is_file():
+        return key | {"weights": model_fingerprint(folder)}
+    key["weights"] = {f.name: file_digest(f) for f in sorted(folder.glob("adapter_model*"))}
+    recorded, _ = base_recorded(folder)
+    inner = model_key(base or recorded or "", None)
+    return key | {"base": inner} if inner else None
+
+
+def data_key(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Every file with the hash of its bytes."""
+    return [(str(file), file_digest(file)) for path in paths for file in expand(path)]
+
+
+def image_key(images: Iterable[str]) -> str:
+    """A hash of the images' names, sizes and times."""
+    stated = [(path, (now := Path(path).stat()).st_size, now.st_mtime_ns) for path in images]
+    return key_of({"images": stated})
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    """The tokenizer, the chat template and an adapter's options, by the hash of their bytes."""
+    patterns = ("tokenizer*", "chat_template*", ADAPTER)
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    return {file.name: file_digest(file) for file in files}

@@ -1,0 +1,239 @@
+"""Dialogues to prompts whose replies are known: what an evaluation asks the model.
+
+A prompt is the dialogue before the reply, so it never contains its reference.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.data.chat.image import ImagePrompt
+from finetune.data.dialogue.conversation import Conversation, Message
+
+if TYPE_CHECKING:
+    from finetune.data.chat.template import ChatTemplate
+
+_SAMPLE_SEED = 0
+"""The sample of replies is the same in every run, whatever its training seed."""
+_NAMED = 5
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplyPrompt:
+    """One reply to ask for."""
+
+    prompt_ids: npt.NDArray[np.int32] | ImagePrompt
+    """int32 [T]; ends where the reply begins."""
+    reference: Message
+    tools: tuple[Mapping[str, Any], ...]
+    where: str
+    """`file:line` of the dialogue."""
+    index: int
+    """Place of the reply among the dialogue's messages."""
+    turns: int
+    """User messages of the dialogue before the reply, also those that did not fit."""
+    template: ChatTemplate = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """The prompt as text, control tokens spelled out."""
+        return self.template.decode(self.prompt_ids)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of the images that the prompt shows."""
+        return (self.prompt_ids.path,) if isinstance(self.prompt_ids, ImagePrompt) else ()
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """What became of the replies in the dialogues."""
+
+    replies: int
+    """Replies there are to ask for."""
+    sampled: int
+    """Replies chosen, all of them without a `max_samples`."""
+    shortened: int
+    """Prompts that lost their oldest turns."""
+    dropped: int
+    """Replies left out because even their last turn is too long."""
+    named: tuple[str, ...]
+    """The first of those left out, as `file:line: reason`."""
+
+
+class ReplyPrompts(list[ReplyPrompt]):
+    """Prompts in the order of the data, with their counts."""
+
+    def __init__(self, prompts: Iterable[ReplyPrompt], counts: PromptCounts) -> None:
+        super().__init__(prompts)
+        self.counts = counts
+
+
+class _Question(NamedTuple):
+    conversation: Conversation
+    reply: int
+
+
+class PromptStream(Iterator[ReplyPrompt]):
+    """A prompt for every reply of the dialogues, or for a fixed random `max_samples` of them.
+
+    Earlier turns come from the dialogue itself. A prompt over `max_prompt` tokens loses whole
+    oldest turns. Replies with `train: false` are not asked for: they are no references.
+    """
+
+    def __init__(
+        self,
+        conversations: Iterable[Conversation],
+        template: ChatTemplate,
+        *,
+        replies: Literal["every_reply", "last_reply"] = "every_reply",
+        max_prompt: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self._tally = Counter[str]()
+        self._named: list[str] = []
+        self._template = template
+        self._max_prompt = max_prompt
+        questions = _counted(_questions(conversations, replies), self._tally)
+        self._items = self._run(questions, max_samples)
+
+    def __next__(self) -> ReplyPrompt:
+        """The next prompt."""
+        return next(self._items)
+
+    @property
+    def counts(self) -> PromptCounts:
+        """What became of the replies read so far."""
+        tally = self._tally
+        return PromptCounts(
+            replies=tally["replies"],
+            sampled=tally["asked"] + tally["dropped"],
+            shortened=tally["shortened"],
+            dropped=tally["dropped"],
+            named=tuple(self._named),
+        )
+
+    def _run(
+        self, questions: Iterator[_Question], max_samples: int | None
+    ) -> Iterator[ReplyPrompt]:
+        if max_samples is not None:
+            questions = iter(_sample(questions, max_samples))
+        template, tally = self._template, self._tally
+        while batch := list(islice(questions, _BATCH)):
+            for question, full in zip(batch, template.prompts(batch), strict=True):
+                ids = _shortened(question, full, template, self._max_prompt)
+                if ids is None:
+                    tally["dropped"] += 1
+                    if len(self._named) < _NAMED:
+                        self._named.append(_too_long(question))
+                    continue
+                tally["asked"] += 1
+                tally["shortened"] += len(ids) < len(full)
+                yield _prompt(question, ids, template)
+
+
+def reply_prompts(
+    conversations: Iterable[Conversation],
+    template: ChatTemplate,
+    *,
+    replies: Literal["every_reply", "last_reply"] = "every_reply",
+    max_prompt: int | None = None,
+    max_samples: int | None = None,
+) -> ReplyPrompts:
+    """All prompts of a `PromptStream` at once, with their counts."""
+    stream = PromptStream(
+        conversations, template, replies=replies, max_prompt=max_prompt, max_samples=max_samples
+    )
+    prompts = list(stream)
+    return ReplyPrompts(prompts, stream.counts)
+
+
+def _questions(
+    conversations: Iterable[Conversation], replies: Literal["every_reply", "last_reply"]
+) -> Iterator[_Question]:
+    for conversation in conversations:
+        asked = [
+            index
+            for index, message in enumerate(conversation.messages)
+            if message.role == "assistant" and message.train is not False
+        ]
+        for index in asked if replies == "every_reply" else asked[-1:]:
+            yield _Question(conversation, index)
+
+
+def _counted(questions: Iterator[_Question], tally: Counter[str]) -> Iterator[_Question]:
+    for question in questions:
+        tally["replies"] += 1
+        yield question
+
+
+def _sample(questions: Iterator[_Question], count: int) -> list[_Question]:
+    """`count` of the questions in their order, each as likely; memory holds no others.
+
+    Vitter's reservoir (Algorithm R).
+    """
+    chooser = random.Random(_SAMPLE_SEED)
+    chosen: list[tuple[int, _Question]] = []
+    for place, question in enumerate(questions):
+        if place < count:
+            chosen.append((place, question))
+        elif (slot := chooser.randrange(place + 1)) < count:
+            chosen[slot] = (place, question)
+    return [question for _, question in sorted(chosen, key=itemgetter(0))]
+
+
+def _shortened(
+    question: _Question, full: list[int], template: ChatTemplate, max_prompt: int | None
+) -> list[int] | None:
+    """The prompt with as many turns as fit, or None when not even its last turn does.
+
+    A turn reaches from a user message to the next; system messages, tools and a turn with an image
+    always stay.
+    """
+    if max_prompt is None or len(full) <= max_prompt:
+        return full
+    conversation, reply = question
+    messages = conversation.messages
+    system = [message for message in messages[:reply] if message.role == "system"]
+    turns = [place for place in range(reply) if messages[place].role == "user"]
+    if turns and messages[turns[0]].image is not None:
+        system += messages[turns.pop(0) : turns[0] if turns else reply]
+    turns = turns[1:]
+    fitting = None
+    first, stop = 0, len(turns)  # the fewest dropped turns that suffice are searched by halves
+    while first < stop:
+        middle = (first + stop) // 2
+        kept = (*system, *messages[turns[middle] : reply])
+        ids = template.prompt(replace(conversation, messages=kept), len(kept))
+        if len(ids) <= max_prompt:
+            fitting, stop = ids, middle
+        else:
+            first = middle + 1
+    return fitting
+
+
+def _prompt(question: _Question, ids: list[int], template: ChatTemplate) -> ReplyPrompt:
+    conversation, reply = question
+    return ReplyPrompt(
+        prompt_ids=ids if isinstance(ids, ImagePrompt) else np.array(ids, dtype=np.int32),
+        reference=conversation.messages[reply],
+        tools=conversation.tools,
+        where=conversation.where,
+        index=reply,
+        turns=sum(message.role == "user" for message in conversation.messages[:reply]),
+        template=template,
+    )
+
+
+def _too_long(question: _Question) -> str:
+    return f"{question.conversation.where}: the prompt of message {question.reply + 1} is too long"

@@ -1,0 +1,93 @@
+"""How a checkpoint was evaluated while it was trained, so that it can be asked the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune.config.load import load_config
+from finetune.config.schema import DataSection, EvaluationSection, Source
+from finetune.data.examples.dataset import LengthPolicy, Reading
+from finetune.data.reading.sources import Images, SourceSpec
+from finetune.errors import ConfigError
+
+RECORD = "finetune.json"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the scores of a model besides its weights."""
+
+    data: DataSection
+    evaluation: EvaluationSection
+    dtype: str = "auto"
+    attention: str = "auto"
+    quantization: str | None = None
+    loss_batch_size: int = 8
+    """Examples per forward pass for the loss."""
+    seed: int = 0
+
+    def asking(self, data: Sequence[str], changes: Mapping[str, Any]) -> Settings:
+        """The same with other held-out files, if any, and changed evaluation options.
+
+        Raises:
+            ConfigError: an option cannot have that value, or there are no held-out files.
+        """
+        said = {name: value for name, value in changes.items() if value is not None}
+        try:
+            evaluation = EvaluationSection(**{**self.evaluation.model_dump(), **said})
+        except ValidationError as error:
+            found = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors())
+            raise ConfigError(f"evaluation options: {found}") from error
+        section = self.data.model_copy(update={"validation": list(data)} if data else {})
+        if not section.validation:
+            raise ConfigError("there is nothing to evaluate on; give held-out files with --data")
+        return replace(self, data=section, evaluation=evaluation)
+
+    @property
+    def sources(self) -> tuple[SourceSpec, ...]:
+        """The held-out sources."""
+        listed = self.data.validation or []
+        sources = [listed] if isinstance(listed, str) else listed
+        return tuple(self._spec(source) for source in sources)
+
+    @property
+    def reading(self) -> Reading:
+        """How their rows are read."""
+        columns = self.data.columns
+        pair = (columns.prompt, columns.response) if columns else None
+        images = Images(root=self.data.image_root)
+        return Reading(self.data.on_bad_row, self.data.max_bad_rows, pair, images)
+
+    @property
+    def policy(self) -> LengthPolicy:
+        """How they become examples for the loss."""
+        return LengthPolicy(self.data.max_length, self.data.train_on, self.data.on_too_long)
+
+    def _spec(self, source: str | Source) -> SourceSpec:
+        if isinstance(source, str):
+            return SourceSpec(source, format=self.data.format)
+        chosen = self.data.format if source.format == "auto" else source.format
+        return SourceSpec(source.path, source.weight, chosen)
+
+
+def settings_of(target: str | Path) -> Settings:
+    """The settings of the run that saved `target`, or the defaults for a model from elsewhere."""
+    folder = Path(target)
+    if not (folder / RECORD).is_file() or not (folder / CONFIG).is_file():
+        return Settings(DataSection(train=[]), EvaluationSection())
+    config = load_config(folder / CONFIG)
+    return Settings(
+        data=config.data,
+        evaluation=config.evaluation,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        quantization=config.model.quantization,
+        loss_batch_size=config.training.batch_size,
+        seed=config.training.seed,
+    )

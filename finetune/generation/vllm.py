@@ -1,0 +1,122 @@
+"""The greedy replies of `generate`, from vLLM: prompt ids in, reply ids out.
+
+vLLM is imported when it is asked for and not before; it lives in an environment of its own, see
+docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data.chat.image import ImagePrompt
+from finetune.data.chat.template import ChatTemplate
+from finetune.errors import ConfigError, DataError, ModelError
+from finetune.generation.generate import Prompt, Reply
+from finetune.generation.load import adapter_config, base_of, is_adapter
+from finetune.generation.settings import settings_of
+
+Answer = Callable[[Sequence[Prompt]], list[Reply]]
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `max_lora_rank` may be."""
+
+
+def open_vllm(
+    target: str | Path,
+    template: ChatTemplate,
+    *,
+    base: str | None,
+    max_length: int,
+    max_new_tokens: int,
+) -> Answer:
+    """A function that answers prompts as `generate` would, by vLLM.
+
+    Args:
+        target: a base or merged model, or a LoRA adapter.
+        template: gives the stop ids.
+        base: the adapter's base where its own record is out of date.
+        max_length: tokens of the longest prompt and its reply together.
+        max_new_tokens: a reply that is cut here has not stopped.
+
+    Raises:
+        ConfigError: vLLM is not installed, or torchrun started several processes.
+        ModelError: vLLM cannot open such an adapter.
+    """
+    vllm = _import_vllm()
+    path, revision = base_of(target, base)
+    options: dict[str, Any] = {}
+    request = None
+    if is_adapter(target):
+        options = {"enable_lora": True, "max_lora_rank": _rank(Path(target))}
+        request = vllm.lora.request.LoRARequest("adapter", 1, str(Path(target).resolve()))
+    model = vllm.LLM(
+        model=path,
+        revision=revision,
+        dtype=_dtype(target),
+        max_model_len=max_length,
+        skip_tokenizer_init=True,
+        trust_remote_code=False,
+        **options,
+    )
+    sampling = vllm.SamplingParams(
+        temperature=0,
+        max_tokens=max_new_tokens,
+        stop_token_ids=list(template.stop_ids),
+        detokenize=False,
+    )
+
+    def answer(prompts: Sequence[Prompt]) -> list[Reply]:
+        if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+            raise DataError("images go with --backend transformers, not with vllm")
+        asked = [{"prompt_token_ids": [int(i) for i in prompt]} for prompt in prompts]
+        outputs = model.generate(asked, sampling, use_tqdm=False, lora_request=request)
+        return [_reply(place, output.outputs[0]) for place, output in enumerate(outputs)]
+
+    return answer
+
+
+def _reply(index: int, output: Any) -> Reply:
+    """VLLM's ids without the stop, which it keeps as their last."""
+    stopped = output.finish_reason == "stop"
+    return Reply(index, tuple(output.token_ids)[: -1 if stopped else None], stopped)
+
+
+def _import_vllm() -> Any:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--backend vllm starts its own processes: leave torchrun out")
+    try:
+        import vllm
+        import vllm.lora.request
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ConfigError(
+            f"--backend vllm needs vLLM, which {sys.executable} does not have; it goes into an "
+            "environment of its own, made as docs/serving.md says under 'Batch inference with vLLM'"
+        ) from error
+    return vllm
+
+
+def _rank(adapter: Path) -> int:
+    """The least of vLLM's ranks that holds this adapter's."""
+    config = adapter_config(adapter)
+    kind, rank = config.get("peft_type"), config.get("r")
+    if kind != "LORA" or not isinstance(rank, int) or rank > LORA_RANKS[-1]:
+        raise ModelError(
+            f"{adapter} is a {kind} adapter of rank {rank}, which vLLM does not open; "
+            "use --backend transformers, or merge it if it is LoRA"
+        )
+    return next(allowed for allowed in LORA_RANKS if allowed >= rank)
+
+
+def _dtype(target: str | Path) -> str:
+    """The number format that `open_model` would take; vLLM's own `auto` is another."""
+    import torch
+
+    if (saved := settings_of(target).dtype) != "auto":
+        return saved
+    capable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bfloat16" if capable else "float32"

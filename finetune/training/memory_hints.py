@@ -1,0 +1,70 @@
+"""When memory runs out: how much there was, and which options of this run need less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from finetune.config.schema import FullMethod, LoraMethod, RunConfig
+from finetune.errors import OutOfMemoryError, is_out_of_memory
+
+
+@contextmanager
+def memory_explained(config: RunConfig, longest: int) -> Iterator[None]:
+    """Turn any library's out-of-memory error into OutOfMemoryError.
+
+    Args:
+        config: Of the run.
+        longest: Tokens of its longest example.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(_text(config, longest, error)) from error
+
+
+def _text(config: RunConfig, longest: int, error: Exception) -> str:
+    from finetune.training.callbacks import memory_gb
+
+    first = (str(error).splitlines() or [""])[0] or type(error).__name__
+    knobs = "".join(f"\n  {knob}" for knob in less_memory(config, longest))
+    return (
+        f"out of memory: {first[:300]}\nThe most this process has used is {memory_gb():.2f} GB. "
+        "The last checkpoint is untouched, and the same command goes on from it. "
+        f"What needs less, the cheapest first:{knobs}"
+    )
+
+
+def less_memory(config: RunConfig, longest: int) -> list[str]:
+    """Options that would lower the memory of this run, each with what it has now."""
+    training, data, model = config.training, config.data, config.model
+    knobs = []
+    if training.batch_size > 1:
+        steps = training.gradient_accumulation_steps * training.batch_size
+        knobs.append(
+            f"training.batch_size=1 training.gradient_accumulation_steps={steps} (now "
+            f"{training.batch_size} and {training.gradient_accumulation_steps}): learns the same"
+        )
+    if not training.activation_checkpointing:
+        knobs.append("training.activation_checkpointing=true: the same numbers, a third more time")
+    if config.deepspeed is None:
+        knobs.append("deepspeed.zero_stage=2, or 3 to shard the weights too, over several GPUs")
+    elif config.deepspeed.config is None and config.deepspeed.offload_optimizer == "none":
+        knobs.append("deepspeed.offload_optimizer=cpu: slower steps")
+    if model.dtype in ("auto", "float32"):
+        knobs.append(f"model.dtype=bfloat16 (now {model.dtype})")
+    if isinstance(config.method, FullMethod):
+        knobs.append("method.kind=lora: a few weights learn, and only they have optimizer states")
+    elif isinstance(config.method, LoraMethod) and model.quantization is None:
+        knobs.append("model.quantization=nf4: the frozen weights take a quarter of bfloat16's")
+    if data.validation is not None and config.evaluation.generate:
+        knobs.append(
+            f"evaluation.batch_size (now {config.evaluation.batch_size}), if it ran out while "
+            "replies were generated"
+        )
+    knobs.append(
+        f"data.max_length (now {data.max_length}; the longest example has {longest} tokens)"
+    )
+    return knobs

@@ -1,0 +1,102 @@
+"""The model section and the method section -> a model that is ready to train."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from finetune import methods
+from finetune.artifacts.weights import model_fingerprint
+from finetune.config.schema import RunConfig
+from finetune.distributed.processes import Processes
+from finetune.methods import BaseRecord
+from finetune.models.load import family, load_model, local_folder
+from finetune.training import zero
+from finetune.training.arguments import (
+    check_trackers,
+    computation_dtype,
+    mixed_precision,
+    training_arguments,
+)
+from finetune.training.run_data import RunData
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A model with a method attached, and what was settled on the way to it."""
+
+    model: PreTrainedModel
+    base: BaseRecord
+    arguments: TrainingArguments
+    deepspeed: dict[str, Any] | None
+    dtype: torch.dtype
+    """Number format of the frozen weights and of the computation."""
+
+
+def load_tunable(config: RunConfig, data: RunData, processes: Processes) -> Tunable:
+    """The model of a run; a prefix starts from the first tokens of its data.
+
+    Order matters: DeepSpeed wants to be told about the machine before TrainingArguments exist, and
+    these must exist before a model is loaded, which ZeRO-3 shards meanwhile.
+    """
+    check_trackers(config.training.report_to)
+    has_gpu = processes.device.type == "cuda"
+    folder = local_folder(config.model.path, config.model.revision)
+    dtype = computation_dtype(config.model.dtype, processes.device)
+    precision = mixed_precision(config.method, dtype, sharded=config.deepspeed is not None)
+    deepspeed = None
+    if config.deepspeed is not None:
+        zero.prepare_libraries(has_gpu=has_gpu)
+        setting = zero.Setting(
+            training=config.training,
+            num_processes=processes.world,
+            hidden_size=_hidden_size(folder),
+            precision=precision.deepspeed,
+        )
+        deepspeed = zero.deepspeed_config(config.deepspeed, setting)
+    arguments = training_arguments(
+        config.training,
+        deepspeed=deepspeed,
+        loader_workers=config.data.loader_workers,
+        processes=processes,
+        precision=precision,
+    )
+    if deepspeed is not None:
+        zero.join(has_gpu=has_gpu)
+    base = BaseRecord(_lasting(config.model.path), config.model.revision, model_fingerprint(folder))
+    weights = str(precision.weights).removeprefix("torch.")
+    with zero.loading(arguments, weights):
+        model = load_model(
+            folder,
+            dtype=weights,
+            attention=config.model.attention,
+            quantization=config.model.quantization,
+        )
+    # Adapters start from the same numbers in every process and in every run of a seed.
+    torch.manual_seed(config.training.seed)
+    model = methods.attach(
+        model,
+        config.method,
+        family=family(model.config),
+        freeze=config.model.freeze,
+        start_ids=data.first_tokens(getattr(config.method, "num_virtual_tokens", 0)),
+    )
+    for weight in model.parameters():
+        if precision.weights != dtype and not weight.requires_grad:
+            weight.data = weight.data.to(dtype)  # one at a time: only what learns is float32
+    return Tunable(model, base, arguments, deepspeed, dtype)
+
+
+def _hidden_size(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int((config.get("text_config") or config)["hidden_size"])
+
+
+def _lasting(path: str) -> str:
+    """A folder's full path, so that an adapter finds its base from anywhere; hub ids as they are."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
