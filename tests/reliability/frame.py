@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ("saves", "signals", "resume", "inputs", "artifacts", "security")
+SUITES = ("saves", "signals", "resume", "inputs", "artifacts", "security", "strangers")
 
 
 @dataclass(frozen=True)
