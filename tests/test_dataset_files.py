@@ -15,10 +15,9 @@ from finetune.data.examples.dataset import (
     IGNORED,
     LengthPolicy,
     PreparedDataset,
-    Reading,
     load_examples,
 )
-from finetune.data.reading.sources import SourceSpec
+from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import DataError
 
 

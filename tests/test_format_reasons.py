@@ -67,7 +67,6 @@ def test_an_unusable_tool_definition_has_its_reason(tools: Any, expected: str) -
         ({"prompt": "Q", "response": "A", "history": 3}, "pairs", "history: is a number"),
         ({"prompt": "Q", "response": "A", "images": ["x.png", "y.png"]}, "pairs", "images: GLM-4V takes one image"),
         ({"prompt": "Q", "response": "A", "images": ["https://x/y.png"]}, "pairs", "images 'https://x/y.png' is a URL"),
-        ({"prompt": "Q <image>", "response": "A", "images": ["x.png"]}, "pairs", "message 1: <image> stands in the text"),
         ({"prompt": "<image><image>Q", "response": "A", "image": "x.png"}, "pairs", "message 1: <image> stands in the"),
         ({"messages": [{**USER, "image": "a.png"}, REPLY], "images": ["x.png"]}, "messages", "images: the first user message names"),
         ({"prompt": "Q", "response": "A", "videos": ["x.mp4"]}, "pairs", "videos: GLM-4 takes text"),

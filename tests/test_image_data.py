@@ -22,7 +22,7 @@ from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
 from finetune.data.examples.packing import PackedDataset
 from finetune.data.preview.show import show
-from finetune.data.reading.sources import Images, SourceSpec, read_conversations
+from finetune.data.reading.sources import Images, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.generation.prompts import reply_prompts
 
@@ -201,7 +201,7 @@ def test_images_lie_under_the_root_that_the_config_names(tmp_path: Path) -> None
 
     def read(root: Path | None) -> str | None:
         images = Images(root=str(root) if root else None, check=True)
-        [found] = read_conversations([SourceSpec(str(rows))], images=images)
+        [found] = read_conversations([SourceSpec(str(rows))], Reading(images=images))
         return found.messages[0].image
 
     assert read(tmp_path) == str(tmp_path / "images/red.png")

@@ -10,7 +10,7 @@ import pytest
 from rows import turns
 
 from finetune.data.reading.files import BadRow
-from finetune.data.reading.sources import SourceSpec, read_conversations, weighted
+from finetune.data.reading.sources import Reading, SourceSpec, read_conversations, weighted
 from finetune.errors import DataError
 
 GOOD = json.dumps({"messages": turns("Q", "A")})
@@ -42,7 +42,7 @@ def test_all_bad_rows_of_all_files_are_in_one_report(tmp_path: Path) -> None:
             f"  {first}:2: not JSON at column 1: Expecting value",
             f"  {first}:4: the row has no pair of columns prompt/response or prompt/completion or "
             "content/summary or question/answer or query/response or query/answer or "
-            "question/response or source/target or input/output; its columns are 'prompt'",
+            "question/response or source/target or input/output or input/target; its columns are 'prompt'",
             f"  {second}:2: messages: is a number, not a list of messages",
             "Mend the rows, or set data.on_bad_row to skip to leave them out.",
         ]
@@ -58,7 +58,7 @@ def test_a_long_list_of_bad_rows_is_capped_but_counted(tmp_path: Path) -> None:
 
 def test_skipped_rows_are_counted_and_named(tmp_path: Path) -> None:
     path = source(tmp_path, "a.jsonl", [pair(0), "x", pair(2), pair(3)])
-    stream = read_conversations([SourceSpec(path)], on_bad_row="skip", max_bad_rows=0.25)
+    stream = read_conversations([SourceSpec(path)], Reading("skip", 0.25))
     assert prompts(stream) == ["0", "2", "3"]
     assert (stream.rows, stream.num_bad, stream.formats) == (4, 1, {path: "pairs"})
     assert stream.bad_rows == [BadRow(f"{path}:2", "not JSON at column 1: Expecting value")]
@@ -67,13 +67,13 @@ def test_skipped_rows_are_counted_and_named(tmp_path: Path) -> None:
 def test_more_bad_rows_than_allowed_stop_the_run_all_the_same(tmp_path: Path) -> None:
     path = source(tmp_path, "a.jsonl", [pair(0), "x", pair(2), pair(3)])
     with pytest.raises(DataError, match=r"25.0%, more than data.max_bad_rows allows \(24.0%\)"):
-        list(read_conversations([SourceSpec(path)], on_bad_row="skip", max_bad_rows=0.24))
+        list(read_conversations([SourceSpec(path)], Reading("skip", 0.24)))
 
 
 def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped(tmp_path: Path) -> None:
     path = source(tmp_path, "a.json", [f"[{GOOD},", GOOD])
     with pytest.raises(DataError, match="cannot be skipped"):
-        list(read_conversations([SourceSpec(path)], on_bad_row="skip", max_bad_rows=0.99))
+        list(read_conversations([SourceSpec(path)], Reading("skip", 0.99)))
 
 
 def test_a_layout_that_is_not_known_is_told_with_the_columns(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ NonNegative = Annotated[int, Field(ge=0)]
 NotEmpty = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-RowFormat = Literal["auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3"]
+RowFormat = Literal[
+    "auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3", "conversation", "glaive",
+    "moss", "xlam", "chatml",
+]  # fmt: skip
 MetricName = Literal[
     "loss", "bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match", "tool_call_validity"
 ]
@@ -92,6 +95,18 @@ class DataSection(Section):
 
     columns: Columns | None = None
     """Column names for `format: pairs` when they are not prompt/response, content/summary or the like."""
+
+    ignore_columns: list[str] = []
+    """Columns that are meant to stay unread; text in any other unread column is counted and named."""
+
+    turns: Literal["strict", "merge"] = "strict"
+    """`strict` refuses two messages of one side in a row, a reply that opens the dialogue, and a system message in the middle; `merge` joins and takes them."""
+
+    calls_in_text: Literal["text", "read", "error"] = "text"
+    """Tool calls that are written into a reply's text (`<tool_call>`, `name` and a JSON object, ReAct, `[f(x=1)]`): trained as text and counted, read as calls, or refused."""
+
+    reasoning: Literal["keep", "drop", "require"] = "keep"
+    """Reasoning of replies, in a key of its own or as `<think>…</think>`: trained, left out, or required of every reply."""
 
     max_length: Positive = 2048
     """Longest example in tokens, stop tokens included."""

@@ -14,7 +14,7 @@ from typing import Any
 from finetune import console
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
-from finetune.data.examples.dataset import PreparedDataset, load_examples, options_of
+from finetune.data.examples.dataset import PreparedDataset, load_examples
 from finetune.data.reading.sources import SourceSpec, read_conversations
 from finetune.evaluation import asking
 from finetune.evaluation import store as kept
@@ -117,7 +117,7 @@ def plan(target: Target, settings: Settings, options: Options) -> Work:
         "versions": versions(GENERATING),
     }
     if template.image is not None:
-        dialogues = read_conversations(settings.sources, **options_of(settings.reading))
+        dialogues = read_conversations(settings.sources, settings.reading)
         key["images"] = kept.image_key(
             m.image for one in dialogues for m in one.messages if m.image
         )
@@ -193,7 +193,7 @@ def _generate_answers(work: Work, model: Any, leads: bool) -> None:
         return Extras(sampling, results.log(begin + first))
 
     if section.generate:
-        dialogues = read_conversations(work.settings.sources, **options_of(work.settings.reading))
+        dialogues = read_conversations(work.settings.sources, work.settings.reading)
         prompts = asking.asked(dialogues, work.template, section, context_length(model))
         for _ in islice(prompts, begin):
             pass

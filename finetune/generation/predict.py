@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from finetune import console
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.reading.files import expand
-from finetune.data.reading.sources import BESIDE, Images, SourceSpec, read_conversations
+from finetune.data.reading.sources import BESIDE, Images, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.generation.stream import FUNCTION_NAME
 from finetune.storage.files import json_line
@@ -284,7 +284,7 @@ def _row(question: Question, reply: Reply, template: ChatTemplate) -> dict[str, 
 def _questions(data: Sequence[str], images: Images = BESIDE) -> Iterator[Question]:
     """The dialogues with the place where a reply is wanted: their end, before a reply that is there."""
     sources = [SourceSpec(path) for path in data]
-    for conversation in read_conversations(sources, purpose="predict", images=images):
+    for conversation in read_conversations(sources, Reading(images=images), purpose="predict"):
         end = len(conversation.messages)
         while end and conversation.messages[end - 1].role == "assistant":
             end -= 1

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.config.load import load_config
-from finetune.config.schema import DataSection, EvaluationSection, Source
-from finetune.data.examples.dataset import LengthPolicy, Reading
-from finetune.data.reading.sources import Images, SourceSpec
+from finetune.config.schema import DataSection, EvaluationSection
+from finetune.data.examples.dataset import LengthPolicy
+from finetune.data.reading.sources import Reading, SourceSpec, reading_of, sources_of
 from finetune.errors import ConfigError
 
 RECORD = "finetune.json"
@@ -52,28 +52,17 @@ class Settings:
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
         """The held-out sources."""
-        listed = self.data.validation or []
-        sources = [listed] if isinstance(listed, str) else listed
-        return tuple(self._spec(source) for source in sources)
+        return sources_of(self.data, self.data.validation)
 
     @property
     def reading(self) -> Reading:
         """How their rows are read."""
-        columns = self.data.columns
-        pair = (columns.prompt, columns.response) if columns else None
-        images = Images(root=self.data.image_root)
-        return Reading(self.data.on_bad_row, self.data.max_bad_rows, pair, images)
+        return reading_of(self.data)
 
     @property
     def policy(self) -> LengthPolicy:
         """How they become examples for the loss."""
         return LengthPolicy(self.data.max_length, self.data.train_on, self.data.on_too_long)
-
-    def _spec(self, source: str | Source) -> SourceSpec:
-        if isinstance(source, str):
-            return SourceSpec(source, format=self.data.format)
-        chosen = self.data.format if source.format == "auto" else source.format
-        return SourceSpec(source.path, source.weight, chosen)
 
 
 def settings_of(target: str | Path) -> Settings:

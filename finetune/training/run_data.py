@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune import console
-from finetune.config.schema import DataSection, RunConfig, Source
+from finetune.config.schema import DataSection, RunConfig
 from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.dataset import (
@@ -20,12 +20,11 @@ from finetune.data.examples.dataset import (
     Example,
     LengthPolicy,
     PreparedDataset,
-    Reading,
     load_examples,
 )
 from finetune.data.examples.order import EpochPlan, padding_share
 from finetune.data.examples.packing import PackedDataset, pack
-from finetune.data.reading.sources import Images, SourceSpec
+from finetune.data.reading.sources import SourceSpec, reading_of, sources_of
 from finetune.errors import ConfigError
 
 BINS = 24
@@ -65,7 +64,7 @@ class RunData:
 def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     """Prepare, or find prepared, what `config.data` names; says what became of the rows."""
     section, training = config.data, config.training
-    train = _examples(section, _specs(section, section.train), template, training.seed)
+    train = _examples(section, sources_of(section, section.train), template, training.seed)
     _report("training", train.counts, len(train))
     if template.image is not None and not isinstance(template.image, ImageSpec):
         _check_newer_family(config)
@@ -79,7 +78,7 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     )
     share = padding_share(items.lengths, plan, training.batch_size)
     console.say(f"padding: {100 * share:.1f} % of the tokens of an epoch")
-    sources = _specs(section, section.validation) if section.validation is not None else ()
+    sources = sources_of(section, section.validation)
     validation = _examples(section, sources, template, training.seed) if sources else None
     if validation is not None:
         _report("validation", validation.counts, len(validation))
@@ -104,20 +103,6 @@ def _described(examples: PreparedDataset) -> dict[str, Any]:
     }
 
 
-def _specs(section: DataSection, sources: str | Sequence[str | Source]) -> tuple[SourceSpec, ...]:
-    listed = [sources] if isinstance(sources, str) else sources
-    return tuple(
-        SourceSpec(source, format=section.format)
-        if isinstance(source, str)
-        else SourceSpec(
-            source.path,
-            source.weight,
-            source.format if source.format != "auto" else section.format,
-        )
-        for source in listed
-    )
-
-
 def _examples(
     section: DataSection, sources: Sequence[SourceSpec], template: ChatTemplate, seed: int
 ) -> PreparedDataset:
@@ -125,17 +110,10 @@ def _examples(
         sources,
         template,
         LengthPolicy(section.max_length, section.train_on, section.on_too_long),
-        reading=reading(section),
+        reading=reading_of(section),
         seed=seed,
         cache_root=Path(section.cache_dir) if section.cache_dir else None,
     )
-
-
-def reading(section: DataSection) -> Reading:
-    """How rows are read: which columns, and what becomes of bad ones."""
-    columns = (section.columns.prompt, section.columns.response) if section.columns else None
-    images = Images(root=section.image_root)
-    return Reading(section.on_bad_row, section.max_bad_rows, columns, images)
 
 
 def _items(
@@ -161,3 +139,5 @@ def _report(kind: str, counts: Counts, num_examples: int) -> None:
     console.say(f"{kind} data: " + "; ".join(said))
     for line in counts.named:
         console.say(f"  {line}")
+    for note in counts.notes():
+        console.warn(f"{kind} data: {note}")

@@ -16,8 +16,7 @@ from finetune import console
 from finetune.config.schema import EvaluationSection, RunConfig
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
-from finetune.data.examples.dataset import options_of
-from finetune.data.reading.sources import read_conversations
+from finetune.data.reading.sources import read_conversations, reading_of
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.distributed.signals import StopFlag
 from finetune.evaluation.evaluate import ask, evaluate_model
@@ -25,7 +24,7 @@ from finetune.evaluation.loss import Examples, validation_loss
 from finetune.evaluation.predictions import write_predictions
 from finetune.generation.generate import context_length
 from finetune.generation.prompts import ReplyPrompt
-from finetune.training.run_data import RunData, reading
+from finetune.training.run_data import RunData
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def load_validation(
         return None
     prompts: Sequence[ReplyPrompt] = ()
     if config.evaluation.generate:
-        dialogues = read_conversations(data.validation_sources, **options_of(reading(config.data)))
+        dialogues = read_conversations(data.validation_sources, reading_of(config.data))
         prompts = ask(dialogues, template, config.evaluation, positions=context_length(model))
     return Validation(
         section=config.evaluation,

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune.data.dialogue.conversation import Conversation
-from finetune.data.reading.sources import BESIDE, SourceSpec, read_conversations
+from finetune.data.reading.sources import SourceSpec, read_conversations
 from finetune.generation.generate import generate, pixel_values
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving.vllm_plugin import ARCHITECTURE
@@ -121,7 +121,7 @@ def make_case(name: str, runs: Path) -> Case:
 
 def requests(path: str) -> list[Request]:
     """20 dialogues and the message that is asked for: calls, answers to results, plain replies."""
-    rows = list(read_conversations([SourceSpec(str(ROOT / path))], purpose="train", images=BESIDE))
+    rows = list(read_conversations([SourceSpec(str(ROOT / path))]))
     rows.sort(key=lambda row: (not row.tools, -len(row.messages)))  # tools, then many turns first
     chosen = []
     for number, row in enumerate(rows[:NUM_PROMPTS]):

@@ -41,6 +41,10 @@ class Conversation:
     """Tool definitions as `{"type": "function", "function": {...}}` or `{"type": "python"}`."""
     where: str = ""
     """`file:line` for reports."""
+    unread: tuple[str, ...] = ()
+    """Columns and message keys of the row whose text was not read."""
+    doubts: tuple[str, ...] = ()
+    """What can be trained but is hardly meant, such as a call written as text; one entry each."""
 
 
 # Which kinds of message may stand before which; "start" is the beginning of the dialogue. A call
@@ -54,6 +58,15 @@ _MAY_FOLLOW = {
 }
 
 
+def _may_follow_leniently(now: str, before: str) -> bool:
+    """Openings and system messages that `data.turns: merge` takes besides `_MAY_FOLLOW`."""
+    if now == "reply":
+        return before in ("start", "system")
+    if now == "system":
+        return before in ("user", "reply", "observation")
+    return before == "system" and now in ("user", "call")
+
+
 def kind(message: Message) -> str:
     """The role, with `assistant` told apart into `reply` (text) and `call` (a tool call)."""
     if message.role == "assistant":
@@ -65,6 +78,8 @@ def validate(
     conversation: Conversation,
     purpose: Purpose = "train",
     positions: Sequence[int] | None = None,
+    *,
+    lenient: bool = False,
 ) -> Conversation:
     """The conversation itself when it can be rendered; RowError with the first problem otherwise.
 
@@ -73,6 +88,7 @@ def validate(
         purpose: For `train` the dialogue ends in a reply and at least one reply carries loss;
             for `predict` it may also end in a user message or a tool result.
         positions: The number of each message in the row it came from, for the reason given.
+        lenient: A reply may open the dialogue, and system messages may stand anywhere.
     """
     messages = conversation.messages
     if not messages:
@@ -82,7 +98,8 @@ def validate(
     for index, message in enumerate(messages):
         role = message.role
         now = kind(message) if role == "assistant" else role
-        if before not in _MAY_FOLLOW[now] and not _calls_in_words(conversation, index):
+        follows = before in _MAY_FOLLOW[now] or (lenient and _may_follow_leniently(now, before))
+        if not follows and not _calls_in_words(conversation, index):
             raise RowError(_order_reason(messages, at, index))
         content = message.content
         if (not content or content.isspace()) and role != "system":
@@ -125,11 +142,14 @@ def _order_reason(messages: Sequence[Message], at: Sequence[int], index: int) ->
     now = kind(messages[index])
     here = f"message {at[index]} is {messages[index].role!r}"
     if index == 0:
-        return f"{here}, but a dialogue begins with 'user' (after 'system' messages, if any)"
+        return (
+            f"{here}, but a dialogue begins with 'user' (after 'system' messages, if any); "
+            "data.turns: merge takes a reply that opens it"
+        )
     before = kind(messages[index - 1])
     previous = f"message {at[index - 1]}"
     if now == "system":
-        return f"{here}, but GLM-4 allows system messages only at the start; move or merge it"
+        return f"{here}, but GLM-4 allows system messages only at the start; move it, or set data.turns: merge"
     if now == "observation":
         return f"{here} (a tool result), but {previous} is not a tool call"
     if before == "call":
@@ -138,7 +158,7 @@ def _order_reason(messages: Sequence[Message], at: Sequence[int], index: int) ->
         return f"{here}, but the tool result in {previous} has no reply yet"
     if now == before:
         turn = "the user turn" if now == "reply" else "the reply"
-        return f"{here} but {previous} is too; merge them or add {turn}"
+        return f"{here} but {previous} is too; merge them (data.turns: merge does) or add {turn}"
     return f"{here}, but {previous} is {messages[index - 1].role!r}; add the user turn before it"
 
 

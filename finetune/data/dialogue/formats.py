@@ -1,16 +1,22 @@
 """Rows in the layouts that people have -> Conversation.
 
 `messages`, OpenAI, ShareGPT and ChatGLM3 rows hold a list of messages, which one reader takes
-(`turns.py`); Alpaca and prompt/response rows hold columns. A field that is null counts as absent.
+(`messages.py`); Alpaca and prompt/response rows hold columns; forms of single data sets are turned
+into lists of messages first (`foreign.py`). A field that is null counts as absent. What other
+columns mean stands in `keys.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-from finetune.data.dialogue import strict_json
+from finetune.data.dialogue import columns as columns_of
+from finetune.data.dialogue import foreign, strict_json
+from finetune.data.dialogue.calls_in_text import with_calls_read, written_calls
+from finetune.data.dialogue.columns import ALPACA_REPLIES, PAIRS, Columns, Row
 from finetune.data.dialogue.conversation import (
     PLACEHOLDER,
     Conversation,
@@ -19,29 +25,101 @@ from finetune.data.dialogue.conversation import (
     RowError,
     validate,
 )
-from finetune.data.dialogue.messages import Turns, check_image_path
-from finetune.data.dialogue.tool_calls import order_results, read_tools
+from finetune.data.dialogue.keys import CONTEXT, SYSTEM, check_columns
+from finetune.data.dialogue.messages import MessageReader, check_image_path
+from finetune.data.dialogue.tool_calls import order_results, tool_name
+from finetune.data.dialogue.turns import merged
 
-FORMATS = ("messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3")
-_LISTS = {"messages": "messages", "openai": "messages"}  # the others: "conversations"
+THINK = "<think>"
 
-PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("content", "summary"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("query", "answer"),
-    ("question", "response"),
-    ("source", "target"),
-    ("input", "output"),
+
+@dataclass(frozen=True)
+class Rules:
+    """What is done about rows that can be read in more than one way."""
+
+    turns: Literal["strict", "merge"] = "strict"
+    """`merge` joins two messages of one side and takes an assistant that opens."""
+    calls_in_text: Literal["text", "read", "error"] = "text"
+    """Calls that are written into a reply's text: kept and counted, read, or refused."""
+    reasoning: Literal["keep", "drop", "require"] = "keep"
+    """What is done with the reasoning of replies; `require` refuses replies without."""
+    thinks: bool | None = None
+    """Whether the checkpoint writes its reasoning; None when that is not known."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns that are meant to stay unread."""
+
+
+PLAIN = Rules()
+"""The defaults."""
+
+
+class Layout(NamedTuple):
+    """One way to write a dialogue into a row."""
+
+    name: str
+    fits: Callable[[Row], bool]
+    """Whether a row is written this way."""
+    columns: frozenset[str]
+    """The columns that it reads besides those of every layout."""
+    as_messages: Callable[[Row], dict[str, Any]] | None = None
+    """For a form of its own: the row in the `messages` layout."""
+
+
+_COMMON = frozenset({"tools", "functions", "images", "image", *SYSTEM})
+_QUESTION = frozenset({"history", *CONTEXT})
+
+
+def _is_text(row: Row, *names: str) -> bool:
+    return all(isinstance(row.get(name), str) for name in names)
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("openai", lambda row: _looks_like_openai(row.get("messages")), frozenset({"messages"})),
+    Layout("messages", lambda row: row.get("messages") is not None, frozenset({"messages"})),
+    Layout(
+        "chatglm3", lambda row: _has_roles(row.get("conversations")), frozenset({"conversations"})
+    ),
+    Layout(
+        "sharegpt", lambda row: row.get("conversations") is not None, frozenset({"conversations"})
+    ),
+    Layout(
+        "conversation",
+        lambda row: _is_pairs_in_list(row.get("conversation")),
+        frozenset({"conversation"}),
+        foreign.from_pairs_in_list,
+    ),
+    Layout("glaive", lambda row: _is_text(row, "chat"), frozenset({"chat"}), foreign.from_glaive),
+    Layout(
+        "moss",
+        lambda row: isinstance(row.get("chat"), dict),
+        frozenset({"chat", "num_turns"}),
+        foreign.from_moss,
+    ),
+    Layout(
+        "xlam",
+        lambda row: _is_text(row, "query") and "answers" in row and "tools" in row,
+        frozenset({"query", "answers"}),
+        foreign.from_xlam,
+    ),
+    Layout(
+        "chatml",
+        lambda row: _is_text(row, "text") and "<|im_start|>" in row["text"],
+        frozenset({"text"}),
+        foreign.from_chatml,
+    ),
+    Layout(
+        "alpaca",
+        lambda row: "instruction" in row,
+        frozenset({"instruction", "input", *ALPACA_REPLIES, *_QUESTION}),
+    ),
+    # Without a response the row is still known: rows to be answered have none.
+    Layout("pairs", lambda row: any(prompt in row for prompt, _ in PAIRS), _QUESTION),
 )
-"""Column names of prompt/response rows that need not be named."""
+FORMATS = ("messages", *(layout.name for layout in LAYOUTS if layout.name != "messages"))
+_BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
-Columns = tuple[str, str]
 
-
-def detect(rows: Sequence[Mapping[str, Any]], columns: Columns | None = None) -> str:
+def detect(rows: Sequence[Row], columns: Columns | None = None) -> str:
     """The layout of a file by its first rows; RowError when none of them is known."""
     if columns:
         return "pairs"
@@ -56,17 +134,9 @@ def detect(rows: Sequence[Mapping[str, Any]], columns: Columns | None = None) ->
     )
 
 
-def _layout(row: Mapping[str, Any]) -> str | None:
-    if row.get("messages") is not None:
-        return "openai" if _looks_like_openai(row["messages"]) else "messages"
-    if row.get("conversations") is not None:
-        return "chatglm3" if _has_roles(row["conversations"]) else "sharegpt"
-    if "instruction" in row:
-        return "alpaca"
-    # Without a response the row is still known: rows to be answered have none.
-    if any(prompt in row for prompt, _ in PAIRS):
-        return "pairs"
-    return "messages" if "messages" in row else None
+def _layout(row: Row) -> str | None:
+    known = next((layout.name for layout in LAYOUTS if layout.fits(row)), None)
+    return known or ("messages" if "messages" in row else None)
 
 
 def _looks_like_openai(messages: Any) -> bool:
@@ -82,13 +152,18 @@ def _has_roles(turns: Any) -> bool:
     return isinstance(first, dict | str) and "role" in first
 
 
+def _is_pairs_in_list(turns: Any) -> bool:
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
+
+
 def to_conversation(
-    row: Mapping[str, Any],
+    row: Row,
     fmt: str = "auto",
     *,
     where: str = "",
     columns: Columns | None = None,
     purpose: Purpose = "train",
+    rules: Rules = PLAIN,
 ) -> Conversation:
     """The row as a dialogue that is valid for the purpose; RowError with the reason otherwise.
 
@@ -98,23 +173,114 @@ def to_conversation(
         where: `file:line`, kept for reports.
         columns: Names of the prompt and response columns for `pairs`.
         purpose: For `predict` the reply may be missing.
+        rules: What is done about rows that can be read in more than one way.
     """
+    if rules.ignore_columns:
+        row = {key: row[key] for key in row if key not in rules.ignore_columns}
     if fmt == "auto":
         fmt = detect([row], columns)
+    layout = _BY_NAME[fmt]
+    unread = check_columns(row, _read_by(layout, columns)) if len(row) > 1 else ()
+    if layout.as_messages is not None:
+        if not layout.fits(row):
+            have = ", ".join(map(repr, row))
+            raise RowError(f"the row is not of the layout {fmt}; its columns are {have}")
+        row, fmt = layout.as_messages(row), "messages"
     if fmt == "alpaca":
-        turns = _alpaca(row, purpose)
+        reader = columns_of.alpaca(row, purpose)
     elif fmt == "pairs":
-        turns = _pair(row, columns, purpose)
+        reader = columns_of.pair(row, columns, purpose)
     else:
-        turns = _listed(row, _LISTS.get(fmt, "conversations"))
-    messages = _with_image(turns.messages, row)
-    if turns.call_ids:
-        messages = order_results(messages, turns.call_ids, turns.positions)
-    conversation = Conversation(tuple(messages), turns.tools, where)
-    return validate(conversation, purpose, turns.positions)
+        reader = _listed(row, next(iter(_BY_NAME[fmt].columns)), rules)
+    messages = _with_image(reader.messages, row)
+    if reader.call_ids:
+        messages = order_results(messages, reader.call_ids, reader.positions)
+    if reader.unread:
+        unread = (*unread, *(f"{key} of messages" for key in sorted(reader.unread)))
+    messages, positions, doubts = _settled(messages, reader, rules)
+    conversation = Conversation(tuple(messages), reader.tools, where, unread, doubts)
+    return validate(conversation, purpose, positions, lenient=rules.turns == "merge")
 
 
-def _listed(row: Mapping[str, Any], key: str) -> Turns:
+def _read_by(layout: Layout, columns: Columns | None) -> frozenset[str]:
+    return _READ[layout.name] | set(columns) if columns else _READ[layout.name]
+
+
+_READ = {layout.name: layout.columns | _COMMON for layout in LAYOUTS}
+_READ["pairs"] |= {name for pair in PAIRS for name in pair}
+
+
+def _settled(
+    messages: list[Message], reader: MessageReader, rules: Rules
+) -> tuple[list[Message], Sequence[int] | None, tuple[str, ...]]:
+    """Messages under the rules, their numbers in the row if these still hold, and what is doubtful."""
+    positions: Sequence[int] | None = reader.positions
+    for index, text in reader.reasoning.items():
+        if rules.reasoning != "drop":
+            message = messages[index]
+            if rules.thinks is False:
+                raise RowError(
+                    f"message {positions[index] if positions else index + 1}: has reasoning in a key of "
+                    "its own, and this checkpoint does not think; data.reasoning: drop leaves it out"
+                )
+            thought = f"{THINK}\n{text.strip()}\n</think>\n\n{message.content}"
+            messages[index] = replace(message, content=thought)
+    if rules.reasoning == "drop":
+        messages = [_without_thought(message) for message in messages]
+    names = {tool_name(tool) for tool in reader.tools}
+    if rules.calls_in_text == "read":
+        read = with_calls_read(messages, names)
+        positions = positions if len(read) == len(messages) else None
+        messages = read
+    if rules.turns == "merge":
+        messages = merged(messages)
+        positions = positions if positions and len(positions) == len(messages) else None
+    return messages, positions, _doubts(messages, names, rules)
+
+
+def _without_thought(message: Message) -> Message:
+    if message.role != "assistant" or message.metadata or "</think>" not in message.content:
+        return message
+    return replace(message, content=message.content.rpartition("</think>")[2].lstrip())
+
+
+CALL_IN_TEXT = "a call written as text (data.calls_in_text: read takes it as the call)"
+IMAGE_IN_TEXT = "an image's placeholder in the text of a row without an image"
+THOUGHT_IN_TEXT = "<think> in a reply, and this checkpoint does not think (data.reasoning: drop)"
+FEWER_RESULTS = "tool calls of one turn with fewer results than calls"
+NO_THOUGHT = "a last reply without reasoning, and this checkpoint thinks"
+
+
+_CALLS_AND_RESULTS = re.compile("(c+)(o+)")
+
+
+def _doubts(messages: Sequence[Message], names: set[str], rules: Rules) -> tuple[str, ...]:
+    """What can be trained but is hardly meant, for `data check` and the start of training to count."""
+    found = []
+    for number, message in enumerate(messages, 1):
+        text = message.content
+        if message.role == "assistant" and not message.metadata:
+            if written_calls(text, names) is not None:
+                if rules.calls_in_text == "error":
+                    raise RowError(f"message {number}: {CALL_IN_TEXT}")
+                found.append(CALL_IN_TEXT)
+            if rules.thinks is False and THINK in text:
+                found.append(THOUGHT_IN_TEXT)
+            if rules.reasoning == "require" and "</think>" not in text:
+                raise RowError(
+                    f"message {number}: the reply has no reasoning (data.reasoning: require)"
+                )
+        elif message.role == "user" and "<im" in text and (PLACEHOLDER in text or "<img>" in text):
+            found.append(IMAGE_IN_TEXT)
+    kinds = "".join("c" if m.metadata else m.role[0] for m in messages)  # call, s, u, o, a
+    found += [FEWER_RESULTS for c, o in _CALLS_AND_RESULTS.findall(kinds) if len(o) < len(c)]
+    last = messages[-1] if messages else None
+    if rules.thinks and last and last.role == "assistant" and not last.metadata:
+        found += [NO_THOUGHT] * ("</think>" not in last.content)
+    return tuple(found)
+
+
+def _listed(row: Row, key: str, rules: Rules) -> MessageReader:
     """A row with a list of messages under `key`, and perhaps `tools` and `system` beside it."""
     items = row.get(key)
     if isinstance(items, str):  # a CSV cell
@@ -123,31 +289,19 @@ def _listed(row: Mapping[str, Any], key: str) -> Turns:
         if key not in row:
             raise RowError(f"the row has no {key!r}; its columns are {', '.join(map(repr, row))}")
         raise RowError(f"{key}: is {strict_json.describe(items)}, not a list of messages")
-    turns = _start(row)
+    tools = None
+    if rules.calls_in_text == "read" and not row.get("tools"):
+        items, tools = foreign.tools_of_system(items)
+    turns = columns_of.start({**row, "tools": tools} if tools else row)
     turns.read(items)
     return turns
 
 
-def _start(row: Mapping[str, Any]) -> Turns:
-    """The tools and the system column of a row."""
-    turns = Turns()
-    if len(row) == 1:
-        return turns
-    turns.tools = read_tools(row.get("tools") or row.get("functions"))
-    for key in ("videos", "audios"):
-        if row.get(key):
-            raise RowError(f"{key}: GLM-4 takes text, and GLM-4V one image")
-    system = row.get("system")
-    if system:
-        turns.add(Message("system", _column(row, "system")), 0)
-    return turns
-
-
-def _with_image(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
+def _with_image(messages: list[Message], row: Row) -> list[Message]:
     """The messages with the image that a column of the row names.
 
-    LLaMA-Factory writes a list `images`, LLaVA `image`, and both a placeholder in the text. GLM-4V
-    shows its image before the first question, so that is the only place where one may stand.
+    LLaMA-Factory writes a list `images`, LLaVA `image`, and both a placeholder anywhere in the first
+    question. GLM-4V shows its image before it, so the placeholder goes.
     """
     column = next((key for key in ("images", "image") if row.get(key)), None)
     if column is None:
@@ -163,73 +317,9 @@ def _with_image(messages: list[Message], row: Mapping[str, Any]) -> list[Message
     message = messages[first]
     if message.image is not None:
         raise RowError(f"{column}: the first user message names an image too; keep one of them")
-    text = message.content.lstrip()
-    if text.startswith(PLACEHOLDER):
-        text = text.removeprefix(PLACEHOLDER).removeprefix("\n")
+    if message.content.count(PLACEHOLDER) == 1:
+        before, _, behind = message.content.partition(PLACEHOLDER)
+        # Its line break goes with it, so that in front and behind give the same text.
+        text = before.removesuffix("\n") + behind if before.strip() else behind.removeprefix("\n")
         message = replace(message, content=text)
     return [*messages[:first], replace(message, image=path), *messages[first + 1 :]]
-
-
-def _column(row: Mapping[str, Any], name: str) -> str:
-    """The text of a column; "" when it is absent or null."""
-    value = row.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RowError(f"{name}: is {strict_json.describe(value)}, not text")
-    return value
-
-
-def _alpaca(row: Mapping[str, Any], purpose: Purpose) -> Turns:
-    """instruction, input, output, history, system; the input stands under the instruction."""
-    question = [_column(row, "instruction"), _column(row, "input")]
-    prompt = "\n".join(text for text in question if text)
-    if not prompt:
-        raise RowError("instruction: is empty")
-    return _turns_of_pair(row, prompt, "output", purpose)
-
-
-def _pair(row: Mapping[str, Any], columns: Columns | None, purpose: Purpose) -> Turns:
-    known = [columns] if columns else PAIRS
-    pair = next((p for p in known if p[0] in row and p[1] in row), None)
-    if pair is None:
-        pair = next((p for p in known if p[0] in row), None) if purpose == "predict" else None
-    if pair is None:
-        names = " or ".join(f"{prompt}/{response}" for prompt, response in known)
-        have = ", ".join(map(repr, row))
-        raise RowError(f"the row has no pair of columns {names}; its columns are {have}")
-    prompt = _column(row, pair[0])
-    if not prompt or prompt.isspace():
-        raise RowError(f"{pair[0]}: is empty")
-    return _turns_of_pair(row, prompt, pair[1], purpose)
-
-
-def _turns_of_pair(row: Mapping[str, Any], prompt: str, column: str, purpose: Purpose) -> Turns:
-    turns = _start(row)
-    for question, answer in _history(row):
-        turns.add(Message("user", question), len(turns.messages) + 1)
-        turns.add(Message("assistant", answer), len(turns.messages) + 1)
-    turns.add(Message("user", prompt), len(turns.messages) + 1)
-    reply = _column(row, column)
-    if reply and not reply.isspace():
-        turns.add(Message("assistant", reply), len(turns.messages) + 1)
-    elif purpose == "train":
-        raise RowError(f"{column}: is {'empty' if column in row else 'missing'}; no reply to train")
-    return turns
-
-
-def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Earlier turns as (user, assistant) pairs."""
-    turns = row.get("history")
-    if isinstance(turns, str) and turns:  # a CSV cell
-        turns = strict_json.parse(turns)
-    if not turns:
-        return []
-    if not isinstance(turns, list):
-        raise RowError(f"history: is {strict_json.describe(turns)}, not a list of pairs")
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
-            raise RowError(f"history: turn {number} is not a pair of texts")
-        if not all(turn):
-            raise RowError(f"history: turn {number} has an empty text")
-    return [(question, answer) for question, answer in turns]

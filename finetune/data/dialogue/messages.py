@@ -7,14 +7,13 @@ counts as absent.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NoReturn
 
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import Message, Role, RowError
+from finetune.data.dialogue.keys import Marks, marks_of
 from finetune.data.dialogue.tool_calls import (
     Call,
     Tools,
@@ -38,24 +37,13 @@ ROLES: dict[str, Role] = {
     "tool": "observation",
     "function": "observation",
     "function_response": "observation",
+    "tool_response": "observation",
+    "tool_result": "observation",
 }
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
-_USED = frozenset(
-    {
-        *("role", "from", "content", "value", "metadata", "tools", "train", "weight", "image"),
-        *("tool_calls", "function_call", "tool_call_id", "name", "parameters", "observation"),
-    }
-)
-_UNSUPPORTED = {
-    "reasoning_content": "put the reasoning into content as the model shall write it",
-    "refusal": "put the text into content",
-    "images": "write one path as 'image'",
-    "audio": "GLM-4 takes no audio",
-    "videos": "GLM-4 takes no video",
-}
 
 
-class Turns:
+class MessageReader:
     """Messages under construction: what was read so far, and where in the row it stood."""
 
     def __init__(self, tools: Tools = ()) -> None:
@@ -64,6 +52,11 @@ class Turns:
         self.call_ids: dict[int, str] = {}
         """Index into `messages` -> OpenAI's id of the call that it makes or answers."""
         self.tools = tools
+        self.unread: set[str] = set()
+        """Keys of messages with text that nothing reads."""
+        self.reasoning: dict[int, str] = {}
+        """Index into `messages` -> what the reply was thought out with, from a key of its own."""
+        self._marks = Marks()
 
     def add(self, message: Message, position: int, call_id: object = None) -> None:
         """Append one message that came from the row's message `position`."""
@@ -94,7 +87,11 @@ class Turns:
                 self.messages.append(Message(role, content))
                 self.positions.append(position)
                 continue
-            _check_keys(item, position)
+            try:
+                self._marks = marks_of(item)
+            except RowError as error:
+                _fail(position, str(error))
+            self.unread |= set(self._marks.unread)
             if role == "assistant":
                 follower = items[position] if position < len(items) else None
                 self._assistant(item, content, position, name in _CALL_ROLES, _is_result(follower))
@@ -107,7 +104,7 @@ class Turns:
                 path = item.get("image", image)
                 if path is not None:
                     check_image_path(path, f"message {position}: image")
-                self.add(_message(item, "user", text, position, image=path), position)
+                self.add(self._message(item, "user", text, position, image=path), position)
 
     def _system(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         tools = read_tools(item.get("tools"))
@@ -118,7 +115,7 @@ class Turns:
             return
         text = _text(content, position)
         if text:  # an empty one says nothing, with or without tools
-            self.add(_message(item, "system", text, position), position)
+            self.add(self._message(item, "system", text, position), position)
 
     def _observation(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         """A tool result; in ChatGLM3's layout the call that it answers too."""
@@ -127,16 +124,15 @@ class Turns:
             if not isinstance(name, str) or not name:
                 _fail(position, "has parameters but no name of a tool")
             arguments = arguments_text(name, item["parameters"], position)
-            self.add(_message(item, "assistant", arguments, position, metadata=name), position)
+            self.add(self._message(item, "assistant", arguments, position, metadata=name), position)
             content = item.get("observation", content)
             if content is None:
                 return
         elif content is None:
             content = item.get("observation")
-        is_data = isinstance(content, dict)
-        text = strict_json.dump(content) if is_data else _text(content, position)
+        text = _result_text(content, position)
         plain = {key: item[key] for key in ("metadata", "image") if key in item}
-        message = _message(plain, "observation", text, position)
+        message = self._message(plain, "observation", text, position)
         self.add(message, position, item.get("tool_call_id"))
 
     def _assistant(
@@ -153,17 +149,17 @@ class Turns:
             text = content
             if item.get("metadata") and isinstance(content, dict):
                 text = strict_json.dump(content)
-            self.add(_message(item, "assistant", _text(text, position), position), position)
+            self.add(self._message(item, "assistant", _text(text, position), position), position)
             return
         if item.get("metadata"):
             _fail(position, "has metadata beside a call that names its function itself")
         if "tool_calls" in item or "function_call" in item:
             text = "" if content is None else _text(content, position)
             if text and not text.isspace():
-                self.add(_message(item, "assistant", text, position), position)
+                self.add(self._message(item, "assistant", text, position), position)
         for source in calls:
             call: Call = read_call(source, position)
-            message = _message(item, "assistant", call.arguments, position, metadata=call.name)
+            message = self._message(item, "assistant", call.arguments, position, metadata=call.name)
             self.add(message, position, source.get("id"))
 
     def _calls(
@@ -193,32 +189,36 @@ class Turns:
         known = {tool_name(tool) for tool in self.tools}
         return found if before_result or all(c["name"] in known for c in found) else None
 
+    def _message(
+        self,
+        item: Mapping[str, Any],
+        role: Role,
+        text: str,
+        position: int,
+        *,
+        metadata: str | None = None,
+        image: str | None = None,
+    ) -> Message:
+        """A message with the item's `metadata` and `image`, and a reply with its marks."""
+        if metadata is None:
+            metadata = item.get("metadata") or ""
+            if not isinstance(metadata, str):
+                _fail(position, f"metadata is {strict_json.describe(metadata)}, not a tool's name")
+        marks = Marks() if role == "observation" else self._marks
+        if marks.reasoning and role == "assistant":
+            self.reasoning.setdefault(len(self.messages), marks.reasoning)
+        return Message(role, text, metadata, marks.train, marks.weight, image or item.get("image"))
 
-def _message(
-    item: Mapping[str, Any],
-    role: Role,
-    text: str,
-    position: int,
-    *,
-    metadata: str | None = None,
-    image: str | None = None,
-) -> Message:
-    """A message with the item's `metadata`, `train`, `weight` and `image`."""
-    if metadata is None:
-        metadata = item.get("metadata") or ""
-        if not isinstance(metadata, str):
-            _fail(position, f"metadata is {strict_json.describe(metadata)}, not a tool's name")
-    train = item.get("train")
-    if train is not None and not isinstance(train, bool):
-        _fail(position, f"train is {strict_json.describe(train)}, not true or false")
-    weight = item.get("weight")
-    if weight is None:
-        weight = 1.0
-    elif isinstance(weight, int) and abs(weight) > 1_000_000:
-        _fail(position, "weight is over a million")
-    elif isinstance(weight, bool) or not isinstance(weight, int | float):
-        _fail(position, f"weight is {strict_json.describe(weight)}, not a number")
-    return Message(role, text, metadata, train, float(weight), image or item.get("image"))
+
+def _result_text(content: Any, position: int) -> str:
+    """What a tool gave back, as text: data as JSON, OpenAI's text parts joined."""
+    is_parts = isinstance(content, list) and any(
+        isinstance(part, dict) and part.get("type") in ("text", "image", "image_url")
+        for part in content
+    )
+    if isinstance(content, str) or is_parts:
+        return _text(content, position)
+    return strict_json.dump(content)
 
 
 def _parse_call(content: Any, position: int) -> Any:
@@ -269,27 +269,6 @@ def check_image_path(path: Any, what: str) -> None:
         raise RowError(f"{what} is not a path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
         raise RowError(f"{what} {path[:40]!r} is a URL; only paths of files are opened")
-
-
-def _check_keys(item: Mapping[str, Any], position: int) -> None:
-    """Raise RowError for a key that would change the training if it were heeded."""
-    for key in item.keys() - _USED:
-        if item[key] in (None, "", []):
-            continue
-        if key in _UNSUPPORTED:
-            _fail(position, f"key {key!r} is not supported; {_UNSUPPORTED[key]}")
-        near = _meant(key)
-        if near:
-            _fail(position, f"key {key!r} is not known; did you mean {near!r}?")
-
-
-@lru_cache(maxsize=256)
-def _meant(key: str) -> str | None:
-    """The key that an unknown one is a slip of, or None for a key of somebody's own."""
-    if len(key) < 4:
-        return None
-    near = difflib.get_close_matches(key.lower(), _USED, n=1, cutoff=0.8)
-    return near[0] if near else None
 
 
 def _fail(position: int, problem: str) -> NoReturn:

@@ -70,17 +70,31 @@ def _tool(item: Any, number: int) -> dict[str, Any]:
         return item
     if kind != "function":
         raise RowError(f"tools: definition {number} has type {kind!r}, not 'function'")
-    function = item.get("function", item)
+    function = _without_nulls(item.get("function", item))
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name or name != name.strip() or "\n" in name:
         raise RowError(f"tools: definition {number} has no usable name")
     if not isinstance(function.get("parameters", {}), dict | None):
         raise RowError(f"tools: parameters of {name!r} are not an object (a JSON schema)")
-    if function is item:  # flat, perhaps in OpenAI's newer way with its type among the rest
-        function = {key: value for key, value in item.items() if key != "type"}
+    if "function" not in item:  # flat, perhaps in OpenAI's newer way with its type among the rest
+        function = {key: value for key, value in function.items() if key != "type"}
     elif item.get("type"):
-        return item
+        return item if function == item["function"] else {**item, "function": function}
     return {"type": "function", "function": function}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A definition without the nulls that a table writes for what other rows have.
+
+    `default: null` and `const: null` say something in a JSON schema, so they stay.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _without_nulls(inner)
+            for key, inner in value.items()
+            if inner is not None or key in ("default", "const")
+        }
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def tool_name(tool: Any) -> str:
@@ -109,7 +123,9 @@ def arguments_text(name: str, arguments: Any, position: int) -> str:
         if isinstance(arguments, str):
             if name in BUILT_IN:
                 return arguments
-            arguments = strict_json.parse(arguments)
+            arguments = strict_json.parse(arguments) if arguments.strip() else {}
+        if arguments is None:  # a tool without parameters
+            arguments = {}
         if not isinstance(arguments, dict):
             raise RowError(f"are {strict_json.describe(arguments)}, not a JSON object")
         return strict_json.dump(arguments)
@@ -160,6 +176,12 @@ def order_results(
                     f"message {positions[index]} answers call {call_ids[index]!r}, "
                     f"but the calls before it are {', '.join(map(repr, calls))}"
                 )
+        missing = [call for call in calls if call not in answers]
+        if missing:
+            raise RowError(
+                f"the call {missing[0]!r} before message {positions[start]} has no result; "
+                "add it or leave the call out"
+            )
         order = sorted(range(start, end), key=lambda index: calls.index(call_ids[index]))
         ordered[start:end] = [messages[index] for index in order]
     return ordered

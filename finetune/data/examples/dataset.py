@@ -7,9 +7,9 @@ in the cache, and examples are read from its memory map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from finetune.data.examples.preparation import NAMED, Counts, LengthPolicy, write_examples
 from finetune.data.examples.store import ExampleFile
 from finetune.data.reading.files import expand
-from finetune.data.reading.sources import BESIDE, Images, SourceSpec, read_conversations, weighted
+from finetune.data.reading.sources import AS_IS, Reading, SourceSpec, read_conversations, weighted
 from finetune.errors import DataError
 from finetune.storage import cache
 
@@ -31,14 +31,13 @@ __all__ = [
     "Example",
     "LengthPolicy",
     "PreparedDataset",
-    "Reading",
     "load_examples",
     "prepare",
 ]
 
 IGNORED = -100
 """The label of a token that carries no loss."""
-FORMAT = 2
+FORMAT = 3
 """Version of the stored file and of the rules that fill it; another one never reads this one's."""
 EXAMPLES_FILE = "examples.arrow"
 
@@ -115,22 +114,12 @@ class PreparedDataset:
         return index if self._view is None else int(self._view[index])
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How rows are read; see the config's `data` section."""
-
-    on_bad_row: Literal["error", "skip"] = "error"
-    max_bad_rows: float = 0.01
-    columns: tuple[str, str] | None = None
-    images: Images = BESIDE
-
-
 def load_examples(
     sources: Sequence[SourceSpec],
     template: ChatTemplate,
     policy: LengthPolicy,
     *,
-    reading: Reading = Reading(),
+    reading: Reading = AS_IS,
     seed: int = 0,
     cache_root: Path | None = None,
 ) -> PreparedDataset:
@@ -145,7 +134,11 @@ def load_examples(
         {"files": [cache.file_digest(path) for path in paths], "format": source.format}
         for source, paths in zip(sources, files, strict=True)
     ]
-    made_by = _made_by(template, policy) | {"content": content, "columns": reading.columns}
+    made_by = _made_by(template, policy) | {
+        "content": content,
+        "columns": reading.columns,
+        "rules": asdict(reading.rules),
+    }
     # What is stored names rows by their paths, and is made under one policy on bad rows.
     key = cache.key_of(
         made_by
@@ -155,7 +148,11 @@ def load_examples(
     def build(folder: Path) -> dict[str, Any]:
         stream = read_conversations(
             [replace(source, weight=1.0) for source in sources],
-            **options_of(replace(reading, images=replace(reading.images, check=True))),
+            replace(
+                reading,
+                images=replace(reading.images, check=True),
+                rules=replace(reading.rules, thinks=template.layout.thinking),
+            ),
         )
         numbered = ((stream.source, conversation) for conversation in stream)
         facts = write_examples(
@@ -166,6 +163,7 @@ def load_examples(
         bad = [f"{row.where}: {row.reason}" for row in stream.bad_rows[:NAMED]]
         counts = facts["counts"]
         counts |= {"rows": stream.rows, "bad": stream.num_bad, "named": [*bad, *counts["named"]]}
+        counts |= {"unread": dict(stream.unread), "doubts": dict(stream.doubts)}
         paths = ExampleFile(folder / EXAMPLES_FILE).images()
         content = cache.key_of({"images": [cache.file_digest(Path(path)) for path in paths]})
         return facts | {"images": _image_state(paths), "image_content": content}
@@ -246,11 +244,6 @@ def _image_state(paths: Sequence[str]) -> str:
         return ""
     states = [_state(Path(path)) if Path(path).is_file() else None for path in paths]
     return cache.key_of({"states": states})
-
-
-def options_of(reading: Reading) -> dict[str, Any]:
-    """The arguments of `read_conversations` that a Reading holds."""
-    return {field.name: getattr(reading, field.name) for field in fields(reading)}
 
 
 def _made_by(template: ChatTemplate, policy: LengthPolicy) -> dict[str, Any]:

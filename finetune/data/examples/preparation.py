@@ -56,6 +56,10 @@ class Counts:
     """Dialogues left out, by reason."""
     named: tuple[str, ...] = ()
     """The first dropped dialogues of every reason, as `file:line: reason`."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Columns and message keys whose text was not read -> in how many rows."""
+    doubts: Mapping[str, int] = field(default_factory=dict)
+    """What was trained but is hardly meant, such as a call written as text -> how often."""
     truncated: int = 0
     """Dialogues that lost their oldest turns."""
     messages_removed: int = 0
@@ -64,6 +68,19 @@ class Counts:
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
+
+    def notes(self) -> list[str]:
+        """What deserves a second look although every row is valid, in sentences."""
+        return notes_of(self.unread, self.doubts)
+
+
+def notes_of(unread: Mapping[str, int], doubts: Mapping[str, int]) -> list[str]:
+    """Sentences about text that was not read, and about what is hardly meant."""
+    columns = [
+        f"{name}: text of {count:,} rows is not read; data.ignore_columns says that it is meant"
+        for name, count in sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    return columns + [f"{count:,} × {what}" for what, count in doubts.items()]
 
 
 def write_examples(
@@ -231,7 +248,10 @@ class _Tally:
             named=tuple(self._named),
             kept=sum(self._kept_per_source.values()),
             longest=self._longest,
-            **self._totals,
+            truncated=self._totals["truncated"],
+            messages_removed=self._totals["messages_removed"],
+            tokens=self._totals["tokens"],
+            supervised_tokens=self._totals["supervised_tokens"],
         )
         return {
             "counts": asdict(counts),

@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.dialogue import strict_json
+from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message, calls_in_words, kind
-from finetune.data.dialogue.formats import Columns
 from finetune.data.dialogue.tool_calls import tool_name
+from finetune.data.examples.preparation import notes_of
 from finetune.data.preview.show import ShowResult, show, tokens
 from finetune.data.reading.files import BadRow
-from finetune.data.reading.sources import KEPT_REASONS, Images, SourceSpec, read_conversations
+from finetune.data.reading.sources import (
+    KEPT_REASONS,
+    ConversationStream,
+    Images,
+    Reading,
+    SourceSpec,
+    read_conversations,
+)
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
@@ -86,6 +94,10 @@ class SourceReport:
     characters: int
     languages: Mapping[str, int]
     """Dialogues per language, roughly, told from the script."""
+    unread: Mapping[str, int]
+    """Columns and message keys whose text is not read -> in how many rows."""
+    doubts: Mapping[str, int]
+    """What can be trained but is hardly meant -> how often."""
     duplicates: int
     """Dialogues that stand in the source before."""
     seen_before: int
@@ -159,14 +171,12 @@ def check(
     for path in [paths] if isinstance(paths, str) else paths:
         stream = read_conversations(
             [SourceSpec(path, format=format)],
-            on_bad_row="collect",
-            columns=columns,
-            images=Images(check=True),
+            Reading("collect", columns=columns, images=Images(check=True)),
         )
         census = _Census(template, max_length)
         while batch := list(islice(stream, _BATCH)):
             census.add(batch)
-        reports.append(census.report(path, stream.formats, stream.rows, stream.num_bad, earlier))
+        reports.append(census.report(path, stream, earlier))
         earlier |= census.digests
         bad += stream.bad_rows[:KEPT_REASONS]
     return CheckReport(tuple(reports), tuple(bad), max_length)
@@ -221,15 +231,13 @@ class _Census:
         kinds["duplicates"] += digest in self.digests
         self.digests.add(digest)
 
-    def report(
-        self, path: str, formats: Mapping[str, str], rows: int, bad: int, earlier: set[int]
-    ) -> SourceReport:
+    def report(self, path: str, stream: ConversationStream, earlier: set[int]) -> SourceReport:
         kinds = self.kinds
         return SourceReport(
             path=path,
-            formats=dict(formats),
-            rows=rows,
-            bad_rows=bad,
+            formats=dict(stream.formats),
+            rows=stream.rows,
+            bad_rows=stream.num_bad,
             dialogues=kinds["dialogues"],
             turns=kinds["user"],
             replies=kinds["reply"],
@@ -244,6 +252,8 @@ class _Census:
             calls_in_words=kinds["in_words"],
             characters=kinds["characters"],
             languages=dict(self.languages.most_common()),
+            unread=dict(stream.unread),
+            doubts=dict(stream.doubts),
             duplicates=kinds["duplicates"],
             seen_before=len(self.digests & earlier),
             lengths=self._lengths() if self.lengths else None,
@@ -324,6 +334,7 @@ def _facts(source: SourceReport, max_length: int | None) -> dict[str, str]:
 
 
 def _notes(source: SourceReport, max_length: int | None) -> Iterator[str]:
+    yield from notes_of(source.unread, source.doubts)
     if source.seen_before:
         yield f"{source.seen_before} dialogues are in an earlier source too; scores on them say nothing"
     if source.duplicates:

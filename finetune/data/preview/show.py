@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.dialogue.conversation import Conversation
-from finetune.data.reading.sources import ConversationStream, SourceSpec, read_conversations
+from finetune.data.reading.sources import (
+    ConversationStream,
+    Reading,
+    SourceSpec,
+    read_conversations,
+)
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -97,7 +102,7 @@ def show(
         DataError: When there is no such dialogue, or its row is bad.
     """
     source = SourceSpec(path, format=format)
-    stream = read_conversations([source], on_bad_row="collect", columns=columns)
+    stream = read_conversations([source], Reading("collect", columns=columns))
     if line is None:
         conversation = _at_index(stream, path, index or 0)
     else:
@@ -121,7 +126,7 @@ def tokens(
         DataError: At the end, naming every bad row.
     """
     template = _template(model)
-    stream = read_conversations([SourceSpec(path, format=format)], columns=columns)
+    stream = read_conversations([SourceSpec(path, format=format)], Reading(columns=columns))
     while batch := list(islice(stream, _BATCH)):
         for conversation, rendered in zip(batch, template.render(batch), strict=True):
             spans = template.trained_spans(rendered, conversation, "every_reply")

@@ -11,9 +11,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from finetune.config.schema import DataSection, Source
 from finetune.data.chat.image import ImageError, check_image
+from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
-from finetune.data.dialogue.formats import Columns, detect, to_conversation
+from finetune.data.dialogue.formats import PLAIN, Rules, detect, to_conversation
 from finetune.data.reading.files import BadRow, Row, expand, read_rows
 from finetune.errors import DataError
 
@@ -53,7 +55,24 @@ BESIDE = Images()
 """Images lie beside their data file, and were looked at before."""
 
 
-OnBadRow = Literal["error", "skip", "collect"]
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read: the options of the config's `data` section."""
+
+    on_bad_row: Literal["error", "skip", "collect"] = "error"
+    """`error` stops for any bad row, `skip` leaves them out, `collect` never raises (for reports)."""
+    max_bad_rows: float = 0.01
+    """With `skip`, the share of bad rows above which it is an error all the same."""
+    columns: Columns | None = None
+    """Names of the prompt and response columns, for `pairs`."""
+    images: Images = BESIDE
+    """Where images lie, and whether each is decoded once to see that it can be."""
+    rules: Rules = PLAIN
+    """What is done about rows that can be read in more than one way."""
+
+
+AS_IS = Reading()
+"""The defaults."""
 
 
 class ConversationStream(Iterator[Conversation]):
@@ -67,12 +86,9 @@ class ConversationStream(Iterator[Conversation]):
         self,
         sources: Sequence[SourceSpec],
         *,
-        on_bad_row: OnBadRow,
-        max_bad_rows: float,
-        columns: Columns | None,
+        reading: Reading,
         purpose: Purpose,
         seed: int,
-        images: Images,
     ) -> None:
         self.source = 0
         """Number of the source that the last conversation came from."""
@@ -82,14 +98,15 @@ class ConversationStream(Iterator[Conversation]):
         """Bad rows among them."""
         self.bad_rows: list[BadRow] = []
         """The first of the bad rows, at most KEPT_REASONS."""
+        self.unread: Counter[str] = Counter()
+        """Columns and message keys whose text was not read -> in how many rows."""
+        self.doubts: Counter[str] = Counter()
+        """What can be trained but is hardly meant -> how often; see `formats`."""
         self.formats: dict[str, str] = {}
         """Layout of each file read so far."""
         self._must_stop = False
-        self._on_bad_row = on_bad_row
-        self._max_bad_rows = max_bad_rows
-        self._columns = columns
+        self._reading = reading
         self._purpose: Purpose = purpose
-        self._images = images
         self._whole_images: set[str] = set()
         files = [(source, expand(source.path)) for source in sources]
         self._items = self._run(files, seed)
@@ -109,10 +126,10 @@ class ConversationStream(Iterator[Conversation]):
                     given += 1
                     self.source = number
                     yield conversation
-        if self._on_bad_row == "collect":
+        if self._reading.on_bad_row == "collect":
             return
         share = self.num_bad / max(self.rows, 1)
-        if self._must_stop or (self.num_bad and share > self._max_bad_rows):
+        if self._must_stop or (self.num_bad and share > self._reading.max_bad_rows):
             raise DataError(self.report())
         if not given:
             paths_given = ", ".join(source.path for source, _ in sources)
@@ -126,7 +143,7 @@ class ConversationStream(Iterator[Conversation]):
             items = chain(sample, items)
             rows = [item.value for item in sample if isinstance(item, Row)]
             try:
-                fmt = detect(rows, self._columns) if rows else "auto"
+                fmt = detect(rows, self._reading.columns) if rows else "auto"
             except RowError as error:
                 unread = BadRow(f"{path}:1", str(error), fatal=True)
                 for bad in [unread, *(item for item in sample if isinstance(item, BadRow))]:
@@ -142,12 +159,16 @@ class ConversationStream(Iterator[Conversation]):
                 continue
             try:
                 conversation = to_conversation(
-                    item.value, fmt, where=item.where, columns=self._columns, purpose=self._purpose
-                )
+                    item.value, fmt, where=item.where, columns=self._reading.columns, purpose=self._purpose,
+                    rules=self._reading.rules,
+                )  # fmt: skip
                 conversation = self._with_image(conversation, folder)
             except RowError as error:
                 self._bad(BadRow(item.where, str(error)))
             else:
+                if conversation.unread or conversation.doubts:
+                    self.unread.update(conversation.unread)
+                    self.doubts.update(conversation.doubts)
                 yield conversation
 
     def _with_image(self, conversation: Conversation, folder: Path) -> Conversation:
@@ -158,7 +179,7 @@ class ConversationStream(Iterator[Conversation]):
         moved = []
         for message in messages:
             if message.image:
-                path = _under(Path(self._images.root or folder), message.image)
+                path = _under(Path(self._reading.images.root or folder), message.image)
                 self._check(path)
                 message = replace(message, image=path)
             moved.append(message)
@@ -166,7 +187,7 @@ class ConversationStream(Iterator[Conversation]):
 
     def _check(self, path: str) -> None:
         """RowError unless the image can be decoded; each is looked at once."""
-        if not self._images.check or path in self._whole_images:
+        if not self._reading.images.check or path in self._whole_images:
             return
         try:
             check_image(path)
@@ -178,8 +199,8 @@ class ConversationStream(Iterator[Conversation]):
         self.num_bad += 1
         if len(self.bad_rows) < KEPT_REASONS:
             self.bad_rows.append(row)
-        if self._on_bad_row != "collect":
-            self._must_stop = self._must_stop or row.fatal or self._on_bad_row == "error"
+        if self._reading.on_bad_row != "collect":
+            self._must_stop = self._must_stop or row.fatal or self._reading.on_bad_row == "error"
 
     def report(self) -> str:
         """What is wrong with the rows, as an error message says it."""
@@ -191,48 +212,61 @@ class ConversationStream(Iterator[Conversation]):
         )
 
     def _advice(self) -> str:
-        if self._on_bad_row == "skip" and not self._must_stop:
+        if self._reading.on_bad_row == "skip" and not self._must_stop:
             share = self.num_bad / max(self.rows, 1)
-            return f"That is {share:.1%}, more than data.max_bad_rows allows ({self._max_bad_rows:.1%})."
-        if self._on_bad_row == "skip" or any(row.fatal for row in self.bad_rows):
+            return f"That is {share:.1%}, more than data.max_bad_rows allows ({self._reading.max_bad_rows:.1%})."
+        if self._reading.on_bad_row == "skip" or any(row.fatal for row in self.bad_rows):
             return "Mend the files: rows behind such a place cannot be read, so they cannot be skipped."
         return "Mend the rows, or set data.on_bad_row to skip to leave them out."
 
 
+def reading_of(section: DataSection) -> Reading:
+    """The `data` section's options for rows."""
+    rules = Rules(
+        turns=section.turns,
+        calls_in_text=section.calls_in_text,
+        reasoning=section.reasoning,
+        ignore_columns=tuple(section.ignore_columns),
+    )
+    columns = (section.columns.prompt, section.columns.response) if section.columns else None
+    images = Images(root=section.image_root)
+    return Reading(section.on_bad_row, section.max_bad_rows, columns, images, rules)
+
+
+def sources_of(
+    section: DataSection, given: str | Sequence[str | Source] | None
+) -> tuple[SourceSpec, ...]:
+    """The sources that `data.train` or `data.validation` names, each with its layout."""
+    listed = [given] if isinstance(given, str) else given or []
+    return tuple(_source_of(section, source) for source in listed)
+
+
+def _source_of(section: DataSection, source: str | Source) -> SourceSpec:
+    if isinstance(source, str):
+        return SourceSpec(source, format=section.format)
+    chosen = section.format if source.format == "auto" else source.format
+    return SourceSpec(source.path, source.weight, chosen)
+
+
 def read_conversations(
     sources: Sequence[SourceSpec],
+    reading: Reading = AS_IS,
     *,
-    on_bad_row: OnBadRow = "error",
-    max_bad_rows: float = 0.01,
-    columns: Columns | None = None,
     purpose: Purpose = "train",
     seed: int = 0,
-    images: Images = BESIDE,
 ) -> ConversationStream:
     """The conversations of all sources, streamed; DataError with every bad row at the end.
 
     Args:
         sources: What is read, in this order.
-        on_bad_row: `error` stops for any bad row, `skip` leaves them out, `collect` does that
-            without ever raising (for reports).
-        max_bad_rows: With `skip`, the share of bad rows above which it is an error all the same.
-        columns: Names of the prompt and response columns, for `pairs`.
+        reading: How rows are read, and what becomes of bad ones.
         purpose: `predict` also takes dialogues that end in a user message or a tool result.
         seed: Chooses the rows that a fractional weight repeats.
-        images: Where images lie, and whether each is decoded once to see that it can be.
 
     Raises:
         DataError: At once when a path means nothing, at the end for bad rows.
     """
-    return ConversationStream(
-        sources,
-        on_bad_row=on_bad_row,
-        max_bad_rows=max_bad_rows,
-        columns=columns,
-        purpose=purpose,
-        seed=seed,
-        images=images,
-    )
+    return ConversationStream(sources, reading=reading, purpose=purpose, seed=seed)
 
 
 def weighted(items: Iterable[Item], weight: float, seed: str) -> Iterator[Item]:

@@ -1,0 +1,188 @@
+"""Layouts of published data sets that hold a dialogue in a form of their own -> messages.
+
+Each function takes a row and gives the row in the `messages` layout, from which it is read as any
+other. Facts about the layouts are from the data sets' own cards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.data.dialogue import strict_json
+from finetune.data.dialogue.conversation import RowError
+
+Row = Mapping[str, Any]
+
+_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+_GLAIVE = re.compile(r"\s*(USER|ASSISTANT|FUNCTION RESPONSE):\s*")
+_GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+_MOSS_TAG = re.compile(r"^<\|[^|]*\|>:?\s*|<eo[a-z]>\s*$")
+_TOOLS_TAG = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)
+_RESPONSE_TAG = re.compile(r"^\s*<tool_response>\s*(.*?)\s*</tool_response>\s*$", re.DOTALL)
+_LISTED_TOOLS = re.compile(
+    r"(?:functions|tools)[^\n\[]*:\s*(\[\s*\{.*\}\s*\])", re.DOTALL | re.IGNORECASE
+)
+
+
+def from_chatml(row: Row) -> dict[str, Any]:
+    """`{"text": "<|im_start|>user … <|im_end|> …"}`."""
+    turns = [
+        {"role": role, "content": text.strip("\n")} for role, text in _CHATML.findall(row["text"])
+    ]
+    return _with_messages(
+        row, [t for t in turns if t["content"] or t["role"] != "assistant"], "text"
+    )
+
+
+def from_glaive(row: Row) -> dict[str, Any]:
+    """`{"system": "SYSTEM: … {tool} {tool}", "chat": "USER: … ASSISTANT: … <|endoftext|>"}`."""
+    parts = _GLAIVE.split(row["chat"])
+    if parts[0].strip():
+        raise RowError("chat: does not begin with USER:")
+    turns = [
+        {"role": _GLAIVE_ROLES[who], "content": text.replace("<|endoftext|>", "").strip()}
+        for who, text in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    system = str(row.get("system") or "").removeprefix("SYSTEM:").strip()
+    said, tools = _json_objects(system)
+    if tools:
+        said = (
+            ""  # "You are a helpful assistant with access to the following functions. Use them …"
+        )
+    elif said:
+        turns.insert(0, {"role": "system", "content": said})
+    return _with_messages(row, turns, "chat", "system") | {"tools": tools or row.get("tools")}
+
+
+def _json_objects(text: str) -> tuple[str, list[Any]]:
+    """The text before the first JSON object, and the objects that follow it."""
+    start = text.find("{")
+    if start < 0:
+        return text, []
+    decoder, found, at = json.JSONDecoder(), [], start
+    while at < len(text) and text[at] == "{":
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            return text, []
+        found.append(value)
+        at += len(text[at:]) - len(text[at:].lstrip())
+    return text[:start].strip(), found
+
+
+def from_moss(row: Row) -> dict[str, Any]:
+    """`{"meta_instruction": …, "chat": {"turn_1": {"Human": …, "Inner Thoughts": …, "MOSS": …}}}`."""
+    turns: list[dict[str, Any]] = []
+    for name, turn in row["chat"].items():
+        if not isinstance(turn, dict) or not isinstance(turn.get("MOSS"), str):
+            raise RowError(f"chat: {name} has no text MOSS")
+        commands = _MOSS_TAG.sub("", str(turn.get("Commands") or "")).strip()
+        if commands not in ("", "None"):
+            raise RowError(
+                f"chat: {name} has commands of MOSS's own tools, which GLM-4 does not have"
+            )
+        turns += [
+            {"role": "user", "content": _MOSS_TAG.sub("", str(turn.get("Human"))).strip()},
+            {"role": "assistant", "content": _MOSS_TAG.sub("", turn["MOSS"]).strip()},
+        ]
+    return _with_messages(row, turns, "chat", "num_turns")
+
+
+def from_xlam(row: Row) -> dict[str, Any]:
+    """`{"query": …, "tools": JSON, "answers": JSON list of calls}`: the calls are the reply."""
+    calls = row["answers"]
+    calls = strict_json.parse(calls) if isinstance(calls, str) else calls
+    if not isinstance(calls, list) or not calls:
+        raise RowError("answers: is not a list of calls")
+    turns = [
+        {"role": "user", "content": row["query"]},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
+    return _with_messages(row, turns, "query", "answers") | {"tools": _schemas(row.get("tools"))}
+
+
+def _schemas(tools: Any) -> Any:
+    """XLAM writes `parameters: {name: {type, description}}` where a JSON schema belongs."""
+    tools = strict_json.parse(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list):
+        return tools
+    return [_schema(tool) for tool in tools]
+
+
+def _schema(tool: Any) -> Any:
+    parameters = tool.get("parameters") if isinstance(tool, dict) else None
+    if (
+        not isinstance(parameters, dict)
+        or "properties" in parameters
+        or parameters.get("type") == "object"
+    ):
+        return tool
+    return {**tool, "parameters": {"type": "object", "properties": parameters}}
+
+
+def from_pairs_in_list(row: Row) -> dict[str, Any]:
+    """`{"conversation": [{"human": …, "assistant": …}, …]}`, and the same with input and output."""
+    turns: list[dict[str, Any]] = []
+    for number, turn in enumerate(row["conversation"], 1):
+        names = next(
+            (n for n in (("human", "assistant"), ("input", "output")) if n[1] in turn), None
+        )
+        if names is None:
+            raise RowError(
+                f"conversation: turn {number} has neither human/assistant nor input/output"
+            )
+        if turn.get("system"):
+            turns.append({"role": "system", "content": turn["system"]})
+        turns += [
+            {"role": role, "content": turn[name]}
+            for role, name in zip(("user", "assistant"), names, strict=True)
+            if turn.get(name)
+        ]
+    return _with_messages(row, turns, "conversation")
+
+
+def tools_of_system(items: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
+    """The messages, and the tools that a system message lists in its text (Hermes, ToolACE).
+
+    The listing goes out of the text, as GLM-4 lays tools out itself; tool results lose their tags.
+    """
+    if not items or not isinstance(items[0], dict):
+        return list(items), None
+    first = items[0]
+    key = "content" if "content" in first else "value"
+    text = first.get(key)
+    is_system = first.get("role", first.get("from")) == "system" and isinstance(text, str)
+    match = (_TOOLS_TAG.search(text) or _LISTED_TOOLS.search(text)) if is_system and text else None
+    try:
+        tools = _tools_in(match[1]) if match else None
+    except RowError:
+        tools = None
+    if not tools:
+        return list(items), None
+    return [_without_tag(item) for item in items[1:]], tools
+
+
+def _tools_in(text: str) -> list[Any]:
+    """A JSON list, or one JSON object a line."""
+    if text.startswith("["):
+        value = strict_json.parse(text)
+        return value if isinstance(value, list) else []
+    return [strict_json.parse(line) for line in text.splitlines() if line.strip()]
+
+
+def _without_tag(item: Any) -> Any:
+    if not isinstance(item, dict) or item.get("role", item.get("from")) not in (
+        "tool",
+        "observation",
+    ):
+        return item
+    key = "content" if "content" in item else "value"
+    match = _RESPONSE_TAG.match(item[key]) if isinstance(item.get(key), str) else None
+    return {**item, key: match[1]} if match else item
+
+
+def _with_messages(row: Row, turns: Sequence[Any], *read: str) -> dict[str, Any]:
+    return {**{key: row[key] for key in row if key not in read}, "messages": turns}

@@ -1,0 +1,286 @@
+"""What the keys of a row and of a message mean, whichever framework wrote them: one table.
+
+There are three answers only. A key is read (as mask, weight, reasoning, system text …), it is known
+to change nothing, or it is said: refused where training it would be wrong, counted and named else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from finetune.data.dialogue.conversation import RowError
+
+TRAINED = ("train", "loss", "training", "trainable", "learn", "loss_mask")
+"""Message keys whose true says that a reply carries loss."""
+UNTRAINED = ("masked",)
+"""Message keys whose true says that it carries none."""
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
+"""Message keys with the weight of a reply's tokens in the loss."""
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "think", "cot")
+"""Message keys with what a reply was thought out with."""
+SYSTEM = ("system", "system_prompt", "meta_instruction")
+"""Columns with the text of a system message."""
+CONTEXT = ("context",)
+"""Columns with a text that the question is about; it stands under the question."""
+
+_MESSAGE_KEYS = frozenset(
+    {
+        *("role", "from", "content", "value", "metadata", "tools", "image"),
+        *("tool_calls", "function_call", "tool_call_id", "name", "parameters", "observation"),
+        *("train_detail", "mask", *TRAINED, *UNTRAINED, *WEIGHTS, *REASONING),
+    }
+)
+_REFUSED_IN_MESSAGES = {
+    "mask": "some frameworks mean 'trained' by it and others 'left out'; write \"train\": true or false",
+    "refusal": "put the text into content",
+    "images": "write one path as 'image'",
+    "audio": "GLM-4 takes no audio",
+    "videos": "GLM-4 takes no video",
+}
+_HARMLESS_IN_MESSAGES = frozenset(
+    {
+        *("id", "idx", "index", "uuid", "message_id", "parent_id", "timestamp", "time", "date"),
+        *(
+            "created_at",
+            "create_time",
+            "model",
+            "lang",
+            "language",
+            "annotations",
+            "type",
+            "status",
+        ),
+    }
+)
+_REFUSED_COLUMNS = {
+    "chosen": "preference data holds a wanted and an unwanted reply; to train the wanted one, "
+    "name the columns: data.columns: {prompt: …, response: chosen}",
+    "rejected": "preference data holds an unwanted reply, which is not for training",
+    "rejected_response": "preference data holds an unwanted reply, which is not for training",
+    "rejected_messages": "preference data holds an unwanted reply, which is not for training",
+    "videos": "GLM-4 takes text, and GLM-4V one image",
+    "audios": "GLM-4 takes text, and GLM-4V one image",
+    "documents": "GLM-4 has no place for documents; write them into the user's text",
+}
+_UNWANTED_IF_FALSE = ("label", "kto_tag", "kto_label")
+_HARMLESS_COLUMNS = frozenset(
+    {
+        *(
+            "id",
+            "_id",
+            "idx",
+            "index",
+            "uuid",
+            "uid",
+            "guid",
+            "hash",
+            "conversation_id",
+            "dialog_id",
+        ),
+        *(
+            "sample_id",
+            "question_id",
+            "conversation_hash",
+            "source",
+            "data_source",
+            "dataset",
+            "origin",
+        ),
+        *(
+            "category",
+            "task",
+            "task_type",
+            "task_name",
+            "type",
+            "kind",
+            "domain",
+            "topic",
+            "subject",
+        ),
+        *(
+            "lang",
+            "language",
+            "split",
+            "url",
+            "link",
+            "license",
+            "license_id",
+            "tags",
+            "meta",
+            "metadata",
+        ),
+        *(
+            "timestamp",
+            "created_at",
+            "create_time",
+            "date",
+            "model",
+            "model_name",
+            "generator",
+            "version",
+        ),
+        *("difficulty", "level", "quality", "score", "author", "annotator", "parallel_tool_calls"),
+    }
+)
+_SLIPS = ("messages", "conversations", "tools", "system", "images", "history")
+"""Columns whose misspelling would lose what they hold."""
+
+
+class Marks(NamedTuple):
+    """What the keys of one message say besides its role and its text."""
+
+    train: bool | None = None
+    weight: float = 1.0
+    reasoning: str = ""
+    unread: tuple[str, ...] = ()
+    """Keys with text that nothing reads."""
+
+
+def marks_of(message: Mapping[str, Any]) -> Marks:
+    """The marks of a message; RowError for a key that is refused, misspelt or contradicts another."""
+    unread = []
+    for key in message.keys() - _MESSAGE_KEYS:
+        value = message[key]
+        if value in (None, "", []) or key in _HARMLESS_IN_MESSAGES:
+            continue
+        if key in _REFUSED_IN_MESSAGES:
+            raise RowError(f"key {key!r} is not supported; {_REFUSED_IN_MESSAGES[key]}")
+        near = _meant(key, tuple(sorted(_MESSAGE_KEYS)))
+        if near:
+            raise RowError(f"key {key!r} is not known; did you mean {near!r}?")
+        if isinstance(value, str | list | dict):
+            unread.append(key)
+    if message.get("mask") is not None:
+        raise RowError(f"key 'mask' is not supported; {_REFUSED_IN_MESSAGES['mask']}")
+    return Marks(_train(message), _weight(message), _reasoning(message), tuple(sorted(unread)))
+
+
+def _train(message: Mapping[str, Any]) -> bool | None:
+    said: dict[str, bool] = {}
+    for key in (*TRAINED, *UNTRAINED):
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool) and (value not in (0, 1) or isinstance(value, str)):
+            raise RowError(f"{key} is {_described(value)}, not true or false")
+        said[key] = bool(value) != (key in UNTRAINED)
+    if (parts := message.get("train_detail")) is not None:
+        said["train_detail"] = _whole(parts)
+    if len(set(said.values())) > 1:
+        listed = " and ".join(repr(key) for key in said)
+        raise RowError(f"{listed} contradict each other; keep one")
+    return next(iter(said.values()), None)
+
+
+def _whole(parts: Any) -> bool:
+    """The one answer that all segments of axolotl's `train_detail` give."""
+    answers = {part.get("train") for part in parts if isinstance(part, dict)} if parts else set()
+    if len(answers) != 1 or not isinstance(answer := answers.pop(), bool):
+        raise RowError(
+            "train_detail trains parts of a reply, which is not supported; "
+            'write "train": true or false for the whole'
+        )
+    return answer
+
+
+def _weight(message: Mapping[str, Any]) -> float:
+    said = {key: message[key] for key in WEIGHTS if message.get(key) is not None}
+    for key, value in said.items():
+        if isinstance(value, int) and abs(value) > 1_000_000:
+            raise RowError(f"{key} is over a million")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RowError(f"{key} is {_described(value)}, not a number")
+    if len({float(value) for value in said.values()}) > 1:
+        raise RowError(f"{' and '.join(map(repr, said))} contradict each other; keep one")
+    return float(next(iter(said.values()), 1.0))
+
+
+def _reasoning(message: Mapping[str, Any]) -> str:
+    said = {key: message[key] for key in REASONING if message.get(key)}
+    for key, value in said.items():
+        if not isinstance(value, str):
+            raise RowError(f"{key} is {_described(value)}, not text")
+    if len(set(said.values())) > 1:
+        raise RowError(f"{' and '.join(map(repr, said))} hold different texts; keep one")
+    return next(iter(said.values()), "")
+
+
+def check_columns(row: Mapping[str, Any], read: frozenset[str]) -> tuple[str, ...]:
+    """The columns with text that nothing reads; RowError for one that is refused or misspelt.
+
+    Args:
+        row: A row of a file.
+        read: The columns that its layout reads.
+    """
+    unread = []
+    for name in _unknown(tuple(row), read):
+        value = row[name]
+        if value in (None, "", [], {}):
+            continue
+        if name in _UNWANTED_IF_FALSE and value in (False, 0, "false", "False"):
+            raise RowError(
+                f"{name}: is false, which marks a reply that is not wanted; leave it out"
+            )
+        if name in _REFUSED_COLUMNS:
+            raise RowError(f"{name}: {_REFUSED_COLUMNS[name]}")
+        near = _meant(name, _SLIPS)
+        if near and not row.get(near):
+            raise RowError(
+                f"column {name!r} is not known; did you mean {near!r}? If it is meant: "
+                f"data.ignore_columns: [{name}]"
+            )
+        if isinstance(value, str | list | dict):
+            unread.append(name)
+    return tuple(unread)
+
+
+@lru_cache(maxsize=256)
+def _unknown(names: tuple[str, ...], read: frozenset[str]) -> tuple[str, ...]:
+    """The names that are neither read nor harmless; most rows of a file have the same ones."""
+    return tuple(name for name in names if name not in read and name not in _HARMLESS_COLUMNS)
+
+
+@lru_cache(maxsize=256)
+def _meant(key: str, known: Sequence[str]) -> str | None:
+    """The known key that an unknown one is a slip of, or None for a key of somebody's own."""
+    if len(key) < 4:
+        return None
+    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+    return near[0] if near and near[0] != key else None
+
+
+def _described(value: Any) -> str:
+    kinds = {bool: "true or false", str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def table() -> list[tuple[str, str]]:
+    """(keys, what is done with them) for the reference in data/README.md."""
+
+    def listed(names: Sequence[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names)
+
+    return [
+        (listed(TRAINED), "in a message: true = its tokens carry loss, false = they carry none"),
+        (listed(UNTRAINED), "in a message: true = its tokens carry no loss"),
+        ("`train_detail`", "in a message: read when all its parts say the same, else refused"),
+        (listed(WEIGHTS), "in a message: weight of the reply's tokens in the loss"),
+        (listed(REASONING), "in a message: the reasoning of a reply; see `data.reasoning`"),
+        (listed(SYSTEM), "column: the system message"),
+        (listed(CONTEXT), "column: stands under the question, as `input` does"),
+        *(
+            (f"`{name}`", f"in a message: refused; {why}")
+            for name, why in _REFUSED_IN_MESSAGES.items()
+        ),
+        *((f"`{name}`", f"column: refused; {why}") for name, why in _REFUSED_COLUMNS.items()),
+        (
+            listed(_UNWANTED_IF_FALSE),
+            "column: false is refused, it marks a reply that is not wanted",
+        ),
+        (listed(sorted(_HARMLESS_COLUMNS)), "column: changes nothing"),
+        (listed(sorted(_HARMLESS_IN_MESSAGES)), "in a message: changes nothing"),
+        ("any other", "text is counted and named; `data.ignore_columns` says that it is meant"),
+    ]
