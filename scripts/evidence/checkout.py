@@ -53,7 +53,7 @@ class Inputs:
         """A tiny random model: `text`, `images`, or the `quickstart`'s."""
         folder = self.folder / f"model-{kind}"
         if kind == "quickstart":
-            script = ROOT / "scripts/quickstart_model.py"
+            script = ROOT / "scripts/fixtures/quickstart_model.py"
             execute([sys.executable, str(script), str(folder), "--tiny"], self.folder, {})
         elif kind == "images":
             import pictures
