@@ -252,3 +252,39 @@ def test_unusual_names_of_files_are_only_names(tmp_path: Path, name: str) -> Non
     path = write(tmp_path, name, GOOD)
     assert expand(str(path)) == [path]
     assert values(path) == [VALUE]
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk"])
+def test_a_table_is_read_whatever_separates_its_cells(
+    tmp_path: Path, name: str, separator: str, encoding: str
+) -> None:
+    text = f"prompt{separator}response\n长椅在哪里？{separator}在二楼, 左边; 那儿\n".replace(
+        "在二楼, 左边; 那儿", '"在二楼, 左边; 那儿"'
+    )
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    (row,) = read_rows(tmp_path / name)
+    assert isinstance(row, Row)
+    assert row.value == {"prompt": "长椅在哪里？", "response": "在二楼, 左边; 那儿"}
+
+
+def test_latin_letters_are_not_taken_for_gbk(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("prompt,response\nné à Lörrach,oui\n".encode("latin-1"))
+    (row,) = read_rows(tmp_path / "a.csv")
+    assert isinstance(row, BadRow)
+    assert "is not UTF-8" in row.reason
+
+
+@pytest.mark.parametrize("form", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_a_folder_that_datasets_saved_is_read(tmp_path: Path, form: Any) -> None:
+    rows = [{"prompt": f"Q{number}", "response": "A", "system": None} for number in range(600)]
+    batch = pa.RecordBatch.from_pylist(rows)
+    with form(tmp_path / "data-00000-of-00001.arrow", batch.schema) as writer:
+        writer.write_batch(batch)
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    (path,) = expand(str(tmp_path))
+    read = [row.value for row in read_rows(path) if isinstance(row, Row)]
+    assert read == [{"prompt": row["prompt"], "response": "A"} for row in rows]

@@ -1,4 +1,4 @@
-"""Paths -> rows, streaming: JSONL, JSON arrays, Parquet and CSV, plain or in gzip or zstd.
+"""Paths -> rows, streaming: JSONL, JSON arrays, Parquet, Arrow and CSV, plain or in gzip or zstd.
 
 Every row comes with the `file:line` it stands on, and whatever cannot be read comes as a BadRow
 with the reason; nothing is left out. Memory does not grow with the file.
@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.data.reading.json_rows import read_json
-from finetune.data.reading.rows import BadRow, Row
-from finetune.data.reading.streams import StreamError, open_stream
-from finetune.data.reading.tables import read_csv, read_parquet
+from finetune.data.reading.streams import BadRow, Row, StreamError, open_stream
+from finetune.data.reading.tables import read_arrow, read_csv, read_parquet
 from finetune.errors import DataError
 
 __all__ = ["SUFFIXES", "BadRow", "Row", "expand", "read_rows"]
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".arrow")
+_NO_DATA = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache.json"}
+)
+"""What the `datasets` library and LLaMA-Factory write beside data files."""
 _ALL_SUFFIXES = tuple(s + c for s in SUFFIXES for c in ("", ".gz", ".zst"))
 
 
@@ -59,6 +62,7 @@ def _files_in(folder: Path) -> list[Path]:
         p
         for p in folder.rglob("*")
         if p.name.lower().endswith(_ALL_SUFFIXES)
+        and p.name not in _NO_DATA
         and not any(part.startswith(".") for part in p.relative_to(folder).parts)
         and not p.is_dir()
     )
@@ -101,6 +105,8 @@ def _open_rows(path: Path) -> Iterator[Row | BadRow]:
     with open_stream(path) as stream:
         if stream.layout == "parquet":
             yield from read_parquet(path)
+        elif stream.layout == "arrow":
+            yield from read_arrow(path)
         elif stream.layout == "csv":
             yield from read_csv(stream.file, str(path))
         else:

@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import RowError
-from finetune.data.reading.rows import BadRow, Row
-from finetune.data.reading.streams import MAX_ROW, lines, text_chunks
+from finetune.data.reading.streams import MAX_ROW, BadRow, Row, lines, text_chunks
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOO_LONG = f"the row is longer than {MAX_ROW >> 20} MiB"

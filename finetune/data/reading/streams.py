@@ -12,16 +12,33 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 CHUNK = 1 << 20
 MAX_ROW = 8 << 20
 """Longest row in bytes: some two million tokens, more than any model takes."""
 
-Layout = Literal["json", "csv", "parquet"]
+Layout = Literal["json", "csv", "parquet", "arrow"]
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _UTF8_BOM = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """One row as it was read."""
+
+    value: dict[str, Any]
+    where: str
+    """`file:line`; for Parquet `file:row`, counted from 1."""
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used, and why."""
+
+    where: str
+    reason: str
+    fatal: bool = False
+    """What follows in the file cannot be read either, so `on_bad_row: skip` does not apply."""
 
 
 class StreamError(ValueError):
@@ -47,9 +64,11 @@ def open_stream(path: Path) -> Iterator[Stream]:
                 raise StreamError("the file is named .parquet but is not a Parquet file")
             yield Stream(raw, "parquet")
             return
-        layout: Layout = (
-            "csv" if name.removesuffix(".gz").removesuffix(".zst").endswith(".csv") else "json"
-        )
+        if name.endswith(".arrow"):
+            yield Stream(raw, "arrow")
+            return
+        plain = name.removesuffix(".gz").removesuffix(".zst")
+        layout: Layout = "csv" if plain.endswith((".csv", ".tsv")) else "json"
         if head.startswith(_GZIP):
             yield Stream(gzip.GzipFile(fileobj=raw), layout)  # type: ignore[arg-type]
         elif head == _ZSTD:

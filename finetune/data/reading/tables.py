@@ -1,16 +1,19 @@
-"""Parquet and CSV -> rows."""
+"""Parquet, Arrow and CSV -> rows."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finetune.data.reading.rows import BadRow, Row
-from finetune.data.reading.streams import MAX_ROW, lines, text_chunks
+from finetune import console
+from finetune.data.reading.streams import MAX_ROW, BadRow, Row, lines, text_chunks
 
 _ROWS_AT_ONCE = 256
+_LINES_TO_TELL_GBK = 1000
 
 
 def read_parquet(path: Path) -> Iterator[Row | BadRow]:
@@ -18,22 +21,48 @@ def read_parquet(path: Path) -> Iterator[Row | BadRow]:
 
     A column of structs holds a null for every field that a row does not have; those are left out.
     """
-    import pyarrow
     from pyarrow import parquet
+
+    def batches() -> Iterator[Any]:
+        with parquet.ParquetFile(path, pre_buffer=False) as reader:
+            yield from reader.iter_batches(batch_size=_ROWS_AT_ONCE)
+
+    yield from _rows_of(batches(), path, "Parquet")
+
+
+def read_arrow(path: Path) -> Iterator[Row | BadRow]:
+    """Rows of an Arrow file, as `datasets.Dataset.save_to_disk` writes it; numbered from 1."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                reader = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:  # the other of Arrow's two file forms
+                file = pyarrow.ipc.open_file(source)
+                reader = (file.get_batch(number) for number in range(file.num_record_batches))
+            for batch in reader:
+                for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                    yield batch.slice(start, _ROWS_AT_ONCE)
+
+    yield from _rows_of(batches(), path, "Arrow")
+
+
+def _rows_of(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row | BadRow]:
+    import pyarrow
 
     number = 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as reader:
-            for batch in reader.iter_batches(batch_size=_ROWS_AT_ONCE):
-                for value in _values(batch):
-                    number += 1
-                    where = f"{path}:{number}"
-                    if value is None:
-                        yield BadRow(where, "a text column is not UTF-8")
-                    else:
-                        yield Row(_without_nulls(value), where)
+        for batch in batches:
+            for value in _values(batch):
+                number += 1
+                where = f"{path}:{number}"
+                if value is None:
+                    yield BadRow(where, "a text column is not UTF-8")
+                else:
+                    yield Row(_without_nulls(value), where)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = f"the Parquet file is damaged: {str(error).splitlines()[0]}"
+        reason = f"the {kind} file is damaged: {str(error).splitlines()[0]}"
         yield BadRow(f"{path}:{number + 1}", reason, fatal=True)
 
 
@@ -61,14 +90,20 @@ def _without_nulls(value: Any) -> Any:
 
 
 def read_csv(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
-    """Rows of a CSV file with a header line, each by the line that it begins on."""
+    """Rows of a CSV file with a header line, each by the line that it begins on.
+
+    Commas, semicolons or tabs separate: whichever the header has most of. UTF-8, or GBK as
+    spreadsheets in China write it.
+    """
     csv.field_size_limit(MAX_ROW)
-    reader = csv.reader(_text_lines(file), strict=True)
+    text = _text_lines(file, name)
     begin = 1
     try:
-        header = next(reader, None)
-        if header is None:
+        head = next(text, None)
+        if head is None:
             return
+        reader = csv.reader(chain([head], text), strict=True, delimiter=_separator(head))
+        header = next(reader)
         twice = [column for column in header if header.count(column) > 1]
         if twice:
             yield BadRow(f"{name}:1", f"column {twice[0]!r} stands twice in the header", fatal=True)
@@ -82,15 +117,37 @@ def read_csv(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
         yield BadRow(f"{name}:{begin}", f"not CSV from here on: {error}", fatal=True)
 
 
-def _text_lines(file: BinaryIO) -> Iterator[str]:
+def _separator(head: str) -> str:
+    """The separator that the header line has most of, quoted text left out."""
+    plain = re.sub(r'"[^"]*"', "", head)
+    return max(",;\t", key=plain.count)  # of equal ones the comma
+
+
+def _text_lines(file: BinaryIO, name: str) -> Iterator[str]:
     """Lines with their ends; NUL as U+DC00 and bytes that are not UTF-8 as U+DC80..U+DCFF.
 
-    Python before 3.11 takes no NUL in CSV; this way the row can be named.
+    This way a row with such a byte can be named.
     """
-    for _, line in lines(text_chunks(file, newlines="keep")):
+    encoding = "utf-8"
+    for number, line in lines(text_chunks(file, newlines="keep")):
         if line is None:
             raise csv.Error(f"a line is longer than {MAX_ROW >> 20} MiB")
-        yield line.decode(errors="surrogateescape").replace("\0", "\udc00") + "\n"
+        if encoding == "utf-8" and number <= _LINES_TO_TELL_GBK and _is_gbk(line):
+            console.say(f"{name}: read as GBK from line {number}; save it as UTF-8 to be sure")
+            encoding = "gb18030"
+        yield line.decode(encoding, errors="surrogateescape").replace("\0", "\udc00") + "\n"
+
+
+def _is_gbk(line: bytes) -> bool:
+    """Whether a line is no UTF-8 and every character of it is one of GB 2312's."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        try:
+            return any(char >= "\u4e00" for char in line.decode("gb2312"))
+        except UnicodeDecodeError:
+            return False
+    return False
 
 
 def _csv_row(header: list[str], cells: list[str], where: str) -> Row | BadRow:
