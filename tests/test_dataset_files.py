@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from examples import LONG, tiny_template
 
+from finetune.config.schema import RunConfig
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.dataset import (
     IGNORED,
@@ -19,6 +20,7 @@ from finetune.data.examples.dataset import (
 )
 from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import DataError
+from finetune.training.run_data import load_run_data
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +166,46 @@ def test_files_without_a_dialogue_to_learn_from_are_an_error(template, tmp_path)
     path = write_rows(tmp_path / "a.jsonl", 3)
     with pytest.raises(DataError, match=r"none of 3 dialogues is left to learn from:\n.*a.jsonl:1"):
         load_examples([SourceSpec(str(path))], template, LengthPolicy(4), cache_root=tmp_path)
+
+
+def test_held_out_examples_that_are_trained_on_are_found(template, tmp_path):
+    train = load(
+        SourceSpec(str(write_rows(tmp_path / "a.jsonl", 30))), template=template, root=tmp_path
+    )
+    mixed = write_rows(tmp_path / "b.jsonl", 3, word="other")
+    mixed.write_text(
+        mixed.read_text() + "".join((tmp_path / "a.jsonl").read_text().splitlines(True)[4:6])
+    )
+    validation = load(SourceSpec(str(mixed)), template=template, root=tmp_path)
+    assert validation.shared_with(train) == [f"{mixed}:4", f"{mixed}:5"]
+    assert len(train.shared_with(train)) == 30
+
+
+@pytest.mark.parametrize("allowed", [None, 0.5, 0.4])
+def test_a_run_says_or_refuses_held_out_dialogues_in_its_training_data(
+    template, tmp_path, allowed, capsys
+):
+    write_rows(tmp_path / "train.jsonl", 12)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines(True)
+    other = write_rows(tmp_path / "other.jsonl", 2, word="other").read_text()
+    (tmp_path / "dev.jsonl").write_text("".join(lines[:2]) + other)
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": "x"},
+            "data": {
+                "train": str(tmp_path / "train.jsonl"),
+                "validation": str(tmp_path / "dev.jsonl"),
+                "max_overlap": allowed,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "method": {"kind": "lora"},
+            "training": {"output_dir": str(tmp_path / "run")},
+        }
+    )
+    said = "2 of 4 held-out dialogues (50%) are in the training data too, first"
+    if allowed == 0.4:
+        with pytest.raises(DataError, match=r"data\.max_overlap allows 40%"):
+            load_run_data(config, template)
+    else:
+        load_run_data(config, template)
+        assert said in capsys.readouterr().err.replace("\n", " ")

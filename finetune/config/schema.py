@@ -123,6 +123,9 @@ class DataSection(Section):
     max_bad_rows: Share = 0.01
     """With `on_bad_row: skip`, the share of bad rows above which the run stops all the same."""
 
+    max_overlap: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """The share of held-out dialogues that may be in the training data too; above it the run stops. By default they are only counted and named."""
+
     image_root: str | None = None
     """The folder that image paths are relative to and stay under; by default that of each data file."""
 

@@ -54,6 +54,11 @@ RULES: dict[str, Rule] = {
     "data.max_length": Rule.MATCH,
     "data.train_on": Rule.MATCH,
     "data.on_too_long": Rule.MATCH,
+    "data.ignore_columns": Rule.FREE,
+    "data.turns": Rule.FREE,  # the fact "data" is compared
+    "data.calls_in_text": Rule.FREE,
+    "data.reasoning": Rule.FREE,
+    "data.max_overlap": Rule.FREE,
     "data.on_bad_row": Rule.FREE,
     "data.max_bad_rows": Rule.FREE,
     "data.image_root": Rule.FREE,

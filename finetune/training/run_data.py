@@ -25,7 +25,7 @@ from finetune.data.examples.dataset import (
 from finetune.data.examples.order import EpochPlan, padding_share
 from finetune.data.examples.packing import PackedDataset, pack
 from finetune.data.reading.sources import SourceSpec, reading_of, sources_of
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataError
 
 BINS = 24
 """Of the lengths of examples, as data.json has them."""
@@ -82,7 +82,25 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     validation = _examples(section, sources, template, training.seed) if sources else None
     if validation is not None:
         _report("validation", validation.counts, len(validation))
+        _check_overlap(train, validation, section.max_overlap)
     return RunData(train, items, plan, validation, sources)
+
+
+def _check_overlap(
+    train: PreparedDataset, validation: PreparedDataset, allowed: float | None
+) -> None:
+    """Says how many held-out dialogues are trained on; DataError above the share that is allowed."""
+    shared = validation.shared_with(train)
+    if not shared:
+        return
+    share = len(shared) / len(validation)
+    said = (
+        f"{len(shared)} of {len(validation)} held-out dialogues ({share:.0%}) are in the training "
+        f"data too, first {shared[0]}: scores on them say nothing about new dialogues"
+    )
+    if allowed is not None and share > allowed:
+        raise DataError(f"{said}. data.max_overlap allows {allowed:.0%}; take them out of one side")
+    console.warn(said)
 
 
 def _check_newer_family(config: RunConfig) -> None:

@@ -108,6 +108,11 @@ class PreparedDataset:
         """Paths of all images that examples show, each once."""
         return self._file.images()
 
+    def shared_with(self, other: PreparedDataset) -> list[str]:
+        """The `file:line` of every stored example that `other` holds too."""
+        both = np.isin(self._file.digests(), other._file.digests())
+        return [self._file.where(int(row)) for row in np.flatnonzero(both)]
+
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
