@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, initialization
 from transformers.utils import is_flash_attn_2_available
 
 from finetune.artifacts.weights import model_fingerprint, read_shard, weight_files
@@ -124,6 +124,31 @@ def load_model(
     if text._attn_implementation == "sdpa":
         text._attn_implementation = DOCUMENT_SDPA
     return model.eval()
+
+
+def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel:
+    """Return the model of a folder's config.json with weights that nobody has set.
+
+    Made under `planning.counting` it has shapes only. With `num_layers` it is that deep.
+    """
+    folder = local_folder(path)
+    config_class, model_class = _CLASSES[family(_read_config(folder))]
+    config = config_class.from_pretrained(folder)
+    text = config.get_text_config()
+    if num_layers is not None:
+        text.num_hidden_layers = num_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:num_layers]
+    text._attn_implementation = DOCUMENT_SDPA
+    with initialization.no_init_weights():
+        model: PreTrainedModel = model_class(config)
+    return model
+
+
+def num_layers(folder: Path) -> int:
+    """Return the number of the text's layers that a folder's config.json names."""
+    config_class = _CLASSES[family(_read_config(folder))][0]
+    return int(config_class.from_pretrained(folder).get_text_config().num_hidden_layers)
 
 
 def family(config: Any) -> str:

@@ -142,6 +142,13 @@ def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tenso
     return total.float()
 
 
+def supervised_places(labels: Tensor) -> Tensor:
+    """Return int64 [N]: the places in [B x T] whose next label is learnt."""
+    is_learnt = torch.zeros_like(labels, dtype=torch.bool)
+    is_learnt[:, :-1] = labels[:, 1:] != IGNORED
+    return is_learnt.flatten().nonzero().flatten()
+
+
 def supervised_loss(
     head: nn.Module,
     hidden: Tensor,
@@ -149,17 +156,21 @@ def supervised_loss(
     *,
     loss_weights: Tensor | None = None,
     num_items: Tensor | float | None = None,
+    supervised: Tensor | None = None,
 ) -> Tensor:
     """Return sum(w · ce) / num_items, or / sum(w) when that is None; 0 when nothing is supervised.
 
     `hidden` is [B, T, D]; `labels` [B, T] hold -100 where nothing is learnt; `loss_weights` [B, T]
-    belong to the labels.
+    belong to the labels. `supervised` is `supervised_places` of the labels: who knows it already
+    saves a GPU the wait for it.
     """
-    next_labels = labels[:, 1:]
-    rows, columns = (next_labels != IGNORED).nonzero(as_tuple=True)
-    targets = next_labels[rows, columns]
-    weights = None if loss_weights is None else loss_weights[:, 1:][rows, columns].detach()
-    chosen = hidden[rows, columns]
+    if supervised is None:
+        supervised = supervised_places(labels)
+    targets = labels.flatten().index_select(0, supervised + 1)
+    weights = None
+    if loss_weights is not None:
+        weights = loss_weights.flatten().index_select(0, supervised + 1).detach()
+    chosen = hidden.flatten(0, 1).index_select(0, supervised)
     if isinstance(head, SupervisedHead):
         total: Tensor = head(chosen, targets=targets, weights=weights)
     else:
@@ -189,9 +200,10 @@ class SupervisedLoss:
         logits_to_keep: int | Tensor = 0,
         loss_weights: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        supervised: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return logits, or with labels [B, T] the loss alone.
+        """Return logits, or with labels [B, T] the loss alone; see `supervised_loss`.
 
         Without a mask, positions that restart at 0 are packed documents, which do not see each other.
         """
@@ -230,7 +242,12 @@ class SupervisedLoss:
             logits = head(hidden[:, keep, :])
         else:
             loss = supervised_loss(
-                head, hidden, labels, loss_weights=loss_weights, num_items=num_items_in_batch
+                head,
+                hidden,
+                labels,
+                loss_weights=loss_weights,
+                num_items=num_items_in_batch,
+                supervised=supervised,
             )
         result = CausalLMOutputWithPast(
             loss=loss,

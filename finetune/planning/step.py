@@ -1,0 +1,164 @@
+"""One training step, counted: forward, backward, clipping and optimizer at the true size of a model.
+
+All layers are alike, so everything counted is linear in their number: a step of 40 layers follows
+from steps of two and three.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finetune.planning.counting import KINDS, Counting, counting, shapes_only
+from finetune.planning.roofline import Ceilings
+
+FEW, MORE = 2, 3
+"""Layers of the two counted steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one forward pass is given."""
+
+    batch: int
+    length: int
+    supervised: float = 1.0
+    """Share of the tokens that is learnt."""
+
+    @property
+    def tokens(self) -> int:
+        """In the batch."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A way to train: how its model is made, what its loss is, which steps it takes."""
+
+    build: Callable[[int], nn.Module]
+    """The model of so many layers, ready to train; called where tensors have shapes only."""
+    loss: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+    """Of a model, input_ids and labels [B, T], and the places whose next label is learnt."""
+    layers: int
+    """Of the whole model."""
+    autocast: torch.dtype | None = None
+    """In what float32 weights compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one step comes to."""
+
+    kernels: int
+    bytes: int
+    flops: dict[str, int]
+    """By `bfloat16`, `float32` and `attention`."""
+    peak: dict[str, int]
+    """Bytes by kind at the moment when most are held."""
+    mask_bytes: int
+    milliseconds: float
+    """By the roofline; without Python, waiting and communication."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of all kinds."""
+        return sum(self.peak.values())
+
+
+def count_step(subject: Subject, shape: Shape, ceilings: Ceilings | None = None) -> Cost:
+    """The cost of a step, from two short models."""
+    ceilings = ceilings or Ceilings()
+    few, more = (count_layers(subject, shape, ceilings, n) for n in (FEW, MORE))
+    further = (subject.layers - FEW) / (MORE - FEW)
+
+    def at_depth(less: float, larger: float) -> float:
+        return less + (larger - less) * further
+
+    return Cost(
+        kernels=round(at_depth(few.kernels, more.kernels)),
+        bytes=round(at_depth(few.bytes, more.bytes)),
+        flops={kind: round(at_depth(few.flops[kind], more.flops[kind])) for kind in few.flops},
+        peak={kind: round(at_depth(few.peak[kind], more.peak[kind])) for kind in KINDS},
+        mask_bytes=few.mask_bytes,
+        milliseconds=at_depth(few.milliseconds, more.milliseconds),
+    )
+
+
+def count_layers(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int) -> Cost:
+    """The cost of a step of a model of so many layers, run whole."""
+    with counted(subject, shape, ceilings, layers) as counter:
+        ledger = counter.ledger
+    return Cost(
+        kernels=int(ledger.total("number")),
+        bytes=int(ledger.total("bytes")),
+        flops={
+            kind: int(ledger.total("flops", dtype=kind))
+            for kind in ("bfloat16", "float32", "attention")
+        },
+        peak=ledger.peak(),
+        mask_bytes=ledger.mask_bytes,
+        milliseconds=1000 * ledger.total("seconds"),
+    )
+
+
+@contextmanager
+def counted(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int) -> Iterator[Counting]:
+    """The counter after one step that was not the first: the optimizer's state is there."""
+    with shapes_only():
+        model = subject.build(layers)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        for weight in trained:
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+        ids = torch.empty(shape.batch, shape.length, dtype=torch.long)
+        places = torch.empty(int(shape.tokens * shape.supervised), dtype=torch.long)
+        batch = ids, torch.empty_like(ids), places
+        gc.collect()
+        with counting(ceilings) as counter:
+            _name_what_stays(counter, model, optimizer)
+            _one_step(counter, subject, model, optimizer, batch)
+            yield counter
+
+
+def _one_step(
+    counter: Counting,
+    subject: Subject,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.register_post_accumulate_grad_hook(
+            lambda p: counter.note(p.grad, "gradients") if p.grad is not None else None
+        )
+    with torch.autocast("cpu", dtype=subject.autocast, enabled=subject.autocast is not None):
+        loss = subject.loss(model, *batch)
+    counter.name_living("activations")
+    counter.phase = "backward"
+    loss.backward()  # type: ignore[no-untyped-call]
+    del loss
+    counter.phase = "optimizer"
+    torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _name_what_stays(counter: Counting, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    parameters = list(model.parameters())
+    all_trained = all(weight.requires_grad for weight in parameters)
+    for weight in parameters:
+        is_adapter = weight.requires_grad and not all_trained
+        counter.note(weight, "adapters" if is_adapter else "weights")
+    for buffer in model.buffers():
+        counter.note(buffer, "weights")
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            counter.note(tensor, "optimizer")
