@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune.config import FullMethod, LoraMethod, PTuningV2Method
+from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.planning.counting import counting, shapes_only
 from finetune.planning.roofline import Ceilings, seconds
 from finetune.planning.step import Shape, count_layers, count_step

@@ -200,6 +200,7 @@ class SupervisedLoss:
         logits_to_keep: int | Tensor = 0,
         loss_weights: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        *,
         supervised: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:

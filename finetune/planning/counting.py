@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +75,7 @@ class Ledger:
     def total(self, of: str, *, dtype: str | None = None) -> float:
         """Sum of a field of Kernels over all of them, or those of one format."""
         return sum(
-            getattr(kernels, of)
+            float(getattr(kernels, of))
             for (_, _, kind), kernels in self.kernels.items()
             if dtype in (None, kind)
         )
@@ -93,11 +93,11 @@ class Ledger:
         return {kind: best.get(kind, 0) for kind in KINDS}
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts every operation below it into a ledger."""
 
     def __init__(self, ceilings: Ceilings) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.phase = "forward"
         self._ceilings = ceilings
@@ -174,7 +174,7 @@ def _as_on_gpu(ledger: Ledger) -> Iterator[None]:
             query, key, value = (tensor.to(kind) for tensor in (query, key, value))
         return attention(query, key, value, attn_mask, bool(given.get("is_causal")))
 
-    F.dropout, F.scaled_dot_product_attention = _dropout, attend
+    F.dropout, F.scaled_dot_product_attention = _dropout, attend  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -218,12 +218,12 @@ def _bytes(name: str, given: Iterable[Tensor], made: Iterable[Tensor]) -> int:
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     if name in ATTENTION_FLOPS:
-        return ATTENTION_FLOPS[name](*args)
+        return int(ATTENTION_FLOPS[name](*args))
     packet = func.overloadpacket
     if packet not in flop_registry and name.endswith("_"):  # in place: addmm_
         packet = getattr(torch.ops.aten, name[:-1], packet)
-    formula: Callable[..., int] | None = flop_registry.get(packet)
-    return formula(*args, **kwargs, out_val=out) if formula else 0
+    formula = flop_registry.get(packet)
+    return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
 def _launches(args: tuple[Any, ...]) -> int:

@@ -136,7 +136,7 @@ def _one_step(
 ) -> None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
-        weight.register_post_accumulate_grad_hook(
+        weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             lambda p: counter.note(p.grad, "gradients") if p.grad is not None else None
         )
     with torch.autocast("cpu", dtype=subject.autocast, enabled=subject.autocast is not None):

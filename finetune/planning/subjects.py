@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from finetune import methods
-from finetune.config import FullMethod, Method
+from finetune.config.schema import FullMethod, Method
 from finetune.models.load import family, num_layers, shape_of
 from finetune.planning.step import Subject
 
@@ -59,8 +61,8 @@ def ready(model: nn.Module, *, checkpointing: bool) -> nn.Module:
     """The model in training mode, its layers recomputed where that is asked for."""
     model.train()
     if checkpointing:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inner.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -79,7 +81,7 @@ def made_in(dtype: torch.dtype) -> Iterator[None]:
 def nothing_moves() -> Iterator[None]:
     """Modules stay where they were made and as they are: shapes cannot be moved, and need not be."""
     before = nn.Module.to
-    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 def method_of(kind: str, asked: argparse.Namespace) -> Any:
     """The method's section."""
-    from finetune.config import FullMethod, LoraMethod, PTuningV2Method
+    from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 
     if kind == "lora":
         return LoraMethod(rank=asked.rank, dropout=asked.dropout)

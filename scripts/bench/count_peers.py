@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.config import FullMethod, LoraMethod, Method, PTuningV2Method
+from finetune.config.schema import FullMethod, LoraMethod, Method, PTuningV2Method
 from finetune.planning.step import Subject
 from finetune.planning.subjects import made_in, nothing_moves, ready
 
