@@ -232,4 +232,10 @@ def _launches(args: tuple[Any, ...]) -> int:
         return 1
     elements = sum(tensor.numel() for tensor in lists[0])
     depth = min(max(len(lists), 1), 5)
-    return max(-(-len(lists[0]) // _PER_LAUNCH[depth]), -(-elements // _ELEMENTS_PER_LAUNCH), 1)
+    return int(
+        max(
+            -(-len(lists[0]) // _PER_LAUNCH[depth]),
+            -(-elements // _ELEMENTS_PER_LAUNCH),
+            1,
+        )
+    )
