@@ -28,6 +28,7 @@ PLAIN_PROGRESS_SECONDS = 5.0
 """In a log file a progress line appears at most this often."""
 
 _redirected = False
+_warned: set[str] = set()
 _outlives_its_log = False
 
 
@@ -62,6 +63,13 @@ def warn(text: str) -> None:
         _rich(stderr=True).print(line, soft_wrap=True)
     else:
         _write(sys.stderr, f"warning: {text}")
+
+
+def warn_once(text: str) -> None:
+    """The same, but a text that was said before is not repeated."""
+    if text not in _warned:
+        _warned.add(text)
+        warn(text)
 
 
 def error(text: str) -> None:

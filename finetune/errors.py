@@ -50,7 +50,7 @@ class OutOfMemoryError(FinetuneError):
 
 
 class SpaceError(CheckpointError):
-    """The disk has no room for a checkpoint; what was there before is untouched."""
+    """The disk has no room for an output or cannot be written; what was there before is untouched."""
 
     exit_code = 6
 
@@ -63,10 +63,14 @@ class ProcessError(FinetuneError):
         self.exit_code = exit_code
 
 
-class RunDirectoryInUseError(FinetuneError):
-    """Another live process writes to the run directory."""
+class OutputInUseError(FinetuneError):
+    """Another live process writes the same output."""
 
     exit_code = 7
+
+
+class RunDirectoryInUseError(OutputInUseError):
+    """Another live process writes to the run directory."""
 
 
 # As torch (C++), safetensors (Rust), CUDA's libraries and the C library word it.

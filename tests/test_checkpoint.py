@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune.artifacts import checkpoint
-from finetune.errors import CheckpointError, SpaceError
+from finetune.errors import CheckpointError, OutputInUseError, SpaceError
 from finetune.storage import folders
 
 CONTENT = {
@@ -187,7 +187,7 @@ def test_saving_over_a_checkpoint_needs_saying_so(run: Path) -> None:
 def test_two_processes_cannot_stage_the_same_folder(run: Path) -> None:
     with folders.staged(run / "out") as stage:
         (stage / "a").write_text("first")
-        with pytest.raises(CheckpointError, match="another process is writing"):
+        with pytest.raises(OutputInUseError, match="another process is writing"):
             folders.open_stage(run / "out")
         assert folders.clean(run) == []
     assert (run / "out/a").read_text() == "first"

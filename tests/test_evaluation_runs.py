@@ -17,7 +17,7 @@ import tiny
 import torch
 from rows import Rows, read_rows, turns, write_rows
 
-from finetune.errors import ConfigError, DataError, ModelError, RunDirectoryInUseError
+from finetune.errors import ConfigError, DataError, ModelError, OutputInUseError
 from finetune.evaluation import asking, job, store
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.targets import find_targets
@@ -271,7 +271,7 @@ def test_one_process_evaluates_a_model_at_a_time(
         assert holder.stdout is not None
         holder.stdout.readline()
         try:
-            with pytest.raises(RunDirectoryInUseError, match="another process evaluates"):
+            with pytest.raises(OutputInUseError, match="another process evaluates"):
                 evaluate(checkpoints(place)[0], output=tmp_path, changes=GENERATE)
         finally:
             holder.kill()

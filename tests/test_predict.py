@@ -28,6 +28,7 @@ from finetune.generation import generate as generation
 from finetune.generation import predict as prediction
 from finetune.generation.load import open_model
 from finetune.generation.predict import PredictOptions, as_reply, predict, reply_messages
+from finetune.storage.journal import ResumableOutput
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +120,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
     def num_lines() -> int:
         return part.read_bytes().count(b"\n") if part.exists() else 0
 
-    append = prediction.Journal.append
+    append = ResumableOutput.append
 
-    def slow_append(journal: prediction.Journal, rows: Any) -> None:
+    def slow_append(journal: ResumableOutput, rows: Any) -> None:
         append(journal, rows)
         time.sleep(0.2)
 
     for lines in (2, 4, 8):
         if (child := os.fork()) == 0:
-            monkeypatch.setattr(prediction.Journal, "append", slow_append)
+            monkeypatch.setattr(ResumableOutput, "append", slow_append)
             predict(str(tiny_glm), [str(source)], out, options=OPTIONS)
             os._exit(0)
         while num_lines() < lines:
@@ -269,7 +270,7 @@ def test_lines_of_another_request_are_not_kept(
     source = write_rows(tmp_path / "in.jsonl", dialogues(4))
     out = tmp_path / "out.jsonl"
     monkeypatch.setattr(prediction, "BATCHES_PER_WINDOW", 1)
-    monkeypatch.setattr(prediction.Journal, "finish", lambda journal: None)
+    monkeypatch.setattr(ResumableOutput, "finish", lambda journal: None)
     predict(str(tiny_glm), [str(source)], out, options=OPTIONS)
     first = read_rows(tmp_path / "out.jsonl.part")
     longer = PredictOptions(max_new_tokens=9, batch_size=2)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import CheckpointError
-from finetune.storage.folders import delete, write_file
+from finetune.storage.files import write_file
+from finetune.storage.folders import delete
 from finetune.storage.manifest import verify
 
 BEST = "best.json"

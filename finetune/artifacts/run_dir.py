@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +11,8 @@ from typing import Any
 from finetune.artifacts import checkpoint
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.storage import folders
+from finetune.storage.files import kind_of, write_file
+from finetune.storage.lock import Lock, holder, this_process, try_lock
 
 LOCK = ".lock"
 CONFIG = "config.yaml"
@@ -24,12 +22,11 @@ DATA = "data.json"
 class RunDirectory:
     """A run's folder; open it with ``RunDirectory.open`` and use it as a context manager."""
 
-    def __init__(self, path: Path, lock: int = -1, cleaned: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, lock: Lock | None = None, cleaned: tuple[str, ...] = ()) -> None:
         self.path = path
         self.cleaned = cleaned
         """What an interrupted run had left behind and was tidied away, one sentence each."""
         self._lock = lock
-        _OPEN.add(self)
 
     @classmethod
     def open(cls, path: str | Path, *, leader: bool = True) -> RunDirectory:
@@ -51,9 +48,10 @@ class RunDirectory:
                 f"({reason}); choose a folder that can be written"
             ) from error
         try:
+            _refuse_odd_files(path)
             return cls(path, lock, tuple(folders.clean(path)))
         except BaseException:
-            os.close(lock)
+            lock.release()
             raise
 
     def checkpoints(self) -> list[Path]:
@@ -66,20 +64,19 @@ class RunDirectory:
 
     def write_config(self, text: str) -> Path:
         """The resolved config as the first file of a run."""
-        folders.write_file(self.path / CONFIG, text)
+        write_file(self.path / CONFIG, text)
         return self.path / CONFIG
 
     def write_data(self, counts: Mapping[str, Any]) -> Path:
         """What became of the data's rows, for reports."""
         text = json.dumps(counts, ensure_ascii=False, indent=1)
-        folders.write_file(self.path / DATA, text + "\n")
+        write_file(self.path / DATA, text + "\n")
         return self.path / DATA
 
     def close(self) -> None:
         """Let other runs have the folder."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -93,33 +90,24 @@ class RunDirectory:
         self.close()
 
 
-def _lock(file: Path, run_dir: Path) -> int:
-    """A descriptor that holds the lock; it is released by closing it or by the process's end."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 512, 0).decode("utf-8", "replace").strip()
-        os.close(descriptor)
+def _lock(file: Path, run_dir: Path) -> Lock:
+    """The lock on the folder; it is released by `release` or by the process's end."""
+    lock = try_lock(file)
+    if lock is None:
         raise RunDirectoryInUseError(
-            f"{run_dir} is in use by {holder or 'another process'}; "
+            f"{run_dir} is in use by {holder(file)}; "
             "wait for it, stop it, or choose another training.output_dir"
-        ) from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+        )
+    lock.note(f"{this_process()}\n")
+    return lock
 
 
-_OPEN: weakref.WeakSet[RunDirectory] = weakref.WeakSet()
-
-
-def _release_in_child() -> None:
-    # A forked loader worker shares the lock and could outlive a killed run.
-    for directory in _OPEN:
-        directory.close()
-
-
-os.register_at_fork(after_in_child=_release_in_child)
+def _refuse_odd_files(run_dir: Path) -> None:
+    """ConfigError for a link, a device or the like where the run will write a file."""
+    for path in run_dir.iterdir():
+        kind = kind_of(path)
+        if kind not in ("", "a folder") and path.name.endswith((".json", ".jsonl", ".yaml")):
+            raise ConfigError(
+                f"training.output_dir: {path} is {kind}, and a run would write there; remove it, or "
+                "choose another folder"
+            )

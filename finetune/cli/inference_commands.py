@@ -10,7 +10,7 @@ import typer
 from finetune import console
 from finetune.cli.data_commands import Json
 from finetune.cli.export_commands import Base
-from finetune.cli.inputs import check_output_file, model_in
+from finetune.cli.inputs import Overwrite, check_output_file, model_in
 
 using_app = typer.Typer()
 
@@ -38,6 +38,7 @@ def predict(
         Literal["transformers", "vllm"],
         typer.Option(help="Who generates; vllm has an environment of its own."),
     ] = "transformers",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write replies to the dialogues of a file.
@@ -51,7 +52,7 @@ def predict(
         from finetune.generation.predict import predict as run
 
         options = PredictOptions(max_new_tokens, batch_size, backend)
-        emit(run(target, data, output, base=base, options=options))
+        emit(run(target, data, output, base=base, options=options, overwrite=overwrite))
 
 
 @using_app.command()

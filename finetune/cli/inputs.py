@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from finetune import console
 from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
@@ -13,6 +15,12 @@ from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
 if TYPE_CHECKING:
     from finetune.config.load import Loaded
     from finetune.config.schema import DataSection
+
+
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace a file that this program did not write, too."),
+]
 
 
 def check_inputs(loaded: Loaded) -> None:
@@ -54,7 +62,7 @@ def model_in(target: str) -> str:
 def models_in(targets: Sequence[str]) -> list[str]:
     """What `targets` mean for an evaluation: of a run, all its good checkpoints, oldest first."""
     from finetune.artifacts.checkpoint import checkpoints
-    from finetune.storage.folders import verify
+    from finetune.storage.manifest import verify
 
     found = []
     for target in targets:
@@ -96,15 +104,13 @@ def _is_local(path: str) -> bool:
 
 def check_output_file(output: Path) -> None:
     """Raises ConfigError unless a file of this name, with an ending more, can be written."""
-    beside = output.with_name(f"{output.name}.part.json")
     try:
         if output.is_dir():
             raise ConfigError(f"--output: {output} is a folder; name a file")
         output.parent.mkdir(parents=True, exist_ok=True)
-        was_there = beside.exists()
-        beside.open("a").close()
-        if not was_there:
-            beside.unlink()
+        output.with_name(f"{output.name}.part.json").exists()  # its name may be too long
+        if not os.access(output.parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"--output: {output} cannot be written (its folder is read-only)")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"--output: {output} cannot be written ({reason})") from error

@@ -21,8 +21,8 @@ from finetune.evaluation.slices import SLICES
 from finetune.evaluation.table import LossTable, ReplyTable, Score
 from finetune.evaluation.targets import Target
 from finetune.evaluation.versions import GENERATING, SCORING, versions
-from finetune.storage.cache import file_digest, key_of
-from finetune.storage.files import whole_file
+from finetune.storage.cache import key_of
+from finetune.storage.files import file_digest, whole_file
 
 FILE = "evaluation.json"
 LOSSES = {"loss": ("loss", "perplexity"), "general_loss": ("general_loss",)}

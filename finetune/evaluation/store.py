@@ -14,11 +14,9 @@ on where things lie, except the data's path, which stands in every row.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +25,13 @@ import numpy.typing as npt
 
 from finetune.artifacts.weights import model_fingerprint
 from finetune.data.reading.files import expand
-from finetune.errors import RunDirectoryInUseError
-from finetune.evaluation.answers import Answer
+from finetune.errors import OutputInUseError
+from finetune.evaluation.answers import Answer, answer_of
 from finetune.evaluation.targets import ADAPTER, base_recorded
-from finetune.storage.cache import default_root, file_digest, key_of
-from finetune.storage.files import json_line, whole_file
+from finetune.storage import folders, journal
+from finetune.storage.cache import default_root, key_of
+from finetune.storage.files import file_digest, json_line, whole_binary, write_file
+from finetune.storage.lock import try_lock
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Reply
@@ -62,35 +62,23 @@ class Results:
     def locked(self) -> Iterator[None]:
         """Holds the folder against another evaluation of the same; ends with the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunDirectoryInUseError(
-                    f"another process evaluates the same model on the same data at this moment "
-                    f"({self.folder}); wait for it, its results will be used"
-                ) from None
+        lock = try_lock(self.folder / ".lock")
+        if lock is None:
+            raise OutputInUseError(
+                f"another process evaluates the same model on the same data at this moment "
+                f"({self.folder}); wait for it, its results will be used"
+            )
+        with lock:
+            folders.sweep(self.folder)
             yield
 
     def num_kept(self, window: int) -> int:
         """Answers of an earlier attempt, whole windows of `window` only; what is torn is cut off."""
-        if not self._part.is_file():
-            return 0
-        ends = [0]
-        with self._part.open("rb+") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    ends.append(ends[-1] + len(line))
-            kept = (len(ends) - 1) // window * window
-            file.truncate(ends[kept])
-        return kept
+        return len(journal.recover(self._part, _is_whole, multiple=window))
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Adds a window; it is on the disk when this returns."""
-        with self._part.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(json_line(answer.row) for answer in answers)
-            file.flush()
-            os.fsync(file.fileno())
+        journal.append(self._part, (answer.row for answer in answers))
 
     def log(self, window: int) -> WindowLog:
         """Finished groups of the window that begins with answer number `window`."""
@@ -98,9 +86,8 @@ class Results:
 
     def write_losses(self, name: str, losses: npt.NDArray[Any], weights: npt.NDArray[Any]) -> None:
         """Keeps sums per example under a name."""
-        part = self.folder / f".{name}.part.npz"
-        np.savez(part, losses=losses, weights=weights)
-        part.replace(self.folder / f"{name}.npz")
+        with whole_binary(self.folder / f"{name}.npz") as file:
+            np.savez(file, losses=losses, weights=weights)
 
     def losses(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
         """What `write_losses` kept."""
@@ -119,15 +106,13 @@ class Results:
 
     def write_note(self, name: str, value: Any) -> None:
         """Keeps a value under a name."""
-        with whole_file(self.folder / f"{name}.json") as file:
-            file.write(json_line(value))
+        write_file(self.folder / f"{name}.json", json_line(value))
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Makes the results whole."""
         self._part.touch()
         self._part.replace(self.answers)
-        with whole_file(self._done) as file:
-            file.write(json_line(facts))
+        write_file(self._done, json_line(facts))
 
 
 class WindowLog:
@@ -150,10 +135,7 @@ class WindowLog:
         from finetune.distributed.map_batches import place
 
         line = {"group": number, "replies": [[one.index, one.ids, one.stopped] for one in group]}
-        with (self._folder / f"{self._name}{place()[0]}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json_line(line))
-            file.flush()
-            os.fsync(file.fileno())
+        journal.append(self._folder / f"{self._name}{place()[0]}.jsonl", [line])
 
     def forget(self) -> None:
         """Called when the window itself is on the disk."""
@@ -169,13 +151,16 @@ class WindowLog:
 
         found = {}
         for file in sorted(self._folder.glob(f"{self._name}*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # the line that a kill tore
-                    row = json.loads(line)
-                    found[row["group"]] = [
-                        Reply(index, tuple(ids), stopped) for index, ids, stopped in row["replies"]
-                    ]
+            for row in journal.rows(file):
+                found[row["group"]] = [
+                    Reply(index, tuple(ids), stopped) for index, ids, stopped in row["replies"]
+                ]
         return found
+
+
+def _is_whole(row: Any) -> bool:
+    """True for an answer; KeyError or TypeError for anything else."""
+    return bool(answer_of(row).where)
 
 
 def model_key(path: str, base: str | None) -> dict[str, Any] | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,9 @@ from finetune.data.reading.files import expand
 from finetune.data.reading.sources import BESIDE, Images, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.generation.stream import FUNCTION_NAME
-from finetune.storage.files import json_line
+from finetune.storage.files import file_digest
+from finetune.storage.journal import ResumableOutput, rows
+from finetune.storage.outputs import SeenFiles, check_output
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 Backend = Literal["transformers", "vllm"]
 
+HASHED_WHOLE = 256 << 20
+"""Bytes up to which a file of the model is told from another one by its content."""
 BATCHES_PER_WINDOW = 32
 """Batches that are sorted by length together and written together."""
 
@@ -66,6 +71,8 @@ class _Work(NamedTuple):
     template: ChatTemplate
     lengths: Sequence[int]
     """Tokens of every prompt."""
+    seen: SeenFiles
+    """The data and its images, as they were when the prompts were counted."""
 
 
 def predict(
@@ -75,32 +82,43 @@ def predict(
     *,
     base: str | None = None,
     options: PredictOptions = PredictOptions(),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes the model's reply to every dialogue of `data` to `output`; returns counts.
 
     Args:
         target: what `open_model` opens.
         data: files, globs or folders of dialogues; a reply at a dialogue's end is left out.
-        output: a JSONL file; replaced only when all of it is there.
+        output: a JSONL file; takes its name only when all of it is there.
         base: the adapter's base where its own record is out of date.
         options: how replies are generated.
+        overwrite: whether `output` may be a file that this program did not write.
 
     Raises:
-        ConfigError: the backend is not installed.
-        DataError: rows are no dialogues, or leave no room for a reply; before anything is generated.
+        ConfigError: the backend is not installed, or `output` may not be written.
+        DataError: rows are no dialogues, or leave no room for a reply, before anything is generated;
+            or the data changed meanwhile.
         ModelError: `target` cannot be opened.
+        OutputInUseError: another process writes `output`.
     """
     from finetune.distributed.map_batches import joined_processes
     from finetune.generation.load import open_template
 
+    read = [*_files(data), *(path for path in map(Path, data) if path.is_dir())]
+    inputs = [*read, *_files_of(target), *(_files_of(base) if base else [])]
+    check_output(output, inputs, overwrite=overwrite, is_ours=_is_output)
     template = open_template(target, base=base)
-    lengths = _prompt_lengths(data, template)  # reads every row once, so that bad ones show now
-    work = _Work(target, data, base, options, template, lengths)
-    journal = Journal(output, _identity(target, data, base, options))
-    if options.backend == "vllm":
-        return _answer_all(work, journal, _by_vllm(work))
-    with joined_processes():
-        return _answer_all(work, journal, _by_transformers(work))
+    # Reads every row once, so that bad ones show now.
+    lengths, images = _prompt_lengths(data, template)
+    seen = SeenFiles.of([*_files(data), *images])
+    work = _Work(target, data, base, options, template, lengths, seen)
+    identity = _identity(work)
+    journal = ResumableOutput(output, identity, overwrite=overwrite)
+    with closing(journal):
+        if options.backend == "vllm":
+            return _answer_all(work, journal, _by_vllm(work))
+        with joined_processes():
+            return _answer_all(work, journal, _by_transformers(work))
 
 
 def _by_transformers(work: _Work) -> Answer:
@@ -184,58 +202,12 @@ def message_json(message: Message) -> dict[str, Any]:
     return plain
 
 
-class Journal:
-    """The lines so far, kept in `<output>.part` until all are there.
-
-    The first process reads and writes; `<output>.part.json` says what the lines answer to.
-    """
-
-    def __init__(self, output: Path, identity: str) -> None:
-        self.output = output
-        self.part = output.with_name(output.name + ".part")
-        self._label = output.with_name(output.name + ".part.json")
-        self._identity = identity
-
-    def open(self) -> list[bool]:
-        """Whether each reply stopped, of the lines that are there and belong to this very command."""
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            known = json.loads(self._label.read_text(encoding="utf-8"))["identity"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            known = None
-        if known != self._identity or not self.part.is_file():
-            self.part.write_bytes(b"")
-            self._label.write_text(json_line({"identity": self._identity}), encoding="utf-8")
-            return []
-        stopped, whole = [], 0
-        with self.part.open("rb+") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                stopped.append(bool(json.loads(line)["stopped"]))
-                whole += len(line)
-            file.truncate(whole)
-        return stopped
-
-    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds lines; they are on the disk when this returns."""
-        with self.part.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(map(json_line, rows))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def finish(self) -> None:
-        """Gives the file its name."""
-        self.part.replace(self.output)
-        self._label.unlink()
-
-
-def _answer_all(work: _Work, journal: Journal, answer: Answer) -> dict[str, Any]:
+def _answer_all(work: _Work, journal: ResumableOutput, answer: Answer) -> dict[str, Any]:
     from finetune.distributed.map_batches import from_the_first, place
 
     total, options, template = len(work.lengths), work.options, work.template
     leads = place()[0] == 0
-    stopped = from_the_first(journal.open if leads else None)
+    stopped = from_the_first(partial(journal.open, _stopped) if leads else None)
     if stopped:
         console.say(
             f"{len(stopped)} of {total} dialogues are answered already; going on behind them"
@@ -250,6 +222,7 @@ def _answer_all(work: _Work, journal: Journal, answer: Answer) -> dict[str, Any]
         if total > len(stopped):
             console.say(f"{len(stopped)} of {total} dialogues answered")
     if leads:
+        work.seen.check([*_files(work.data), *work.seen.states], "they were answered")
         journal.finish()
     cut = stopped.count(False)
     console.say(
@@ -257,6 +230,10 @@ def _answer_all(work: _Work, journal: Journal, answer: Answer) -> dict[str, Any]
         + (f"; {cut} were cut at {options.max_new_tokens} tokens" if cut else "")
     )
     return {"output": str(journal.output), "replies": total, "cut": cut}
+
+
+def _stopped(row: Mapping[str, Any]) -> bool:
+    return bool(row["stopped"])
 
 
 def _row(question: Question, reply: Reply, template: ChatTemplate) -> dict[str, Any]:
@@ -291,18 +268,43 @@ def _questions(data: Sequence[str], images: Images = BESIDE) -> Iterator[Questio
         yield Question(conversation, end)
 
 
-def _prompt_lengths(data: Sequence[str], template: ChatTemplate) -> list[int]:
+def _prompt_lengths(data: Sequence[str], template: ChatTemplate) -> tuple[list[int], list[Path]]:
+    """Tokens of every prompt, and the images that prompts show."""
     lengths: list[int] = []
+    images: dict[str, None] = {}
     questions = _questions(data, Images(check=True))
     while batch := list(islice(questions, 1000)):
         lengths += map(len, template.prompts(batch))
-    return lengths
+        messages = (message for question in batch for message in question.conversation.messages)
+        images |= dict.fromkeys(message.image for message in messages if message.image)
+    return lengths, [Path(image) for image in images]
 
 
-def _identity(target: str, data: Sequence[str], base: str | None, options: PredictOptions) -> str:
+def _identity(work: _Work) -> str:
     """Changes when the same command would give other lines."""
-    files = [file for path in data for file in expand(path)]
-    if (folder := Path(target)).is_dir():
-        files += sorted(file for file in folder.iterdir() if file.is_file())
-    stated = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((target, base, options, stated)).encode()).hexdigest()
+    model = []
+    for file in _files_of(work.target):
+        found = file.stat()
+        is_small = found.st_size <= HASHED_WHOLE
+        model.append(
+            (str(file), file_digest(file) if is_small else found.st_mtime_ns, found.st_size)
+        )
+    data = [(str(file), *state) for file, state in work.seen.states.items()]
+    stated = (work.target, work.base, work.options, model, data)
+    return hashlib.sha256(repr(stated).encode()).hexdigest()
+
+
+def _files(data: Sequence[str]) -> list[Path]:
+    return [file for path in data for file in expand(path)]
+
+
+def _files_of(target: str) -> list[Path]:
+    """The files of a model folder; none for a hub id."""
+    folder = Path(target)
+    return sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+
+
+def _is_output(file: Path) -> bool:
+    """Whether an earlier call wrote this file."""
+    row = next(rows(file), None)
+    return isinstance(row, dict) and {"where", "messages", "stopped"} <= set(row)

@@ -15,6 +15,7 @@ from finetune.report.charts import Series
 from finetune.report.folder import Evaluation, read_evaluation
 from finetune.report.page import colours_of, edges_of, loss_curves, metric_series, runs_of
 from finetune.report.page_data import Content, read_content
+from finetune.storage.files import staged_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,5 +179,6 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
     for file in files:
         metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
-        figure.savefig(file, metadata=metadata)
+        with staged_file(file) as part:
+            figure.savefig(part, format=file.suffix[1:], metadata=metadata)
     return files

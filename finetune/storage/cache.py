@@ -1,19 +1,17 @@
 """Tokenised data between runs: whole entries under the hash of what made them, or nothing.
 
-An entry is the folder `<root>/<key>/` with the builder's files and, written last, `manifest.json`
-with their sizes and SHA-256. It is built in a hidden folder beside it, fsynced and renamed, so a
-crash leaves no entry; an entry that no longer matches its manifest is built again. One process
-builds, the others wait on a file lock: no torch.distributed is needed, and a killed holder frees it.
+An entry is the sealed folder `<root>/<key>/` with the builder's files; one that no longer matches its
+manifest is built again. One process builds, the others wait on a lock: no torch.distributed is needed,
+and a killed holder frees it.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune import console
-from finetune.errors import DataError
+from finetune.errors import DataError, SpaceError
+from finetune.storage import folders
+from finetune.storage.lock import Lock, is_held, try_lock
+from finetune.storage.manifest import recorded, seal, verify
 
-MANIFEST = "manifest.json"
 _POLL_SECONDS = 0.05
 _QUIET_SECONDS = 1.0
 """How long a lock is waited for before the wait is mentioned."""
@@ -42,18 +42,19 @@ class Entry:
 
 
 def default_root() -> Path:
-    """`$FINETUNE_CACHE`, else `~/.cache/glm4-finetune`."""
-    configured = os.environ.get("FINETUNE_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "glm4-finetune"
+    """`$FINETUNE_CACHE`, else `~/.cache/glm4-finetune`, else a private folder for temporary files.
 
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces (about 1 GB/s)."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    The last one serves a user without a home, such as one that a container was told by number only.
+    """
+    if configured := os.environ.get("FINETUNE_CACHE"):
+        return Path(configured)
+    try:
+        usual = Path.home() / ".cache" / "glm4-finetune"
+    except RuntimeError:  # neither HOME nor an entry in the user database
+        return private_folder("there is no home folder")
+    if not _can_be_made(usual):
+        return private_folder(f"{usual} cannot be written")
+    return usual
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -65,150 +66,110 @@ def key_of(parts: Mapping[str, Any]) -> str:
 def open_or_build(root: Path, key: str, build: Callable[[Path], Mapping[str, Any]]) -> Entry:
     """The entry of `key`, built by `build(staging folder)` when it is absent or damaged.
 
-    `build` writes its files flat into the folder and returns JSON-able facts for the manifest.
+    `build` writes its files into the folder and returns JSON-able facts for the manifest.
     """
-    folder = root / key
-    if not _damage(folder):
-        return _read(folder)
-    _leave_to_the_first_rank(folder, _lock_path(root, key))
-    with _locked(_lock_path(root, key), f"tokenised data {folder}"):
-        damage = _damage(folder)
-        if not damage:  # built by another process while this one waited
-            return _read(folder)
-        if folder.exists():
-            console.warn(f"tokenised data {folder} is damaged ({damage}); preparing it again")
-            shutil.rmtree(folder)
-        _build(root, key, build)
-    return _read(folder)
+    folder, lock = root / key, root / f"{key}.lock"
+    if not folder.is_dir() or verify(folder):
+        with _explained(root):
+            root.mkdir(parents=True, exist_ok=True)
+        _wait_for_first_rank(folder, lock)
+        with _locked(lock, f"tokenised data {folder}"):
+            _build_missing(folder, build)
+    return Entry(folder, recorded(folder).facts)
 
 
-def _build(root: Path, key: str, build: Callable[[Path], Mapping[str, Any]]) -> None:
-    for leftover in root.glob(f".{key}.*"):  # of a killed builder: the lock is ours
-        shutil.rmtree(leftover)
-    staging = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=root))
-    try:
-        facts = build(staging)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            for path in sorted(staging.iterdir())
-        }
-        manifest = staging / MANIFEST
-        manifest.write_text(
-            json.dumps({"files": files, "facts": facts}, ensure_ascii=False, indent=1),
-            encoding="utf-8",
+def _build_missing(folder: Path, build: Callable[[Path], Mapping[str, Any]]) -> None:
+    if folder.is_dir():
+        problems = verify(folder)
+        if not problems:  # built by another process while this one waited
+            return
+        console.warn(
+            f"tokenised data {folder} is damaged ({'; '.join(problems)}); preparing it again"
         )
-        for path in [*staging.iterdir(), staging]:
-            _fsync(path)
-        staging.rename(root / key)
-        _fsync(root)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"{root}: no space left for tokenised data; make room, or set data.cache_dir or "
-                "FINETUNE_CACHE to a folder on another disk"
-            ) from error
-        raise
-
-
-def _damage(folder: Path) -> str:
-    """Why the entry cannot be used; empty when it is whole."""
+        shutil.rmtree(folder)
+    folders.sweep(folder.parent)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-        for name, stated in files:
-            if (size := (folder / name).stat().st_size) != stated["bytes"]:
-                return f"{name} has {size} bytes, {stated['bytes']} were written"
-        for name, stated in files:
-            if file_digest(folder / name) != stated["sha256"]:
-                return f"the content of {name} has changed"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+        with folders.staged(folder) as stage:
+            facts = build(stage)
+            seal(stage, facts=facts)
+    except SpaceError as error:
+        raise DataError(
+            f"{folder.parent}: no space left for tokenised data ({error}); make room, or set "
+            "data.cache_dir or FINETUNE_CACHE to a folder on another disk"
+        ) from error
+
+
+@contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    """DataError naming the option for a folder that cannot be written."""
+    try:
+        yield
     except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not readable"
-    return ""
-
-
-def _read(folder: Path) -> Entry:
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return Entry(folder, manifest["facts"])
-
-
-def _lock_path(root: Path, key: str) -> Path:
-    return root / f"{key}.lock"
+        raise DataError(
+            f"{root}: cannot keep tokenised data here ({error.strerror}); "
+            "set data.cache_dir or FINETUNE_CACHE to a folder that you can write to"
+        ) from error
 
 
 @contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
     """Holds an exclusive lock on `path`; says so once when it has to wait for it."""
-    handle = _open_lock(path)
-    try:
-        started, said = time.monotonic(), False
-        while not _try_lock(handle, fcntl.LOCK_EX, path):
-            if not said and time.monotonic() - started > _QUIET_SECONDS:
-                console.say(f"waiting for another process that is preparing {what}")
-                said = True
-            time.sleep(_POLL_SECONDS)
+    started, said = time.monotonic(), False
+    while (lock := _try_lock(path)) is None:
+        if not said and time.monotonic() - started > _QUIET_SECONDS:
+            console.say(f"waiting for another process that is preparing {what}")
+            said = True
+        time.sleep(_POLL_SECONDS)
+    with lock:
         yield
-    finally:
-        os.close(handle)
 
 
-def _leave_to_the_first_rank(folder: Path, lock: Path) -> None:
-    """On ranks but the first of a machine: returns when the work is begun, done, or nobody came."""
+def _try_lock(path: Path) -> Lock | None:
+    with _explained(path.parent):
+        return try_lock(path)
+
+
+def _wait_for_first_rank(folder: Path, lock: Path) -> None:
+    """On the other ranks of a machine: until the first one builds or has built, a minute at most."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return
-    handle = _open_lock(lock)
-    try:
-        deadline = time.monotonic() + _RANK_0_HEAD_START_SECONDS
-        before = _identity(folder)  # of a damaged entry, which the first rank replaces
-        while time.monotonic() < deadline and _identity(folder) == before:
-            if not _try_lock(handle, fcntl.LOCK_SH, lock):
-                return
-            fcntl.flock(handle, fcntl.LOCK_UN)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        os.close(handle)
+    deadline = time.monotonic() + _RANK_0_HEAD_START_SECONDS
+    before = _identity(folder)  # of a damaged entry, which the first rank replaces
+    while time.monotonic() < deadline and _identity(folder) == before and not is_held(lock):
+        time.sleep(_POLL_SECONDS)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
     """Another value once the folder is another one; None while there is none."""
     try:
-        stat = folder.stat()
+        found = folder.stat()
     except OSError:
         return None
-    return stat.st_ino, stat.st_mtime_ns
+    return found.st_ino, found.st_mtime_ns
 
 
-def _open_lock(path: Path) -> int:
+def _can_be_made(folder: Path) -> bool:
+    """Whether a folder is there and can be written, or can be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def private_folder(reason: str) -> Path:
+    """A folder of this user for temporary files; DataError when somebody else could write there."""
+    owner = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"glm4-finetune-{owner}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
     except OSError as error:
         raise DataError(
-            f"{path.parent}: cannot keep tokenised data here ({error.strerror}); "
-            "set data.cache_dir or FINETUNE_CACHE to a folder that you can write to"
+            f"there is no folder for the cache ({reason}, {folder}: {error.strerror}); "
+            "set FINETUNE_CACHE to one that you can write to"
         ) from error
-
-
-def _try_lock(handle: int, kind: int, path: Path) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner or found.st_mode & 0o022:
         raise DataError(
-            f"{path}: this file system has no file locks ({error.strerror}); "
-            "set data.cache_dir or FINETUNE_CACHE to a folder on another one"
-        ) from error
-    return True
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            f"there is no folder for the cache ({reason}, and others may write to {folder}); "
+            "set FINETUNE_CACHE to one of your own"
+        )
+    console.warn_once(f"{reason}: the cache is kept in {folder}; FINETUNE_CACHE names another")
+    return folder

@@ -1,13 +1,40 @@
-"""Single files that are whole or absent, and the lines of JSONL."""
+"""Single files that are whole or absent, durable once they have their name.
+
+A file is written under a temporary name beside its place, `.staging-NAME.RANDOM`, which its writer
+keeps locked: what a killed writer left behind is told by a lock that nobody holds, and swept away.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
+
+from finetune import console
+from finetune.errors import ConfigError
+from finetune.storage.lock import is_held, try_lock
+
+STAGING = ".staging-"
+_LONGEST_NAME = 200  # bytes; file systems end at 255, and the temporary name is longer
+# `.NAME.PID.part` and `tmpRANDOM` are what earlier versions wrote.
+_OLD_STAGING = re.compile(r"\..+\.\d+\.part")
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def json_line(value: Any) -> str:
@@ -15,16 +42,123 @@ def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces (about 1 GB/s)."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def kind_of(path: Path) -> str:
+    """`a link`, `a device` and so on; empty for a regular file and for a free name."""
+    try:
+        mode = stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return ""
+    return "" if mode == stat.S_IFREG else _KINDS.get(mode, "no regular file")
+
+
+def refuse_odd(path: Path) -> None:
+    """ConfigError when `path` is anything but a regular file or a free name.
+
+    A rename would put a file in the place of a device, a pipe or a link.
+    """
+    if kind := kind_of(path):
+        leads = f" to {path.readlink()}; name the file itself" if kind == "a link" else ""
+        raise ConfigError(
+            f"{path} is {kind}{leads}; an output must be a regular file or a new name"
+        )
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block writes there becomes `path`, synced, at its end.
+
+    For libraries that write to a path. Raises ConfigError when `path` is a link, a device or the like.
+    """
+    refuse_odd(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, lock = _new_part(path)
+    try:
+        yield part
+        _sync(part)
+        part.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        with suppress(OSError):  # what cannot be removed now is swept at the next start
+            part.unlink(missing_ok=True)
+        lock.release()
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
     """A text file that takes its name only once all of it is written and synced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with staged_file(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+@contextmanager
+def whole_binary(path: Path) -> Iterator[BinaryIO]:
+    """The same for bytes."""
+    with staged_file(path) as part, part.open("wb") as file:
+        yield file
+
+
+def write_file(path: Path, text: str) -> None:
+    """`path` with `text`, whole or as it was before, even through a crash."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def sweep(folder: Path) -> list[str]:
+    """Removes temporary files that no live process writes; returns their names."""
+    removed = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        ours = path.name.startswith(STAGING) or _OLD_STAGING.fullmatch(path.name)
+        if not ours or path.is_symlink() or not path.is_file() or is_held(path):
+            continue
+        with suppress(OSError):  # of another user, or gone meanwhile
+            path.unlink()
+            removed.append(path.name)
+    return removed
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` survive a power cut, where the file system can.
+
+    Some network and FUSE file systems cannot sync a folder; that is said once.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        console.warn_once(
+            f"{folder}: this file system cannot force names to the disk ({error.strerror}); a power "
+            "cut may undo the last save"
+        )
     finally:
-        part.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _new_part(path: Path) -> tuple[Path, Any]:
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    while True:
+        part = path.with_name(f"{STAGING}{name}.{secrets.token_hex(4)}")
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        # A sweep that came between takes the file away: then another name is tried.
+        if (lock := try_lock(part, make=False)) is not None:
+            return part, lock

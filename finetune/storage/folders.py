@@ -14,32 +14,29 @@ later can tell a whole folder from a torn one. No torch here.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
-from finetune.console import NO_SPACE
-from finetune.errors import CheckpointError, SpaceError
+from finetune.errors import CheckpointError, ConfigError, OutputInUseError, SpaceError
+from finetune.storage import files
+from finetune.storage.disk import is_disk_error, is_out_of_space
+from finetune.storage.files import STAGING, file_digest, fsync_folder, refuse_odd
+from finetune.storage.lock import Lock, is_held, try_lock
 from finetune.storage.manifest import MANIFEST as MANIFEST
-from finetune.storage.manifest import fsync_folder, recorded_files, walk
+from finetune.storage.manifest import recorded, walk
 from finetune.storage.manifest import seal as seal
 from finetune.storage.manifest import verify as verify
 
-STAGING, REPLACED, TRASH = ".staging-", ".replaced-", ".trash-"
+REPLACED, TRASH, READY = ".replaced-", ".trash-", ".ready-files"
 
 FINE, NO_ROOM, FAILED = 0, 1, 2
 """How a process fared in a part of a save; the worst of all processes counts."""
-
-# How safetensors (Rust) and torch.save (C++) word a full disk; neither raises OSError.
-_NO_SPACE_TEXT = re.compile(
-    r"os error (28|122|27)\b|No space left|File too large|quota exceeded"
-    r"|PytorchStreamWriter failed|unexpected pos|iostream error",
-    re.IGNORECASE,
-)
 
 
 @contextmanager
@@ -57,7 +54,8 @@ def staged(
     nowhere, and for want of space everywhere alike.
     ``replace`` allows a folder of that name to be there already.
     """
-    stage, lock = stage_path(final), -1
+    stage = stage_path(final)
+    lock: Lock | None = None
     try:
         with together(worst, final):
             if leader:
@@ -68,13 +66,14 @@ def staged(
                     f"{stage} was made by process 0 and this process cannot see it; "
                     "put training.output_dir on storage that every machine of the run shares"
                 )
-            yield stage
+            with _ended_by_signals():
+                yield stage
         with together(worst, final):
             if leader:
                 commit(stage, final, replace=replace)
     except BaseException as error:
         reason = _space_error(error, final, stage)
-        if lock >= 0:
+        if lock is not None:
             # What cannot be removed now is removed at the next start.
             with suppress(OSError):
                 shutil.rmtree(stage, ignore_errors=True)
@@ -82,8 +81,8 @@ def staged(
             raise reason from error
         raise
     finally:
-        if lock >= 0:
-            os.close(lock)
+        if lock is not None:
+            lock.release()
 
 
 def stage_path(final: Path) -> Path:
@@ -91,24 +90,56 @@ def stage_path(final: Path) -> Path:
     return final.parent / f"{STAGING}{final.name}"
 
 
-def open_stage(final: Path, *, replace: bool = False) -> int:
-    """An empty staging folder for ``final``, locked; returns the lock's file descriptor."""
+def open_stage(final: Path, *, replace: bool = False) -> Lock:
+    """An empty staging folder for ``final``, locked.
+
+    Raises:
+        OutputInUseError: Another process is writing ``final``.
+        CheckpointError: There is something of that name already.
+    """
     if os.path.lexists(final) and not replace:
         raise CheckpointError(f"{final} exists already; choose another place or remove it first")
     stage = stage_path(final)
-    stage.mkdir(exist_ok=True)
-    lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if stage.is_symlink() or (stage.exists() and not stage.is_dir()):
+        raise CheckpointError(f"{stage} is in the way; remove it")
+    while True:
+        stage.mkdir(exist_ok=True)
+        lock = try_lock(stage, make=False)
+        if lock is not None:
+            break
+        if is_held(stage):
+            raise OutputInUseError(f"another process is writing {final} at this moment")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for entry in list(stage.iterdir()):
             _remove(entry)
-    except BlockingIOError:
-        os.close(lock)
-        raise CheckpointError(f"another process is writing {final} at this moment") from None
     except BaseException:
-        os.close(lock)
+        lock.release()
         raise
     return lock
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal that would end the process at once ends the block first, so that it is tidied up.
+
+    Only what nobody handles: training has its own way of ending.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    unhandled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in unhandled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in unhandled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def commit(stage: Path, final: Path, *, replace: bool = False) -> None:
@@ -137,7 +168,8 @@ def amend(folder: Path, name: str, text: str) -> None:
     Whole at every moment. The other files are linked, not copied and hashed again: they may be
     hundreds of gigabytes. Only one process may call it.
     """
-    known = {file: entry for file, entry in recorded_files(folder).items() if file != name}
+    manifest = recorded(folder)
+    known = {file: entry for file, entry in manifest.files.items() if file != name}
     with staged(folder, replace=True) as stage:
         for file in list(known):
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
@@ -147,23 +179,7 @@ def amend(folder: Path, name: str, text: str) -> None:
                 shutil.copyfile(folder / file, stage / file)
                 del known[file]
         (stage / name).write_text(text, encoding="utf-8")
-        seal(stage, known)
-
-
-def write_file(path: Path, text: str) -> None:
-    """``path`` with ``text``, whole or as it was before, even through a crash."""
-    temporary = path.parent / f"{STAGING}{path.name}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+        seal(stage, known, facts=manifest.facts)
 
 
 def delete(folder: Path) -> None:
@@ -186,25 +202,127 @@ def clean(run_dir: Path) -> list[str]:
             else:
                 path.rename(final)
                 done.append(f"put back {final.name}: its replacement was not finished")
-        elif path.name.startswith((STAGING, TRASH)) and not _held(path):
-            _remove(path)
-            done.append(f"removed {path.name}: left over from an interrupted save or deletion")
+    done += sweep(run_dir)
     fsync_folder(run_dir)
     return done
 
 
-def _held(path: Path) -> bool:
-    """Whether a live process builds this staging folder, such as a merge into the run directory."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+def sweep(folder: Path) -> list[str]:
+    """Remove staging folders, deletions and temporary files that no live process works on."""
+    removed = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        is_ours = path.name.startswith((STAGING, TRASH)) and path.is_dir()
+        if is_ours and (path.is_symlink() or not is_held(path)):
+            _remove(path)
+            removed.append(path.name)
+    removed += files.sweep(folder)
+    return [f"removed {name}: left over from an interrupted save or deletion" for name in removed]
+
+
+# --- files of one result, in a folder that may hold others -----------------------------------------
+
+
+@contextmanager
+def result_files(
+    folder: Path, *, ours: Collection[str] = (), overwrite: bool = False
+) -> Iterator[Path]:
+    """A staging folder whose files take their places in ``folder`` together when the block ends.
+
+    They are sealed first; then one rename decides that they are the result, and moving them is
+    finished by whoever comes next (``finish_result``) when a kill cuts it short. The manifest in
+    ``folder`` names them. Files of an earlier result are replaced, and removed where the new one
+    has none of that name.
+
+    Raises:
+        OutputInUseError: Another process is writing there.
+        ConfigError: A file that is none of an earlier result is in the way. ``ours`` names some
+            that are, in a folder without a manifest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _held_folder(folder):
+        _move_in(folder)
+        stage = folder / f"{STAGING}files"
+        _remove(stage)
+        stage.mkdir()
+        try:
+            with _ended_by_signals():
+                yield stage
+            seal(stage)
+            if not overwrite:
+                _refuse_others(folder, recorded(stage).files, {*ours, *_earlier(folder)})
+            for name in recorded(stage).files:
+                refuse_odd(folder / name)
+            stage.rename(folder / READY)
+            fsync_folder(folder)
+        finally:
+            with suppress(OSError):
+                _remove(stage)
+        _move_in(folder)
+
+
+def finish_result(folder: Path) -> list[str]:
+    """Everything that is wrong with a result written by ``result_files``; a cut-short one is finished.
+
+    A folder without a manifest is one of an older version, of which nothing is known.
+    """
+    if (folder / READY).is_dir():
+        with _held_folder(folder):
+            _move_in(folder)
+    return verify(folder, others_allowed=True) if (folder / MANIFEST).exists() else []
+
+
+@contextmanager
+def _held_folder(folder: Path) -> Iterator[None]:
+    lock = try_lock(folder.resolve(), make=False)
+    if lock is None:
+        raise OutputInUseError(
+            f"another process is writing to {folder} at this moment; wait for it, or choose another "
+            "folder"
+        )
+    with lock:
+        yield
+
+
+def _earlier(folder: Path) -> set[str]:
+    """The names of the result that is there."""
+    return {*recorded(folder).files, MANIFEST} if (folder / MANIFEST).is_file() else set()
+
+
+def _refuse_others(folder: Path, names: Collection[str], ours: Collection[str]) -> None:
+    wanted = [*names, MANIFEST]
+    others = [name for name in wanted if name not in ours and os.path.lexists(folder / name)]
+    if others:
+        raise ConfigError(
+            f"{folder / others[0]} is there, and this program did not write it; choose another "
+            "--output, or say --overwrite"
+        )
+
+
+def _move_in(folder: Path) -> None:
+    ready = folder / READY
+    if not ready.is_dir() or ready.is_symlink():
+        return
+    if (ready / MANIFEST).is_file():
+        names = recorded(ready).files
+        for name in names:
+            if (ready / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (ready / name).replace(folder / name)
+        for name, (_, digest) in _obsolete(folder, names).items():
+            if (folder / name).is_file() and file_digest(folder / name) == digest:
+                (folder / name).unlink()
+        for parent in {(folder / name).parent for name in names}:
+            fsync_folder(parent)
+        (ready / MANIFEST).replace(folder / MANIFEST)
+        fsync_folder(folder)
+    _remove(ready)
+
+
+def _obsolete(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]]:
+    """Files of the earlier result that the new one has not."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    return {name: entry for name, entry in recorded(folder).files.items() if name not in names}
 
 
 def _remove(path: Path) -> None:
@@ -223,7 +341,7 @@ def together(worst: Callable[[int], int], final: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        worst(NO_ROOM if is_out_of_space(error) else FAILED)
+        worst(NO_ROOM if is_disk_error(error) else FAILED)
         raise
     if (outcome := worst(FINE)) != FINE:
         kind, what = (SpaceError, "no room") if outcome == NO_ROOM else (CheckpointError, "unable")
@@ -233,9 +351,11 @@ def together(worst: Callable[[int], int], final: Path) -> Iterator[None]:
 
 
 def _space_error(error: BaseException, final: Path, stage: Path) -> SpaceError | None:
-    """``error`` as a message about disk space, if that is what it is."""
-    if isinstance(error, CheckpointError) or not is_out_of_space(error):
+    """``error`` as a message about the disk, if that is what it is."""
+    if isinstance(error, CheckpointError) or not is_disk_error(error):
         return None
+    if not is_out_of_space(error):
+        return SpaceError(f"unable to write {final} ({error}); earlier checkpoints are untouched")
     with suppress(OSError):
         written = sum((stage / name).stat().st_size for name in walk(stage)[0])
         older = [
@@ -251,16 +371,3 @@ def _space_error(error: BaseException, final: Path, stage: Path) -> SpaceError |
             "or choose another training.output_dir"
         )
     return SpaceError(f"no room to write {final}; earlier checkpoints are untouched")
-
-
-def is_out_of_space(error: BaseException | None) -> bool:
-    """Whether the disk, a quota or a limit on file sizes is behind `error`."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return True
-        if not isinstance(error, OSError) and _NO_SPACE_TEXT.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

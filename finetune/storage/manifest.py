@@ -1,4 +1,9 @@
-"""The manifest of a folder: size and SHA-256 of every file, so that damage never goes unseen."""
+"""The manifest of a folder: size and SHA-256 of every file, so that damage never goes unseen.
+
+    {"format": 1, "files": {"NAME": {"size": 1, "sha256": "..."}}, "facts": {...}}
+
+`facts` is what the folder's maker noted about it; left out when there is nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,10 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from finetune.errors import CheckpointError
+from finetune.storage.files import fsync_folder
 
 MANIFEST = "manifest.json"
 
@@ -17,7 +24,20 @@ _CHUNK = 1 << 20
 _HASH_THREADS = 4
 
 
-def seal(folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+Files = Mapping[str, tuple[int, str]]
+"""Size and SHA-256 by name."""
+
+
+class Manifest(NamedTuple):
+    """What a manifest says."""
+
+    files: dict[str, tuple[int, str]]
+    facts: dict[str, Any]
+
+
+def seal(
+    folder: Path, known: Files | None = None, *, facts: Mapping[str, Any] | None = None
+) -> None:
     """Fsync every file of ``folder`` and write its manifest, last.
 
     ``known`` holds size and SHA-256 of files that their writer hashed and fsynced.
@@ -30,7 +50,8 @@ def seal(folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> No
     digests |= _hash_all(folder, [name for name in files if name not in digests], fsync=True)
     for name in folders:
         fsync_folder(folder / name)
-    text = _manifest_text({name: digests[name] for name in sorted(digests)})
+    ordered = {name: digests[name] for name in sorted(digests)}
+    text = _manifest_text(Manifest(ordered, dict(facts or {})))
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -38,25 +59,30 @@ def seal(folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> No
     fsync_folder(folder)
 
 
-def verify(folder: Path) -> list[str]:
-    """Everything that is wrong with a committed folder: missing, extra, resized, changed files."""
+def verify(folder: Path, *, others_allowed: bool = False) -> list[str]:
+    """Everything that is wrong with a committed folder: missing, extra, resized, changed files.
+
+    With ``others_allowed`` files that the manifest does not name are nobody's business.
+    """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
         return [f"{MANIFEST} is missing: the save did not finish, or this is no checkpoint"]
     except (OSError, UnicodeDecodeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
-    recorded = _parse_manifest(text)
-    if recorded is None:
-        return [f"{MANIFEST} is damaged"]
+    manifest = _parse_manifest(text)
+    if manifest is None:
+        return [f"{MANIFEST} is damaged, or of an older version"]
+    recorded = manifest.files
     try:
         files, _, odd = walk(folder)
     except OSError as error:
         return [f"{error.filename} cannot be read ({error.strerror})"]
     present = set(files) - {MANIFEST}
-    problems = [f"{name} is neither a file nor a folder" for name in odd]
-    problems += [f"{name} is missing" for name in recorded if name not in present]
-    problems += [f"{name} is not in the manifest" for name in sorted(present - set(recorded))]
+    problems = [f"{name} is missing" for name in recorded if name not in present]
+    if not others_allowed:
+        problems = [f"{name} is neither a file nor a folder" for name in odd] + problems
+        problems += [f"{name} is not in the manifest" for name in sorted(present - set(recorded))]
     same_size = []
     for name, (size, _) in recorded.items():
         if name not in present:
@@ -96,8 +122,8 @@ def walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
     return sorted(files), sorted(folders, reverse=True), sorted(odd)
 
 
-def recorded_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file, as the manifest has them; CheckpointError without one."""
+def recorded(folder: Path) -> Manifest:
+    """What the manifest of ``folder`` says; CheckpointError without a whole one."""
     try:
         found = _parse_manifest((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
@@ -107,30 +133,26 @@ def recorded_files(folder: Path) -> dict[str, tuple[int, str]]:
     return found
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _manifest_text(manifest: Manifest) -> str:
+    entries = {
+        name: {"size": size, "sha256": digest} for name, (size, digest) in manifest.files.items()
+    }
+    facts = {"facts": manifest.facts} if manifest.facts else {}
+    return json.dumps({"format": 1, "files": entries, **facts}, indent=1) + "\n"
+
+
+def _parse_manifest(text: str) -> Manifest | None:
+    """Names, sizes, hashes and facts, or None unless the text is exactly what ``seal`` writes."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _manifest_text(files: Mapping[str, tuple[int, str]]) -> str:
-    entries = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
-    return json.dumps({"format": 1, "files": entries}, indent=1) + "\n"
-
-
-def _parse_manifest(text: str) -> dict[str, tuple[int, str]] | None:
-    """Name -> (size, SHA-256), or None unless the text is exactly what ``seal`` writes."""
-    try:
+        found = json.loads(text)
         files = {
             str(name): (entry["size"], str(entry["sha256"]))
-            for name, entry in json.loads(text)["files"].items()
+            for name, entry in found["files"].items()
         }
+        manifest = Manifest(files, dict(found.get("facts", {})))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return files if _manifest_text(files) == text else None
+    return manifest if _manifest_text(manifest) == text else None
 
 
 def _hash_all(folder: Path, names: list[str], *, fsync: bool) -> dict[str, tuple[int, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -17,7 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune import console
 from finetune.config.schema import EvaluationSection
 from finetune.distributed.signals import StopFlag
-from finetune.storage.folders import is_out_of_space, write_file
+from finetune.storage import journal
+from finetune.storage.disk import BestEffort
+from finetune.storage.files import json_line, write_file
 from finetune.training.counts import StepCounts
 
 METRICS_FILE = "metrics.jsonl"
@@ -284,16 +285,16 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
-        self._unwritten = ""
+        self._unwritten: list[dict[str, Any]] = []
         self._anew = False
-        self._has_warned = False
+        self._writing = BestEffort(str(self.path), "it is written when there is room")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """What the checkpoint that is resumed knows of: no more, as after a kill, and no less."""
+        """Write what the resumed checkpoint knows of: lines of steps that a kill lost go."""
         if state.is_world_process_zero:
-            self._unwritten = "".join(map(_line, state.log_history))
+            self._unwritten = [_record(entry) for entry in state.log_history]
             self._anew = True
             self._write()
 
@@ -307,34 +308,17 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """One more line; with those before it that a full disk had no room for."""
         if state.is_world_process_zero:
-            self._unwritten += _line({"step": state.global_step, **logs})
+            self._unwritten.append(_record({"step": state.global_step, **logs}))
             self._write()
 
-    def _append(self) -> None:
-        text = self._unwritten.encode()
-        with self.path.open("ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                while text:
-                    text = text[file.write(text) :]
-            except OSError:
-                file.truncate(size)  # no half of a line
-                raise
-
     def _write(self) -> None:
-        try:
+        with self._writing():
             if self._anew:
-                write_file(self.path, self._unwritten)
+                write_file(self.path, "".join(map(json_line, self._unwritten)))
             else:
-                self._append()
-            self._unwritten, self._anew = "", False
-        except OSError as error:
-            if not is_out_of_space(error):
-                raise
-            if not self._has_warned:
-                console.warn(f"no room to write {self.path}; it is written when there is")
-            self._has_warned = True
+                journal.append(self.path, self._unwritten, durable=False)
+            self._unwritten, self._anew = [], False
 
 
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps({"step": entry["step"], **entry}, ensure_ascii=False) + "\n"
+def _record(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"step": entry["step"], **entry}

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.artifacts.checkpoint import checkpoints, newest_good
 from finetune.errors import CheckpointError
-from finetune.storage.folders import verify
+from finetune.storage.manifest import verify
 
 RECORD = "run.json"
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers.integrations import TensorBoardCallback
 
-from finetune import console
-from finetune.storage.folders import is_out_of_space
+from finetune.storage.disk import BestEffort
 
 
 class TensorBoard(TensorBoardCallback):
@@ -17,6 +16,7 @@ class TensorBoard(TensorBoardCallback):
     def __init__(self) -> None:
         super().__init__()
         self._has_given_up = False
+        self._writing = BestEffort("TensorBoard's log", "its curves end here. Training goes on")
 
     def on_train_begin(self, *arguments: Any, **others: Any) -> None:
         """Open the log."""
@@ -35,12 +35,8 @@ class TensorBoard(TensorBoardCallback):
     ) -> None:
         if self._has_given_up:
             return
-        try:
+        with self._writing():
             write(*arguments, **others)
-        except OSError as error:
-            if not is_out_of_space(error):
-                raise
-            self._has_given_up, self.tb_writer = True, None  # its thread has ended
-            console.warn(
-                "no room to write TensorBoard's log; its curves end here. Training goes on"
-            )
+        self._has_given_up = self._writing.failed
+        if self._has_given_up:
+            self.tb_writer = None  # its thread has ended

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetune.artifacts import checkpoint
 from finetune.errors import CheckpointError, FinetuneError, is_out_of_memory
-from finetune.storage import folders
+from finetune.storage.disk import is_disk_error
 from finetune.storage.manifest import walk
 
 SHARDS = "global_step"
@@ -58,7 +58,7 @@ def opening(folder: str | None, *, begun: Callable[[], bool]) -> Iterator[None]:
     except Exception as error:
         if folder is None or begun() or isinstance(error, FinetuneError):
             raise
-        if is_out_of_memory(error) or folders.is_out_of_space(error):
+        if is_out_of_memory(error) or is_disk_error(error):
             raise
         said = (str(error).splitlines() or [""])[0]
         raise CheckpointError(

@@ -7,7 +7,6 @@ hash of the image's bytes, in a folder of its own for every checkpoint and numbe
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from finetune.data.chat.image import shown
 from finetune.distributed.processes import Processes
 from finetune.errors import ConfigError, DataError
 from finetune.models.chatglm.vision import VisionModel
-from finetune.storage.cache import default_root, file_digest, key_of
+from finetune.storage.cache import default_root, key_of
+from finetune.storage.files import file_digest, staged_file, sweep
 from finetune.training.prepare_model import Tunable
 
 ROWS = "rows"
@@ -65,6 +65,7 @@ def prepare_features(
     kind = {"base": tunable.base.fingerprint, "dtype": str(tunable.dtype), "size": size}
     folder = root / "features" / key_of(kind)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     files = {image: folder / f"{file_digest(Path(image))}.safetensors" for image in images}
     wanted = {file: image for image, file in files.items()}
     missing = [file for file in sorted(wanted) if not _is_whole(file)]
@@ -134,6 +135,5 @@ def _is_whole(file: Path) -> bool:
 
 def _write(file: Path, rows: Tensor) -> None:
     """The file, whole or not at all."""
-    staged = file.with_suffix(f".{os.getpid()}")
-    save_file({ROWS: rows}, staged)
-    staged.replace(file)
+    with staged_file(file) as part:
+        save_file({ROWS: rows}, part)

@@ -23,10 +23,10 @@ def no_fsync() -> None:
     """Nothing is forced to the disk."""
     import os
 
-    from finetune.storage import folders, manifest
+    from finetune.storage import files, manifest
 
     without = SimpleNamespace(**{**vars(os), "fsync": lambda descriptor: None})
-    manifest.os = folders.os = without  # type: ignore[attr-defined]
+    manifest.os = files.os = without  # type: ignore[attr-defined]
 
 
 def no_manifest_check() -> None:

@@ -11,10 +11,7 @@ import binascii
 import hashlib
 import json
 import logging
-import os
 import re
-import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,8 +22,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from finetune.data.chat.glm41v_image import GridSpec
 from finetune.data.chat.image import TakesImages, image_spec
-from finetune.errors import ModelError
-from finetune.storage.cache import default_root
+from finetune.errors import DataError, ModelError
+from finetune.storage.cache import default_root, private_folder
+from finetune.storage.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -277,15 +275,10 @@ def _read_ranks(model: Path) -> dict[bytes, int]:
 
 def _cache_folders() -> Iterator[Path]:
     """Where converted tokenizers are kept: the cache, else a private folder for temporary files."""
-    with suppress(RuntimeError):  # no home directory
+    with suppress(DataError):
         yield default_root() / "tokenizers"
-    owner = os.getuid()
-    private = Path(tempfile.gettempdir()) / f"glm4-finetune-{owner}"
-    with suppress(OSError):
-        private.mkdir(mode=0o700, exist_ok=True)
-        status = private.lstat()
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == owner and not status.st_mode & 0o022:
-            yield private
+    with suppress(DataError):
+        yield private_folder("the cache cannot be written")
 
 
 def _kept(key: str) -> Path | None:
@@ -302,7 +295,7 @@ def _keep(key: str, text: str) -> Path:
     for folder in _cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / name, text)
+            write_file(folder / name, text)
         except OSError as error:
             logger.warning("%s: cannot keep the converted tokenizer here (%s)", folder, error)
         else:
@@ -311,20 +304,6 @@ def _keep(key: str, text: str) -> Path:
         "there is no folder to keep the converted tokenizer in; set FINETUNE_CACHE to one that you "
         "can write to"
     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Whole or absent, also when several processes write the same file at once."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def _source_bytes(place: Path) -> bytes:

@@ -20,6 +20,7 @@ from finetune.data.reading.files import expand
 from finetune.data.reading.sources import AS_IS, Reading, SourceSpec, read_conversations, weighted
 from finetune.errors import DataError
 from finetune.storage import cache
+from finetune.storage.files import file_digest
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
@@ -136,7 +137,7 @@ def load_examples(
     files = [expand(source.path) for source in sources]
     seen = [[_state(path) for path in paths] for paths in files]
     content = [
-        {"files": [cache.file_digest(path) for path in paths], "format": source.format}
+        {"files": [file_digest(path) for path in paths], "format": source.format}
         for source, paths in zip(sources, files, strict=True)
     ]
     made_by = _made_by(template, policy) | {
@@ -170,7 +171,7 @@ def load_examples(
         counts |= {"rows": stream.rows, "bad": stream.num_bad, "named": [*bad, *counts["named"]]}
         counts |= {"unread": dict(stream.unread), "doubts": dict(stream.doubts)}
         paths = ExampleFile(folder / EXAMPLES_FILE).images()
-        content = cache.key_of({"images": [cache.file_digest(Path(path)) for path in paths]})
+        content = cache.key_of({"images": [file_digest(Path(path)) for path in paths]})
         return facts | {"images": _image_state(paths), "image_content": content}
 
     entry = cache.open_or_build(_folder(cache_root), key, build)
