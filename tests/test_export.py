@@ -15,7 +15,6 @@ from command_line import exit_code
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 
-from finetune.artifacts import checkpoint
 from finetune.artifacts.weights import tensors
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export.convert import export_model
@@ -173,7 +172,7 @@ def test_too_small_a_disk_is_said_before_the_first_byte_of_an_export(
     base = make_base(tmp_path / "base")
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(checkpoint, "staged", None)
+    monkeypatch.setattr(folders, "staged", None)
     with pytest.raises(SpaceError, match="nothing was written"):
         export_model(base, tmp_path / "out", layout="published")
 

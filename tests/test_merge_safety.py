@@ -17,7 +17,6 @@ import torch
 from adapters import make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
-from finetune.artifacts import checkpoint
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export import merge as merging
 from finetune.export import shards
@@ -168,7 +167,7 @@ def test_too_small_a_disk_is_said_before_the_first_byte(
     adapter = make_adapter(tmp_path / "adapter", base)
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(checkpoint, "staged", None)
+    monkeypatch.setattr(folders, "staged", None)
     with pytest.raises(SpaceError, match="nothing was written") as caught:
         merge(adapter, tmp_path / "out")
     assert caught.value.exit_code == 6
