@@ -18,6 +18,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from finetune import launcher
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -34,7 +36,7 @@ _outlives_its_log = False
 
 def is_main() -> bool:
     """True on the one process that talks: rank 0, or a run without a launcher."""
-    return os.environ.get("RANK", "0") == "0"
+    return launcher.rank() == 0
 
 
 def on_terminal() -> bool:

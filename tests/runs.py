@@ -88,14 +88,15 @@ def run_command(
 SEVERAL = """
 import sys
 from finetune.cli import main
-from finetune.training import fit, trainer
-fit.end = lambda: None  # one process group for all of them
-for file in sys.argv[1:]:
-    try:
-        main(["train", file])
-    except SystemExit as end:
-        if end.code:
-            raise
+from finetune.distributed.processes import joined_processes
+from finetune.training import trainer
+with joined_processes():  # one process group for all of them
+    for file in sys.argv[1:]:
+        try:
+            main(["train", file])
+        except SystemExit as end:
+            if end.code:
+                raise
 """
 
 

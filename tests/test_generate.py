@@ -278,7 +278,8 @@ deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 sys.path[:0] = [TESTS]
 import test_generate as here
 from finetune.generation.generate import generate
-from finetune.distributed.map_batches import EvaluationStoppedError, sharded
+from finetune.distributed.map_batches import EvaluationStoppedError
+from finetune.distributed.processes import is_sharded
 from pathlib import Path
 
 model = here.open_tiny(Path(FOLDER))
@@ -295,11 +296,11 @@ try:
     run(should_stop=lambda: rank == 1)
 except EvaluationStoppedError:
     results["stopped"] = True
-assert not sharded(model)
+assert not is_sharded(model)
 deepspeed.initialize(model=model, config={
     "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
 })
-assert sharded(model)
+assert is_sharded(model)
 calls.clear()
 results |= {"sharded": run(), "sharded calls": len(calls)}
 Path(OUT, f"{rank}.json").write_text(json.dumps(results))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 
-from finetune.data.examples.order import EpochPlan
+from finetune.data.examples.batch_plan import BatchPlan
 from finetune.training import batches
 
 
@@ -48,8 +48,7 @@ def test_a_loader_process_outlives_a_signal(
     monkeypatch.setattr(batches, "_ignore_signals", signalled)
     items: Any = Numbers()
     loader = batches.training_loader(
-        items, EpochPlan(items.lengths, 8, 42, group_by_length=False), sorted, workers=1,
-        seconds=20, batch_size=4, accumulation=2, rank=0, world=1,
+        items, BatchPlan(items.lengths, 4, 2, seed=42), sorted, rank=0, workers=1, seconds=20,
     )  # fmt: skip
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     seen = [index for batch in loader for index in batch]

@@ -1,92 +1,115 @@
-"""A first signal is honoured at the end of the step, a second one at once."""
+"""A first signal is honoured at the end of the step, a second urgent one at once."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
+from finetune.distributed import signals
 from finetune.distributed.signals import StopFlag
 
-LOOP = """
-import sys, time
-from finetune.distributed.signals import StopFlag
-with StopFlag() as stop:
-    print("ready", flush=True)
-    while not stop.agree(lambda mine: mine):
-        time.sleep(0.01)
-    print("asked", flush=True)
-    time.sleep(float(sys.argv[1]))
-    print("saved", flush=True)
-sys.exit(stop.exit_code)
-"""
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+USR1, USR2, XCPU = signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
 
 
-def start(seconds: float) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, str(seconds)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+class Ended(BaseException):
+    """What os._exit would do."""
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_first_signal_lets_the_step_end(number: int, code: int) -> None:
-    process = start(0.1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
-    assert output == "asked\nsaved\n"
-    assert process.returncode == code
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[StopFlag]:
+    def leave(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    stop = StopFlag().install()
+    yield stop
+    stop.uninstall()
 
 
-def test_the_second_signal_stops_at_once() -> None:
-    process = start(30)
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "asked\n"
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=10)
-    assert output == ""
-    assert "at once" in errors
-    assert process.returncode == 130
+@pytest.mark.parametrize("number", [TERM, INT, HUP, USR1, USR2, XCPU])
+def test_the_first_signal_is_a_request_that_sets_the_exit_code(
+    stop: StopFlag, number: signal.Signals
+) -> None:
+    signal.raise_signal(number)
+    assert stop.local_signal == number
+    assert not stop.is_set  # the other processes have not heard of it, and would go on
+    stop.sync()
+    assert (stop.is_set, stop.exit_code) == (True, 128 + number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_launcher_s_echo_is_not_a_second_wish(number: int, code: int) -> None:
-    process = start(0.3)
-    process.send_signal(number)
-    assert process.stdout.readline() == "asked\n"
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
-    assert output == "saved\n"
-    assert process.returncode == code
+@pytest.mark.parametrize(
+    ("first", "second", "ends"),
+    [
+        (INT, INT, True),
+        (TERM, INT, True),
+        (HUP, INT, True),
+        (TERM, TERM, True),
+        (INT, TERM, True),
+        (USR1, TERM, False),  # SLURM's notice, then its end of time
+        (HUP, TERM, False),
+        (XCPU, XCPU, False),  # the kernel sends one every second
+        (HUP, HUP, False),
+        (TERM, USR1, False),
+        (TERM, HUP, False),
+    ],
+)
+def test_only_an_urgent_second_signal_ends_at_once(
+    stop: StopFlag,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    first: signal.Signals,
+    second: signal.Signals,
+    ends: bool,
+) -> None:
+    monkeypatch.setattr(signals, "ECHO", -1.0)
+    signal.raise_signal(first)
+    if ends:
+        with pytest.raises(Ended, match=str(128 + second)):
+            signal.raise_signal(second)
+        assert "stopping at once, without saving" in capfd.readouterr().err
+    else:
+        signal.raise_signal(second)
+        assert stop.local_signal == first
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_launcher_s_echo_is_not_a_second_wish(stop: StopFlag, number: signal.Signals) -> None:
+    signal.raise_signal(number)
+    signal.raise_signal(TERM)
+    assert stop.local_signal == number
+
+
+def test_nohup_s_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        stop = StopFlag().install()
+        signal.raise_signal(HUP)
+        assert stop.local_signal is None
+        stop.uninstall()
+        assert signal.getsignal(HUP) == signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
 
 
 def test_no_signal_means_exit_code_0_and_the_old_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with StopFlag() as stop:
-        assert (stop.is_set, stop.exit_code) == (False, 0)
-        assert signal.getsignal(signal.SIGINT) != before
-    assert signal.getsignal(signal.SIGINT) == before
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    stop = StopFlag().install()
+    assert (stop.sync(3), stop.is_set, stop.exit_code) == (3, False, 0)
+    assert all(signal.getsignal(number) != old for number, old in before.items())
+    stop.uninstall()
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_a_signal_in_one_process_stops_all_with_the_same_code() -> None:
+def test_a_signal_in_one_process_stops_all_with_the_same_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     here, there = StopFlag(), StopFlag()
-    with here:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert not here.is_set  # the other process has not heard of it, and would go on
-    numbers = [here.heard or 0, there.heard or 0]
-    assert here.agree(lambda mine: max([mine, *numbers]))
-    assert there.agree(lambda mine: max([mine, *numbers]))
+    here.local_signal = TERM
+    asked = [[0, TERM], [1, 0]]  # what the two processes bring to the reduction
+    monkeypatch.setattr(signals, "reduce_max", lambda values: [max(pair) for pair in zip(*asked, strict=True)])  # fmt: skip
+    assert (here.sync(0), there.sync(1)) == (1, 1)
     assert (here.exit_code, there.exit_code) == (143, 143)
-
-
-def test_without_a_signal_all_agree_to_go_on() -> None:
-    stop = StopFlag()
-    assert not stop.agree(lambda mine: mine)
-    assert not stop.is_set

@@ -13,7 +13,6 @@ import pytest
 import runs
 import torch
 
-from finetune.data.examples.order import EpochPlan
 from finetune.errors import ConfigError
 
 
@@ -33,51 +32,6 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
     assert left.keys() == right.keys()
     for name in left:
         assert torch.allclose(left[name], right[name], rtol=0, atol=tolerance), name
-
-
-# --- which example goes where --------------------------------------------------------------------
-
-
-def batches_of(world: int, batch_size: int, accumulation: int, count: int) -> list[Any]:
-    """Every process's micro-batches of one epoch over `count` examples."""
-    from finetune.training.batches import RankBatches
-
-    plan = EpochPlan(
-        np.arange(1, count + 1), world * batch_size * accumulation, 0, group_by_length=True
-    )
-    return [
-        list(
-            RankBatches(
-                plan, blank=~0, batch_size=batch_size, accumulation=accumulation,
-                rank=rank, world=world,
-            )
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("world", "batch_size", "accumulation"), [(1, 8, 1), (2, 2, 2), (4, 1, 2)])
-@pytest.mark.parametrize("count", [1, 8, 11, 21])
-def test_an_epoch_shows_every_example_once_and_every_process_runs_as_often(
-    world: int, batch_size: int, accumulation: int, count: int
-) -> None:
-    per_rank = batches_of(world, batch_size, accumulation, count)
-    assert len({len(batches) for batches in per_rank}) == 1
-    shown = [i for batches in per_rank for batch in batches for i in batch if i >= 0]
-    assert sorted(shown) == list(range(count))
-    assert all(0 < len(batch) <= batch_size for batches in per_rank for batch in batches)
-
-
-def test_a_step_holds_the_same_examples_however_it_is_dealt_out() -> None:
-    def steps(world: int, batch_size: int, accumulation: int) -> list[set[int]]:
-        per_rank = batches_of(world, batch_size, accumulation, 21)
-        found = []
-        for first in range(0, len(per_rank[0]), accumulation):
-            parts = (b for batches in per_rank for b in batches[first : first + accumulation])
-            found.append({i for part in parts for i in part if i >= 0})
-        return found
-
-    assert steps(1, 8, 1) == steps(1, 1, 8) == steps(2, 4, 1) == steps(2, 2, 2) == steps(8, 1, 1)
 
 
 # --- law 7 ---------------------------------------------------------------------------------------
@@ -166,7 +120,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
     # By hand: the fresh adapter changes nothing, so plain logits of the base give the first loss.
     model = load_model(tiny_glm)
     total = weight = 0.0
-    for index in prepared.plan.batches(0)[0]:
+    for index in next(prepared.plan.steps(0)):
         batch = Collator(template.pad_id)([prepared.train[int(index)]])
         with torch.no_grad():
             logits = model(batch["input_ids"], batch["attention_mask"]).logits[0, :-1].double()
@@ -307,15 +261,17 @@ def test_a_disk_too_full_for_tensorboard_ends_its_curves_and_not_the_run(
     ("kind", "deepspeed", "seen"),
     [("NO", None, 2), ("MULTI_CPU", {"x": 1}, 2), ("MULTI_CPU", None, 1)],
 )
-def test_processes_that_would_train_apart_are_refused(kind: str, deepspeed: Any, seen: int) -> None:
+def test_processes_that_would_train_apart_are_refused(
+    kind: str, deepspeed: Any, seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from types import SimpleNamespace
 
     from accelerate.utils import DistributedType
 
-    from finetune.distributed.processes import Processes
-    from finetune.training.trainer import _check_distribution
+    from finetune.training import trainer
 
+    monkeypatch.setattr(trainer, "rank_and_world", lambda: (0, 2))
     accelerator = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=seen)
     arguments: Any = SimpleNamespace(deepspeed=deepspeed)
     with pytest.raises(ConfigError, match="start with torchrun"):
-        _check_distribution(accelerator, arguments, Processes(0, 2, torch.device("cpu")))
+        trainer._check_distribution(accelerator, arguments)

@@ -6,15 +6,14 @@ the very same tensors, and an evaluation does not depend on where it ran.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from finetune import console
+from finetune.distributed.processes import any_rank, gather_objects, is_sharded, rank_and_world
 from finetune.errors import FinetuneError
 
 Poll = Callable[[], bool]
@@ -25,7 +24,7 @@ class EvaluationStoppedError(FinetuneError):
     """`should_stop` said so before everything was computed; what there was is dropped."""
 
 
-def in_turns(
+def map_batches(
     model: Any,
     batches: Sequence[list[int]],
     work: Callable[[list[int]], Result],
@@ -41,8 +40,8 @@ def in_turns(
     Raises:
         EvaluationStoppedError: `should_stop` returned True on some process.
     """
-    rank, world = place()
-    everybody = sharded(model)
+    rank, world = rank_and_world()
+    everybody = is_sharded(model)
     done: list[tuple[int, Result]] = []
     with evaluating(model), console.progress(sum(map(len, batches)), label) as bar:
         for first in range(0, len(batches), world):
@@ -53,30 +52,19 @@ def in_turns(
                 done.append((first + rank, work(turn[rank])))
             elif everybody:
                 work(turn[0])
-            if anywhere(model, should_stop is not None and should_stop()):
+            if any_rank(should_stop is not None and should_stop()):
                 raise EvaluationStoppedError(
                     f"evaluation ({label}) was stopped after {first + len(turn)} of "
                     f"{len(batches)} batches"
                 )
             bar.advance(sum(map(len, turn)))
-    return [result for _, result in sorted(_gather(done), key=lambda pair: pair[0])]
+    results = [pair for part in gather_objects(done) for pair in part]
+    return [result for _, result in sorted(results, key=lambda pair: pair[0])]
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
     """Indices by falling length: little padding, and what is too large for the memory fails first."""
     return sorted(range(len(lengths)), key=lambda index: -lengths[index])
-
-
-def place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def sharded(model: Any) -> bool:
-    """True under ZeRO-3, where a forward pass is an affair of all processes."""
-    return place()[1] > 1 and any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 @contextmanager
@@ -93,47 +81,3 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def anywhere(model: Any, here: bool) -> bool:
-    """Whether `here` is true on any process; keeps the processes within one batch of each other."""
-    if place()[1] == 1:
-        return here
-    flag = torch.tensor(float(here), device=model.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def _gather(done: list[tuple[int, Result]]) -> list[tuple[int, Result]]:
-    world = place()[1]
-    if world == 1:
-        return done
-    parts: list[list[tuple[int, Result]]] = [[] for _ in range(world)]
-    dist.all_gather_object(parts, done)
-    return [pair for part in parts for pair in part]
-
-
-@contextmanager
-def joined_processes() -> Iterator[None]:
-    """Joins the processes that torchrun started, unless they are joined already (in training)."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield
-        return
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    yield
-    # Not after an error: the others may be waiting in the middle of something.
-    dist.destroy_process_group()
-
-
-def from_the_first(work: Callable[[], Result] | None) -> Result:
-    """What `work` returns on the first process, on every process; the others pass None."""
-    box: list[Any] = [work() if work is not None else None]
-    if place()[1] > 1:
-        dist.broadcast_object_list(box)
-    result: Result = box[0]
-    return result

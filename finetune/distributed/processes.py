@@ -1,128 +1,197 @@
 """The processes of a run: how they find each other, agree, and fail together.
 
-torchrun tells each process its place through RANK, LOCAL_RANK and WORLD_SIZE; without it a run is
-one process. What one process finds wrong ends all of them with the same error and exit code, well
-before anyone would run into a timeout.
+torchrun tells each process its rank through the environment; without it a run is one process, and
+everything here costs nothing. What one process finds wrong ends all of them with the same error and
+exit code, well before anyone would run into a timeout.
 
-Exit codes. `python finetune.py` and every worker end with the error's own code (143 and 130 after a
-signal). torchrun itself always ends with 1 when a worker failed or when it was told to stop; the
-worker's code stands in its summary as `exitcode  : 4`.
+Exit codes. `python finetune.py` and every worker end with the error's own code (128 + n after signal
+n). torchrun itself always ends with 1 when a worker failed or when it was told to stop; the worker's
+code stands in its summary as `exitcode  : 4`.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from finetune import launcher
 from finetune.errors import ConfigError, FinetuneError
 
-
-@dataclass(frozen=True, slots=True)
-class Processes:
-    """This process's place among the processes of the run."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def is_leader(self) -> bool:
-        """True in the one process that writes and talks."""
-        return self.rank == 0
-
-    def largest(self, values: list[int]) -> list[int]:
-        """The maximum of each number over all processes."""
-        if self.world == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return [int(value) for value in tensor.tolist()]
-
-    def sums(self, values: list[float]) -> list[float]:
-        """The sum of each number over all processes, in float64."""
-        if self.world == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
-
-    def worst(self, here: int) -> int:
-        """The largest outcome of all processes."""
-        return self.largest([here])[0]
-
-    def together(self, work: Callable[[], None]) -> None:
-        """Do `work` in every process; when it fails in one, all raise that error."""
-        with self.failing_together():
-            work()
-
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Leave the block with an error in every process when it fails in one of them.
-
-        The block must not hold collective operations that a failing process would skip.
-        """
-        problem: BaseException | None = None
-        try:
-            yield
-        except BaseException as error:
-            problem = error
-        others = self._first_problem(problem)
-        if problem is not None:
-            raise problem
-        if others is not None:
-            raise others
-
-    def _first_problem(self, problem: BaseException | None) -> FinetuneError | None:
-        if not self.worst(problem is not None):
-            return None
-        said: list[FinetuneError | None] = [None] * self.world
-        mine = problem
-        if mine is not None and not isinstance(mine, FinetuneError):
-            mine = FinetuneError(f"process {self.rank} failed: {type(mine).__name__}: {mine}")
-        if self.world == 1:
-            return mine
-        dist.all_gather_object(said, mine)
-        return next(error for error in said if error is not None)
+Result = TypeVar("Result")
 
 
-def start(timeout_minutes: float, *, deepspeed: bool) -> Processes:
-    """Join the other processes; every one must call it.
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and the number of processes that have joined."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_rank0() -> bool:
+    """True in the one process that writes files."""
+    return rank_and_world()[0] == 0
+
+
+def local_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", launcher.local_rank())
+    return torch.device("cpu")
+
+
+def reduce_max(values: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes."""
+    if rank_and_world()[1] == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
+
+
+def reduce_sum(values: Sequence[float]) -> list[float]:
+    """The sum of each number over all processes, in float64."""
+    if rank_and_world()[1] == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
+def worst(outcome: int) -> int:
+    """The largest `outcome` of all processes; also a barrier."""
+    return reduce_max([outcome])[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any process."""
+    return bool(worst(flag))
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """The `value` of every process, by rank, on every process."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_from_rank0(work: Callable[[], Result]) -> Result:
+    """What `work` returns on rank 0, on every process; nobody else calls it.
+
+    When it raises, every process raises.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return work()
+    box: list[Any] = [None]
+    with fail_together():
+        if rank == 0:
+            box = [work()]
+    dist.broadcast_object_list(box)
+    result: Result = box[0]
+    return result
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Leave the block with an error in every process when it fails in one of them.
+
+    The block must not hold collective operations that a failing process would skip.
+    """
+    problem: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        problem = error
+    first = _first_problem(problem)
+    if problem is not None:
+        raise problem
+    if first is not None:
+        raise first
+
+
+def _first_problem(problem: BaseException | None) -> FinetuneError | None:
+    """What the lowest rank with a problem says; None when all is well everywhere."""
+    rank, world = rank_and_world()
+    if world == 1 or not any_rank(problem is not None):
+        return None
+    mine = problem
+    if mine is not None and not isinstance(mine, FinetuneError):
+        mine = FinetuneError(f"process {rank} failed: {type(mine).__name__}: {mine}")
+    return next(error for error in gather_objects(mine) if error is not None)
+
+
+@contextmanager
+def joined_processes(*, timeout_minutes: float = 30.0, deepspeed: bool = False) -> Iterator[None]:
+    """Joins the processes that torchrun started, unless they are joined already (in training).
 
     A single process joins nobody, except for DeepSpeed, which wants a process group even so.
     """
-    has_gpu = torch.cuda.is_available()
-    if "WORLD_SIZE" not in os.environ and deepspeed:
+    if dist.is_initialized():
+        yield
+        return
+    if deepspeed and not launcher.is_launched():
         # Found by itself, DeepSpeed would ask for mpi4py.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        _check_gpu_count(local_rank)
+    device = local_device()
+    if device.type == "cuda":
+        _check_gpu_count(launcher.local_rank())
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # Before TrainingArguments, which would not pass the timeout on to gloo.
+    if launcher.is_launched():
+        # In training before TrainingArguments, which would not pass the timeout on to gloo.
         dist.init_process_group(
-            "nccl" if has_gpu else "gloo",
+            "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if has_gpu else None,
+            device_id=device if device.type == "cuda" else None,
         )
-    return Processes(rank, world, device)
-
-
-def end() -> None:
-    """Leave the process group after a run that went well."""
+    yield
+    # Not after an error: the others may be waiting in the middle of something.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True under ZeRO-3, where every process must take part in a forward pass."""
+    return rank_and_world()[1] > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def gather_to_rank0(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors `names` of the model's state, whole on rank 0; empty in other processes.
+
+    Every process must call it with the same names. Weights that ZeRO-3 holds in parts are gathered
+    one at a time: no process but rank 0 ever holds more than one of them, and rank 0 those that were
+    asked for. Weights that are whole already are not copied.
+    """
+    parameters = dict(model.named_parameters())
+    state = model.state_dict() if is_rank0() else {}
+    gathered = {}
+    for name in names:
+        parameter = parameters.get(name)
+        if parameter is not None and hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if is_rank0():
+                    gathered[name] = parameter.detach().cpu().clone()
+        elif is_rank0():
+            gathered[name] = state[name].detach()
+    return gathered
+
+
+def _collective_device() -> torch.device:
+    """Where tensors must lie for the process group to reduce them."""
+    return local_device() if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _check_gpu_count(local_rank: int) -> None:

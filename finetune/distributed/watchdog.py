@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from finetune.distributed.processes import Processes
+from finetune.distributed.processes import rank_and_world
 from finetune.distributed.signals import StopFlag
 from finetune.errors import FinetuneError, ProcessError
 
@@ -33,16 +33,16 @@ LOST = ("gloo", "pair closure", "closed by peer", "reset by peer")
 
 
 @contextmanager
-def watching(processes: Processes, timeout_minutes: float, stop: StopFlag) -> Iterator[None]:
+def watching(timeout_minutes: float, stop: StopFlag) -> Iterator[None]:
     """In here an error of one process ends all of them, with one reason.
 
     Raises:
         ProcessError: Another process failed, is gone, or hangs.
     """
-    if processes.world == 1:
+    if rank_and_world()[1] == 1:
         yield
         return
-    watch = Watch(processes, timeout_minutes, stop)
+    watch = Watch(timeout_minutes, stop)
     try:
         yield
         dist.barrier()  # the store may end with the process that ends first
@@ -57,10 +57,10 @@ def watching(processes: Processes, timeout_minutes: float, stop: StopFlag) -> It
 class Watch:
     """One process's eye on the others."""
 
-    def __init__(self, processes: Processes, timeout_minutes: float, stop: StopFlag) -> None:
+    def __init__(self, timeout_minutes: float, stop: StopFlag) -> None:
         self._stop = stop
-        self._rank = processes.rank
-        self._others = [rank for rank in range(processes.world) if rank != processes.rank]
+        self._rank, world = rank_and_world()
+        self._others = [rank for rank in range(world) if rank != self._rank]
         self._minutes = timeout_minutes
         # torchrun's store outlives an attempt that it restarts.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -141,7 +141,7 @@ class Watch:
     def _left_alone(self) -> None:
         """The store is gone: without a launcher nobody would end this process, so it saves and goes."""
         if (
-            self._stop.heard is None
+            self._stop.local_signal is None
         ):  # else it does so already, and a second signal would cut it short
             os.kill(os.getpid(), signal.SIGTERM)
         if not self._done.wait(60 * self._minutes):

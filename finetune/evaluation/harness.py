@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from finetune import launcher
 from finetune.errors import ConfigError, DataError
 
 PACKAGE = "lm_eval"
@@ -29,7 +29,7 @@ def check_harness(tasks: Sequence[str]) -> None:
             "--tasks needs lm-evaluation-harness, which is not installed: "
             "pip install 'glm4-finetune[tasks]'"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launcher.world_size() > 1:
         raise ConfigError("--tasks runs in one process; start it without torchrun")
     for task in tasks:
         if task.endswith((".yaml", ".yml")) and not Path(task).is_file():

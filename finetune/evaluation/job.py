@@ -146,11 +146,11 @@ def do(works: Sequence[Work]) -> None:
             console.say(f"{work.target.name}: evaluated before, kept in {work.results.folder}")
     if not missing:
         return
-    from finetune.distributed.map_batches import joined_processes, place
+    from finetune.distributed.processes import is_rank0, joined_processes
     from finetune.generation.load import Models
 
     with joined_processes():
-        leads = place()[0] == 0
+        leads = is_rank0()
         models = Models()
         for work in missing:
             opened = models.open(work.target.path, base=work.target.base, like=work.target.like)
@@ -162,12 +162,12 @@ def do(works: Sequence[Work]) -> None:
 
 
 def _measure_losses(work: Work, model: Any, leads: bool) -> None:
-    from finetune.distributed.map_batches import from_the_first
+    from finetune.distributed.processes import broadcast_from_rank0
     from finetune.evaluation.loss import validation_loss
 
     collate = Collator(work.template.pad_id, image=work.template.image)
     for name, examples in work.losses.items():
-        if from_the_first(partial(work.results.losses, name) if leads else None) is not None:
+        if broadcast_from_rank0(partial(work.results.losses, name)) is not None:
             continue
         found = validation_loss(model, examples, collate, batch_size=work.settings.loss_batch_size)
         if leads:
@@ -175,15 +175,15 @@ def _measure_losses(work: Work, model: Any, leads: bool) -> None:
 
 
 def _generate_answers(work: Work, model: Any, leads: bool) -> None:
-    from finetune.distributed.map_batches import from_the_first
+    from finetune.distributed.processes import broadcast_from_rank0
     from finetune.generation.generate import Extras, Sampling, context_length
 
     section, results, options = work.settings.evaluation, work.results, work.options
     begun = time.perf_counter()
-    if from_the_first((lambda: results.facts) if leads else None) is not None:
+    if broadcast_from_rank0(lambda: results.facts) is not None:
         return
     size = section.batch_size * asking.BATCHES_PER_WINDOW
-    number = begin = from_the_first(partial(results.num_kept, size) if leads else None)
+    number = begin = broadcast_from_rank0(partial(results.num_kept, size))
     if begin:
         console.say(f"{begin} replies are there already; going on behind them")
 

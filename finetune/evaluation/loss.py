@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from finetune.data.examples.dataset import IGNORED, Example
-from finetune.distributed.map_batches import Poll, in_turns, longest_first
+from finetune.distributed.map_batches import Poll, longest_first, map_batches
 from finetune.models.loss import supervised_loss
 
 
@@ -76,7 +76,7 @@ def validation_loss(
         losses = row_losses(model, inputs, num_rows=batch_size).tolist()
         return list(zip(batch, losses, _row_weights(inputs).tolist(), strict=False))
 
-    parts = in_turns(model, batches, summed, label="validation loss", should_stop=should_stop)
+    parts = map_batches(model, batches, summed, label="validation loss", should_stop=should_stop)
     losses, weights = np.zeros(len(order)), np.zeros(len(order))
     for part in parts:
         for index, loss, weight in part:

@@ -126,16 +126,16 @@ class WindowLog:
 
     def known(self) -> dict[int, list[Reply]]:
         """The groups that are there, as the first process finds them."""
-        from finetune.distributed.map_batches import from_the_first, place
+        from finetune.distributed.processes import broadcast_from_rank0
 
-        return from_the_first(self._read if place()[0] == 0 else None)
+        return broadcast_from_rank0(self._read)
 
     def note(self, number: int, group: list[Reply]) -> None:
         """Keeps a group; it is on the disk when this returns."""
-        from finetune.distributed.map_batches import place
+        from finetune.distributed.processes import rank_and_world
 
         line = {"group": number, "replies": [[one.index, one.ids, one.stopped] for one in group]}
-        journal.append(self._folder / f"{self._name}{place()[0]}.jsonl", [line])
+        journal.append(self._folder / f"{self._name}{rank_and_world()[0]}.jsonl", [line])
 
     def forget(self) -> None:
         """Called when the window itself is on the disk."""

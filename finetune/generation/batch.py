@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from finetune.distributed.map_batches import Poll, anywhere, sharded
+from finetune.distributed.map_batches import Poll
+from finetune.distributed.processes import any_rank, is_sharded
 
 Choose = Callable[[Tensor, Sequence[int]], list[int]]
 """Logits [B, V] and the number of the prompt in every row -> the next tokens."""
@@ -98,12 +99,12 @@ class Refill:
         """
         waiting = deque(range(len(prompts)))
         self._numbers = numbers
-        together = sharded(self._model)
+        together = is_sharded(self._model)
         while True:
             busy = bool(waiting) or any(row not in self._done for row in self._rows)
             stop = should_stop is not None and should_stop()
             if together:
-                busy, stop = anywhere(self._model, busy), anywhere(self._model, stop)
+                busy, stop = any_rank(busy), any_rank(stop)
             if stop or not busy:
                 break
             self._round(prompts, waiting)

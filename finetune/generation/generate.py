@@ -16,7 +16,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from finetune.data.chat.image import ImagePrompt
-from finetune.distributed.map_batches import Poll, evaluating, in_turns, longest_first, sharded
+from finetune.distributed.map_batches import Poll, evaluating, longest_first, map_batches
+from finetune.distributed.processes import is_sharded
 from finetune.errors import DataError
 from finetune.generation.batch import Beginning, Choose, Done, Refill
 
@@ -145,7 +146,7 @@ def generate(
             return found
 
         missing = [groups[number] for number in numbers.values()]
-        parts = in_turns(model, missing, work, label="replies", should_stop=should_stop)
+        parts = map_batches(model, missing, work, label="replies", should_stop=should_stop)
     everything = [reply for part in (*known.values(), *parts) for reply in part]
     return sorted(everything, key=lambda reply: reply.index)
 
@@ -261,7 +262,7 @@ def _with_images(task: _Task) -> Callable[[list[int]], list[Done]]:
             generation_config=config,
             logits_processor=LogitsProcessorList([chosen]),
             stopping_criteria=StoppingCriteriaList([interrupted]),
-            synced_gpus=sharded(task.model),
+            synced_gpus=is_sharded(task.model),
         )
         new = output[:, inputs["input_ids"].shape[1] :].tolist()  # [B, <= N]
         return [_until_stop(row, stop_ids) for row in new]

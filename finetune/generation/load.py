@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +46,7 @@ class Models:
     ) -> OpenedModel:
         """The model in `target`, as `open_model` opens it; in the number format of `like`, if given."""
         template = open_template(target, base=base)
+        from finetune.distributed.processes import local_device
         from finetune.models.library_logging import quiet_libraries
         from finetune.models.load import load_model
 
@@ -64,10 +64,10 @@ class Models:
                 attention=saved.attention,
                 quantization=saved.quantization,
             )
-            self._bare, self._key = loaded.to(_device()), key
+            self._bare, self._key = loaded.to(local_device()), key
         if not is_adapter(target):
             return OpenedModel(self._bare, template, "model", path)
-        self._worn = _with_adapter(self._bare, Path(target)).to(_device())
+        self._worn = _with_adapter(self._bare, Path(target)).to(local_device())
         return OpenedModel(self._worn, template, "adapter", path)
 
     def _take_off(self) -> None:
@@ -174,11 +174,3 @@ def _refuse_run_directory(folder: Path) -> None:
 
 def _may_be_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
-
-
-def _device() -> Any:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")

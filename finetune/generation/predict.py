@@ -101,7 +101,7 @@ def predict(
         ModelError: `target` cannot be opened.
         OutputInUseError: another process writes `output`.
     """
-    from finetune.distributed.map_batches import joined_processes
+    from finetune.distributed.processes import joined_processes
     from finetune.generation.load import open_template
 
     read = [*_files(data), *(path for path in map(Path, data) if path.is_dir())]
@@ -203,11 +203,11 @@ def message_json(message: Message) -> dict[str, Any]:
 
 
 def _answer_all(work: _Work, journal: ResumableOutput, answer: Answer) -> dict[str, Any]:
-    from finetune.distributed.map_batches import from_the_first, place
+    from finetune.distributed.processes import broadcast_from_rank0, is_rank0
 
     total, options, template = len(work.lengths), work.options, work.template
-    leads = place()[0] == 0
-    stopped = from_the_first(partial(journal.open, _stopped) if leads else None)
+    leads = is_rank0()
+    stopped = broadcast_from_rank0(partial(journal.open, _stopped))
     if stopped:
         console.say(
             f"{len(stopped)} of {total} dialogues are answered already; going on behind them"

@@ -6,12 +6,12 @@ docs/serving.md.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import launcher
 from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
 from finetune.errors import ConfigError, DataError, ModelError
@@ -85,7 +85,7 @@ def _reply(index: int, output: Any) -> Reply:
 
 
 def _import_vllm() -> Any:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launcher.world_size() > 1:
         raise ConfigError("--backend vllm starts its own processes: leave torchrun out")
     try:
         import vllm

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import console
+from finetune import console, launcher
 from finetune.errors import DataError, SpaceError
 from finetune.storage import folders
 from finetune.storage.lock import Lock, is_held, try_lock
@@ -131,7 +131,7 @@ def _try_lock(path: Path) -> Lock | None:
 
 def _wait_for_first_rank(folder: Path, lock: Path) -> None:
     """On the other ranks of a machine: until the first one builds or has built, a minute at most."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if launcher.local_rank() == 0:
         return
     deadline = time.monotonic() + _RANK_0_HEAD_START_SECONDS
     before = _identity(folder)  # of a damaged entry, which the first rank replaces

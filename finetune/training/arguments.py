@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from finetune.config.schema import FullMethod, Method, TrainingSection
-from finetune.distributed.processes import Processes
+from finetune.distributed.processes import is_rank0, local_device, rank_and_world
 from finetune.errors import ConfigError
 
 TRACKERS = {
@@ -72,7 +72,6 @@ def training_arguments(
     *,
     deepspeed: Mapping[str, Any] | None,
     loader_workers: int,
-    processes: Processes,
     precision: Precision,
 ) -> TrainingArguments:
     """The arguments of the Trainer, checked: the world is as large as the launcher said.
@@ -103,7 +102,7 @@ def training_arguments(
             "logging_strategy": "steps",
             "logging_steps": section.log_every_steps,
             "logging_nan_inf_filter": False,
-            "report_to": list(section.report_to) if processes.is_leader else [],
+            "report_to": list(section.report_to) if is_rank0() else [],
             "disable_tqdm": True,
             "log_level": "error",
             "log_level_replica": "error",
@@ -114,16 +113,16 @@ def training_arguments(
             "ddp_find_unused_parameters": False,
             "ddp_timeout": int(section.process_timeout_minutes * 60),
             # Without it each process would train alone, all into the same folder.
-            "use_cpu": processes.device.type == "cpu",
+            "use_cpu": local_device().type == "cpu",
             "deepspeed": dict(deepspeed) if deepspeed else None,
             "bf16": precision.autocast == "bf16",
             "fp16": precision.autocast == "fp16",
         }
         | section.extra
     )
-    if arguments.world_size != processes.world:
+    if arguments.world_size != (world := rank_and_world()[1]):
         raise ConfigError(
-            f"the launcher started {processes.world} processes but the trainer sees "
+            f"the launcher started {world} processes but the trainer sees "
             f"{arguments.world_size}; start the run with torchrun --nproc_per_node=N"
         )
     return arguments

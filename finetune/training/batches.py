@@ -1,16 +1,7 @@
-"""Which examples each process gets in each forward pass.
+"""The loader of one process's micro-batches, as `data.examples.batch_plan` deals them.
 
-The order comes from `data.order.EpochPlan`. This room deals a global batch out to the processes:
-with batch size 2, accumulation 2 and 2 processes, the 8 examples of one optimizer step, longest
-first, go to
-
-    forward pass   process 0   process 1
-    first          a, c        b, d
-    second         e, g        f, h
-
-The last global batch of an epoch may be incomplete. A process that is left without an example in a
-forward pass gets a blank: a short example of which nothing is learned, so that every process runs
-as often as the others and no example is seen twice.
+A process that is left without an example in a forward pass gets a blank: two tokens of which nothing
+is learned, so that every process runs as often as the others and no example is seen twice.
 """
 
 from __future__ import annotations
@@ -25,12 +16,15 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from finetune.data.examples.batch_plan import BatchPlan
 from finetune.data.examples.dataset import IGNORED, Example
-from finetune.data.examples.order import EpochPlan
 from finetune.distributed.signals import SIGNALS
 
 Item: TypeAlias = "Example | Sequence[Example]"
 Collate: TypeAlias = Callable[[Sequence[Item]], dict[str, torch.Tensor]]
+
+BLANK = -1
+"""The index of an example of which nothing is learned, and the sample id of its document."""
 
 
 class Items(Protocol):
@@ -44,24 +38,11 @@ class Items(Protocol):
 
 
 class RankBatches(Sampler[list[int]]):
-    """Micro-batches of one process: lists of indices, `~index` standing for a blank."""
+    """The micro-batches of one process: lists of indices, never empty."""
 
-    def __init__(
-        self,
-        plan: EpochPlan,
-        *,
-        blank: int,
-        batch_size: int,
-        accumulation: int,
-        rank: int,
-        world: int,
-    ) -> None:
+    def __init__(self, plan: BatchPlan, rank: int) -> None:
         self.plan = plan
-        self.blank = blank
-        self.batch_size = batch_size
-        self.accumulation = accumulation
         self.rank = rank
-        self.world = world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,15 +51,11 @@ class RankBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Forward passes per epoch, the same in every process."""
-        per_pass = self.batch_size * self.world
-        in_last_step = per_pass * self.accumulation - self.plan.num_repeated
-        return (self.plan.steps_per_epoch - 1) * self.accumulation + -(-in_last_step // per_pass)
+        return self.plan.passes_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in _without_repeats(self.plan.batches(self.epoch)):
-            for first in range(0, len(step), self.batch_size * self.world):
-                turn = step[first : first + self.batch_size * self.world]
-                yield turn[self.rank :: self.world] or [self.blank]
+        for micro_batch in self.plan.micro_batches(self.epoch, self.rank):
+            yield micro_batch or [BLANK]
 
 
 class StepLoader(DataLoader[Item]):
@@ -108,43 +85,44 @@ class StepLoader(DataLoader[Item]):
 
 
 class WithBlanks(torch.utils.data.Dataset[Item]):
-    """The items, and for `~index` item `index` with nothing to learn."""
+    """The items, and the blank one under the index BLANK."""
 
     def __init__(self, items: Items) -> None:
         self.items = items
+        self._shortest = int(np.argmin(items.lengths))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
-        return self.items[index] if index >= 0 else blanked(self.items[~index])
+        return blanked(self.items[self._shortest]) if index == BLANK else self.items[index]
 
 
 def blanked(item: Item) -> Item:
-    """`item` with every label ignored."""
-    if not isinstance(item, Example):
-        return [_blank_example(example) for example in item]
-    return _blank_example(item)
+    """The beginning of `item` with every label ignored; all of it where it shows an image."""
+    example = item if isinstance(item, Example) else item[0]
+    size = len(example.input_ids) if example.image else 2
+    blank = replace(
+        example,
+        input_ids=example.input_ids[:size],
+        labels=np.full(size, IGNORED, dtype=np.int64),
+        loss_weights=None,
+        index=BLANK,
+    )
+    return blank if isinstance(item, Example) else [blank]
 
 
 def training_loader(
-    items: Items,
-    plan: EpochPlan,
-    collate: Collate,
-    *,
-    workers: int,
-    seconds: float,
-    **place: Any,
+    items: Items, plan: BatchPlan, collate: Collate, *, rank: int, workers: int, seconds: float
 ) -> StepLoader:
-    """The loader of one process's micro-batches; `place` goes to RankBatches.
+    """The loader of process `rank`.
 
     It has a generator of its own: loading must not draw from the stream that dropout draws from. A
     worker that gives nothing for `seconds` ends the run.
     """
-    blank = ~int(np.argmin(items.lengths))
     return StepLoader(
         WithBlanks(items),
-        batch_sampler=RankBatches(plan, blank=blank, **place),
+        batch_sampler=RankBatches(plan, rank),
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -159,16 +137,3 @@ def _ignore_signals(worker: int) -> None:
     """A signal to the whole group is the trainer's affair, which needs the workers for its step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _without_repeats(batches: npt.NDArray[np.int64]) -> Iterator[list[int]]:
-    """Steps of an epoch, with what the plan repeats to fill up the last one left out."""
-    _, first_seen = np.unique(batches, return_index=True)
-    is_first = np.zeros(batches.size, dtype=bool)
-    is_first[first_seen] = True
-    for step, keep in zip(batches, is_first.reshape(batches.shape), strict=True):
-        yield step[keep].tolist()
-
-
-def _blank_example(example: Example) -> Example:
-    return replace(example, labels=np.full_like(example.labels, IGNORED), loss_weights=None)

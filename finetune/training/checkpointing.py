@@ -24,8 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from finetune import console, methods
 from finetune.artifacts import checkpoint
-from finetune.distributed.processes import Processes
-from finetune.distributed.zero3_gather import gather
+from finetune.distributed.processes import fail_together, gather_to_rank0, is_rank0, worst
 from finetune.errors import SpaceError
 from finetune.methods import BaseRecord
 from finetune.storage import folders
@@ -46,7 +45,6 @@ class Saver:
     metric: str
     """What the best checkpoint is best by."""
     keep: int
-    processes: Processes
     goes_on_without_room: bool = True
     """Whether a full disk costs a save or the run; `training.on_full_disk`."""
 
@@ -76,21 +74,21 @@ class Saver:
         final = self.run_dir / f"checkpoint-{state.global_step}"
         if not final.exists():
             return  # resumed from one that lies elsewhere
-        with self.processes.failing_together():
-            if self.processes.is_leader and state.global_step >= state.max_steps:
+        with fail_together():
+            if is_rank0() and state.global_step >= state.max_steps:
                 folders.amend(final, TRAINER_STATE, _state_text(trainer))
         self._saved(trainer, final)
 
     def _saved(self, trainer: Any, final: Path) -> None:
         """Note a new best, and delete what is too old."""
-        with self.processes.failing_together():
-            if self.processes.is_leader:
+        with fail_together():
+            if is_rank0():
                 if trainer.state.best_global_step == trainer.state.global_step:
                     checkpoint.set_best(self.run_dir, final, self.metric, trainer.state.best_metric)
                 self._rotate(trainer.state)
 
     def _write(self, trainer: Any, final: Path) -> None:
-        leader, worst = self.processes.is_leader, self.processes.worst
+        leader = is_rank0()
         with folders.staged(final, leader=leader, worst=worst, replace=True) as stage:
             # Each gathers what is sharded first: one that cannot write must not leave the others there.
             with folders.together(worst, final):
@@ -106,7 +104,7 @@ class Saver:
 
     def save_weights(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained; every process takes part, the leader writes."""
-        pieces = partial(gather, model, leader=self.processes.is_leader)
+        pieces = partial(gather_to_rank0, model)
         methods.save(model, folder, base=self.base, gather=pieces)
 
     def load_weights(self, model: nn.Module, folder: Path) -> None:

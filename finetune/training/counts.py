@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from finetune.data.examples.dataset import IGNORED
+from finetune.training.batches import BLANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,9 @@ class StepCounts:
     """The loss's normaliser: supervised tokens, each with its weight."""
     supervised: float = 0.0
     tokens: float = 0.0
-    """Without padding."""
+    """Without padding and blanks."""
     cells: float = 0.0
-    """With padding: rows x width."""
+    """With padding and blanks: rows x width."""
 
     def __add__(self, other: StepCounts) -> StepCounts:
         return StepCounts(
@@ -47,7 +48,7 @@ def count(
     total = StepCounts()
     for batch, samples in zip(batches, sample_ids, strict=True):
         weight, supervised = supervised_weight(batch)
-        tokens = float(lengths[samples].sum())
+        tokens = float(lengths[samples[samples != BLANK]].sum())
         total += StepCounts(weight, supervised, tokens, float(batch["input_ids"].numel()))
     return total
 

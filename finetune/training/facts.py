@@ -13,7 +13,7 @@ import torch
 from finetune import __version__
 from finetune.config.schema import RunConfig
 from finetune.data.chat.template import ChatTemplate
-from finetune.distributed.processes import Processes
+from finetune.distributed.processes import rank_and_world
 from finetune.training import resume
 from finetune.training.prepare_model import Tunable
 from finetune.training.run_data import RunData
@@ -24,22 +24,21 @@ def run_record(
     template: ChatTemplate,
     data: RunData,
     tunable: Tunable,
-    processes: Processes,
 ) -> dict[str, Any]:
     """See `training.resume`."""
-    training = config.training
+    training, (_, world) = config.training, rank_and_world()
     here = training.batch_size * training.gradient_accumulation_steps
     facts = {
         "model": tunable.base.fingerprint,
         "template": template.fingerprint,
         "data": data.train.fingerprint,
-        "global_batch": here * processes.world,
+        "global_batch": here * world,
         "dtype": str(tunable.dtype).removeprefix("torch."),
         "deepspeed": _sharding(tunable.deepspeed),
         "trainable": trainable_shapes(tunable.model),
     }
     if tunable.deepspeed is not None:
-        facts["processes"] = processes.world
+        facts["processes"] = world
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
     if tunable.deepspeed is not None:
         versions["deepspeed"] = version("deepspeed")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from finetune import console
 from finetune.artifacts import checkpoint
@@ -20,7 +19,13 @@ from finetune.config.schema import RunConfig
 from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
-from finetune.distributed.processes import Processes, end, start
+from finetune.distributed.processes import (
+    broadcast_from_rank0,
+    fail_together,
+    is_rank0,
+    joined_processes,
+    rank_and_world,
+)
 from finetune.distributed.signals import StopFlag
 from finetune.distributed.watchdog import watching
 from finetune.models.library_logging import quiet_libraries
@@ -45,13 +50,12 @@ def fit(
     begun = time.monotonic()
     quiet_libraries()
     minutes, stop = config.training.process_timeout_minutes, StopFlag()
-    processes = start(minutes, deepspeed=config.deepspeed is not None)
-    with ExitStack() as at_the_end, watching(processes, minutes, stop):
+    joined = joined_processes(timeout_minutes=minutes, deepspeed=config.deepspeed is not None)
+    with joined, ExitStack() as at_the_end, watching(minutes, stop):
         # One that has saved and waits for the others may get its own signal only then.
         at_the_end.callback(stop.uninstall)
-        trainer, resumed = _train(config, template, data, run_dir, processes, stop)
+        trainer, resumed = _train(config, template, data, run_dir, stop)
         summary = summarise(trainer, run_dir.path, resumed, time.monotonic() - begun)
-    end()
     if stop.is_set:
         console.say("stopped as asked; the same command goes on from here")
         raise SystemExit(stop.exit_code)
@@ -63,19 +67,18 @@ def _train(
     template: ChatTemplate,
     data: RunData,
     run_dir: RunDirectory,
-    processes: Processes,
     stop: StopFlag,
 ) -> tuple[FineTuner, Path | None]:
     """The trainer when it is done, and the checkpoint that it began from."""
-    tunable = load_tunable(config, data, processes)
-    record = run_record(config, template, data, tunable, processes)
-    resumed = choose_checkpoint(config, run_dir.path, record, processes)
-    with processes.failing_together():
-        if processes.is_leader:
+    tunable = load_tunable(config, data)
+    record = run_record(config, template, data, tunable)
+    resumed = choose_checkpoint(config, run_dir.path, record)
+    with fail_together():
+        if is_rank0():
             run_dir.write_config(dump_config(config))
             run_dir.write_data(data.described())
     total = total_steps(config, data)
-    report.announce(config, data, tunable, processes, total)
+    report.announce(config, data, tunable, total)
     saver = Saver(
         run_dir=run_dir.path,
         config_text=dump_config(config),
@@ -83,7 +86,6 @@ def _train(
         base=tunable.base,
         metric=config.evaluation.best_metric,
         keep=config.training.keep_checkpoints,
-        processes=processes,
         goes_on_without_room=config.training.on_full_disk == "continue",
     )
     with Narrator(Meter()) as narrator:
@@ -91,35 +93,30 @@ def _train(
         # Other dropout in every process. A resumed run gets its streams from the checkpoint; at
         # another number of processes, where it has none for some, they differ from the first ones.
         begun_at = (checkpoint.step_of(resumed) if resumed else None) or 0
-        torch.manual_seed(config.training.seed + processes.rank + (begun_at << 32))
+        torch.manual_seed(config.training.seed + rank_and_world()[0] + (begun_at << 32))
         if begun_at >= total:
             console.say(f"no step to do: {resumed} is the last of {total} steps")
         trainer.train(str(resumed) if resumed else None)
     return trainer, resumed
 
 
-def choose_checkpoint(
-    config: RunConfig, run_dir: Path, record: Mapping[str, Any], processes: Processes
-) -> Path | None:
+def choose_checkpoint(config: RunConfig, run_dir: Path, record: Mapping[str, Any]) -> Path | None:
     """The checkpoint to go on from, verified once and the same in every process.
 
     Raises:
         CheckpointError: It belongs to another run, or `training.resume` forbids what is there.
     """
-    chosen: list[str | None] = [None]
-    with processes.failing_together():
-        if processes.is_leader:
-            checkpoint.best(run_dir)  # is refused when damaged, before hours of training
-            folder, skipped = resume.choose(run_dir, config.training.resume)
-            for damaged, reason in skipped:
-                console.warn(f"{damaged} is passed over: {reason}")
-            if folder is not None:
-                changes = resume.check(folder, record)
-                report.say_resumed(folder, changes)
-                chosen = [str(folder)]
-    if processes.world > 1:
-        dist.broadcast_object_list(chosen)
-    return Path(chosen[0]) if chosen[0] else None
+
+    def chosen() -> Path | None:
+        checkpoint.best(run_dir)  # is refused when damaged, before hours of training
+        folder, skipped = resume.choose(run_dir, config.training.resume)
+        for damaged, reason in skipped:
+            console.warn(f"{damaged} is passed over: {reason}")
+        if folder is not None:
+            report.say_resumed(folder, resume.check(folder, record))
+        return folder
+
+    return broadcast_from_rank0(chosen)
 
 
 def total_steps(config: RunConfig, data: RunData) -> int:
@@ -162,11 +159,10 @@ def build_trainer(
             collate=Collator(
                 template.pad_id,
                 image=template.image,
-                features=features(config, template, data, tunable, saver.processes),
+                features=features(config, template, data, tunable),
             ),
         ),
         services=Services(
-            processes=saver.processes,
             stop=stop,
             saver=saver,
             evaluate=scores,
@@ -185,14 +181,14 @@ def build_trainer(
 
 
 def features(
-    config: RunConfig, template: ChatTemplate, data: RunData, tunable: Tunable, processes: Processes
+    config: RunConfig, template: ChatTemplate, data: RunData, tunable: Tunable
 ) -> FeatureFiles | None:
     """What a frozen tower makes of the training images, when it is to be kept."""
     images = data.train.images() if config.data.cache_image_features else []
     if not images:
         return None
     size = template.image.size if isinstance(template.image, ImageSpec) else 0
-    return prepare_features(config, tunable, size, images, processes)
+    return prepare_features(config, tunable, size, images)
 
 
 def summarise(

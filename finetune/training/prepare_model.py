@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from finetune import methods
 from finetune.artifacts.weights import model_fingerprint
 from finetune.config.schema import RunConfig
-from finetune.distributed.processes import Processes
+from finetune.distributed.processes import local_device, rank_and_world
 from finetune.methods import BaseRecord
 from finetune.models.load import family, load_model, local_folder
 from finetune.training import zero
@@ -38,23 +38,24 @@ class Tunable:
     """Number format of the frozen weights and of the computation."""
 
 
-def load_tunable(config: RunConfig, data: RunData, processes: Processes) -> Tunable:
+def load_tunable(config: RunConfig, data: RunData) -> Tunable:
     """The model of a run; a prefix starts from the first tokens of its data.
 
     Order matters: DeepSpeed wants to be told about the machine before TrainingArguments exist, and
     these must exist before a model is loaded, which ZeRO-3 shards meanwhile.
     """
     check_trackers(config.training.report_to)
-    has_gpu = processes.device.type == "cuda"
+    device, (_, world) = local_device(), rank_and_world()
+    has_gpu = device.type == "cuda"
     folder = local_folder(config.model.path, config.model.revision)
-    dtype = computation_dtype(config.model.dtype, processes.device)
+    dtype = computation_dtype(config.model.dtype, device)
     precision = mixed_precision(config.method, dtype, sharded=config.deepspeed is not None)
     deepspeed = None
     if config.deepspeed is not None:
         zero.prepare_libraries(has_gpu=has_gpu)
         setting = zero.Setting(
             training=config.training,
-            num_processes=processes.world,
+            num_processes=world,
             hidden_size=_hidden_size(folder),
             precision=precision.deepspeed,
         )
@@ -63,7 +64,6 @@ def load_tunable(config: RunConfig, data: RunData, processes: Processes) -> Tuna
         config.training,
         deepspeed=deepspeed,
         loader_workers=config.data.loader_workers,
-        processes=processes,
         precision=precision,
     )
     if deepspeed is not None:

@@ -8,28 +8,26 @@ from typing import Any
 
 from finetune import console, methods
 from finetune.config.schema import RunConfig
-from finetune.distributed.processes import Processes
+from finetune.distributed.processes import local_device, rank_and_world
 from finetune.training import resume
 from finetune.training.callbacks import score_text
 from finetune.training.prepare_model import Tunable
 from finetune.training.run_data import RunData
 
 
-def announce(
-    config: RunConfig, data: RunData, tunable: Tunable, processes: Processes, total_steps: int
-) -> None:
+def announce(config: RunConfig, data: RunData, tunable: Tunable, total_steps: int) -> None:
     """What is trained on what."""
-    training = config.training
+    training, (_, world) = config.training, rank_and_world()
     trained = sum(_size(p) for p in tunable.model.parameters() if p.requires_grad)
     everything = sum(_size(p) for p in tunable.model.parameters())
-    per_step = training.batch_size * training.gradient_accumulation_steps * processes.world
+    per_step = training.batch_size * training.gradient_accumulation_steps * world
     tokens = int(data.items.lengths.astype(int).mean() * per_step)
     what = "rows" if config.data.packing else "examples"
     sharding = (
         f"DeepSpeed ZeRO-{tunable.deepspeed['zero_optimization'].get('stage', 0)}"
         if tunable.deepspeed
         else "data parallel"
-        if processes.world > 1
+        if world > 1
         else "one process"
     )
     console.table(
@@ -45,12 +43,12 @@ def announce(
                 ["  in", f"{pattern} x {count}"]
                 for pattern, count in methods.trained_modules(tunable.model).items()
             ],
-            ["processes", f"{processes.world} on {processes.device.type}, {sharding}"],
+            ["processes", f"{world} on {local_device().type}, {sharding}"],
             ["examples", f"{len(data.train):,}"],
             [
                 "a step",
                 f"{per_step} {what} ({training.batch_size} x {training.gradient_accumulation_steps} "
-                f"x {processes.world} processes), about {tokens:,} tokens",
+                f"x {world} processes), about {tokens:,} tokens",
             ],
             ["steps", f"{total_steps:,} ({data.plan.steps_per_epoch:,} an epoch)"],
             ["writes to", training.output_dir],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -11,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune import console
+from finetune import console, launcher
 from finetune.config.schema import DataSection, RunConfig
 from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.template import ChatTemplate
+from finetune.data.examples.batch_plan import BatchPlan
 from finetune.data.examples.dataset import (
     Counts,
     Example,
@@ -22,7 +22,6 @@ from finetune.data.examples.dataset import (
     PreparedDataset,
     load_examples,
 )
-from finetune.data.examples.order import EpochPlan, padding_share
 from finetune.data.examples.packing import PackedDataset, pack
 from finetune.data.reading.sources import SourceSpec, reading_of, sources_of
 from finetune.errors import ConfigError, DataError
@@ -38,7 +37,7 @@ class RunData:
     train: PreparedDataset
     items: PreparedDataset | PackedDataset[Example]
     """The training examples, or rows of several of them."""
-    plan: EpochPlan
+    plan: BatchPlan
     validation: PreparedDataset | None
     validation_sources: tuple[SourceSpec, ...]
 
@@ -69,15 +68,15 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     if template.image is not None and not isinstance(template.image, ImageSpec):
         _check_newer_family(config)
     items = _items(train, section, training.seed)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = EpochPlan(
+    plan = BatchPlan(
         items.lengths,
-        training.batch_size * training.gradient_accumulation_steps * world,
+        training.batch_size,
+        training.gradient_accumulation_steps,
+        launcher.world_size(),
         training.seed,
         group_by_length=section.group_by_length and not section.packing,
     )
-    share = padding_share(items.lengths, plan, training.batch_size)
-    console.say(f"padding: {100 * share:.1f} % of the tokens of an epoch")
+    console.say(f"padding: {100 * plan.padding():.1f} % of the tokens of an epoch")
     sources = sources_of(section, section.validation)
     validation = _examples(section, sources, template, training.seed) if sources else None
     if validation is not None:

@@ -16,11 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from finetune.data.examples.order import EpochPlan
-from finetune.distributed.processes import Processes
+from finetune.data.examples.batch_plan import BatchPlan
+from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, NonFiniteError, ProcessError
-from finetune.training.batches import Collate, Items, StepLoader, training_loader
+from finetune.training.batches import BLANK, Collate, Items, StepLoader, training_loader
 from finetune.training.callbacks import Meter, NothingLeftError
 from finetune.training.checkpointing import Saver
 from finetune.training.counts import StepCounts, count
@@ -39,7 +39,7 @@ class TrainingData:
     """Tokens of every document, by the index that `sample_ids` hold; int32 [documents]."""
     where: Callable[[int], str]
     """The `file:line` of a document."""
-    plan: EpochPlan
+    plan: BatchPlan
     collate: Collate
 
 
@@ -47,7 +47,6 @@ class TrainingData:
 class Services:
     """What the trainer calls on."""
 
-    processes: Processes
     stop: StopFlag
     saver: Saver
     evaluate: Callable[[nn.Module, int], dict[str, float] | None]
@@ -91,7 +90,7 @@ class FineTuner(Trainer):
         if self.pop_callback(TensorBoardCallback) is not None:
             self.add_callback(TensorBoard())
         self.model_accepts_loss_kwargs = True
-        _check_distribution(self.accelerator, args, services.processes)
+        _check_distribution(self.accelerator, args)
 
     # --- data and loss -----------------------------------------------------------------------
 
@@ -103,10 +102,7 @@ class FineTuner(Trainer):
             self.data.collate,
             workers=self.args.dataloader_num_workers,
             seconds=self.args.ddp_timeout,
-            batch_size=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            rank=self.services.processes.rank,
-            world=self.services.processes.world,
+            rank=rank_and_world()[0],
         )
         return self._loader
 
@@ -118,9 +114,7 @@ class FineTuner(Trainer):
         self._samples = [batch.pop("sample_ids").numpy() for batch in batches]
         self._losses = []
         here = count(batches, self._samples, self.data.lengths)
-        everywhere = self.services.processes.sums(
-            [here.weight, here.supervised, here.tokens, here.cells]
-        )
+        everywhere = reduce_sum([here.weight, here.supervised, here.tokens, here.cells])
         self.counts = StepCounts(*everywhere)
         return batches, torch.tensor(self.counts.weight or 1.0, device=device)
 
@@ -139,7 +133,7 @@ class FineTuner(Trainer):
         loss = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False).loss
         self._losses.append(loss.detach())
         # Gradients are averaged over the processes, while the normaliser counts all of them.
-        loss = loss * self.services.processes.world
+        loss = loss * rank_and_world()[1]
         return (loss, None) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -209,23 +203,16 @@ class FineTuner(Trainer):
             NonFiniteError: In every process, naming the examples.
         """
         is_finite = torch.isfinite(torch.stack(self._losses)).tolist()
-        if self._hear(int(not (gradient_is_finite and all(is_finite)))):
-            with self.services.processes.failing_together():
+        if self.services.stop.sync(not (gradient_is_finite and all(is_finite))):
+            with fail_together():
                 self._refuse(is_finite, gradient_is_finite)
-
-    def _hear(self, problem: int = 0) -> int:
-        """Learn in every process of a signal to one of them; the largest `problem` of all."""
-        stop = self.services.stop
-        worst, signal = self.services.processes.largest([problem, stop.heard or 0])
-        stop.agree(lambda _: signal)
-        return worst
 
     def _refuse(self, is_finite: list[bool], gradient_is_finite: bool) -> None:
         losses = [i for i, fine in enumerate(is_finite) if not fine]
         if not losses and gradient_is_finite:
             return  # another process has found it
         named = losses or range(len(self._samples))
-        examples = [int(sample) for i in named for sample in self._samples[i]]
+        examples = [int(s) for i in named for s in self._samples[i] if s != BLANK]
         places = "\n  ".join(self.data.where(example) for example in examples[:20])
         what = "the loss" if losses else "the gradient"
         more = f"\n  and {len(examples) - 20} more" if len(examples) > 20 else ""
@@ -251,7 +238,7 @@ class FineTuner(Trainer):
                 worker.kill()  # one that hangs would keep this process from ending
             if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
                 raise ProcessError(
-                    f"process {self.services.processes.rank}: a loader process failed: {error} "
+                    f"process {rank_and_world()[0]}: a loader process failed: {error} "
                     "Look for a lack of memory, or set data.loader_workers to 0"
                 ) from error
             raise
@@ -273,7 +260,7 @@ class FineTuner(Trainer):
         """Validation loss and scores, logged as `eval_<name>`; leaves no trace in the training."""
         scores = self.services.evaluate(self.model, self.state.global_step)
         if scores is None:  # every process knows, so every process comes here
-            self._hear()
+            self.services.stop.sync()
             scores = {}
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         if metrics:
@@ -291,19 +278,19 @@ class FineTuner(Trainer):
         self.services.saver.load_weights(self.model, Path(resume_from_checkpoint))
 
 
-def _check_distribution(accelerator: Any, args: TrainingArguments, processes: Processes) -> None:
+def _check_distribution(accelerator: Any, args: TrainingArguments) -> None:
     """Refuse to train apart: several processes without gradients in common would go unnoticed."""
-    kind = accelerator.distributed_type
+    kind, (_, world) = accelerator.distributed_type, rank_and_world()
     expected = (
         kind == DistributedType.DEEPSPEED
         if args.deepspeed
         else kind != DistributedType.DEEPSPEED
-        and (processes.world == 1 or kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU))
+        and (world == 1 or kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU))
     )
-    if not expected or accelerator.num_processes != processes.world:
+    if not expected or accelerator.num_processes != world:
         asked = "DeepSpeed" if args.deepspeed else "plain data parallel"
         raise ConfigError(
-            f"{processes.world} processes with {asked} were asked for, but accelerate has set up "
+            f"{world} processes with {asked} were asked for, but accelerate has set up "
             f"{accelerator.num_processes} with {kind}; unset ACCELERATE_* environment variables and "
             "start with torchrun"
         )

@@ -60,7 +60,7 @@ class Validation:
             self.examples,
             self.collate,
             batch_size=self.batch_size,
-            should_stop=lambda: self.stop.heard is not None,
+            should_stop=lambda: self.stop.local_signal is not None,
         )
         return {"loss": found.loss}
 
@@ -73,7 +73,7 @@ class Validation:
             self.prompts,
             max_new_tokens=self.section.max_new_tokens,
             batch_size=self.section.batch_size,
-            should_stop=lambda: self.stop.heard is not None,
+            should_stop=lambda: self.stop.local_signal is not None,
         )
         if console.is_main():
             write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)

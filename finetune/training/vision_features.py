@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune import console
 from finetune.config.schema import RunConfig
 from finetune.data.chat.image import shown
-from finetune.distributed.processes import Processes
+from finetune.distributed.processes import fail_together, local_device, rank_and_world, worst
 from finetune.errors import ConfigError, DataError
 from finetune.models.chatglm.vision import VisionModel
 from finetune.storage.cache import default_root, key_of
@@ -51,7 +51,7 @@ class FeatureFiles:
 
 
 def prepare_features(
-    config: RunConfig, tunable: Tunable, size: int, images: Sequence[str], processes: Processes
+    config: RunConfig, tunable: Tunable, size: int, images: Sequence[str]
 ) -> FeatureFiles:
     """The rows of `images` [size x size]; what is missing is computed, shared by the processes.
 
@@ -68,25 +68,26 @@ def prepare_features(
     sweep(folder)
     files = {image: folder / f"{file_digest(Path(image))}.safetensors" for image in images}
     wanted = {file: image for image, file in files.items()}
+    rank, world = rank_and_world()
     missing = [file for file in sorted(wanted) if not _is_whole(file)]
-    processes.worst(0)  # nobody writes before everybody has looked
-    mine = missing[processes.rank :: processes.world]
+    worst(0)  # nobody writes before everybody has looked
+    mine = missing[rank::world]
     if missing:
         console.say(f"vision features: computing {len(missing):,} of {len(wanted):,} images")
     with (
-        _whole(tower, processes),
-        _as_in_training(tunable, processes),
-        processes.failing_together(),
+        _whole(tower),
+        _as_in_training(tunable),
+        fail_together(),
     ):
         for file in mine:
             pixels = torch.from_numpy(shown(wanted[file], size, "vision features"))
             with torch.no_grad():
-                rows = tower.features(pixels[None].to(processes.device))[0]
+                rows = tower.features(pixels[None].to(local_device()))[0]
             _write(file, rows.to(tunable.dtype).cpu().contiguous())
-    with processes.failing_together():
+    with fail_together():
         if unseen := [file for file in missing if not file.is_file()]:
             raise ConfigError(
-                f"data.cache_image_features: process {processes.rank} does not see {unseen[0]}, which "
+                f"data.cache_image_features: process {rank} does not see {unseen[0]}, which "
                 "another one wrote; put data.cache_dir where all machines see it"
             )
     return FeatureFiles(files)
@@ -107,11 +108,11 @@ def _frozen_tower(model: nn.Module) -> VisionModel:
 
 
 @contextlib.contextmanager
-def _whole(tower: nn.Module, processes: Processes) -> Iterator[None]:
+def _whole(tower: nn.Module) -> Iterator[None]:
     """The tower's weights are whole and on each process's device; ZeRO-3 holds them in parts."""
     sharded = [weight for weight in tower.parameters() if hasattr(weight, "ds_id")]
     if not sharded:
-        tower.to(processes.device)
+        tower.to(local_device())
         yield
         return
     import deepspeed
@@ -120,10 +121,10 @@ def _whole(tower: nn.Module, processes: Processes) -> Iterator[None]:
         yield
 
 
-def _as_in_training(tunable: Tunable, processes: Processes) -> torch.autocast:
+def _as_in_training(tunable: Tunable) -> torch.autocast:
     arguments = tunable.arguments
     cast = tunable.deepspeed is None and (arguments.bf16 or arguments.fp16)
-    return torch.autocast(processes.device.type, dtype=tunable.dtype, enabled=cast)
+    return torch.autocast(local_device().type, dtype=tunable.dtype, enabled=cast)
 
 
 def _is_whole(file: Path) -> bool:

@@ -56,9 +56,9 @@ def run_loop(model: Path, steps: int) -> float:
     from finetune.config.schema import LoraMethod
     from finetune.data.chat.template import ChatTemplate
     from finetune.data.chat.tokenizer import load_chat_tokenizer
+    from finetune.data.examples.batch_plan import BatchPlan
     from finetune.data.examples.collate import Collator
     from finetune.data.examples.dataset import LengthPolicy, load_examples
-    from finetune.data.examples.order import EpochPlan
     from finetune.data.reading.sources import SourceSpec
     from finetune.models.load import load_model
 
@@ -68,7 +68,7 @@ def run_loop(model: Path, steps: int) -> float:
     data = load_examples(
         [SourceSpec(str(ROOT / "data/support_desk/train.jsonl"))], template, policy
     )
-    plan = EpochPlan(data.lengths, BATCH, 42, group_by_length=True)
+    plan = BatchPlan(data.lengths, BATCH, seed=42, group_by_length=True)
     collate = Collator(template.pad_id)
     lora = LoraMethod(rank=16, alpha=32, dropout=0.0)
     tuned = methods.attach(load_model(model), lora, family="glm").train()
@@ -83,7 +83,7 @@ def run_loop(model: Path, steps: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    order = plan.batches(0).tolist()
+    order = [step.tolist() for step in plan.steps(0)]
     for indices in order[:SHORT]:
         step(indices)
     begun = time.process_time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -272,14 +273,14 @@ def order_without_history(folder: Path) -> str:
     """The order of an epoch is the same whether or not others were asked for before it."""
     import numpy as np
 
-    from finetune.data.examples.order import EpochPlan
+    from finetune.data.examples.batch_plan import BatchPlan
     from finetune.data.examples.packing import pack
 
     lengths = np.random.default_rng(0).integers(5, 60, 203)
     for grouped in (False, True):
-        plan = EpochPlan(lengths, 8, 42, group_by_length=grouped)
-        orders = [plan.batches(epoch) for epoch in range(4)]
-        fresh = EpochPlan(lengths, 8, 42, group_by_length=grouped).batches(3)
+        plan = BatchPlan(lengths, 8, seed=42, group_by_length=grouped)
+        orders = [np.concatenate(list(plan.steps(epoch))) for epoch in range(4)]
+        fresh = np.concatenate(list(replace(plan).steps(3)))
         if not np.array_equal(fresh, orders[3]):
             return "the order depends on what was asked before"
         if any(np.array_equal(orders[3], order) for order in orders[:3]):

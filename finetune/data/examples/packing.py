@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.examples.order import permutation
+from finetune.data.examples.batch_plan import permutation
 
 Item = TypeVar("Item", covariant=True)
 
