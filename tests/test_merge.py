@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import logits, make_adapter, make_base, peft_merged, weights_of
+from closeness import LARGEST_LOGIT, additions, assert_close, rounding
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -55,7 +56,7 @@ SAME_AS_PEFT = [
 
 
 @pytest.mark.parametrize(("kind", "dtype"), SAME_AS_PEFT)
-def test_the_merged_weights_are_those_of_peft_bit_for_bit(
+def test_the_merged_weights_are_those_of_peft_up_to_one_rounding(
     tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
     base = make_base(tmp_path / "base", dtype)
@@ -64,9 +65,18 @@ def test_the_merged_weights_are_those_of_peft_bit_for_bit(
     expected = peft_merged(base, adapter, dtype)
     found = weights_of(tmp_path / "out")
     assert found.keys() == expected.keys()
+    before, changed = weights_of(base), 0
     for name, tensor in found.items():
         assert tensor.dtype == dtype
-        assert torch.equal(tensor, expected[name]), name
+        if torch.equal(expected[name], before[name]):
+            assert torch.equal(tensor, before[name]), name
+            continue
+        # NumPy and torch add up to 9 numbers in float32, perhaps across a border of `dtype`.
+        atol = rounding(9, float(expected[name].abs().max()))
+        rtol = torch.finfo(dtype).eps
+        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol, msg=name)
+        changed += 1
+    assert changed
 
 
 def exact(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -109,13 +119,14 @@ def test_the_merged_weights_are_as_near_to_the_exact_ones_as_peft_s(
     ours, theirs = weights_of(tmp_path / "out"), peft_merged(base, adapter, dtype)
     wanted = exact(base, adapter)
     assert wanted
-    # One rounding to the number format, and a few of float32 before it.
+    # One rounding to the number format, and before it those of up to 32 products in float32.
     for name, tensor in wanted.items():
         nearest = (tensor.to(dtype).double() - tensor).abs()
         error = (ours[name].double() - tensor).abs()
-        slack = 2e-6 * tensor.abs().clamp(min=1)
+        slack = rounding(32) * tensor.abs().clamp(min=1)
         assert (error <= nearest + slack).all(), name
-        assert error.mean() <= (theirs[name].double() - tensor).abs().mean() * 1.01, name
+        if dtype != torch.float32:  # there both errors are those of an order of additions
+            assert error.mean() <= (theirs[name].double() - tensor).abs().mean() * 1.01, name
 
 
 @pytest.mark.parametrize("family", ["chatglm", "glm", "glm4"])
@@ -126,11 +137,12 @@ def test_the_merged_model_answers_as_base_and_adapter_do(
     base = make_base(tmp_path / "base", family=family)
     adapter = make_adapter(tmp_path / "adapter", base, **options)
     report = merge(adapter, tmp_path / "out")
-    assert report.largest_difference is not None
-    assert report.largest_difference < 1e-4
     before = logits(PeftModel.from_pretrained(load_model(base), str(adapter)).eval())
-    after = logits(load_model(tmp_path / "out"))
-    assert (before - after).abs().max() < 1e-4
+    merged = load_model(tmp_path / "out")
+    after, sums = logits(merged), additions(merged.config, 30)
+    assert_close(before, after, sums)
+    assert report.largest_difference is not None
+    assert report.largest_difference < rounding(sums, LARGEST_LOGIT)
     assert (after - logits(load_model(base))).abs().max() > 0.1
 
 
@@ -142,7 +154,8 @@ def test_a_tied_model_keeps_one_matrix_only_while_one_can_serve_both_ends(
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=targets)
     report = merge(adapter, tmp_path / "out")
     before = logits(PeftModel.from_pretrained(load_model(base), str(adapter)).eval())
-    assert (before - logits(load_model(tmp_path / "out"))).abs().max() < 1e-4
+    merged = load_model(tmp_path / "out")
+    assert_close(before, logits(merged), additions(merged.config, 30))
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert report.untied == (targets != ["q_proj"])
     assert config["tie_word_embeddings"] == (not report.untied)
@@ -195,7 +208,8 @@ def test_several_adapters_add_up_as_in_peft_s_add_weighted_adapter(
     expected, found = model.merge_and_unload().state_dict(), weights_of(tmp_path / "out")
     changed = 0
     for name, tensor in found.items():
-        assert torch.allclose(tensor, expected[name].to(dtype), rtol=2**-7, atol=1e-6), name
+        eps, atol = torch.finfo(dtype).eps, rounding(12, float(tensor.abs().max()))
+        torch.testing.assert_close(tensor, expected[name].to(dtype), rtol=eps, atol=atol, msg=name)
         changed += not torch.equal(tensor, weights_of(base)[name])
     assert changed == 12  # six matrices in two layers
 
@@ -212,7 +226,7 @@ def test_one_adapter_may_be_weakened_and_what_cannot_be_added_up_is_refused(
     for name, tensor in weights_of(base).items():
         none, half, full = (weights_of(tmp_path / f)[name] for f in ("none", "half", "full"))
         assert torch.equal(none, tensor)
-        assert torch.allclose(half, (tensor + full) / 2, atol=1e-6)
+        assert_close(half, (tensor + full) / 2, 4)
     for one in (dora, whole):
         with pytest.raises(ModelError, match="cannot be added up"):
             merge([(plain, 1.0), (one, 1.0)], tmp_path / "out")
