@@ -21,7 +21,7 @@ from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
 from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
-from finetune.evaluation.evaluate import ask, evaluate, evaluate_model
+from finetune.evaluation.evaluate import build_prompts, evaluate, evaluate_model
 from finetune.evaluation.loss import validation_loss
 from finetune.evaluation.predictions import Prediction, write_predictions
 from finetune.generation.load import open_model
@@ -121,7 +121,7 @@ def test_scores_come_with_what_they_depend_on(tiny_glm: Path, data: Path, tmp_pa
     report = json.loads((tmp_path / "evaluation-base-dev" / "scores.json").read_text("utf-8"))
     assert report["kind"] == "model"
     assert report["replies"] == 9
-    assert "method3" in report["signature"]
+    assert "method3" in report["signatures"]["bleu-4"]
     assert report["versions"]["torch"] == torch.__version__
     assert report["settings"]["decoding"] == "greedy"
     assert report["scores"]["tool_call_validity"] == 0.0
@@ -156,7 +156,7 @@ def test_replies_equal_to_their_references_score_100_everywhere(
     assert {n for n, value in scores.items() if value != 100.0} == {"bleu-4", "repetition_rate"}
     assert scores["repetition_rate"] == 0.0
     assert [one.message for one in result.predictions] == [1, 1, 1, 1, 1, 1, 3, 1, 3]
-    assert result.predictions[7].reference == f"get_weather\n{CALL}"
+    assert result.predictions[7].row["reference"] == f"get_weather\n{CALL}"
     assert result.predictions[7].where == "dev.jsonl:7"
 
 
@@ -181,7 +181,7 @@ def test_no_prompt_contains_its_reference(
     )
     assert len(result.predictions) == 6
     for one in result.predictions:
-        assert one.reference not in one.prompt
+        assert one.reference.content not in one.prompt
         assert one.prompt.endswith("<|assistant|>")
     assert "first1" in result.predictions[3].prompt
 
@@ -192,12 +192,12 @@ def test_prompts_leave_room_for_a_reply_and_what_is_left_out_is_said(
     long = "€" * 250  # three tokens each
     rows = [*held_out(), {"messages": turns(long, "a", "b", "c")}, {"messages": turns(long, "a")}]
     section = EvaluationSection(max_new_tokens=20, max_samples=None)
-    prompts = ask(_conversations(rows), template, section, positions=620)
+    prompts = build_prompts(_conversations(rows), template, section, positions=620)
     assert max(len(prompt.prompt_ids) for prompt in prompts) <= 600
     said = capsys.readouterr()
     assert "1 prompts lost their oldest turns" in said.out
     assert f"dev.jsonl:{len(rows)}" in said.err
-    few = ask(
+    few = build_prompts(
         _conversations(rows), template, EvaluationSection(max_samples=3, max_new_tokens=20),
         positions=None,
     )  # fmt: skip
@@ -240,7 +240,9 @@ def _loss_by_hand(model: torch.nn.Module, examples: PreparedDataset) -> float:
 
 
 def test_a_file_of_predictions_is_whole_or_absent(tmp_path: Path) -> None:
-    good = Prediction("a:1", 1, "p", "r", "回答", True, {"bleu-4": 1.0})
+    good = Prediction(
+        Message("assistant", "回答"), Message("assistant", "r"), scores={"bleu-4": 1.0}
+    )
 
     def broken() -> Any:
         yield good

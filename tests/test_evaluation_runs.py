@@ -18,7 +18,7 @@ import torch
 from rows import Rows, read_rows, turns, write_rows
 
 from finetune.errors import ConfigError, DataError, ModelError, OutputInUseError
-from finetune.evaluation import asking, job, store
+from finetune.evaluation import job, store
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.targets import find_targets
 from finetune.generation.load import Models, open_model
@@ -143,7 +143,7 @@ def test_a_run_means_all_its_good_checkpoints_through_the_command_line(
     replies = tmp_path / "elsewhere.jsonl"
     rows = [(turn[1], turn[0]) for row in held_out() for turn in pairs(row["messages"])]
     write_rows(replies, [{"predict": "answer", "label": label["content"]} for label, _ in rows])
-    words = ["evaluate", str(place / "lora"), "--base", "--predictions", str(replies), "--general",
+    words = ["evaluate", str(place / "lora"), "--include-base", "--predictions", str(replies), "--regression-data",
              str(place / "train.jsonl"), "--output", str(tmp_path / "out"), "--max-new-tokens", "3", "--generate"]  # fmt: skip
     assert exit_code(*words, "--json") == 0
     report = json.loads(capfd.readouterr().out)
@@ -190,9 +190,9 @@ def test_a_second_evaluation_generates_nothing_and_says_the_same(
 
 KILLED = """
 import os, signal
-from finetune.evaluation import asking, evaluate, store
+from finetune.evaluation import evaluate, job, store
 from finetune.generation import generate
-asking.BATCHES_PER_WINDOW = 4
+job.BATCHES_PER_WINDOW = 4
 generate.BATCHES_PER_GROUP = 1
 note, noted = store.WindowLog.note, []
 def counted(self, number, group):
@@ -211,7 +211,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     from finetune.generation import generate
 
     target = checkpoints(place)[0]
-    monkeypatch.setattr(asking, "BATCHES_PER_WINDOW", 4)
+    monkeypatch.setattr(job, "BATCHES_PER_WINDOW", 4)
     monkeypatch.setattr(generate, "BATCHES_PER_GROUP", 1)
     script = tmp_path / "killed.py"
     script.write_text(f"TARGET = {target!r}\n{KILLED}", encoding="utf-8")

@@ -24,7 +24,7 @@ from finetune.export.merge import merge
 from finetune.generation.load import open_model
 from finetune.generation.predict import PredictOptions, predict
 from finetune.models.chatglm.vision import VisionModel
-from finetune.report.write import write_page
+from finetune.report.page import write_page
 from finetune.training.learning_rates import Rates
 
 METHODS = {

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dialogue.conversation import Message
-from finetune.evaluation import metrics
-from finetune.evaluation.metrics import Pair
+from finetune.evaluation import metrics, overlap, words
+from finetune.evaluation.pairs import DEFINITIONS, Compared, tool_call_parts
+from finetune.evaluation.predictions import Prediction, Scores, text
+from finetune.evaluation.statistics import ReplyTable
 
 WEATHER = {
     "type": "function",
@@ -35,39 +37,57 @@ def reply(content: str, name: str = "") -> Message:
     return Message("assistant", content, metadata=name)
 
 
-def pair(prediction: str, reference: str) -> Pair:
-    return Pair(reply(prediction), reply(reference))
+def pair(prediction: str, reference: str) -> Prediction:
+    return Prediction(reply(prediction), reply(reference))
+
+
+def scores_of(prediction: Prediction) -> Scores:
+    return metrics.numbers_of(prediction, "demo")[0]
+
+
+def means_of(predictions: list[Prediction]) -> Scores:
+    table = ReplyTable()
+    for number, one in enumerate(predictions):
+        table.add(str(number), *metrics.numbers_of(one, "demo"))
+    return table.scores()
+
+
+TEXT_METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match")
 
 
 def call_score(name: str, arguments: str, *, tools: tuple = (WEATHER,)) -> float | None:
     expected = reply('{"city": "北京"}', "get_weather")
-    return metrics.tool_call_validity(Pair(reply(arguments, name), expected, tools=tools))
+    return validity(Prediction(reply(arguments, name), expected, tools=tools))
 
 
-@pytest.mark.parametrize("unit", ["word", "character"])
-def test_every_golden_pair_scores_the_reference_to_the_last_digit(
-    glm4_assets: Path, unit: metrics.BleuUnit
-) -> None:
+def validity(prediction: Prediction) -> float | None:
+    return tool_call_parts(prediction)["tool_call_validity"]
+
+
+def test_every_golden_pair_scores_the_reference_to_the_last_digit(glm4_assets: Path) -> None:
     golden = json.loads((glm4_assets / "golden" / "metrics.json").read_text(encoding="utf-8"))
-    keys = {name: name for name in ("rouge-1", "rouge-2", "rouge-l")} | {
-        "bleu-4": f"bleu-4 {unit}s"
-    }
-    scores = [
-        metrics.score_pair(pair(one["prediction"], one["reference"]), bleu_unit=unit)
-        for one in golden["pairs"]
-    ]
-    for one, got in zip(golden["pairs"], scores, strict=True):
+    keys = {name: name for name in ("rouge-1", "rouge-2", "rouge-l")} | {"bleu-4": "bleu-4 words"}
+    pairs = [pair(one["prediction"], one["reference"]) for one in golden["pairs"]]
+    for one, got in zip(golden["pairs"], map(scores_of, pairs), strict=True):
         assert {name: got[name] for name in keys} == {name: one[keys[name]] for name in keys}
-    means = metrics.mean(scores)
+    means = means_of(pairs)
     assert {name: means[name] for name in keys} == {
         name: golden["mean"][keys[name]] for name in keys
     }
 
 
+def test_bleu_on_characters_is_the_reference_to_the_last_digit(glm4_assets: Path) -> None:
+    golden = json.loads((glm4_assets / "golden" / "metrics.json").read_text(encoding="utf-8"))
+    for one in golden["pairs"]:
+        both = Compared(pair(one["prediction"], one["reference"]), DEFINITIONS["demo"])
+        found = overlap.bleu(list(both.reply), list(both.reference)) if both.reply else 0.0
+        assert found == one["bleu-4 characters"]
+
+
 def test_a_score_worked_out_by_hand() -> None:
     # Words: a b c d | a b x d, white space between them, which BLEU counts and ROUGE does not.
     # ROUGE-1: 3 of 4 words; ROUGE-2: "a b" of 3 pairs; ROUGE-L: a b d, 3 of 4.
-    got = metrics.score_pair(pair("a b c d", "a b x d"))
+    got = scores_of(pair("a b c d", "a b x d"))
     assert got["rouge-1"] == pytest.approx(75.0)
     assert got["rouge-2"] == pytest.approx(100 / 3)
     assert got["rouge-l"] == pytest.approx(75.0)
@@ -76,34 +96,34 @@ def test_a_score_worked_out_by_hand() -> None:
 
 
 def test_the_scale_runs_from_0_to_100() -> None:
-    same = metrics.score_pair(Pair(reply("今天天气很好。"), reply("今天天气很好。"), stopped=True))
-    assert [round(same[name] or 0, 4) for name in metrics.TEXT_METRICS] == [100.0] * 5
+    same = scores_of(Prediction(reply("今天天气很好。"), reply("今天天气很好。"), stopped=True))
+    assert [round(same[name] or 0, 4) for name in TEXT_METRICS] == [100.0] * 5
     assert same["stop_rate"] == 100.0
-    none = metrics.score_pair(Pair(reply("xyz"), reply("今天天气很好。"), stopped=False))
-    assert [none[name] for name in metrics.TEXT_METRICS] == [0.0] * 5
+    none = scores_of(Prediction(reply("xyz"), reply("今天天气很好。"), stopped=False))
+    assert [none[name] for name in TEXT_METRICS] == [0.0] * 5
     assert none["stop_rate"] == 0.0
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n", " \n\n "])
 def test_an_empty_reply_scores_0_and_stays_in_the_mean(empty: str) -> None:
-    means = metrics.score([pair(empty, "你好"), pair("你好", "你好")])
+    means = means_of([pair(empty, "你好"), pair("你好", "你好")])
     assert means["exact_match"] == 50.0
     assert means["rouge-1"] == pytest.approx(50.0, abs=1e-5)
 
 
 def test_white_space_around_a_reply_does_not_count_and_inside_it_does() -> None:
-    assert metrics.score_pair(pair(" 你好\n", "你好"))["exact_match"] == 100.0
-    assert metrics.score_pair(pair("你 好", "你好"))["exact_match"] == 0.0
+    assert scores_of(pair(" 你好\n", "你好"))["exact_match"] == 100.0
+    assert scores_of(pair("你 好", "你好"))["exact_match"] == 0.0
 
 
 def test_control_strings_that_were_typed_are_compared_as_text() -> None:
-    assert metrics.score_pair(pair("say <|user|>", "say"))["exact_match"] == 0.0
+    assert scores_of(pair("say <|user|>", "say"))["exact_match"] == 0.0
 
 
 def test_a_call_is_compared_as_name_line_break_arguments() -> None:
-    assert metrics.text(reply('{"city": "北京"}', "get_weather")) == 'get_weather\n{"city": "北京"}'
-    wrong_name = Pair(reply("{}", "get_time"), reply("{}", "get_weather"), tools=(WEATHER,))
-    assert metrics.score_pair(wrong_name)["exact_match"] == 0.0
+    assert text(reply('{"city": "北京"}', "get_weather")) == 'get_weather\n{"city": "北京"}'
+    wrong_name = Prediction(reply("{}", "get_time"), reply("{}", "get_weather"), tools=(WEATHER,))
+    assert scores_of(wrong_name)["exact_match"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -136,26 +156,26 @@ def test_a_built_in_tool_takes_text() -> None:
 
 def test_validity_is_asked_of_calls_only() -> None:
     answer = reply("晴。")
-    assert metrics.tool_call_validity(Pair(answer, answer, tools=(WEATHER,))) is None
-    invented = Pair(reply("{}", "get_time"), answer, tools=(WEATHER,))
-    assert metrics.tool_call_validity(invented) == 0.0
+    assert validity(Prediction(answer, answer, tools=(WEATHER,))) is None
+    invented = Prediction(reply("{}", "get_time"), answer, tools=(WEATHER,))
+    assert validity(invented) == 0.0
     # A first line that merely looks like a name, where no tools are offered.
-    assert metrics.tool_call_validity(Pair(reply("b", "a"), answer)) is None
-    assert metrics.score([Pair(answer, answer)])["tool_call_validity"] is None
+    assert validity(Prediction(reply("b", "a"), answer)) is None
+    assert means_of([Prediction(answer, answer)])["tool_call_validity"] is None
 
 
 def test_the_mean_of_validity_is_over_calls_and_of_the_rest_over_all() -> None:
-    good = Pair(
+    good = Prediction(
         reply('{"city": "上海"}', "get_weather"), reply("{}", "get_weather"), True, (WEATHER,)
     )
-    text = Pair(reply("好"), reply("好"), False, (WEATHER,))
-    means = metrics.score([good, text, text, text])
+    text = Prediction(reply("好"), reply("好"), False, (WEATHER,))
+    means = means_of([good, text, text, text])
     assert means["tool_call_validity"] == 100.0
     assert means["stop_rate"] == 25.0
 
 
 def test_no_pairs_have_no_scores() -> None:
-    assert set(metrics.score([]).values()) == {None}
+    assert set(means_of([]).values()) == {None}
 
 
 def test_the_subsequence_is_as_long_as_rouge_chinese_finds_it() -> None:
@@ -166,7 +186,7 @@ def test_the_subsequence_is_as_long_as_rouge_chinese_finds_it() -> None:
         one, other = (
             [chance.choice("abcd ") for _ in range(chance.randrange(1, 90))] for _ in range(2)
         )
-        assert metrics.lcs_length(one, other) == rouge_score._len_lcs(one, other)
+        assert overlap.lcs_length(one, other) == rouge_score._len_lcs(one, other)
 
 
 def test_odd_text_scores_as_the_borrowed_functions_say() -> None:
@@ -195,8 +215,8 @@ def test_odd_text_scores_as_the_borrowed_functions_say() -> None:
         one, other = (
             "x" + "".join(chance.choices(pieces, k=chance.randrange(0, 30))) + "y" for _ in range(2)
         )
-        got = metrics.score_pair(pair(one, other))
-        hypothesis, target = metrics.words(one), metrics.words(other)
+        got = scores_of(pair(one, other))
+        hypothesis, target = words.jieba_words(one), words.jieba_words(other)
         rouge = Rouge().get_scores(" ".join(hypothesis), " ".join(target))[0]
         smoothing = SmoothingFunction().method3
         assert got["bleu-4"] == 100.0 * sentence_bleu(
@@ -210,8 +230,8 @@ def test_replies_of_thousands_of_words_are_scored_in_seconds() -> None:
     chance = random.Random(2)
     text = ["".join(chance.choices("天气很好我们去公园散步吃饭。，", k=12_000)) for _ in range(2)]
     start = time.process_time()
-    got = metrics.score_pair(pair(*text))
-    assert len(metrics.words(text[0])) > 4_000
+    got = scores_of(pair(*text))
+    assert len(words.jieba_words(text[0])) > 4_000
     assert time.process_time() - start < 10  # the dict of rouge_chinese takes minutes and gigabytes
     assert got["rouge-l"]
 
@@ -219,9 +239,9 @@ def test_replies_of_thousands_of_words_are_scored_in_seconds() -> None:
 def test_scoring_says_nothing_leaves_nothing_and_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, warnings; warnings.simplefilter('error')\n"
-        "from finetune.evaluation import metrics\n"
-        "assert metrics.words('今天天气很好') == ['今天天气', '很', '好'], metrics.words('今天天气很好')\n"
-        "assert metrics.bleu(['好'], ['好']) > 0\n"
+        "from finetune.evaluation import metrics, overlap, words\n"
+        "assert words.jieba_words('今天天气很好') == ['今天天气', '很', '好']\n"
+        "assert overlap.bleu(['好'], ['好']) > 0\n"
         "assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)\n"
     )
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -233,18 +253,60 @@ def test_scoring_says_nothing_leaves_nothing_and_needs_no_torch(tmp_path: Path) 
 
 
 def test_words_do_not_depend_on_what_others_taught_jieba(caplog: pytest.LogCaptureFixture) -> None:
-    before = metrics.words("石墨烯台灯")
+    before = words.jieba_words("石墨烯台灯")
     import jieba  # after ours, which silences what its import warns of
 
     with caplog.at_level(logging.DEBUG):
         jieba.dt.tmp_dir = tempfile.mkdtemp(dir=os.environ.get("FINETUNE_CACHE"))
         jieba.add_word("石墨烯台灯")
-    assert metrics.words("石墨烯台灯") == before
+    assert words.jieba_words("石墨烯台灯") == before
 
 
 def test_the_signature_names_what_the_numbers_depend_on() -> None:
-    line = metrics.signature()
-    for part in ("0..100", "jieba words", "method3", "f1", "empty replies score 0", "jieba 0."):
-        assert part in line
-    assert "\n" not in line
-    assert "characters" in metrics.signature(bleu_unit="character")
+    said = metrics.signatures("demo")
+    for part in ("jieba words", "method3", "empty replies score 0", "jieba 0.", "nltk 3."):
+        assert part in said["bleu-4"]
+    assert "f1, jieba words" in said["rouge-l"]
+    assert "\n" not in "".join(said.values())
+    assert "sentence, characters" in metrics.signatures("llamafactory")["bleu-4"]
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one", metrics.METRICS, ids=lambda one: one.name)
+def test_every_score_can_choose_the_best_in_its_own_direction(one: metrics.Metric) -> None:
+    lower = one.name in ("loss", "perplexity", "general_loss", "repetition_rate")
+    assert metrics.is_better(one.name, 3.0, 5.0) is lower
+    assert metrics.is_better(one.name, 5.0, 3.0) is not lower
+    assert not metrics.is_better(one.name, 3.0, 3.0)
+    assert metrics.is_better(one.name, 3.0, None)
+
+
+@pytest.mark.parametrize("name", ["loss", "bleu-4"])
+def test_what_is_no_number_is_never_the_best_and_is_beaten_by_any(name: str) -> None:
+    nan, infinity = float("nan"), float("inf")
+    for value in (nan, infinity, -infinity):
+        assert not metrics.is_better(name, value, None)
+        assert not metrics.is_better(name, value, 3.0)
+        assert metrics.is_better(name, 3.0, value)
+
+
+def test_a_score_is_counted_in_exactly_one_way() -> None:
+    for one in metrics.METRICS:
+        ways = [one.per_reply, one.counts, one.of_loss]
+        assert sum(way is not None for way in ways) == 1, one.name
+        assert (one.of_loss is not None) == (one.source != "replies")
+    names = [one.name for one in metrics.METRICS]
+    assert len(set(names)) == len(names)
+
+
+def test_a_score_that_is_misspelt_is_answered_with_the_one_that_was_meant() -> None:
+    assert metrics.best_metric_problem("tool_call_accuracy") is None
+    assert "did you mean rouge-l?" in str(metrics.best_metric_problem("rouge_l"))
+    assert "choose rouge-l, tool_call_accuracy" in str(metrics.best_metric_problem("nothing"))
+
+
+def test_an_empty_reply_equals_an_empty_reference_and_shares_no_word_with_it() -> None:
+    found = scores_of(pair("", ""))
+    assert [found[name] for name in TEXT_METRICS] == [0.0, 0.0, 0.0, 0.0, 100.0]

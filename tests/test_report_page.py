@@ -11,7 +11,7 @@ import browser as screens
 import evaluations
 import pytest
 
-from finetune.report.write import write_page
+from finetune.report.page import write_page
 
 Browser = Any
 SHAPES = Path(__file__).parent.parent / "data" / "shapes" / "images"

@@ -10,8 +10,8 @@ import command_line
 import pytest
 import runs
 
+from finetune.evaluation.schema import read_evaluation
 from finetune.report.compare import targets_of
-from finetune.report.folder import read_evaluation
 from finetune.report.runs import read_run
 
 

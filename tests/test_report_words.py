@@ -14,11 +14,11 @@ import pytest
 
 from finetune import console
 from finetune.errors import ConfigError, DataError
+from finetune.evaluation.schema import Evaluation, read_evaluation
 from finetune.report import charts, page, page_data, plots, sentences
-from finetune.report.folder import Evaluation, read_evaluation
+from finetune.report.page import write_page
 from finetune.report.runs import differences, find_runs, read_run
 from finetune.report.terminal import show, show_runs, worst_samples
-from finetune.report.write import write_page
 
 
 def score(value: float | None, half: float = 1.0) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def test_the_terminal_gets_a_table_the_answer_and_the_three_worst(
     show(made)
     said = capsys.readouterr().out
     lines = said.splitlines()
-    assert lines[0].split() == ["model", "rouge-l", "bleu-4", "exact", "match", "stop", "rate"]
+    assert lines[0].split() == ["model", "rouge-l", "exact", "match", "bleu-4", "stop", "rate"]
     assert lines[2].split()[0] == "base"
     assert "↑" in lines[5]
     assert "lora 60 is better than base in rouge-l" in said

@@ -15,9 +15,11 @@ from rows import read_rows, write_rows
 
 from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation import metrics, scoring, table, tool_calls
+from finetune.evaluation import metrics, pairs, scoring, words
 from finetune.evaluation.evaluate import Options, evaluate
+from finetune.evaluation.predictions import Prediction
 from finetune.evaluation.scoring import Scoring, score_file
+from finetune.storage.files import json_line
 
 # What LLaMA-Factory's generated_predictions.jsonl may hold: the line break after <|assistant|>,
 # blanks, empty replies, signs alone, other scripts, texts of fewer than four characters.
@@ -48,7 +50,7 @@ def as_llama_factory(pairs: list[tuple[str, str]]) -> dict[str, float]:
     has none; nltk's BLEU on the characters with smoothing method 3; x 100, rounded to 4 digits a
     pair; numpy's mean.
     """
-    assert metrics.words("好")  # imports the three without what they warn of
+    assert words.jieba_words("好")  # imports the three without what they warn of
     import jieba
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     from rouge_chinese import Rouge
@@ -80,8 +82,8 @@ def test_a_prediction_file_scores_what_llama_factory_prints(
     pairs = (PAIRS + EXTRAS)[:number]
     file = prediction_file(tmp_path, pairs)
     monkeypatch.chdir(tmp_path)
-    words = ("evaluate", "--predictions", file.name, "--bleu-unit", "character", "--json")
-    assert exit_code(*words) == 0
+    command = ("evaluate", "--predictions", file.name, "--definition", "llamafactory", "--json")
+    assert exit_code(*command) == 0
     report = json.loads(capfd.readouterr().out)
     expected = as_llama_factory(pairs)
     assert {name: report["scores"][name] for name in expected} == expected
@@ -151,7 +153,8 @@ TEXT = Message("assistant", "两张票已订好。")
 
 
 def parts(reply: Message, reference: Message, tools: tuple = (TOOL,)) -> dict[str, float | None]:
-    found = tool_calls.parts(reply, reference, tools)
+    found = pairs.tool_call_parts(Prediction(reply, reference, tools=tools))
+    del found["tool_call_validity"]
     return {name.removeprefix("tool_call_"): value for name, value in found.items()}
 
 
@@ -198,14 +201,14 @@ def test_without_tools_nothing_is_asked_and_a_wrong_schema_blames_nobody() -> No
 
 def test_repetition_is_the_share_of_runs_of_four_words_that_were_there_before() -> None:
     # a b c d a b c d: runs abcd bcda cdab dabc abcd, one of five again.
-    assert metrics.repetition_rate(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(20.0)
-    assert metrics.repetition_rate(["a", "b", "c", "d", "e", "f"]) == 0.0
-    assert metrics.repetition_rate(["a", "b", "c"]) is None
+    assert pairs.repetition_rate(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(20.0)
+    assert pairs.repetition_rate(["a", "b", "c", "d", "e", "f"]) == 0.0
+    assert pairs.repetition_rate(["a", "b", "c"]) is None
 
 
 def test_words_are_those_of_the_language() -> None:
-    assert metrics.language_words("今天天气很好 OK") == ["今天天气", "很", "好", "OK"]
-    assert metrics.language_words("It's 3.5 m, naïve!") == ["It", "'", "s", "3", ".", "5", "m", ",", "naïve", "!"]  # fmt: skip
+    assert words.language_words("今天天气很好 OK") == ["今天天气", "很", "好", "OK"]
+    assert words.language_words("It's 3.5 m, naïve!") == ["It", "'", "s", "3", ".", "5", "m", ",", "naïve", "!"]  # fmt: skip
 
 
 def test_scores_of_a_whole_corpus_are_no_means(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_scores_of_a_whole_corpus_are_no_means(tmp_path: Path) -> None:
     pairs = [(one, other) for one, other in PAIRS if one.strip() and other.strip()]
     report = evaluate([], options=Options(predictions=(str(prediction_file(tmp_path, pairs)),)))
     replies, references = ([pair[i].strip() for pair in pairs] for i in (0, 1))
-    cut = [[" ".join(metrics.language_words(one)) for one in texts] for texts in (replies, references)]  # fmt: skip
+    cut = [[" ".join(words.language_words(one)) for one in texts] for texts in (replies, references)]  # fmt: skip
     bleu = BLEU(tokenize="none", force=True).corpus_score(cut[0], [cut[1]])
     assert report["scores"]["corpus_bleu"] == pytest.approx(bleu.score)
     assert report["scores"]["chrf"] == pytest.approx(CHRF().corpus_score(replies, [references]).score)  # fmt: skip
@@ -229,7 +232,7 @@ def test_every_score_has_a_signature(tmp_path: Path) -> None:
     names = {*report["scores"], *report["targets"][0]["scores"], "loss", "perplexity"}
     assert names <= set(report["signatures"])
     defined = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    for name in names | set(metrics.METRICS) | set(table.COUNTS):
+    for name in names | {one.name for one in metrics.METRICS}:
         assert f"`{name}`" in defined, f"docs/metrics.md does not define {name}"
 
 
@@ -279,18 +282,17 @@ def test_several_processes_score_what_one_scores(
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.evaluation.answers import Answer
-    from finetune.storage.files import json_line
 
     monkeypatch.chdir(tmp_path)
     module = f"late_{tmp_path.name.replace('-', '_')}"
     Path(f"{module}.py").write_text("def late(reply, reference):\n    return 1 / (reply != '3')\n")
-    answers = [Answer(f"a:{n}", 1, "", Message("assistant", str(n)), TEXT, True) for n in range(4)]
-    (tmp_path / "answers").write_text("".join(json_line(one.row) for one in answers), "utf-8")
+    replies = [Prediction(call(str(n), ""), TEXT, True, where=f"a:{n}") for n in range(4)]
+    lines = "".join(json_line(one.unscored_row) for one in replies)
+    (tmp_path / "unscored").write_text(lines, "utf-8")
     monkeypatch.setattr(scoring, "LINES_PER_PROCESS", 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"late' failed at a:3 with ZeroDivisionError"):
-        score_file(tmp_path / "answers", tmp_path / "out", Scoring(own=(f"{module}:late",)))
+        score_file(tmp_path / "unscored", tmp_path / "out", Scoring(own=(f"{module}:late",)))
     assert not (tmp_path / "out").exists()
-    score_file(tmp_path / "answers", tmp_path / "out", Scoring())
+    score_file(tmp_path / "unscored", tmp_path / "out", Scoring())
     assert [row["prediction"] for row in read_rows(tmp_path / "out")] == ["0", "1", "2", "3"]

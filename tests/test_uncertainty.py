@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.evaluation import corpus, uncertainty
-from finetune.evaluation.table import LossTable, ReplyTable
-from finetune.evaluation.uncertainty import Measure, compare, holm, intervals
+from finetune.evaluation import overlap, statistics
+from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compare, holm, intervals
 
 
 def means(values: np.ndarray, *names: str) -> Measure:
@@ -48,7 +47,7 @@ def test_the_interval_of_a_ratio_of_sums_holds_the_truth_too() -> None:
     def draw(chance: np.random.Generator) -> Measure:
         tokens = chance.integers(5, 100, 80)
         losses = tokens * (1 + tokens / 100) + chance.normal(0, 5, 80)
-        return LossTable(losses, tokens.astype(float), names=("loss",)).measure()
+        return LossTable(losses, tokens.astype(float), source="general_loss").measure()
 
     lengths = np.arange(5, 100)
     truth = float((lengths * (1 + lengths / 100)).sum() / lengths.sum())
@@ -150,7 +149,7 @@ def test_equal_models_do_not_differ_and_blocks_change_nothing(
     [same] = compare([one, one])
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1.0)
     wide = intervals(one)
-    monkeypatch.setattr(uncertainty, "_BLOCK", 7 * 30)
+    monkeypatch.setattr(statistics, "_BLOCK", 7 * 30)
     assert intervals(one) == wide
 
 
@@ -163,11 +162,11 @@ def test_corpus_scores_of_sums_are_those_of_sacrebleu() -> None:
             [list(chance.choice(list("abcd"), chance.integers(least, 9))) for least in (0, 1)]
             for _ in range(chance.integers(1, 5))
         ]
-        bleu = np.sum([corpus.bleu_counts(*pair) for pair in pairs], axis=0, dtype=float)
-        chrf = np.sum([corpus.chrf_counts(*map("".join, pair)) for pair in pairs], axis=0, dtype=float)  # fmt: skip
+        bleu = np.sum([overlap.bleu_counts(*pair) for pair in pairs], axis=0, dtype=float)
+        chrf = np.sum([overlap.chrf_counts(*map("".join, pair)) for pair in pairs], axis=0, dtype=float)  # fmt: skip
         replies, references = ([" ".join(pair[i]) for pair in pairs] for i in (0, 1))
         theirs = BLEU(tokenize="none", force=True).corpus_score(replies, [references]).score
-        assert corpus.bleu_of(bleu[None])[0] == pytest.approx(theirs, abs=1e-9)
+        assert overlap.bleu_of(bleu[None])[0] == pytest.approx(theirs, abs=1e-9)
         replies, references = (["".join(pair[i]) for pair in pairs] for i in (0, 1))
         theirs = CHRF().corpus_score(replies, [references]).score
-        assert corpus.chrf_of(chrf[None])[0] == pytest.approx(theirs, abs=1e-9)
+        assert overlap.chrf_of(chrf[None])[0] == pytest.approx(theirs, abs=1e-9)

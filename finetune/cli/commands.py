@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import using_app
 from finetune.cli.inputs import check_inputs, models_in
 from finetune.cli.report_commands import report_app, say_report
+from finetune.errors import ConfigError
 
 app = typer.Typer(
     epilog="`finetune.py configs/lora.yaml` without a command trains. `finetune schema --markdown` "
@@ -29,7 +31,7 @@ app.add_typer(report_app)
 app.add_typer(using_app)
 
 Replies = Literal["every_reply", "last_reply"]
-BleuUnit = Literal["word", "character"]
+Definition = Literal["demo", "llamafactory"]
 
 
 def _show_version(asked: bool) -> None:
@@ -103,12 +105,8 @@ def evaluate(
             help="Held-out file, glob or folder; repeatable. By default those of the run.",
         ),
     ] = None,
-    base: Annotated[
-        bool,
-        typer.Option(
-            "--base",
-            help="Score the untuned model too. Where it lies elsewhere now, name it as a target.",
-        ),
+    include_base: Annotated[
+        bool, typer.Option("--include-base", help="Also evaluate the base model.")
     ] = False,
     predictions: Annotated[
         list[str] | None,
@@ -140,9 +138,9 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Prompts generated at once.")
     ] = None,
-    bleu_unit: Annotated[
-        BleuUnit, typer.Option(help="`character` for LLaMA-Factory's BLEU and ROUGE.")
-    ] = "word",
+    definition: Annotated[
+        Definition, typer.Option(help="How BLEU and ROUGE are computed; docs/metrics.md.")
+    ] = "demo",
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -150,7 +148,7 @@ def evaluate(
             help="Your own metric: texts of reply and reference -> a number; repeatable.",
         ),
     ] = None,
-    general: Annotated[
+    regression_data: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="A general set; its loss tells what was forgotten."),
     ] = None,
@@ -163,7 +161,10 @@ def evaluate(
     temperature: Annotated[
         float, typer.Option(metavar="X", min=0, help="Above 0 tokens are drawn, with --seed.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of drawn replies.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Sampling seed.")] = 0,
+    old_base: Annotated[bool, typer.Option("--base", hidden=True)] = False,
+    old_general: Annotated[list[str] | None, typer.Option("--general", hidden=True)] = None,
+    old_unit: Annotated[str | None, typer.Option("--bleu-unit", hidden=True)] = None,
     as_json: Json = False,
 ) -> None:
     """Score models on held-out dialogues and compare them.
@@ -179,16 +180,17 @@ def evaluate(
         "batch_size": batch_size,
     }
     with console.json_output(as_json) as emit:
+        definition = _renamed(definition, old_base, old_general, old_unit)
         models = models_in(targets or ())
         from finetune.evaluation.evaluate import Options
         from finetune.evaluation.evaluate import evaluate as run
         from finetune.evaluation.scoring import Scoring
 
         options = Options(
-            with_base=base,
+            with_base=include_base or old_base,
             predictions=tuple(predictions or ()),
-            scoring=Scoring(bleu_unit, tuple(metric or ())),
-            general=tuple(general or ()),
+            scoring=Scoring(definition, tuple(metric or ())),
+            general=(*(regression_data or ()), *(old_general or ())),
             tasks=tuple(tasks or ()),
             temperature=temperature,
             seed=seed,
@@ -197,6 +199,22 @@ def evaluate(
         if console.is_main():
             say_report(Path(found["output"]))
         emit(found)
+
+
+def _renamed(
+    definition: Definition, base: bool, general: Sequence[str] | None, unit: str | None
+) -> Definition:
+    """The definition that is meant, with a word about every option that goes by another name now."""
+    if base:
+        console.warn("--base is now --include-base")
+    if general:
+        console.warn("--general is now --regression-data")
+    if unit is None:
+        return definition
+    console.warn("--bleu-unit is now --definition: `character` is llamafactory, `word` is demo")
+    if unit not in ("word", "character"):
+        raise ConfigError(f"--bleu-unit: must be word or character, got {unit!r}")
+    return "llamafactory" if unit == "character" else "demo"
 
 
 @app.command()
@@ -211,5 +229,9 @@ def schema(
     if markdown:
         console.say(reference_page().rstrip())
         return
+    from finetune.evaluation.metrics import CHOOSING
+
+    found = json_schema()
+    found["$defs"]["EvaluationSection"]["properties"]["best_metric"]["enum"] = CHOOSING
     with console.json_output() as emit:
-        emit(json_schema())
+        emit(found)

@@ -24,7 +24,7 @@ Overwrite = Annotated[
 
 
 def check_inputs(loaded: Loaded) -> None:
-    """Raises one error that names every path of the configuration that leads nowhere."""
+    """Raises one error that names every path that leads nowhere, and a score that does not exist."""
     config = loaded.config
     problems = _data_problems(config.data, loaded)
     kinds: list[type[FinetuneError]] = [DataError] if problems else []
@@ -37,6 +37,11 @@ def check_inputs(loaded: Loaded) -> None:
     if deepspeed is not None and not Path(deepspeed).is_file():
         said = f"{deepspeed} is not a file (seen from {Path.cwd()})"
         problems.append(loaded.problem(("deepspeed", "config"), said))
+        kinds.append(ConfigError)
+    from finetune.evaluation.metrics import best_metric_problem
+
+    if said := best_metric_problem(config.evaluation.best_metric):
+        problems.append(loaded.problem(("evaluation", "best_metric"), said))
         kinds.append(ConfigError)
     if problems:
         raise kinds[0]("\n  ".join(problems))

@@ -80,8 +80,8 @@ def compare(
 
 def say_report(folder: Path) -> None:
     """Writes the page of an evaluation folder, and says what is in it in short."""
+    from finetune.report.page import write_page
     from finetune.report.terminal import show
-    from finetune.report.write import write_page
 
     page = write_page(folder)
     show(folder)

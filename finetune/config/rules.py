@@ -110,7 +110,7 @@ def _deepspeed(values: _Values) -> Iterator[tuple[Key, str]]:
 def _evaluation(values: _Values) -> Iterator[tuple[Key, str]]:
     held_out = values.given("data", "validation")
     metric = values("evaluation", "best_metric")
-    if metric != "loss":
+    if metric not in ("loss", "perplexity"):
         key: Key = ("evaluation", "best_metric")
         if values("evaluation", "generate") is False:
             yield key, f"{metric} needs generated replies, but evaluation.generate is false"

@@ -19,9 +19,6 @@ RowFormat = Literal[
     "auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3", "conversation", "glaive",
     "moss", "xlam", "chatml",
 ]  # fmt: skip
-MetricName = Literal[
-    "loss", "bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match", "tool_call_validity"
-]
 
 
 class Section(BaseModel):
@@ -303,8 +300,8 @@ class EvaluationSection(Section):
     batch_size: Positive = 16
     """Prompts generated at once, per process."""
 
-    best_metric: MetricName = "loss"
-    """The score that chooses the best checkpoint; loss is better when lower, the others when higher."""
+    best_metric: NotEmpty = "loss"
+    """The score that chooses the best checkpoint: `loss`, or any other of docs/metrics.md but `general_loss`; each in the direction in which it is better."""
 
     patience: Positive | None = None
     """Stop after this many evaluations without a better `best_metric`."""

@@ -1,6 +1,6 @@
 """Models and held-out dialogues -> loss, scores, comparisons and every prediction.
 
-`evaluate_model` serves training, `evaluate` is the command; both ask and score in the same way.
+`evaluate_model` serves training, `evaluate` is the command; both generate and score in the same way.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from finetune import console
 from finetune.config.schema import EvaluationSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.errors import ConfigError
-from finetune.evaluation import folder
-from finetune.evaluation import job as work
-from finetune.evaluation.asking import answers, ask
-from finetune.evaluation.job import Options
-from finetune.evaluation.metrics import Scores
-from finetune.evaluation.predictions import Prediction
+from finetune.evaluation import folder, job
+from finetune.evaluation.job import Options, build_prompts, predict_windows
+from finetune.evaluation.predictions import Prediction, Scores
 from finetune.evaluation.scoring import Scoring, score, user_metric
-from finetune.evaluation.table import ReplyTable
+from finetune.evaluation.statistics import ReplyTable
 from finetune.evaluation.targets import Target, find_targets
 from finetune.generation.prompts import ReplyPrompt
 from finetune.generation.settings import Settings, settings_of
@@ -29,7 +26,7 @@ from finetune.generation.settings import Settings, settings_of
 if TYPE_CHECKING:
     from finetune.distributed.map_batches import Poll
 
-__all__ = ["EvaluationResult", "Options", "ask", "evaluate", "evaluate_model"]
+__all__ = ["EvaluationResult", "Options", "build_prompts", "evaluate", "evaluate_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +49,7 @@ def evaluate_model(
 ) -> EvaluationResult:
     """Scores of the greedy replies to `prompts`; the same on every process, and for any number of them.
 
-    Replies are asked for and scored as `evaluate` does it (law 10).
+    Replies are generated and scored as `evaluate` does it (law 10).
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens`; names it.
@@ -60,9 +57,9 @@ def evaluate_model(
     """
     table, predictions = ReplyTable(), []
     section = EvaluationSection(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    for window in answers(model, template, iter(prompts), section, should_stop=should_stop):
-        for answer in window:
-            one = score(answer, Scoring())
+    for window in predict_windows(model, template, iter(prompts), section, should_stop=should_stop):
+        for prediction in window:
+            one = score(prediction, Scoring())
             table.add(one.where, one.scores, one.counts)
             predictions.append(one)
     return EvaluationResult(table.scores(), predictions)
@@ -108,11 +105,11 @@ def evaluate(
     # What can be wrong with the request is found before torch is imported.
     whole = [target for target in found if target.kind != "predictions"]
     settings = _settings(whole, data, changes or {}) if whole else None
-    works = [work.plan(target, settings, options) for target in whole] if settings else []
-    work.do(works)
+    jobs = [job.prepare(target, settings, options) for target in whole] if settings else []
+    job.run(jobs)
     if not console.is_main():
         return {}
-    return folder.write(output or _beside(found[0], settings), found, works, options)
+    return folder.write(output or _beside(found[0], settings), found, jobs, options)
 
 
 def _settings(targets: Sequence[Target], data: Sequence[str], changes: Mapping[str, Any]) -> Settings:  # fmt: skip

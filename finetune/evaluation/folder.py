@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,35 @@ from typing import Any
 import numpy as np
 
 from finetune import console
-from finetune.evaluation import harness, metrics, table, uncertainty
-from finetune.evaluation.external_predictions import read_foreign
-from finetune.evaluation.job import Options, Work, asked
-from finetune.evaluation.scoring import FORMAT as SCORING_FORMAT
-from finetune.evaluation.scoring import Scoring, score_file, source_of
-from finetune.evaluation.slices import SLICES
-from finetune.evaluation.table import LossTable, ReplyTable, Score
+from finetune.evaluation import harness, metrics, scoring
+from finetune.evaluation.job import GENERATING, Job, Options, request
+from finetune.evaluation.metrics import Source
+from finetune.evaluation.predictions import SLICES
+from finetune.evaluation.schema import (
+    FILE,
+    Comparison,
+    DataFile,
+    Evaluation,
+    Score,
+    Slices,
+    TargetScores,
+    write_evaluation,
+)
+from finetune.evaluation.scoring import Scoring, versions
+from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compare
 from finetune.evaluation.targets import Target
-from finetune.evaluation.versions import GENERATING, SCORING, versions
 from finetune.storage.cache import key_of
-from finetune.storage.files import file_digest, whole_file
+from finetune.storage.files import file_digest, write_file
 
-FILE = "evaluation.json"
-LOSSES = {"loss": ("loss", "perplexity"), "general_loss": ("general_loss",)}
-"""Scores of each set of losses."""
+LOSSES: tuple[Source, ...] = ("loss", "general_loss")
+"""Sets of examples whose loss is taken."""
 
 
 class Scored:
     """One target with everything that is known about it."""
 
-    def __init__(self, target: Target, work: Work | None, file: Path, scoring: Scoring) -> None:
-        self.target, self.work, self.file = target, work, file
+    def __init__(self, target: Target, job: Job | None, file: Path, scoring: Scoring) -> None:
+        self.target, self.job, self.file = target, job, file
         self.replies = ReplyTable(scoring.names)
         self.places: list[tuple[str, int]] = []
         """What was answered, reply by reply."""
@@ -43,103 +50,115 @@ class Scored:
             self.places.append((row["where"], row["message"]))
             for name, values in self.slices.items():
                 values.append(row["slices"].get(name, ""))
-        self.losses: dict[str, LossTable] = {}
-        self.tasks: dict[str, Score] = {}
-        if work is not None:
-            self._read_measures(work)
+        self.losses: dict[Source, LossTable] = {}
+        self.tasks: dict[str, Any] = {}
+        if job is not None:
+            self._read_measures(job)
 
-    def _read_measures(self, work: Work) -> None:
-        for name, kept in (("loss", "loss"), ("general_loss", work.general)):
-            if kept in work.losses and (found := work.results.losses(kept)) is not None:
-                self.losses[name] = LossTable(*found, names=LOSSES[name])
-        if work.options.tasks:
-            self.tasks = work.results.note(work.tasks) or {}
+    def _read_measures(self, job: Job) -> None:
+        kept: tuple[tuple[Source, str], ...] = (
+            ("loss", "loss"),
+            ("general_loss", job.general_name),
+        )
+        for source, name in kept:
+            if name in job.losses and (found := job.results.losses(name)) is not None:
+                self.losses[source] = LossTable(*found, source=source)
+        if job.options.tasks:
+            self.tasks = job.results.note(job.tasks_name) or {}
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> TargetScores:
         """Its entry in `evaluation.json`."""
-        scores: dict[str, Score] = {}
+        scores: dict[str, Any] = {}
         for losses in self.losses.values():
             scores |= losses.described()
         scores |= self.replies.described() | self.tasks
-        facts = (self.work.results.facts if self.work else None) or {}
+        facts = (self.job.results.facts if self.job else None) or {}
         target = self.target
-        return {
-            "name": target.name,
-            "path": target.path,
-            "kind": target.kind,
-            "step": target.step,
-            "run": target.run,
-            "predictions": f"predictions/{self.file.name}",
-            "scores": scores,
-            "seconds": float(facts.get("seconds", 0.0)),
-        }
+        return TargetScores(
+            name=target.name,
+            path=target.path,
+            kind=target.kind,
+            step=target.step,
+            run=target.run,
+            predictions=f"predictions/{self.file.name}",
+            scores={name: Score(**score) for name, score in scores.items()},
+            seconds=float(facts.get("seconds", 0.0)),
+        )
 
 
 def write(
-    place: Path, targets: Sequence[Target], works: Sequence[Work], options: Options
+    place: Path, targets: Sequence[Target], jobs: Sequence[Job], options: Options
 ) -> dict[str, Any]:
-    """Writes the folder; returns what `evaluation.json` says, and more when there is one target."""
-    by_name = {work.target.name: work for work in works}
+    """Writes the folder; returns what `evaluation.json` says, and more when there is one target.
+
+    `evaluation.json` goes first and comes last: a folder that was left half written is no evaluation.
+    """
+    (place / FILE).unlink(missing_ok=True)
+    by_name = {job.target.name: job for job in jobs}
     scored: list[Scored] = []
     for target in targets:
         file = place / "predictions" / f"{target.name}.jsonl"
-        work = by_name.get(target.name)
-        if work is not None:
-            _write_predictions(work, file, options.scoring)
-        elif target.kind != "predictions":  # asked and scored by its run, while it was trained
+        job = by_name.get(target.name)
+        if job is not None:
+            _write_predictions(job, file, options.scoring)
+        elif target.kind != "predictions":  # generated and scored by its run, while it was trained
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(target.path, file)
         else:
             like = scored[0].file if scored else None
-            read_foreign(Path(target.path), file, options.scoring, like=like)
-        scored.append(Scored(target, work, file, options.scoring))
+            scoring.score_external(Path(target.path), file, options.scoring, like=like)
+        scored.append(Scored(target, job, file, options.scoring))
     evaluation = _evaluation(scored, options)
-    report = evaluation | {"output": str(place)}
+    report = evaluation.model_dump() | {"output": str(place)}
     if len(scored) == 1:
         report |= _single(scored[0], evaluation, options)
         shutil.copyfile(scored[0].file, place / "predictions.jsonl")
-        _write_json(place / "scores.json", report)
-    _write_json(place / FILE, evaluation)
+        write_file(place / "scores.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    write_evaluation(place, evaluation)
     return report
 
 
-def _write_predictions(work: Work, file: Path, scoring: Scoring) -> None:
-    """The answers of one model with their scores, scored once for every way of scoring."""
+def _write_predictions(job: Job, file: Path, how: Scoring) -> None:
+    """The replies of one model with their scores, scored once for every way of scoring."""
     file.parent.mkdir(parents=True, exist_ok=True)
     key = key_of(
         {
-            "format": SCORING_FORMAT,
-            "scoring": _way_of_scoring(scoring),
-            "own": [source_of(name) for name in scoring.own],
-            "versions": versions(SCORING),
+            "format": scoring.FORMAT,
+            "scoring": asdict(how),
+            "own": [scoring.source_of(name) for name in how.own],
+            "versions": versions(scoring.PACKAGES),
         }
     )
-    kept = work.results.folder / f"scored-{key[:16]}.jsonl"
-    if not kept.is_file():
-        score_file(work.results.answers, kept, scoring)
+    kept = job.results.folder / f"scored-{key[:16]}.jsonl"
+    if not kept.is_file() or _num_lines(kept) != (job.results.facts or {}).get("replies"):
+        scoring.score_file(job.results.unscored, kept, how)
     shutil.copyfile(kept, file)
 
 
-def _evaluation(scored: Sequence[Scored], options: Options) -> dict[str, Any]:
-    works = [one.work for one in scored if one.work is not None]
-    files = [Path(one.target.path) for one in scored if one.work is None]
-    settings = asked(works[0].settings, options) if works else {}
-    scores = [one.described for one in scored]
+def _num_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(line.endswith(b"\n") for line in lines)
+
+
+def _evaluation(scored: Sequence[Scored], options: Options) -> Evaluation:
+    jobs = [one.job for one in scored if one.job is not None]
+    files = [Path(one.target.path) for one in scored if one.job is None]
+    settings = request(jobs[0].settings, options) if jobs else {}
     same = _on_the_same(scored)
-    return {
-        "format": 1,
-        "data": _data(scored[0], files),
-        "settings": settings | _way_of_scoring(options.scoring),
-        "versions": versions((*GENERATING, *SCORING) if works else SCORING),
-        "signatures": _signatures(options.scoring) | _of_tasks(scored),
-        "targets": scores,
-        "slices": _slices(scored) if same else {},
-        "comparisons": _comparisons(scored) if same else [],
-    }
+    return Evaluation(
+        format=1,
+        data=_data(scored[0], files),
+        settings=settings | asdict(options.scoring) | {"own": list(options.scoring.own)},
+        versions=versions((*GENERATING, *scoring.PACKAGES) if jobs else scoring.PACKAGES),
+        signatures=_signatures(options.scoring) | _of_tasks(scored),
+        targets=[one.described for one in scored],
+        slices=_slices(scored) if same else {},
+        comparisons=_comparisons(scored) if same else [],
+    )
 
 
-def _data(first: Scored, files: Sequence[Path]) -> list[dict[str, Any]]:
+def _data(first: Scored, files: Sequence[Path]) -> list[DataFile]:
     """The files that the replies answer, each with the hash of its bytes and the number of replies.
 
     Replies made elsewhere may not say what they answer: then it is the first file of them.
@@ -148,11 +167,11 @@ def _data(first: Scored, files: Sequence[Path]) -> list[dict[str, Any]]:
     counts = {source: first.slices["source"].count(source) for source in sources}
     paths = {source: Path(source) if source or not files else files[0] for source in counts}
     return [
-        {
-            "path": str(paths[source]) if source or files else "",
-            "fingerprint": file_digest(paths[source]) if paths[source].is_file() else "",
-            "samples": number,
-        }
+        DataFile(
+            path=str(paths[source]) if source or files else "",
+            fingerprint=file_digest(paths[source]) if paths[source].is_file() else "",
+            samples=number,
+        )
         for source, number in counts.items()
     ]
 
@@ -168,72 +187,66 @@ def _on_the_same(scored: Sequence[Scored]) -> bool:
     return not odd
 
 
-def _slices(scored: Sequence[Scored]) -> dict[str, dict[str, dict[str, dict[str, Score]]]]:
+def _slices(scored: Sequence[Scored]) -> Slices:
     """Scores of the replies by slice and value; a slice with one value says nothing new."""
-    found: dict[str, dict[str, dict[str, dict[str, Score]]]] = {}
+    found: Slices = {}
     for name in SLICES:
         column = np.array(scored[0].slices[name])
         values = [str(value) for value in np.unique(column) if value]
         if len(values) > 1:
             found[name] = {
-                value: {one.target.name: one.replies.described(column == value) for one in scored}
+                value: {
+                    one.target.name: {
+                        metric: Score(**score)  # type: ignore[arg-type]
+                        for metric, score in one.replies.described(column == value).items()
+                    }
+                    for one in scored
+                }
                 for value in values
             }
     return found
 
 
-def _comparisons(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+def _comparisons(scored: Sequence[Scored]) -> list[Comparison]:
     """Every two targets, the later one beside the earlier, score by score."""
-    found = []
-    kinds: list[list[tuple[str, uncertainty.Measure]]] = [
+    kinds: list[list[tuple[str, Measure]]] = [
         [(one.target.name, one.replies.measure()) for one in scored if len(one.replies)]
     ]
-    for name in LOSSES:
-        kinds.append(
-            [(one.target.name, one.losses[name].measure()) for one in scored if name in one.losses]
-        )
+    for source in LOSSES:
+        losses = [(one.target.name, one.losses.get(source)) for one in scored]
+        kinds.append([(name, table.measure()) for name, table in losses if table])
+    found = []
     for kind in kinds:
         names = [name for name, _ in kind]
         measures = [measure for _, measure in kind]
         if len({len(measure.units) for measure in measures}) > 1:
             continue  # examples that one template makes too long for max_length
-        for one in uncertainty.compare(measures):
-            found.append(asdict(one) | {"a": names[one.a], "b": names[one.b]})
+        for one in compare(measures):
+            found.append(Comparison(**asdict(one) | {"a": names[one.a], "b": names[one.b]}))
     return found
 
 
-def _single(scored: Scored, evaluation: Mapping[str, Any], options: Options) -> dict[str, Any]:
+def _single(scored: Scored, evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """What is said of one target, flat."""
-    work = scored.work
+    job = scored.job
     losses = scored.losses.get("loss")
-    dtype = ((work.results.facts if work else None) or {}).get("dtype", "")
+    dtype = ((job.results.facts if job else None) or {}).get("dtype", "")
     scores = scored.replies.scores() if len(scored.replies) else {}
     kind = "adapter" if scored.target.kind in ("adapter", "prefix") else "model"
     return {
         "target": scored.target.path,
-        "kind": kind if work else "predictions",
-        "base": work.base if work else None,
+        "kind": kind if job else "predictions",
+        "base": job.base if job else None,
         "scores": ({"loss": losses.loss} if losses else {}) | scores,
         "supervised_tokens": losses.weight if losses else None,
         "replies": len(scored.replies),
-        "settings": {**evaluation["settings"], "dtype": dtype.removeprefix("torch.")},
-        "signature": metrics.signature(bleu_unit=options.scoring.bleu_unit),
+        "settings": {**evaluation.settings, "dtype": dtype.removeprefix("torch.")},
     }
 
 
-def _signatures(scoring: Scoring) -> dict[str, str]:
-    return {
-        "loss": "cross-entropy per supervised token of the references, natural logarithm",
-        "perplexity": "exp(loss)",
-        "general_loss": "loss on the general set",
-        **metrics.signatures(bleu_unit=scoring.bleu_unit),
-        **table.signatures(),
-        **{name: f"yours, {own}" for name, own in zip(scoring.names, scoring.own, strict=True)},
-    }
-
-
-def _way_of_scoring(scoring: Scoring) -> dict[str, Any]:
-    return {"bleu_unit": scoring.bleu_unit, "own": list(scoring.own)}
+def _signatures(how: Scoring) -> dict[str, str]:
+    own = {name: f"yours, {function}" for name, function in zip(how.names, how.own, strict=True)}
+    return metrics.signatures(how.definition) | own
 
 
 def _of_tasks(scored: Sequence[Scored]) -> dict[str, str]:
@@ -244,8 +257,3 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file of predictions."""
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    with whole_file(file) as opened:
-        opened.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")

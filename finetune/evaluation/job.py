@@ -1,30 +1,49 @@
-"""What a model is asked in one evaluation, where its answers are kept, and the doing of it."""
+"""Held-out dialogues -> prompts -> replies and losses of one model, kept so that none is made twice.
+
+`build_prompts` and `predict_windows` serve evaluation during training too.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from finetune import console
+from finetune.config.schema import EvaluationSection
 from finetune.data.chat.template import ChatTemplate
+from finetune.data.dialogue.conversation import Conversation
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import PreparedDataset, load_examples
 from finetune.data.reading.sources import SourceSpec, read_conversations
-from finetune.evaluation import asking
-from finetune.evaluation import store as kept
+from finetune.errors import NonFiniteError
+from finetune.evaluation import store
 from finetune.evaluation.harness import check_harness, run_tasks
-from finetune.evaluation.scoring import Scoring
+from finetune.evaluation.predictions import Prediction, predicted
+from finetune.evaluation.scoring import Scoring, versions
 from finetune.evaluation.store import Results
 from finetune.evaluation.targets import Target
-from finetune.evaluation.versions import GENERATING, versions
+from finetune.generation.prompts import PromptCounts, PromptStream, ReplyPrompt, ReplyPrompts
 from finetune.generation.settings import Settings, settings_of
 from finetune.storage.cache import key_of
+
+if TYPE_CHECKING:
+    from finetune.distributed.map_batches import Poll
+    from finetune.generation.generate import Extras
+
+GENERATING = ("torch", "transformers", "peft", "tokenizers")
+"""Packages that decide a model's replies."""
+
+
+BATCHES_PER_WINDOW = 64
+"""Batches whose prompts are sorted by length together, and whose replies are kept together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +73,8 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One model, what it is asked, and where its answers are kept."""
+class Job:
+    """One model, what it is asked, and where its replies are kept."""
 
     target: Target
     settings: Settings
@@ -73,12 +92,12 @@ class Work:
         return base_of(self.target.path, self.target.base)[0]
 
     @property
-    def general(self) -> str:
+    def general_name(self) -> str:
         """The name under which the loss on the general set is kept."""
         return _general_name(self.options)
 
     @property
-    def tasks(self) -> str:
+    def tasks_name(self) -> str:
         """The name under which the scores of tasks are kept."""
         return f"tasks-{key_of({'tasks': self.options.tasks})[:16]}"
 
@@ -86,12 +105,12 @@ class Work:
     def is_done(self) -> bool:
         """Nothing is missing."""
         there = all(self.results.losses(name) is not None for name in self.losses)
-        asked = not self.options.tasks or self.results.note(self.tasks) is not None
+        asked = not self.options.tasks or self.results.note(self.tasks_name) is not None
         return there and asked and self.results.facts is not None
 
 
-def plan(target: Target, settings: Settings, options: Options) -> Work:
-    """The work for one model; what is wrong with the request is found here, without torch.
+def prepare(target: Target, settings: Settings, options: Options) -> Job:
+    """What is to be done for one model; what is wrong with the request is found here, without torch.
 
     Raises:
         ConfigError, DataError, ModelError: It cannot be done.
@@ -106,27 +125,27 @@ def plan(target: Target, settings: Settings, options: Options) -> Work:
         general = tuple(SourceSpec(path) for path in options.general)
         losses[_general_name(options)] = _examples(general, template, settings)
     key: dict[str, Any] = {
-        "format": kept.FORMAT,
-        "model": kept.model_key(target.path, target.base),
-        "data": kept.data_key([source.path for source in settings.sources]),
+        "format": store.FORMAT,
+        "model": store.model_key(target.path, target.base),
+        "data": store.data_key([source.path for source in settings.sources]),
         "sources": [asdict(source) for source in settings.sources],
         "reading": asdict(settings.reading),
-        "asked": asked(settings, options),
+        "asked": request(settings, options),
         "loss": [settings.loss_batch_size, settings.seed],
         "number format": [settings_of(target.like or target.path).dtype, _device_kind()],
         "versions": versions(GENERATING),
     }
     if template.image is not None:
         dialogues = read_conversations(settings.sources, settings.reading)
-        key["images"] = kept.image_key(
+        key["images"] = store.image_key(
             m.image for one in dialogues for m in one.messages if m.image
         )
     if key["model"] is None:  # a hub id: what it stands for may change
         key["process"] = time.time_ns()
-    return Work(target, settings, options, template, losses, Results(root, key_of(key)))
+    return Job(target, settings, options, template, losses, Results(root, key_of(key)))
 
 
-def asked(settings: Settings, options: Options) -> dict[str, Any]:
+def request(settings: Settings, options: Options) -> dict[str, Any]:
     """What decides the replies and losses of given weights."""
     section = settings.evaluation
     names = ("generate", "replies", "max_new_tokens", "max_samples", "batch_size")
@@ -138,12 +157,12 @@ def asked(settings: Settings, options: Options) -> dict[str, Any]:
     }
 
 
-def do(works: Sequence[Work]) -> None:
+def run(jobs: Sequence[Job]) -> None:
     """Fills the results that are not there yet, on all processes together; loads every base once."""
-    missing = [work for work in works if not work.is_done]
-    for work in works:
-        if work not in missing:
-            console.say(f"{work.target.name}: evaluated before, kept in {work.results.folder}")
+    missing = [job for job in jobs if not job.is_done]
+    for job in jobs:
+        if job not in missing:
+            console.say(f"{job.target.name}: evaluated before, kept in {job.results.folder}")
     if not missing:
         return
     from finetune.distributed.processes import is_rank0, joined_processes
@@ -152,37 +171,43 @@ def do(works: Sequence[Work]) -> None:
     with joined_processes():
         leads = is_rank0()
         models = Models()
-        for work in missing:
-            opened = models.open(work.target.path, base=work.target.base, like=work.target.like)
-            console.say(f"{work.target.name}: {work.target.path}")
-            with work.results.locked() if leads else nullcontext():
-                _run_tasks(work, opened.model)
-                _measure_losses(work, opened.model, leads)
-                _generate_answers(work, opened.model, leads)
+        for job in missing:
+            opened = models.open(job.target.path, base=job.target.base, like=job.target.like)
+            console.say(f"{job.target.name}: {job.target.path}")
+            with job.results.locked() if leads else nullcontext():
+                _run_tasks(job, opened.model)
+                _measure_losses(job, opened.model, leads)
+                _generate_replies(job, opened.model, leads)
 
 
-def _measure_losses(work: Work, model: Any, leads: bool) -> None:
+def _measure_losses(job: Job, model: Any, leads: bool) -> None:
     from finetune.distributed.processes import broadcast_from_rank0
     from finetune.evaluation.loss import validation_loss
 
-    collate = Collator(work.template.pad_id, image=work.template.image)
-    for name, examples in work.losses.items():
-        if broadcast_from_rank0(partial(work.results.losses, name)) is not None:
+    collate = Collator(job.template.pad_id, image=job.template.image)
+    for name, examples in job.losses.items():
+        if broadcast_from_rank0(partial(job.results.losses, name)) is not None:
             continue
-        found = validation_loss(model, examples, collate, batch_size=work.settings.loss_batch_size)
+        found = validation_loss(model, examples, collate, batch_size=job.settings.loss_batch_size)
+        if not np.isfinite(found.losses).all():
+            raise NonFiniteError(
+                f"{job.target.path}: the loss on {np.sum(~np.isfinite(found.losses))} of "
+                f"{len(found.losses)} held-out examples is NaN or infinite; its weights (or model.dtype "
+                "float16) are the likely cause; check them, or evaluate another checkpoint"
+            )
         if leads:
-            work.results.write_losses(name, found.losses, found.weights)
+            job.results.write_losses(name, found.losses, found.weights)
 
 
-def _generate_answers(work: Work, model: Any, leads: bool) -> None:
+def _generate_replies(job: Job, model: Any, leads: bool) -> None:
     from finetune.distributed.processes import broadcast_from_rank0
     from finetune.generation.generate import Extras, Sampling, context_length
 
-    section, results, options = work.settings.evaluation, work.results, work.options
+    section, results, options = job.settings.evaluation, job.results, job.options
     begun = time.perf_counter()
     if broadcast_from_rank0(lambda: results.facts) is not None:
         return
-    size = section.batch_size * asking.BATCHES_PER_WINDOW
+    size = section.batch_size * BATCHES_PER_WINDOW
     number = begin = broadcast_from_rank0(partial(results.num_kept, size))
     if begin:
         console.say(f"{begin} replies are there already; going on behind them")
@@ -193,27 +218,27 @@ def _generate_answers(work: Work, model: Any, leads: bool) -> None:
         return Extras(sampling, results.log(begin + first))
 
     if section.generate:
-        dialogues = read_conversations(work.settings.sources, work.settings.reading)
-        prompts = asking.asked(dialogues, work.template, section, context_length(model))
+        dialogues = read_conversations(job.settings.sources, job.settings.reading)
+        prompts = prompt_stream(dialogues, job.template, section, context_length(model))
         for _ in islice(prompts, begin):
             pass
-        for window in asking.answers(model, work.template, prompts, section, extras_at=extras_at):
+        for window in predict_windows(model, job.template, prompts, section, extras_at=extras_at):
             if leads:
                 results.append(window)
                 results.log(number).forget()
             number += len(window)
-        asking.say_counts(prompts.counts)
+        _say_counts(prompts.counts)
     if leads:
         seconds = time.perf_counter() - begun
         results.finish({"seconds": seconds, "dtype": str(model.dtype), "replies": number})
 
 
-def _run_tasks(work: Work, model: Any) -> None:
-    tasks = work.options.tasks
-    if not tasks or work.results.note(work.tasks) is not None:
+def _run_tasks(job: Job, model: Any) -> None:
+    tasks = job.options.tasks
+    if not tasks or job.results.note(job.tasks_name) is not None:
         return
-    size = work.settings.evaluation.batch_size
-    work.results.write_note(work.tasks, run_tasks(model, work.base, tasks, batch_size=size))
+    size = job.settings.evaluation.batch_size
+    job.results.write_note(job.tasks_name, run_tasks(model, job.base, tasks, batch_size=size))
 
 
 def _examples(
@@ -230,9 +255,98 @@ def _examples(
 
 
 def _general_name(options: Options) -> str:
-    return f"general-{key_of({'data': kept.data_key(options.general)})[:16]}"
+    return f"general-{key_of({'data': store.data_key(options.general)})[:16]}"
 
 
 def _device_kind() -> str:
     """Where models compute, told without importing torch."""
     return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+def build_prompts(
+    conversations: Iterable[Conversation],
+    template: ChatTemplate,
+    section: EvaluationSection,
+    *,
+    positions: int | None,
+) -> ReplyPrompts:
+    """The prompts that `section` asks for, the same in training and afterwards; says what is left out.
+
+    Args:
+        conversations: the held-out dialogues.
+        template: the checkpoint's.
+        section: which replies, how many, and how long they may be.
+        positions: `context_length(model)`; a prompt that leaves no room for a reply loses its
+            oldest turns.
+    """
+    stream = prompt_stream(conversations, template, section, positions)
+    prompts = ReplyPrompts(list(stream), stream.counts)
+    _say_counts(prompts.counts)
+    return prompts
+
+
+def prompt_stream(
+    conversations: Iterable[Conversation],
+    template: ChatTemplate,
+    section: EvaluationSection,
+    positions: int | None,
+) -> PromptStream:
+    """The prompts of `build_prompts`, one after another; what is left out is counted and not yet said."""
+    return PromptStream(
+        conversations,
+        template,
+        replies=section.replies,
+        max_prompt=None if positions is None else positions - section.max_new_tokens,
+        max_samples=section.max_samples,
+    )
+
+
+def predict_windows(
+    model: Any,
+    template: ChatTemplate,
+    prompts: Iterator[ReplyPrompt],
+    section: EvaluationSection,
+    *,
+    should_stop: Poll | None = None,
+    extras_at: Callable[[int], Extras] | None = None,
+) -> Iterator[list[Prediction]]:
+    """The replies to `prompts` window by window, in their order, on every process.
+
+    Memory holds one window. What a window is depends on `section.batch_size` alone, so that the
+    same prompts are generated in the same batches wherever this runs. `extras_at` is given the
+    number of a window's first prompt.
+    """
+    from finetune.generation.generate import Extras, check_context, generate
+
+    first = 0
+    while window := list(islice(prompts, section.batch_size * BATCHES_PER_WINDOW)):
+        ids = [prompt.prompt_ids for prompt in window]
+        names = [f"{prompt.where} message {prompt.index + 1}" for prompt in window]
+        check_context(model, [len(one) for one in ids], section.max_new_tokens, names)
+        replies = generate(
+            model,
+            template,
+            ids,
+            max_new_tokens=section.max_new_tokens,
+            batch_size=section.batch_size,
+            should_stop=should_stop,
+            extras=extras_at(first) if extras_at else Extras(),
+        )
+        first += len(window)
+        yield [
+            predicted(prompt, reply.ids, reply.stopped, template)
+            for prompt, reply in zip(window, replies, strict=True)
+        ]
+
+
+def _say_counts(counts: PromptCounts) -> None:
+    """What was left out, and why."""
+    if counts.sampled < counts.replies:
+        console.say(
+            f"generating {counts.sampled} of {counts.replies} replies, always the same ones"
+        )
+    if counts.shortened:
+        console.say(f"{counts.shortened} prompts lost their oldest turns to fit into the context")
+    if counts.dropped:
+        named = "".join(f"\n  {line}" for line in counts.named)
+        console.warn(f"{counts.dropped} prompts do not fit into the context, left out:{named}")

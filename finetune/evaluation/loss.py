@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import fsum
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 
 from finetune.data.examples.dataset import IGNORED, Example
 from finetune.distributed.map_batches import Poll, longest_first, map_batches
+from finetune.evaluation.statistics import LossTable
 from finetune.models.loss import supervised_loss
 
 
@@ -26,26 +25,6 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ValidationLoss:
-    """The loss on held-out examples."""
-
-    losses: npt.NDArray[np.float64]
-    """Cross-entropy, natural logarithm, summed over each example's supervised tokens by their weights."""
-    weights: npt.NDArray[np.float64]
-    """Each example's supervised tokens, each with its weight."""
-
-    @property
-    def loss(self) -> float:
-        """Weighted mean over all supervised tokens."""
-        return fsum(self.losses) / (self.weight or 1.0)
-
-    @property
-    def weight(self) -> float:
-        """What the mean is over."""
-        return fsum(self.weights)
-
-
 def validation_loss(
     model: Any,
     examples: Examples,
@@ -53,7 +32,7 @@ def validation_loss(
     *,
     batch_size: int,
     should_stop: Poll | None = None,
-) -> ValidationLoss:
+) -> LossTable:
     """The loss over all of `examples`; the same on every process, for any number of them.
 
     Args:
@@ -81,7 +60,7 @@ def validation_loss(
     for part in parts:
         for index, loss, weight in part:
             losses[index], weights[index] = loss, weight
-    return ValidationLoss(losses, weights)
+    return LossTable(losses, weights)
 
 
 def row_losses(model: Any, inputs: dict[str, Any], *, num_rows: int) -> torch.Tensor:

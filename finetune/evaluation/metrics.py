@@ -1,261 +1,268 @@
-"""One reply beside its reference -> BLEU-4, ROUGE-1/2/L, exact match, repetition, stop rate, tool calls.
+"""The table of scores: what each is, how it is counted, which way is better, where it is shown.
 
-Every number runs from 0 to 100, and a model's score is their mean over pairs. Words are jieba's. BLEU
-is nltk's sentence BLEU and ROUGE is rouge_chinese's F1, to the last digit; `signatures` says so in
-print. Scores that are no means over pairs are in `finetune.evaluation.table`.
+A score comes about in one of three ways. `per_reply`: the mean of a number that every reply has
+(0..100). `counts`: numbers per reply whose sums over all replies give the score. `of_loss`: from the
+mean loss over supervised tokens. Everything else in the house (tables, intervals, comparisons, the
+best checkpoint, the report) reads this table; a new score is one more entry of METRICS.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
-from finetune.data.dialogue.conversation import Message
-from finetune.data.dialogue.tool_calls import tool_name
-from finetune.evaluation import tool_calls
-from finetune.evaluation.corpus import is_chinese, plain_words
+from finetune.evaluation import overlap
+from finetune.evaluation.overlap import Numbers
+from finetune.evaluation.pairs import (
+    DEFINITION,
+    DEFINITIONS,
+    REPEATED,
+    Compared,
+    DefinitionName,
+    repetition_rate,
+)
+from finetune.evaluation.predictions import Prediction, Scores
 
-BleuUnit = Literal["word", "character"]
-Scores: TypeAlias = dict[str, float | None]
-"""Name -> 0..100; None where the question does not arise (tool-call validity without tools)."""
-
-TEXT_METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match")
-METRICS = (*TEXT_METRICS, "repetition_rate", "stop_rate", "tool_call_validity", *tool_calls.PARTS)
-"""Those that are means over pairs."""
-_REPEATED = 4
-"""Words of what counts as repeated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One generated reply beside the reply of the dataset."""
-
-    reply: Message
-    reference: Message
-    stopped: bool | None = None
-    """Whether a stop token ended the reply; None when it is not known."""
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """The tools that the dialogue offers."""
-
-
-def score(pairs: Iterable[Pair], *, bleu_unit: BleuUnit = "word") -> Scores:
-    """Means over `pairs` of every metric in `METRICS`."""
-    return mean([score_pair(pair, bleu_unit=bleu_unit) for pair in pairs])
-
-
-def score_pair(pair: Pair, *, bleu_unit: BleuUnit = "word") -> Scores:
-    """The scores of one pair; their means over all pairs are the scores of a model."""
-    reply = text(pair.reply)
-    return {
-        **_score_text(reply, text(pair.reference), bleu_unit),
-        "repetition_rate": repetition_rate(language_words(reply)),
-        "stop_rate": None if pair.stopped is None else 100.0 * pair.stopped,
-        "tool_call_validity": tool_call_validity(pair),
-        **tool_calls.parts(pair.reply, pair.reference, pair.tools),
-    }
-
-
-def llama_factory_scores(reply: str, reference: str) -> dict[str, float]:
-    """BLEU-4 and ROUGE of one pair as LLaMA-Factory computes them before it takes the mean.
-
-    BLEU on characters, ROUGE on jieba words, the texts as they are with the white space around them,
-    and every value rounded to four digits.
-    """
-    one, other = words(reply), words(reference)
-    blank = not reply.split() or not reference.split()
-    found = dict.fromkeys(("rouge-1", "rouge-2", "rouge-l"), 0.0) if blank else rouge(one, other)
-    found["bleu-4"] = bleu(list(reply), list(reference))
-    return {name: round(value, 4) for name, value in found.items()}
-
-
-def mean(scores: Sequence[Scores]) -> Scores:
-    """Means name by name over the pairs for which a score exists."""
-    means: Scores = {}
-    for name in METRICS:
-        values = [value for one in scores if (value := one[name]) is not None]
-        means[name] = float(np.mean(values)) if values else None
-    return means
-
-
-def text(message: Message) -> str:
-    """What is compared: a reply's text, or a call's name, a line break and its arguments."""
-    metadata, content = message.metadata.strip(), message.content.strip()
-    return f"{metadata}\n{content}" if metadata else content
-
-
-def words(line: str) -> list[str]:
-    """The words of a text, white space among them, as jieba's default dictionary cuts it."""
-    return _scorers().words(line)
-
-
-def language_words(line: str) -> list[str]:
-    """The words of a text without white space: jieba's of a Chinese text, else split at signs."""
-    if not is_chinese(line):
-        return plain_words(line)
-    return [word for word in words(line) if not word.isspace()]
-
-
-def repetition_rate(line: Sequence[str]) -> float | None:
-    """Share of a text's runs of four words that stood in it before; None without such a run."""
-    runs = [tuple(line[i : i + _REPEATED]) for i in range(len(line) - _REPEATED + 1)]
-    return 100.0 * (1 - len(set(runs)) / len(runs)) if runs else None
-
-
-def bleu(reply: Sequence[str], reference: Sequence[str]) -> float:
-    """Sentence BLEU with uniform 1- to 4-grams and smoothing method 3 (Chen and Cherry 2014)."""
-    return 100.0 * _scorers().bleu(reply, reference)
-
-
-def rouge(reply: Sequence[str], reference: Sequence[str]) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 (sets of n-grams) and ROUGE-L (longest common subsequence)."""
-    scorers = _scorers()
-    hypothesis, target = scorers.sentences(reply), scorers.sentences(reference)
-    return {
-        "rouge-1": 100.0 * scorers.rouge_n(hypothesis, target, 1),
-        "rouge-2": 100.0 * scorers.rouge_n(hypothesis, target, 2),
-        "rouge-l": 100.0 * scorers.rouge_l(hypothesis, target),
-    }
-
-
-def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one machine word per 64 positions.
-
-    The bit-parallel recurrence of Hyyrö (2004): a zero in `row` at bit i says that position i of
-    `one` lengthens the subsequence. rouge_chinese fills a Python dict with len(one) x len(other)
-    entries instead, gigabytes for two replies of 4,000 words.
-    """
-    positions: dict[str, int] = {}
-    for index, word in enumerate(one):
-        positions[word] = positions.get(word, 0) | 1 << index
-    every = (1 << len(one)) - 1
-    row = every
-    for word in other:
-        matches = row & positions.get(word, 0)
-        row = ((row + matches) | (row - matches)) & every
-    return len(one) - row.bit_count()
-
-
-def tool_call_validity(pair: Pair) -> float | None:
-    """100 if the reply is a call that could be run, 0 if not, None if no call is in question.
-
-    A call is in question when the reference is one, or when tools are offered and the reply is
-    one. It could be run when its name is among the tools, its arguments parse as a JSON object,
-    and the required ones are present. The built-in tools take text, so their name is enough.
-    """
-    if not pair.reference.metadata and not (pair.tools and pair.reply.metadata):
-        return None
-    name = pair.reply.metadata.strip()
-    tool = next((tool for tool in pair.tools if tool_name(tool) == name), None)
-    if tool is None:
-        return 0.0
-    if "function" not in tool:
-        return 100.0
-    try:
-        arguments = json.loads(pair.reply.content)
-    except (ValueError, RecursionError):
-        return 0.0
-    required = (tool["function"].get("parameters") or {}).get("required") or []
-    return 100.0 * (isinstance(arguments, dict) and all(key in arguments for key in required))
-
-
-def signatures(*, bleu_unit: BleuUnit = "word") -> dict[str, str]:
-    """For every metric one line that says how its number came about, to be printed beside it."""
-    jieba, rouge_chinese, nltk = (
-        f"{name} {version(name)}" for name in ("jieba", "rouge-chinese", "nltk")
-    )
-    unit, odd = "jieba words", "empty replies score 0"
-    if bleu_unit == "character":
-        unit, odd = "characters", f"{odd}, texts unstripped, pairs rounded to 4 digits"
-    text_form = "calls as name, line break, arguments"
-    rouge_form = f"f1, jieba words, mean over pairs, {odd}, {text_form} | {jieba} {rouge_chinese}"
-    return {
-        "bleu-4": f"sentence, {unit}, 1-4-grams, smoothing method3, mean over pairs, {odd}, "
-        f"{text_form} | {jieba} {nltk}",
-        "rouge-1": rouge_form,
-        "rouge-2": rouge_form,
-        "rouge-l": rouge_form,
-        "exact_match": f"share of equal texts, white space around them removed, {text_form}",
-        "repetition_rate": f"repeated runs of {_REPEATED} words in a reply, mean over replies that "
-        "long, jieba words of Chinese texts, else split at signs",
-        "stop_rate": "share of replies that a stop token ended",
-        "tool_call_validity": "share of calls in question with a known name, JSON, required keys",
-        "tool_call_accuracy": "share of right decisions whose call, if any, is right, over replies "
-        "with tools",
-        "tool_call_decision": "share of calls and texts where they were due, over replies with tools",
-        "tool_call_name": "share of equal names, over references that are calls",
-        "tool_call_arguments": "share of arguments equal as JSON, over references that are calls",
-        "tool_call_schema": "share of calls valid under a tool's JSON schema, over calls made",
-    }
-
-
-def signature(*, bleu_unit: BleuUnit = "word") -> str:
-    """What `signatures` says of BLEU and ROUGE, in one line."""
-    said = signatures(bleu_unit=bleu_unit)
-    return f"scale 0..100 | bleu-4: {said['bleu-4']} | rouge: {said['rouge-l']}"
-
-
-def _score_text(reply: str, reference: str, bleu_unit: BleuUnit) -> dict[str, float]:
-    exact = 100.0 * (reply == reference)
-    if not reply or not reference:
-        return dict.fromkeys(TEXT_METRICS, 0.0) | {"exact_match": exact}
-    one, other = words(reply), words(reference)
-    fine = bleu(one, other) if bleu_unit == "word" else bleu(list(reply), list(reference))
-    return {"bleu-4": fine, **rouge(one, other), "exact_match": exact}
+Better = Literal["higher", "lower", "neither"]
+Source = Literal["replies", "loss", "general_loss"]
+Shown = Literal["headline", "column", "page"]
 
 
 @dataclass(frozen=True)
-class _Scorers:
-    """The borrowed functions, opened once."""
+class Counts:
+    """How a score comes about from numbers that are summed over replies."""
 
-    words: Callable[[str], list[str]]
-    bleu: Callable[[Sequence[str], Sequence[str]], float]
-    sentences: Callable[[Sequence[str]], list[str]]
-    rouge_n: Callable[[list[str], list[str], int], float]
-    rouge_l: Callable[[list[str], list[str]], float]
+    width: int
+    """Numbers per reply."""
+    of_reply: Callable[[Compared], Sequence[float]]
+    of_sums: Callable[[Numbers], Numbers]
+    """Sums of R resamples [R, width] -> scores [R]; NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score."""
+
+    name: str
+    signature: str = ""
+    """How the number comes about, to be printed beside it; `{…}` is filled from the definition."""
+    better: Better = "higher"
+    shown: Shown = "page"
+    """`headline`: it may stand for all of them, the first that there is; it and a `column` stand in
+    the terminal's table; the page shows every one."""
+    digits: int = 1
+    """Places that are shown."""
+    source: Source = "replies"
+    """What it needs."""
+    per_reply: Callable[[Compared], float | None] | None = None
+    counts: Counts | None = None
+    of_loss: Callable[[Numbers], Numbers] | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name as people read it."""
+        return self.name.replace("_", " ")
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether less of it is better."""
+        return self.better == "lower"
+
+    def goodness(self, value: float | None) -> float:
+        """A number that is higher the better a score is; minus infinity where there is none."""
+        if value is None or not math.isfinite(value):
+            return -math.inf
+        return -value if self.lower_is_better else value
+
+
+def _overlap(name: str) -> Callable[[Compared], float | None]:
+    return lambda pair: pair.overlap[name]
+
+
+def _tool(name: str) -> Callable[[Compared], float | None]:
+    return lambda pair: pair.tool_call[name]
+
+
+def _stopped(pair: Compared) -> float | None:
+    return None if pair.prediction.stopped is None else 100.0 * pair.prediction.stopped
+
+
+def _length_ratio(sums: Numbers) -> Numbers:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Numbers = 100.0 * sums[:, 0] / sums[:, 1]
+    return ratio
+
+
+_ROUGE = "f1, {rouge words}, mean over pairs, {odd}, {text} | {jieba} {rouge-chinese}"
+
+METRICS: tuple[Metric, ...] = (
+    Metric("rouge-l", _ROUGE, shown="headline", per_reply=_overlap("rouge-l")),
+    Metric(
+        "tool_call_accuracy",
+        "share of right decisions whose call, if any, is right, over replies with tools",
+        shown="headline",
+        per_reply=_tool("tool_call_accuracy"),
+    ),
+    Metric(
+        "exact_match",
+        "share of equal texts, white space around them removed, {text}",
+        shown="headline",
+        per_reply=lambda pair: 100.0 * (pair.reply == pair.reference),
+    ),
+    Metric(
+        "chrf",
+        "{chrf}",
+        shown="headline",
+        counts=Counts(
+            overlap.CHRF_COUNTS,
+            lambda pair: overlap.chrf_counts(pair.reply, pair.reference),
+            overlap.chrf_of,
+        ),
+    ),
+    Metric(
+        "bleu-4",
+        "sentence, {bleu words}, 1-4-grams, smoothing method3, mean over pairs, {odd}, {text} | "
+        "{jieba} {nltk}",
+        shown="headline",
+        per_reply=_overlap("bleu-4"),
+    ),
+    Metric(
+        "loss",
+        "cross-entropy per supervised token of the references, natural logarithm",
+        better="lower",
+        shown="headline",
+        digits=3,
+        source="loss",
+        of_loss=lambda loss: loss,
+    ),
+    Metric("perplexity", "exp(loss)", better="lower", digits=2, source="loss", of_loss=np.exp),
+    Metric(
+        "general_loss",
+        "loss on the general set",
+        better="lower",
+        digits=3,
+        source="general_loss",
+        of_loss=lambda loss: loss,
+    ),
+    Metric("rouge-1", _ROUGE, per_reply=_overlap("rouge-1")),
+    Metric("rouge-2", _ROUGE, per_reply=_overlap("rouge-2")),
+    Metric(
+        "corpus_bleu",
+        "{corpus bleu} (tok: {words})",
+        counts=Counts(
+            overlap.BLEU_COUNTS, lambda pair: overlap.bleu_counts(*pair.words), overlap.bleu_of
+        ),
+    ),
+    Metric(
+        "length_ratio",
+        "characters of all replies in per cent of those of all references",
+        better="neither",
+        counts=Counts(2, lambda pair: [len(pair.reply), len(pair.reference)], _length_ratio),
+    ),
+    Metric(
+        "stop_rate",
+        "share of replies that a stop token ended",
+        shown="column",
+        per_reply=_stopped,
+    ),
+    Metric(
+        "repetition_rate",
+        f"repeated runs of {REPEATED} words in a reply, mean over replies that long, {{words}}",
+        better="lower",
+        per_reply=lambda pair: repetition_rate(pair.words[0]),
+    ),
+    Metric(
+        "tool_call_validity",
+        "share of calls in question with a known name, JSON, required keys",
+        per_reply=_tool("tool_call_validity"),
+    ),
+    Metric(
+        "tool_call_decision",
+        "share of calls and texts where they were due, over replies with tools",
+        per_reply=_tool("tool_call_decision"),
+    ),
+    Metric(
+        "tool_call_name",
+        "share of equal names, over references that are calls",
+        per_reply=_tool("tool_call_name"),
+    ),
+    Metric(
+        "tool_call_arguments",
+        "share of arguments equal as JSON, over references that are calls",
+        per_reply=_tool("tool_call_arguments"),
+    ),
+    Metric(
+        "tool_call_schema",
+        "share of calls valid under a tool's JSON schema, over calls made",
+        per_reply=_tool("tool_call_schema"),
+    ),
+)
+"""In the order in which they are listed; headlines first."""
+CHOOSING = [one.name for one in METRICS if one.source != "general_loss"]
+"""Those that `evaluation.best_metric` may name: what a run can compute of its own held-out data."""
+
+
+def metric(name: str) -> Metric:
+    """The score of that name; one of a user's own or of a public task is better when higher."""
+    return _by_name().get(name) or Metric(name)
 
 
 @cache
-def _scorers() -> _Scorers:
-    """nltk, jieba and rouge_chinese, without what the last two warn about while importing.
+def _by_name() -> dict[str, Metric]:
+    return {one.name: one for one in METRICS}
 
-    jieba asks for the deprecated pkg_resources, and both hold escapes that Python 3.12 warns of.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import jieba
-        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-        from rouge_chinese import Rouge, rouge_score
 
-    # A segmenter of our own, filled by hand: `jieba.cut` would log to stderr, take words that
-    # anybody added to the global one, and trust (and leave) a marshal file in the shared /tmp.
-    segmenter = jieba.Tokenizer()
-    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
-    segmenter.initialized = True
-    method3 = SmoothingFunction().method3
-    cut_sentences = Rouge().cut_sent
+def of_source(source: Source) -> tuple[Metric, ...]:
+    """The scores that need only this."""
+    return tuple(one for one in METRICS if one.source == source)
 
-    def sentences(line: Sequence[str]) -> list[str]:
-        return [" ".join(part.split()) for part in cut_sentences(" ".join(line)) if part]
 
-    def split(parts: list[str]) -> list[str]:
-        return [word for part in parts for word in part.split(" ")]
+def headline_of(names: Sequence[str]) -> str:
+    """The one of `names` that stands for all of them."""
+    known = (one.name for one in METRICS if one.shown == "headline" and one.name in names)
+    return next(known, names[0])
 
-    def rouge_l(hypothesis: list[str], target: list[str]) -> float:
-        one, other = split(hypothesis), split(target)
-        common = lcs_length(one, other)
-        return float(rouge_score.f_r_p_rouge_n(len(one), len(other), common)["f"])
 
-    return _Scorers(
-        words=lambda line: list(segmenter.cut(line)),
-        bleu=lambda one, other: float(sentence_bleu([other], one, smoothing_function=method3)),
-        sentences=sentences,
-        rouge_n=lambda one, other, n: float(rouge_score.rouge_n(one, other, n)["f"]),
-        rouge_l=rouge_l,
-    )
+def is_better(name: str, value: float, than: float | None) -> bool:
+    """Whether `value` beats the best so far; a value that is no number never does."""
+    one = metric(name)
+    return math.isfinite(value) and one.goodness(value) > one.goodness(than)
+
+
+def best_metric_problem(name: str) -> str | None:
+    """What keeps a score from choosing the best checkpoint, in words; None when nothing does."""
+    if name in CHOOSING:
+        return None
+    meant = get_close_matches(name, CHOOSING, n=1)
+    hint = f"did you mean {meant[0]}?" if meant else f"choose {', '.join(CHOOSING)}"
+    return f"{name!r} is no score of a run; {hint}"
+
+
+def signatures(definition: DefinitionName = DEFINITION) -> dict[str, str]:
+    """For every score one line that says how its number came about, to be printed beside it."""
+    bleu, chrf = overlap.sacrebleu_signatures()
+    packages = {name: f"{name} {version(name)}" for name in ("jieba", "rouge-chinese", "nltk")}
+    said = {
+        **DEFINITIONS[definition].said,
+        **packages,
+        "corpus bleu": bleu,
+        "chrf": chrf,
+        "text": "a call is its name, a line break and its arguments",
+    }
+    return {one.name: one.signature.format_map(said) for one in METRICS}
+
+
+def numbers_of(
+    prediction: Prediction, definition: DefinitionName = DEFINITION
+) -> tuple[Scores, dict[str, list[float]]]:
+    """The scores of one reply, whose means are a model's, and what it adds to sums over replies."""
+    pair = Compared(prediction, DEFINITIONS[definition])
+    scores = {one.name: one.per_reply(pair) for one in METRICS if one.per_reply}
+    return scores, {one.name: [*one.counts.of_reply(pair)] for one in METRICS if one.counts}

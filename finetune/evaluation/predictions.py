@@ -1,45 +1,125 @@
-"""Predictions on disk: one JSON object a line, whole or absent."""
+"""What a model replied beside what it should have replied; lines of JSONL before and after scoring."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finetune.evaluation.metrics import Scores
+from finetune.data.dialogue.conversation import Message
+from finetune.evaluation.words import is_chinese
 from finetune.storage.files import json_line, whole_file
+
+if TYPE_CHECKING:
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.generation.prompts import ReplyPrompt
+
+Scores: TypeAlias = dict[str, float | None]
+"""Name -> value; None where the question does not arise (tool-call validity without tools)."""
+SLICES = ("source", "turns", "prompt_length", "kind", "language")
+"""Parts of the data by which scores are looked at."""
+_LENGTHS = (64, 256, 1024, 4096)
+_MOST_TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One generated reply with what it answers and how it scores."""
+    """One reply beside its reference, and what it scores."""
 
-    where: str
-    """`file:line` of the dialogue."""
-    message: int
-    """Which message of the dialogue is the reference."""
-    prompt: str
-    """The prompt as text, control tokens spelled out."""
-    reference: str
-    prediction: str
-    stopped: bool | None
+    reply: Message
+    reference: Message
+    stopped: bool | None = None
     """A stop token ended the reply; otherwise it was cut at `max_new_tokens`. None: not known."""
-    scores: Scores
-    counts: dict[str, list[float]] = field(default_factory=dict)
-    """What is summed over replies for the scores that are no means: `table.COUNTS`."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The tools that the dialogue offers."""
+    where: str = ""
+    """`file:line` of the dialogue."""
+    message: int = 0
+    """Which message of the dialogue is the reference."""
+    prompt: str = ""
+    """The prompt as text, control tokens spelled out."""
     slices: dict[str, str] = field(default_factory=dict)
     """Which parts of the data it belongs to."""
     images: tuple[str, ...] = ()
     """Paths of the images that the prompt shows."""
+    scores: Scores = field(default_factory=dict)
+    counts: dict[str, list[float]] = field(default_factory=dict)
+    """What is summed over replies for the scores that are no means."""
+
+    @property
+    def unscored_row(self) -> dict[str, Any]:
+        """The line under which it is kept until it is scored; `read_unscored` takes it back."""
+        return {
+            "where": self.where,
+            "message": self.message,
+            "prompt": self.prompt,
+            "reply": [self.reply.metadata, self.reply.content],
+            "reference": [self.reference.metadata, self.reference.content],
+            "stopped": self.stopped,
+            "tools": list(self.tools),
+            "slices": self.slices,
+            "images": list(self.images),
+        }
 
     @property
     def row(self) -> dict[str, Any]:
-        """The line of a file of predictions."""
-        row = asdict(self)
-        if not self.images:
-            del row["images"]
-        return row
+        """The line of a file of predictions: texts as they are compared, and scores."""
+        row = {
+            "where": self.where,
+            "message": self.message,
+            "prompt": self.prompt,
+            "reference": text(self.reference),
+            "prediction": text(self.reply),
+            "stopped": self.stopped,
+            "scores": self.scores,
+            "counts": self.counts,
+            "slices": self.slices,
+        }
+        return row | {"images": self.images} if self.images else row
+
+
+def text(message: Message) -> str:
+    """What is compared: a reply's text, or a call's name, a line break and its arguments."""
+    metadata, content = message.metadata.strip(), message.content.strip()
+    return f"{metadata}\n{content}" if metadata else content
+
+
+def read_unscored(row: Mapping[str, Any]) -> Prediction:
+    """The prediction of an `unscored_row`."""
+    reply, reference = (
+        Message("assistant", content, metadata)
+        for metadata, content in (row["reply"], row["reference"])
+    )
+    return Prediction(
+        reply=reply,
+        reference=reference,
+        stopped=row["stopped"],
+        tools=tuple(row["tools"]),
+        where=row["where"],
+        message=row["message"],
+        prompt=row["prompt"],
+        slices=row["slices"],
+        images=tuple(row["images"]),
+    )
+
+
+def predicted(
+    prompt: ReplyPrompt, ids: tuple[int, ...], stopped: bool, template: ChatTemplate
+) -> Prediction:
+    """The prediction that a model's new tokens are."""
+    return Prediction(
+        reply=template.parse(ids),
+        reference=prompt.reference,
+        stopped=stopped,
+        tools=tuple(prompt.tools),
+        where=prompt.where,
+        message=prompt.index,
+        prompt=prompt.text,
+        slices=slices_of(prompt),
+        images=prompt.images,
+    )
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -47,3 +127,31 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     with whole_file(path) as file:
         for prediction in predictions:
             file.write(json_line(prediction.row))
+
+
+def slices_of(prompt: ReplyPrompt) -> dict[str, str]:
+    """The value of every slice for one reply."""
+    return {
+        "source": prompt.where.rpartition(":")[0],
+        "turns": f"{_MOST_TURNS} or more" if prompt.turns >= _MOST_TURNS else str(prompt.turns),
+        "prompt_length": _length(len(prompt.prompt_ids)),
+        "kind": "tool" if prompt.tools or prompt.reference.metadata else "plain",
+        "language": language(text(prompt.reference)),
+    }
+
+
+def language(line: str) -> str:
+    """`chinese` or `other`."""
+    return "chinese" if is_chinese(line) else "other"
+
+
+def _length(tokens: int) -> str:
+    """A range of tokens.
+
+    >>> _length(64), _length(65), _length(5000)
+    ('1-64 tokens', '65-256 tokens', 'over 4096 tokens')
+    """
+    number = bisect_left(_LENGTHS, tokens)
+    if number == len(_LENGTHS):
+        return f"over {_LENGTHS[-1]} tokens"
+    return f"{_LENGTHS[number - 1] + 1 if number else 1}-{_LENGTHS[number]} tokens"

@@ -1,6 +1,6 @@
-"""Answers -> predictions with their scores, on several processes when there are many.
+"""Predictions -> predictions with their scores, on several processes when there are many.
 
-    python -m finetune.evaluation.scoring ANSWERS FIRST LAST OUT OPTIONS
+    python -m finetune.evaluation.scoring UNSCORED FIRST LAST OUT OPTIONS
 
 scores the lines FIRST to LAST of a file. Such processes import neither torch nor the program that
 started them.
@@ -16,34 +16,41 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice
+from importlib.metadata import version
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigError
-from finetune.evaluation import metrics, table
-from finetune.evaluation.answers import Answer, answer_of
-from finetune.evaluation.metrics import BleuUnit, Pair
-from finetune.evaluation.predictions import Prediction
+from finetune.data.dialogue.conversation import Message
+from finetune.data.reading.files import BadRow, read_rows
+from finetune.errors import ConfigError, DataError
+from finetune.evaluation.metrics import METRICS, numbers_of
+from finetune.evaluation.pairs import DEFINITION, DefinitionName
+from finetune.evaluation.predictions import Prediction, language, read_unscored, text
 from finetune.storage.files import json_line, whole_file
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is computed; scores that were kept under another one are not used."""
 LINES_PER_PROCESS = 500
 """Starting a process costs as much as scoring some 500 replies."""
+
+PACKAGES = ("jieba", "nltk", "rouge-chinese", "sacrebleu", "numpy")
+"""What decides the scores of given replies."""
+LAYOUTS = (("predict", "label"), ("prediction", "reference"))
+"""What reply and reference are called in replies made elsewhere: by LLaMA-Factory, and by us."""
 
 UserMetric = Callable[[str, str], float | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What decides the scores of given answers."""
+    """What decides the scores of given replies."""
 
-    bleu_unit: BleuUnit = "word"
-    """`character`: BLEU and ROUGE as LLaMA-Factory computes them."""
+    definition: DefinitionName = DEFINITION
+    """How texts are cut into words."""
     own: tuple[str, ...] = ()
     """The user's metrics, each as `module:function`."""
 
@@ -53,42 +60,33 @@ class Scoring:
         return tuple(one.partition(":")[2] for one in self.own)
 
 
-def score(answer: Answer, scoring: Scoring) -> Prediction:
-    """The answer with its scores."""
-    pair = Pair(answer.reply, answer.reference, answer.stopped, answer.tools)
-    scores = metrics.score_pair(pair)
-    if scoring.bleu_unit == "character":
-        scores |= metrics.llama_factory_scores(_whole(answer.reply), _whole(answer.reference))
-    reply, reference = metrics.text(answer.reply), metrics.text(answer.reference)
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of installed packages by name."""
+    return {name: version(name) for name in packages}
+
+
+def score(prediction: Prediction, scoring: Scoring) -> Prediction:
+    """The prediction with its scores."""
+    scores, counts = numbers_of(prediction, scoring.definition)
+    reply, reference = text(prediction.reply), text(prediction.reference)
     for name in scoring.own:
-        scores[name.partition(":")[2]] = _called(name, reply, reference, answer.where)
-    return Prediction(
-        where=answer.where,
-        message=answer.message,
-        prompt=answer.prompt,
-        reference=reference,
-        prediction=reply,
-        stopped=answer.stopped,
-        scores=scores,
-        counts=table.counts_of(pair),
-        slices=answer.slices,
-        images=answer.images,
-    )
+        scores[name.partition(":")[2]] = _called(name, reply, reference, prediction.where)
+    return replace(prediction, scores=scores, counts=counts)
 
 
-def score_file(answers: Path, output: Path, scoring: Scoring) -> int:
-    """Writes the predictions of a file of answers, in its order; returns their number."""
+def score_file(unscored: Path, output: Path, scoring: Scoring) -> int:
+    """Writes the predictions of a file with their scores, in its order; returns their number."""
     for name in scoring.own:
         user_metric(name)  # what is wrong with it shows once, and now
-    with answers.open(encoding="utf-8") as file:
+    with unscored.open(encoding="utf-8") as file:
         total = sum(1 for _ in file)
     processes = min(os.cpu_count() or 1, math.ceil(total / LINES_PER_PROCESS))
     if processes < 2:
         with whole_file(output) as file:
-            file.writelines(_scored_lines(answers, 0, total, scoring))
+            file.writelines(_scored_lines(unscored, 0, total, scoring))
         return total
     with tempfile.TemporaryDirectory() as folder, whole_file(output) as file:
-        for part in _in_parallel(answers, total, processes, Path(folder), scoring):
+        for part in _in_parallel(unscored, total, processes, Path(folder), scoring):
             with part.open(encoding="utf-8") as lines:
                 shutil.copyfileobj(lines, file)
     return total
@@ -104,8 +102,8 @@ def user_metric(name: str) -> UserMetric:
     module, _, function = name.partition(":")
     if not module or not function:
         raise ConfigError(f"metric {name!r}: write module:function, such as my_metrics:politeness")
-    if function in (*metrics.METRICS, *table.COUNTS):
-        raise ConfigError(f"metric {name!r}: {function} is a metric of ours; rename the function")
+    if function in (one.name for one in METRICS):
+        raise ConfigError(f"metric {name!r}: {function} is a built-in metric; rename the function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -126,6 +124,82 @@ def source_of(name: str) -> str:
     return Path(file).read_text(encoding="utf-8") if file else ""
 
 
+def score_external(source: Path, output: Path, scoring: Scoring, *, like: Path | None) -> None:
+    """Writes the predictions of `source` to `output`, row by row.
+
+    Args:
+        source: rows `{"prompt", "predict", "label"}` or `{"prompt", "prediction", "reference"}`.
+        output: the file to write.
+        scoring: how they are scored.
+        like: predictions of another target; the rows must answer the same references, and are
+            compared with them reply by reply.
+
+    Raises:
+        DataError: a row is neither; or the references are not those of `like`; names the rows.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replies = _external(source)
+    if like is not None:
+        replies = _placed(source, replies, like)
+    with tempfile.TemporaryDirectory() as folder:
+        unscored = Path(folder) / "unscored.jsonl"
+        with unscored.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json_line(one.unscored_row) for one in replies)
+        score_file(unscored, output, scoring)
+
+
+def _external(source: Path) -> Iterator[Prediction]:
+    for row in read_rows(source):
+        if isinstance(row, BadRow):
+            raise DataError(f"{row.where}: {row.reason}")
+        yield _prediction(row.value, row.where)
+
+
+def _prediction(row: Any, where: str) -> Prediction:
+    names = next((names for names in LAYOUTS if isinstance(row, dict) and set(names) <= set(row)), None)  # fmt: skip
+    if names is None:
+        wanted = " or ".join(f'{{"{reply}", "{reference}"}}' for reply, reference in LAYOUTS)
+        raise DataError(f"{where}: not a prediction; a row holds {wanted}, and perhaps the prompt")
+    reply, reference = (row[name] for name in names)
+    if not isinstance(reply, str) or not isinstance(reference, str):
+        raise DataError(f"{where}: {names[0]} and {names[1]} must be text")
+    stopped = row.get("stopped")
+    slices = row.get("slices")
+    return Prediction(
+        where=str(row.get("where", where)),
+        message=row["message"] if isinstance(row.get("message"), int) else 0,
+        prompt=str(row.get("prompt", "")),
+        reply=Message("assistant", reply),
+        reference=Message("assistant", reference),
+        stopped=stopped if isinstance(stopped, bool) else None,
+        slices=slices if isinstance(slices, dict) else {"language": language(reference)},
+        images=tuple(row.get("images") or ()),
+    )
+
+
+def _placed(source: Path, replies: Iterator[Prediction], like: Path) -> Iterator[Prediction]:
+    """The replies with the places and slices of another target's, whose references must be the same."""
+    with like.open(encoding="utf-8") as lines:
+        for number, (one, line) in enumerate(zip_longest(replies, lines), 1):
+            if one is None or line is None:
+                which = "more" if line is None else "fewer"
+                raise DataError(f"{source} has {which} rows than there are replies to compare with")
+            other = json.loads(line)
+            if one.reference.content.strip() != other["reference"].strip():
+                raise DataError(
+                    f"{source}: row {number} answers another reference than {other['where']}; give "
+                    "predictions for the same data in the same order, or evaluate them alone"
+                )
+            yield replace(
+                one,
+                where=other["where"],
+                message=other["message"],
+                prompt=other["prompt"],
+                slices=other["slices"],
+                images=tuple(other.get("images", ())),
+            )
+
+
 def _called(name: str, reply: str, reference: str, where: str) -> float | None:
     try:
         value = user_metric(name)(reply, reference)
@@ -140,13 +214,8 @@ def _called(name: str, reply: str, reference: str, where: str) -> float | None:
     return number
 
 
-def _whole(message: Any) -> str:
-    """The text as it came, with the white space around it."""
-    return f"{message.metadata}\n{message.content}" if message.metadata else str(message.content)
-
-
 def _in_parallel(
-    answers: Path, total: int, processes: int, folder: Path, scoring: Scoring
+    unscored: Path, total: int, processes: int, folder: Path, scoring: Scoring
 ) -> Iterable[Path]:
     """The scored parts of the file, in order."""
     borders = [total * number // processes for number in range(processes + 1)]
@@ -156,7 +225,7 @@ def _in_parallel(
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", __name__, answers, str(first), str(last), part, options],
+            [sys.executable, "-m", __name__, unscored, str(first), str(last), part, options],
             env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
             stderr=subprocess.PIPE,
             text=True,
@@ -170,29 +239,29 @@ def _in_parallel(
     finally:
         for child in children:
             child.kill()
-    for child, text in zip(children, said, strict=True):
+    for child, words in zip(children, said, strict=True):
         if child.returncode == ConfigError.exit_code:
-            raise ConfigError(text.strip())
+            raise ConfigError(words.strip())
         if child.returncode:
             raise RuntimeError(
-                f"a process that scores replies ended with {child.returncode}:\n{text}"
+                f"a process that scores replies ended with {child.returncode}:\n{words}"
             )
     return parts
 
 
-def _scored_lines(answers: Path, first: int, last: int, scoring: Scoring) -> Iterator[str]:
-    with answers.open(encoding="utf-8") as file:
+def _scored_lines(unscored: Path, first: int, last: int, scoring: Scoring) -> Iterator[str]:
+    with unscored.open(encoding="utf-8") as file:
         for line in islice(file, first, last):
-            yield json_line(score(answer_of(json.loads(line)), scoring).row)
+            yield json_line(score(read_unscored(json.loads(line)), scoring).row)
 
 
 def _main(words: list[str]) -> None:
-    answers, first, last, output, options = words
+    unscored, first, last, output, options = words
     said = json.loads(options)
-    scoring = Scoring(said["bleu_unit"], tuple(said["own"]))
+    scoring = Scoring(said["definition"], tuple(said["own"]))
     try:
         with Path(output).open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_scored_lines(Path(answers), int(first), int(last), scoring))
+            file.writelines(_scored_lines(Path(unscored), int(first), int(last), scoring))
     except ConfigError as error:
         sys.stderr.write(str(error))
         sys.exit(error.exit_code)

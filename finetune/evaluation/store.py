@@ -26,7 +26,7 @@ import numpy.typing as npt
 from finetune.artifacts.weights import model_fingerprint
 from finetune.data.reading.files import expand
 from finetune.errors import OutputInUseError
-from finetune.evaluation.answers import Answer, answer_of
+from finetune.evaluation.predictions import Prediction, read_unscored
 from finetune.evaluation.targets import ADAPTER, base_recorded
 from finetune.storage import folders, journal
 from finetune.storage.cache import default_root, key_of
@@ -45,7 +45,7 @@ class Results:
 
     def __init__(self, root: Path | None, key: str) -> None:
         self.folder = (root or default_root()) / "evaluations" / key
-        self.answers = self.folder / "answers.jsonl"
+        self.unscored = self.folder / "answers.jsonl"
         self._part = self.folder / "answers.jsonl.part"
         self._done = self.folder / "done.json"
 
@@ -56,7 +56,7 @@ class Results:
             facts = json.loads(self._done.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return dict(facts) if self.answers.is_file() else None
+        return dict(facts) if self.unscored.is_file() else None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -76,9 +76,9 @@ class Results:
         """Answers of an earlier attempt, whole windows of `window` only; what is torn is cut off."""
         return len(journal.recover(self._part, _is_whole, multiple=window))
 
-    def append(self, answers: Iterable[Answer]) -> None:
+    def append(self, predictions: Iterable[Prediction]) -> None:
         """Adds a window; it is on the disk when this returns."""
-        journal.append(self._part, (answer.row for answer in answers))
+        journal.append(self._part, (one.unscored_row for one in predictions))
 
     def log(self, window: int) -> WindowLog:
         """Finished groups of the window that begins with answer number `window`."""
@@ -90,12 +90,13 @@ class Results:
             np.savez(file, losses=losses, weights=weights)
 
     def losses(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-        """What `write_losses` kept."""
+        """What `write_losses` kept, unless a sum in it is no number."""
         try:
             with np.load(self.folder / f"{name}.npz", allow_pickle=False) as found:
-                return found["losses"], found["weights"]
+                losses, weights = found["losses"], found["weights"]
         except (FileNotFoundError, ValueError, EOFError):
             return None
+        return (losses, weights) if np.isfinite(losses).all() else None
 
     def note(self, name: str) -> Any:
         """What `write_note` kept."""
@@ -111,7 +112,7 @@ class Results:
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Makes the results whole."""
         self._part.touch()
-        self._part.replace(self.answers)
+        self._part.replace(self.unscored)
         write_file(self._done, json_line(facts))
 
 
@@ -159,8 +160,8 @@ class WindowLog:
 
 
 def _is_whole(row: Any) -> bool:
-    """True for an answer; KeyError or TypeError for anything else."""
-    return bool(answer_of(row).where)
+    """True for a prediction; KeyError or TypeError for anything else."""
+    return bool(read_unscored(row).where)
 
 
 def model_key(path: str, base: str | None) -> dict[str, Any] | None:

@@ -116,7 +116,7 @@ def _bases(targets: Sequence[Target]) -> list[Target]:
         if path:
             found.setdefault(path, Target("base", path, "base", like=one.path))
     if not found and not any(one.kind == "base" for one in targets):
-        raise ModelError("--base: none of the targets says which model it was tuned from; name it as a target")  # fmt: skip
+        raise ModelError("--include-base: none of the targets says which model it was tuned from; name it as a target")  # fmt: skip
     return list(found.values())
 
 

@@ -26,7 +26,7 @@ def compare(runs: Sequence[Run], output: Path) -> dict[str, Any]:
     if empty:
         raise ConfigError(
             f"{', '.join(empty)}: no predictions-STEP.jsonl, for nothing was generated while it was "
-            "trained; `finetune evaluate RUN RUN --base --data FILE` asks its checkpoints now"
+            "trained; `finetune evaluate RUN RUN --include-base --data FILE` asks its checkpoints now"
         )
     targets = targets_of(runs)
     asked = {target.name: _asked(Path(target.path)) for target in targets}

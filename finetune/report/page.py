@@ -13,19 +13,41 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from finetune import __version__
-from finetune.evaluation.uncertainty import NO_BETTER
+from finetune import __version__, console
+from finetune.evaluation.metrics import metric
+from finetune.evaluation.schema import (
+    Evaluation,
+    Score,
+    TargetScores,
+    goodness,
+    read_evaluation,
+)
 from finetune.report import sentences
 from finetune.report.charts import Point, Series, histogram, lines
-from finetune.report.folder import Evaluation, Score, Target, goodness
-from finetune.report.page_data import Content, page_data
+from finetune.report.page_data import Content, page_data, read_content
 from finetune.report.runs import Run, differences, read_run
+from finetune.storage.files import write_file
 
+PAGE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
 LOSS = "loss while training"
 COLOURS = 8
 BINS = 30
+
+
+def write_page(folder: Path) -> Path:
+    """Writes `report.html` beside the `evaluation.json` in `folder`, and returns its path.
+
+    Raises:
+        DataError: The folder is no whole evaluation.
+    """
+    evaluation = read_evaluation(folder)
+    runs = runs_of(evaluation)
+    for name in {target.run for target in evaluation.targets if target.run} - set(runs):
+        console.warn(f"{name} is not here: its losses and configuration are left out of the report")
+    write_file(folder / PAGE, page(evaluation, read_content(folder, evaluation), runs))
+    return folder / PAGE
 
 
 def runs_of(evaluation: Evaluation) -> dict[str, Run]:
@@ -65,6 +87,7 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         versions=evaluation.versions,
         signatures=evaluation.signatures,
         words=sentences,
+        label=lambda name: metric(name).label,
         version=__version__,
         style=Markup(style),
         script=Markup(script),
@@ -89,19 +112,19 @@ def panels(
     """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
     drawn = [(LOSS, lines(loss_curves(evaluation, runs), title=LOSS))]
     drawn += [
-        (sentences.label(metric), lines(metric_series(evaluation, metric, colours), title=metric))
-        for metric in _ordered(evaluation)
+        (metric(name).label, lines(metric_series(evaluation, name, colours), title=name))
+        for name in _ordered(evaluation)
         if any(target.step is not None for target in evaluation.targets)
     ]
     return [(title, chart) for title, chart in drawn if chart]
 
 
-def metric_series(evaluation: Evaluation, metric: str, colours: Sequence[int]) -> list[Series]:
+def metric_series(evaluation: Evaluation, name: str, colours: Sequence[int]) -> list[Series]:
     """The base and merged models as levels, the checkpoints of every run as a line."""
     levels: list[Series] = []
     stepped: dict[str, tuple[list[Point], int]] = {}
     for target, colour in zip(evaluation.targets, colours, strict=True):
-        score = target.scores.get(metric)
+        score = target.scores.get(name)
         if score is None or score.value is None:
             continue
         point = Point(float(target.step or 0), score.value, score.low, score.high)
@@ -150,42 +173,40 @@ def _legend(evaluation: Evaluation, colours: Sequence[int]) -> list[tuple[str, i
 
 def _ordered(evaluation: Evaluation) -> list[str]:
     """The metrics, first the one that stands for all."""
-    headline = evaluation.headline
-    return [headline, *(metric for metric in evaluation.metrics if metric != headline)]
+    return list(dict.fromkeys([evaluation.headline, *evaluation.metrics]))
 
 
 def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]]:
+    def best_of(name: str) -> float | None:
+        scores = [target.scores.get(name, Score()) for target in evaluation.targets]
+        return max(scores, key=lambda score: goodness(name, score)).value
 
-    def best_of(metric: str) -> float | None:
-        scores = [target.scores.get(metric, Score()) for target in evaluation.targets]
-        return max(scores, key=lambda score: goodness(metric, score)).value
+    best = {name: best_of(name) for name in evaluation.metrics}
 
-    best = {metric: best_of(metric) for metric in evaluation.metrics}
-
-    def cell(target: Target, metric: str) -> dict[str, Any]:
-        score = target.scores.get(metric, Score())
+    def cell(target: TargetScores, name: str) -> dict[str, Any]:
+        score = target.scores.get(name, Score())
         return {
-            "text": sentences.number(metric, score.value),
-            "interval": sentences.interval(metric, score),
-            "arrow": sentences.arrow(evaluation, target, metric),
-            "best": metric not in NO_BETTER
+            "text": sentences.number(name, score.value),
+            "interval": sentences.interval(name, score),
+            "arrow": sentences.arrow(evaluation, target, name),
+            "best": metric(name).better != "neither"
             and score.value is not None
-            and sentences.number(metric, score.value) == sentences.number(metric, best[metric]),
+            and sentences.number(name, score.value) == sentences.number(name, best[name]),
         }
 
     return [
         {
             "target": target,
             "colour": colour,
-            "cells": [cell(target, metric) for metric in _ordered(evaluation)],
+            "cells": [cell(target, name) for name in _ordered(evaluation)],
         }
         for target, colour in zip(evaluation.targets, colours, strict=True)
     ]
 
 
-def _outcome(evaluation: Evaluation, metric: str) -> str:
-    base, best = evaluation.base, evaluation.best(metric)
-    found = evaluation.comparison(best.name, base.name, metric) if base else None
+def _outcome(evaluation: Evaluation, headline: str) -> str:
+    base, best = evaluation.base, evaluation.best(headline)
+    found = evaluation.comparison(best.name, base.name, headline) if base else None
     return sentences.css(found) if found else "open"
 
 

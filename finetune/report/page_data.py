@@ -12,8 +12,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from finetune.evaluation.uncertainty import LOWER_IS_BETTER, NO_BETTER
-from finetune.report.folder import Evaluation, Sample, common_rows, samples
+from finetune.evaluation.metrics import METRICS
+from finetune.evaluation.schema import Evaluation, Sample, common_rows, samples
 from finetune.report.sentences import verdict
 
 MOST_SAMPLES = 5000
@@ -73,8 +73,8 @@ def page_data(evaluation: Evaluation, content: Content, colours: Sequence[int]) 
         "best": names.index(evaluation.best(headline).name),
         "metrics": content.metrics,
         "headline": headline if headline in content.metrics else next(iter(content.metrics), None),
-        "lower": sorted(LOWER_IS_BETTER),
-        "neither": sorted(NO_BETTER),
+        "lower": [one.name for one in METRICS if one.lower_is_better],
+        "neither": [one.name for one in METRICS if one.better == "neither"],
         "comparisons": [
             [
                 names.index(one.a),

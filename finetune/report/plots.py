@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.errors import ConfigError
-from finetune.report import sentences
+from finetune.evaluation.metrics import metric
+from finetune.evaluation.schema import Evaluation, read_evaluation
 from finetune.report.charts import Series
-from finetune.report.folder import Evaluation, read_evaluation
 from finetune.report.page import colours_of, edges_of, loss_curves, metric_series, runs_of
 from finetune.report.page_data import Content, read_content
 from finetune.storage.files import staged_file
@@ -54,7 +54,7 @@ def write_plots(folder: Path) -> list[Path]:
                 file = re.sub(
                     r"[^\w.-]+", "-", name
                 )  # a metric of the user's own may be named anything
-                written += _save(_curves(series, sentences.label(name)), folder / FOLDER / file)
+                written += _save(_curves(series, metric(name).label), folder / FOLDER / file)
         written += _save(_lengths(evaluation, content, colours), folder / FOLDER / "lengths")
     return written
 

@@ -15,7 +15,7 @@ import yaml
 from finetune.artifacts import checkpoint
 from finetune.artifacts.run_dir import CONFIG, DATA
 from finetune.errors import ConfigError
-from finetune.evaluation.uncertainty import LOWER_IS_BETTER
+from finetune.evaluation.metrics import metric
 
 HISTORY = "metrics.jsonl"
 DEEPEST = 4
@@ -56,13 +56,11 @@ class Run:
             if isinstance(record.get(key), (int, float))
         ]
 
-    def best(self, metric: str) -> tuple[int, float] | None:
+    def best(self, name: str) -> tuple[int, float] | None:
         """The step with the best score in training, and the score."""
-        found = [(int(step), value) for step, value in self.curve(f"eval_{metric}")]
-        if not found:
-            return None
-        sign = -1 if metric in LOWER_IS_BETTER else 1
-        return max(found, key=lambda pair: (sign * pair[1], -pair[0]))
+        found = [(int(step), value) for step, value in self.curve(f"eval_{name}")]
+        goodness = metric(name).goodness
+        return max(found, key=lambda pair: (goodness(pair[1]), -pair[0])) if found else None
 
     @property
     def scored(self) -> list[str]:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.uncertainty import LOWER_IS_BETTER, NO_BETTER
-from finetune.report.folder import Comparison, Evaluation, Score, Target, goodness
+from finetune.evaluation.metrics import metric
+from finetune.evaluation.schema import Comparison, Evaluation, Score, TargetScores, goodness
 
 MINUS = "−"
 FEWEST = 10
 """Replies of a slice that is worth a sentence."""
 
 
-def number(metric: str, value: float | None, *, signed: bool = False) -> str:
+def number(name: str, value: float | None, *, signed: bool = False) -> str:
     """A score with one place, a loss with three; a dash where there is none."""
     if value is None:
         return "–"
-    places = 3 if metric.endswith("loss") else 2 if metric == "perplexity" else 1
-    text = f"{value:{'+' if signed else ''}.{places}f}"
+    text = f"{value:{'+' if signed else ''}.{metric(name).digits}f}"
     return text.replace("-", MINUS)
 
 
-def interval(metric: str, score: Score | Comparison) -> str:
+def interval(name: str, score: Score | Comparison) -> str:
     """`46.1 to 54.8`, or nothing."""
     if score.low is None or score.high is None:
         return ""
-    return f"{number(metric, score.low)} to {number(metric, score.high)}"
-
-
-def label(metric: str) -> str:
-    """A metric's name as people read it."""
-    return metric.replace("_", " ")
+    return f"{number(name, score.low)} to {number(name, score.high)}"
 
 
 def chance(value: float | None) -> str:
@@ -38,18 +32,18 @@ def chance(value: float | None) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"  # fmt: skip
 
 
-def arrow(evaluation: Evaluation, target: Target, metric: str) -> str:
+def arrow(evaluation: Evaluation, target: TargetScores, name: str) -> str:
     """`↑` really better than the base, `↓` worse, `→` no real difference; empty without an answer."""
     base = evaluation.base
     if base is None or base is target:
         return ""
-    found = evaluation.comparison(target.name, base.name, metric)
+    found = evaluation.comparison(target.name, base.name, name)
     return {"better": "↑", "worse": "↓", "no real difference": "→"}[found.verdict] if found else ""
 
 
 def verdict(one: Comparison) -> str:
     """One comparison as a sentence."""
-    name = label(one.metric)
+    name = metric(one.metric).label
     where = f"{interval(one.metric, one)}"
     p = chance(one.p_holm if one.p_holm is not None else one.p)
     inside = "; ".join(part for part in (where, p) if part)
@@ -60,14 +54,14 @@ def verdict(one: Comparison) -> str:
     return f"{one.a} is {one.verdict} than {one.b} in {name}: {by}{told}."
 
 
-def verdicts(evaluation: Evaluation, metric: str) -> list[tuple[str, str]]:
+def verdicts(evaluation: Evaluation, name: str) -> list[tuple[str, str]]:
     """(kind, sentence): the best against all others, then the others against the base."""
-    best, base = evaluation.best(metric), evaluation.base
+    best, base = evaluation.best(name), evaluation.base
     pairs = [(best.name, one.name) for one in evaluation.targets if one is not best]
     if base is not None and best is not base:
         pairs.sort(key=lambda pair: pair[1] != base.name)
         pairs += [(one.name, base.name) for one in evaluation.targets if one not in (best, base)]
-    found = [evaluation.comparison(a, b, metric) for a, b in pairs]
+    found = [evaluation.comparison(a, b, name) for a, b in pairs]
     return [(css(one), verdict(one)) for one in found if one is not None]
 
 
@@ -76,7 +70,7 @@ def by_metric(evaluation: Evaluation) -> list[tuple[str, str]]:
     base, best = evaluation.base, evaluation.best(evaluation.headline)
     if base is None:
         return []
-    found = [evaluation.comparison(best.name, base.name, metric) for metric in evaluation.metrics]
+    found = [evaluation.comparison(best.name, base.name, name) for name in evaluation.metrics]
     return [(css(one), verdict(one)) for one in found if one is not None]
 
 
@@ -85,57 +79,62 @@ def css(one: Comparison) -> str:
     return one.verdict.replace(" ", "-")
 
 
-def conclusion(evaluation: Evaluation, metric: str) -> list[str]:
+def conclusion(evaluation: Evaluation, name: str) -> list[str]:
     """The answer to "which one, is it really better, and on what does it fail?", in a few sentences."""
-    best = evaluation.best(metric)
-    score = best.scores.get(metric, Score())
-    direction = "lowest" if metric in LOWER_IS_BETTER else "highest"
-    between = interval(metric, score)
-    value = f"{number(metric, score.value)}{f' ({between})' if between else ''}"
+    best = evaluation.best(name)
+    score = best.scores.get(name, Score())
+    direction = "lowest" if metric(name).lower_is_better else "highest"
+    between = interval(name, score)
+    value = f"{number(name, score.value)}{f' ({between})' if between else ''}"
     if len(evaluation.targets) == 1:
-        return [f"{best.name} reaches {value} in {label(metric)}.", *weakness(evaluation, metric)]
+        return [
+            f"{best.name} reaches {value} in {metric(name).label}.",
+            *weakness(evaluation, name),
+        ]
     lines = [
-        f"{best.name} has the {direction} {label(metric)} of {number_of(evaluation, tuned=True)}: "
+        f"{best.name} has the {direction} {metric(name).label} of {number_of(evaluation, tuned=True)}: "
         f"{value}."
     ]
     base = evaluation.base
     if base is not None and best is not base:
-        found = evaluation.comparison(best.name, base.name, metric)
+        found = evaluation.comparison(best.name, base.name, name)
         if found is not None:
             lines.append(verdict(found))
     others = [one for one in evaluation.targets if one not in (best, base)]
-    found_by = {one.name: evaluation.comparison(best.name, one.name, metric) for one in others}
-    verdicts_of = {name: found.verdict for name, found in found_by.items() if found}
-    level = [name for name, said in verdicts_of.items() if said == "no real difference"]
+    found_by = {one.name: evaluation.comparison(best.name, one.name, name) for one in others}
+    verdicts_of = {other: found.verdict for other, found in found_by.items() if found}
+    level = [other for other, said in verdicts_of.items() if said == "no real difference"]
     if level:
         lines.append(f"Between it and {listed(level)} there is no real difference.")
-    if base is None and (worse := [name for name, said in verdicts_of.items() if said == "better"]):
+    if base is None and (
+        worse := [other for other, said in verdicts_of.items() if said == "better"]
+    ):
         lines.append(f"It is really better than {listed(worse)}.")
-    return [*lines, *weakness(evaluation, metric)]
+    return [*lines, *weakness(evaluation, name)]
 
 
-def weakness(evaluation: Evaluation, metric: str) -> list[str]:
+def weakness(evaluation: Evaluation, name: str) -> list[str]:
     """The slice on which the best target is weakest; nothing unless its interval lies below the whole."""
-    best = evaluation.best(metric)
-    whole = best.scores.get(metric, Score()).value
-    if whole is None or metric in NO_BETTER:
+    best = evaluation.best(name)
+    whole = best.scores.get(name, Score()).value
+    if whole is None or metric(name).better == "neither":
         return []
 
     def lies_below(score: Score) -> bool:
-        near = score.low if metric in LOWER_IS_BETTER else score.high
-        return near is not None and (near > whole if metric in LOWER_IS_BETTER else near < whole)
+        near = score.low if metric(name).lower_is_better else score.high
+        return near is not None and (near > whole if metric(name).lower_is_better else near < whole)
 
     found = [
-        (score, f"{label(slice_name)} {value}")
+        (score, f"{slice_name.replace('_', ' ')} {value}")
         for slice_name, values in evaluation.slices.items()
         for value, targets in values.items()
-        for score in [targets.get(best.name, {}).get(metric, Score())]
+        for score in [targets.get(best.name, {}).get(name, Score())]
         if score.n >= FEWEST and lies_below(score)
     ]
     if not found:
         return []
-    score, where = min(found, key=lambda pair: goodness(metric, pair[0]))
-    told = f"{number(metric, score.value)} ({interval(metric, score)}), {score.n} replies"
+    score, where = min(found, key=lambda pair: goodness(name, pair[0]))
+    told = f"{number(name, score.value)} ({interval(name, score)}), {score.n} replies"
     return [f"{best.name} is weakest on {where}: {told}."]
 
 

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.evaluation.uncertainty import LOWER_IS_BETTER
+from finetune.evaluation.metrics import METRICS, headline_of, metric
+from finetune.evaluation.schema import Evaluation, Score, TargetScores, read_evaluation
 from finetune.report import sentences
-from finetune.report.folder import Evaluation, Score, Target, read_evaluation
 from finetune.report.runs import Run, differences
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-SHOWN = ("loss", "rouge-l", "bleu-4", "chrf", "exact_match", "tool_call_accuracy", "stop_rate")
-"""Scores that have a column, after the one that stands for all; the page has the others."""
 WORST = 3
 LONGEST_LINE = 160
 _COLOURS = {"↑": "green", "↓": "red", "→": "dim"}
@@ -28,17 +26,18 @@ def show(folder: Path) -> None:
     """Says what the evaluation in `folder` found."""
     evaluation = read_evaluation(folder)
     best = evaluation.best(evaluation.headline)
-    chosen = [name for name in SHOWN if name in evaluation.metrics and name != evaluation.headline]
-    metrics = [evaluation.headline, *chosen]
+    columns = (one.name for one in METRICS if one.shown != "page")
+    chosen = [name for name in columns if name in evaluation.metrics]
+    metrics = list(dict.fromkeys([evaluation.headline, *chosen]))
     console.table(
-        ["model", *(sentences.label(name) for name in metrics)],
+        ["model", *(metric(name).label for name in metrics)],
         [_row(evaluation, target, metrics) for target in evaluation.targets],
     )
     for sentence in sentences.conclusion(evaluation, evaluation.headline):
         console.say(sentence)
     for name in metrics:
         if name in evaluation.signatures:
-            console.say(f"{sentences.label(name)}: {evaluation.signatures[name]}")
+            console.say(f"{metric(name).label}: {evaluation.signatures[name]}")
     if not evaluation.num_samples:
         console.say("only the loss was measured, as in training; --generate asks for replies too")
     worst = worst_samples(folder, best, evaluation.headline)
@@ -63,61 +62,64 @@ def show_runs(runs: Sequence[Run]) -> None:
     rows = []
     for number, run in enumerate(runs):
         options = [f"{key} {_text(values[number])}" for key, values in different.items() if values[number] is not None]  # fmt: skip
-        scores = [best_score(run, "loss"), best_score(run, headline_of(run))]
+        scores = [best_score(run, "loss"), best_score(run, generated_headline(run))]
         rows.append([str(run.path), run.last_step, len(run.checkpoints), *scores, ", ".join(options)])  # fmt: skip
     console.table(["run", "steps", "checkpoints", "best loss", "best score", "differs in"], rows)
 
 
-def headline_of(run: Run) -> str | None:
+def generated_headline(run: Run) -> str | None:
     """The generated score that a run is listed with."""
-    return next((name for name in SHOWN if name != "loss" and name in run.scored), None)
+    generated = [name for name in run.scored if metric(name).source == "replies"]
+    return headline_of(generated) if generated else None
 
 
-def best_score(run: Run, metric: str | None) -> str:
+def best_score(run: Run, name: str | None) -> str:
     """`rouge-l 50.4 at 44`, or a dash."""
-    found = run.best(metric) if metric else None
-    if metric is None or found is None:
+    found = run.best(name) if name else None
+    if name is None or found is None:
         return "–"
     step, value = found
-    named = "" if metric == "loss" else f"{sentences.label(metric)} "
-    return f"{named}{sentences.number(metric, value)} at {step}"
+    named = "" if name == "loss" else f"{metric(name).label} "
+    return f"{named}{sentences.number(name, value)} at {step}"
 
 
-def worst_samples(folder: Path, target: Target, metric: str) -> list[tuple[float, dict[str, Any]]]:
+def worst_samples(
+    folder: Path, target: TargetScores, name: str
+) -> list[tuple[float, dict[str, Any]]]:
     """The samples with the worst scores, worst first; none for a score that no single reply has."""
 
     def scored() -> Iterator[tuple[float, dict[str, Any]]]:
         with (folder / target.predictions).open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
-                value = row.get("scores", {}).get(metric)
+                value = row.get("scores", {}).get(name)
                 if value is not None:
                     yield value, row
 
-    worst = heapq.nlargest if metric in LOWER_IS_BETTER else heapq.nsmallest
+    worst = heapq.nlargest if metric(name).lower_is_better else heapq.nsmallest
     return worst(WORST, scored(), key=lambda pair: pair[0])
 
 
-def _row(evaluation: Evaluation, target: Target, metrics: Sequence[str]) -> list[object]:
-    return [target.name, *(_cell(evaluation, target, metric) for metric in metrics)]
+def _row(evaluation: Evaluation, target: TargetScores, names: Sequence[str]) -> list[object]:
+    return [target.name, *(_cell(evaluation, target, name) for name in names)]
 
 
-def _cell(evaluation: Evaluation, target: Target, metric: str) -> Text:
+def _cell(evaluation: Evaluation, target: TargetScores, name: str) -> Text:
     from rich.text import Text
 
-    score = target.scores.get(metric, Score())
-    arrow = sentences.arrow(evaluation, target, metric)
-    said = sentences.number(metric, score.value)
-    if metric == evaluation.headline and (between := sentences.interval(metric, score)):
+    score = target.scores.get(name, Score())
+    arrow = sentences.arrow(evaluation, target, name)
+    said = sentences.number(name, score.value)
+    if name == evaluation.headline and (between := sentences.interval(name, score)):
         said += f" ({between})"
     colour = _COLOURS.get(arrow, "")
-    is_best = target is evaluation.best(metric) and len(evaluation.targets) > 1
+    is_best = target is evaluation.best(name) and len(evaluation.targets) > 1
     return Text.assemble((f"{arrow} " if arrow else "", colour), (said, "bold" if is_best else ""), justify="right")  # fmt: skip
 
 
-def _sample(metric: str, score: float, row: dict[str, Any]) -> str:
+def _sample(name: str, score: float, row: dict[str, Any]) -> str:
     prompt = str(row.get("prompt", "")).removesuffix("<|assistant|>").rpartition("|>")[2]
     lines = (
-        f"{row.get('where', '')}, {sentences.label(metric)} {sentences.number(metric, score)}",
+        f"{row.get('where', '')}, {metric(name).label} {sentences.number(name, score)}",
         f"  prompt     {_line(prompt)}",
         f"  reference  {_line(str(row.get('reference', '')))}",
         f"  reply      {_line(str(row.get('prediction', '')))}",

@@ -16,13 +16,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune import console
 from finetune.config.schema import EvaluationSection
 from finetune.distributed.signals import StopFlag
+from finetune.evaluation.metrics import is_better, metric
 from finetune.storage import journal
 from finetune.storage.disk import BestEffort
 from finetune.storage.files import json_line, write_file
 from finetune.training.counts import StepCounts
 
 METRICS_FILE = "metrics.jsonl"
-LOWER_IS_BETTER = ("loss",)
 
 
 class Schedule(TrainerCallback):
@@ -114,13 +114,6 @@ def _scored_steps(state: TrainerState) -> set[int]:
         for entry in state.log_history
         if any(key.startswith("eval_") for key in entry)
     }
-
-
-def is_better(metric: str, value: float, than: float | None) -> bool:
-    """Whether `value` beats the best so far; a loss is better when lower, all else when higher."""
-    if than is None:
-        return True
-    return value < than if metric in LOWER_IS_BETTER else value > than
 
 
 def _without_better(state: TrainerState, key: str) -> int:
@@ -260,7 +253,7 @@ class Narrator(TrainerCallback):
 
 def score_text(name: str, value: float) -> str:
     """A loss with four places, a score of 0..100 with two."""
-    return f"{value:.4f}" if name in LOWER_IS_BETTER else f"{value:.2f}"
+    return f"{value:.4f}" if metric(name).of_loss else f"{value:.2f}"
 
 
 def _step_line(logs: dict[str, float], state: TrainerState, seconds_left: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from finetune.data.examples.collate import Collator
 from finetune.data.reading.sources import read_conversations, reading_of
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.distributed.signals import StopFlag
-from finetune.evaluation.evaluate import ask, evaluate_model
+from finetune.errors import NonFiniteError
+from finetune.evaluation.evaluate import build_prompts, evaluate_model
 from finetune.evaluation.loss import Examples, validation_loss
 from finetune.evaluation.predictions import write_predictions
 from finetune.generation.generate import context_length
@@ -62,7 +64,16 @@ class Validation:
             batch_size=self.batch_size,
             should_stop=lambda: self.stop.local_signal is not None,
         )
-        return {"loss": found.loss}
+        if not math.isfinite(found.loss):
+            raise NonFiniteError(
+                f"the validation loss is {found.loss}: the weights are not finite; lower "
+                "training.learning_rate and resume from the last checkpoint"
+            )
+        return {
+            name: found.scores[name]
+            for name in ("loss", self.section.best_metric)
+            if name in found.scores
+        }
 
     def _generated(self, model: Any, step: int) -> dict[str, float]:
         if not self.prompts:
@@ -112,7 +123,8 @@ def load_validation(
     prompts: Sequence[ReplyPrompt] = ()
     if config.evaluation.generate:
         dialogues = read_conversations(data.validation_sources, reading_of(config.data))
-        prompts = ask(dialogues, template, config.evaluation, positions=context_length(model))
+        positions = context_length(model)
+        prompts = build_prompts(dialogues, template, config.evaluation, positions=positions)
     return Validation(
         section=config.evaluation,
         template=template,

@@ -52,7 +52,7 @@ def measure(samples: int, rounds: int) -> dict[str, float]:
     import browser as screens
     import evaluations
 
-    from finetune.report.write import write_page
+    from finetune.report.page import write_page
 
     with tempfile.TemporaryDirectory() as place:
         folder = evaluations.write_evaluation(

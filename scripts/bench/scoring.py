@@ -60,8 +60,8 @@ def scoring(data: Path, folder: Path) -> dict[str, float]:
     """Seconds per reply of what follows the generation."""
     from finetune.data.dialogue.conversation import Message
     from finetune.evaluation import scoring as scores
-    from finetune.evaluation.answers import Answer
     from finetune.evaluation.evaluate import Options, evaluate
+    from finetune.evaluation.predictions import Prediction, read_unscored
     from finetune.storage.files import json_line
 
     rows = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
@@ -71,11 +71,11 @@ def scoring(data: Path, folder: Path) -> dict[str, float]:
     with answers.open("w", encoding="utf-8") as file:
         for number, (user, reference) in enumerate(rows):
             reply = rows[(number + 1) % total][1]["content"]
-            answer = Answer(
-                f"dev.jsonl:{number + 1}", 1, user["content"], Message("assistant", reply),
-                Message("assistant", reference["content"]), True,
+            prediction = Prediction(
+                Message("assistant", reply), Message("assistant", reference["content"]), True,
+                where=f"dev.jsonl:{number + 1}", message=1, prompt=user["content"],
             )  # fmt: skip
-            file.write(json_line(answer.row))
+            file.write(json_line(prediction.unscored_row))
     for shift, path in files.items():
         with path.open("w", encoding="utf-8") as file:
             for number, (user, reference) in enumerate(rows):
@@ -86,7 +86,7 @@ def scoring(data: Path, folder: Path) -> dict[str, float]:
                     "label": reference["content"],
                 }
                 file.write(json_line(row))
-    scores.score(next(map(scores.answer_of, map(json.loads, answers.open()))), scores.Scoring())
+    scores.score(next(map(read_unscored, map(json.loads, answers.open()))), scores.Scoring())
     each, scores.LINES_PER_PROCESS = scores.LINES_PER_PROCESS, total + 1
     alone = seconds_of(lambda: scores.score_file(answers, folder / "alone.jsonl", scores.Scoring()))
     scores.LINES_PER_PROCESS = each

@@ -55,7 +55,7 @@ def main() -> None:
             finetune("configs/quickstart.yaml", *STEPS, *changes, *extra, place)
     if "evaluate" in parts:
         runs = [str(home / method) for method in METHODS]
-        finetune("evaluate", *runs, "--base", "--generate", "--data", HELD_OUT, "--output", str(home / "evaluation"))  # fmt: skip
+        finetune("evaluate", *runs, "--include-base", "--generate", "--data", HELD_OUT, "--output", str(home / "evaluation"))  # fmt: skip
     if "document" in parts:
         finetune("report", str(home / "evaluation"))
         document(home / "evaluation", Path(tempfile.mkdtemp()) if options.tiny else ROOT / "docs")
@@ -85,25 +85,23 @@ def document(folder: Path, docs: Path) -> None:
 def table(folder: Path) -> str:
     """The scores in Markdown, and the answer in words."""
     sys.path.insert(0, str(ROOT))
+    from finetune.evaluation.metrics import METRICS, metric
+    from finetune.evaluation.schema import Score, read_evaluation
     from finetune.report import sentences
-    from finetune.report.folder import Score, read_evaluation
-    from finetune.report.terminal import SHOWN
 
     evaluation = read_evaluation(folder)
-    metrics = [evaluation.headline, *(m for m in SHOWN if m in evaluation.metrics and m != evaluation.headline)]  # fmt: skip
+    metrics = [evaluation.headline, *(one.name for one in METRICS if one.shown != "page" and one.name in evaluation.metrics and one.name != evaluation.headline)]  # fmt: skip
     lines = [
-        f"| | {' | '.join(map(sentences.label, metrics))} |",
+        f"| | {' | '.join(metric(name).label for name in metrics)} |",
         "|---" * (len(metrics) + 1) + "|",
     ]
     for target in evaluation.targets:
         cells = []
-        for metric in metrics:
-            score = target.scores.get(metric, Score())
-            between = (
-                f" ({sentences.interval(metric, score)})" if metric == evaluation.headline else ""
-            )
-            arrow = sentences.arrow(evaluation, target, metric)
-            cells.append(f"{arrow} {sentences.number(metric, score.value)}{between}".strip())
+        for name in metrics:
+            score = target.scores.get(name, Score())
+            between = f" ({sentences.interval(name, score)})" if name == evaluation.headline else ""
+            arrow = sentences.arrow(evaluation, target, name)
+            cells.append(f"{arrow} {sentences.number(name, score.value)}{between}".strip())
         lines.append(f"| {target.name} | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
     settings: dict[str, Any] = evaluation.settings

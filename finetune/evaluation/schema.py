@@ -1,4 +1,4 @@
-"""An evaluation folder, read: `evaluation.json` and a file of predictions per target."""
+"""What an evaluation folder holds: `evaluation.json` and a file of predictions per target."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from finetune.errors import DataError
-from finetune.evaluation.uncertainty import LOWER_IS_BETTER
+from finetune.evaluation.metrics import headline_of, metric
+from finetune.storage.files import write_file
 
 FILE = "evaluation.json"
-HEADLINES = ("rouge-l", "tool_call_accuracy", "exact_match", "chrf", "bleu-4", "perplexity", "loss")
-"""Metrics that may stand for all of them, the first that there is."""
 
 
 def _finite(value: Any) -> Any:
@@ -39,7 +38,7 @@ class Score(_Part):
     n: int = 0
 
 
-class Target(_Part):
+class TargetScores(_Part):
     """One model, or one file of predictions, that was scored."""
 
     name: str
@@ -86,7 +85,7 @@ class Evaluation(_Part):
     settings: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     signatures: dict[str, str] = {}
-    targets: list[Target]
+    targets: list[TargetScores]
     slices: Slices = {}
     comparisons: list[Comparison] = []
 
@@ -99,10 +98,10 @@ class Evaluation(_Part):
     @property
     def headline(self) -> str:
         """The metric that stands for all of them."""
-        return next((name for name in HEADLINES if name in self.metrics), self.metrics[0])
+        return headline_of(self.metrics)
 
     @property
-    def base(self) -> Target | None:
+    def base(self) -> TargetScores | None:
         """The untuned model, when it was asked too."""
         return next((target for target in self.targets if target.kind == "base"), None)
 
@@ -111,17 +110,17 @@ class Evaluation(_Part):
         """Replies that every target was asked for."""
         return sum(file.samples for file in self.data)
 
-    def best(self, metric: str) -> Target:
+    def best(self, name: str) -> TargetScores:
         """The tuned target with the best score, or the base when there is no other."""
         tuned = [one for one in self.targets if one.kind != "base"] or self.targets
-        return max(tuned, key=lambda target: goodness(metric, target.scores.get(metric)))
+        return max(tuned, key=lambda target: goodness(name, target.scores.get(name)))
 
-    def comparison(self, a: str, b: str, metric: str) -> Comparison | None:
+    def comparison(self, a: str, b: str, name: str) -> Comparison | None:
         """How `a` compares with `b`, whichever of the two was written first."""
         for one in self.comparisons:
-            if one.metric == metric and (one.a, one.b) == (a, b):
+            if one.metric == name and (one.a, one.b) == (a, b):
                 return one
-            if one.metric == metric and (one.a, one.b) == (b, a):
+            if one.metric == name and (one.a, one.b) == (b, a):
                 return _turned(one)
         return None
 
@@ -157,6 +156,12 @@ def read_evaluation(folder: Path) -> Evaluation:
     return evaluation
 
 
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Writes `evaluation.json` into `folder`."""
+    text = json.dumps(evaluation.model_dump(), ensure_ascii=False, indent=1)
+    write_file(folder / FILE, text + "\n")
+
+
 def common_rows(folder: Path, evaluation: Evaluation) -> set[tuple[Any, Any]]:
     """Place and message of the replies that every target was asked for."""
     files = dict.fromkeys(folder / target.predictions for target in evaluation.targets)
@@ -185,11 +190,9 @@ def samples(
         )
 
 
-def goodness(metric: str, score: Score | None) -> float:
+def goodness(name: str, score: Score | None) -> float:
     """A number that is higher the better the score is; minus infinity without one."""
-    if score is None or score.value is None:
-        return -math.inf
-    return -score.value if metric in LOWER_IS_BETTER else score.value
+    return metric(name).goodness(score.value if score else None)
 
 
 def _turned(one: Comparison) -> Comparison:
