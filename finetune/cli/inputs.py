@@ -40,8 +40,8 @@ def check_inputs(loaded: Loaded) -> None:
         kinds.append(ConfigError)
     from finetune.evaluation.metrics import best_metric_problem
 
-    if said := best_metric_problem(config.evaluation.best_metric):
-        problems.append(loaded.problem(("evaluation", "best_metric"), said))
+    if reason := best_metric_problem(config.evaluation.best_metric):
+        problems.append(loaded.problem(("evaluation", "best_metric"), reason))
         kinds.append(ConfigError)
     if problems:
         raise kinds[0]("\n  ".join(problems))
