@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import console
-from finetune.errors import FinetuneError, OutOfMemoryError, is_out_of_memory
+from finetune.errors import ConfigError, FinetuneError, OutOfMemoryError, is_out_of_memory
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -75,6 +75,7 @@ def _run(words: Sequence[str]) -> int:
     from finetune.cli.commands import app
 
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    _check_demo_command(words)
     command = typer.main.get_command(app)
     try:
         code = command.main(_with_command(words), prog_name="finetune", standalone_mode=False)
@@ -85,6 +86,27 @@ def _run(words: Sequence[str]) -> int:
     except typer.Abort:
         return _INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _check_demo_command(words: Sequence[str]) -> None:
+    """Answers `finetune.py DATA MODEL CONFIG.yaml [yes]`, the original demo's command, with ours."""
+    given = [word for word in words if not word.startswith("-")]
+    if not 3 <= len(given) <= 4 or not given[2].endswith((".yaml", ".yml")) or "=" in given[1]:
+        return
+    data, model, config = given[:3]
+    if data in _COMMANDS_WITH_THREE:
+        return
+    raise ConfigError(
+        f"`finetune.py {' '.join(given)}` is the original demo's command. Here the configuration names "
+        f"data and model:\n  finetune migrate {config} --data {data} --model {model} --output new.yaml\n"
+        "  torchrun finetune.py new.yaml\n"
+        "An interrupted run goes on by the same command; yes or a step is not needed"
+    )
+
+
+_COMMANDS_WITH_THREE = frozenset(
+    {"train", "evaluate", "predict", "data", "runs", "compare", "migrate"}
+)
 
 
 def _with_command(words: Sequence[str]) -> list[str]:

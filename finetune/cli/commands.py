@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from finetune import console
+from finetune.cli.config_commands import config_app
 from finetune.cli.data_commands import Json, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help pages answer three times as fast
     pretty_exceptions_enable=False,
 )
+app.add_typer(config_app)
 app.add_typer(data_app, name="data")
 app.add_typer(export_app)
 app.add_typer(report_app)
@@ -215,23 +217,3 @@ def _renamed(
     if unit not in ("word", "character"):
         raise ConfigError(f"--bleu-unit: must be word or character, got {unit!r}")
     return "llamafactory" if unit == "character" else "demo"
-
-
-@app.command()
-def schema(
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="The reference page for people instead.")
-    ] = False,
-) -> None:
-    """Print the JSON Schema of a configuration."""
-    from finetune.config.load import json_schema, reference_page
-
-    if markdown:
-        console.say(reference_page().rstrip())
-        return
-    from finetune.evaluation.metrics import CHOOSING
-
-    found = json_schema()
-    found["$defs"]["EvaluationSection"]["properties"]["best_metric"]["enum"] = CHOOSING
-    with console.json_output() as emit:
-        emit(found)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from finetune.config.migrate import Program, program_of
 from finetune.config.problems import METHODS, findings
 from finetune.config.reference import json_schema, reference_page
 from finetune.config.rules import broken_rules, without_effect
@@ -70,7 +71,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
             document.value[section] = {}  # a section whose every line is commented out
     config = _validated(document)
     if config is None:
-        raise _error(document.problems)
+        raise _error(document.problems, program_of(document.value))
     notes += [str(_located(document, key, said)) for key, said in without_effect(document.value)]
     return Loaded(config, tuple(notes), document)
 
@@ -200,8 +201,8 @@ def _not_there(path: Path) -> str:
     return f"{said}; did you mean {path.parent / meant[0]}?" if meant else said
 
 
-def _error(problems: Sequence[Problem]) -> ConfigError:
-    """All problems, those of the file first, line by line."""
+def _error(problems: Sequence[Problem], program: Program | None = None) -> ConfigError:
+    """All problems, those of the file first, line by line; and the way from another program's file."""
     ordered = sorted(
         problems,
         key=lambda problem: (problem.place.line is None, problem.place.line or 0),
@@ -209,4 +210,11 @@ def _error(problems: Sequence[Problem]) -> ConfigError:
     if len(ordered) == 1:
         return ConfigError(str(ordered[0]))
     lines = "\n".join(f"  {problem}" for problem in ordered)
-    return ConfigError(f"{len(ordered)} problems in the configuration:\n{lines}")
+    said = f"{len(ordered)} problems in the configuration:\n{lines}"
+    if program is not None:
+        file = ordered[0].place.name
+        said += (
+            f"\n{file} looks like a configuration of {program.name}; "
+            f"`finetune migrate {file} --output new.yaml` writes it as one of this program"
+        )
+    return ConfigError(said)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from finetune.config.extras import ALSO_KNOWN_AS, OWNED
+from finetune.config.migrate import hint
 from finetune.config.schema import Method, RunConfig
 from finetune.config.yaml_text import Key, dotted, shown
 
@@ -173,6 +174,8 @@ def _unknown(key: Key, tree: Any) -> str:
             kinds = " or ".join(owners)
             return f"belongs to kind: {kinds}, but method.kind is {chosen}; remove one of the two"
     said = f"unknown key in {section}"
+    if told := hint(tree, key):
+        return f"{said}; {told}"
     elsewhere = _elsewhere(name)
     meant = nearest(name, names)
     if elsewhere and meant != name:
@@ -196,6 +199,8 @@ def _elsewhere(name: str) -> str | None:
 
 def _meaning(key: Key, tree: Any) -> str:
     """What a missing key would say, from the field's own documentation."""
+    if key == ("method",):
+        return f": how the model is tuned, kind: {', '.join(METHODS)}"
     model = model_at(key[:-1], tree)
     info = model.model_fields.get(str(key[-1])) if model else None
     if info is None:

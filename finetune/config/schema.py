@@ -67,6 +67,9 @@ class Source(Section):
     format: RowFormat = "auto"
     """The layout of its rows; `auto` detects it per file."""
 
+    columns: dict[str, str] = {}
+    """Other names that its columns have, ours first: `{instruction: question, output: answer}`."""
+
 
 class Columns(Section):
     """Column names of prompt/response rows when they are not the usual ones."""

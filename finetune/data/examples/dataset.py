@@ -137,7 +137,11 @@ def load_examples(
     files = [expand(source.path) for source in sources]
     seen = [[_state(path) for path in paths] for paths in files]
     content = [
-        {"files": [file_digest(path) for path in paths], "format": source.format}
+        {
+            "files": [file_digest(path) for path in paths],
+            "format": source.format,
+            "columns": source.columns,
+        }
         for source, paths in zip(sources, files, strict=True)
     ]
     made_by = _made_by(template, policy) | {

@@ -39,6 +39,8 @@ class SourceSpec:
     """2.0: each row twice per epoch; 0.5: a seeded half of them."""
     format: str = "auto"
     """One of `formats.FORMATS`, or `auto`, which is told per file."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(our column, its name in the file) of columns that are named otherwise."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class ConversationStream(Iterator[Conversation]):
     ) -> Iterator[Conversation]:
         given = 0
         for number, (source, paths) in enumerate(sources):
-            good = chain.from_iterable(self._file(path, source.format) for path in paths)
+            good = chain.from_iterable(self._file(path, source) for path in paths)
             for conversation in weighted(good, source.weight, f"{seed}:{number}"):
                 if not self._must_stop:
                     given += 1
@@ -135,9 +137,10 @@ class ConversationStream(Iterator[Conversation]):
             paths_given = ", ".join(source.path for source, _ in sources)
             raise DataError(f"{paths_given}: there is no row that can be used")
 
-    def _file(self, path: Path, fmt: str) -> Iterator[Conversation]:
+    def _file(self, path: Path, source: SourceSpec) -> Iterator[Conversation]:
         """The good rows of one file; the bad ones are noted."""
-        items = iter(read_rows(path))
+        fmt = source.format
+        items = _renamed(read_rows(path), source.columns)
         if fmt == "auto":
             sample = list(islice(items, _SAMPLE))
             items = chain(sample, items)
@@ -245,7 +248,7 @@ def _source_of(section: DataSection, source: str | Source) -> SourceSpec:
     if isinstance(source, str):
         return SourceSpec(source, format=section.format)
     chosen = section.format if source.format == "auto" else source.format
-    return SourceSpec(source.path, source.weight, chosen)
+    return SourceSpec(source.path, source.weight, chosen, tuple(source.columns.items()))
 
 
 def read_conversations(
@@ -292,6 +295,21 @@ def weighted(items: Iterable[Item], weight: float, seed: str) -> Iterator[Item]:
         for index, item in enumerate(block):
             for _ in range(whole + extra[index]):
                 yield item
+
+
+def _renamed(
+    items: Iterator[Row | BadRow], columns: Sequence[tuple[str, str]]
+) -> Iterator[Row | BadRow]:
+    """The rows with our names for the columns that are named otherwise in the file."""
+    if not columns:
+        yield from items
+        return
+    ours = {theirs: name for name, theirs in columns}
+    for item in items:
+        if isinstance(item, Row):
+            yield item._replace(value={ours.get(key, key): v for key, v in item.value.items()})
+        else:
+            yield item
 
 
 def _under(root: Path, path: str) -> str:

@@ -1,0 +1,389 @@
+"""A configuration of another program -> ours, with a word on every option.
+
+finetune migrate lora.yaml --data data/AdvertiseGen --model THUDM/glm-4-9b-chat --output new.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.config.extras import OWNED, REFUSED, training_argument_names
+from finetune.config.migrate_tables import (
+    AXOLOTL,
+    DEMO,
+    LLAMA_FACTORY,
+    LORA,
+    SWIFT,
+    TRAINING_ARGUMENTS,
+    TRL,
+    Nothing,
+    Option,
+    Table,
+    number,
+)
+from finetune.errors import ConfigError
+
+FILL_IN = "FILL-IN"
+"""Stands where the old file does not say something that is needed."""
+_SECTIONS = ("model", "data", "method", "training", "deepspeed", "evaluation")
+_ALWAYS = {
+    "model.path": FILL_IN,
+    "data.train": FILL_IN,
+    "method.kind": "full",
+    "training.output_dir": "runs/migrated",
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """Another program, and how its configurations are told."""
+
+    name: str
+    marks: frozenset[str]
+    """Top-level keys that only its configurations have."""
+    table: Table
+
+    @property
+    def whole_table(self) -> dict[str, str | Option | Nothing]:
+        """Its own options before those of LoRA and of TrainingArguments."""
+        return {**TRAINING_ARGUMENTS, **LORA, **self.table}
+
+
+PROGRAMS = (
+    Program(
+        "the original GLM-4 demo", frozenset({"data_config", "training_args", "peft_config"}), DEMO
+    ),
+    Program(
+        "axolotl",
+        frozenset({"base_model", "micro_batch_size", "sequence_len", "sample_packing"}),
+        AXOLOTL,
+    ),
+    Program(
+        "LLaMA-Factory",
+        frozenset(
+            {
+                "finetuning_type",
+                "stage",
+                "cutoff_len",
+                "dataset_dir",
+                "adapter_name_or_path",
+                "template",
+            }
+        ),
+        LLAMA_FACTORY,
+    ),
+    Program(
+        "ms-swift",
+        frozenset(
+            {"train_type", "tuner_type", "model_type", "val_dataset", "agent_template", "attn_impl"}
+        ),
+        SWIFT,
+    ),
+    Program("TRL", frozenset({"dataset_name", "use_peft", "lora_target_modules"}), TRL),
+)
+
+
+@dataclass
+class Migration:
+    """What became of another program's configuration."""
+
+    program: str
+    values: dict[str, Any] = field(default_factory=dict)
+    """Our dotted option -> value."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Our dotted option -> `their option; what differs`."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Their option that has no counterpart -> why."""
+    commands: list[str] = field(default_factory=list)
+    """Commands that do what the old file asked for besides, or instead of, training."""
+
+    @property
+    def to_fill_in(self) -> list[str]:
+        """Our options whose value the old file does not say."""
+        return [key for key, value in self.values.items() if FILL_IN in (value, *_items(value))]
+
+    def text(self) -> str:
+        """The new configuration, with a comment on every line that came from an old one."""
+        lines = [f"# From a configuration of {self.program}, by `finetune migrate`."]
+        lines += [f"# {command}" for command in self.commands]
+        for section in _SECTIONS:
+            options = [key for key in self.values if key.split(".")[0] == section]
+            lines += [f"{section}:"] * bool(options)
+            lines += [line for key in options for line in self._lines(key)]
+        if self.left:
+            lines += ["", "# Not here:"]
+            lines += [f"#   {name}: {why}" for name, why in self.left.items()]
+        return "\n".join(lines) + "\n"
+
+    def _lines(self, key: str) -> Iterator[str]:
+        _, *inner = key.split(".")
+        indent = "  "
+        for part in inner[:-1]:  # only training.extra
+            earlier = [k for k in self.values if k.startswith(key.rsplit(".", 1)[0] + ".")]
+            if earlier[0] == key:
+                yield f"{indent}{part}:"
+            indent += "  "
+        value = self.values[key]
+        shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+        shown = shown.removesuffix("\n").removesuffix("\n...").strip()
+        origin = self.origins.get(key)
+        yield f"{indent}{inner[-1]}: {shown}" + (f"  # {origin}" if origin else "")
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def program_of(tree: Any) -> Program | None:
+    """The program whose configuration this is; None for ours and for anything else."""
+    if not isinstance(tree, Mapping) or {"model", "method"} <= tree.keys():
+        return None
+    scores = [(len(program.marks & tree.keys()), program) for program in PROGRAMS]
+    best = max(scores, key=lambda score: score[0])
+    return best[1] if best[0] else None
+
+
+def hint(tree: Any, key: Sequence[str | int]) -> str | None:
+    """What became of an option of a configuration that is another program's, for an error message."""
+    program = program_of(tree)
+    if program is None:
+        return None
+    name = ".".join(str(part) for part in key)
+    entry = _entry(program, name)
+    if entry is None and isinstance(tree.get(name), Mapping):
+        inner = [(part, hint(tree, (name, part))) for part in tree[name]]
+        return "; ".join(f"{part}: {said}" for part, said in inner if said) or None
+    if isinstance(entry, Option):
+        return f"the option is {entry.to}" + (f" ({entry.note})" if entry.note else "")
+    if isinstance(entry, Nothing):
+        return entry.why
+    return f"the option is {entry}" if entry else None
+
+
+def migrate(path: Path, *, model: str | None = None, data: str | None = None) -> Migration:
+    """Our configuration for another program's file.
+
+    Args:
+        path: The old configuration, YAML or JSON.
+        model: The model, where the old file does not name it (the demo's command line does).
+        data: The folder or file of the data, likewise; relative file names are seen from it.
+
+    Raises:
+        ConfigError: The file cannot be read, or it is no configuration of a program we know.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML or JSON: {error}") from None
+    program = program_of(tree)
+    if program is None:
+        if isinstance(tree, Mapping) and {"model", "method"} <= tree.keys():
+            raise ConfigError(f"{path} is a configuration of this program already")
+        names = ", ".join(known.name for known in PROGRAMS)
+        raise ConfigError(f"{path} is not a configuration of {names}; nothing was written")
+    found = Migration(program.name)
+    for name, value in _flat(tree, program):
+        _take(found, program, name, value)
+    if model is not None:
+        found.values["model.path"] = model
+    _settle(found, tree, path)
+    if data is not None:
+        _place_data(found, data)
+    for key, default in _ALWAYS.items():
+        found.values.setdefault(key, default)
+    _order(found)
+    return found
+
+
+def _flat(tree: Mapping[str, Any], program: Program) -> Iterator[tuple[str, Any]]:
+    """(dotted option, value); a mapping that is an option of its own stays whole."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and f"{name}" not in program.whole_table:
+            for inner, of_inner in _flat(value, program):
+                yield f"{name}.{inner}", of_inner
+        else:
+            yield str(name), value
+
+
+def _entry(program: Program, name: str) -> str | Option | Nothing | None:
+    table = program.whole_table
+    last = name.rsplit(".", 1)[-1]
+    return table.get(name) or (
+        table.get(last) if program.table is DEMO or "." not in name else None
+    )
+
+
+def _take(found: Migration, program: Program, name: str, value: Any) -> None:
+    entry = _entry(program, name)
+    last = name.rsplit(".", 1)[-1]
+    if entry is None:
+        if last in REFUSED:
+            found.left[name] = REFUSED[last]
+        elif last in training_argument_names() and last not in OWNED:
+            found.values[f"training.extra.{last}"] = number(value)
+            found.origins[f"training.extra.{last}"] = name
+        else:
+            found.left[name] = "no such option here"
+        return
+    if isinstance(entry, Nothing):
+        found.left[name] = entry.why
+        return
+    option = Option(entry) if isinstance(entry, str) else entry
+    try:
+        ours = option.value(value)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        found.left[name] = f"its value {value!r} is not understood; the option is {option.to}"
+        return
+    if ours is None or ours == []:
+        if value not in (None, False, "none", "no", "disabled", []):
+            found.left[name] = option.note or f"{value!r} has no counterpart; see {option.to}"
+        return
+    if isinstance(ours, dict):
+        for inner, of_inner in ours.items():
+            found.values[f"{option.to}.{inner}"] = of_inner
+            found.origins[f"{option.to}.{inner}"] = name
+        return
+    found.values[option.to] = ours
+    found.origins[option.to] = f"{name}; {option.note}" if option.note else name
+
+
+def _settle(found: Migration, tree: Mapping[str, Any], path: Path) -> None:
+    """What depends on several old options at once."""
+    values = found.values
+    if "max_input_length" in tree and "max_output_length" in tree:
+        values["data.max_length"] = (
+            int(tree["max_input_length"]) + int(tree["max_output_length"]) + 1
+        )
+        found.origins["data.max_length"] = "max_input_length + max_output_length + the stop"
+    if "4v" not in str(values.get("model.path")).lower() and "freezeV" in tree:
+        values.pop("model.freeze", None)
+        found.left["freezeV"] = "for GLM-4V; the text models have no vision encoder"
+    if "training.max_steps" in values:
+        values.pop("training.num_epochs", None)
+    if values.get("data.packing"):
+        values.pop("data.group_by_length", None)
+    _settle_method(found)
+    _name_files(found, tree, path)
+    found.commands += _other_commands(tree)
+
+
+def _settle_method(found: Migration) -> None:
+    """The method that the options speak of, without options of another one."""
+    values = found.values
+    given = [key for key in values if key.startswith("method.") and key != "method.kind"]
+    if given:
+        values.setdefault("method.kind", "lora")
+    kind = values.get("method.kind")
+    for key in given:
+        if kind == "full" or (kind == "ptuning_v2") != (key == "method.num_virtual_tokens"):
+            found.left[found.origins.get(key, key)] = f"belongs to another method than {kind}"
+            del values[key]
+    if kind == "full":
+        values.pop("model.quantization", None)
+
+
+def _name_files(found: Migration, tree: Mapping[str, Any], path: Path) -> None:
+    """LLaMA-Factory's names of data sets -> files, by its dataset_info.json."""
+    if found.program != "LLaMA-Factory":
+        return
+    folder = Path(str(tree.get("dataset_dir") or "data"))
+    register = next(
+        (
+            f
+            for f in (folder / "dataset_info.json", path.parent / folder / "dataset_info.json")
+            if f.is_file()
+        ),
+        None,
+    )
+    known = json.loads(register.read_text(encoding="utf-8")) if register else {}
+    for key in ("data.train", "data.validation"):
+        names = found.values.get(key)
+        if isinstance(names, list):
+            found.values[key] = [_source(found, name, known.get(name), register) for name in names]
+
+
+def _source(found: Migration, name: str, entry: Any, register: Path | None) -> Any:
+    """A source for a registered data set; the name itself when it is not registered."""
+    if not isinstance(entry, Mapping) or register is None:
+        found.left[f"dataset {name}"] = "not in a dataset_info.json that is here: write its file"
+        return FILL_IN
+    if entry.get("ranking"):
+        found.left[f"dataset {name}"] = "preference data; this program does supervised fine-tuning"
+    if not entry.get("file_name"):
+        where = entry.get("ms_hub_url") or entry.get("hf_hub_url") or entry.get("script_url")
+        found.left[f"dataset {name}"] = f"lies on a hub ({where}): download it and write its folder"
+        return FILL_IN
+    source: dict[str, Any] = {"path": os.path.normpath(register.parent / str(entry["file_name"]))}
+    formatting = entry.get("formatting", "alpaca")
+    source["format"] = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}.get(
+        formatting, "auto"
+    )
+    ours = {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "messages": "conversations",
+    }
+    columns = {
+        ours.get(theirs, theirs): column
+        for theirs, column in (entry.get("columns") or {}).items()
+        if ours.get(theirs, theirs) != column
+    }
+    if columns:
+        source["columns"] = columns
+    odd = {k: v for k, v in (entry.get("tags") or {}).items() if v not in _READ_TAGS}
+    if odd:
+        found.left[f"dataset {name}: tags"] = f"{odd} are not read; rename them in the file"
+    return source if source.keys() - {"path"} else source["path"]
+
+
+_READ_TAGS = frozenset(
+    {
+        *("role", "from", "content", "value", "user", "human", "assistant", "gpt", "system"),
+        *("observation", "tool", "function_call", "tool_call"),
+    }
+)
+
+
+def _other_commands(tree: Mapping[str, Any]) -> list[str]:
+    """What the old file asks for that is a command here."""
+    model = tree.get("model_name_or_path", "MODEL")
+    adapter = tree.get("adapter_name_or_path", model)
+    base = f" --base {model}" if adapter != model else ""
+    if "export_dir" in tree:
+        return [
+            f"The old file merges; that is: finetune merge {adapter}{base} --output {tree['export_dir']}"
+        ]
+    if tree.get("do_predict"):
+        return [f"The old file predicts; that is: finetune evaluate {adapter} --data FILE"]
+    if "infer_backend" in tree and "dataset" not in tree:
+        return [f"The old file chats; that is: finetune chat {adapter}{base} (or finetune serve)"]
+    return []
+
+
+def _place_data(found: Migration, data: str) -> None:
+    folder = Path(data)
+    for key in ("data.train", "data.validation"):
+        value = found.values.get(key)
+        if isinstance(value, str) and value != FILL_IN and not Path(value).is_absolute():
+            found.values[key] = str(folder / value) if folder.suffix == "" else data
+    train = found.values.get("data.train")
+    if train in (None, FILL_IN) or (isinstance(train, list) and FILL_IN in train):
+        found.values["data.train"] = data
+
+
+def _order(found: Migration) -> None:
+    """Our options in the order of the sections, `kind` first in its."""
+    order = {section: number for number, section in enumerate(_SECTIONS)}
+    keys = sorted(
+        found.values,
+        key=lambda key: (order[key.split(".")[0]], key != "method.kind", key.count(".")),
+    )
+    found.values = {key: found.values[key] for key in keys}

@@ -1,0 +1,199 @@
+"""Configurations of other programs become ours: every option is taken, or named with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import yaml
+from command_line import exit_code
+
+from finetune.config.load import load_config
+from finetune.config.migrate import FILL_IN, PROGRAMS, migrate
+from finetune.config.migrate_tables import Nothing, Option
+from finetune.config.schema import LoraMethod, RunConfig
+from finetune.errors import ConfigError
+
+TRAINING = {
+    "output_dir": "./output", "max_steps": 2, "learning_rate": "5e-4", "per_device_train_batch_size": 1,
+    "dataloader_num_workers": 0, "remove_unused_columns": False, "save_strategy": "steps", "save_steps": 500,
+    "log_level": "info", "logging_strategy": "steps", "logging_steps": 10, "run_name": "glm4-lora",
+    "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 500, "adam_epsilon": "1e-6",
+    "predict_with_generate": True, "generation_config": {"max_new_tokens": 16},
+}  # fmt: skip
+DEMO = {
+    "data_config": {"train_file": "train.jsonl", "val_file": "dev.jsonl", "test_file": "dev.jsonl", "num_proc": 1},
+    "combine": True, "freezeV": True, "max_input_length": 64, "max_output_length": 64, "training_args": TRAINING,
+}  # fmt: skip
+LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 32, "lora_dropout": 0.1,
+        "target_modules": ["query_key_value"]}  # fmt: skip
+FACTORY = {
+    "model_name_or_path": "MODEL", "trust_remote_code": True, "stage": "sft", "do_train": True,
+    "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "dataset": "identity", "template": "glm4",
+    "cutoff_len": 256, "max_samples": 1000, "overwrite_cache": True, "preprocessing_num_workers": 16,
+    "output_dir": "saves/glm4/lora/sft", "logging_steps": 10, "save_steps": 500, "plot_loss": True,
+    "overwrite_output_dir": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8,
+    "learning_rate": "1.0e-4", "num_train_epochs": 3.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
+    "bf16": False, "ddp_timeout": 180000000, "val_size": 0.1, "max_steps": 2,
+}  # fmt: skip
+FILES: dict[str, dict[str, Any]] = {
+    "demo lora": DEMO | {"peft_config": LORA},
+    "demo ptuning_v2": DEMO | {"peft_config": {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 8, "num_attention_heads": 2, "token_dim": 256}},
+    "demo sft": DEMO | {"training_args": TRAINING | {"deepspeed": "configs/ds_zero_3.json", "bf16": True}},
+    "demo vision lora": DEMO | {"freezeV": False, "peft_config": LORA},
+    "demo swanlab": DEMO | {"swanlab": "local", "peft_config": LORA},
+    "LLaMA-Factory lora": FACTORY,
+    "LLaMA-Factory full": FACTORY | {"finetuning_type": "full", "deepspeed": "examples/deepspeed/ds_z3_config.json"},
+    "ms-swift": {"model": "ZhipuAI/glm-4-9b-chat", "train_type": "lora", "dataset": ["a.jsonl"], "torch_dtype": "bfloat16", "num_train_epochs": 1, "lora_rank": 8, "lora_alpha": 32, "target_modules": "all-linear", "max_length": 2048, "deepspeed": "zero2", "loss_scale": "last_round", "attn_impl": "flash_attn"},
+    "axolotl": {"base_model": "THUDM/glm-4-9b-chat", "datasets": [{"path": "a.jsonl", "type": "chat_template"}], "adapter": "qlora", "load_in_4bit": True, "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True, "sequence_len": 4096, "sample_packing": True, "micro_batch_size": 2, "num_epochs": 1, "optimizer": "adamw_torch_fused", "lr_scheduler": "cosine", "learning_rate": 0.0002, "bf16": True, "gradient_checkpointing": True, "flash_attention": True, "output_dir": "./out"},
+    "TRL": {"model_name_or_path": "THUDM/glm-4-9b-chat", "dataset_name": "a.jsonl", "use_peft": True, "lora_r": 32, "lora_alpha": 16, "lora_target_modules": "all-linear", "learning_rate": 2.0e-4, "num_train_epochs": 1, "packing": True, "gradient_checkpointing": True, "output_dir": "out", "eval_strategy": "no"},
+}  # fmt: skip
+
+
+def moved(folder: Path, old: dict[str, Any], **given: str) -> tuple[Any, str]:
+    file = folder / "old.yaml"
+    file.write_text(yaml.safe_dump(old, sort_keys=False), encoding="utf-8")
+    found = migrate(file, **given)
+    return found, found.text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_option_is_taken_or_named_and_the_result_loads(tmp_path: Path, name: str) -> None:
+    old = FILES[name]
+    found, text = moved(tmp_path, old, model="some/model", data=str(tmp_path / "data"))
+    new = tmp_path / "new.yaml"
+    new.write_text(text, encoding="utf-8")
+    load_config(new)
+    said = " ".join([*found.origins.values(), *found.left])
+    flat = [k for key, value in old.items() for k in (value if isinstance(value, dict) else [key])]
+    unsaid = [key for key in flat if key not in said and old.get(key) is not False]
+    # `generation_config` is told by the option in it; a value of false turned nothing on.
+    assert [
+        key
+        for key in unsaid
+        if key not in ("generation_config", "max_input_length", "eval_strategy")
+    ] == []
+    assert FILL_IN not in text
+
+
+def test_the_demo_means_here_what_it_meant_there(tmp_path: Path) -> None:
+    found, text = moved(tmp_path, FILES["demo lora"], model="m", data="data/AdvertiseGen")
+    values = found.values
+    assert values["data.train"] == "data/AdvertiseGen/train.jsonl"
+    assert values["data.validation"] == "data/AdvertiseGen/dev.jsonl"
+    assert values["data.max_length"] == 129  # 64 + 64 + the stop
+    assert values["data.train_on"] == "last_reply"
+    assert (values["method.kind"], values["method.rank"]) == ("lora", 8)
+    assert values["evaluation.max_new_tokens"] in (16, 64)
+    assert values["training.extra.adam_epsilon"] == 1e-6
+    assert "rank: 8  # peft_config.r" in text
+    prefix, _ = moved(tmp_path, FILES["demo ptuning_v2"], model="m", data="d")
+    assert (prefix.values["method.kind"], prefix.values["method.num_virtual_tokens"]) == (
+        "ptuning_v2",
+        8,
+    )
+    assert (
+        moved(tmp_path, FILES["demo sft"], model="m", data="d")[0].values["method.kind"] == "full"
+    )
+
+
+def test_registered_data_sets_become_their_files_and_columns(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    register = {
+        "identity": {"file_name": "identity.json"},
+        "mine": {"file_name": "m.json", "columns": {"prompt": "question", "response": "reply"}},
+        "talks": {"file_name": "t.json", "formatting": "sharegpt", "columns": {"messages": "dialog"}, "tags": {"role_tag": "speaker"}},
+        "wanted": {"file_name": "w.json", "ranking": True},
+        "far": {"hf_hub_url": "a/b"},
+    }  # fmt: skip
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(register))
+    old = FACTORY | {
+        "dataset": "identity,mine,talks,far,gone",
+        "dataset_dir": str(tmp_path / "data"),
+    }
+    found, _ = moved(tmp_path, old)
+    assert found.values["data.train"] == [
+        {"path": str(tmp_path / "data/identity.json"), "format": "alpaca"},
+        {"path": str(tmp_path / "data/m.json"), "format": "alpaca", "columns": {"instruction": "question", "output": "reply"}},
+        {"path": str(tmp_path / "data/t.json"), "format": "sharegpt", "columns": {"conversations": "dialog"}},
+        FILL_IN,
+        FILL_IN,
+    ]  # fmt: skip
+    assert "download it" in found.left["dataset far"]
+    assert "speaker" in found.left["dataset talks: tags"]
+    assert "preference" in moved(tmp_path, old | {"dataset": "wanted"})[0].left["dataset wanted"]
+
+
+def test_merging_and_predicting_files_name_the_command(tmp_path: Path) -> None:
+    merge = {
+        "model_name_or_path": "m",
+        "adapter_name_or_path": "a",
+        "template": "glm4",
+        "export_dir": "out",
+    }
+    assert moved(tmp_path, merge)[0].commands[0].endswith("finetune merge a --base m --output out")
+    predict = FACTORY | {"do_train": False, "do_predict": True, "adapter_name_or_path": "a"}
+    assert "finetune evaluate a --data FILE" in moved(tmp_path, predict)[0].commands[0]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_every_entry_of_a_table_names_an_option_that_exists(program: Any) -> None:
+    known = {"deepspeed"} | {f"training.extra.{name}" for name in ("optim", "tf32")}
+    for section, info in RunConfig.model_fields.items():
+        model = info.annotation if hasattr(info.annotation, "model_fields") else None
+        known |= {f"{section}.{name}" for name in model.model_fields} if model else set()
+    known |= {f"method.{name}" for name in LoraMethod.model_fields} | {"method.num_virtual_tokens"}
+    for name, entry in program.whole_table.items():
+        if not isinstance(entry, Nothing):
+            assert (entry.to if isinstance(entry, Option) else entry) in known, name
+
+
+def test_a_file_of_ours_and_of_nobody_is_refused(tmp_path: Path) -> None:
+    for content, said in (
+        ("model: {path: x}\nmethod: {kind: lora}\n", "of this program already"),
+        ("a: 1\n", "is not a configuration of the original GLM-4 demo, axolotl"),
+        ("a: [", "cannot be read as YAML"),
+    ):
+        (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=said):
+            migrate(tmp_path / "x.yaml")
+
+
+def test_anothers_configuration_given_to_train_is_told_the_command(
+    tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(FILES["demo lora"]))
+    with pytest.raises(ConfigError) as error:
+        load_config(file)
+    said = str(error.value)
+    assert f"finetune migrate {file} --output new.yaml" in said
+    assert "train_file: the option is data.train; val_file: the option is data.validation" in said
+    assert exit_code("data/AdvertiseGen/", "some/model", str(file), "yes") == 2
+    assert "finetune migrate" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo lora", "demo ptuning_v2", "demo sft", "LLaMA-Factory lora"])
+def test_a_migrated_configuration_trains(
+    name: str, tiny_chatglm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("train.jsonl", "dev.jsonl"):
+        runs.write_dialogues(tmp_path / file, 6)
+    old = FILES[name]
+    if "training_args" in old:
+        arguments = {
+            k: v for k, v in old["training_args"].items() if k not in ("deepspeed", "bf16")
+        }
+        old = old | {"training_args": arguments | {"report_to": []}}
+    found, _ = moved(tmp_path, old, model=str(tiny_chatglm), data=str(tmp_path))
+    if found.values["data.train"] == str(tmp_path):
+        found.values["data.train"] = str(tmp_path / "train.jsonl")
+    (tmp_path / "new.yaml").write_text(found.text(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    runs.run_here(load_config(tmp_path / "new.yaml", ["training.report_to=[]"]).model_dump())
+    run_dir = Path(found.values["training.output_dir"])
+    assert (run_dir / "checkpoint-2").is_dir()
