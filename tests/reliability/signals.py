@@ -54,7 +54,7 @@ SAVING = {
     "a save": ("finetune.training.checkpointing", "Saver._write", 2, 3),
     "the manifest of a save": ("finetune.storage.folders", "seal", 2, 3),
     "the rename of a save": ("finetune.storage.folders", "commit", 2, 3),
-    "a rotation": ("finetune.storage.folders", "rotate", 2, 3),
+    "a rotation": ("finetune.artifacts.checkpoint", "rotate", 2, 3),
 }
 LATER = {
     "logging of a later step": ("finetune.training.callbacks", "Narrator.on_step_end", 2),
