@@ -26,13 +26,12 @@ B = example([6, 7, 8], range(1, 3), index=2)
 HALF = example([6, 7, 8], range(1, 3), index=2, weight=0.5)
 
 
-def test_examples_are_padded_on_the_right_and_masked():
+def test_examples_are_padded_on_the_right_and_need_no_mask():
     batch = Collator(PAD)([A, B])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, PAD, PAD]]
     assert batch["labels"].tolist() == [[-100, -100, -100, 4, 5], [-100, 7, 8, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch["sample_ids"].tolist() == [7, 2]
-    assert set(batch) == {"input_ids", "labels", "attention_mask", "sample_ids"}
+    assert set(batch) == {"input_ids", "labels", "sample_ids"}
 
 
 def test_all_but_weights_are_whole_numbers_of_64_bits():
@@ -50,7 +49,6 @@ def test_weights_are_there_only_if_some_token_weighs_other_than_one():
 def test_a_width_can_be_rounded_up():
     batch = Collator(PAD, pad_to_multiple_of=8)([A, B])
     assert batch["input_ids"].shape == (2, 8)
-    assert batch["attention_mask"].sum(dim=1).tolist() == [5, 3]
     assert (batch["labels"][:, 5:] == IGNORED).all()
     assert Collator(PAD, pad_to_multiple_of=5)([A])["input_ids"].shape == (1, 5)
 

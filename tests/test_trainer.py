@@ -123,7 +123,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
     for index in next(prepared.plan.steps(0)):
         batch = Collator(template.pad_id)([prepared.train[int(index)]])
         with torch.no_grad():
-            logits = model(batch["input_ids"], batch["attention_mask"]).logits[0, :-1].double()
+            logits = model(batch["input_ids"]).logits[0, :-1].double()
         labels = batch["labels"][0, 1:]
         losses = torch.nn.functional.cross_entropy(
             logits, labels, reduction="none", ignore_index=-100

@@ -33,7 +33,7 @@ def predict(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The JSONL file to write.")],
     base: Base = None,
     max_new_tokens: MaxNewTokens = 512,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = 64,
     backend: Annotated[
         Literal["transformers", "vllm"],
         typer.Option(help="Who generates; vllm has an environment of its own."),

@@ -151,7 +151,7 @@ def joined_processes(*, timeout_minutes: float = 30.0, deepspeed: bool = False) 
     if launcher.is_launched():
         # In training before TrainingArguments, which would not pass the timeout on to gloo.
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
             device_id=device if device.type == "cuda" else None,
         )
@@ -190,7 +190,7 @@ def gather_to_rank0(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
 
 
 def _collective_device() -> torch.device:
-    """Where tensors must lie for the process group to reduce them."""
+    """Where numbers must lie for the process group to reduce them: beside NCCL runs gloo, on the CPU."""
     return local_device() if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

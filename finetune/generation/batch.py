@@ -29,6 +29,8 @@ Done = tuple[tuple[int, ...], bool]
 """New tokens before the stop, and whether there was one."""
 SHORTEST_BEGINNING = 16
 """A common beginning of fewer tokens is not worth a forward pass of its own."""
+FIRST_PASS_TOKENS = 16384
+"""Tokens, with padding, that prompts are read in at once: activations, not the cache, are large then."""
 _HEADROOM = 64  # columns that a buffer grows by
 
 
@@ -114,7 +116,7 @@ class Refill:
         active = [row for row in self._rows if row not in self._done]
         free = self._slots - len(active)
         if waiting and (not active or free >= max(1, self._slots // 4)):
-            chosen = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            chosen = self._next(prompts, waiting, free)
             self._put_in(chosen, [prompts[place] for place in chosen])
         elif active:
             if not waiting and 2 * len(active) <= len(self._rows):
@@ -123,6 +125,17 @@ class Refill:
         else:  # the others have work, and need this process's part of the weights
             ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
             _forward(self._model, _new_cache(self._model), ids, torch.ones_like(ids), ids)
+
+    def _next(self, prompts: Sequence[Sequence[int]], waiting: deque[int], free: int) -> list[int]:
+        """Takes as many as there is room for, and as their first pass may be large."""
+        chosen: list[int] = []
+        widest = 0
+        while waiting and len(chosen) < free:
+            widest = max(widest, len(prompts[waiting[0]]) - len(self._beginning.ids))
+            if chosen and (len(chosen) + 1) * widest > FIRST_PASS_TOKENS:
+                break
+            chosen.append(waiting.popleft())
+        return chosen
 
     def _put_in(self, chosen: list[int], prompts: list[Sequence[int]]) -> None:
         """Computes new prompts and joins them to the rows that are not finished."""

@@ -21,8 +21,9 @@ from finetune.distributed.processes import is_sharded
 from finetune.errors import DataError
 from finetune.generation.batch import Beginning, Choose, Done, Refill
 
-BATCHES_PER_GROUP = 8
+BATCHES_PER_GROUP = 2
 """A group is the work of one process at a time: large enough for refilled rows to pay."""
+IMAGES_AT_ONCE = 16
 CACHE_BYTES = 4 << 30
 """Keys and values that a batch may hold."""
 
@@ -130,7 +131,7 @@ def generate(
     task = _Task(model, template, prompts, max_new_tokens, batch_size, choose, should_stop)
     # One way for all groups of a call, since processes that share weights must go the same way.
     if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
-        way, size, budget = _with_images, batch_size, cache_tokens(model)
+        way, size, budget = _with_images, min(batch_size, IMAGES_AT_ONCE), cache_tokens(model)
     else:
         way, size, budget = _refilling, batch_size * BATCHES_PER_GROUP, None
     groups = plan_batches(lengths, size, max_new_tokens, budget)

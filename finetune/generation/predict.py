@@ -57,7 +57,7 @@ class PredictOptions:
     """How replies are generated."""
 
     max_new_tokens: int = 512
-    batch_size: int = 16
+    batch_size: int = 64
     backend: Backend = "transformers"
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.glm.modeling_glm import eager_attention_forward
 
 from finetune.artifacts.base_record import BaseRecord, check_base
@@ -34,7 +34,7 @@ from finetune.artifacts.weights import model_fingerprint, read_shard
 from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import prefix_init
-from finetune.models.packed_attention import DOCUMENT_SDPA, in_documents
+from finetune.models.packed_attention import DOCUMENT_SDPA, grouped_sdpa, in_documents
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 ENCODER_WEIGHTS_NAME = "prefix_encoder.safetensors"
@@ -348,24 +348,19 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
     model._without_prefix = before, rotary[0].register_forward_pre_hook(shift, with_kwargs=True)
 
 
-def _open_left(mask: Tensor | None, query: Tensor, num_keys: int, num_open: int) -> Tensor | None:
-    """`mask` [B, 1, T, S] (bool or additive) with open columns for the prefix: [B, 1, T, N + S].
-
-    Without a mask it is causal, the last query seeing the last key; a single query sees all.
-    """
-    num_queries = query.shape[2]
-    if mask is None:
-        if num_queries == 1:
-            return None
-        square = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        mask = square.tril(num_keys - num_queries)[None, None]
+def _open_left(mask: Tensor, num_open: int) -> Tensor:
+    """`mask` [B, 1, T, S] (bool or additive) with open columns for the prefix: [B, 1, T, N + S]."""
     opened = torch.ones if mask.dtype == torch.bool else torch.zeros
     columns = opened(*mask.shape[:-1], num_open, dtype=mask.dtype, device=mask.device)
     return torch.cat([columns, mask], dim=-1)
 
 
 def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that attends to the module's prefix first."""
+    """An attention function that attends to the module's prefix first.
+
+    Without a mask it must be causal with the last query seeing the last key, as `grouped_sdpa` is:
+    then the prefix is open to all without a word.
+    """
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -374,16 +369,14 @@ def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
             return attention(module, query, key, value, attention_mask, **kwargs)
         own: nn.Module = module.get_submodule("prefix")
         prefix = own().to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
-        mask = _open_left(attention_mask, query, key.shape[2], prefix.shape[3])
+        mask = None if attention_mask is None else _open_left(attention_mask, prefix.shape[3])
         keys, values = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
         return attention(module, query, keys, values, mask, **kwargs)
 
     return attend
 
 
-AttentionInterface.register(
-    "document_prefix_sdpa", in_documents(_with_prefix(ALL_ATTENTION_FUNCTIONS["sdpa"]))
-)
+AttentionInterface.register("document_prefix_sdpa", in_documents(_with_prefix(grouped_sdpa)))
 AttentionInterface.register("prefix_eager", _with_prefix(eager_attention_forward))
 AttentionMaskInterface.register("document_prefix_sdpa", sdpa_mask)
 AttentionMaskInterface.register("prefix_eager", eager_mask)

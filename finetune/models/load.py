@@ -27,6 +27,8 @@ __all__ = ["family", "load_model", "local_folder", "lora_targets", "model_finger
 class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
     """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
 
+    looks_at_positions = True
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.lm_head.__class__ = SupervisedHead
@@ -34,6 +36,8 @@ class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
 
 class Glm4ForCausalLM(SupervisedLoss, transformers.Glm4ForCausalLM):
     """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
+
+    looks_at_positions = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

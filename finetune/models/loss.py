@@ -7,6 +7,7 @@ hooks around it (DeepSpeed ZeRO-3 gathers the weight there) see an ordinary modu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from finetune.models.packed_attention import document_starts, flash_arguments, pieces
+from finetune.models.packed_attention import Documents, document_starts, flash_arguments, whole_rows
 
 IGNORED = -100
 # Logits held at once: 128 positions of GLM-4's 151,552 rows, 80 MB in fp32. Larger on an accelerator,
@@ -149,6 +150,21 @@ def supervised_places(labels: Tensor) -> Tensor:
     return is_learnt.flatten().nonzero().flatten()
 
 
+def for_model(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Return what `SupervisedLoss.forward` is given of a batch on the CPU, on its way to `device`.
+
+    Documents and the places of the loss are found here, where looking at numbers costs no waiting.
+    """
+    given: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+    labels = batch["labels"]
+    starts = document_starts(batch.get("position_ids"), batch.get("attention_mask"), None)
+    if starts is not None:
+        given["documents"] = Documents.of(starts).to(device)
+        labels = labels.masked_fill(starts, IGNORED)
+    given["supervised"] = supervised_places(labels).to(device, non_blocking=True)
+    return given
+
+
 def supervised_loss(
     head: nn.Module,
     hidden: Tensor,
@@ -181,12 +197,37 @@ def supervised_loss(
     return total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 
 
+def _say_documents(model: Any, documents: Documents, kwargs: dict[str, Any]) -> Tensor | None:
+    """Put what the model's attention wants to know into `kwargs`; return a mask to hand on."""
+    implementation = str(model.config._attn_implementation)
+    if implementation.startswith("flash"):
+        kwargs.update(flash_arguments(documents))
+    elif implementation.startswith("document"):
+        kwargs["documents"] = documents
+        return documents.starts[:, None, None]  # 4-D: handed on, no T x T mask is made
+    return None
+
+
+def _without_packing(
+    model: Any, ids: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor | None, Documents | None]:
+    """Positions and documents that spare transformers a look for packing, which a GPU is waited for."""
+    if ids is None or positions is not None:
+        return positions, None
+    if not str(model.config._attn_implementation).startswith("document"):
+        return None, None
+    return torch.arange(ids.shape[1], device=ids.device)[None], whole_rows(ids)
+
+
 class SupervisedLoss:
     """The causal-LM `forward` of every family here: with labels a loss and no logits.
 
     Mixed into a transformers model that has `base_model` (ids to last hidden state) and
     `get_output_embeddings` (the head).
     """
+
+    looks_at_positions = False
+    """Whether `base_model` looks for documents in positions, and makes a mask, by itself."""
 
     def forward(  # noqa: PLR0913 - the signature of transformers' causal models
         self,
@@ -202,26 +243,28 @@ class SupervisedLoss:
         num_items_in_batch: Tensor | float | None = None,
         *,
         supervised: Tensor | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with labels [B, T] the loss alone; see `supervised_loss`.
 
         Without a mask, positions that restart at 0 are packed documents, which do not see each other.
+        Who knows `documents` already saves a GPU the wait for them.
         """
         model: Any = self
-        starts = document_starts(position_ids, attention_mask, past_key_values)
-        if starts is not None:
+        if documents is None:
+            starts = document_starts(position_ids, attention_mask, past_key_values)
+            documents = None if starts is None else Documents.of(starts)
+        if documents is not None:
             if use_cache:
                 raise ValueError("packed documents have no cache; pass use_cache=False")
-            implementation = str(model.config._attn_implementation)
-            if implementation.startswith("flash"):
-                kwargs.update(flash_arguments(starts))
-            elif implementation.startswith("document"):
-                kwargs["documents"] = pieces(starts)
-                attention_mask = starts[:, None, None]  # 4-D: handed on, no T x T mask is made
             if labels is not None:
-                labels = labels.masked_fill(starts, IGNORED)
-        if starts is not None or labels is not None:
+                labels = labels.masked_fill(documents.starts, IGNORED)
+        elif labels is not None and self.looks_at_positions and attention_mask is None:
+            position_ids, documents = _without_packing(model, input_ids, position_ids)
+        if documents is not None:
+            attention_mask = _say_documents(model, documents, kwargs)
+        if documents is not None or labels is not None:
             use_cache = bool(use_cache)  # a cache in training costs memory and hides the packing
         return_dict = kwargs.pop("return_dict", None)
         outputs = model.base_model(

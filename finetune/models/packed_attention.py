@@ -4,18 +4,21 @@ Legend: B rows, T tokens, H heads, D head size.
 
 sdpa takes a mask of T x T for a packed row. `in_documents` makes it attend piece by piece instead:
 a document of more than 1,024 tokens is a piece without any mask, shorter neighbours share one piece
-with a mask of their own. Time and memory then follow the documents, not the row.
+with a mask of their own. Time and memory then follow the documents, not the row. On a GPU a kernel
+for documents of any length takes the whole row at once (torch's own `varlen_attn`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 
 DOCUMENT_SDPA = "document_sdpa"  # what takes `documents` has a name that begins so
 PIECE = 1024
@@ -47,16 +50,52 @@ def positions_in_documents(starts: Tensor) -> Tensor:
     return places - (places * starts).cummax(dim=1).values
 
 
-def flash_arguments(starts: Tensor) -> dict[str, Tensor | int]:
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where the documents of packed rows lie.
+
+    What a kernel must be told in numbers is found where the positions are. Made from a batch that
+    the collator has just filled, on the CPU, no GPU is waited for.
+    """
+
+    starts: Tensor
+    """bool [B, T], true at each first token."""
+    pieces: list[Piece]
+    borders: Tensor
+    """int32 [documents + 1]: first tokens in [B x T], and its end."""
+    longest: int
+    """Tokens of the longest document."""
+
+    @classmethod
+    def of(cls, starts: Tensor) -> Documents:
+        """The documents that begin at `starts`."""
+        first = starts.flatten().nonzero().flatten()
+        borders = torch.cat([first, first.new_tensor([starts.numel()])]).to(torch.int32)
+        return cls(starts, pieces(starts), borders, int(borders.diff().max()))
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on a device, which is not waited for."""
+        moved = [
+            (row, begin, end, None if mask is None else mask.to(device, non_blocking=True))
+            for row, begin, end, mask in self.pieces
+        ]
+        starts, borders = (t.to(device, non_blocking=True) for t in (self.starts, self.borders))
+        return Documents(starts, moved, borders, self.longest)
+
+
+def whole_rows(ids: Tensor) -> Documents:
+    """Every row is one document, and nothing need be found out."""
+    empty = torch.zeros(1, 1, dtype=torch.bool, device=ids.device)
+    return Documents(empty, [], empty.flatten().int(), 0)
+
+
+def flash_arguments(documents: Documents) -> dict[str, Tensor | int]:
     """Return the variable-length arguments with which flash attention keeps documents apart."""
-    borders = starts.flatten().nonzero().flatten()
-    cumulative = torch.cat([borders, borders.new_tensor([starts.numel()])]).to(torch.int32)
-    longest = int(cumulative.diff().max())
     return {
-        "cu_seq_lens_q": cumulative,
-        "cu_seq_lens_k": cumulative,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "cu_seq_lens_q": documents.borders,
+        "cu_seq_lens_k": documents.borders,
+        "max_length_q": documents.longest,
+        "max_length_k": documents.longest,
     }
 
 
@@ -83,8 +122,53 @@ def _blocks(begins: Tensor) -> Tensor:
     return (document[:, None] == document[None]).tril()[None, None]
 
 
+def grouped_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return [B, T, H, D] from query [B, H, T, D] and key and value [B, G, S, D], G dividing H.
+
+    Without a mask it is causal, the last query seeing the last key. Keys and values are not repeated
+    for the heads that share them, but where CUDA's kernels want a mask and whole heads.
+    """
+    heads, tokens, keys = query.shape[1], query.shape[2], key.shape[2]
+    groups = heads // key.shape[1]
+    if tokens == 1 and groups > 1 and attention_mask is not None and attention_mask.shape[1] == 1:
+        # One query: the heads that share a key are as good as so many queries.
+        query = query.reshape(len(query), -1, groups, query.shape[-1])
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        )
+        return out.reshape(len(out), 1, heads, -1), None
+    if attention_mask is not None and groups > 1 and query.is_cuda:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        groups = 1
+    idle = 0
+    if attention_mask is None and 1 < tokens < keys:
+        # Queries of zeros in front make it square, and causal attention needs no mask.
+        idle = keys - tokens
+        query = F.pad(query, (0, 0, idle, 0))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=attention_mask is None and tokens > 1,
+        scale=scaling,
+        enable_gqa=groups > 1,
+    )
+    return out.transpose(1, 2)[:, idle:].contiguous(), None
+
+
 def in_documents(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that takes `documents`, the `pieces` of a packed batch, in place of a mask."""
+    """An attention function that takes `documents` of a packed batch in place of a mask."""
 
     def attend(
         module: torch.nn.Module,
@@ -92,17 +176,18 @@ def in_documents(attention: Callable[..., Any]) -> Callable[..., Any]:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        documents: list[Piece] | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return [B, T, H, D] from query, key and value [B, H, T, D]."""
-        if documents is None:
+        if documents is None or not documents.pieces:
+            mask = attention_mask if documents is None else None
             result: tuple[Tensor, Tensor | None] = attention(
-                module, query, key, value, attention_mask, **kwargs
+                module, query, key, value, mask, **kwargs
             )
             return result
         rows: list[list[Tensor]] = [[] for _ in query]
-        for row, begin, end, mask in documents:
+        for row, begin, end, mask in documents.pieces:
             parts = (tensor[row : row + 1, :, begin:end] for tensor in (query, key, value))
             rows[row].append(attention(module, *parts, mask, **kwargs)[0])
         return torch.cat([torch.cat(row, dim=1) for row in rows]), None
@@ -110,5 +195,5 @@ def in_documents(attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-AttentionInterface.register(DOCUMENT_SDPA, in_documents(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+AttentionInterface.register(DOCUMENT_SDPA, in_documents(grouped_sdpa))
 AttentionMaskInterface.register(DOCUMENT_SDPA, sdpa_mask)

@@ -95,7 +95,7 @@ def training_arguments(
             "activation_checkpointing": section.activation_checkpointing,
             "activation_checkpointing_kwargs": {"use_reentrant": False},
             "seed": section.seed,
-            "optim": "adamw_torch",
+            "optim": "adamw_torch_fused",
             # Our callbacks decide when to evaluate and save.
             "eval_strategy": "no",
             "save_strategy": "no",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from finetune import methods
 from finetune.artifacts.weights import model_fingerprint
-from finetune.config.schema import RunConfig
+from finetune.config.schema import PTuningV2Method, RunConfig
 from finetune.distributed.processes import local_device, rank_and_world
 from finetune.methods import BaseRecord
 from finetune.models.load import family, load_model, local_folder
@@ -77,6 +77,8 @@ def load_tunable(config: RunConfig, data: RunData) -> Tunable:
             attention=config.model.attention,
             quantization=config.model.quantization,
         )
+    if has_gpu and isinstance(config.method, PTuningV2Method) and not _is_apart(model):
+        model.to(local_device())  # a prefix starts from a forward pass: minutes on a CPU
     # Adapters start from the same numbers in every process and in every run of a seed.
     torch.manual_seed(config.training.seed)
     model = methods.attach(
@@ -90,6 +92,11 @@ def load_tunable(config: RunConfig, data: RunData) -> Tunable:
         if precision.weights != dtype and not weight.requires_grad:
             weight.data = weight.data.to(dtype)  # one at a time: only what learns is float32
     return Tunable(model, base, arguments, deepspeed, dtype)
+
+
+def _is_apart(model: PreTrainedModel) -> bool:
+    """Whether ZeRO-3 has dealt the weights out."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def _hidden_size(folder: Path) -> int:

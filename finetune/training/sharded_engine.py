@@ -26,10 +26,10 @@ class GuardedEngine(DeepSpeedEngineWrapper):
     for a look comes too late.
     """
 
-    def __init__(self, engine: Any, guard: Callable[[bool], None]) -> None:
+    def __init__(self, engine: Any, guard: Callable[[torch.Tensor | None], None]) -> None:
         super().__init__(engine)
         self._guard = guard
-        self._norm: float | None = None
+        self._norm: torch.Tensor | None = None
         _make_saves_safe(engine)
         if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
             # Its constructor took a step with gradients of zero, which would make Adam's first real
@@ -43,24 +43,25 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **kwargs)
         if sync_gradients:
-            self._guard(self._gradients_are_finite())
+            self._guard(self._gradient_norm())
             self.engine.step()
 
-    def get_global_grad_norm(self) -> float | None:
+    def get_global_grad_norm(self) -> Any:
         """The norm before clipping; in stage 0 DeepSpeed does not tell it."""
         norm = super().get_global_grad_norm()
-        return self._norm if norm is None else float(norm)
+        return self._norm if norm is None else norm
 
-    def _gradients_are_finite(self) -> bool:
-        """Of this process's part; with loss scaling, where overflow is normal, always true."""
+    def _gradient_norm(self) -> torch.Tensor | None:
+        """Of this process's part; with loss scaling, where overflow is normal, None."""
         if self.engine.fp16_enabled():
-            return True
+            return None
         whole = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         parts = getattr(self.engine.optimizer, "averaged_gradients", None) or {}
         sharded = [part for group in parts.values() for part in group or () if part is not None]
+        norm = torch.nn.utils.get_total_norm([*whole, *sharded])
         if whole and not sharded:
-            self._norm = float(torch.nn.utils.get_total_norm(whole))
-        return all(bool(torch.isfinite(gradient).all()) for gradient in [*whole, *sharded])
+            self._norm = norm
+        return norm
 
 
 def _make_saves_safe(engine: Any) -> None:

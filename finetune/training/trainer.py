@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from finetune.data.examples.batch_plan import BatchPlan
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, NonFiniteError, ProcessError
+from finetune.models.loss import for_model
 from finetune.training.batches import BLANK, Collate, Items, StepLoader, training_loader
 from finetune.training.callbacks import Meter, NothingLeftError
 from finetune.training.checkpointing import Saver
@@ -78,6 +79,7 @@ class FineTuner(Trainer):
         """Of the last step, over all processes."""
         self._samples: list[Any] = []
         self._losses: list[Tensor] = []
+        self._trained: list[nn.Parameter] | None = None
         self._loader: StepLoader | None = None
         super().__init__(
             model=model,
@@ -120,7 +122,15 @@ class FineTuner(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Under DeepSpeed the Trainer would round the loss weights to the model's number format.
-        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+        return for_model(inputs, self.args.device)
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; switching thousands of modules to training is left out when they are."""
+        if not self.is_deepspeed_enabled:
+            model.zero_grad = self._forget_gradients  # the Trainer's would walk over all modules
+        with _already_training(model):
+            loss: Tensor = super().training_step(model, *args, **kwargs)
+        return loss
 
     def compute_loss(
         self,
@@ -187,22 +197,38 @@ class FineTuner(Trainer):
             self.accelerator.deepspeed_engine_wrapped = GuardedEngine(engine, self._guard)
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._clipped(self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = self._clipped(float("inf")) if grad_norm is None else grad_norm
         if not self.is_deepspeed_enabled:
-            scaled = self.accelerator.scaler is not None
-            self._guard(scaled or bool(np.isfinite(float(norm))))
+            self._guard(norm if self.accelerator.scaler is None else None)
         return norm
 
-    def _guard(self, gradient_is_finite: bool) -> None:
+    def _clipped(self, largest: float) -> Any:
+        """The norm of the gradients, no larger than `largest` from now on."""
+        if self._trained is None:
+            self._trained = [w for w in self.model.parameters() if w.requires_grad]
+        return self.accelerator.clip_grad_norm_(self._trained, largest)
+
+    def _forget_gradients(self, set_to_none: bool = True) -> None:
+        for weight in self._trained or ():
+            weight.grad = None
+
+    def _guard(self, norm: Tensor | None) -> None:
         """End the run before it learns from what is not a number; hear who was asked to stop.
 
-        Called before every optimizer step, in every process.
+        Called before every optimizer step, in every process, with the norm of the gradients, or None
+        where loss scaling makes one that is no number normal. The only place of a step where the GPU
+        is waited for.
 
         Raises:
             NonFiniteError: In every process, naming the examples.
         """
-        is_finite = torch.isfinite(torch.stack(self._losses)).tolist()
+        looked_at = self._losses if norm is None else [*self._losses, norm.to(self._losses[0])]
+        is_finite = torch.isfinite(torch.stack(looked_at)).tolist()
+        gradient_is_finite = norm is None or is_finite.pop()
         if self.services.stop.sync(not (gradient_is_finite and all(is_finite))):
             with fail_together():
                 self._refuse(is_finite, gradient_is_finite)
@@ -242,6 +268,8 @@ class FineTuner(Trainer):
                     "Look for a lack of memory, or set data.loader_workers to 0"
                 ) from error
             raise
+        finally:
+            self.model_wrapped.__dict__.pop("zero_grad", None)
         if self._loader is not None:
             self._loader.close()
         return result
@@ -276,6 +304,17 @@ class FineTuner(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.services.saver.load_weights(self.model, Path(resume_from_checkpoint))
+
+
+@contextmanager
+def _already_training(model: Any) -> Iterator[None]:
+    """`model.train()` does nothing inside, if the model is in training mode."""
+    if model.training:
+        model.train = lambda mode=True: model
+    try:
+        yield
+    finally:
+        model.__dict__.pop("train", None)
 
 
 def _check_distribution(accelerator: Any, args: TrainingArguments) -> None:

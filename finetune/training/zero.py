@@ -29,6 +29,8 @@ SECTIONS = {
 # Elements per communication bucket: 50 MB in bf16 for small models, hidden squared (as the
 # transformers integration has it) for large ones: 16.8 M at hidden 4096.
 MIN_BUCKET = 1_000_000
+SUB_GROUP = 100_000_000
+"""Weights that one turn of the optimizer updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ def _zero(section: DeepSpeedSection, hidden_size: int) -> dict[str, Any]:
         "allgather_bucket_size": bucket,
         "overlap_comm": stage > 1,
         "contiguous_gradients": True,
+        # What an optimizer step holds in float32 beside the states, 0.4 GB instead of 4.
+        "sub_group_size": SUB_GROUP,
     }
     if section.offload_optimizer != "none":
         config["offload_optimizer"] = {"device": section.offload_optimizer, "pin_memory": True}

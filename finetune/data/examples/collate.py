@@ -23,9 +23,9 @@ Features: TypeAlias = "Callable[[Sequence[str]], torch.Tensor]"
 class Collator:
     """Pads on the right and tells documents apart.
 
-    A batch of examples has an `attention_mask`. A batch of packed rows has none, but
-    `position_ids` that restart at 0 in every document (and in the padding): with the mask absent,
-    that is what makes documents blind to each other. With `flatten`, all rows become a single
+    No batch has an `attention_mask`: padding is on the right, where causal attention never looks,
+    and carries no loss. A batch of packed rows has `position_ids` that restart at 0 in every document
+    (and in the padding): that is what makes documents blind to each other. With `flatten`, all rows become a single
     one without padding, as flash attention wants it.
     """
 
@@ -48,7 +48,7 @@ class Collator:
         """A batch.
 
         `input_ids`, `labels` (-100 where nothing is learned, not shifted) int64 [B, T];
-        `attention_mask` int64 [B, T] or `position_ids` int64 [B, T];
+        of packed rows `position_ids` int64 [B, T];
         `loss_weights` float32 [B, T] only if some supervised token weighs other than 1;
         `pixel_values` (float32 [N, 3, H, W] for GLM-4V) and what belongs to them only if some document shows an image, in reading order;
         `image_features` [N, P + 2, D] in their place if they are at hand;
@@ -62,7 +62,7 @@ class Collator:
         rows = [[item] if isinstance(item, Example) else list(item) for item in items]
         if self.flatten:
             rows = [[example for row in rows for example in row]]
-        arrays = self._positions(rows) if packed else self._mask(rows)
+        arrays = self._positions(rows) if packed else {}
         arrays["input_ids"] = self._padded(
             [[e.input_ids for e in row] for row in rows], self.pad_id
         )
@@ -77,10 +77,6 @@ class Collator:
         if images and self.features is not None:
             batch["image_features"] = self.features([example.image for example in images])
         return batch
-
-    def _mask(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:
-        ones = [[np.ones(len(e.input_ids), np.int64) for e in row] for row in rows]
-        return {"attention_mask": self._padded(ones, 0)}
 
     def _positions(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:
         """Counts from 0 in every document; the padding of a row counts as one more document.

@@ -1,0 +1,126 @@
+"""No attention mask where causal attention is enough: padding, prefixes, rows of any length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from finetune import methods
+from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
+from finetune.methods import ptuning_v2
+from finetune.models.load import family, load_model, shape_of
+from finetune.models.loss import for_model
+from finetune.planning.counting import counting, shapes_only
+from finetune.planning.roofline import Ceilings
+from finetune.planning.subjects import nothing_moves, ready
+
+FAMILIES = ("chatglm", "glm", "glm4")
+LONG = 131_072
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"tiny_{request.param}")
+    return folder
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Three rows; the second and third end in padding, which carries no loss."""
+    ids = torch.randint(0, 370, (3, 17), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 11:], mask[2, 6:] = 0, 0
+    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+def trained(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    loss = model(**inputs, use_cache=False).loss
+    return loss, list(torch.autograd.grad(loss, weights))
+
+
+def test_padding_on_the_right_learns_the_same_without_a_mask(base: Path) -> None:
+    model, inputs = load_model(base).train(), padded()
+    with_mask, expected = trained(model, inputs)
+    del inputs["attention_mask"]
+    without, found = trained(model, inputs)
+    torch.testing.assert_close(without, with_mask, atol=1e-6, rtol=0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_what_was_found_on_the_cpu_gives_the_same_loss(base: Path) -> None:
+    model, inputs = load_model(base).train(), padded()
+    del inputs["attention_mask"]
+    row = {name: tensor.flatten()[None] for name, tensor in inputs.items()}
+    row["position_ids"] = torch.arange(17).repeat(3)[None]
+    for batch in (inputs, row):
+        expected = model(**batch, use_cache=False).loss
+        found = model(**for_model(batch, torch.device("cpu")), use_cache=False).loss
+        assert torch.equal(found, expected)
+
+
+def test_a_prefix_without_a_mask_learns_what_it_learns_with_one(base: Path) -> None:
+    found = []
+    for attention in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        model = load_model(base, attention=attention)
+        model = ptuning_v2.attach(model, PTuningV2Method(num_virtual_tokens=5)).train()
+        inputs = padded()
+        del inputs["attention_mask"]
+        found.append(trained(model, inputs))
+    (ours, gradients), (eager, expected) = found
+    torch.testing.assert_close(ours, eager, atol=2e-6, rtol=0)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-4)
+
+
+def small(folder: Path, kind: str) -> Path:
+    """A config.json of two thin layers that take long rows."""
+    sizes: dict[str, Any]
+    if kind == "chatglm":
+        sizes = {
+            "model_type": "chatglm", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48,
+            "num_attention_heads": 2, "kv_channels": 16, "multi_query_attention": True,
+            "multi_query_group_num": 1, "padded_vocab_size": 64, "add_qkv_bias": True,
+            "add_bias_linear": False, "rmsnorm": True, "layernorm_epsilon": 1e-6,
+            "seq_length": LONG, "rope_ratio": 500, "original_rope": True, "post_layer_norm": True,
+            "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": False,
+        }  # fmt: skip
+    else:
+        config = {"glm": transformers.GlmConfig, "glm4": transformers.Glm4Config}[kind]
+        sizes = config(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, vocab_size=64, max_position_embeddings=LONG,
+            pad_token_id=0,
+        ).to_dict()  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+@pytest.mark.parametrize("rows", ["one", "two", "packed"])
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("method", [LoraMethod(), PTuningV2Method(), FullMethod()], ids=lambda m: m.kind)  # fmt: skip
+def test_nothing_as_large_as_the_square_of_a_long_row_is_ever_made(
+    method: Any, kind: str, rows: str, tmp_path: Path
+) -> None:
+    folder = small(tmp_path, kind)
+    ids = torch.ones(2 if rows == "two" else 1, LONG, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    if rows == "packed":
+        batch["position_ids"] = torch.arange(LONG)[None] % 3000
+    given = for_model(batch, torch.device("cpu"))
+    with shapes_only():
+        model = shape_of(folder)
+        with nothing_moves():
+            model = methods.attach(model, method, family=family(model.config))
+        model = ready(model, checkpointing=True)
+        with counting(Ceilings()) as counter:
+            model(**given, use_cache=False).loss.backward()
+    largest = max(size for _, size in counter.ledger.events)
+    assert largest < LONG * LONG / 50
