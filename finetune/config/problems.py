@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.config.extras import ALSO_KNOWN_AS, OWNED
 from finetune.config.migrate import hint
-from finetune.config.schema import Method, RunConfig
+from finetune.config.schema import Method, MethodSection, RunConfig
 from finetune.config.yaml_text import Key, dotted, shown
 
-METHODS: dict[str, type[BaseModel]] = {
+METHODS: dict[str, type[MethodSection]] = {
     model.model_fields["kind"].default: model for model in get_args(get_args(Method)[0])
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.extras import extra_problems
-from finetune.config.problems import model_at
+from finetune.config.problems import METHODS, model_at
 from finetune.config.yaml_text import Key
 
 
@@ -64,8 +64,10 @@ def _model(values: _Values) -> Iterator[tuple[Key, str]]:
         return
     key: Key = ("model", "quantization")
     kind = values.raw("method", "kind")
-    if kind in ("full", "ptuning_v2"):
-        yield key, f"holds weights in 4 bits, which method.kind {kind} cannot train: choose lora"
+    method = METHODS.get(kind) if isinstance(kind, str) else None
+    if method is not None and not method.trains_4_bits:
+        able = " or ".join(name for name, one in METHODS.items() if one.trains_4_bits)
+        yield key, f"holds weights in 4 bits, which method.kind {kind} cannot train: choose {able}"
     if values.given("deepspeed", "config") or values("deepspeed", "zero_stage") == 3:
         yield key, "cannot be sharded by ZeRO-3: choose deepspeed.zero_stage 2 or less"
 

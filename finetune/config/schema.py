@@ -6,7 +6,7 @@ page's. Reading a file, overrides and error reports live in ``finetune.config.lo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -145,9 +145,23 @@ class DataSection(Section):
     """Where tokenised data is kept; by default `$FINETUNE_CACHE` or `~/.cache/glm4-finetune`."""
 
 
-class LoraMethod(Section):
+class MethodSection(Section):
+    """What the sections of all methods share; `finetune.methods` has a record and a module for each."""
+
+    trains_4_bits: ClassVar[bool] = False
+    """Whether it can train on a base that `model.quantization` holds in 4 bits."""
+    kind: str
+
+    @property
+    def num_start_tokens(self) -> int:
+        """Tokens of training data that it wants to start from."""
+        return 0
+
+
+class LoraMethod(MethodSection):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) through PEFT."""
 
+    trains_4_bits = True
     kind: Literal["lora"] = "lora"
 
     rank: Positive = 8
@@ -172,13 +186,13 @@ class LoraMethod(Section):
     """LoRA+ (arXiv:2402.12354): learning rate of the B matrices over that of the A matrices."""
 
 
-class FullMethod(Section):
+class FullMethod(MethodSection):
     """Every weight is trained."""
 
     kind: Literal["full"] = "full"
 
 
-class PTuningV2Method(Section):
+class PTuningV2Method(MethodSection):
     """Trained keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602)."""
 
     kind: Literal["ptuning_v2"] = "ptuning_v2"
@@ -191,6 +205,11 @@ class PTuningV2Method(Section):
 
     encoder_hidden_size: Positive | None = None
     """Width of that MLP; by default the width of one layer's keys."""
+
+    @property
+    def num_start_tokens(self) -> int:
+        """One for each token of the prefix."""
+        return self.num_virtual_tokens
 
 
 Method = Annotated[LoraMethod | PTuningV2Method | FullMethod, Field(discriminator="kind")]

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from finetune.artifacts.weights import model_fingerprint
 from finetune.errors import DataError, ModelError
+from finetune.methods import of_adapter
 
 Kind = Literal["base", "adapter", "prefix", "merged", "full", "predictions"]
 ADAPTER = "adapter_config.json"
 _RECORD = "finetune.json"
 _MANIFEST = "manifest.json"
-_KINDS: dict[str, Kind] = {"LORA": "adapter", "PREFIX_TUNING": "prefix"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,7 @@ def _target(path: str, base: str | None, models: Sequence[str]) -> Target:
 
 def _kind(folder: Path) -> Kind:
     if (folder / ADAPTER).is_file():
-        found = str(_json(folder / ADAPTER).get("peft_type"))
-        if found not in _KINDS:
-            raise ModelError(
-                f"{folder} is a {found} adapter; only {', '.join(_KINDS)} can be opened"
-            )
-        return _KINDS[found]
+        return of_adapter(_json(folder / ADAPTER).get("peft_type"), folder).result
     if (folder / _RECORD).is_file():
         return "full"
     return "merged" if (folder / _MANIFEST).is_file() else "base"

@@ -15,6 +15,7 @@ import numpy as np
 from finetune.artifacts.weights import TensorInfo, read_shard
 from finetune.errors import ModelError
 from finetune.export.numbers import STORAGE, Floats, to_float32
+from finetune.methods import METHODS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -143,18 +144,13 @@ def combined(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 def _check_mergeable(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
-    if kind == "PREFIX_TUNING":
-        raise ModelError(
-            f"{folder} is a P-Tuning v2 prefix: keys and values that every layer attends to beside its "
-            "own. There is no weight that could produce them, so it cannot be merged (only LoRA can). "
-            "It works as it is: `finetune chat`, `predict` and `evaluate` open it, and so does "
-            "peft.PeftModel.from_pretrained(base, folder); servers that load LoRA adapters, such as "
-            "vLLM, do not serve prefixes. For one plain checkpoint train method.kind lora or full"
-        )
-    if kind != "LORA":
+    method = next((one for one in METHODS.values() if one.peft_type == kind), None)
+    if method is None:
         raise ModelError(
             f"{folder} is a {kind} adapter; only LoRA becomes part of the weights. Use it as an adapter"
         )
+    if method.merging:
+        raise ModelError(f"{folder} is {method.merging}")
     problems = [f"{name}={config[name]!r}" for name in _NOT_MERGED if config.get(name)]
     if config.get("init_lora_weights") not in _KEEPS_BASE:
         problems.append(

@@ -11,6 +11,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.errors import ModelError
 from finetune.generation.settings import settings_of
+from finetune.methods import of_adapter
 
 ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -40,6 +41,8 @@ class Models:
         """The model of `_key` without an adapter."""
         self._worn: Any = None
         """The same with one, or None."""
+        self._method: Any = None
+        """The record of its method."""
 
     def open(
         self, target: str | Path, *, base: str | None = None, like: str | None = None
@@ -67,18 +70,15 @@ class Models:
             self._bare, self._key = loaded.to(local_device()), key
         if not is_adapter(target):
             return OpenedModel(self._bare, template, "model", path)
-        self._worn = _with_adapter(self._bare, Path(target)).to(local_device())
+        self._method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
+        adapted = self._method.code.load_adapter(self._bare, Path(target))
+        self._worn = adapted.to(local_device())
         return OpenedModel(self._worn, template, "adapter", path)
 
     def _take_off(self) -> None:
         if self._worn is None:
             return
-        if hasattr(self._worn, "unload"):  # PEFT
-            self._bare = self._worn.unload()
-        else:
-            from finetune.methods import ptuning_v2
-
-            self._bare = ptuning_v2.detach(self._worn)
+        self._bare = self._method.code.detach(self._worn)
         self._worn = None
 
 
@@ -114,16 +114,6 @@ def open_template(target: str | Path, *, base: str | None = None) -> ChatTemplat
 def is_adapter(target: str | Path) -> bool:
     """Whether `target` is an adapter, which needs a base."""
     return (Path(target) / ADAPTER).is_file()
-
-
-def _with_adapter(model: Any, folder: Path) -> Any:
-    from finetune.methods import lora, ptuning_v2
-
-    openers = {"LORA": lora.load_adapter, "PREFIX_TUNING": ptuning_v2.load_adapter}
-    kind = str(adapter_config(folder).get("peft_type"))
-    if kind not in openers:
-        raise ModelError(f"{folder} is a {kind} adapter; only {', '.join(openers)} can be opened")
-    return openers[kind](model, folder)
 
 
 def base_of(target: str | Path, base: str | None) -> tuple[str, str | None]:

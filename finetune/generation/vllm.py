@@ -18,6 +18,7 @@ from finetune.errors import ConfigError, DataError, ModelError
 from finetune.generation.generate import Prompt, Reply
 from finetune.generation.load import adapter_config, base_of, is_adapter
 from finetune.generation.settings import settings_of
+from finetune.methods import of_adapter
 
 Answer = Callable[[Sequence[Prompt]], list[Reply]]
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -104,7 +105,11 @@ def _rank(adapter: Path) -> int:
     """The least of vLLM's ranks that holds this adapter's."""
     config = adapter_config(adapter)
     kind, rank = config.get("peft_type"), config.get("r")
-    if kind != "LORA" or not isinstance(rank, int) or rank > LORA_RANKS[-1]:
+    if (
+        not of_adapter(kind, adapter).served_by_vllm
+        or not isinstance(rank, int)
+        or rank > LORA_RANKS[-1]
+    ):
         raise ModelError(
             f"{adapter} is a {kind} adapter of rank {rank}, which vLLM does not open; "
             "use --backend transformers, or merge it if it is LoRA"

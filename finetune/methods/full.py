@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from finetune.artifacts.base_record import BaseRecord
 from finetune.artifacts.weights import INDEX, SINGLE, weight_files
+from finetune.config.schema import FullMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.models.load import local_folder
 
@@ -38,7 +39,9 @@ CARRIED_OVER = (
 )
 
 
-def attach(model: PreTrainedModel, *, frozen: Collection[str] = ()) -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel, section: FullMethod, *, frozen: Collection[str] = (), **_: object
+) -> PreTrainedModel:
     """The model with every weight trainable but the `frozen` ones.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -29,14 +28,19 @@ ALL_LINEAR = "all-linear"
 
 
 def attach(
-    model: PreTrainedModel, section: LoraMethod, *, family: str, frozen: Collection[str] = ()
+    model: PreTrainedModel,
+    section: LoraMethod,
+    *,
+    family: str,
+    frozen: Collection[str] = (),
+    **_: object,
 ) -> PreTrainedModel:
     """The model with fresh adapters: B is zero, so it still computes what the base computes.
 
     Args:
         model: The base.
         section: The options.
-        family: See `models.load.family`; it gives the default targets.
+        family: See `models.families`; it gives the default targets.
         frozen: Names of weights whose modules get no adapter.
 
     Raises:
@@ -70,9 +74,9 @@ def attach(
     return adapted
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether `model` carries adapters."""
-    return isinstance(model, PeftModel)
+def is_attached(model: nn.Module) -> bool:
+    """Whether `model` carries LoRA adapters."""
+    return isinstance(model, PeftModel) and model.peft_config["default"].peft_type == "LORA"
 
 
 def matched_modules(model: nn.Module) -> dict[str, int]:
@@ -140,10 +144,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     return adapted.eval()
 
 
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """Path and revision of the base that the adapter of `folder` names."""
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    return config["base_model_name_or_path"], config.get("revision")
+def detach(model: PeftModel) -> PreTrainedModel:
+    """The base again, without the adapters that `load_adapter` or `attach` gave it."""
+    return model.unload()
 
 
 def optimizer_group(name: str) -> str:

@@ -106,7 +106,7 @@ class EncodedPrefix(nn.Module):
 
 
 def attach(
-    model: PreTrainedModel, section: PTuningV2Method, *, start_ids: Sequence[int] = ()
+    model: PreTrainedModel, section: PTuningV2Method, *, start_ids: Sequence[int] = (), **_: object
 ) -> PreTrainedModel:
     """The model with a fresh prefix in every attention layer, everything else frozen.
 
@@ -141,7 +141,7 @@ def attach(
     return model
 
 
-def is_prefixed(model: nn.Module) -> bool:
+def is_attached(model: nn.Module) -> bool:
     """Whether `model` carries a prefix."""
     return any(isinstance(module, Prefix | EncodedPrefix) for module in model.modules())
 

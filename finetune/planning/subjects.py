@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from finetune import methods
-from finetune.config.schema import FullMethod, Method
+from finetune.config.schema import Method
 from finetune.models.load import family, num_layers, shape_of
 from finetune.planning.step import Subject
 
@@ -34,7 +34,7 @@ def own(
         dtype: In what it computes.
         sharded: Whether DeepSpeed keeps the float32 originals of a model that is trained whole.
     """
-    is_wide = isinstance(method, FullMethod) and not sharded
+    is_wide = methods.METHODS[method.kind].trains_the_model and not sharded
     weights = torch.float32 if is_wide else dtype
 
     def build(layers: int) -> nn.Module:

@@ -9,10 +9,9 @@ from typing import Any
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation import folder as evaluation_folder
 from finetune.evaluation.evaluate import Options
-from finetune.evaluation.targets import Kind, Target
+from finetune.evaluation.targets import Target
+from finetune.methods import METHODS
 from finetune.report.runs import Run
-
-KINDS: dict[str, Kind] = {"lora": "adapter", "ptuning_v2": "prefix", "full": "full"}
 
 
 def compare(runs: Sequence[Run], output: Path) -> dict[str, Any]:
@@ -51,8 +50,8 @@ def targets_of(runs: Sequence[Run]) -> list[Target]:
                 name = "base" if not bases else f"base-{Path(model).name}"
                 bases.setdefault(model, Target(name, str(file), "base"))
             else:
-                kind = KINDS.get(str(run.config.get("method.kind")), "full")
-                steps.append(Target(f"{_name(run, runs)}-{step}", str(file), kind, step, str(run.path)))  # fmt: skip
+                method = METHODS.get(str(run.config.get("method.kind")), METHODS["full"])
+                steps.append(Target(f"{_name(run, runs)}-{step}", str(file), method.result, step, str(run.path)))  # fmt: skip
     return [*bases.values(), *steps]
 
 

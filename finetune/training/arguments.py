@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from finetune.config.schema import FullMethod, Method, TrainingSection
+from finetune.config.schema import Method, TrainingSection
 from finetune.distributed.processes import is_rank0, local_device, rank_and_world
 from finetune.errors import ConfigError
+from finetune.methods import METHODS
 
 TRACKERS = {
     "wandb": "wandb",
@@ -59,7 +60,7 @@ def mixed_precision(method: Method, dtype: torch.dtype, *, sharded: bool) -> Pre
     scaling that comes with that.
     """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    is_full = isinstance(method, FullMethod)
+    is_full = METHODS[method.kind].trains_the_model
     if name == "fp32" or (name == "bf16" and not is_full):
         return Precision("no", "fp32", dtype)
     if sharded:

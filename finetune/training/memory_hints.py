@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from finetune.config.schema import FullMethod, LoraMethod, RunConfig
+from finetune.config.schema import RunConfig
 from finetune.errors import OutOfMemoryError, is_out_of_memory
+from finetune.methods import METHODS
 
 
 @contextmanager
@@ -55,10 +56,9 @@ def less_memory(config: RunConfig, longest: int) -> list[str]:
         knobs.append("deepspeed.offload_optimizer=cpu: slower steps")
     if model.dtype in ("auto", "float32"):
         knobs.append(f"model.dtype=bfloat16 (now {model.dtype})")
-    if isinstance(config.method, FullMethod):
-        knobs.append("method.kind=lora: a few weights learn, and only they have optimizer states")
-    elif isinstance(config.method, LoraMethod) and model.quantization is None:
-        knobs.append("model.quantization=nf4: the frozen weights take a quarter of bfloat16's")
+    method = METHODS[config.method.kind]
+    if method.less_memory and (model.quantization is None or method.less_memory_if_quantized):
+        knobs.append(method.less_memory)
     if data.validation is not None and config.evaluation.generate:
         knobs.append(
             f"evaluation.batch_size (now {config.evaluation.batch_size}), if it ran out while "

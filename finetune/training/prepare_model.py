@@ -86,7 +86,7 @@ def load_tunable(config: RunConfig, data: RunData) -> Tunable:
         config.method,
         family=family(model.config),
         freeze=config.model.freeze,
-        start_ids=data.first_tokens(getattr(config.method, "num_virtual_tokens", 0)),
+        start_ids=data.first_tokens(config.method.num_start_tokens),
     )
     for weight in model.parameters():
         if precision.weights != dtype and not weight.requires_grad:
