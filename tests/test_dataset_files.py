@@ -162,6 +162,20 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(template, tmp_path, mo
     assert not any((tmp_path / "cache" / "examples").glob("*/"))
 
 
+def test_a_change_that_keeps_size_and_time_is_noticed_too(template, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", 2)
+    original, before = template.render, path.stat()
+
+    def render(conversations):
+        path.write_bytes(path.read_bytes().swapcase())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return original(conversations)
+
+    monkeypatch.setattr(template, "render", render)
+    with pytest.raises(DataError, match="changed while they were read"):
+        load(SourceSpec(str(path)), template=template, root=tmp_path / "cache")
+
+
 def test_files_without_a_dialogue_to_learn_from_are_an_error(template, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", 3)
     with pytest.raises(DataError, match=r"none of 3 dialogues is left to learn from:\n.*a.jsonl:1"):

@@ -254,6 +254,24 @@ def test_an_image_lost_during_the_run_is_named(template: ChatTemplate, tmp_path:
         Collator(PAD, image=template.image)([data[0]])
 
 
+def test_an_image_replaced_with_equal_size_and_times_is_another_one(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    path = pictures.write_dialogues(tmp_path, 1)
+    (tmp_path / "images/red.png").unlink()
+    image = tmp_path / "images/red.bmp"
+    path.write_text(path.read_text("utf-8").replace("red.png", "red.bmp"), "utf-8")
+    Image.new("RGB", (20, 10), "red").save(image)
+    data = examples(path, template, tmp_path)
+    before = image.stat()
+    Image.new("RGB", (20, 10), "blue").save(image)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: image .*red.bmp was replaced"):
+        data[0]
+    assert examples(path, template, tmp_path).fingerprint != data.fingerprint
+
+
 def test_lengths_count_every_patch(template: ChatTemplate, tmp_path: Path) -> None:
     path = pictures.write_dialogues(tmp_path, 1)
     data = examples(path, template, tmp_path)

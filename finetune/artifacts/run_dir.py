@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ class RunDirectory:
             return cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            _refuse_others(path)
             lock = _lock(path / LOCK, path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -100,6 +102,18 @@ def _lock(file: Path, run_dir: Path) -> Lock:
         )
     lock.note(f"{this_process()}\n")
     return lock
+
+
+def _refuse_others(run_dir: Path) -> None:
+    """ConfigError for a folder that no run began, where a run would write over somebody's files."""
+    if os.path.lexists(run_dir / LOCK) or checkpoint.checkpoints(run_dir):
+        return
+    mine = (CONFIG, DATA, checkpoint.BEST, "metrics.jsonl")
+    if taken := [name for name in mine if os.path.lexists(run_dir / name)]:
+        raise ConfigError(
+            f"training.output_dir: {run_dir} is not a run directory, and a run would write over "
+            f"{', '.join(taken)} in it; choose another folder"
+        )
 
 
 def _refuse_odd_files(run_dir: Path) -> None:

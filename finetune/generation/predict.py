@@ -28,7 +28,8 @@ from finetune.errors import DataError
 from finetune.generation.stream import FUNCTION_NAME
 from finetune.storage.files import file_digest
 from finetune.storage.journal import ResumableOutput, rows
-from finetune.storage.outputs import SeenFiles, check_output
+from finetune.storage.outputs import check_output
+from finetune.storage.seen import SeenFiles
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate

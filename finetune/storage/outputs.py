@@ -1,13 +1,12 @@
-"""What a command may write over, and whether what it reads has stayed the same meanwhile."""
+"""What a command may write over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.errors import ConfigError, DataError
-from finetune.storage.files import file_digest, refuse_odd
+from finetune.errors import ConfigError
+from finetune.storage.files import refuse_odd
 
 
 def check_output(
@@ -43,35 +42,15 @@ def is_same_file(path: Path, other: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class SeenFiles:
-    """Files as they were when they were looked at: their size and content."""
+def check_not_read(folder: Path, sources: Iterable[str], option: str) -> None:
+    """ConfigError when `folder` lies in a folder of `sources`, whose files would be read as data.
 
-    states: dict[Path, tuple[int, str]]
-
-    @classmethod
-    def of(cls, files: Iterable[Path]) -> SeenFiles:
-        """The files as they are now."""
-        return cls({file: (file.stat().st_size, file_digest(file)) for file in files})
-
-    @property
-    def digests(self) -> list[str]:
-        """SHA-256 of each, in their order."""
-        return [digest for _, digest in self.states.values()]
-
-    def check(self, files: Iterable[Path], doing: str) -> None:
-        """DataError naming the files that have changed, come or gone since, `doing` what went on."""
-        now = SeenFiles.of(file for file in files if file.is_file()).states
-        changed = [
-            f"{file} (had {then[0]:,} bytes, now {now[file][0]:,})"
-            if file in now
-            else f"{file} (gone)"
-            for file, then in self.states.items()
-            if now.get(file) != then
-        ]
-        changed += [f"{file} (new)" for file in now if file not in self.states]
-        if changed:
-            raise DataError(
-                f"files changed while {doing}: {', '.join(changed)}; what was written is of both "
-                "states. Start again when nothing writes to them"
+    A source is a file, a glob or a folder; of a glob only `**` reaches into folders below.
+    """
+    for source in sources:
+        outer = Path(source.partition("**")[0] or ".") if "**" in source else Path(source)
+        if outer.is_dir() and folder.resolve().is_relative_to(outer.resolve()):
+            raise ConfigError(
+                f"{option}: {folder} lies inside {source}, which is read as data, so the next start "
+                "would read what this one writes; choose a folder beside it"
             )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from finetune.distributed.processes import fail_together, gather_to_rank0, is_ra
 from finetune.errors import SpaceError
 from finetune.methods import BaseRecord
 from finetune.storage import folders
+from finetune.storage.disk import BestEffort
 from finetune.training import resume
 
 TRAINER_STATE = "trainer_state.json"
@@ -47,6 +48,9 @@ class Saver:
     keep: int
     goes_on_without_room: bool = True
     """Whether a full disk costs a save or the run; `training.on_full_disk`."""
+    noting: BestEffort = field(
+        default_factory=lambda: BestEffort("best.json", "the next save tries again")
+    )
 
     def save(self, trainer: Any) -> None:
         """Write `checkpoint-<step>`, whole or not at all; every process takes part.
@@ -83,9 +87,15 @@ class Saver:
         """Note a new best, and delete what is too old."""
         with fail_together():
             if is_rank0():
-                if trainer.state.best_global_step == trainer.state.global_step:
-                    checkpoint.set_best(self.run_dir, final, self.metric, trainer.state.best_metric)
-                self._rotate(trainer.state)
+                with self.noting():
+                    self._note_best(trainer.state)
+                    self._rotate(trainer.state)
+
+    def _note_best(self, state: Any) -> None:
+        """Also the best of an earlier step, which the disk may not have let be noted then."""
+        best = self.run_dir / f"checkpoint-{state.best_global_step}"
+        if best.is_dir() and checkpoint.best(self.run_dir) != best:
+            checkpoint.set_best(self.run_dir, best, self.metric, state.best_metric)
 
     def _write(self, trainer: Any, final: Path) -> None:
         leader = is_rank0()

@@ -13,6 +13,7 @@ from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.schema import RunConfig
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.storage.outputs import check_not_read
 from finetune.training import resume
 from finetune.training.memory_hints import memory_explained
 from finetune.training.run_data import load_run_data
@@ -34,6 +35,7 @@ def train(
             step there is nothing to save, and a signal ends the process as it would any other.
     """
     console.outlive_a_full_log()
+    check_not_read(Path(config.training.output_dir), _sources(config), "training.output_dir")
     with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
         for line in run_dir.cleaned:
             console.say(line)
@@ -48,3 +50,14 @@ def train(
             from finetune.training.fit import fit
 
             return fit(config, template, data, run_dir)
+
+
+def _sources(config: RunConfig) -> list[str]:
+    """Every path of the data section."""
+    section = config.data
+    listed = [
+        source
+        for sources in (section.train, section.validation or [])
+        for source in ([sources] if isinstance(sources, str) else sources)
+    ]
+    return [source if isinstance(source, str) else source.path for source in listed]

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from finetune.evaluation.loss import Examples, validation_loss
 from finetune.evaluation.predictions import write_predictions
 from finetune.generation.generate import context_length
 from finetune.generation.prompts import ReplyPrompt
+from finetune.storage.disk import BestEffort
 from finetune.training.run_data import RunData
 
 
@@ -43,6 +44,9 @@ class Validation:
     """Examples per forward pass for the loss."""
     run_dir: Path
     stop: StopFlag
+    writing: BestEffort = field(
+        default_factory=lambda: BestEffort("predictions", "their scores are kept")
+    )
 
     def scores(self, model: Any, step: int) -> dict[str, float] | None:
         """Validation loss and the scores of generated replies, by name; the same in every process.
@@ -87,7 +91,8 @@ class Validation:
             should_stop=lambda: self.stop.local_signal is not None,
         )
         if console.is_main():
-            write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)
+            with self.writing():
+                write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)
         return {name: value for name, value in result.scores.items() if value is not None}
 
 

@@ -6,7 +6,7 @@ in the cache, and examples are read from its memory map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from finetune.data.reading.sources import AS_IS, Reading, SourceSpec, read_conve
 from finetune.errors import DataError
 from finetune.storage import cache
 from finetune.storage.files import file_digest
+from finetune.storage.seen import SeenFiles, State, state_of
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
@@ -74,8 +75,10 @@ class PreparedDataset:
         counts: Counts,
         fingerprint: str,
         view: npt.NDArray[np.int64] | None = None,
+        images: Mapping[str, State | None] | None = None,
     ) -> None:
         self._file = file
+        self._images = images
         self._view = view
         self.counts = counts
         """Counts of the stored rows, whatever their sources' weights."""
@@ -91,6 +94,13 @@ class PreparedDataset:
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
         stored = self._file[row]
+        known = self._images.get(stored.image) if self._images and stored.image else None
+        # One that is gone is named by whoever opens it.
+        if known is not None and state_of(Path(stored.image)) not in (known, None):
+            raise DataError(
+                f"{self._file.where(row)}: image {stored.image} was replaced since this run "
+                "began; what it learns from must stay as it was"
+            )
         labels = np.full(len(stored.input_ids), IGNORED, dtype=np.int64)
         weights = None if (stored.weights == 1.0).all() else np.zeros(len(labels), np.float32)
         for start, end, weight in zip(stored.starts, stored.ends, stored.weights, strict=True):
@@ -135,10 +145,11 @@ def load_examples(
     rows and lengths that do not fit, each listing all of them.
     """
     files = [expand(source.path) for source in sources]
-    seen = [[_state(path) for path in paths] for paths in files]
+    listed = [path for paths in files for path in paths]
+    seen = SeenFiles.of(listed)
     content = [
         {
-            "files": [file_digest(path) for path in paths],
+            "files": [seen.states[path][1] for path in paths],
             "format": source.format,
             "columns": source.columns,
         }
@@ -168,21 +179,25 @@ def load_examples(
         facts = write_examples(
             numbered, template, policy, folder / EXAMPLES_FILE, num_sources=len(sources)
         )
-        if [[_state(path) for path in paths] for paths in files] != seen:
-            raise DataError("data files changed while they were read; start again")
+        seen.check(listed, "they were read")
         bad = [f"{row.where}: {row.reason}" for row in stream.bad_rows[:NAMED]]
         counts = facts["counts"]
         counts |= {"rows": stream.rows, "bad": stream.num_bad, "named": [*bad, *counts["named"]]}
         counts |= {"unread": dict(stream.unread), "doubts": dict(stream.doubts)}
         paths = ExampleFile(folder / EXAMPLES_FILE).images()
-        content = cache.key_of({"images": [file_digest(Path(path)) for path in paths]})
-        return facts | {"images": _image_state(paths), "image_content": content}
+        states = _image_states(paths)
+        content = _image_content(paths)
+        return facts | {"images": _key_of_states(states), "image_content": content}
 
     entry = cache.open_or_build(_folder(cache_root), key, build)
-    state = _image_state(ExampleFile(entry.folder / EXAMPLES_FILE).images())
-    if state != entry.facts["images"]:  # other images since then, under the same names
-        key = cache.key_of({"key": key, "images": state})
-        entry = cache.open_or_build(_folder(cache_root), key, build)
+    paths = ExampleFile(entry.folder / EXAMPLES_FILE).images()
+    images = _image_states(paths)
+    if _key_of_states(images) != entry.facts["images"]:
+        found = _image_content(paths)
+        if found != entry.facts["image_content"]:  # other images, under the same names
+            key = cache.key_of({"key": key, "images": found})
+            entry = cache.open_or_build(_folder(cache_root), key, build)
+            images = _image_states(ExampleFile(entry.folder / EXAMPLES_FILE).images())
     if entry.facts["images"]:
         made_by |= {"images": entry.facts["image_content"]}
     weights = [source.weight for source in sources]
@@ -190,7 +205,7 @@ def load_examples(
     fingerprint = cache.key_of(
         made_by | {"weights": weights, "seed": seed if view is not None else None}
     )
-    return _open(entry, fingerprint, view)
+    return _open(entry, fingerprint, view, images)
 
 
 def prepare(
@@ -217,11 +232,15 @@ def prepare(
 
 
 def _open(
-    entry: cache.Entry, fingerprint: str, view: npt.NDArray[np.int64] | None = None
+    entry: cache.Entry,
+    fingerprint: str,
+    view: npt.NDArray[np.int64] | None = None,
+    images: Mapping[str, State | None] | None = None,
 ) -> PreparedDataset:
     stored = entry.facts["counts"]
     counts = Counts(**{**stored, "named": tuple(stored["named"])})
-    return PreparedDataset(ExampleFile(entry.folder / EXAMPLES_FILE), counts, fingerprint, view)
+    file = ExampleFile(entry.folder / EXAMPLES_FILE)
+    return PreparedDataset(file, counts, fingerprint, view, images)
 
 
 def _weighted_view(
@@ -242,18 +261,20 @@ def _weighted_view(
     return view
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """What changes when a file is written to."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def _image_states(paths: Sequence[str]) -> dict[str, State | None]:
+    """What changes when an image is written to, replaced or goes."""
+    return {path: state_of(Path(path)) for path in paths}
 
 
-def _image_state(paths: Sequence[str]) -> str:
-    """What changes when any of the images is written to or goes; empty without images."""
-    if not paths:
-        return ""
-    states = [_state(Path(path)) if Path(path).is_file() else None for path in paths]
-    return cache.key_of({"states": states})
+def _key_of_states(states: Mapping[str, State | None]) -> str:
+    """Empty without images."""
+    return cache.key_of({"states": list(states.values())}) if states else ""
+
+
+def _image_content(paths: Sequence[str]) -> str:
+    """A hash of the images' bytes."""
+    digests = [file_digest(Path(path)) if Path(path).is_file() else "" for path in paths]
+    return cache.key_of({"images": digests})
 
 
 def _made_by(template: ChatTemplate, policy: LengthPolicy) -> dict[str, Any]:
