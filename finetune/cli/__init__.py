@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from finetune import console
@@ -75,8 +75,8 @@ def _run(words: Sequence[str]) -> int:
     from finetune.cli.commands import app
 
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
-    _check_demo_command(words)
     command = typer.main.get_command(app)
+    _check_demo_command(words, getattr(command, "commands", ()))
     try:
         code = command.main(_with_command(words), prog_name="finetune", standalone_mode=False)
     except usage_error as error:
@@ -88,13 +88,13 @@ def _run(words: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _check_demo_command(words: Sequence[str]) -> None:
+def _check_demo_command(words: Sequence[str], commands: Container[str]) -> None:
     """Answers `finetune.py DATA MODEL CONFIG.yaml [yes]`, the original demo's command, with ours."""
     given = [word for word in words if not word.startswith("-")]
     if not 3 <= len(given) <= 4 or not given[2].endswith((".yaml", ".yml")) or "=" in given[1]:
         return
     data, model, config = given[:3]
-    if data in _COMMANDS_WITH_THREE:
+    if data in commands:
         return
     raise ConfigError(
         f"`finetune.py {' '.join(given)}` is the original demo's command. Here the configuration names "
@@ -102,11 +102,6 @@ def _check_demo_command(words: Sequence[str]) -> None:
         "  torchrun finetune.py new.yaml\n"
         "An interrupted run goes on by the same command; yes or a step is not needed"
     )
-
-
-_COMMANDS_WITH_THREE = frozenset(
-    {"train", "evaluate", "predict", "data", "runs", "compare", "migrate"}
-)
 
 
 def _with_command(words: Sequence[str]) -> list[str]:

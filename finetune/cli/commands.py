@@ -16,6 +16,7 @@ from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import using_app
 from finetune.cli.inputs import check_inputs, models_in
 from finetune.cli.report_commands import report_app, say_report
+from finetune.cli.setup_commands import setup_app
 from finetune.errors import ConfigError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(config_app)
 app.add_typer(data_app, name="data")
 app.add_typer(export_app)
 app.add_typer(report_app)
+app.add_typer(setup_app)
 app.add_typer(using_app)
 
 Replies = Literal["every_reply", "last_reply"]

@@ -1,0 +1,160 @@
+"""`finetune doctor`: what this machine has, what a run will miss, and what to do about it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from finetune.storage.cache import default_root
+
+PORT = 29500
+"""Where torchrun meets by default."""
+FREE_BYTES, SHARED_BYTES = 20e9, 1e9
+PACKAGE = "glm4-finetune"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    found: str
+    remedy: str = ""
+    """What to do; empty when all is well."""
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing need be done."""
+        return not self.remedy
+
+
+def examine(*, hub: bool = False) -> list[Finding]:
+    """Every finding; with `hub` the model hub is asked for too, which needs the network."""
+    looks: list[Callable[[], Iterator[Finding]]] = [_libraries, _devices, _room, _locks, _port]
+    looks += [_hub] * hub
+    return [finding for look in looks for finding in look()]
+
+
+def _libraries() -> Iterator[Finding]:
+    yield Finding("Python", sys.version.split()[0])
+    for line in requires(PACKAGE) or []:
+        name, _, condition = line.partition(";")
+        if condition or not (match := re.match(r"[\w.-]+", name)):
+            continue  # of an extra
+        yield _library(match[0], name[len(match[0]) :].strip())
+
+
+def _library(name: str, wanted: str) -> Finding:
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Finding(name, "missing", f"pip install '{name}{wanted}'")
+    from packaging.specifiers import SpecifierSet
+
+    fits = SpecifierSet(wanted).contains(found, prereleases=True)
+    return Finding(name, found, "" if fits else f"pip install '{name}{wanted}'")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    has_card = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        if has_card and built is None:
+            said = "install a torch with CUDA: https://pytorch.org/get-started/locally"
+        elif has_card:
+            said = (
+                f"torch is built for CUDA {built} and finds no GPU: see nvidia-smi and the driver"
+            )
+        else:
+            said = ""
+        yield Finding("GPU", "none that torch can use" if has_card else "none", said)
+        yield Finding("CPU", f"{os.cpu_count()} cores, {_memory():.0f} GB")
+        return
+    for number in range(torch.cuda.device_count()):
+        yield _card(torch.cuda.get_device_properties(number), number)
+    nccl = (
+        ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        if torch.distributed.is_nccl_available()
+        else ""
+    )
+    missing = "several GPUs need a torch with NCCL" if torch.cuda.device_count() > 1 else ""
+    yield Finding("NCCL", nccl or "none", "" if nccl else missing)
+
+
+def _card(card: Any, number: int) -> Finding:
+    """bfloat16 in hardware needs compute capability 8.0; torch's own check counts emulation."""
+    native = card.major >= 8
+    found = (
+        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}"
+    )
+    said = "no bfloat16 in hardware: set model.dtype: float32 (or float16 for LoRA)"
+    return Finding(f"GPU {number}", found, "" if native else said)
+
+
+def _memory() -> float:
+    """GB of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def _room() -> Iterator[Finding]:
+    for what, folder in (("disk, working directory", Path.cwd()), ("disk, cache", default_root())):
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        said = "checkpoints of a 9B model take 19 GB, of full tuning 130 GB; make room or use another disk"
+        yield Finding(what, f"{free / 1e9:.0f} GB free", "" if free > FREE_BYTES else said)
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        size = shutil.disk_usage(shared).total
+        said = "NCCL and data.loader_workers use it; in Docker: --shm-size=8g or --ipc=host"
+        yield Finding("shared memory", f"{size / 1e9:.1f} GB", "" if size >= SHARED_BYTES else said)
+
+
+def _locks() -> Iterator[Finding]:
+    try:
+        with tempfile.NamedTemporaryFile(dir=".", prefix=".doctor-") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Finding("file locks here", "yes")
+    except OSError as error:
+        said = (
+            "two runs in one folder are not told apart here; keep output_dir on another file system"
+        )
+        yield Finding("file locks here", error.strerror or str(error), said)
+
+
+def _port() -> Iterator[Finding]:
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("127.0.0.1", PORT))
+            yield Finding(f"port {PORT}", "free")
+        except OSError:
+            yield Finding(f"port {PORT}", "in use", "torchrun --standalone takes a free one")
+
+
+def _hub() -> Iterator[Finding]:
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi(endpoint=address).model_info("THUDM/glm-4-9b-chat", timeout=5)
+        yield Finding("hub", address)
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        said = (
+            "set HF_ENDPOINT to a mirror, or download the model by other means and give its folder"
+        )
+        yield Finding("hub", f"{address}: {reason}", said)

@@ -1,0 +1,85 @@
+"""`finetune doctor` and `finetune launch`: what is missing has its remedy, one error is one message."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import command_line
+import pytest
+
+from finetune.cli import doctor
+
+
+def remedies(found: list[doctor.Finding]) -> dict[str, str]:
+    return {finding.what: finding.remedy for finding in found}
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "native"), [(7, 0, False), (7, 5, False), (8, 0, True), (9, 0, True)]
+)
+def test_a_card_without_bfloat16_in_hardware_is_told_its_number_format(
+    major: int, minor: int, native: bool
+) -> None:
+    card = SimpleNamespace(name="Card", total_memory=24 * 2**30, major=major, minor=minor)
+    finding = doctor._card(card, 0)
+    assert finding.found == f"Card, 24 GiB, capability {major}.{minor}"
+    assert ("model.dtype: float32" in finding.remedy) is not native
+
+
+def test_a_library_that_is_missing_or_old_is_named_with_the_command() -> None:
+    assert doctor._library("no-such-library", ">=1").remedy == "pip install 'no-such-library>=1'"
+    assert doctor._library("torch", ">=99").remedy == "pip install 'torch>=99'"
+    assert doctor._library("torch", ">=2.6").is_well
+
+
+def test_little_room_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    little = SimpleNamespace(free=10**9, total=64 * 10**6)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: little)
+    found = remedies(list(doctor._room()))
+    assert "19 GB" in found["disk, working directory"]
+    assert "--shm-size" in found["shared memory"]
+
+
+def test_a_port_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        monkeypatch.setattr(doctor, "PORT", held.getsockname()[1])
+        (finding,) = doctor._port()
+    assert "--standalone" in finding.remedy
+    assert next(doctor._port()).is_well
+
+
+def test_a_card_that_torch_cannot_use_is_not_taken_for_no_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("torch.version.cuda", None)
+    first = next(doctor._devices())
+    assert (first.what, first.found) == ("GPU", "none that torch can use")
+    assert "install a torch with CUDA" in first.remedy
+
+
+def test_the_command_prints_every_finding_as_json(capfd: pytest.CaptureFixture[str]) -> None:
+    code = command_line.exit_code("doctor", "--json")
+    rows = json.loads(capfd.readouterr().out)
+    assert {"Python", "torch", "file locks here"} <= {row["what"] for row in rows}
+    assert code == int(any(row["remedy"] for row in rows))
+
+
+@pytest.mark.slow
+def test_one_error_of_two_processes_is_one_message_with_its_exit_code(tmp_path: Path) -> None:
+    done = command_line.run(
+        "-m", "finetune", "launch", "-n", "2", "configs/none.yaml", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: configs/none.yaml: no such file (working directory {tmp_path})\n"
+
+
+def test_a_launch_without_a_configuration_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert command_line.exit_code("launch", "-n", "2") == 2
+    assert "name the YAML file" in capfd.readouterr().err
