@@ -94,7 +94,7 @@ def test_an_adapter_is_only_told_of_a_base_that_is_its_own_in_the_other_layout(
     for new_base, reason in ((tmp_path / "hf", "is another"), (base, "is not in the hf layout")):
         with pytest.raises((ConfigError, ModelError), match=reason):
             export_adapter(adapter, tmp_path / "out", layout="hf", new_base=str(new_base))
-    with pytest.raises(ModelError, match="is not the base that"):
+    with pytest.raises(ModelError, match="was trained on"):
         export_adapter(adapter, tmp_path / "out", layout="hf", base=other)
     assert not (tmp_path / "out").exists()
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from finetune.artifacts.resolve import local_folder
 from finetune.errors import ModelError
-from finetune.models.load import family, load_model, local_folder, lora_targets
+from finetune.models.load import family, load_model, lora_targets
 from finetune.models.loss import SupervisedHead
 
 FAMILIES = ("chatglm", "glm", "glm4")

@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from finetune.artifacts import checkpoint
+from finetune.artifacts.resolve import find_source
 from finetune.artifacts.weights import read_shard, tensors
 from finetune.errors import CheckpointError, ConfigError, ModelError
-from finetune.export import merge as merging
 from finetune.export.merge import merge
 from finetune.export.numbers import STORAGE, is_finite, narrow, widen
 from finetune.models.load import load_model
@@ -265,16 +265,16 @@ def test_a_run_means_its_best_good_checkpoint_else_the_newest_good_one(tmp_path:
         with folders.staged(run / f"checkpoint-{step}") as stage:
             make_adapter(stage, base, seed=step)
             (stage / "optimizer.pt").write_bytes(b"state")
-    source, notes = merging.find_source(run)
+    source, notes = find_source(run)
     assert (source.name, notes) == (
         "checkpoint-3",
         [f"took checkpoint-3, the newest good one of {run}"],
     )
     checkpoint.set_best(run, run / "checkpoint-1", "loss", 0.5)
-    assert merging.find_source(run)[0].name == "checkpoint-1"
+    assert find_source(run)[0].name == "checkpoint-1"
     (run / "checkpoint-1/optimizer.pt").write_bytes(b"other")
     (run / "checkpoint-3/finetune.json").unlink()
-    source, notes = merging.find_source(run)
+    source, notes = find_source(run)
     assert source.name == "checkpoint-2"
     assert "checkpoint-3: finetune.json is missing" in notes[0]
     with pytest.raises(CheckpointError, match=r"optimizer\.pt has other content"):

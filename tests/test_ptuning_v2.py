@@ -97,7 +97,7 @@ def test_every_key_and_value_is_trained_in_a_unit_of_about_its_own_size(
         torch.equal(value, dict(fresh.state_dict())[name])
         for name, value in model.state_dict().items()
     )
-    (adapter / ptuning_v2.UNITS_NAME).unlink()  # a checkpoint of before there were units
+    (adapter / ptuning_v2.PREFIX_UNITS).unlink()  # a checkpoint of before there were units
     ptuning_v2.restore(fresh, adapter)
     for old, new in zip(prefixes, (m for m in fresh.modules() if isinstance(m, ptuning_v2.Prefix)), strict=True):  # fmt: skip
         assert torch.equal(new(), old())

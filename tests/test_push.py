@@ -119,7 +119,7 @@ def test_what_is_damaged_unfinished_or_holds_states_of_training_is_refused_befor
         (damaged, 3, "is damaged"),
         (tiny_chatglm, 3, "manifest.json is missing"),
         (tmp_path / "full", 2, "optimizer.pt.*finetune merge"),
-        (tmp_path / "nowhere", 2, "is no folder"),
+        (tmp_path / "nowhere", 2, "not a directory"),
     ):
         done = push(there, folder, "--repo", "me/tuned", "--yes")
         assert done.returncode == code, done.stderr

@@ -18,7 +18,8 @@ import torch
 from adapters import weights_of
 from weight_copies import NUM_SHARDS, SIZES
 
-from finetune.artifacts.weights import INDEX, model_fingerprint, read_shard, weight_files
+from finetune.artifacts.names import WEIGHTS_INDEX
+from finetune.artifacts.weights import model_fingerprint, read_shard, weight_files
 from finetune.methods import BaseRecord, full
 from finetune.models.load import load_model
 
@@ -86,7 +87,7 @@ def test_shards_of_two_processes_are_those_of_one(
     names = [file.name for file in weight_files(whole)]
     assert len(names) == len({*names}) > NUM_SHARDS - 1
     assert [file.name for file in weight_files(sharded)] == names
-    assert (sharded / INDEX).read_bytes() == (whole / INDEX).read_bytes()
+    assert (sharded / WEIGHTS_INDEX).read_bytes() == (whole / WEIGHTS_INDEX).read_bytes()
     for name in names:
         left, right = read_shard(sharded / name), read_shard(whole / name)
         assert left.header == right.header

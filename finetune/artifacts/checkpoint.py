@@ -8,12 +8,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.artifacts.names import BEST
 from finetune.errors import CheckpointError
 from finetune.storage.files import write_file
 from finetune.storage.folders import delete
 from finetune.storage.manifest import verify
-
-BEST = "best.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

@@ -10,14 +10,13 @@ from types import TracebackType
 from typing import Any
 
 from finetune.artifacts import checkpoint
+from finetune.artifacts.names import RUN_CONFIG, RUN_DATA
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.storage import folders
 from finetune.storage.files import kind_of, write_file
 from finetune.storage.lock import Lock, holder, this_process, try_lock
 
 LOCK = ".lock"
-CONFIG = "config.yaml"
-DATA = "data.json"
 
 
 class RunDirectory:
@@ -66,14 +65,14 @@ class RunDirectory:
 
     def write_config(self, text: str) -> Path:
         """The resolved config as the first file of a run."""
-        write_file(self.path / CONFIG, text)
-        return self.path / CONFIG
+        write_file(self.path / RUN_CONFIG, text)
+        return self.path / RUN_CONFIG
 
     def write_data(self, counts: Mapping[str, Any]) -> Path:
         """What became of the data's rows, for reports."""
         text = json.dumps(counts, ensure_ascii=False, indent=1)
-        write_file(self.path / DATA, text + "\n")
-        return self.path / DATA
+        write_file(self.path / RUN_DATA, text + "\n")
+        return self.path / RUN_DATA
 
     def close(self) -> None:
         """Let other runs have the folder."""

@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.names import MODEL_CONFIG, MODEL_WEIGHTS, WEIGHTS_INDEX
+from finetune.artifacts.plain_files import check_plain, read_json
 from finetune.errors import ModelError
-
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -67,6 +65,7 @@ class Shard:
 
 def read_shard(file: Path) -> Shard:
     """The header of a safetensors file; ModelError when the file is damaged or no such file."""
+    check_plain(file)
     try:
         with file.open("rb") as stream:
             prefix = stream.read(8)
@@ -102,22 +101,20 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ModelError when there are none, or when a file of the index is missing.
     """
-    index = folder / INDEX
+    index = folder / WEIGHTS_INDEX
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is damaged ({error}); copy it again") from error
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise ModelError(f"{folder} has no {name}, which its index names; copy it again")
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    if (folder / MODEL_WEIGHTS).is_file():
+        return [folder / MODEL_WEIGHTS]
     raise ModelError(
-        f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors weights are opened "
+        f"{folder} has neither {MODEL_WEIGHTS} nor {WEIGHTS_INDEX}; only safetensors weights are opened "
         "(a *.bin is a pickle: convert it first)"
     )
 
@@ -135,7 +132,9 @@ def model_fingerprint(folder: str | Path) -> str:
     """
     folder = Path(folder)
     digest = hashlib.sha256(b"glm4-finetune model 1\n")
-    digest.update(json.dumps(_config(folder), sort_keys=True).encode())
+    config = read_json(folder / MODEL_CONFIG)
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    digest.update(json.dumps(kept, sort_keys=True).encode())
     found = tensors(folder)
     for name in sorted(found):
         tensor = found[name]
@@ -143,16 +142,6 @@ def model_fingerprint(folder: str | Path) -> str:
         for sample in _samples(tensor):
             digest.update(sample)
     return digest.hexdigest()
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return {key: value for key, value in config.items() if key not in _VOLATILE}
-    except OSError as error:
-        raise ModelError(f"{folder} has no readable {CONFIG} ({error.strerror})") from error
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / CONFIG} is damaged ({error}); copy it again") from error
 
 
 def _samples(tensor: TensorInfo) -> Iterator[bytes]:

@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 import typer
 
 from finetune import console
+from finetune.artifacts.resolve import models_in
 from finetune.cli.config_commands import config_app
 from finetune.cli.data_commands import Json, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import using_app
-from finetune.cli.inputs import check_inputs, models_in
+from finetune.cli.inputs import check_inputs
 from finetune.cli.report_commands import report_app, say_report
 from finetune.cli.setup_commands import setup_app
 from finetune.errors import ConfigError

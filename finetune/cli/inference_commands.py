@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from finetune import console
+from finetune.artifacts.resolve import model_in
 from finetune.cli.data_commands import Json
 from finetune.cli.export_commands import Base
-from finetune.cli.inputs import Overwrite, check_output_file, model_in
+from finetune.cli.inputs import Overwrite, check_output_file
 
 using_app = typer.Typer()
 

@@ -1,15 +1,14 @@
-"""What can be checked before anything heavy is imported: do the files exist, which model is meant?"""
+"""What can be checked before anything heavy is imported: do the files exist, and the model?"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune import console
+from finetune.artifacts.resolve import is_folder, is_hub_id
 from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ def check_inputs(loaded: Loaded) -> None:
     problems = _data_problems(config.data, loaded)
     kinds: list[type[FinetuneError]] = [DataError] if problems else []
     path = config.model.path
-    if _is_local(path) and not _is_folder(path):
-        said = f"{path} is not a folder (seen from {Path.cwd()})"
+    if not is_folder(path) and not is_hub_id(path):
+        said = f"not a directory, and not a hub id like org/name: {path} (seen from {Path.cwd()})"
         problems.append(loaded.problem(("model", "path"), said))
         kinds.append(ModelError)
     deepspeed = config.deepspeed.config if config.deepspeed else None
@@ -47,43 +46,6 @@ def check_inputs(loaded: Loaded) -> None:
         raise kinds[0]("\n  ".join(problems))
 
 
-def model_in(target: str) -> str:
-    """What `target` means: of a run, its best or else its newest good checkpoint, and says which."""
-    folder = Path(target)
-    if not _is_folder(target):
-        if _is_local(target):
-            raise ModelError(f"{target} is not a folder (seen from {Path.cwd()})")
-        return target
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return target
-    from finetune.export.merge import find_source
-
-    found, notes = find_source(folder)
-    for note in notes:
-        console.say(note)
-    return str(found)
-
-
-def models_in(targets: Sequence[str]) -> list[str]:
-    """What `targets` mean for an evaluation: of a run, all its good checkpoints, oldest first."""
-    from finetune.artifacts.checkpoint import checkpoints
-    from finetune.storage.manifest import verify
-
-    found = []
-    for target in targets:
-        folder = Path(target)
-        whole = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-        if whole or not folder.is_dir() or not (there := checkpoints(folder)):
-            found.append(model_in(target))
-            continue
-        for checkpoint in there:
-            if problems := verify(checkpoint):
-                console.say(f"passed over {checkpoint.name}: {'; '.join(problems)}")
-            else:
-                found.append(str(checkpoint))
-    return found
-
-
 def _data_problems(section: DataSection, loaded: Loaded) -> list[str]:
     from finetune.data.reading.files import expand
 
@@ -96,15 +58,6 @@ def _data_problems(section: DataSection, loaded: Loaded) -> list[str]:
             except DataError as error:
                 problems.append(loaded.problem(key, str(error)))
     return problems
-
-
-def _is_folder(path: str) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-
-
-def _is_local(path: str) -> bool:
-    """True where a path cannot be a hub id, which is `name` or `owner/name`."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def check_output_file(output: Path) -> None:

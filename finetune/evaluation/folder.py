@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from finetune import console
+from finetune.artifacts.names import EVALUATION
 from finetune.evaluation import harness, metrics, scoring
 from finetune.evaluation.job import GENERATING, Job, Options, request
 from finetune.evaluation.metrics import Source
 from finetune.evaluation.predictions import SLICES
 from finetune.evaluation.schema import (
-    FILE,
     Comparison,
     DataFile,
     Evaluation,
@@ -94,7 +94,7 @@ def write(
 
     `evaluation.json` goes first and comes last: a folder that was left half written is no evaluation.
     """
-    (place / FILE).unlink(missing_ok=True)
+    (place / EVALUATION).unlink(missing_ok=True)
     by_name = {job.target.name: job for job in jobs}
     scored: list[Scored] = []
     for target in targets:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune import console
+from finetune.artifacts.resolve import model_base
 from finetune.config.schema import EvaluationSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation
@@ -87,9 +88,7 @@ class Job:
     @property
     def base(self) -> str:
         """The model that an adapter is opened on; of a whole model, itself."""
-        from finetune.generation.load import base_of
-
-        return base_of(self.target.path, self.target.base)[0]
+        return model_base(self.target.path, self.target.base).path
 
     @property
     def general_name(self) -> str:

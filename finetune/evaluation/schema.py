@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from finetune.artifacts.names import EVALUATION
 from finetune.errors import DataError
 from finetune.evaluation.metrics import headline_of, metric
 from finetune.storage.files import write_file
-
-FILE = "evaluation.json"
 
 
 def _finite(value: Any) -> Any:
@@ -139,10 +138,10 @@ class Sample:
 
 def read_evaluation(folder: Path) -> Evaluation:
     """What lies in `folder`; DataError when it is no whole evaluation."""
-    file = folder / FILE
+    file = folder / EVALUATION
     if not file.is_file():
         raise DataError(
-            f"{folder} holds no {FILE}; `finetune evaluate … --output {folder}` writes one"
+            f"{folder} holds no {EVALUATION}; `finetune evaluate … --output {folder}` writes one"
         )
     try:
         evaluation = Evaluation.model_validate(json.loads(file.read_text(encoding="utf-8")))
@@ -159,7 +158,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Writes `evaluation.json` into `folder`."""
     text = json.dumps(evaluation.model_dump(), ensure_ascii=False, indent=1)
-    write_file(folder / FILE, text + "\n")
+    write_file(folder / EVALUATION, text + "\n")
 
 
 def common_rows(folder: Path, evaluation: Evaluation) -> set[tuple[Any, Any]]:

@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune.artifacts.base_record import recorded_base
+from finetune.artifacts.names import ADAPTER_CONFIG
+from finetune.artifacts.resolve import is_adapter
 from finetune.artifacts.weights import model_fingerprint
 from finetune.data.reading.files import expand
 from finetune.errors import OutputInUseError
 from finetune.evaluation.predictions import Prediction, read_unscored
-from finetune.evaluation.targets import ADAPTER, base_recorded
 from finetune.storage import folders, journal
 from finetune.storage.cache import default_root, key_of
 from finetune.storage.files import file_digest, json_line, whole_binary, write_file
@@ -170,10 +172,10 @@ def model_key(path: str, base: str | None) -> dict[str, Any] | None:
     if not folder.is_dir():
         return None
     key: dict[str, Any] = {"texts": _texts(folder)}
-    if not (folder / ADAPTER).is_file():
+    if not is_adapter(folder):
         return key | {"weights": model_fingerprint(folder)}
     key["weights"] = {f.name: file_digest(f) for f in sorted(folder.glob("adapter_model*"))}
-    recorded, _ = base_recorded(folder)
+    recorded, _ = recorded_base(folder)
     inner = model_key(base or recorded or "", None)
     return key | {"base": inner} if inner else None
 
@@ -191,6 +193,6 @@ def image_key(images: Iterable[str]) -> str:
 
 def _texts(folder: Path) -> dict[str, str]:
     """The tokenizer, the chat template and an adapter's options, by the hash of their bytes."""
-    patterns = ("tokenizer*", "chat_template*", ADAPTER)
+    patterns = ("tokenizer*", "chat_template*", ADAPTER_CONFIG)
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     return {file.name: file_digest(file) for file in files}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from finetune.artifacts.base_record import recorded_base
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.resolve import adapter_config, kind_of
 from finetune.artifacts.weights import model_fingerprint
 from finetune.errors import DataError, ModelError
 from finetune.methods import of_adapter
 
 Kind = Literal["base", "adapter", "prefix", "merged", "full", "predictions"]
-ADAPTER = "adapter_config.json"
-_RECORD = "finetune.json"
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +64,9 @@ def find_targets(
     return _named(list(unique.values()))
 
 
-def base_recorded(folder: Path) -> tuple[str | None, str | None]:
-    """Path and fingerprint of the base that an adapter or a fully tuned checkpoint was made from."""
-    record = _json(folder / _RECORD).get("base") or {}
-    path = _json(folder / ADAPTER).get("base_model_name_or_path") or record.get("path")
-    return path, record.get("fingerprint")
-
-
 def _target(path: str, base: str | None, models: Sequence[str]) -> Target:
     folder = Path(path)
-    kind = _kind(folder)
+    kind = _kind(path)
     step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     run = str(folder.parent) if step else None
     name = f"{folder.absolute().parent.name}-{folder.name}" if step else folder.absolute().name
@@ -82,22 +74,21 @@ def _target(path: str, base: str | None, models: Sequence[str]) -> Target:
     return Target(name, path, kind, int(step[1]) if step else None, run, moved)
 
 
-def _kind(folder: Path) -> Kind:
-    if (folder / ADAPTER).is_file():
-        return of_adapter(_json(folder / ADAPTER).get("peft_type"), folder).result
-    if (folder / _RECORD).is_file():
-        return "full"
-    return "merged" if (folder / _MANIFEST).is_file() else "base"
+def _kind(path: str) -> Kind:
+    found = kind_of(path)
+    if found == "adapter":
+        return of_adapter(adapter_config(Path(path)).get("peft_type"), Path(path)).result
+    return found if found in ("full", "merged") else "base"
 
 
 def _moved_base(folder: Path, base: str | None, models: Sequence[str]) -> str | None:
     """The base that is given, or a whole model among the targets that is the adapter's own."""
     if base is not None:
         return base
-    path, fingerprint = base_recorded(folder)
+    path, fingerprint = recorded_base(folder)
     if fingerprint is None or (path and Path(path).is_dir()):
         return None
-    whole = [one for one in models if (Path(one) / "config.json").is_file()]
+    whole = [one for one in models if (Path(one) / MODEL_CONFIG).is_file()]
     return next((one for one in whole if model_fingerprint(one) == fingerprint), None)
 
 
@@ -107,7 +98,7 @@ def _bases(targets: Sequence[Target]) -> list[Target]:
     for one in targets:
         if one.kind not in ("adapter", "prefix", "full"):
             continue
-        path = one.base or base_recorded(Path(one.path))[0]
+        path = one.base or recorded_base(Path(one.path))[0]
         if path:
             found.setdefault(path, Target("base", path, "base", like=one.path))
     if not found and not any(one.kind == "base" for one in targets):
@@ -124,12 +115,3 @@ def _named(targets: list[Target]) -> list[Target]:
         seen[plain] = seen.get(plain, 0) + 1
         named.append(replace(one, name=plain if seen[plain] == 1 else f"{plain}-{seen[plain]}"))
     return named
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{file} is damaged ({error}); copy the folder again") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.weights import TensorInfo, read_shard
 from finetune.errors import ModelError
 from finetune.export.numbers import STORAGE, Floats, to_float32
 from finetune.methods import METHODS
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 # Options of peft.LoraConfig under which W + scale * B @ A is not what the adapter computes.
 _NOT_MERGED = (
@@ -75,8 +73,6 @@ class Adapter:
     base: str | None
     """Path or hub id of the base, as the adapter names it."""
     revision: str | None
-    fingerprint: str | None
-    """Of the base it was trained on (``finetune.artifacts.weights.model_fingerprint``), if it was noted."""
     updates: Mapping[str, Update]
     """By the name of the base's tensor."""
     replacements: Mapping[str, TensorInfo]
@@ -85,15 +81,15 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """The adapter of ``folder``; ModelError when merging would not give what it computes."""
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG)
     _check_mergeable(config, folder)
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(
-            f"{folder} has no {WEIGHTS}; only safetensors adapters are opened (an adapter_model.bin is a pickle)"
+            f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors adapters are opened (an adapter_model.bin is a pickle)"
         )
     parts: dict[str, dict[str, TensorInfo]] = {}
     replacements: dict[str, TensorInfo] = {}
-    for tensor in read_shard(folder / WEIGHTS).tensors:
+    for tensor in read_shard(folder / ADAPTER_WEIGHTS).tensors:
         name = tensor.name.removeprefix("base_model.model.")
         match = PART.fullmatch(name)
         if match:
@@ -103,12 +99,10 @@ def read_adapter(folder: Path) -> Adapter:
             raise ModelError(f"{folder}: {name} is of a kind that merging does not know")
         else:
             replacements[name.replace(".base_layer.", ".")] = tensor
-    record = read_json(folder / "finetune.json") if (folder / "finetune.json").is_file() else {}
     return Adapter(
         folder=folder,
         base=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
-        fingerprint=(record.get("base") or {}).get("fingerprint"),
         updates={f"{m}.weight": _update(m, found, config) for m, found in parts.items()},
         replacements=replacements,
     )
@@ -158,7 +152,7 @@ def _check_mergeable(config: Mapping[str, Any], folder: Path) -> None:
         )
     if problems:
         raise ModelError(
-            f"{folder / CONFIG} says {', '.join(problems)}: merging does not support that. "
+            f"{folder / ADAPTER_CONFIG} says {', '.join(problems)}: merging does not support that. "
             "Merge it with PEFT's merge_and_unload"
         )
 
@@ -174,7 +168,9 @@ def _update(module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, A
         raise ModelError(f"{module}: {names[0]} {a.shape} and {names[1]} {b.shape} do not fit")
     rank, alpha = rank_and_alpha(config, module)
     if rank != a.shape[0]:
-        raise ModelError(f"{module} has rank {a.shape[0]} in {WEIGHTS} and {rank} in {CONFIG}")
+        raise ModelError(
+            f"{module} has rank {a.shape[0]} in {ADAPTER_WEIGHTS} and {rank} in {ADAPTER_CONFIG}"
+        )
     scale = np.float32(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     if embedding:
         if config.get("use_dora"):
@@ -214,16 +210,3 @@ def _values(tensor: TensorInfo) -> Floats:
     if not np.isfinite(values).all():
         raise ModelError(f"{tensor.name} in {tensor.file} holds numbers that are not finite")
     return values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; ModelError when there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} does not hold an object")
-    return found

@@ -7,15 +7,23 @@ what is learnt. No file is listed by its path here, and nothing of `training.ext
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
 from finetune import __version__
-
-NAME = "README.md"
+from finetune.artifacts.names import (
+    ADAPTER_CONFIG,
+    BASE_RECORD,
+    EVALUATION,
+    MANIFEST,
+    MODEL_CARD,
+    RUN_DATA,
+    RUN_RECORD,
+    TRAINER_STATE,
+)
+from finetune.artifacts.resolve import is_adapter, is_hub_id
 
 _TOLD = ("method.", "training.", "data.", "deepspeed.", "model.freeze", "model.quantization")
 _UNTOLD = (
@@ -27,7 +35,6 @@ _UNTOLD = (
     "training.resume", "training.report_to", "training.process_timeout_minutes", "training.extra",
     "deepspeed.config",
 )  # fmt: skip
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(
@@ -49,7 +56,7 @@ def model_card(
         library: What opens the output.
         named: The base's hub id, where that is known better than by the sources' records.
     """
-    records = [_json(folder / "finetune.json") for folder, _ in sources]
+    records = [_json(folder / BASE_RECORD) for folder, _ in sources]
     found = [str((record.get("base") or {}).get("path") or base) for record in records]
     base = named or (found[0] if found else base)
     parts = [_front(base, library), f"# {title}\n\n{done}\n"]
@@ -64,22 +71,17 @@ def model_card(
 
 def exported_card(folder: Path, title: str, done: str, base: str) -> str:
     """The card of a tuned or merged ``folder`` in another layout: its own where it has one of ours."""
-    own = folder / NAME
-    if own.is_file() and (folder / "manifest.json").is_file():
+    own = folder / MODEL_CARD
+    if own.is_file() and (folder / MANIFEST).is_file():
         return own.read_text(encoding="utf-8") + f"\n{done}\n"
-    tuned = [(folder, 1.0)] if (folder / "finetune.json").is_file() else []
-    library = "peft" if (folder / "adapter_config.json").is_file() else "transformers"
+    tuned = [(folder, 1.0)] if (folder / BASE_RECORD).is_file() else []
+    library = "peft" if is_adapter(folder) else "transformers"
     return model_card(title, done, base, tuned, library=library)
 
 
 def public_name(path: str) -> str:
     """A hub id as it is, of anything else the last name."""
     return path if is_hub_id(path) else PurePath(path).name
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether it is `owner/name` and no folder here."""
-    return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
 def _front(base: str, library: str) -> str:
@@ -89,10 +91,10 @@ def _front(base: str, library: str) -> str:
 
 
 def _about(folder: Path, record: Mapping[str, Any], base: str) -> str:
-    run = _json(folder / "run.json")
+    run = _json(folder / RUN_RECORD)
     config, facts = run.get("config") or {}, run.get("facts") or {}
-    state = _json(folder / "trainer_state.json")
-    data = _json(folder.parent / "data.json")
+    state = _json(folder / TRAINER_STATE)
+    data = _json(folder.parent / RUN_DATA)
     rows = [("base", f"{public_name(base)}{_mark((record.get('base') or {}).get('fingerprint'))}")]
     rows.append(("method", str(config.get("method.kind") or record.get("method") or _kind(folder))))
     if "global_step" in state:
@@ -112,7 +114,7 @@ def _about(folder: Path, record: Mapping[str, Any], base: str) -> str:
 
 
 def _kind(folder: Path) -> str:
-    config = _json(folder / "adapter_config.json")
+    config = _json(folder / ADAPTER_CONFIG)
     if not config:
         return "full"
     return f"{str(config.get('peft_type')).lower()}, rank {config.get('r')}, alpha {config.get('lora_alpha')}"
@@ -151,7 +153,7 @@ def _value(value: Any) -> str:
 
 def _scores(folder: Path, state: Mapping[str, Any]) -> str:
     """Of `finetune evaluate` on this checkpoint if there are any, else of its training."""
-    for file in sorted(folder.parent.glob("evaluation*/evaluation.json")):
+    for file in sorted(folder.parent.glob(f"evaluation*/{EVALUATION}")):
         report = _json(file)
         for target in report.get("targets") or ():
             if Path(str(target.get("path"))).resolve() == folder.resolve():

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from finetune.artifacts.weights import (
-    CONFIG,
-    INDEX,
-    ITEM_SIZE,
-    Shard,
-    TensorInfo,
-    read_shard,
-    weight_files,
+from finetune.artifacts.names import (
+    GENERATION_CONFIG,
+    MODEL_CARD,
+    MODEL_CONFIG,
+    SENTENCEPIECE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS_INDEX,
 )
+from finetune.artifacts.plain_files import read_json_if_there
+from finetune.artifacts.weights import ITEM_SIZE, Shard, TensorInfo, read_shard, weight_files
 from finetune.data.chat.tokenizer import load_chat_tokenizer, tokenizer_file
 from finetune.errors import ConfigError, ModelError
 from finetune.export import card
@@ -43,9 +45,6 @@ from finetune.export.merge import DTYPES
 from finetune.export.numbers import STORAGE, Floats, narrow
 from finetune.export.parity import check_parity
 from finetune.export.shards import Output, ShardPlan, make_header
-
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def export_model(folder: Path, out: Path, *, layout: Layout, check: bool = True)
     plan = _plan(model, layout, notes)
     done = f"Its weights are in the {layout} layout (model_type {LAYOUT_TYPES[layout]})."
     text = card.exported_card(folder, out.name, done, str(folder))
-    plan = replace(plan, texts={**plan.texts, card.NAME: text})
+    plan = replace(plan, texts={**plan.texts, MODEL_CARD: text})
     difference = None
     with written(plan, out, "exported") as stage:
         if check:
@@ -110,17 +109,17 @@ def _plan(model: TextModel, layout: Layout, notes: list[str]) -> FolderPlan:
         header = make_header(outputs, {"format": "pt", **_put_by(shard)})
         plans.append(ShardPlan(shard.file.name, header, tuple(outputs)))
     texts = _texts(model, layout, _dtype(present, model), notes)
-    if (model.folder / INDEX).is_file():
+    if (model.folder / WEIGHTS_INDEX).is_file():
         total = sum(output.size for plan in plans for output in plan.outputs)
         names = {output.name: plan.name for plan in plans for output in plan.outputs}
-        texts[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": names})
+        texts[WEIGHTS_INDEX] = _json({"metadata": {"total_size": total}, "weight_map": names})
     copies = {
         name: file
         for name, file in carried(model.folder).items()
         if name not in texts and not name.endswith(".py")
     }
     if TOKENIZER_CONFIG in texts:
-        copies["tokenizer.json"] = tokenizer_file(model.folder)
+        copies[TOKENIZER] = tokenizer_file(model.folder)
     return FolderPlan(tuple(plans), texts, copies)
 
 
@@ -222,12 +221,12 @@ def _dtype(present: Mapping[str, TensorInfo], model: TextModel) -> str:
 def _texts(model: TextModel, layout: Layout, dtype: str, notes: list[str]) -> dict[str, str]:
     """config.json, generation_config.json and tokenizer_config.json."""
     folder, texts = model.folder, {}
-    generation = _read_json(folder / GENERATION_CONFIG)
+    generation = read_json_if_there(folder / GENERATION_CONFIG)
     eos, pad = model.config.eos_token_id, model.config.pad_token_id
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if any((folder / name).is_file() for name in (TOKENIZER, SENTENCEPIECE)):
         tokenizer = load_chat_tokenizer(folder)
         eos, pad = list(tokenizer.stop_ids), tokenizer.pad_id
-        settings = _read_json(folder / TOKENIZER_CONFIG)
+        settings = read_json_if_there(folder / TOKENIZER_CONFIG)
         settings.pop("auto_map", None)  # names code of the other layout
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings["chat_template"] = tokenizer.chat_template
@@ -235,13 +234,9 @@ def _texts(model: TextModel, layout: Layout, dtype: str, notes: list[str]) -> di
     else:
         notes.append(f"{folder} has no tokenizer, so none was written")
     make = hf_config if layout == "hf" else published_config
-    texts[CONFIG] = _json(make(model, dtype, eos, pad))
+    texts[MODEL_CONFIG] = _json(make(model, dtype, eos, pad))
     texts[GENERATION_CONFIG] = _json(generation | {"eos_token_id": eos, "pad_token_id": pad})
     return texts
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _json(value: Mapping[str, Any] | Sequence[Any]) -> str:

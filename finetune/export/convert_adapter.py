@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.artifacts.base_record import RECORD_NAME
+from finetune.artifacts.base_record import check_base
+from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CARD
+from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.weights import TensorInfo, model_fingerprint, read_shard, tensors
 from finetune.errors import ConfigError, ModelError
 from finetune.export import card
-from finetune.export.adapter import CONFIG, PART, WEIGHTS, rank_and_alpha, read_adapter, read_json
+from finetune.export.adapter import PART, rank_and_alpha, read_adapter
 from finetune.export.convert import ExportReport, other_outputs
 from finetune.export.folder import FolderPlan, check_output, written
 from finetune.export.layout import (
@@ -39,7 +41,7 @@ from finetune.export.layout import (
     other_names,
     read_text_model,
 )
-from finetune.export.merge import check_base, find_base
+from finetune.export.merge import find_base
 from finetune.export.numbers import STORAGE, narrow, to_float32
 from finetune.export.shards import Output, ShardPlan, make_header
 
@@ -89,33 +91,33 @@ def export_adapter(
         new_base: The same model in ``layout``, a folder or a hub id, for the adapter to name.
     """
     started = time.perf_counter()
-    tuned = read_adapter(folder)
-    base = find_base(tuned, folder, base)
+    read_adapter(folder)  # says what cannot be converted
+    base = find_base(folder, base)
     model = read_text_model(base)
     if model.layout == layout:
         raise ConfigError(f"{folder} is for the {layout} layout already; nothing is to be done")
     check_output(out, {base, folder})
-    notes = check_base(tuned, base, force=False)
-    config = read_json(folder / CONFIG)
+    notes = check_base(folder, base)
+    config = read_json(folder / ADAPTER_CONFIG)
     modules = _read_modules(folder, config)
     made = _split(modules, model) if layout == "hf" else _fused(modules, model, config, notes)
-    texts = {CONFIG: _json(_new_config(config, made, model, new_base))}
+    texts = {ADAPTER_CONFIG: _json(_new_config(config, made, model, new_base))}
     if new_base is None:
         notes.append("the adapter names no base; give --new-base to name the model in this layout")
     elif Path(new_base).is_dir():
         _check_same_weights(model, layout, Path(new_base))
         record = {"path": new_base, "revision": None, "fingerprint": model_fingerprint(new_base)}
-        texts[RECORD_NAME] = _json({"format": 1, "method": "lora", "base": record})
+        texts[BASE_RECORD] = _json({"format": 1, "method": "lora", "base": record})
     done = (
         f"The adapter is for the {layout} layout of its base (model_type {LAYOUT_TYPES[layout]})."
     )
-    texts[card.NAME] = card.exported_card(folder, out.name, done, new_base or str(base))
+    texts[MODEL_CARD] = card.exported_card(folder, out.name, done, new_base or str(base))
     outputs = [
         Output(f"{_PREFIX}{name}.{end}", part.dtype, part.values.shape, constant=part.values.tobytes())
         for name, module in sorted(made.items())
         for end, part in sorted(module.parts.items())
     ]  # fmt: skip
-    shard = ShardPlan(WEIGHTS, make_header(outputs, {"format": "pt"}), tuple(outputs))
+    shard = ShardPlan(ADAPTER_WEIGHTS, make_header(outputs, {"format": "pt"}), tuple(outputs))
     with written(FolderPlan((shard,), texts, {}), out, "exported"):
         pass
     return ExportReport(
@@ -131,7 +133,7 @@ def export_adapter(
 
 def _read_modules(folder: Path, config: Mapping[str, Any]) -> dict[str, _Module]:
     parts: dict[str, dict[str, _Part]] = {}
-    for tensor in read_shard(folder / WEIGHTS).tensors:
+    for tensor in read_shard(folder / ADAPTER_WEIGHTS).tensors:
         name = tensor.name.removeprefix(_PREFIX)
         match = PART.fullmatch(name)
         module, end = (match["module"], match["part"]) if match else name.rsplit(".", 1)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.artifacts.resolve import find_source, is_adapter, is_folder, local_folder
 from finetune.errors import ConfigError
-from finetune.export import adapter as adapters
 from finetune.export.convert import ExportReport, export_model
 from finetune.export.convert_adapter import export_adapter
 from finetune.export.layout import Layout
-from finetune.export.merge import find_source
-from finetune.models.load import local_folder
 
 
 def export(
@@ -33,8 +31,8 @@ def export(
         new_base: Of an adapter: the same base in ``layout``, for the adapter to name.
         check: Of a model: compare the logits in both layouts.
     """
-    folder, notes = find_source(Path(source) if Path(source).is_dir() else local_folder(source))
-    if (folder / adapters.CONFIG).is_file():
+    folder, notes = find_source(Path(source) if is_folder(source) else local_folder(source))
+    if is_adapter(folder):
         where = Path(base) if base else None
         report = export_adapter(folder, out, layout=layout, base=where, new_base=new_base)
     elif base or new_base:

@@ -12,16 +12,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from finetune import console
-from finetune.artifacts.weights import INDEX
+from finetune.artifacts.names import BASE_RECORD, MANIFEST, RUN_RECORD, TRAINER_STATE, WEIGHTS_INDEX
 from finetune.errors import ConfigError, SpaceError
 from finetune.export.shards import GivenUpError, ShardPlan, write_shard
 from finetune.storage import folders
-from finetune.storage.manifest import MANIFEST, seal
+from finetune.storage.manifest import seal
 
 _WORKERS = 2
 _SPARE = 16 << 20  # bytes beside the weights
 _CARRIED = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-_LEFT = (MANIFEST, "*.index.json", "adapter_*", "finetune.json", "run.json", "trainer_state.json")
+_LEFT = (MANIFEST, "*.index.json", "adapter_*", BASE_RECORD, RUN_RECORD, TRAINER_STATE)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def check_output(out: Path, inputs: set[Path]) -> None:
 
 def carried(folder: Path) -> dict[str, Path]:
     """Config, tokenizer, template, code and licence files of a model folder, and the index."""
-    found = {INDEX: folder / INDEX} if (folder / INDEX).is_file() else {}
+    found = {WEIGHTS_INDEX: folder / WEIGHTS_INDEX} if (folder / WEIGHTS_INDEX).is_file() else {}
     for file in folder.iterdir():
         wanted = any(fnmatch(file.name, pattern) for pattern in _CARRIED)
         if wanted and file.is_file() and not any(fnmatch(file.name, p) for p in _LEFT):

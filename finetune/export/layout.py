@@ -15,7 +15,6 @@ both. Both rotate neighbouring pairs of the first half of a head, so no row chan
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import Any, Literal
 
 from transformers import GlmConfig
 
-from finetune.artifacts.weights import CONFIG
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.plain_files import read_json
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 
@@ -75,13 +75,8 @@ class TextModel:
 
 def read_text_model(folder: Path) -> TextModel:
     """The config of ``folder``; ModelError when it has no counterpart in the other layout."""
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = values.get("model_type")
-    except OSError as error:
-        raise ModelError(f"{folder} has no readable {CONFIG} ({error.strerror})") from error
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / CONFIG} is damaged ({error}); copy it again") from error
+    values = read_json(folder / MODEL_CONFIG)
+    kind = values.get("model_type")
     if (
         kind not in LAYOUT_TYPES.values()
         or values.get("vision_config")

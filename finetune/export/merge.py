@@ -15,24 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts import checkpoint
-from finetune.artifacts.weights import (
-    CONFIG,
-    INDEX,
-    TensorInfo,
-    model_fingerprint,
-    read_shard,
-    weight_files,
-)
-from finetune.errors import CheckpointError, ConfigError, ModelError
+from finetune.artifacts.base_record import check_base
+from finetune.artifacts.names import MODEL_CARD, MODEL_CONFIG, WEIGHTS_INDEX
+from finetune.artifacts.plain_files import read_json
+from finetune.artifacts.resolve import find_source, is_adapter, local_folder, model_base
+from finetune.artifacts.weights import TensorInfo, read_shard, weight_files
+from finetune.errors import ConfigError, ModelError
 from finetune.export import adapter as adapters
 from finetune.export import card
 from finetune.export.adapter import Adapter
 from finetune.export.folder import FolderPlan, carried, check_output, written
 from finetune.export.numbers import STORAGE
 from finetune.export.shards import Output, ShardPlan, make_header
-from finetune.storage import folders
-from finetune.storage.manifest import MANIFEST
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -88,14 +82,14 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
     sources, notes = _find_sources([(adapter, 1.0)] if isinstance(adapter, Path) else adapter)
-    weighted = [(adapters.read_adapter(source), w) for source, w in sources if _is_adapter(source)]
+    weighted = [(adapters.read_adapter(source), w) for source, w in sources if is_adapter(source)]
     tuned = adapters.combined(weighted) if weighted else None
-    base = find_base(tuned, sources[0][0], base)
+    base = find_base(sources[0][0], base)
     check_output(out, {base, *(source for source, _ in sources)})
     for one, _ in weighted:
-        notes += check_base(one, base, force=force)
+        notes += check_base(one.folder, base, force=force)
     plan, untied = _plan(base, tuned, dtype)
-    plan = replace(plan, texts={**plan.texts, card.NAME: _card(out, base, sources, weighted)})
+    plan = replace(plan, texts={**plan.texts, MODEL_CARD: _card(out, base, sources, weighted)})
     difference = None
     with written(plan, out, "merged") as stage:
         if check and tuned is not None:
@@ -138,7 +132,7 @@ def _find_sources(
     found, notes = [], []
     for path, weight in given:
         source, said = find_source(path)
-        if not _is_adapter(source) and (len(given) > 1 or weight != 1):
+        if not is_adapter(source) and (len(given) > 1 or weight != 1):
             raise ConfigError(f"{source} is a whole model; only adapters are added up or weighted")
         if not math.isfinite(weight):
             raise ConfigError(f"{path}: {weight} is no weight")
@@ -149,75 +143,26 @@ def _find_sources(
     return found, notes
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / adapters.CONFIG).is_file()
-
-
-def find_source(path: Path) -> tuple[Path, list[str]]:
-    """The folder that ``path`` means, verified where it has a manifest, and what is to be said."""
-    if not path.is_dir():
-        raise ConfigError(f"{path} is no folder; give a run, a checkpoint or an adapter")
-    is_run = not (path / adapters.CONFIG).is_file() and not (path / CONFIG).is_file()
-    if not is_run:
-        problems = folders.verify(path) if (path / MANIFEST).is_file() else []
-        if problems:
-            raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
-        return path, []
-    best = checkpoint.best(path)
-    if best is not None and not folders.verify(best):
-        return best, [f"took {best.name}, the best of {path}"]
-    newest, skipped = checkpoint.newest_good(path)
-    if newest is None:
-        listed = "".join(f"\n  {folder.name}: {reason}" for folder, reason in skipped)
-        raise CheckpointError(f"{path} holds no adapter, model or good checkpoint{listed}")
-    notes = [f"passed over {folder.name}: {reason}" for folder, reason in skipped]
-    return newest, [*notes, f"took {newest.name}, the newest good one of {path}"]
-
-
-def find_base(tuned: Adapter | None, source: Path, given: Path | None) -> Path:
+def find_base(source: Path, given: Path | None) -> Path:
     """The folder of the base of an adapter; of a whole model its own."""
-    if tuned is None:
+    if not is_adapter(source):
         if given is not None:
             raise ConfigError(f"--base does not apply: {source} is a whole model, not an adapter")
         return source
-    name = str(given) if given is not None else tuned.base
-    if not name:
-        raise ModelError(f"{source} does not name its base; give it with --base")
-    if Path(name).is_dir():
-        return Path(name)
-    from finetune.models.load import local_folder  # heavy, and only needed for a hub id
-
-    if given is not None:
-        return local_folder(name)
+    weights = model_base(source, str(given) if given else None)
     try:
-        return local_folder(name, tuned.revision)
+        return local_folder(weights.path, weights.revision)
     except ModelError as error:
+        if given is not None:
+            raise
         raise ModelError(
             f"the base of {source} is not where it was: {error}. Give its new place with --base"
         ) from error
 
 
-def check_base(tuned: Adapter, base: Path, *, force: bool) -> list[str]:
-    """Refuse a base that is not the adapter's own; what is to be said when that is not known."""
-    if tuned.fingerprint is None:
-        return [f"{tuned.folder} does not say which base it belongs to; only shapes were compared"]
-    found = model_fingerprint(base)
-    if found == tuned.fingerprint:
-        return []
-    text = (
-        f"{base} (fingerprint {found[:16]}) is not the base that {tuned.folder} was trained on "
-        f"({tuned.base}, fingerprint {tuned.fingerprint[:16]})"
-    )
-    if not force:
-        raise ModelError(
-            f"{text}; give its own base with --base, or --force if you know why they differ"
-        )
-    return [f"{text}; merged all the same (--force)"]
-
-
 def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> tuple[FolderPlan, bool]:
     shards = [read_shard(file) for file in weight_files(base)]
-    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(base / MODEL_CONFIG)
     present = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     extra = _untied_head(config, present, tuned)
     _check_fit(tuned, {**present, **extra}, base)
@@ -305,12 +250,12 @@ def _new_texts(
     if dtype:
         changed["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     if changed != config:
-        texts[CONFIG] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
-    if (base / INDEX).is_file():
-        index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+        texts[MODEL_CONFIG] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+    if (base / WEIGHTS_INDEX).is_file():
+        index = read_json(base / WEIGHTS_INDEX)
         if untied or dtype:
             index["weight_map"] = {o.name: plan.name for plan in plans for o in plan.outputs}
             total = sum(o.size for plan in plans for o in plan.outputs)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-            texts[INDEX] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+            texts[WEIGHTS_INDEX] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     return texts

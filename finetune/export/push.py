@@ -20,15 +20,26 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from finetune import console
-from finetune.artifacts.weights import CONFIG
+from finetune.artifacts.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    MODEL_CARD,
+    MODEL_CONFIG,
+    TRAINER_STATE,
+)
+from finetune.artifacts.resolve import (
+    adapter_config,
+    find_source,
+    is_adapter,
+    is_hub_id,
+    is_hub_name,
+)
 from finetune.errors import CheckpointError, ConfigError
-from finetune.export import adapter as adapters
 from finetune.export import card
-from finetune.export.merge import find_source
-from finetune.storage import folders
-from finetune.storage.manifest import MANIFEST
+from finetune.storage.manifest import verify
 
-_STATES = ("optimizer.pt", "scheduler.pt", "rng_state*", "global_step*", "trainer_state.json")
+_STATES = ("optimizer.pt", "scheduler.pt", "rng_state*", "global_step*", TRAINER_STATE)
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,13 @@ def push(
         public: Allow everybody to read it; without, a repository that is public is refused.
         base: Of an adapter: the hub id of its base, to be named instead of a folder of this machine.
     """
-    if not card.HUB_ID.fullmatch(repo):
+    if not is_hub_name(repo):
         raise ConfigError(f"--repo {repo!r} is not of the form owner/name")
     folder, notes = find_source(source)
-    problems = folders.verify(folder)
+    problems = verify(folder)
     if problems:
         raise CheckpointError(f"{folder} is not pushed: {'; '.join(problems)}")
-    texts, files = _adapter(folder, repo, base) if _is_adapter(folder) else _model(folder, base)
+    texts, files = _adapter(folder, repo, base) if is_adapter(folder) else _model(folder, base)
     with tempfile.TemporaryDirectory() as scratch:
         for name, text in texts.items():
             files[name] = Path(scratch) / name
@@ -73,15 +84,11 @@ def push(
     return PushReport(repo, folder, sizes, not public, address, tuple(notes))
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / adapters.CONFIG).is_file()
-
-
 def _model(folder: Path, base: str | None) -> tuple[dict[str, str], dict[str, Path]]:
     """A plain checkpoint goes as it is, but for its manifest: the hub keeps hashes of its own."""
     if base is not None:
         raise ConfigError(f"--base does not apply: {folder} is a whole model")
-    if not (folder / CONFIG).is_file():
+    if not (folder / MODEL_CONFIG).is_file():
         raise ConfigError(f"{folder} holds neither an adapter nor a model")
     states = sorted(file.name for pattern in _STATES for file in folder.glob(pattern))
     if states:
@@ -95,15 +102,15 @@ def _model(folder: Path, base: str | None) -> tuple[dict[str, str], dict[str, Pa
 
 def _adapter(folder: Path, repo: str, base: str | None) -> tuple[dict[str, str], dict[str, Path]]:
     """The two files that PEFT opens, and a card: nothing else of a checkpoint of training."""
-    config = adapters.read_json(folder / adapters.CONFIG)
+    config = adapter_config(folder)
     named = str(base or config.get("base_model_name_or_path") or "")
-    if not card.is_hub_id(named):
+    if not is_hub_id(named):
         raise ConfigError(
             f"{folder} names its base as {named or 'nothing'}, which others do not have; "
             "give the hub id of its base: --base THUDM/glm-4-9b-chat"
         )
-    if not (folder / adapters.WEIGHTS).is_file():
-        raise ConfigError(f"{folder} has no {adapters.WEIGHTS}; only safetensors are pushed")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors are pushed")
     text = card.model_card(
         repo.rpartition("/")[2],
         f"An adapter of {named}, opened by PEFT.",
@@ -113,9 +120,7 @@ def _adapter(folder: Path, repo: str, base: str | None) -> tuple[dict[str, str],
         named=named,
     )
     settings = json.dumps(config | {"base_model_name_or_path": named}, indent=2) + "\n"
-    return {adapters.CONFIG: settings, card.NAME: text}, {
-        adapters.WEIGHTS: folder / adapters.WEIGHTS
-    }
+    return {ADAPTER_CONFIG: settings, MODEL_CARD: text}, {ADAPTER_WEIGHTS: folder / ADAPTER_WEIGHTS}
 
 
 def _send(files: Mapping[str, Path], repo: str, *, public: bool) -> str:

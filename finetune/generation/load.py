@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.artifacts.resolve import (
+    check_openable,
+    is_adapter,
+    is_folder,
+    is_hub_id,
+    model_base,
+    tokenizer_source,
+)
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.errors import ModelError
 from finetune.generation.settings import settings_of
 from finetune.methods import of_adapter
-
-ADAPTER = "adapter_config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +58,26 @@ class Models:
         from finetune.models.load import load_model
 
         quiet_libraries()
-        path, revision = base_of(target, base)
+        weights = model_base(target, base)
         saved = settings_of(like or target)
-        key = path, revision, saved.dtype, saved.attention, saved.quantization
+        key = weights, saved.dtype, saved.attention, saved.quantization
         self._take_off()
         if key != self._key:
             self._bare = None  # before the next is loaded: there may be room for one only
             loaded: Any = load_model(
-                path,
-                revision=revision,
+                weights.path,
+                revision=weights.revision,
                 dtype=saved.dtype,
                 attention=saved.attention,
                 quantization=saved.quantization,
             )
             self._bare, self._key = loaded.to(local_device()), key
         if not is_adapter(target):
-            return OpenedModel(self._bare, template, "model", path)
+            return OpenedModel(self._bare, template, "model", weights.path)
         self._method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
         adapted = self._method.code.load_adapter(self._bare, Path(target))
         self._worn = adapted.to(local_device())
-        return OpenedModel(self._worn, template, "adapter", path)
+        return OpenedModel(self._worn, template, "adapter", weights.path)
 
     def _take_off(self) -> None:
         if self._worn is None:
@@ -99,68 +103,13 @@ def open_model(target: str | Path, *, base: str | None = None) -> OpenedModel:
 
 def open_template(target: str | Path, *, base: str | None = None) -> ChatTemplate:
     """The chat template of what `open_model` opens, within a second and without torch."""
-    _refuse_run_directory(Path(target))
-    path, revision = base_of(target, base)
+    check_openable(target)
+    weights = model_base(target, base)
     if not is_adapter(target):
-        return ChatTemplate(load_chat_tokenizer(*_tokenizer_source(path, revision)))
-    if not Path(path).is_dir() and not _may_be_hub_id(path):
+        weights = tokenizer_source(weights)
+    elif not is_folder(weights.path) and not is_hub_id(weights.path):
         raise ModelError(
-            f"{target} is an adapter of {path}, which is not there (seen from {Path.cwd()}); "
+            f"{target} is an adapter of {weights.path}, which is not there (seen from {Path.cwd()}); "
             "say where its base model is now"
         )
-    return ChatTemplate(load_chat_tokenizer(path, revision))
-
-
-def is_adapter(target: str | Path) -> bool:
-    """Whether `target` is an adapter, which needs a base."""
-    return (Path(target) / ADAPTER).is_file()
-
-
-def base_of(target: str | Path, base: str | None) -> tuple[str, str | None]:
-    """Path and revision of the weights to load: the adapter's base, or `target` itself."""
-    if not is_adapter(target):
-        if base is not None:
-            raise ModelError(f"{target} is a whole model, not an adapter: leave the base out")
-        return str(target), None
-    config = adapter_config(Path(target))
-    path = base or config.get("base_model_name_or_path")
-    if not path:
-        raise ModelError(f"{Path(target) / ADAPTER} names no base model; say where it is")
-    return str(path), None if base else config.get("revision")
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """What PEFT's adapter_config.json in `folder` says."""
-    try:
-        return dict(json.loads((folder / ADAPTER).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(
-            f"{folder / ADAPTER} is damaged ({error}); copy the folder again"
-        ) from error
-
-
-def _tokenizer_source(path: str, revision: str | None) -> tuple[str, str | None]:
-    """Where the tokenizer of a whole model lies: beside it, else with the base it was tuned from."""
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
-        from finetune.artifacts.base_record import read_base_record
-
-        if record := read_base_record(folder):
-            return record.path, record.revision
-    return path, revision
-
-
-def _refuse_run_directory(folder: Path) -> None:
-    is_model = (folder / ADAPTER).is_file() or (folder / "config.json").is_file()
-    if is_model or not folder.is_dir():
-        return
-    if found := sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name)):
-        raise ModelError(f"{folder} is a run; give one of its checkpoints, such as {found[-1]}")
-    raise ModelError(
-        f"{folder} has neither config.json nor {ADAPTER}; give the folder of a model, "
-        "an adapter or a checkpoint"
-    )
-
-
-def _may_be_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    return ChatTemplate(load_chat_tokenizer(weights.path, weights.revision))

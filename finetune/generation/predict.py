@@ -10,7 +10,6 @@ calls functions brings them in OpenAI's form too, as "tool_calls". Lines are kep
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from finetune import console
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.plain_files import read_json
+from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder, model_base
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.reading.files import expand
 from finetune.data.reading.sources import BESIDE, Images, Reading, SourceSpec, read_conversations
@@ -140,12 +142,11 @@ def _by_transformers(work: _Work) -> Answer:
 
 def _by_vllm(work: _Work) -> Answer:
     """The same by vLLM, which makes batches of its own."""
-    from finetune.data.chat.tokenizer import local_folder
-    from finetune.generation.load import base_of
     from finetune.generation.vllm import open_vllm
 
-    config = local_folder(*base_of(work.target, work.base)) / "config.json"
-    settings = SimpleNamespace(**json.loads(config.read_text(encoding="utf-8")))
+    weights = model_base(work.target, work.base)
+    folder = local_folder(weights.path, weights.revision, files=TOKENIZER_FILES)
+    settings = SimpleNamespace(**read_json(folder / MODEL_CONFIG))
     _check_context(SimpleNamespace(config=settings), work)
     longest = max(work.lengths, default=1) + work.options.max_new_tokens
     return open_vllm(

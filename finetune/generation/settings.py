@@ -9,14 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.artifacts.names import BASE_RECORD, RUN_CONFIG
 from finetune.config.load import load_config
 from finetune.config.schema import DataSection, EvaluationSection
 from finetune.data.examples.dataset import LengthPolicy
 from finetune.data.reading.sources import Reading, SourceSpec, reading_of, sources_of
 from finetune.errors import ConfigError
-
-RECORD = "finetune.json"
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +66,9 @@ class Settings:
 def settings_of(target: str | Path) -> Settings:
     """The settings of the run that saved `target`, or the defaults for a model from elsewhere."""
     folder = Path(target)
-    if not (folder / RECORD).is_file() or not (folder / CONFIG).is_file():
+    if not (folder / BASE_RECORD).is_file() or not (folder / RUN_CONFIG).is_file():
         return Settings(DataSection(train=[]), EvaluationSection())
-    config = load_config(folder / CONFIG)
+    config = load_config(folder / RUN_CONFIG)
     return Settings(
         data=config.data,
         evaluation=config.evaluation,

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune import launcher
+from finetune.artifacts.resolve import adapter_config, is_adapter, model_base
 from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.generation.generate import Prompt, Reply
-from finetune.generation.load import adapter_config, base_of, is_adapter
 from finetune.generation.settings import settings_of
 from finetune.methods import of_adapter
 
@@ -47,15 +47,15 @@ def open_vllm(
         ModelError: vLLM cannot open such an adapter.
     """
     vllm = _import_vllm()
-    path, revision = base_of(target, base)
+    weights = model_base(target, base)
     options: dict[str, Any] = {}
     request = None
     if is_adapter(target):
         options = {"enable_lora": True, "max_lora_rank": _rank(Path(target))}
         request = vllm.lora.request.LoRARequest("adapter", 1, str(Path(target).resolve()))
     model = vllm.LLM(
-        model=path,
-        revision=revision,
+        model=weights.path,
+        revision=weights.revision,
         dtype=_dtype(target),
         max_model_len=max_length,
         skip_tokenizer_init=True,

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.artifacts.base_record import BaseRecord
-from finetune.artifacts.weights import INDEX, SINGLE, weight_files
+from finetune.artifacts.names import GENERATION_CONFIG, MODEL_WEIGHTS, WEIGHTS_INDEX
+from finetune.artifacts.resolve import local_folder
+from finetune.artifacts.weights import weight_files
 from finetune.config.schema import FullMethod
 from finetune.errors import ConfigError, ModelError
-from finetune.models.load import local_folder
 
 Gather: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Weights by name; in a process that does not write, nothing."""
@@ -31,7 +32,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 CARRIED_OVER = (
     "tokenizer*",
     "chat_template*",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "*processor*.json",
     "*.py",
     "vocab*",
@@ -83,7 +84,7 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     writes = False
     shards = _shards(model)
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else MODEL_WEIGHTS
         index |= dict.fromkeys(names, file)
         tensors = {name: tensor.contiguous() for name, tensor in gather(names).items()}
         writes = bool(tensors)
@@ -100,7 +101,7 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     if shards[1:]:
         size = sum(_num_bytes(tensor) for tensor in _state(model).values())
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+        (folder / WEIGHTS_INDEX).write_text(text + "\n", encoding="utf-8")
     model.config.save_pretrained(folder)
     source = local_folder(base.path, base.revision)
     for pattern in CARRIED_OVER:

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.artifacts.base_record import BaseRecord, check_base
-from finetune.artifacts.weights import model_fingerprint, read_shard
+from finetune.artifacts.names import ADAPTER_WEIGHTS
+from finetune.artifacts.weights import read_shard
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.models.load import lora_targets
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 
 
@@ -96,7 +95,7 @@ def save(
     weights = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-        folder / WEIGHTS_NAME,
+        folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
     config = copy.deepcopy(model.peft_config["default"])
@@ -115,11 +114,11 @@ def restore(model: PeftModel, folder: Path) -> None:
     Raises:
         ModelError: The file has other weights than the model.
     """
-    weights = load_file(folder / WEIGHTS_NAME)
+    weights = load_file(folder / ADAPTER_WEIGHTS)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if problems := _differences(expected, weights):
         raise ModelError(
-            f"{folder / WEIGHTS_NAME} does not fit the adapters of this run: {problems}. "
+            f"{folder / ADAPTER_WEIGHTS} does not fit the adapters of this run: {problems}. "
             "Attach them with the rank and target_modules they were saved with"
         )
     set_peft_model_state_dict(model, weights)
@@ -131,15 +130,15 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     Raises:
         ModelError: The folder is no adapter, or it belongs to another base and `force` is not set.
     """
-    if not (folder / WEIGHTS_NAME).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(
-            f"{folder} has no {WEIGHTS_NAME}; only safetensors adapters are opened. "
+            f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors adapters are opened. "
             "Give the folder of a checkpoint, or convert an adapter_model.bin with PEFT first"
         )
-    read_shard(folder / WEIGHTS_NAME)  # says what is wrong with a file that is not whole
+    read_shard(folder / ADAPTER_WEIGHTS)  # says what is wrong with a file that is not whole
     base = model.config.name_or_path
     if Path(base).is_dir():
-        check_base(folder, fingerprint=model_fingerprint(base), base=base, force=force)
+        check_base(folder, Path(base), force=force)
     adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
     return adapted.eval()
 

@@ -30,15 +30,13 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.glm.modeling_glm import eager_attention_forward
 
 from finetune.artifacts.base_record import BaseRecord, check_base
-from finetune.artifacts.weights import model_fingerprint, read_shard
+from finetune.artifacts.names import ADAPTER_WEIGHTS, PREFIX_ENCODER, PREFIX_UNITS
+from finetune.artifacts.weights import read_shard
 from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import prefix_init
 from finetune.models.packed_attention import DOCUMENT_SDPA, grouped_sdpa, in_documents
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-ENCODER_WEIGHTS_NAME = "prefix_encoder.safetensors"
-UNITS_NAME = "prefix_units.safetensors"
 UNIT = ".prefix.unit"
 FLAT_NAME = "prompt_embeddings"  # PEFT's: [N, L * 2 * H * D], keys before values in each layer
 START_STD = 0.2
@@ -165,13 +163,13 @@ def save(
     state = {k: v.detach().cpu().float() for k, v in (state_dict or model.state_dict()).items() if _is_trained(k)}  # fmt: skip
     units = {k: v.cpu().float() for k, v in model.named_buffers() if k.endswith(UNIT)}
     if units:
-        save_file(units, folder / UNITS_NAME, metadata={"format": "pt"})
+        save_file(units, folder / PREFIX_UNITS, metadata={"format": "pt"})
     state |= units
     flat = _fold(state, list(_attention_layers(model)), *_key_value_shape(model))
-    save_file({FLAT_NAME: flat}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file({FLAT_NAME: flat}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     if any(name.startswith("prefix_encoder.") for name in state):
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / ENCODER_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, folder / PREFIX_ENCODER, metadata={"format": "pt"})
     heads, head_dim = _key_value_shape(model)
     PrefixTuningConfig(
         task_type="CAUSAL_LM",
@@ -194,11 +192,11 @@ def restore(model: PreTrainedModel, folder: Path) -> None:
         ModelError: The file does not fit this prefix.
     """
     expected = {name for name in model.state_dict() if _is_trained(name)}
-    if (folder / ENCODER_WEIGHTS_NAME).is_file():
-        state = load_file(folder / ENCODER_WEIGHTS_NAME)
+    if (folder / PREFIX_ENCODER).is_file():
+        state = load_file(folder / PREFIX_ENCODER)
     else:
         state = _unfold(model, _flat_weights(folder))
-        state |= load_file(folder / UNITS_NAME) if (folder / UNITS_NAME).is_file() else {}
+        state |= load_file(folder / PREFIX_UNITS) if (folder / PREFIX_UNITS).is_file() else {}
         state = _in_units(state)
     if set(state) != expected:
         raise ModelError(
@@ -223,12 +221,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     flat = _flat_weights(folder)
     base = model.config.name_or_path
     if Path(base).is_dir():
-        check_base(folder, fingerprint=model_fingerprint(base), base=base)
+        check_base(folder, Path(base))
     heads, head_dim = _key_value_shape(model)
     width = len(_attention_layers(model)) * 2 * heads * head_dim
     if flat.shape[1] != width:
         raise ModelError(
-            f"{folder / WEIGHTS_NAME} holds {flat.shape[1]} numbers per virtual token, "
+            f"{folder / ADAPTER_WEIGHTS} holds {flat.shape[1]} numbers per virtual token, "
             f"but this base takes {width}; open it on the base it was trained on"
         )
     attach(model, PTuningV2Method(num_virtual_tokens=flat.shape[0]))
@@ -269,7 +267,7 @@ def _key_value_shape(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _flat_weights(folder: Path) -> Tensor:
-    path = folder / WEIGHTS_NAME
+    path = folder / ADAPTER_WEIGHTS
     if path.is_file():
         read_shard(path)  # says what is wrong with a file that is not whole
     tensors = load_file(path) if path.is_file() else {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,10 @@ import transformers
 from transformers import PreTrainedModel, initialization
 from transformers.utils import is_flash_attn_2_available
 
-from finetune.artifacts.weights import model_fingerprint, read_shard, weight_files
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.plain_files import check_folder, read_json
+from finetune.artifacts.resolve import is_adapter, local_folder
+from finetune.artifacts.weights import read_shard, weight_files
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
@@ -20,8 +21,6 @@ from finetune.models.glm41v import Glm4vForConditionalGeneration
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.packed_attention import DOCUMENT_SDPA
 from finetune.models.quantization import check_widths, four_bits
-
-__all__ = ["family", "load_model", "local_folder", "lora_targets", "model_fingerprint"]
 
 
 class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
@@ -66,7 +65,6 @@ _SUPPORTED = (
     "supported are chatglm (GLM-4-9B, GLM-4-9B-Chat, its long versions and GLM-4V-9B as first published), "
     "glm (the -hf conversions), glm4 (GLM-4-0414, GLM-Z1) and glm4v (GLM-4.1V)"
 )
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
 def load_model(
@@ -92,6 +90,7 @@ def load_model(
         ModelError: The folder is no such checkpoint, or this machine cannot run what is asked for.
     """
     folder = local_folder(path, revision)
+    check_folder(folder)
     config_class, model_class = _CLASSES[family(_read_config(folder))]
     implementation = _attention(attention)
     extra = four_bits(_dtype(dtype)) if quantization == "nf4" else {}
@@ -170,42 +169,17 @@ def lora_targets(family: str) -> str:
     return _LORA_TARGETS[family]
 
 
-def local_folder(path: str | Path, revision: str | None = None) -> Path:
-    """Return the checkpoint's folder; of a hub id the snapshot, downloaded when it is not there."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise ModelError(f"{path}: no such checkpoint folder, and not a hub id like org/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:  # what hub errors, refused ids and networks derive from
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise ModelError(
-            f"{path}: no such folder here, and it cannot be fetched from the hub "
-            f"({type(error).__name__}: {reason}); check the name, or download the checkpoint and "
-            "give its folder"
-        ) from error
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
+    if not (folder / MODEL_CONFIG).is_file():
+        if is_adapter(folder):
             raise ModelError(
                 f"{folder} is an adapter, not a model; give the base it was trained on"
             )
-        raise ModelError(f"{folder} has no config.json; give the folder of a checkpoint")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config_type = config.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{file} is damaged ({error}); copy it again") from error
-    if config_type in _CLASSES and config.get("quantization_config"):
+        raise ModelError(f"{folder} has no {MODEL_CONFIG}; give the folder of a checkpoint")
+    config = read_json(folder / MODEL_CONFIG)
+    if config.get("model_type") in _CLASSES and config.get("quantization_config"):
         raise ModelError(f"{folder} is quantised; give the unquantised checkpoint")
-    return dict(config)
+    return config
 
 
 def _dtype(name: str) -> torch.dtype:

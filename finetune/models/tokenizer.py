@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerFast
 
+from finetune.artifacts.names import SENTENCEPIECE, TOKENIZER
 from finetune.data.chat.tokenizer import BUILT_IN_TEMPLATE, tokenizer_file
 
 
@@ -14,8 +15,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     """GLM-4's tokenizer under its published class name, from tokenizer.json or tokenizer.model."""
 
     vocab_files_names: ClassVar[dict[str, str]] = {
-        "tokenizer_file": "tokenizer.json",
-        "vocab_file": "tokenizer.model",
+        "tokenizer_file": TOKENIZER,
+        "vocab_file": SENTENCEPIECE,
     }
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__, console
+from finetune.artifacts.names import RUN_CONFIG
 from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import (
     Evaluation,
@@ -53,7 +54,7 @@ def write_page(folder: Path) -> Path:
 def runs_of(evaluation: Evaluation) -> dict[str, Run]:
     """The runs of the targets by name, those whose directory is still there."""
     names = dict.fromkeys(target.run for target in evaluation.targets if target.run)
-    return {name: read_run(Path(name)) for name in names if (Path(name) / "config.yaml").is_file()}
+    return {name: read_run(Path(name)) for name in names if (Path(name) / RUN_CONFIG).is_file()}
 
 
 def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> str:

@@ -13,11 +13,10 @@ from typing import Any
 import yaml
 
 from finetune.artifacts import checkpoint
-from finetune.artifacts.run_dir import CONFIG, DATA
+from finetune.artifacts.names import RUN_CONFIG, RUN_DATA, RUN_METRICS
 from finetune.errors import ConfigError
 from finetune.evaluation.metrics import metric
 
-HISTORY = "metrics.jsonl"
 DEEPEST = 4
 """Folders below the one asked for in which runs are looked for."""
 ALWAYS_OTHER = ("training.output_dir",)
@@ -83,9 +82,9 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`; ConfigError when there is none."""
-    file = folder / CONFIG
+    file = folder / RUN_CONFIG
     if not file.is_file():
-        raise ConfigError(f"{folder} is no run directory: it holds no {CONFIG}")
+        raise ConfigError(f"{folder} is no run directory: it holds no {RUN_CONFIG}")
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -97,8 +96,8 @@ def read_run(folder: Path) -> Run:
     return Run(
         path=folder,
         config=dict(_flat(sections)),
-        history=list(_history(folder / HISTORY)),
-        data=_data(folder / DATA),
+        history=list(_history(folder / RUN_METRICS)),
+        data=_data(folder / RUN_DATA),
         checkpoints=[step for step in steps if step is not None],
         best_step=checkpoint.step_of(best) if best else None,
         predictions=_predictions(folder),
@@ -117,9 +116,11 @@ def find_runs(folder: Path) -> list[Run]:
             for name in names
             if depth < DEEPEST and not name.startswith((".", "checkpoint-"))
         )  # fmt: skip
-        if CONFIG in files and (HISTORY in files or checkpoint.checkpoints(Path(place))):
+        if RUN_CONFIG in files and (RUN_METRICS in files or checkpoint.checkpoints(Path(place))):
             found.append(Path(place))
-    return [read_run(path) for path in sorted(found, key=lambda p: (p / CONFIG).stat().st_mtime)]
+    return [
+        read_run(path) for path in sorted(found, key=lambda p: (p / RUN_CONFIG).stat().st_mtime)
+    ]
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import console
+from finetune.artifacts.names import RUN_METRICS
 from finetune.config.schema import EvaluationSection
 from finetune.distributed.signals import StopFlag
 from finetune.evaluation.metrics import is_better, metric
@@ -21,8 +22,6 @@ from finetune.storage import journal
 from finetune.storage.disk import BestEffort
 from finetune.storage.files import json_line, write_file
 from finetune.training.counts import StepCounts
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Schedule(TrainerCallback):
@@ -277,7 +276,7 @@ class MetricsFile(TrainerCallback):
     """metrics.jsonl in the run directory: every log record, one JSON object a line."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / METRICS_FILE
+        self.path = run_dir / RUN_METRICS
         self._unwritten: list[dict[str, Any]] = []
         self._anew = False
         self._writing = BestEffort(str(self.path), "it is written when there is room")

@@ -24,14 +24,13 @@ from transformers.trainer_callback import ExportableState
 
 from finetune import console, methods
 from finetune.artifacts import checkpoint
+from finetune.artifacts.names import RUN_CONFIG, TRAINER_STATE
 from finetune.distributed.processes import fail_together, gather_to_rank0, is_rank0, worst
 from finetune.errors import SpaceError
 from finetune.methods import BaseRecord
 from finetune.storage import folders
 from finetune.storage.disk import BestEffort
 from finetune.training import resume
-
-TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Saver:
             trainer._save_rng_state(str(stage))
             if leader:
                 (stage / TRAINER_STATE).write_text(_state_text(trainer), encoding="utf-8")
-                (stage / "config.yaml").write_text(self.config_text, encoding="utf-8")
+                (stage / RUN_CONFIG).write_text(self.config_text, encoding="utf-8")
                 resume.write(stage, self.record)
 
     def save_weights(self, model: nn.Module, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,14 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from finetune import methods
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.plain_files import read_json
+from finetune.artifacts.resolve import local_folder
 from finetune.artifacts.weights import model_fingerprint
 from finetune.config.schema import PTuningV2Method, RunConfig
 from finetune.distributed.processes import local_device, rank_and_world
 from finetune.methods import BaseRecord
-from finetune.models.load import family, load_model, local_folder
+from finetune.models.load import family, load_model
 from finetune.training import zero
 from finetune.training.arguments import (
     check_trackers,
@@ -100,7 +102,7 @@ def _is_apart(model: PreTrainedModel) -> bool:
 
 
 def _hidden_size(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / MODEL_CONFIG)
     return int((config.get("text_config") or config)["hidden_size"])
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.checkpoint import checkpoints, newest_good
+from finetune.artifacts.names import RUN_RECORD
 from finetune.errors import CheckpointError
 from finetune.storage.manifest import verify
-
-RECORD = "run.json"
 
 
 class Rule(Enum):
@@ -143,18 +142,18 @@ def record(
 def write(folder: Path, saved: Mapping[str, Any]) -> None:
     """Put the record into a checkpoint's staging folder."""
     text = json.dumps(saved, ensure_ascii=False, indent=1, default=str)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    (folder / RUN_RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The record of a checkpoint; CheckpointError when it has none."""
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
         if not all(isinstance(found[part], dict) for part in ("config", "facts", "versions")):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"{folder / RECORD} is missing or damaged, so the run that wrote this checkpoint is unknown; "
+            f"{folder / RUN_RECORD} is missing or damaged, so the run that wrote this checkpoint is unknown; "
             "resume from a checkpoint that `finetune train` wrote"
         ) from None
     return dict(found)

@@ -27,9 +27,9 @@ from rich.table import Table
 from serve_check import common, requests
 from without_code import write_settings
 
+from finetune.artifacts.resolve import local_folder
 from finetune.generation.generate import Reply, generate
 from finetune.generation.load import OpenedModel, open_model
-from finetune.models.load import local_folder
 
 NUM_TOKENS, EOM = 32, "tokenizer.ggml.eom_token_id"
 # Weights of 16 or 8 bits against ours of 32: logits, whose spread is 1, move by about this much.

@@ -70,11 +70,10 @@ def no_base_check() -> None:
     from finetune.export import merge
     from finetune.methods import lora, ptuning_v2
 
-    def believing(*_: Any, **__: Any) -> None:
-        return None
+    def believing(*_: Any, **__: Any) -> list[str]:
+        return []
 
-    lora.check_base = ptuning_v2.check_base = believing  # type: ignore[attr-defined]
-    merge._check_base = lambda *_, **__: []  # type: ignore[attr-defined]
+    lora.check_base = ptuning_v2.check_base = merge.check_base = believing  # type: ignore[attr-defined]
 
 
 def no_safe_loading() -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +18,17 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from finetune.artifacts.names import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    OLDER_CHAT_TEMPLATE,
+    SENTENCEPIECE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
+from finetune.artifacts.plain_files import check_folder, read_json_if_there
+from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
 from finetune.data.chat.glm41v_image import GridSpec
 from finetune.data.chat.image import TakesImages, image_spec
 from finetune.errors import DataError, ModelError
@@ -44,11 +53,6 @@ BUILT_IN_TEMPLATE = Path(__file__).parent / "templates" / "glm4_chat.jinja"
 
 CONVERSION_VERSION = 1
 """Raised whenever the conversion of tokenizer.model gives another file."""
-
-HUB_FILES = [
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
-    "chat_template.json", "config.json", "generation_config.json", "preprocessor_config.json",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,9 @@ def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> Chat
         folder: A checkpoint folder (it may be read-only) or a hub id.
         revision: The hub revision when `folder` is a hub id.
     """
-    place = local_folder(folder, revision)
-    config = _read_json(place / "tokenizer_config.json")
+    place = local_folder(folder, revision, files=TOKENIZER_FILES)
+    check_folder(place)
+    config = read_json_if_there(place / TOKENIZER_CONFIG)
     backend = _open(tokenizer_file(place))
     control_ids = {token.content: number for number, token in _added_tokens(backend).items()}
     missing = [token for token in NEEDED_TOKENS if token not in control_ids]
@@ -91,7 +96,9 @@ def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> Chat
             f"{place}: not a GLM-4 tokenizer, it lacks {', '.join(missing)} as added tokens; "
             "use a GLM-4, GLM-4V or GLM-Z1 checkpoint"
         )
-    settings = _read_json(place / "config.json") | _read_json(place / "generation_config.json")
+    settings = read_json_if_there(place / MODEL_CONFIG) | read_json_if_there(
+        place / GENERATION_CONFIG
+    )
     template = _chat_template(place, config)
     return ChatTokenizer(
         backend=backend,
@@ -109,41 +116,22 @@ def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> Chat
 
 def tokenizer_file(folder: str | Path, revision: str | None = None) -> Path:
     """Path of the checkpoint's `tokenizer.json`: its own, or the one converted from tokenizer.model."""
-    place = local_folder(folder, revision)
-    if (place / "tokenizer.json").is_file():
-        return place / "tokenizer.json"
-    model = place / "tokenizer.model"
+    place = local_folder(folder, revision, files=TOKENIZER_FILES)
+    if (place / TOKENIZER).is_file():
+        return place / TOKENIZER
+    model = place / SENTENCEPIECE
     if not model.is_file():
         raise ModelError(
             f"{place}: no tokenizer.json and no tokenizer.model; copy the tokenizer files of the "
             "base checkpoint into this folder"
         )
-    added = _declared_tokens(_read_json(place / "tokenizer_config.json"))
+    added = _declared_tokens(read_json_if_there(place / TOKENIZER_CONFIG))
     key = _digest(model.read_bytes(), repr((added, CONVERSION_VERSION)).encode())
     return _kept(key) or _keep(key, _convert(model, added).to_str())
 
 
-def local_folder(folder: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or the tokenizer files of a hub id downloaded into the hub's cache."""
-    place = Path(folder)
-    if place.is_dir():
-        return place
-    if place.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        raise ModelError(f"{folder}: no such checkpoint folder, and not a hub id like org/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # what hub errors, refused ids and networks derive from
-        raise ModelError(
-            f"{folder}: no such folder here, and its tokenizer files cannot be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "check the name, or download the checkpoint and give its folder"
-        ) from error
-
-
 def _image_spec(place: Path) -> TakesImages | None:
-    config = _read_json(place / "config.json")
+    config = read_json_if_there(place / MODEL_CONFIG)
     if config.get("model_type") == "glm4v":
         return GridSpec(str(place), int(config["image_start_token_id"]))
     return image_spec(config)
@@ -203,9 +191,9 @@ def _pad_id(
 
 def _chat_template(place: Path, config: Mapping[str, Any]) -> str:
     """The checkpoint's own template, where transformers looks for it; else the built-in one."""
-    if (file := place / "chat_template.jinja").is_file():
+    if (file := place / CHAT_TEMPLATE).is_file():
         return file.read_text(encoding="utf-8")
-    stored = _read_json(place / "chat_template.json").get("chat_template")
+    stored = read_json_if_there(place / OLDER_CHAT_TEMPLATE).get("chat_template")
     stored = config.get("chat_template") if stored is None else stored
     if stored is None:
         return BUILT_IN_TEMPLATE.read_text(encoding="utf-8")
@@ -307,11 +295,11 @@ def _keep(key: str, text: str) -> Path:
 
 
 def _source_bytes(place: Path) -> bytes:
-    own = place / "tokenizer.json"
+    own = place / TOKENIZER
     if own.is_file():
         return own.read_bytes()
-    added = _declared_tokens(_read_json(place / "tokenizer_config.json"))
-    return (place / "tokenizer.model").read_bytes() + repr(added).encode()
+    added = _declared_tokens(read_json_if_there(place / TOKENIZER_CONFIG))
+    return (place / SENTENCEPIECE).read_bytes() + repr(added).encode()
 
 
 def _digest(*parts: bytes) -> str:
@@ -320,15 +308,3 @@ def _digest(*parts: bytes) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
