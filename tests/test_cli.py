@@ -171,7 +171,7 @@ def test_paths_that_lead_nowhere_are_named_together_before_anything_heavy(here, 
     error = capsys.readouterr().err
     assert "data.train: no-such-file.jsonl does not exist" in error
     assert "data.validation[0]: no file matches a/*.jsonl" in error
-    assert "model.path: ./nowhere is not a folder" in error
+    assert "model.path: not a directory, and not a hub id like org/name: ./nowhere" in error
     assert "deepspeed.config: ds.json is not a file" in error
 
 

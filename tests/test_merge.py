@@ -328,7 +328,10 @@ def test_merging_takes_little_memory_and_no_torch(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(
         json.dumps(
             {"peft_type": "LORA", **{k: config[k] for k in ("r", "lora_alpha")}}
-            | {"base_model_name_or_path": str(base)}
+            | {
+                "base_model_name_or_path": str(base),
+                "target_modules": ["gate_up_proj", "down_proj"],
+            }
         )
     )
     result = subprocess.run(

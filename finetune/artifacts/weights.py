@@ -21,6 +21,9 @@ ITEM_SIZE = {
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 
+FLOATS = ("F16", "BF16", "F32")
+"""What weights are kept in; integers and 8-bit floats mean nothing without their scales."""
+
 _MAX_HEADER = 100_000_000
 _SAMPLE = 64
 # Written by tools on the way, without a meaning for the weights.

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.artifacts.adapter import DORA, PREFIX, LoraFiles
 from finetune.artifacts.base_record import check_base
 from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CARD
-from finetune.artifacts.plain_files import read_json
-from finetune.artifacts.weights import TensorInfo, model_fingerprint, read_shard, tensors
+from finetune.artifacts.weights import TensorInfo, model_fingerprint, tensors
 from finetune.errors import ConfigError, ModelError
 from finetune.export import card
-from finetune.export.adapter import PART, rank_and_alpha, read_adapter
+from finetune.export.adapter import read_adapter
 from finetune.export.convert import ExportReport, other_outputs
 from finetune.export.folder import FolderPlan, check_output, written
 from finetune.export.layout import (
@@ -45,8 +45,6 @@ from finetune.export.merge import find_base
 from finetune.export.numbers import STORAGE, narrow, to_float32
 from finetune.export.shards import Output, ShardPlan, make_header
 
-_PREFIX = "base_model.model."
-_DORA = "lora_magnitude_vector"
 _SAMPLE = 64
 
 
@@ -91,15 +89,15 @@ def export_adapter(
         new_base: The same model in ``layout``, a folder or a hub id, for the adapter to name.
     """
     started = time.perf_counter()
-    read_adapter(folder)  # says what cannot be converted
+    files = read_adapter(folder).files
     base = find_base(folder, base)
     model = read_text_model(base)
     if model.layout == layout:
         raise ConfigError(f"{folder} is for the {layout} layout already; nothing is to be done")
     check_output(out, {base, folder})
     notes = check_base(folder, base)
-    config = read_json(folder / ADAPTER_CONFIG)
-    modules = _read_modules(folder, config)
+    config = files.config
+    modules = _read_modules(files)
     made = _split(modules, model) if layout == "hf" else _fused(modules, model, config, notes)
     texts = {ADAPTER_CONFIG: _json(_new_config(config, made, model, new_base))}
     if new_base is None:
@@ -113,7 +111,7 @@ def export_adapter(
     )
     texts[MODEL_CARD] = card.exported_card(folder, out.name, done, new_base or str(base))
     outputs = [
-        Output(f"{_PREFIX}{name}.{end}", part.dtype, part.values.shape, constant=part.values.tobytes())
+        Output(f"{PREFIX}{name}.{end}", part.dtype, part.values.shape, constant=part.values.tobytes())
         for name, module in sorted(made.items())
         for end, part in sorted(module.parts.items())
     ]  # fmt: skip
@@ -131,19 +129,23 @@ def export_adapter(
     )
 
 
-def _read_modules(folder: Path, config: Mapping[str, Any]) -> dict[str, _Module]:
+def _read_modules(files: LoraFiles) -> dict[str, _Module]:
+    """Each module's parts by the end of their names, as the file has them."""
     parts: dict[str, dict[str, _Part]] = {}
-    for tensor in read_shard(folder / ADAPTER_WEIGHTS).tensors:
-        name = tensor.name.removeprefix(_PREFIX)
-        match = PART.fullmatch(name)
-        module, end = (match["module"], match["part"]) if match else name.rsplit(".", 1)
-        if module.endswith(".base_layer"):  # an embedding saved whole beside its adapter
-            module, end = module.removesuffix(".base_layer"), f"base_layer.{end}"
-        parts.setdefault(module, {})[end] = _read(tensor)
+    tensors = [
+        *files.whole.values(),
+        *(t for found in files.modules.values() for t in found.values()),
+    ]
+    modules = sorted(files.modules, key=len, reverse=True)
+    for tensor in tensors:
+        name = tensor.name.removeprefix(PREFIX)
+        adapted = [module for module in modules if name.startswith(f"{module}.")]
+        module = adapted[0] if adapted else name.rpartition(".")[0]
+        parts.setdefault(module, {})[name.removeprefix(f"{module}.")] = _read(tensor)
     return {
-        module: _Module(found)
-        if set(found) <= {"weight", "bias"}
-        else _Module(found, *rank_and_alpha(config, module))
+        module: _Module(found, files.ranks[module], files.alphas[module])
+        if module in files.modules
+        else _Module(found)
         for module, found in parts.items()
     }
 
@@ -231,9 +233,9 @@ def _fuse(
         }
     parts = {end: _Part(dtype, values) for end, values in fused.items()}
     if dora:
-        lengths = np.concatenate([module.of(_DORA).values.reshape(-1) for module in there])
-        end = next(end for end in there[0].parts if end.startswith(_DORA))
-        parts[end] = _Part(there[0].of(_DORA).dtype, lengths)
+        lengths = np.concatenate([module.of(DORA).values.reshape(-1) for module in there])
+        end = next(end for end in there[0].parts if end.startswith(DORA))
+        parts[end] = _Part(there[0].of(DORA).dtype, lengths)
     return _Module(parts, rank, alpha)
 
 

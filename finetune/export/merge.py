@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.artifacts.base_record import check_base
+from finetune.artifacts.model_config import check_floats
 from finetune.artifacts.names import MODEL_CARD, MODEL_CONFIG, WEIGHTS_INDEX
-from finetune.artifacts.plain_files import read_json
+from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.artifacts.resolve import find_source, is_adapter, local_folder, model_base
 from finetune.artifacts.weights import TensorInfo, read_shard, weight_files
 from finetune.errors import ConfigError, ModelError
@@ -118,7 +119,7 @@ def _card(
 ) -> str:
     done = "A fully tuned GLM-4 as one plain checkpoint."
     if weighted:
-        named = str(weighted[0][0].base or base)
+        named = model_base(weighted[0][0].folder, str(base)).path
         what = "A LoRA adapter" if len(weighted) == 1 else f"{len(weighted)} LoRA adapters"
         done = (
             f"{what} merged into {card.public_name(named)}: plain weights, opened as the base is."
@@ -161,9 +162,11 @@ def find_base(source: Path, given: Path | None) -> Path:
 
 
 def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> tuple[FolderPlan, bool]:
+    check_folder(base)
     shards = [read_shard(file) for file in weight_files(base)]
     config = read_json(base / MODEL_CONFIG)
     present = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    check_floats(base, present)
     extra = _untied_head(config, present, tuned)
     _check_fit(tuned, {**present, **extra}, base)
     plans = []
@@ -206,7 +209,9 @@ def _untied_head(
 
 
 def _check_fit(tuned: Adapter | None, present: Mapping[str, TensorInfo], base: Path) -> None:
-    problems = []
+    modules = [name.removesuffix(".weight") for name, t in present.items() if len(t.shape) == 2]
+    missing = tuned.files.missing(modules) if tuned else []
+    problems = [f"it has nothing for {name}, which its config adapts" for name in missing]
     for name, update in (tuned.updates if tuned else {}).items():
         wanted = (update.b.shape[0], update.a.shape[1])
         if name not in present:

@@ -262,12 +262,21 @@ def _read(descriptor: int, place: int, out: memoryview) -> None:
 
 
 def _copy(source: TensorInfo, descriptor: int, sink: _Sink) -> None:
-    place = source.start
+    place, item = source.start, ITEM_SIZE[source.dtype]
     while place < source.end:
         room = sink.room(source.end - place)
-        _read(descriptor, place, room)
-        sink.fill(len(room))
-        place += len(room)
+        room = room[: len(room) // item * item]
+        data = room or memoryview(bytearray(item))  # one element that two buffers share
+        _read(descriptor, place, data)
+        if source.dtype in STORAGE and not is_finite(
+            np.frombuffer(data, STORAGE[source.dtype]), source.dtype
+        ):
+            raise ModelError(f"{source.name} in {source.file} holds numbers that are not finite")
+        if room:
+            sink.fill(len(room))
+        else:
+            sink.write(data)
+        place += len(data)
 
 
 def _compute(

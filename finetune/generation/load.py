@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.artifacts.resolve import (
+    adapter_config,
     check_openable,
     is_adapter,
     is_folder,

@@ -9,21 +9,27 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.artifacts.adapter import ALL_LINEAR, check_complete, read_lora
 from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_WEIGHTS
-from finetune.artifacts.weights import read_shard
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.models.load import lora_targets
 
-ALL_LINEAR = "all-linear"
+_ADAPTED = (nn.Linear, nn.Embedding, nn.Conv2d)
 
 
 def attach(
@@ -130,22 +136,45 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     Raises:
         ModelError: The folder is no adapter, or it belongs to another base and `force` is not set.
     """
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(
-            f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors adapters are opened. "
-            "Give the folder of a checkpoint, or convert an adapter_model.bin with PEFT first"
-        )
-    read_shard(folder / ADAPTER_WEIGHTS)  # says what is wrong with a file that is not whole
+    files = read_lora(folder)
     base = model.config.name_or_path
     if Path(base).is_dir():
         check_base(folder, Path(base), force=force)
-    adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
+    named = [name for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
+    if missing := files.missing(named):
+        raise ModelError(
+            f"{folder / ADAPTER_WEIGHTS} has nothing for {', '.join(missing[:3])}, which its config "
+            f"adapts ({len(missing)} in all); copy the adapter again, or give its own base"
+        )
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = True
+    config.init_lora_weights = True  # whatever it was, the trained weights take its place
+    adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    _check_weights(adapted, weights, folder / ADAPTER_WEIGHTS)
+    set_peft_model_state_dict(adapted, weights)
     return adapted.eval()
 
 
 def detach(model: PeftModel) -> PreTrainedModel:
     """The base again, without the adapters that `load_adapter` or `attach` gave it."""
     return model.unload()
+
+
+def _check_weights(model: PeftModel, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse weights that are not those of the attached adapters, one by one, or not finite."""
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = model.state_dict()
+    # PEFT saves an embedding and a head beside the adapters, though the adapters do not train them.
+    beside = {name: own[name] for name in weights if name not in expected and name in own}
+    shapes = {name: tuple(t.shape) for name, t in {**expected, **beside}.items()}
+    check_complete(file, {name: tuple(t.shape) for name, t in weights.items()}, shapes)
+    broken = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ModelError(
+            f"{file}: {', '.join(broken[:3])} holds numbers that are not finite "
+            f"({len(broken)} of {len(weights)} tensors do); use an earlier checkpoint"
+        )
 
 
 def optimizer_group(name: str) -> str:

@@ -29,16 +29,16 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.glm.modeling_glm import eager_attention_forward
 
+from finetune.artifacts.adapter import PREFIX_TENSOR, check_config, weights_file
 from finetune.artifacts.base_record import BaseRecord, check_base
-from finetune.artifacts.names import ADAPTER_WEIGHTS, PREFIX_ENCODER, PREFIX_UNITS
-from finetune.artifacts.weights import read_shard
+from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX_ENCODER, PREFIX_UNITS
+from finetune.artifacts.weights import FLOATS, read_shard
 from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import prefix_init
 from finetune.models.packed_attention import DOCUMENT_SDPA, grouped_sdpa, in_documents
 
 UNIT = ".prefix.unit"
-FLAT_NAME = "prompt_embeddings"  # PEFT's: [N, L * 2 * H * D], keys before values in each layer
 START_STD = 0.2
 ATTENTION_LAYER = re.compile(r".*layers\.\d+\.(self_attn|self_attention)")
 IMPLEMENTATIONS = {
@@ -166,7 +166,7 @@ def save(
         save_file(units, folder / PREFIX_UNITS, metadata={"format": "pt"})
     state |= units
     flat = _fold(state, list(_attention_layers(model)), *_key_value_shape(model))
-    save_file({FLAT_NAME: flat}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file({PREFIX_TENSOR: flat}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     if any(name.startswith("prefix_encoder.") for name in state):
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / PREFIX_ENCODER, metadata={"format": "pt"})
@@ -267,14 +267,24 @@ def _key_value_shape(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _flat_weights(folder: Path) -> Tensor:
-    path = folder / ADAPTER_WEIGHTS
-    if path.is_file():
-        read_shard(path)  # says what is wrong with a file that is not whole
-    tensors = load_file(path) if path.is_file() else {}
-    if FLAT_NAME not in tensors:
-        raise ModelError(f"{path} holds no saved prefix ({FLAT_NAME}); give a P-Tuning v2 adapter")
-    flat: Tensor = tensors[FLAT_NAME]
-    return flat
+    path = weights_file(folder)
+    stored = {tensor.name: tensor for tensor in read_shard(path).tensors}
+    flat = stored.get(PREFIX_TENSOR)
+    if flat is None or len(stored) != 1 or flat.dtype not in FLOATS or len(flat.shape) != 2:
+        raise ModelError(
+            f"{path} holds no saved prefix (one matrix, {PREFIX_TENSOR}, and nothing else); "
+            "give a P-Tuning v2 adapter"
+        )
+    tokens = check_config(folder)["num_virtual_tokens"]
+    if tokens != flat.shape[0]:
+        raise ModelError(
+            f"{folder}: {ADAPTER_CONFIG} says num_virtual_tokens {tokens}, and there are "
+            f"{flat.shape[0]} in {ADAPTER_WEIGHTS}; copy the adapter again"
+        )
+    values: Tensor = load_file(path)[PREFIX_TENSOR]
+    if not bool(values.isfinite().all()):
+        raise ModelError(f"{path} holds numbers that are not finite; use an earlier checkpoint")
+    return values
 
 
 def _fold(state: Mapping[str, Tensor], layers: list[str], heads: int, head_dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import transformers
 from transformers import PreTrainedModel, initialization
 from transformers.utils import is_flash_attn_2_available
 
+from finetune.artifacts.model_config import read_model_config
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.artifacts.resolve import is_adapter, local_folder
-from finetune.artifacts.weights import read_shard, weight_files
-from finetune.errors import ModelError
+from finetune.artifacts.weights import tensors
+from finetune.errors import ModelError, is_out_of_memory
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from finetune.models.glm41v import Glm4vForConditionalGeneration
@@ -94,12 +96,11 @@ def load_model(
     config_class, model_class = _CLASSES[family(_read_config(folder))]
     implementation = _attention(attention)
     extra = four_bits(_dtype(dtype)) if quantization == "nf4" else {}
-    for file in weight_files(folder):  # says what is missing or cut off better than transformers
-        read_shard(file)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
     try:
         config = config_class.from_pretrained(folder)
+        _check_size(folder, config)
         model, report = model_class.from_pretrained(
             folder,
             config=config,
@@ -111,11 +112,14 @@ def load_model(
             output_loading_info=True,
             **extra,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever a config of others makes the libraries raise
+        if isinstance(error, ModelError) or is_out_of_memory(error):
+            raise
+        raise ModelError(f"{folder} cannot be loaded ({type(error).__name__}: {error})") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     _check_complete(folder, report)
+    check_finite(model, folder)
     for name, buffer in list(model.named_buffers()):
         # What is loaded is a view of the mapped file. Whoever replaces the weights (DeepSpeed, a GPU)
         # lets go of it, but for a small table that nobody replaces gigabytes would stay mapped.
@@ -155,7 +159,7 @@ def num_layers(folder: Path) -> int:
 
 
 def family(config: Any) -> str:
-    """Return chatglm, glm or glm4 for a config (an object or config.json's dict)."""
+    """Return chatglm, glm, glm4 or glm4v for a config (an object or config.json's dict)."""
     name = config.get("model_type") if isinstance(config, dict) else config.model_type
     if name not in _CLASSES:
         raise ModelError(f"model_type {name!r} is not supported; {_SUPPORTED}")
@@ -177,9 +181,56 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
         raise ModelError(f"{folder} has no {MODEL_CONFIG}; give the folder of a checkpoint")
     config = read_json(folder / MODEL_CONFIG)
+    family(config)
     if config.get("model_type") in _CLASSES and config.get("quantization_config"):
         raise ModelError(f"{folder} is quantised; give the unquantised checkpoint")
-    return config
+    return read_model_config(folder)
+
+
+def _check_size(folder: Path, config: Any) -> None:
+    """Refuse a config that asks for far more numbers than the folder has, before they are allocated."""
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * head
+    asked = text.num_hidden_layers * text.hidden_size * (attention + 3 * text.intermediate_size)
+    asked += text.vocab_size * text.hidden_size
+    if isinstance(vision, dict):
+        wide = vision["hidden_size"] * (4 * vision["hidden_size"] + 2 * vision["intermediate_size"])
+        asked += vision["num_hidden_layers"] * wide
+    elif vision is not None:
+        asked += (
+            vision.depth
+            * vision.hidden_size
+            * (4 * vision.hidden_size + 3 * vision.out_hidden_size)
+        )
+    held = sum(math.prod(tensor.shape) for tensor in tensors(folder).values())
+    if asked > 2 * held + 1_000_000:
+        raise ModelError(
+            f"{folder}: its {MODEL_CONFIG} asks for about {asked:,} numbers and its weights hold "
+            f"{held:,}; copy the checkpoint again, or use the config.json that belongs to it"
+        )
+
+
+def check_finite(model: torch.nn.Module, folder: Path) -> None:
+    """Refuse weights that hold a NaN or an infinity; they are read once, and nothing is copied.
+
+    Raises:
+        ModelError: Names the first weights.
+    """
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point()
+        and weight.numel()
+        and not weight.is_meta
+        and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
+    ]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ModelError(
+            f"{folder}: {', '.join(broken[:3])}{more} holds numbers that are not finite (NaN or "
+            "infinity), so every reply would be noise; copy the checkpoint again, or use an earlier one"
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -53,11 +53,11 @@ TRAIN: dict[str, str] = {
     "$HOME/train.jsonl": "does not exist",
 }
 MODEL = {
-    "./nowhere": "is not a folder",
-    "/nowhere/model": "is not a folder",
-    "./train.jsonl": "is not a folder",
-    "/dev/null": "is not a folder",
-    "./" + LONG: "is not a folder",
+    "./nowhere": "not a directory",
+    "/nowhere/model": "not a directory",
+    "./train.jsonl": "not a directory",
+    "/dev/null": "not a directory",
+    "./" + LONG: "not a directory",
     "./a\0b": "holds a NUL",
     "": "must not be empty",
 }
@@ -114,7 +114,7 @@ def every_path_at_once(folder: Path) -> None:
     changes = {"data__validation": ["b.jsonl", "c.jsonl"], "deepspeed__config": "ds.json"}
     write_config(folder, "a.jsonl", model__path="./nowhere", **changes)
     said = (
-        "x.yaml:2: model.path: ./nowhere is not a folder",
+        "x.yaml:2: model.path: not a directory, and not a hub id like org/name: ./nowhere",
         "x.yaml:4: data.train: a.jsonl does not exist",
         "x.yaml:5: data.validation[0]: b.jsonl does not exist",
         "x.yaml:5: data.validation[1]: c.jsonl does not exist",

@@ -174,6 +174,10 @@ def _stop_ids(settings: Mapping[str, Any], control_ids: Mapping[str, int]) -> tu
     """The checkpoint's eos ids, and always the two control tokens that trained replies end with."""
     eos = settings.get("eos_token_id")
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(number, int) for number in listed):
+        raise ModelError(
+            f"eos_token_id is {eos!r:.80}, which are no token ids; use the config of the base"
+        )
     if not listed:
         listed = [control_ids["<|endoftext|>"]]
     needed = [control_ids["<|user|>"], control_ids["<|observation|>"]]

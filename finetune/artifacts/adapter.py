@@ -1,0 +1,353 @@
+"""An adapter folder, checked whole before anything opens or merges it. No torch.
+
+What is not understood is refused by name: a setting that PEFT would read and we would not, a tensor
+that is missing, misnamed, misshapen or left over. Otherwise the adapter would be another function
+than the one that was trained, or none at all, and nobody would hear of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from finetune.artifacts.plain_files import check_folder
+from finetune.artifacts.regex import match_names
+from finetune.artifacts.resolve import adapter_config
+from finetune.artifacts.weights import FLOATS, TensorInfo, read_shard
+from finetune.errors import ModelError
+
+PREFIX = "base_model.model."
+"""In front of every name, as PEFT writes them."""
+PREFIX_TENSOR = "prompt_embeddings"
+"""The one tensor of a P-Tuning v2 adapter."""
+ALL_LINEAR = "all-linear"
+DORA = "lora_magnitude_vector"
+
+# Settings of peft.LoraConfig under which W + scale * B @ A is not what the adapter computes, or that
+# name modules in a way of their own.
+_REFUSED = (
+    "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "layers_pattern",
+    "monteclora_config", "megatron_config", "ensure_weight_tying", "velora_config",
+)  # fmt: skip
+# Settings that change nothing once an adapter is trained.
+_INERT = (
+    "peft_type", "peft_version", "auto_mapping", "inference_mode", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "encoder_hidden_size",
+    "init_weights",
+)  # fmt: skip
+# Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and others change it.
+_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
+
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector(?:\.weight)?)"
+)
+_NEEDED = ("target_modules", "num_virtual_tokens")
+_EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
+_LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class LoraFiles:
+    """The tensors of a LoRA adapter and what its config says of each module."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, TensorInfo]]
+    """Of each adapted module its parts: `lora_A`, `lora_B`, `lora_embedding_A`, … by that name."""
+    whole: Mapping[str, TensorInfo]
+    """Tensors that were trained whole (`modules_to_save`, biases), by the name of the base's tensor."""
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+    def scale(self, module: str) -> float:
+        """What B A is multiplied by."""
+        rank = self.ranks[module]
+        return self.alphas[module] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of a model's modules `names` that the config adapts and the file has nothing for."""
+        expected = _targets(self.config, list(names), str(self.folder / ADAPTER_CONFIG))
+        return sorted(expected - set(self.modules))
+
+
+def read_lora(folder: Path) -> LoraFiles:
+    """The adapter of `folder`, whole and understood.
+
+    Raises:
+        ModelError: It is not; every problem is named.
+    """
+    config = check_config(folder)
+    file = weights_file(folder)
+    where = str(folder / ADAPTER_CONFIG)
+    modules, whole, problems = _by_module(file, config)
+    for entry in config.get("modules_to_save") or ():
+        if not any(_ends_with(name.rpartition(".")[0], entry) for name in whole):
+            problems.append(f"modules_to_save names {entry}, and there is no tensor of it")
+    ranks = _by_pattern(config, "rank_pattern", "r", modules, where)
+    alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", modules, where)
+    for module, parts in modules.items():
+        problems += _part_problems(module, parts, config, ranks[module])
+    largest = max(ranks.values(), default=0)
+    for rank in {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}:
+        if rank > max(largest, 64):
+            problems.append(f"rank {rank} is in {ADAPTER_CONFIG} and in no tensor")
+    if not modules and not whole:
+        problems.append("it holds no tensor")
+    _refuse(f"{file} is not the adapter that {ADAPTER_CONFIG} says", problems)
+    return LoraFiles(
+        folder, config, modules, whole, ranks, {m: float(a) for m, a in alphas.items()}
+    )
+
+
+def weights_file(folder: Path) -> Path:
+    """The adapter's safetensors file; ModelError when there is none."""
+    check_folder(folder)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(
+            f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors adapters are opened (an "
+            "adapter_model.bin is a pickle: convert it with PEFT). Give the folder of a checkpoint"
+        )
+    return folder / ADAPTER_WEIGHTS
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of `folder`, of a LoRA or a prefix, when all of it is understood.
+
+    Raises:
+        ModelError: Settings that are not supported, or have values that cannot be.
+    """
+    config = adapter_config(folder)
+    kind = config.get("peft_type")
+    wanted = _LORA if kind == "LORA" else _PREFIX_TUNING
+    said = [
+        f"{name}={_shown(config[name])} ({reason})"
+        for name, (fits, reason) in wanted.items()
+        if name in config and not fits(config[name])
+    ]
+    said += [f"{name} is missing" for name in _NEEDED if name in wanted and name not in config]
+    refused = [f"{name}={_shown(config[name])}" for name in _REFUSED if config.get(name)]
+    known = {*wanted, *_REFUSED, *_INERT}
+    unknown = [f"{n}={_shown(v)}" for n, v in sorted(config.items()) if v and n not in known]
+    file = folder / ADAPTER_CONFIG
+    if said:
+        raise ModelError(f"{file}: {'; '.join(said[:_LISTED])}. Copy the adapter again")
+    if refused or unknown:
+        raise ModelError(
+            f"{file} says {', '.join([*refused, *unknown][:_LISTED])}: that is not supported here. "
+            "Merge the adapter with PEFT's merge_and_unload and open the merged model"
+        )
+    return config
+
+
+def check_complete(
+    file: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse an adapter file whose tensors are not those that its config asks of the base.
+
+    Args:
+        file: The adapter's weights.
+        found: Its tensors' shapes by name.
+        expected: The shapes that the base takes.
+
+    Raises:
+        ModelError: Names tensors that are missing, of another shape, or left over.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [
+        f"{name} is {found[name]}, the base takes {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems += [f"{name} has no place in the base" for name in found if name not in expected]
+    _refuse(f"{file} does not fit the base or its {ADAPTER_CONFIG}", problems)
+
+
+def _by_module(
+    file: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo], list[str]]:
+    """The parts of each adapted module, the tensors that were trained whole, and what is neither."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    whole: dict[str, TensorInfo] = {}
+    problems = []
+    for tensor in read_shard(file).tensors:
+        if tensor.dtype not in FLOATS:
+            problems.append(f"{tensor.name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
+        name = tensor.name.removeprefix(PREFIX)
+        if name == tensor.name:
+            problems.append(f"{name} is not named {PREFIX}…, as PEFT names it")
+        elif match := _PART.fullmatch(name):
+            part = match["part"].removesuffix(".weight")
+            modules.setdefault(match["module"], {})[part] = tensor
+        elif _may_be_whole(name, config):
+            whole[name.replace(".base_layer.", ".")] = tensor
+        else:
+            problems.append(f"{name} is of a kind that is not known here")
+    return modules, whole, problems
+
+
+def _refuse(what: str, problems: Collection[str]) -> None:
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in list(problems)[:_LISTED])
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ModelError(f"{what}:{shown}{more}\nCopy the adapter again, or give its own base")
+
+
+def _part_problems(
+    module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any], rank: int
+) -> list[str]:
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A", "lora_B"]
+    names += [DORA] if config.get("use_dora") else []
+    problems = [f"{module} has no {name}" for name in names if name not in parts]
+    problems += [f"{module} has a {name} that nothing uses" for name in parts if name not in names]
+    if not problems:
+        a, b = (parts[name].shape for name in names[:2])
+        if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
+            problems.append(f"{module}: {names[0]} {a} and {names[1]} {b} do not fit")
+        elif a[0] != rank:
+            problems.append(f"{module} has rank {a[0]} here and {rank} in {ADAPTER_CONFIG}")
+    return problems
+
+
+def _may_be_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT saves such a tensor beside the adapters."""
+    module, _, kind = name.rpartition(".")
+    module = module.removesuffix(".base_layer")
+    if "lora_" in name or "token_adapter" in name:
+        return False
+    if any(_ends_with(module, entry) for entry in config.get("modules_to_save") or ()):
+        return True
+    if kind == "bias":
+        return bool(config.get("bias", "none") != "none")
+    return kind == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def _ends_with(module: str, entry: str) -> bool:
+    return module == entry or module.endswith(f".{entry}")
+
+
+def _by_pattern(
+    config: Mapping[str, Any], key: str, otherwise: str, modules: Collection[str], where: str
+) -> dict[str, Any]:
+    """PEFT's rule: the first pattern that matches the end of a module's name, else the default."""
+    patterns = {rf"(.*\.)?({pattern})": v for pattern, v in (config.get(key) or {}).items()}
+    matched = match_names(list(patterns), list(modules), where=f"{where}: {key}")
+    values = dict.fromkeys(modules, config.get(otherwise, 8))
+    for pattern, value in reversed(patterns.items()):
+        values |= dict.fromkeys(matched[pattern], value)
+    return values
+
+
+def _targets(config: Mapping[str, Any], names: list[str], where: str) -> set[str]:
+    """Those of `names` that the config adapts; none where only PEFT can tell (`all-linear`)."""
+    if config["target_modules"] == ALL_LINEAR:
+        return set()
+    found = _chosen(config["target_modules"], names, f"{where}: target_modules")
+    if exclude := config.get("exclude_modules"):
+        found -= _chosen(exclude, names, f"{where}: exclude_modules")
+    layers = config.get("layers_to_transform")
+    if layers is None:
+        return found
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    return {n for n in found if (m := _LAYER.match(n)) and int(m[1]) in wanted}
+
+
+def _chosen(entry: str | list[str], names: list[str], where: str) -> set[str]:
+    if isinstance(entry, str):
+        return set(match_names([entry], names, where=where)[entry])
+    return {name for name in names if any(_ends_with(name, end) for end in entry)}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# --- what a setting may be -----------------------------------------------------------------------
+
+_Rule = tuple[Callable[[Any], bool], str]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+
+
+def _is_layers(value: Any) -> bool:
+    listed = value if isinstance(value, list) else [value]
+    return all(isinstance(one, int) and not isinstance(one, bool) for one in listed)
+
+
+def _or_none(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or rule(value)
+
+
+def _values(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        value is None or (isinstance(value, dict) and all(rule(one) for one in value.values()))
+    )
+
+
+_FLAG: _Rule = (lambda value: value is None or isinstance(value, bool), "true or false")
+_TEXT: _Rule = (_or_none(lambda value: isinstance(value, str)), "a text")
+_SIZE: _Rule = (_or_none(_is_count), "a whole number above 0")
+_TASK: _Rule = (lambda value: value in (None, "CAUSAL_LM"), "only CAUSAL_LM is opened")
+_SHARED: dict[str, _Rule] = {
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "task_type": _TASK,
+}
+_LORA: dict[str, _Rule] = _SHARED | {
+    "r": (_is_count, "a rank is a whole number above 0"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "from 0 to 1"),
+    "target_modules": (
+        lambda value: (
+            (isinstance(value, str) and value != "") or (_is_names(value) and value != [])
+        ),
+        "a regex or a list of module names",
+    ),
+    "exclude_modules": (
+        _or_none(lambda value: isinstance(value, str) or _is_names(value)),
+        "a regex or a list of module names",
+    ),
+    "modules_to_save": (_or_none(_is_names), "a list of module names"),
+    "layers_to_transform": (_or_none(_is_layers), "numbers of layers"),
+    "rank_pattern": (_values(_is_count), "ranks by pattern"),
+    "alpha_pattern": (_values(_is_number), "finite numbers by pattern"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "init_lora_weights": (
+        lambda value: isinstance(value, (bool, str, type(None))) and value in _KEEPS_BASE,
+        "it changes the base, which is not supported: convert it to plain LoRA with PEFT",
+    ),
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "megatron_core": (
+        lambda value: value in (None, "megatron.core"),
+        "code of others is not imported",
+    ),
+}
+_PREFIX_TUNING: dict[str, _Rule] = _SHARED | {
+    "num_virtual_tokens": (_is_count, "a whole number above 0"),
+    "token_dim": _SIZE,
+    "num_layers": _SIZE,
+    "num_attention_heads": _SIZE,
+    "num_transformer_submodules": (lambda value: value in (None, 1), "only 1 is opened"),
+    "prefix_projection": _FLAG,
+    "modules_to_save": (lambda value: not value, "a prefix has none"),
+}
