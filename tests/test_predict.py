@@ -340,3 +340,25 @@ def test_a_first_line_is_a_function_only_where_functions_are_offered(
     # Text that runs into another reply ends there.
     more = [*ids, tiny.CONTROL_IDS["<|assistant|>"], *ids]
     assert reply_messages(more, template, (TOOL,)) == [Message("assistant", "fine")]
+
+
+@pytest.mark.parametrize("said_by", ["the command", "the run"])
+def test_columns_that_only_the_user_knows_are_read(tmp_path: Path, said_by: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"ask": "Q", "tell": "A"}\n')
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    options = PredictOptions(columns=("ask", "tell"))
+    if said_by == "the run":
+        options = PredictOptions()
+        (checkpoint / "finetune.json").write_text("{}")
+        (checkpoint / "config.yaml").write_text(
+            "model: {path: m}\nmethod: {kind: lora}\ntraining: {output_dir: o}\n"
+            "data: {train: x.jsonl, columns: {prompt: ask, response: tell}}\n"
+        )
+    rows = prediction._rows(str(checkpoint), options)
+    (question,) = prediction._questions([str(file)], rows)
+    assert [m.content for m in question.conversation.messages] == ["Q", "A"]
+    assert question.reply == 1
+    with pytest.raises(DataError, match="not known by its columns"):
+        list(prediction._questions([str(file)], prediction._rows("m", PredictOptions())))

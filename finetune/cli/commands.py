@@ -11,7 +11,7 @@ import typer
 from finetune import console
 from finetune.artifacts.resolve import models_in
 from finetune.cli.config_commands import config_app
-from finetune.cli.data_commands import Json, data_app
+from finetune.cli.data_commands import Columns, ImageRoot, Json, Layout, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import using_app
@@ -167,6 +167,12 @@ def evaluate(
         float, typer.Option(metavar="X", min=0, help="Above 0 tokens are drawn, with --seed.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Sampling seed.")] = 0,
+    columns: Columns = None,
+    format: Annotated[
+        Layout | None,
+        typer.Option(metavar="NAME", help="The layout of the rows; by default the run's."),
+    ] = None,
+    image_root: ImageRoot = None,
     old_base: Annotated[bool, typer.Option("--base", hidden=True)] = False,
     old_general: Annotated[list[str] | None, typer.Option("--general", hidden=True)] = None,
     old_unit: Annotated[str | None, typer.Option("--bleu-unit", hidden=True)] = None,
@@ -183,6 +189,9 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "max_samples": max_samples,
         "batch_size": batch_size,
+        "columns": columns,
+        "format": format,
+        "image_root": image_root,
     }
     with console.json_output(as_json) as emit:
         definition = _renamed(definition, old_base, old_general, old_unit)

@@ -17,11 +17,16 @@ Json = Annotated[
 Model = Annotated[
     str, typer.Option(metavar="FOLDER", help="A model folder (or hub id); its tokenizer is used.")
 ]
+Layout = Literal["auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3"]
 Format = Annotated[
-    Literal["auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3"],
+    Layout,
     typer.Option(metavar="NAME", help="The layout of the rows: auto, messages, openai, sharegpt, "
     "alpaca, pairs or chatglm3."),
 ]  # fmt: skip
+ImageRoot = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Images' paths are relative to it; else to the file's."),
+]
 Columns = Annotated[
     tuple[str, str] | None,
     typer.Option(metavar="PROMPT REPLY", help="Column names of prompt/response rows."),

@@ -9,7 +9,7 @@ import typer
 
 from finetune import console
 from finetune.artifacts.resolve import model_in
-from finetune.cli.data_commands import Json
+from finetune.cli.data_commands import Columns, Format, ImageRoot, Json
 from finetune.cli.export_commands import Base
 from finetune.cli.inputs import Overwrite, check_output_file
 
@@ -39,6 +39,9 @@ def predict(
         Literal["transformers", "vllm"],
         typer.Option(help="Who generates; vllm has an environment of its own."),
     ] = "transformers",
+    columns: Columns = None,
+    format: Format = "auto",
+    image_root: ImageRoot = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +55,14 @@ def predict(
         from finetune.generation.predict import PredictOptions
         from finetune.generation.predict import predict as run
 
-        options = PredictOptions(max_new_tokens, batch_size, backend)
+        options = PredictOptions(
+            max_new_tokens,
+            batch_size,
+            backend,
+            columns=columns,
+            format=format,
+            image_root=image_root,
+        )
         emit(run(target, data, output, base=base, options=options, overwrite=overwrite))
 
 

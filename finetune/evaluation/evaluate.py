@@ -84,7 +84,8 @@ def evaluate(
         data: held-out files, globs or folders; by default those of the first target's run.
         output: the folder to write into; by default one beside the first target.
         base: the adapters' base where their own records are out of date.
-        changes: fields of EvaluationSection that win over the run's; None counts as not said.
+        changes: fields of EvaluationSection, and `columns`, `format` and `image_root` of rows, that
+            win over the run's; None counts as not said.
         options: what else is asked for.
 
     Returns:

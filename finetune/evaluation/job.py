@@ -23,7 +23,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import PreparedDataset, load_examples
-from finetune.data.reading.sources import SourceSpec, read_conversations
+from finetune.data.reading.sources import SourceSpec, read_conversations, sources_of
 from finetune.errors import NonFiniteError
 from finetune.evaluation import store
 from finetune.evaluation.harness import check_harness, run_tasks
@@ -121,7 +121,7 @@ def prepare(target: Target, settings: Settings, options: Options) -> Job:
     root = Path(settings.data.cache_dir) if settings.data.cache_dir else None
     losses = {"loss": _examples(settings.sources, template, settings)}
     if options.general:
-        general = tuple(SourceSpec(path) for path in options.general)
+        general = sources_of(settings.data, options.general)
         losses[_general_name(options)] = _examples(general, template, settings)
     key: dict[str, Any] = {
         "format": store.FORMAT,

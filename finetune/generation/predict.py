@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,10 +23,13 @@ from finetune import console
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder, model_base
+from finetune.config.schema import DataSection, RowFormat
+from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.reading.files import expand
-from finetune.data.reading.sources import BESIDE, Images, Reading, SourceSpec, read_conversations
+from finetune.data.reading.sources import read_conversations, reading_of, sources_of, with_rows
 from finetune.errors import DataError
+from finetune.generation.settings import settings_of
 from finetune.generation.stream import FUNCTION_NAME
 from finetune.storage.files import file_digest
 from finetune.storage.journal import ResumableOutput, rows
@@ -62,6 +65,11 @@ class PredictOptions:
     max_new_tokens: int = 512
     batch_size: int = 64
     backend: Backend = "transformers"
+    columns: Columns | None = None
+    """Names of the prompt and response columns; by default those of the run."""
+    format: RowFormat = "auto"
+    image_root: str | None = None
+    """The folder that images' paths are relative to; by default the data file's own."""
 
 
 class _Work(NamedTuple):
@@ -71,6 +79,7 @@ class _Work(NamedTuple):
     data: Sequence[str]
     base: str | None
     options: PredictOptions
+    rows: DataSection
     template: ChatTemplate
     lengths: Sequence[int]
     """Tokens of every prompt."""
@@ -112,9 +121,10 @@ def predict(
     check_output(output, inputs, overwrite=overwrite, is_ours=_is_output)
     template = open_template(target, base=base)
     # Reads every row once, so that bad ones show now.
-    lengths, images = _prompt_lengths(data, template)
+    rows = _rows(target, options)
+    lengths, images = _prompt_lengths(data, rows, template)
     seen = SeenFiles.of([*_files(data), *images])
-    work = _Work(target, data, base, options, template, lengths, seen)
+    work = _Work(target, data, base, options, rows, template, lengths, seen)
     identity = _identity(work)
     journal = ResumableOutput(output, identity, overwrite=overwrite)
     with closing(journal):
@@ -165,7 +175,7 @@ def _check_context(model: Any, work: _Work) -> None:
     try:
         check_context(model, work.lengths, work.options.max_new_tokens)
     except DataError:
-        names = [question.conversation.where for question in _questions(work.data)]
+        names = [question.conversation.where for question in _questions(work.data, work.rows)]
         check_context(model, work.lengths, work.options.max_new_tokens, names)
 
 
@@ -214,7 +224,7 @@ def _answer_all(work: _Work, journal: ResumableOutput, answer: Answer) -> dict[s
         console.say(
             f"{len(stopped)} of {total} dialogues are answered already; going on behind them"
         )
-    questions = islice(_questions(work.data), len(stopped), None)
+    questions = islice(_questions(work.data, work.rows), len(stopped), None)
     while window := list(islice(questions, options.batch_size * BATCHES_PER_WINDOW)):
         replies = answer(template.prompts(window))
         stopped += [reply.stopped for reply in replies]
@@ -260,21 +270,34 @@ def _row(question: Question, reply: Reply, template: ChatTemplate) -> dict[str, 
     return row | {"stopped": reply.stopped}
 
 
-def _questions(data: Sequence[str], images: Images = BESIDE) -> Iterator[Question]:
+def _rows(target: str, options: PredictOptions) -> DataSection:
+    """What rows are like, of a run's checkpoint with the columns that it was trained on."""
+    section = DataSection(train=[], columns=settings_of(target).data.columns)
+    return with_rows(
+        section, columns=options.columns, format=options.format, image_root=options.image_root
+    )
+
+
+def _questions(
+    data: Sequence[str], rows: DataSection, *, check_images: bool = False
+) -> Iterator[Question]:
     """The dialogues with the place where a reply is wanted: their end, before a reply that is there."""
-    sources = [SourceSpec(path) for path in data]
-    for conversation in read_conversations(sources, Reading(images=images), purpose="predict"):
+    reading = reading_of(rows)
+    reading = replace(reading, images=replace(reading.images, check=check_images))
+    for conversation in read_conversations(sources_of(rows, data), reading, purpose="predict"):
         end = len(conversation.messages)
         while end and conversation.messages[end - 1].role == "assistant":
             end -= 1
         yield Question(conversation, end)
 
 
-def _prompt_lengths(data: Sequence[str], template: ChatTemplate) -> tuple[list[int], list[Path]]:
+def _prompt_lengths(
+    data: Sequence[str], rows: DataSection, template: ChatTemplate
+) -> tuple[list[int], list[Path]]:
     """Tokens of every prompt, and the images that prompts show."""
     lengths: list[int] = []
     images: dict[str, None] = {}
-    questions = _questions(data, Images(check=True))
+    questions = _questions(data, rows, check_images=True)
     while batch := list(islice(questions, 1000)):
         lengths += map(len, template.prompts(batch))
         messages = (message for question in batch for message in question.conversation.messages)

@@ -13,8 +13,11 @@ from finetune.artifacts.names import BASE_RECORD, RUN_CONFIG
 from finetune.config.load import load_config
 from finetune.config.schema import DataSection, EvaluationSection
 from finetune.data.examples.dataset import LengthPolicy
-from finetune.data.reading.sources import Reading, SourceSpec, reading_of, sources_of
+from finetune.data.reading.sources import Reading, SourceSpec, reading_of, sources_of, with_rows
 from finetune.errors import ConfigError
+
+ROWS = ("columns", "format", "image_root")
+"""Options of the data section that say what rows are like; the others are evaluation's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +34,20 @@ class Settings:
     seed: int = 0
 
     def asking(self, data: Sequence[str], changes: Mapping[str, Any]) -> Settings:
-        """The same with other held-out files, if any, and changed evaluation options.
+        """The same with other held-out files, if any, and changed options of evaluation or rows.
 
         Raises:
             ConfigError: an option cannot have that value, or there are no held-out files.
         """
         said = {name: value for name, value in changes.items() if value is not None}
+        rows = {name: said.pop(name) for name in ROWS if name in said}
         try:
             evaluation = EvaluationSection(**{**self.evaluation.model_dump(), **said})
         except ValidationError as error:
             found = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors())
             raise ConfigError(f"evaluation options: {found}") from error
-        section = self.data.model_copy(update={"validation": list(data)} if data else {})
+        section = with_rows(self.data, **rows)
+        section = section.model_copy(update={"validation": list(data)} if data else {})
         if not section.validation:
             raise ConfigError("there is nothing to evaluate on; give held-out files with --data")
         return replace(self, data=section, evaluation=evaluation)

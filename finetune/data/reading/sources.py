@@ -11,7 +11,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from finetune.config.schema import DataSection, Source
+from finetune.config.schema import Columns as ColumnNames
+from finetune.config.schema import DataSection, RowFormat, Source
 from finetune.data.chat.image import ImageError, check_image
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
@@ -234,6 +235,19 @@ def reading_of(section: DataSection) -> Reading:
     columns = (section.columns.prompt, section.columns.response) if section.columns else None
     images = Images(root=section.image_root)
     return Reading(section.on_bad_row, section.max_bad_rows, columns, images, rules)
+
+
+def with_rows(
+    section: DataSection,
+    *,
+    columns: Columns | None = None,
+    format: RowFormat | None = None,
+    image_root: str | None = None,
+) -> DataSection:
+    """The section with what a command line says about rows; None leaves what it has."""
+    named = ColumnNames(prompt=columns[0], response=columns[1]) if columns else None
+    said = {"columns": named, "format": format, "image_root": image_root}
+    return section.model_copy(update={key: v for key, v in said.items() if v is not None})
 
 
 def sources_of(
