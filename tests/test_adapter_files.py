@@ -56,7 +56,7 @@ def opened(base: Path, adapter: Path) -> None:
 
 
 def merged(base: Path, adapter: Path) -> None:
-    merge(adapter, adapter.parent / "merged", base=base, check=False)
+    merge(adapter, adapter.parent / "merged", base=base, check="none")
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], str]] = {

@@ -32,8 +32,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_chatglm: Path) -> Path:
 def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What merge and export make of the run, by name."""
     work = tmp_path_factory.mktemp("written")
-    merge(run, work / "merged", check=False)
-    export(str(work / "merged"), work / "hf", layout="hf", check=False)
+    merge(run, work / "merged", check="none")
+    export(str(work / "merged"), work / "hf", layout="hf", check="none")
     export(str(run), work / "adapter", layout="hf")
     return {folder.name: folder for folder in work.iterdir()}
 
@@ -84,7 +84,7 @@ def test_scores_of_an_evaluation_with_their_intervals_go_before_those_of_the_tra
         "targets": [{**target, "path": "elsewhere"}, target],
     }
     (folder / "evaluation.json").write_text(json.dumps(report))
-    merge(run, tmp_path / "merged", check=False)
+    merge(run, tmp_path / "merged", check="none")
     card = (tmp_path / "merged/README.md").read_text()
     assert "### Scores on dev.jsonl (fingerprint `abababababababab`)" in card
     assert "| rouge-l | 41.5 | 38.25 to 44.75 | 60 |" in card
@@ -97,7 +97,7 @@ def test_the_card_of_several_adapters_tells_of_each_with_its_weight(
     run: Path, tmp_path: Path, tiny_chatglm: Path
 ) -> None:
     foreign = make_adapter(tmp_path / "foreign", tiny_chatglm, r=8)
-    merge([(run / "checkpoint-2", 0.75), (foreign, -0.5)], tmp_path / "merged", check=False)
+    merge([(run / "checkpoint-2", 0.75), (foreign, -0.5)], tmp_path / "merged", check="none")
     card = (tmp_path / "merged/README.md").read_text()
     first, second = card.split("## Adapter ")[1:]
     assert first.startswith("checkpoint-2, weight 0.75\n")
@@ -114,8 +114,8 @@ def test_the_card_of_a_fully_tuned_model_names_its_base_and_method_in_both_layou
     settings = runs.config(tiny_chatglm, train, tmp_path / "run", training__max_steps=1)
     settings["method"] = {"kind": "full"}
     runs.run_here(settings)
-    merge(tmp_path / "run", tmp_path / "merged", check=False)
-    export(str(tmp_path / "run"), tmp_path / "hf", layout="hf", check=False)
+    merge(tmp_path / "run", tmp_path / "merged", check="none")
+    export(str(tmp_path / "run"), tmp_path / "hf", layout="hf", check="none")
     for name in ("merged", "hf"):
         card = (tmp_path / name / "README.md").read_text()
         for line in (

@@ -73,7 +73,7 @@ def test_predict_writes_a_reply_to_every_dialogue(workplace, answer):
 
 
 def test_merge_writes_a_checkpoint_that_equals_base_and_adapter(workplace, answer):
-    report = answer("merge", "run", "--output", "merged")
+    report = answer("merge", "run", "--output", "merged", "--check", "full")
     assert report["output"] == "merged"
     assert report["largest_difference"] < 1e-4
     assert (workplace / "merged" / "model.safetensors").is_file()

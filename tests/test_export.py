@@ -36,7 +36,7 @@ def test_what_was_published_answers_the_same_in_plain_transformers(
     tmp_path: Path, ratio: int
 ) -> None:
     base = make_base(tmp_path / "base", family="chatglm", rope_ratio=ratio)
-    report = export_model(base, tmp_path / "hf", layout="hf")
+    report = export_model(base, tmp_path / "hf", layout="hf", check="full")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert type(opened) is GlmForCausalLM
     assert opened.config.rope_parameters["rope_theta"] == 10000 * ratio
@@ -112,8 +112,8 @@ def test_tokenizer_template_and_stops_come_along_where_only_tokenizer_model_was(
     base = make_base(tmp_path / "base", family="chatglm", tiktoken=True, eos_token_id=tiny.PAD_ID)
     (base / "chat_template.jinja").unlink()
     (base / "generation_config.json").unlink()
-    export_model(base, tmp_path / "hf", layout="hf", check=False)
-    export_model(tmp_path / "hf", tmp_path / "back", layout="published", check=False)
+    export_model(base, tmp_path / "hf", layout="hf", check="none")
+    export_model(tmp_path / "hf", tmp_path / "back", layout="published", check="none")
     hf = AutoTokenizer.from_pretrained(tmp_path / "hf")
     ids = hf.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
     assert ids[:2] == [tiny.CONTROL_IDS["[gMASK]"], tiny.CONTROL_IDS["<sop>"]]

@@ -54,7 +54,7 @@ def test_an_adapter_of_the_published_layout_computes_the_same_on_glm_and_comes_b
 ) -> None:
     base = make_base(tmp_path / "base", family="chatglm")
     adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
-    export_model(base, tmp_path / "hf", layout="hf", check=False)
+    export_model(base, tmp_path / "hf", layout="hf", check="none")
     there, back = tmp_path / "there", tmp_path / "back"
     export_adapter(adapter, there, layout="hf", new_base=str(tmp_path / "hf"))
     wanted, plain = answers(base, adapter), logits(load_model(base))
@@ -73,7 +73,7 @@ def test_an_adapter_of_the_glm_layout_computes_the_same_as_published(
 ) -> None:
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, **HF_KINDS[kind])
-    export_model(base, tmp_path / "published", layout="published", check=False)
+    export_model(base, tmp_path / "published", layout="published", check="none")
     report = export_adapter(
         adapter, tmp_path / "there", layout="published", new_base=str(tmp_path / "published")
     )
@@ -90,7 +90,7 @@ def test_an_adapter_is_only_told_of_a_base_that_is_its_own_in_the_other_layout(
     base = make_base(tmp_path / "base", family="chatglm")
     other = make_base(tmp_path / "other", family="chatglm", seed=3)
     adapter = make_adapter(tmp_path / "adapter", base)
-    export_model(other, tmp_path / "hf", layout="hf", check=False)
+    export_model(other, tmp_path / "hf", layout="hf", check="none")
     for new_base, reason in ((tmp_path / "hf", "is another"), (base, "is not in the hf layout")):
         with pytest.raises((ConfigError, ModelError), match=reason):
             export_adapter(adapter, tmp_path / "out", layout="hf", new_base=str(new_base))

@@ -34,10 +34,10 @@ def test_adapters_are_added_up_with_the_weights_that_are_typed(work: Path, tmp_p
     one, two = work / "one", work / "two:3"
     out = str(tmp_path / "typed")
     assert exit_code("merge", f"{one}:0.25", f"{two}:-1.5", "--output", out, "--no-check") == 0
-    merge([(one, 0.25), (two, -1.5)], tmp_path / "called", check=False)
+    merge([(one, 0.25), (two, -1.5)], tmp_path / "called", check="none")
     assert same(tmp_path / "typed", tmp_path / "called")
     assert exit_code("merge", str(two), "--output", str(tmp_path / "whole"), "--no-check") == 0
-    merge(two, tmp_path / "weight-1", check=False)
+    merge(two, tmp_path / "weight-1", check="none")
     assert same(tmp_path / "whole", tmp_path / "weight-1")
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from adapters import make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import ConfigError, ModelError, SpaceError
-from finetune.export import merge as merging
+from finetune.export import folder as folder_writer
 from finetune.export import shards
+from finetune.export.adapter import Update
 from finetune.export.export import export
 from finetune.export.merge import merge
+from finetune.export.parity import check_parity
 from finetune.storage import folders
 
 
@@ -36,10 +39,10 @@ def test_a_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not there"):
         merge(adapter, out, base=narrower, force=True)
     assert not out.exists()
-    report = merge(adapter, out, base=other, force=True, check=False)
+    report = merge(adapter, out, base=other, force=True, check="none")
     assert "--force" in report.notes[0]
     (adapter / "finetune.json").unlink()
-    report = merge(adapter, tmp_path / "foreign", check=False)
+    report = merge(adapter, tmp_path / "foreign", check="none")
     assert "only shapes were compared" in report.notes[0]
 
 
@@ -115,7 +118,7 @@ def test_what_is_written_is_the_same_through_the_cache_and_past_it(
 ) -> None:
     base = make_base(tmp_path / "base", torch.bfloat16)
     adapter = make_adapter(tmp_path / "adapter", base)
-    merge(adapter, tmp_path / "whole", check=False)
+    merge(adapter, tmp_path / "whole", check="none")
     monkeypatch.setattr(shards, "_BUFFER", buffer)
     write = os.write
 
@@ -126,7 +129,7 @@ def test_what_is_written_is_the_same_through_the_cache_and_past_it(
 
     if not direct:
         monkeypatch.setattr(os, "write", refusing)
-    merge(adapter, tmp_path / "out", check=False)
+    merge(adapter, tmp_path / "out", check="none")
     assert folders.verify(tmp_path / "out") == []
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -139,25 +142,85 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: fl
     next(part for name, part in parts.items() if "lora_B" in name)[0, 0] = value
     save_file(parts, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="not finite"):
-        merge(adapter, tmp_path / "out", check=False)
+        merge(adapter, tmp_path / "out", check="none")
     assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
 
 
-def test_a_merge_that_the_parity_check_finds_wrong_leaves_nothing(
+def wrong_scale(self: Update, rows: slice, weights: Any, scratch: Any, apply: Any) -> Any:
+    return apply(
+        Update(self.a, self.b, self.scale * np.float32(1.2), self.magnitude), rows, weights, scratch
+    )
+
+
+def nothing_added(self: Update, rows: slice, weights: Any, scratch: Any, apply: Any) -> Any:
+    return None
+
+
+def other_columns(self: Update, rows: slice, weights: Any, scratch: Any, apply: Any) -> Any:
+    moved = Update(np.roll(self.a, 1, axis=1), self.b, self.scale, self.magnitude)
+    return apply(moved, rows, weights, scratch)
+
+
+def one_row_left_out(self: Update, rows: slice, weights: Any, scratch: Any, apply: Any) -> Any:
+    kept = weights[-1].copy()
+    factors = apply(self, rows, weights, scratch)
+    weights[-1] = kept
+    return factors
+
+
+MISTAKES = [wrong_scale, nothing_added, other_columns, one_row_left_out]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_that_is_not_w_plus_b_a_is_found_while_it_is_written_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any, dtype: torch.dtype
+) -> None:
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    apply = Update.apply
+    monkeypatch.setattr(Update, "apply", lambda self, *rest: mistake(self, *rest, apply))
+    with pytest.raises(ModelError, match=r"are not W \+ scale \* B A"):
+        merge(adapter, tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+    merge(adapter, tmp_path / "unchecked", check="none")
+
+
+def test_tensors_in_each_others_places_are_found_when_they_are_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
-    apply = merging.adapters.Update.apply
-    wrong = {"scale": np.float32(1.2)}
-    monkeypatch.setattr(
-        merging.adapters.Update,
-        "apply",
-        lambda self, *rest: apply(merging.adapters.Update(self.a, self.b, **wrong), *rest),
-    )
-    with pytest.raises(ModelError, match="differ from those before"):
-        merge(adapter, tmp_path / "out")
+    write = folder_writer.write_shard
+
+    def mixed(plan: Any, target: Path, **rest: Any) -> Any:
+        """The header's order is not the order of what is written."""
+        norms = [o for o in plan.outputs if "norm" in o.name]
+        if len(norms) < 2:
+            return write(plan, target, **rest)
+        other = {norms[0].name: norms[1], norms[1].name: norms[0]}
+        order = tuple(other.get(o.name, o) for o in plan.outputs)
+        return write(replace(plan, outputs=order), target, **rest)
+
+    monkeypatch.setattr(folder_writer, "write_shard", mixed)
+    stored = {file: load_file(file) for file in base.glob("*.safetensors")}
+    for file, tensors in stored.items():  # norms of a fresh model are all ones
+        save_file({n: t * (1 + torch.rand_like(t)) for n, t in tensors.items()}, file)
+    with pytest.raises(ModelError, match=r"norm.*was not written as planned"):
+        merge(adapter, tmp_path / "out", force=True)
     assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
+
+
+def test_the_full_check_finds_logits_that_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    apply = Update.apply
+    monkeypatch.setattr(Update, "apply", lambda self, *rest: wrong_scale(self, *rest, apply))
+    merge(adapter, tmp_path / "wrong", check="none")
+    with pytest.raises(ModelError, match="differ from those before"):
+        check_parity(base, [(adapter, 1.0)], tmp_path / "wrong")
 
 
 def test_too_small_a_disk_is_said_before_the_first_byte(
@@ -188,7 +251,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(SpaceError, match="no room to write"):
-        merge(adapter, tmp_path / "out", check=False)
+        merge(adapter, tmp_path / "out", check="none")
     assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == []
 
 
@@ -205,9 +268,9 @@ def test_what_is_killed_at_any_point_leaves_all_or_nothing(
     def write(out: Path) -> None:
         if kind.startswith("export"):
             source = str(adapter if kind == "export adapter" else base)
-            export(source, out, layout="published", check=False)
+            export(source, out, layout="published", check="none")
         else:
-            merge(sources[kind], out, dtype="bfloat16" if kind == "full" else None, check=False)
+            merge(sources[kind], out, dtype="bfloat16" if kind == "full" else None, check="none")
 
     write(tmp_path / "whole")
     wanted = contents(tmp_path / "whole")

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_chatglm: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def merged(run: Path) -> Path:
-    merge(run, run.parent / "merged", check=False)
+    merge(run, run.parent / "merged", check="none")
     return run.parent / "merged"
 
 

@@ -99,7 +99,7 @@ def test_adapters_merged_models_prefixes_and_the_published_layout_are_served(
     if kind in ("lora", "merged"):
         folder = make_adapter(tmp_path / "adapter", base)
         if kind == "merged":
-            folder = merge(folder, tmp_path / "merged", check=False).output
+            folder = merge(folder, tmp_path / "merged", check="none").output
     elif kind == "ptuning_v2":
         folder = prefix(tmp_path, base)
     else:

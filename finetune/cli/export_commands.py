@@ -20,6 +20,14 @@ Base = Annotated[
 Output = Annotated[
     Path, typer.Option(metavar="FOLDER", help="The folder to write; must not exist yet.")
 ]
+Checked = Annotated[
+    Literal["tensors", "full"],
+    typer.Option(
+        help="tensors: every changed row while it is written. full: forward passes too, which load "
+        "the model twice."
+    ),
+]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Check nothing.")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -40,9 +48,8 @@ def merge(
     force: Annotated[
         bool, typer.Option("--force", help="Merge even when the base is not the adapter's own.")
     ] = False,
-    check: Annotated[
-        bool, typer.Option(help="Compare forward passes of merged and adapted model.")
-    ] = True,
+    check: Checked = "tensors",
+    no_check: NoCheck = False,
     as_json: Json = False,
 ) -> None:
     """Fold adapters into their base: a plain checkpoint."""
@@ -51,7 +58,8 @@ def merge(
 
         sources = [_weighted(adapter) for adapter in adapters]
         where = Path(base) if base else None
-        report = run(sources, output, base=where, dtype=dtype, force=force, check=check)
+        chosen = "none" if no_check else check
+        report = run(sources, output, base=where, dtype=dtype, force=force, check=chosen)
         for note in report.notes:
             console.say(f"note: {note}")
         named = " + ".join(
@@ -81,7 +89,8 @@ def export(
         str | None,
         typer.Option(metavar="FOLDER", help="The base in that layout, for an adapter to name."),
     ] = None,
-    check: Annotated[bool, typer.Option(help="Compare forward passes in both layouts.")] = True,
+    check: Checked = "tensors",
+    no_check: NoCheck = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in the other layout.
@@ -91,7 +100,8 @@ def export(
     with console.json_output(as_json) as emit:
         from finetune.export.export import export as run
 
-        report = run(source, output, layout=layout, base=base, new_base=new_base, check=check)
+        chosen = "none" if no_check else check
+        report = run(source, output, layout=layout, base=base, new_base=new_base, check=chosen)
         for note in report.notes:
             console.say(f"note: {note}")
         console.say(

@@ -33,8 +33,11 @@ class Update:
     magnitude: Floats | None = None
     """[out], the length of each row after merging (DoRA)."""
 
-    def apply(self, rows: slice, weights: Floats, scratch: Floats) -> None:
-        """Change ``weights``, the rows ``rows`` of the matrix, in place; an overflow gives infinity."""
+    def apply(self, rows: slice, weights: Floats, scratch: Floats) -> Floats | None:
+        """Change ``weights``, the rows ``rows`` of the matrix, in place; an overflow gives infinity.
+
+        Returns what each row was multiplied by in the end (DoRA), if by anything.
+        """
         b = self.b[rows]
         width = max(1, _PRODUCT // b.size)
         for first in range(0, self.a.shape[1], width):
@@ -43,10 +46,12 @@ class Update:
         if self.scale != 1:
             np.multiply(scratch, self.scale, out=scratch)
         np.add(weights, scratch, out=weights)
-        if self.magnitude is not None:
-            norms = np.sqrt(np.einsum("ij,ij->i", weights, weights, dtype=np.float64))
-            factors = (self.magnitude[rows] / norms).astype(np.float32)
-            np.multiply(weights, factors[:, None], out=weights)
+        if self.magnitude is None:
+            return None
+        norms = np.sqrt(np.einsum("ij,ij->i", weights, weights, dtype=np.float64))
+        factors: Floats = (self.magnitude[rows] / norms).astype(np.float32)
+        np.multiply(weights, factors[:, None], out=weights)
+        return factors
 
 
 @dataclass(frozen=True)

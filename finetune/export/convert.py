@@ -41,9 +41,8 @@ from finetune.export.layout import (
     published_config,
     read_text_model,
 )
-from finetune.export.merge import DTYPES
-from finetune.export.numbers import STORAGE, Floats, narrow
-from finetune.export.parity import check_parity
+from finetune.export.merge import DTYPES, Check
+from finetune.export.numbers import Floats, rounded
 from finetune.export.shards import Output, ShardPlan, make_header
 
 
@@ -58,18 +57,21 @@ class ExportReport:
     num_bytes: int
     seconds: float
     largest_difference: float | None = None
-    """Between the logits in both layouts; None when not checked."""
+    """Between the logits in both layouts; None unless `check` was `full`."""
     notes: tuple[str, ...] = ()
 
 
-def export_model(folder: Path, out: Path, *, layout: Layout, check: bool = True) -> ExportReport:
+def export_model(
+    folder: Path, out: Path, *, layout: Layout, check: Check = "tensors"
+) -> ExportReport:
     """Write the model of ``folder`` in ``layout`` to ``out``.
 
     Args:
         folder: A whole model: a base, a merged or a fully tuned one.
         out: The new folder; must not exist.
         layout: What it is not yet.
-        check: Compare the logits of both.
+        check: `tensors` reads every tensor's ends back from the disk; `full` also compares the logits
+            of both, for which both are loaded whole.
     """
     started = time.perf_counter()
     notes: list[str] = []
@@ -82,8 +84,10 @@ def export_model(folder: Path, out: Path, *, layout: Layout, check: bool = True)
     text = card.exported_card(folder, out.name, done, str(folder))
     plan = replace(plan, texts={**plan.texts, MODEL_CARD: text})
     difference = None
-    with written(plan, out, "exported") as stage:
-        if check:
+    with written(plan, out, "exported", check=check != "none") as stage:
+        if check == "full":
+            from finetune.export.parity import check_parity  # imports torch
+
             difference = check_parity(folder, (), stage)
     return ExportReport(
         output=out,
@@ -205,8 +209,7 @@ def _rotary_buffer(kept: str, model: TextModel, dtype: str) -> Output:
     channels = model.config.head_dim // 2
     exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
     values: Floats = (1 / np.power(np.float32(10000), exponents)).astype(np.float32)
-    stored = np.empty(values.size, STORAGE[dtype])
-    narrow(values, dtype, stored, bytearray(2 * values.size))
+    stored = rounded(values, dtype)
     return Output(ROTARY_BUFFER, dtype, stored.shape, constant=stored.tobytes())
 
 

@@ -42,7 +42,7 @@ from finetune.export.layout import (
     read_text_model,
 )
 from finetune.export.merge import find_base
-from finetune.export.numbers import STORAGE, narrow, to_float32
+from finetune.export.numbers import STORAGE, rounded, to_float32
 from finetune.export.shards import Output, ShardPlan, make_header
 
 _SAMPLE = 64
@@ -242,10 +242,7 @@ def _fuse(
 def _times(part: NDArray[Any], dtype: str, factor: float) -> NDArray[Any]:
     if factor == 1.0 or part.size == 0:
         return part
-    values = to_float32(part.tobytes(), dtype, part.shape) * np.float32(factor)
-    out = np.empty(part.shape, STORAGE[dtype])
-    narrow(values.reshape(-1), dtype, out.reshape(-1), bytearray(2 * part.size))
-    return out
+    return rounded(to_float32(part.tobytes(), dtype, part.shape) * np.float32(factor), dtype)
 
 
 def _diagonal(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:

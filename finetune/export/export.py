@@ -10,6 +10,7 @@ from finetune.errors import ConfigError
 from finetune.export.convert import ExportReport, export_model
 from finetune.export.convert_adapter import export_adapter
 from finetune.export.layout import Layout
+from finetune.export.merge import Check
 
 
 def export(
@@ -19,7 +20,7 @@ def export(
     layout: Layout,
     base: str | None = None,
     new_base: str | None = None,
-    check: bool = True,
+    check: Check = "tensors",
 ) -> ExportReport:
     """Write what ``source`` means in ``layout`` to ``out``, whole or not at all.
 
@@ -29,7 +30,7 @@ def export(
         layout: published (`chatglm`) or hf (transformers' `glm`).
         base: Of an adapter: its base, if it is no longer where the adapter says.
         new_base: Of an adapter: the same base in ``layout``, for the adapter to name.
-        check: Of a model: compare the logits in both layouts.
+        check: Of a model, see `export_model`.
     """
     folder, notes = find_source(Path(source) if is_folder(source) else local_folder(source))
     if is_adapter(folder):

@@ -11,15 +11,23 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
+
 from finetune import console
 from finetune.artifacts.names import BASE_RECORD, MANIFEST, RUN_RECORD, TRAINER_STATE, WEIGHTS_INDEX
-from finetune.errors import ConfigError, SpaceError
-from finetune.export.shards import GivenUpError, ShardPlan, write_shard
+from finetune.artifacts.weights import TensorInfo, read_shard
+from finetune.errors import ConfigError, ModelError, SpaceError
+from finetune.export.adapter import Update
+from finetune.export.checks import ProductCheck
+from finetune.export.numbers import Floats, to_float32
+from finetune.export.shards import GivenUpError, Output, ShardPlan, write_shard
 from finetune.storage import folders
 from finetune.storage.manifest import seal
 
 _WORKERS = 2
 _SPARE = 16 << 20  # bytes beside the weights
+_SAMPLE = 64  # bytes that are read back from each end of what was copied
+_BACK = 2  # rows that are read back from each end of a matrix that was computed
 _CARRIED = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 _LEFT = (MANIFEST, "*.index.json", "adapter_*", BASE_RECORD, RUN_RECORD, TRAINER_STATE)
 
@@ -65,10 +73,16 @@ def carried(folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def written(plan: FolderPlan, out: Path, label: str) -> Iterator[Path]:
+def written(plan: FolderPlan, out: Path, label: str, *, check: bool = True) -> Iterator[Path]:
     """The staged folder with all of ``plan`` in it; sealed and put in place when the block ends.
 
     Raises SpaceError before the first byte when the disk is too small.
+
+    Args:
+        plan: What it will hold.
+        out: Where it will be.
+        label: What the progress bar says of its bytes.
+        check: Read every tensor's ends back from the disk, by the written headers.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +91,9 @@ def written(plan: FolderPlan, out: Path, label: str) -> Iterator[Path]:
     _check_space(plan, out)
     with folders.staged(out) as stage:
         known = _write(plan, stage, label)
+        if check:
+            for shard in plan.shards:
+                _check_written(shard, stage / shard.name)
         yield stage
         seal(stage, known)
 
@@ -133,3 +150,69 @@ def _megabytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
                 done += size
 
         yield advance
+
+
+def _check_written(plan: ShardPlan, file: Path) -> int:
+    """Read a written shard back by its own header; returns the number of tensors that were compared.
+
+    Raises:
+        ModelError: A tensor is not there, or is another.
+    """
+    found = {tensor.name: tensor for tensor in read_shard(file).tensors}
+    wanted = {output.name: output for output in plan.outputs}
+    if found.keys() != wanted.keys():
+        raise _wrong(sorted(found.keys() ^ wanted.keys())[0])
+    for name, output in wanted.items():
+        tensor = found[name]
+        if (tensor.dtype, tensor.shape) != (output.dtype, output.shape):
+            raise _wrong(name)
+        if output.update is not None:
+            _check_rows(output, output.update, tensor)
+        elif all(source.dtype == output.dtype for source in output.sources):
+            _check_bytes(output, tensor)
+    return len(wanted)
+
+
+def _check_rows(output: Output, update: Update, tensor: TensorInfo) -> None:
+    """The first and the last rows of a matrix, both read from the disk."""
+    (source,) = output.sources
+    rows = tensor.shape[0]
+    checks = ProductCheck(output.name, update, output.dtype)
+    for first, last in ((0, min(_BACK, rows)), (max(0, rows - _BACK), rows)):
+        before, after = (_read_rows(one, first, last) for one in (source, tensor))
+        factors = None
+        if update.magnitude is not None:
+            factors = update.apply(slice(first, last), before.copy(), np.empty_like(before))
+        checks.after(first, checks.before(before), after, factors)
+
+
+def _check_bytes(output: Output, tensor: TensorInfo) -> None:
+    """The start and the end of everything that was copied or given."""
+    place = tensor.start
+    if output.constant and _bytes(tensor, place, len(output.constant)) != output.constant:
+        raise _wrong(output.name)
+    place += len(output.constant)
+    for source in output.sources:
+        size = min(_SAMPLE, source.size)
+        for offset in (0, source.size - size):
+            if _bytes(tensor, place + offset, size) != _bytes(source, source.start + offset, size):
+                raise _wrong(output.name)
+        place += source.size
+
+
+def _read_rows(tensor: TensorInfo, first: int, last: int) -> Floats:
+    part = tensor.rows(first, last)
+    return to_float32(_bytes(part, part.start, part.size), part.dtype, part.shape)
+
+
+def _bytes(tensor: TensorInfo, place: int, size: int) -> bytes:
+    with tensor.file.open("rb") as file:
+        file.seek(place)
+        return file.read(size)
+
+
+def _wrong(name: str) -> ModelError:
+    return ModelError(
+        f"{name} was not written as planned (read back from the disk); nothing was kept. "
+        "Look at the disk, and please report this"
+    )

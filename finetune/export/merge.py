@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.artifacts.base_record import check_base
 from finetune.artifacts.model_config import check_floats
@@ -29,6 +29,7 @@ from finetune.export.folder import FolderPlan, carried, check_output, written
 from finetune.export.numbers import STORAGE
 from finetune.export.shards import Output, ShardPlan, make_header
 
+Check = Literal["none", "tensors", "full"]
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 _TIED = (
@@ -54,7 +55,7 @@ class MergeReport:
     num_bytes: int
     seconds: float
     largest_difference: float | None
-    """Between the logits of base + adapter and of the output; None when not checked."""
+    """Between the logits of base + adapter and of the output; None unless `check` was `full`."""
     notes: tuple[str, ...] = ()
 
 
@@ -65,7 +66,7 @@ def merge(
     base: Path | None = None,
     dtype: str | None = None,
     force: bool = False,
-    check: bool = True,
+    check: Check = "tensors",
 ) -> MergeReport:
     """Write the checkpoint that ``adapter`` and its base make together to ``out``.
 
@@ -77,7 +78,9 @@ def merge(
         base: The base, if it is no longer where the adapter says.
         dtype: bfloat16, float16 or float32, if not the base's own.
         force: Merge into a base whose fingerprint is not that of the adapter's.
-        check: Compare the logits of base + adapter with those of the output.
+        check: `tensors` checks every row of every changed matrix while it is written, and reads all
+            tensors' ends back; `full` also compares the logits of base + adapter with those of the
+            output, for which both are loaded whole.
     """
     started = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
@@ -89,11 +92,11 @@ def merge(
     check_output(out, {base, *(source for source, _ in sources)})
     for one, _ in weighted:
         notes += check_base(one.folder, base, force=force)
-    plan, untied = _plan(base, tuned, dtype)
+    plan, untied = _plan(base, tuned, dtype, checked=check != "none")
     plan = replace(plan, texts={**plan.texts, MODEL_CARD: _card(out, base, sources, weighted)})
     difference = None
-    with written(plan, out, "merged") as stage:
-        if check and tuned is not None:
+    with written(plan, out, "merged", check=check != "none") as stage:
+        if check == "full" and tuned is not None:
             from finetune.export.parity import check_parity
 
             difference = check_parity(base, sources, stage)
@@ -161,7 +164,9 @@ def find_base(source: Path, given: Path | None) -> Path:
         ) from error
 
 
-def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> tuple[FolderPlan, bool]:
+def _plan(
+    base: Path, tuned: Adapter | None, dtype: str | None, *, checked: bool
+) -> tuple[FolderPlan, bool]:
     check_folder(base)
     shards = [read_shard(file) for file in weight_files(base)]
     config = read_json(base / MODEL_CONFIG)
@@ -177,7 +182,8 @@ def _plan(base: Path, tuned: Adapter | None, dtype: str | None) -> tuple[FolderP
             if embedding.file == shard.file and head not in present:
                 names, sources = [*names, head], [*sources, embedding]
         outputs = tuple(
-            _output(name, tensor, tuned, dtype) for name, tensor in zip(names, sources, strict=True)
+            _output(name, tensor, tuned, dtype, checked)
+            for name, tensor in zip(names, sources, strict=True)
         )
         same = len(outputs) == len(shard.tensors) and all(
             new.dtype == old.dtype for new, old in zip(outputs, shard.tensors, strict=True)
@@ -231,12 +237,14 @@ def _check_fit(tuned: Adapter | None, present: Mapping[str, TensorInfo], base: P
         raise ModelError(f"the adapter does not fit {base}:\n{shown}{more}\nGive its own base")
 
 
-def _output(name: str, tensor: TensorInfo, tuned: Adapter | None, dtype: str | None) -> Output:
+def _output(
+    name: str, tensor: TensorInfo, tuned: Adapter | None, dtype: str | None, checked: bool
+) -> Output:
     wanted = DTYPES[dtype] if dtype and tensor.dtype in STORAGE else tensor.dtype
     update = tuned.updates.get(name) if tuned else None
     replacement = tuned.replacements.get(name) if tuned else None
     source = replacement or tensor
-    return Output(name, wanted, source.shape, (source,), update)
+    return Output(name, wanted, source.shape, (source,), update, checked)
 
 
 def _new_texts(

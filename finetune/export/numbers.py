@@ -1,4 +1,7 @@
-"""Weights as bytes to float32 and back, without torch: bfloat16 is the upper half of a float32."""
+"""Weights as bytes to float32 and back, without torch: bfloat16 is the upper half of a float32.
+
+torch would round as well, but importing it takes more memory and processor time than merging 2 GB.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
 }
+SPACING = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
+"""Of neighbouring numbers, at most, as a share of them."""
 
 # The number format's bits as an integer, and its infinity there; larger ones are no numbers.
 _INFINITY: dict[str, tuple[Any, int]] = {
@@ -23,9 +28,7 @@ _INFINITY: dict[str, tuple[Any, int]] = {
     "F32": (np.dtype("<i4"), 0x7F800000),
 }
 
-# So many are looked for one by one.
-_FEW = 32
-_SIXTEEN, _HALF, _EVEN = np.uint32(16), np.uint32(0x8000), np.uint32(0xFFFEFFFF)
+_SIXTEEN, _ONE, _BELOW_HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
 
 
 def widen(stored: NDArray[Any], dtype: str, out: Floats) -> None:
@@ -38,39 +41,33 @@ def widen(stored: NDArray[Any], dtype: str, out: Floats) -> None:
         out[...] = stored
 
 
-def narrow(values: Floats, dtype: str, out: NDArray[Any], ties: bytearray) -> None:
+def narrow(values: Floats, dtype: str, out: NDArray[Any], scratch: NDArray[np.uint32]) -> None:
     """``values`` rounded to the nearest (ties to even) number of ``dtype``, in ``out``.
 
-    ``values`` hold something else afterwards; ``ties`` is space for twice as many. A NaN whose lower
+    ``values`` hold something else afterwards; ``scratch`` has as many elements. A NaN whose lower
     half is full may come out as a zero: look for those before.
     """
     if dtype != "BF16":
         with np.errstate(over="ignore"):  # an overflow to infinity is found by the caller
             out[...] = values
         return
-    # Adding half a unit carries into the upper half exactly when rounding goes up. A tie leaves a lower
-    # half of zero and went up too: 0x3F808000 -> 0x3F810000, which is odd; clearing the lowest bit that
-    # is kept makes it 0x3F80, while 0x3F818000 -> 0x3F820000 was right already.
+    # Adding just below half a unit, and the lowest bit that is kept, carries into the upper half
+    # exactly when rounding goes up: 0x3F808000 (a tie, even) -> 0x3F80FFFF -> 0x3F80, and
+    # 0x3F818000 (a tie, odd) -> 0x3F820000 -> 0x3F82.
     bits = values.view(np.uint32)
-    np.add(bits, _HALF, out=bits)
-    halves = 2 * bits.size
-    np.equal(bits.view("<u2"), 0, out=np.frombuffer(ties, np.bool_, halves))
-    zeros = _places(ties, halves)
-    bits[zeros[zeros % 2 == 0] // 2] &= _EVEN  # a lower half comes before its upper half
+    np.right_shift(bits, _SIXTEEN, out=scratch)
+    np.bitwise_and(scratch, _ONE, out=scratch)
+    np.add(scratch, _BELOW_HALF, out=scratch)
+    np.add(bits, scratch, out=bits)
     np.right_shift(bits, _SIXTEEN, out=bits)
     np.copyto(out, bits, casting="unsafe")
 
 
-def _places(marks: bytearray, size: int) -> NDArray[np.intp]:
-    """Where the first ``size`` marks are set; fast when that is hardly anywhere, as ties are."""
-    found: list[int] = []
-    place = marks.find(1, 0, size)
-    while place >= 0:
-        found.append(place)
-        if len(found) == _FEW:
-            return np.flatnonzero(np.frombuffer(marks, np.bool_, size))
-        place = marks.find(1, place + 1, size)
-    return np.array(found, np.intp)
+def rounded(values: Floats, dtype: str) -> NDArray[Any]:
+    """A small array as elements of STORAGE[dtype]."""
+    out = np.empty(values.shape, STORAGE[dtype])
+    narrow(values.copy(), dtype, out, np.empty(values.shape, np.uint32))
+    return out
 
 
 def is_finite(stored: NDArray[Any], dtype: str) -> bool:

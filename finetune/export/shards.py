@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from finetune.artifacts.weights import ITEM_SIZE, TensorInfo
 from finetune.errors import ModelError
 from finetune.export.adapter import Update
+from finetune.export.checks import ProductCheck
 from finetune.export.numbers import STORAGE, is_finite, narrow, widen
 
 _BUFFER = 4 << 20
@@ -47,6 +48,8 @@ class Output:
     sources: tuple[TensorInfo, ...] = ()
     """Its rows, one tensor's after the other's; or none, and a constant."""
     update: Update | None = None
+    checked: bool = False
+    """Whether every row that the update changes is checked by a product."""
     constant: bytes = b""
 
     @property
@@ -221,11 +224,10 @@ class _Sink:
 
 
 class _Workspace:
-    """The arrays of one thread."""
+    """The arrays of one thread, each as large as was ever asked for."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._marks = bytearray()
 
     def array(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
         """``size`` elements that nobody else uses by that name."""
@@ -233,12 +235,6 @@ class _Workspace:
         if found is None or found.size < size or found.dtype != dtype:
             found = self._arrays[name] = np.empty(size, dtype)
         return found[:size]
-
-    def marks(self, size: int) -> bytearray:
-        """``size`` bytes or more."""
-        if len(self._marks) < size:
-            self._marks = bytearray(size)
-        return self._marks
 
 
 def _take(output: Output, source: TensorInfo, sink: _Sink, work: _Workspace) -> None:
@@ -288,6 +284,9 @@ def _compute(
     if rows * columns == 0:
         return
     storage, target = STORAGE[source.dtype], STORAGE[output.dtype]
+    check = None
+    if output.update is not None and output.checked:
+        check = ProductCheck(output.name, output.update, output.dtype)
     per_block = max(1, _BLOCK // columns)
     for first in range(0, rows, per_block):
         height = min(per_block, rows - first)
@@ -297,22 +296,25 @@ def _compute(
         _read(descriptor, place, stored.view(np.uint8).data)
         values = work.array("values", size, np.float32)
         widen(stored, source.dtype, values)
+        matrix, factors = values.reshape(height, columns), None
+        before = check.before(matrix) if check else None
         if output.update is not None:
             delta = work.array("delta", size, np.float32).reshape(height, columns)
-            here = slice(first, first + height)
             with np.errstate(over="ignore", invalid="ignore"):  # found by the check
-                output.update.apply(here, values.reshape(height, columns), delta)
-        ties = work.marks(2 * size)
+                factors = output.update.apply(slice(first, first + height), matrix, delta)
         room = sink.room(size * target.itemsize)
         fits = len(room) == size * target.itemsize
         result = np.frombuffer(room, target) if fits else work.array("result", size, target)
-        narrow(values, output.dtype, result, ties)
+        narrow(values, output.dtype, result, work.array("bits", size, np.uint32))
         known = source.dtype != "F32" or is_finite(stored, "F32")
         if not known or not is_finite(result, output.dtype):
             raise ModelError(
                 f"{output.name} would hold numbers that are not finite in {output.dtype}; "
                 "the base or the adapter is broken, or the number format too small"
             )
+        if check is not None and before is not None:
+            widen(result, output.dtype, values)
+            check.after(first, before, matrix, factors)
         if fits:
             sink.fill(len(room))
         else:

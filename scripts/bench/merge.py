@@ -39,7 +39,7 @@ OURS = """
 import sys
 from pathlib import Path
 from finetune.export.merge import merge
-merge(Path(sys.argv[1]), Path(sys.argv[2]), check=False)
+merge(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 PROMISE = """
 import hashlib, os, sys
