@@ -9,7 +9,7 @@ import pytest
 import runs
 from adapters import make_adapter
 
-from finetune.export.export import export
+from finetune.export.convert import export
 from finetune.export.merge import merge
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz012345"

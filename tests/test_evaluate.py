@@ -22,11 +22,13 @@ from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_e
 from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.evaluation.evaluate import build_prompts, evaluate, evaluate_model
+from finetune.evaluation.job import Options, prepare
 from finetune.evaluation.loss import validation_loss
 from finetune.evaluation.predictions import Prediction, write_predictions
+from finetune.evaluation.targets import find_targets
 from finetune.generation.load import open_model
 from finetune.generation.prompts import ReplyPrompts, reply_prompts
-from finetune.generation.settings import Settings
+from finetune.generation.settings import Settings, settings_of
 
 
 def held_out() -> Rows:
@@ -314,3 +316,17 @@ def test_the_layout_named_for_all_sources_holds_for_those_that_name_none() -> No
     )  # fmt: skip
     sources = Settings(section, EvaluationSection()).sources
     assert [(s.path, s.format) for s in sources] == [("a", "pairs"), ("b", "alpaca")]
+
+
+def test_results_in_another_number_format_are_not_taken_for_these(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run / "checkpoint-6", tmp_path / "checkpoint-6"))
+    settings = settings_of(copy)
+    (target,) = find_targets([str(copy)], base=None, with_base=False)
+    kept = prepare(target, settings, Options()).results.folder
+    assert prepare(target, settings, Options()).results.folder == kept
+    text = (copy / "config.yaml").read_text()
+    assert "dtype: float32" in text
+    (copy / "config.yaml").write_text(text.replace("dtype: float32", "dtype: bfloat16"))
+    assert prepare(target, settings, Options()).results.folder != kept

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 
 from finetune.artifacts.weights import tensors
 from finetune.errors import ConfigError, ModelError, SpaceError
-from finetune.export.convert import export_model
-from finetune.export.export import export
+from finetune.export.convert import export, export_model
 from finetune.models.load import load_model
 from finetune.storage import folders
 

@@ -22,7 +22,7 @@ from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export import folder as folder_writer
 from finetune.export import shards
 from finetune.export.adapter import Update
-from finetune.export.export import export
+from finetune.export.convert import export
 from finetune.export.merge import merge
 from finetune.export.parity import check_parity
 from finetune.storage import folders

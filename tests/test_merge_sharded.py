@@ -11,7 +11,7 @@ import torch
 from adapters import logits, weights_of
 from transformers import AutoModelForCausalLM
 
-from finetune.export.export import export
+from finetune.export.convert import export
 from finetune.export.merge import merge
 from finetune.models.load import load_model
 from finetune.storage import folders

@@ -12,10 +12,13 @@ import torch
 from adapters import make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
+from finetune.artifacts.base_record import BaseRecord
 from finetune.artifacts.model_config import read_model_config
 from finetune.artifacts.weights import model_fingerprint
 from finetune.errors import ModelError
+from finetune.evaluation.store import model_key
 from finetune.export.merge import merge
+from finetune.methods import full
 from finetune.models.load import load_model
 
 WEIGHTS = "model.safetensors"
@@ -153,3 +156,27 @@ def test_the_fingerprint_sees_the_start_the_middle_and_the_end_of_a_tensor(
     values[int(place * 999)] += 1
     save_file({"a": values}, folder / WEIGHTS)
     assert model_fingerprint(folder) != before
+
+
+def test_a_full_checkpoint_that_lacks_a_tensor_is_not_resumed(tmp_path: Path) -> None:
+    base = load_model(model(tmp_path / "base"))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    record = BaseRecord(str(tmp_path / "base"), None, "f")
+    full.save(base, folder, base=record, gather=full.own_weights(base))
+    full.restore(base, folder)
+    stored = load_file(folder / WEIGHTS)
+    for name in sorted(stored):
+        save_file({n: t for n, t in stored.items() if n != name}, folder / WEIGHTS)
+        with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+            full.restore(base, folder)
+
+
+def test_kept_results_are_those_of_the_adapters_options_too(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    before = model_key(str(adapter), None)
+    assert model_key(str(adapter), None) == before
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 7}))
+    assert model_key(str(adapter), None) != before

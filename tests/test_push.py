@@ -14,7 +14,10 @@ import pytest
 import runs
 from hub import TOKEN, Hub, hub
 
+from finetune.errors import ConfigError
+from finetune.export import push as pushing
 from finetune.export.merge import merge
+from finetune.storage.manifest import seal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,3 +165,24 @@ def test_a_wrong_token_and_a_hub_that_is_not_there_are_told(merged: Path, there:
     done = push(gone, merged, "--repo", "me/tuned", "--yes")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "rng_state_1.pth",
+        "global_step2/x.pt",
+        "trainer_state.json",
+    ],
+)
+def test_a_model_beside_any_one_state_of_training_is_not_pushed(tmp_path: Path, state: str) -> None:
+    folder = tmp_path / "model"
+    (folder / state).parent.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / state).write_text("x")
+    seal(folder)
+    with pytest.raises(ConfigError, match="which only resuming needs"):
+        pushing.push(folder, "me/tuned", send=False)

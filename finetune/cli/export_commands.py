@@ -98,7 +98,7 @@ def export(
     Of a GLM-4 text model or of its LoRA adapter.
     """
     with console.json_output(as_json) as emit:
-        from finetune.export.export import export as run
+        from finetune.export.convert import export as run
 
         chosen = "none" if no_check else check
         report = run(source, output, layout=layout, base=base, new_base=new_base, check=chosen)

@@ -1,4 +1,4 @@
-"""A GLM-4 text checkpoint in its other layout, tensor by tensor, with all that opens beside it."""
+"""`finetune export`: a GLM-4 text checkpoint in its other layout, with all that opens beside it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from finetune.artifacts.names import (
     WEIGHTS_INDEX,
 )
 from finetune.artifacts.plain_files import read_json_if_there
+from finetune.artifacts.resolve import find_source, is_adapter, is_folder, local_folder
 from finetune.artifacts.weights import ITEM_SIZE, Shard, TensorInfo, read_shard, weight_files
 from finetune.data.chat.tokenizer import load_chat_tokenizer, tokenizer_file
 from finetune.errors import ConfigError, ModelError
@@ -59,6 +60,38 @@ class ExportReport:
     largest_difference: float | None = None
     """Between the logits in both layouts; None unless `check` was `full`."""
     notes: tuple[str, ...] = ()
+
+
+def export(
+    source: str,
+    out: Path,
+    *,
+    layout: Layout,
+    base: str | None = None,
+    new_base: str | None = None,
+    check: Check = "tensors",
+) -> ExportReport:
+    """Write what ``source`` means in ``layout`` to ``out``, whole or not at all.
+
+    Args:
+        source: A model, its hub id, an adapter, a checkpoint, or a run (its best or newest good one).
+        out: The new folder; must not exist.
+        layout: published (`chatglm`) or hf (transformers' `glm`).
+        base: Of an adapter: its base, if it is no longer where the adapter says.
+        new_base: Of an adapter: the same base in ``layout``, for the adapter to name.
+        check: Of a model, see `export_model`.
+    """
+    from finetune.export.convert_adapter import export_adapter  # imports this module
+
+    folder, notes = find_source(Path(source) if is_folder(source) else local_folder(source))
+    if is_adapter(folder):
+        where = Path(base) if base else None
+        report = export_adapter(folder, out, layout=layout, base=where, new_base=new_base)
+    elif base or new_base:
+        raise ConfigError(f"--base and --new-base do not apply: {folder} is a whole model")
+    else:
+        report = export_model(folder, out, layout=layout, check=check)
+    return replace(report, notes=(*notes, *report.notes))
 
 
 def export_model(

@@ -6,8 +6,8 @@ python scripts/bench/merge.py --gigabytes 4 --rounds 3 [--directory FOLDER] [--c
 Makes a synthetic sharded GLM in bfloat16 with a LoRA adapter on all attention and MLP matrices (as
 training does by default), then runs one after the other, each in a process of its own, as often as asked:
 `cp`; `cp` + `sync`, which is as durable as our output; a copy that is durable and hashed (two files at
-a time, none read twice), which is what our output promises without computing anything; `finetune merge`;
-PEFT's merge_and_unload + save; LLaMA-Factory's export, from an environment of its own. Threads of torch
+a time, none read twice), which is what our output promises without computing anything; `finetune merge`
+as it is typed, and with less and more checking; PEFT's merge_and_unload + save; LLaMA-Factory's export, from an environment of its own. Threads of torch
 are not limited.
 --cold drops the inputs from the file cache before each, as for a checkpoint that was not just used.
 --directory keeps the inputs for another time.
@@ -35,12 +35,6 @@ HIDDEN, FFN, HEADS, GROUPS, HEAD, VOCAB = 2048, 6848, 16, 2, 128, 16384
 SHARD_BYTES = 1 << 30
 RANK = 8
 
-OURS = """
-import sys
-from pathlib import Path
-from finetune.export.merge import merge
-merge(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
 PROMISE = """
 import hashlib, os, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -127,12 +121,15 @@ def make(work: Path, gigabytes: float) -> None:
 def ways(work: Path) -> dict[str, list[str]]:
     """The command of each way; the last word is where its output goes."""
     base, adapter = str(work / "base"), str(work / "adapter")
+    ours = [sys.executable, "-m", "finetune", "merge", adapter]
     synced = 'cp -r "$0" "$1" && sync "$1"/*'
     return {
         "cp": ["cp", "-r", base, str(work / "cp")],
         "cp + sync": ["sh", "-c", synced, base, str(work / "synced")],
         "copy + sync + SHA-256": [sys.executable, "-c", PROMISE, base, str(work / "promise")],
-        "finetune merge": [sys.executable, "-c", OURS, adapter, str(work / "ours")],
+        "finetune merge": [*ours, "--output", str(work / "ours")],
+        "finetune merge --no-check": [*ours, "--no-check", "--output", str(work / "unchecked")],
+        "finetune merge --check full": [*ours, "--check", "full", "--output", str(work / "full")],
         "PEFT": [sys.executable, "-c", PEFT, adapter, str(work / "peft")],
     }  # fmt: skip
 
@@ -169,12 +166,12 @@ def run(command: list[str]) -> tuple[float, float, float]:
 def report(results: dict[str, list[tuple[float, float, float]]], idle: float) -> None:
     """A table of medians; memory is above an interpreter with numpy."""
     base = [wall for wall, _, _ in results["cp"]]
-    print(f"{'':22} {'wall s':>8} {'x cp':>6} {'CPU s':>8} {'peak MB above idle':>20}")
+    print(f"{'':28} {'wall s':>8} {'x cp':>6} {'CPU s':>8} {'peak MB above idle':>20}")
     for name, rows in results.items():
         wall, spent = (median(row[place] for row in rows) for place in (0, 1))
         ratio = median(row[0] / one for row, one in zip(rows, base, strict=True))
         above = max(0.0, max(row[2] for row in rows) - idle)
-        print(f"{name:22} {wall:8.2f} {ratio:6.2f} {spent:8.2f} {above:20.0f}")
+        print(f"{name:28} {wall:8.2f} {ratio:6.2f} {spent:8.2f} {above:20.0f}")
 
 
 def make_model(folder: Path, gigabytes: float) -> int:

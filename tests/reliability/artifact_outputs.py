@@ -20,7 +20,7 @@ from tests.reliability.places import command, glm_folder, shared, trained
 
 WRITERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "merge": ("finetune.export.merge", ("--no-check",)),
-    "export": ("finetune.export.export", ("--no-check", "--layout", "published")),
+    "export": ("finetune.export.convert", ("--no-check", "--layout", "published")),
 }
 
 
@@ -254,7 +254,8 @@ def cases() -> Iterator[Case]:
     """All of it."""
     glm_folder()
     trained("lora")
-    import finetune.export.export
+    import finetune.export.convert
+
     import finetune.export.merge  # noqa: F401
 
     for writer in WRITERS:
