@@ -255,7 +255,6 @@ def cases() -> Iterator[Case]:
     glm_folder()
     trained("lora")
     import finetune.export.convert
-
     import finetune.export.merge  # noqa: F401
 
     for writer in WRITERS:
