@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from finetune.artifacts import names, resolve
 from finetune.artifacts.plain_files import check_folder, read_json
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ConfigError, FinetuneError, ModelError
+from finetune.report.runs import read_run
+from finetune.storage.manifest import verify
 
 PRODUCT = Path(names.__file__).parents[1]
 HOMES = {PRODUCT / "artifacts/names.py", PRODUCT / "storage/manifest.py"}
@@ -94,8 +97,6 @@ def test_the_base_is_what_was_given_else_what_the_adapter_names(tmp_path: Path) 
 
 @pytest.mark.parametrize("odd", ["pipe", "link to a device", "link out", "link to nothing", "loop"])
 def test_a_file_that_is_none_is_refused_and_never_waited_for(tmp_path: Path, odd: str) -> None:
-    import os
-
     folder = tmp_path / "model"
     folder.mkdir()
     file = folder / "config.json"
@@ -132,3 +133,19 @@ def test_a_file_name_is_written_in_one_place() -> None:
             if isinstance(node, ast.Constant) and node.value in known:
                 found.append(f"{file.relative_to(PRODUCT)}:{node.lineno}: {node.value!r}")
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "data.json", "best.json"])
+def test_a_pipe_in_a_run_directory_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("data: {}\n")
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(FinetuneError, match=f"{name}|no run directory"):
+        read_run(run)
+
+
+def test_a_manifest_that_is_a_pipe_is_damage(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    assert verify(tmp_path) == ["manifest.json is not a file"]

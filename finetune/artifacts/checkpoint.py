@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.artifacts.names import BEST
+from finetune.artifacts.plain_files import check_plain
 from finetune.errors import CheckpointError
 from finetune.storage.files import write_file
 from finetune.storage.folders import delete
@@ -77,6 +78,7 @@ def set_best(run_dir: Path, checkpoint: Path, metric: str, value: float) -> None
 
 def best(run_dir: Path) -> Path | None:
     """The checkpoint noted by ``set_best``, if it is still there."""
+    check_plain(run_dir / BEST)
     try:
         record = json.loads((run_dir / BEST).read_text(encoding="utf-8"))
         folder = run_dir / Path(str(record["checkpoint"])).name

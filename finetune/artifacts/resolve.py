@@ -31,7 +31,7 @@ from finetune.artifacts.names import (
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
-from finetune.artifacts.plain_files import read_json
+from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.storage.manifest import verify
 
@@ -228,7 +228,10 @@ def models_in(targets: Sequence[str]) -> list[str]:
 def check_openable(target: str | Path) -> None:
     """Refuse a folder that is no model and no adapter; of a run, say which checkpoint to give."""
     folder = Path(target)
-    if not folder.is_dir() or is_model_or_adapter(folder):
+    if not folder.is_dir():
+        return
+    check_folder(folder)
+    if is_model_or_adapter(folder):
         return
     if found := checkpoint.checkpoints(folder):
         raise ModelError(f"{folder} is a run; give one of its checkpoints, such as {found[-1]}")

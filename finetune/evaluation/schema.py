@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from finetune.artifacts.names import EVALUATION
+from finetune.artifacts.plain_files import check_plain
 from finetune.errors import DataError
 from finetune.evaluation.metrics import headline_of, metric
 from finetune.storage.files import write_file
@@ -143,6 +144,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise DataError(
             f"{folder} holds no {EVALUATION}; `finetune evaluate … --output {folder}` writes one"
         )
+    check_plain(file)
     try:
         evaluation = Evaluation.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:

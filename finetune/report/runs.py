@@ -14,6 +14,7 @@ import yaml
 
 from finetune.artifacts import checkpoint
 from finetune.artifacts.names import RUN_CONFIG, RUN_DATA, RUN_METRICS
+from finetune.artifacts.plain_files import check_plain
 from finetune.errors import ConfigError
 from finetune.evaluation.metrics import metric
 
@@ -85,6 +86,7 @@ def read_run(folder: Path) -> Run:
     file = folder / RUN_CONFIG
     if not file.is_file():
         raise ConfigError(f"{folder} is no run directory: it holds no {RUN_CONFIG}")
+    check_plain(file)
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -151,6 +153,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _history(file: Path) -> Iterator[dict[str, Any]]:
+    check_plain(file)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -165,6 +168,7 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _data(file: Path) -> dict[str, Any]:
+    check_plain(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

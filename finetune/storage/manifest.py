@@ -64,6 +64,8 @@ def verify(folder: Path, *, others_allowed: bool = False) -> list[str]:
 
     With ``others_allowed`` files that the manifest does not name are nobody's business.
     """
+    if (folder / MANIFEST).exists() and not (folder / MANIFEST).is_file():
+        return [f"{MANIFEST} is not a file"]  # a pipe would be waited for
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
