@@ -49,7 +49,7 @@ class Rotation:
 
     removed: tuple[Path, ...] = ()
     problem: str | None = None
-    """Why nothing was removed although there was too much."""
+    """Why nothing could be removed, though there are more checkpoints than are to be kept."""
 
 
 def rotate(run_dir: Path, keep: int, protect: Collection[Path] = ()) -> Rotation:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import launcher
+from finetune.artifacts.adapter import read_lora
 from finetune.artifacts.resolve import adapter_config, is_adapter, model_base
 from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
@@ -114,6 +115,7 @@ def _rank(adapter: Path) -> int:
             f"{adapter} is a {kind} adapter of rank {rank}, which vLLM does not open; "
             "use --backend transformers, or merge it if it is LoRA"
         )
+    read_lora(adapter)  # says what is wrong with it better than vLLM
     return next(allowed for allowed in LORA_RANKS if allowed >= rank)
 
 

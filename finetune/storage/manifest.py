@@ -64,17 +64,9 @@ def verify(folder: Path, *, others_allowed: bool = False) -> list[str]:
 
     With ``others_allowed`` files that the manifest does not name are nobody's business.
     """
-    if (folder / MANIFEST).exists() and not (folder / MANIFEST).is_file():
-        return [f"{MANIFEST} is not a file"]  # a pipe would be waited for
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing: the save did not finish, or this is no checkpoint"]
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
-    manifest = _parse_manifest(text)
-    if manifest is None:
-        return [f"{MANIFEST} is damaged, or of an older version"]
+    manifest = _read(folder)
+    if isinstance(manifest, str):
+        return [manifest]
     recorded = manifest.files
     try:
         files, _, odd = walk(folder)
@@ -126,13 +118,24 @@ def walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
 
 def recorded(folder: Path) -> Manifest:
     """What the manifest of ``folder`` says; CheckpointError without a whole one."""
-    try:
-        found = _parse_manifest((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        found = None
-    if found is None:
+    found = _read(folder)
+    if isinstance(found, str):
         raise CheckpointError(f"{folder / MANIFEST} is missing or damaged")
     return found
+
+
+def _read(folder: Path) -> Manifest | str:
+    """The manifest, or why there is none."""
+    file = folder / MANIFEST
+    try:
+        if file.exists() and not file.is_file():
+            return f"{MANIFEST} is not a file"  # a pipe would be waited for
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: the save did not finish, or this is no checkpoint"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return _parse_manifest(text) or f"{MANIFEST} is damaged, or of an older version"
 
 
 def _manifest_text(manifest: Manifest) -> str:
