@@ -41,7 +41,6 @@ def test_a_second_run_is_told_who_holds_the_folder_and_kill_9_frees_it(tmp_path:
         first.wait()
         first.stdout.close()
     with RunDirectory.open(tmp_path / "run") as directory:
-        assert directory.checkpoints() == []
 
 
 def test_a_closed_folder_is_free_and_can_be_opened_again(tmp_path: Path) -> None:
@@ -81,7 +80,7 @@ def test_other_ranks_neither_lock_nor_tidy(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path) as leader:
         (tmp_path / ".staging-checkpoint-1").mkdir()
         with RunDirectory.open(tmp_path, leader=False) as other:
-            assert other.checkpoint(5) == leader.checkpoint(5) == tmp_path / "checkpoint-5"
+            assert other.path == leader.path == tmp_path
         assert (tmp_path / ".staging-checkpoint-1").exists()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from finetune.artifacts import checkpoint
 from finetune.artifacts.names import RUN_CONFIG, RUN_DATA
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.storage import folders
@@ -54,14 +53,6 @@ class RunDirectory:
         except BaseException:
             lock.release()
             raise
-
-    def checkpoints(self) -> list[Path]:
-        """Its checkpoints, oldest first, good or not."""
-        return checkpoint.checkpoints(self.path)
-
-    def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of an optimizer step belongs."""
-        return self.path / f"checkpoint-{step}"
 
     def write_config(self, text: str) -> Path:
         """The resolved config as the first file of a run."""
