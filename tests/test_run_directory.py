@@ -40,7 +40,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_kill_9_frees_it(tmp_path:
         first.send_signal(signal.SIGKILL)
         first.wait()
         first.stdout.close()
-    with RunDirectory.open(tmp_path / "run") as directory:
+    RunDirectory.open(tmp_path / "run").close()
 
 
 def test_a_closed_folder_is_free_and_can_be_opened_again(tmp_path: Path) -> None:
