@@ -189,7 +189,7 @@ def test_the_command_exports_models_and_adapters_there_and_back(
     ):
         source, layout, out, *more = words
         places = [str(tmp_path / source), "--output", str(tmp_path / out)]
-        assert exit_code("export", "--layout", layout, *places, *more) == 0
+        assert exit_code("export", "--layout", layout, *places, *more, "--check", "full") == 0
     said = capsys.readouterr().out
     assert "largest difference of the logits" in said
     assert "names no base" in said

@@ -205,7 +205,7 @@ def test_vllm_is_asked_with_ids_and_its_replies_are_written_like_ours(
         assert fake.opened["model"] == str(tiny_glm)
         assert fake.opened["skip_tokenizer_init"] is True
         assert fake.opened["dtype"] == "float32"
-        asked = list(prediction._questions([str(source)]))
+        asked = list(prediction._questions([str(source)], prediction._rows("m", options)))
         longest = max(map(len, template.prompts(asked)))
         assert fake.opened["max_model_len"] == longest + 5
     assert fake.opened["max_lora_rank"] == 16
