@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from finetune.artifacts.names import RUN_CONFIG, RUN_DATA
+from finetune.artifacts.checkpoint import checkpoints
+from finetune.artifacts.names import BEST, RUN_CONFIG, RUN_DATA, RUN_METRICS
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.storage import folders
 from finetune.storage.files import kind_of, write_file
@@ -96,9 +97,9 @@ def _lock(file: Path, run_dir: Path) -> Lock:
 
 def _refuse_others(run_dir: Path) -> None:
     """ConfigError for a folder that no run began, where a run would write over somebody's files."""
-    if os.path.lexists(run_dir / LOCK) or checkpoint.checkpoints(run_dir):
+    if os.path.lexists(run_dir / LOCK) or checkpoints(run_dir):
         return
-    mine = (CONFIG, DATA, checkpoint.BEST, "metrics.jsonl")
+    mine = (RUN_CONFIG, RUN_DATA, BEST, RUN_METRICS)
     if taken := [name for name in mine if os.path.lexists(run_dir / name)]:
         raise ConfigError(
             f"training.output_dir: {run_dir} is not a run directory, and a run would write over "
