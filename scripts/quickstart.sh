@@ -31,6 +31,11 @@ say "3/4 Merge the adapter into a plain checkpoint: $run-merged"
 python finetune.py merge "$run" --output "$run-merged"
 
 say "4/4 Reopen it with plain transformers: replies of the base and of the tuned model"
-python scripts/evidence/quickstart_replies.py "$model" "$run-merged"
+TQDM_DISABLE=1 python scripts/evidence/quickstart_replies.py "$model" "$run-merged"
 
-say "Done. Talk to it:  $VENV/bin/finetune chat $run-merged"
+say "Done. Next:"
+cat <<END
+  $VENV/bin/finetune chat $run-merged                                        talk to it
+  $VENV/bin/finetune evaluate $run --include-base --output $run-evaluation   all checkpoints with intervals: report.html
+  $VENV/bin/finetune data check YOUR.jsonl --model $model                    your own data, before you train on it
+END

@@ -1,6 +1,10 @@
-"""Show replies of two checkpoint folders side by side, opened with nothing but transformers.
+"""Show replies of the quickstart's base and of its tuned model, opened with nothing but transformers.
 
-python scripts/evidence/quickstart_replies.py runs/quickstart-model runs/quickstart-merged
+    python scripts/evidence/quickstart_replies.py runs/quickstart-model runs/quickstart-merged
+
+The base answers in the chat layout that it was published with (ChatML), which is how it answers
+best: laid out as a GLM it has never seen a role token. A folder that is not SmolLM2's, such as the
+random one of `--tiny`, answers in its own.
 """
 
 from __future__ import annotations
@@ -10,12 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
+
 import torch
+from quickstart_model import original
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+SMOLLM2_WIDTH = 576
 HELD_OUT = Path(__file__).resolve().parents[2] / "data" / "support_desk" / "heldout.jsonl"
 
 
@@ -31,11 +39,30 @@ def questions() -> list[list[dict[str, Any]]]:
     ]
 
 
-def answers(folder: str, prompts: list[list[dict[str, Any]]]) -> list[str]:
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for tool in m['tools'] %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+
+
+def opened(folder: str, *, as_published: bool) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, or SmolLM2 as it was published."""
+    if as_published and AutoConfig.from_pretrained(folder).hidden_size == SMOLLM2_WIDTH:
+        model, tokenizer = original()
+        tokenizer.chat_template = CHATML
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        return model, tokenizer
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def answers(
+    folder: str, prompts: list[list[dict[str, Any]]], *, as_published: bool = False
+) -> list[str]:
     """Greedy replies of the checkpoint in `folder`, its stop token left out."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    model, tokenizer = opened(folder, as_published=as_published)
+    model = model.to(device)
     texts = []
     for prompt in prompts:
         inputs = tokenizer.apply_chat_template(
@@ -51,8 +78,9 @@ def main() -> None:
     base, tuned = sys.argv[1:]
     logging.disable_progress_bar()
     prompts = questions()
-    table = Table("question", f"base ({base})", f"tuned ({tuned})", show_lines=True)
-    for prompt, before, after in zip(prompts, answers(base, prompts), answers(tuned, prompts), strict=True):  # fmt: skip
+    table = Table("question", "base, in its own chat layout", f"tuned ({tuned})", show_lines=True)
+    replies = answers(base, prompts, as_published=True), answers(tuned, prompts)
+    for prompt, before, after in zip(prompts, *replies, strict=True):
         table.add_row(prompt[-1]["content"], before, after)
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
