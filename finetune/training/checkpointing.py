@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from finetune import console, methods
 from finetune.artifacts import checkpoint
-from finetune.artifacts.names import RUN_CONFIG, TRAINER_STATE
+from finetune.artifacts.names import BEST, RUN_CONFIG, TRAINER_STATE
 from finetune.distributed.processes import fail_together, gather_to_rank0, is_rank0, worst
 from finetune.errors import SpaceError
 from finetune.methods import BaseRecord
@@ -48,7 +48,7 @@ class Saver:
     goes_on_without_room: bool = True
     """Whether a full disk costs a save or the run; `training.on_full_disk`."""
     noting: BestEffort = field(
-        default_factory=lambda: BestEffort("best.json", "the next save tries again")
+        default_factory=lambda: BestEffort(BEST, "the next save tries again")
     )
 
     def save(self, trainer: Any) -> None:
