@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -89,3 +90,27 @@ def test_the_quickstart_goes_from_nothing_to_a_reopened_model() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for sign in ("before", "after", "rouge-l", "largest difference", "tuned", "Done."):
         assert sign in done.stdout, sign
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*/*.py")), ids=lambda p: p.name)
+def test_a_script_reads_its_options_before_it_does_anything(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    if '__name__ == "__main__"' not in text or script.name == "gguf_answers.py":
+        return  # a module of the others; that one is a child process, fed by standard input
+    tree = ast.parse(text)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    statements = [
+        line
+        for line in functions["main"].body
+        if not isinstance(line, ast.Expr | ast.ImportFrom | ast.If)
+        or "parse_args" in ast.unparse(line)
+    ]
+    reading = next(
+        i
+        for i, line in enumerate(statements)
+        if "parse_args" in ast.unparse(line) or "arguments(" in ast.unparse(line)
+    )
+    before = " ".join(ast.unparse(line) for line in statements[:reading])
+    assert not re.search(r"subprocess|write_text|mkdir|rmtree|set_num_threads|measure", before), (
+        before
+    )

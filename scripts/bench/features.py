@@ -12,6 +12,7 @@ to decode it, to decode and resize it to 1120 x 1120, and to read the resized pi
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -112,6 +113,7 @@ def decoding(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Print both."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         found = steps(Path(temporary))

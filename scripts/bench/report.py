@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -86,6 +87,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        parser.error("no chromium and chromedriver here: apt-get install chromium chromium-driver")
     figures = measure(options.samples, options.rounds)
     missed = [name for name, bar in BARS.items() if figures[name] > bar]
     if options.json:

@@ -68,8 +68,8 @@ def right(folder: Path) -> str:
 def main() -> None:
     """All commands, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("data", type=Path, help="a folder with train.jsonl, dev.jsonl and images/")
+    parser.add_argument("folder", type=Path, help="made anew; everything is written there")
     given = parser.parse_args()
     data, folder = given.data.resolve(), given.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)

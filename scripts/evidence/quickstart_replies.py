@@ -9,6 +9,7 @@ random one of `--tiny`, answers in its own.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -75,7 +76,11 @@ def answers(
 
 def main() -> None:
     """Print one table."""
-    base, tuned = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("base", help="the folder that scripts/fixtures/quickstart_model.py wrote")
+    parser.add_argument("tuned", help="the merged folder")
+    given = parser.parse_args()
+    base, tuned = given.base, given.tuned
     logging.disable_progress_bar()
     prompts = questions()
     table = Table("question", "base, in its own chat layout", f"tuned ({tuned})", show_lines=True)
