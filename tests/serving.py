@@ -23,8 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune.data.dialogue.conversation import Conversation, Message
-from finetune.generation.decoding import Ask
-from finetune.serving import engine as engine_module
+from finetune.generation.decoder import Decoder, Request, Row
+from finetune.serving.connections import TimedProtocol
 from finetune.serving.engine import Engine
 from finetune.serving.serve import ServeOptions, endpoint
 
@@ -53,7 +53,9 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
     """The endpoint of a model called `tiny` on a free port, until the block ends."""
     app, engine = endpoint(opened, "tiny", ServeOptions(**options), key.encode() if key else None)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=TimedProtocol, log_config=None, log_level="error")
+    )
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     until(lambda: server.started)
@@ -98,24 +100,54 @@ async def until_async(true: Callable[[], bool], seconds: float = 20.0) -> None:
 
 def say(
     monkeypatch: pytest.MonkeyPatch, template: Any, *messages: Message, stop: bool = True
-) -> list[Ask]:
+) -> list[Request]:
     """Puts these messages in the place of every reply; returns what was asked, as it comes."""
     ids: list[int] = []
     for message in messages:
         ids += [template.tokenizer.control_ids["<|assistant|>"]] if ids else []
         text = f"{message.metadata}\n{message.content}"
         ids += template.tokenizer.plain.encode(text, add_special_tokens=False).ids
-    asked: list[Ask] = []
+    asked: list[Request] = []
 
-    def decode(model: Any, template: Any, asks: Sequence[Ask]) -> None:
-        for ask in asks:
-            asked.append(ask)
+    def add(self: Decoder, requests: Sequence[Request]) -> list[Row]:
+        asked.extend(requests)
+        rows = [Row(request) for request in requests]
+        for row in rows:
             for token in [*ids, template.stop_ids[0]] if stop else ids:
-                if ask.take(token):
-                    break
+                if not row.is_done:
+                    row.take(token, template.stop_ids)
+            row.is_done = True
+        return rows
 
-    monkeypatch.setattr(engine_module, "decode", decode)
+    monkeypatch.setattr(Decoder, "add", add)
     return asked
+
+
+class Slow:
+    """A model that writes a token whenever it is told to, and remembers what it was asked."""
+
+    def __init__(self, token: int) -> None:
+        self.batches: list[list[Any]] = []
+        self.go = threading.Semaphore(0)
+        self._token = token
+
+    def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def add(decoder: Decoder, requests: Sequence[Request]) -> list[Row]:
+            self.batches.append(list(requests))
+            rows = [Row(request) for request in requests]
+            decoder._rows += rows
+            return rows
+
+        def step(decoder: Decoder) -> None:
+            assert self.go.acquire(timeout=10)
+            for row in decoder.active:
+                row.take(self._token, ())
+
+        def drop_done(decoder: Decoder) -> None:
+            decoder._rows = decoder.active
+
+        for method in (add, step, drop_done):
+            monkeypatch.setattr(Decoder, method.__name__, method)
 
 
 def prompt_of(template: Any, *messages: Message, tools: Sequence[Any] = ()) -> list[int]:

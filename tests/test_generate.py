@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +11,14 @@ import pytest
 import tiny
 import torch
 
-import finetune.models
+from finetune.config.schema import PTuningV2Method
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.errors import DataError
-from finetune.generation import batch as refill
+from finetune.generation import batch as tensors
 from finetune.generation import generate as generation
+from finetune.generation.decoder import Row
 from finetune.generation.generate import Extras, Reply, Sampling, generate, plan_batches
+from finetune.methods import ptuning_v2
 
 
 @dataclass
@@ -55,13 +53,13 @@ def glm(tiny_glm: Path) -> Any:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The shape [rows, tokens] that goes into every forward pass."""
     seen: list[tuple[int, int]] = []
-    original = refill._forward
+    original = tensors._forward
 
     def watched(model: Any, cache: Any, ids: torch.Tensor, *rest: Any) -> Any:
         seen.append(tuple(ids.shape))
         return original(model, cache, ids, *rest)
 
-    monkeypatch.setattr(refill, "_forward", watched)
+    monkeypatch.setattr(tensors, "_forward", watched)
     return seen
 
 
@@ -162,14 +160,10 @@ def test_an_adapter_generates_through_its_own_weights(tiny_glm: Path) -> None:
     assert generate(merged, Stops(), asked, max_new_tokens=10, batch_size=2) == tuned
 
 
-def test_batches_are_sorted_longest_first_and_bounded_by_rows_and_by_tokens() -> None:
+def test_batches_are_sorted_longest_first() -> None:
     lengths = [5, 30, 10, 29, 1, 10]
-    assert plan_batches(lengths, 4, max_new_tokens=10) == [[1, 3, 2, 5], [0, 4]]
-    # B x (T + N) <= 80: 30 + 10 twice, 10 + 10 four times.
-    assert plan_batches(lengths, 4, 10, token_budget=80) == [[1, 3], [2, 5, 0, 4]]
-    # What is over the budget alone still has its turn.
-    assert plan_batches([100, 1], 4, 10, token_budget=50) == [[0], [1]]
-    assert plan_batches([], 4, 10) == []
+    assert plan_batches(lengths, 4) == [[1, 3, 2, 5], [0, 4]]
+    assert plan_batches([], 4) == []
 
 
 def shapes_of(model: Any, batches: list[Any], asked: list[list[int]], **more: Any) -> list[Reply]:
@@ -201,10 +195,50 @@ def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(
     alone = [shapes_of(glm, batches, [one], batch_size=1)[0].ids for one in asked]
     together = shapes_of(glm, batches, asked, batch_size=4)
     assert [reply.ids for reply in together] == alone
-    shared = len(refill.common_beginning(asked))
+    shared = len(tensors.shared_prefix(asked))
     assert shared >= len(system)
     assert batches[0] == (1, shared)
     assert max(tokens for _, tokens in batches[1:]) <= 8 + 2
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_positions_behind_a_shared_prefix_count_no_padding(
+    tiny_glm: Path, prefixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_tiny(tiny_glm)
+    if prefixed:
+        torch.manual_seed(0)
+        model = ptuning_v2.attach(model, PTuningV2Method(num_virtual_tokens=4)).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight.data *= 10  # so that a position that is off by one shows
+    system = prompts(1, longest=40, seed=9)[0] * 3
+    asked = [[*system, *rest] for rest in prompts(4, longest=12)]
+    assert len({len(one) for one in asked}) > 1
+    seen: dict[int, torch.Tensor] = {}
+    append = Row.append
+
+    def noting(row: Row, logits: torch.Tensor, *rest: Any) -> None:
+        if not row.ids:
+            seen[len(row.request.prompt)] = logits
+        append(row, logits, *rest)
+
+    monkeypatch.setattr(Row, "append", noting)
+    generate(model, Stops(), asked, max_new_tokens=2, batch_size=4)
+    for prompt in asked:
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(seen[len(prompt)], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(
+    glm: Any,
+) -> None:
+    asked = prompts(3)
+    greedy = generate(glm, Stops(), asked, max_new_tokens=8, batch_size=3)
+    for temperature in (1e-320, 1e-30, 9e-6):
+        extras = Extras(Sampling(temperature))
+        assert generate(glm, Stops(), asked, max_new_tokens=8, batch_size=3, extras=extras) == greedy  # fmt: skip
 
 
 def test_sampled_replies_depend_on_the_seed_and_not_on_the_batch(glm: Any) -> None:
@@ -221,6 +255,16 @@ def test_sampled_replies_depend_on_the_seed_and_not_on_the_batch(glm: Any) -> No
     assert sampled(1, 4)[5:] == sampled(1, 2, first=5)
     assert sampled(1, 4) != sampled(2, 4)
     assert sampled(1, 4) != [reply.ids for reply in generate(glm, Stops(), asked, max_new_tokens=12, batch_size=4)]  # fmt: skip
+
+
+def test_prompts_are_read_in_first_passes_of_bounded_size(
+    glm: Any, batches: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = shapes_of(glm, batches, prompts(12), batch_size=6)
+    monkeypatch.setattr(tensors, "FIRST_PASS_TOKENS", 100)
+    assert shapes_of(glm, batches, prompts(12), batch_size=6) == expected
+    assert max(rows * tokens for rows, tokens in batches if tokens > 1) <= 100
+    assert any(rows > 1 for rows, tokens in batches if tokens > 1)
 
 
 def test_the_cache_of_a_batch_stays_within_its_bytes(
@@ -267,76 +311,3 @@ def test_a_stop_request_ends_generation_within_a_token(
         )
     assert len(batches) == 3
     assert polls < 10
-
-
-WORKER = """
-import json, os, sys
-import torch, torch.distributed as dist
-import deepspeed
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-sys.path[:0] = [TESTS]
-import test_generate as here
-from finetune.generation.generate import generate
-from finetune.distributed.map_batches import EvaluationStoppedError
-from finetune.distributed.processes import is_sharded
-from pathlib import Path
-
-model = here.open_tiny(Path(FOLDER))
-stops = here.Stops(stop_ids=(*here.tiny.EOS_IDS, *range(0, here.tiny.NUM_RANKS, 3)))
-rank = dist.get_rank()
-calls = []
-original = here.refill.Refill.run
-here.refill.Refill.run = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
-def run(**more):
-    replies = generate(model, stops, here.prompts(18), max_new_tokens=24, batch_size=1, **more)
-    return [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
-results = {"plain": run(), "plain calls": len(calls)}
-try:
-    run(should_stop=lambda: rank == 1)
-except EvaluationStoppedError:
-    results["stopped"] = True
-assert not is_sharded(model)
-deepspeed.initialize(model=model, config={
-    "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
-})
-assert is_sharded(model)
-calls.clear()
-results |= {"sharded": run(), "sharded calls": len(calls)}
-Path(OUT, f"{rank}.json").write_text(json.dumps(results))
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_replies_of_one_also_with_sharded_weights(
-    glm: Any, tiny_glm: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("deepspeed")
-    stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))
-    replies = generate(glm, stops, prompts(18), max_new_tokens=24, batch_size=1)
-    expected = [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
-    script = tmp_path / "worker.py"
-    names = {"TESTS": Path(__file__).parent, "FOLDER": tiny_glm, "OUT": tmp_path}
-    script.write_text("".join(f"{k} = {str(v)!r}\n" for k, v in names.items()) + WORKER)
-    root = Path(finetune.models.__file__).parents[2]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            script,
-        ],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        timeout=180,
-        check=True,
-    )
-    for rank, own in enumerate([5, 4]):  # nine groups
-        result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert result["plain"] == result["sharded"] == expected
-        assert result["plain calls"] == own
-        assert result["sharded calls"] == 5  # the second repeats a group to keep in step
-        assert result["stopped"]

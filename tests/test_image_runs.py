@@ -177,9 +177,11 @@ def test_the_chat_shows_an_image_with_the_next_message(folder: Path) -> None:
     shown = io.StringIO()
     session = Session(Voice(opened.model, opened.template, 3), Terminal(typed, shown))
     asked: list[Any] = []
-    generate = opened.model.generate
-    opened.model.generate = lambda **kwargs: (asked.append(kwargs), generate(**kwargs))[1]
+    opened.model.register_forward_pre_hook(
+        lambda model, args, kwargs: asked.append(kwargs), with_kwargs=True
+    )
     session.run()
+    asked = [kwargs for kwargs in asked if kwargs["input_ids"].shape[1] > 1]  # the prompts
     said = shown.getvalue()
     assert "error: " in said
     assert "none.png: there is no such file" in said

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pictures
 import pytest
 import serving
@@ -139,6 +140,34 @@ def test_a_seed_decides_a_sampled_reply_and_another_seed_another(server: serving
     assert len({said(temperature=1.5, seed=seed) for seed in range(4)}) > 1
     assert said(temperature=1.5, top_p=1e-6, seed=5) == said(temperature=0) == said()
     assert said(temperature=1e-9, seed=5) == said(temperature=0)
+
+
+def test_without_a_seed_another_reply_is_drawn_each_time(server: serving.Served) -> None:
+    said = {
+        server.client.chat.completions.create(
+            model="tiny", messages=HELLO, max_tokens=24, temperature=2
+        ).choices[0].message.content
+        for _ in range(4)
+    }  # fmt: skip
+    assert len(said) > 1
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_ends_with_done_once(server: serving.Served, usage: bool) -> None:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "stream": True}
+    body["stream_options"] = {"include_usage": usage}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    lines = [line for line in answer.text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert lines.count("data: [DONE]") == 1
+    assert ("usage" in json.loads(lines[-2].removeprefix("data: "))) == usage
+
+
+@pytest.mark.parametrize("stops", [["bb", "a"], ["a", "bb"]])
+def test_of_two_stop_strings_in_one_piece_the_first_in_the_text_ends_it(stops: list[str]) -> None:
+    text = StopStrings(stops)
+    assert text.feed("xaybb") == "x"
+    assert text.found
 
 
 def test_a_stop_string_ends_the_reply_before_itself(

@@ -24,8 +24,8 @@ from serving import HELLO, data_url, showing
 
 from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError
+from finetune.generation.decoder import Decoder
 from finetune.generation.load import OpenedModel, open_model
-from finetune.serving import engine as engine_module
 from finetune.serving.request import Rules, read_request
 from finetune.serving.serve import ServeOptions, _bound, _key
 
@@ -52,27 +52,32 @@ def server(opened: OpenedModel) -> Iterator[serving.Served]:
 
 USER = {"role": "user", "content": "hi"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"n": 2}, "n", "should be 1"),
-    ({"logprobs": True}, "logprobs", "should be False"),
+    ({"n": 9}, "n", "less than or equal to 8"),
+    ({"top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported here"),
     ({"temperature": 3}, "temperature", "less than or equal to 2"),
     ({"top_p": -1}, "top_p", "greater than or equal to 0"),
     ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 2.5}, "max_tokens", "valid integer"),
     ({"stop": ["a"] * 5}, "stop", "at most 4"),
     ({"seed": 2**64}, "seed", "less than"),
-    ({"presence_penalty": 1.5}, "presence_penalty", "less than or equal to 0"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
-    ({"tool_choice": "required"}, "tool_choice", "'auto' or 'none'"),
-    ({"extra_body": {"top_k": 5}}, "top_k", "not supported here"),
-    ({"messages": []}, "messages", "no messages"),
-    ({"messages": [USER, USER]}, "messages", "message 2 is 'user' but message 1 is too"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+    ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty", "greater than 0"),
+    ({"extra_body": {"min_p": -0.1}}, "min_p", "greater than or equal to 0"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "'text'"),
+    ({"tool_choice": "required"}, "tool_choice", "no such function"),
+    ({"tool_choice": "always"}, "tool_choice", "'auto', 'none' or 'required'"),
+    ({"extra_body": {"top_k": -2}}, "top_k", "greater than or equal to 0"),
+    ({"extra_body": {"best_of": 2}}, "best_of", "not supported here, except 1"),
+    ({"extra_body": {"ignore_eos": 0}}, "ignore_eos", "not supported here, except False"),
+    ({"extra_body": {"colour": "red"}}, "colour", "not supported here"),
+    ({"messages": []}, "messages", "nothing to answer"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "messages", "nothing to answer"),
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages", "'robot' is not one of"),
-    ({"messages": [USER, {"role": "assistant", "content": "yes"}]}, "messages", "shall it answer"),
-    ({"messages": [{"role": "user", "content": ""}]}, "messages", "content is empty"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages", "content is null"),
-    ({"messages": ["hi"]}, "messages", "is text, not an object"),
-    ({"messages": [USER, {"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages",
-     "not a tool call"),
+    ({"messages": ["hi"]}, "messages", "message 1: is text, not an object"),
+    ({"messages": [USER] * 4097}, "messages", "4097 messages are more than the 4096"),
     ({"tools": [{"type": "function"}]}, "messages", "no usable name"),
+    ({"tools": [TOOL] * 129}, "tools", "at most 128"),
     ({"messages": [{"role": "user", "content": "a \0 b"}]}, None, "NUL"),
     ({"messages": [{"role": "user", "content": "x" * 70}]}, "messages", "more than the 64 that fit"),
     ({"max_tokens": 60}, "messages", "more than the 64 that fit"),
@@ -127,8 +132,10 @@ def test_other_paths_models_methods_and_kinds_of_body_have_errors_of_the_same_fo
     assert [model.id for model in server.client.models.list()] == ["tiny"]
     assert server.client.models.retrieve("tiny").object == "model"
     assert httpx.get(f"{server.url}/v1/chat/completions").status_code == 405
-    plain = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}")
-    assert plain.status_code == 415
+    for kind in (None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        headers = {} if kind is None else {"Content-Type": kind}
+        plain = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}", headers=headers)
+        assert plain.status_code == 415, kind
     assert set(plain.json()["error"]) == {"message", "type", "param", "code"}
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
@@ -140,7 +147,7 @@ def test_a_fault_of_the_model_is_a_500_and_the_server_lives_on(
         raise RuntimeError("the secret of the machine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "decode", broken)
+        patch.setattr(Decoder, "add", broken)
         with pytest.raises(openai.InternalServerError, match="server's log") as caught:
             server.client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
     assert "secret" not in str(caught.value)
@@ -217,7 +224,7 @@ def test_this_machine_needs_none_but_may_have_one(monkeypatch: pytest.MonkeyPatc
         assert _key(ServeOptions(), listener) == KEY.encode()
         port = listener.getsockname()[1]
         listener.listen()
-        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} cannot be had"):
+        with pytest.raises(ConfigError, match=rf"cannot bind 127\.0\.0\.1:{port}"):
             _bound("127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"--host no\.such\.name\.invalid"):
         _bound("no.such.name.invalid", 0)
@@ -300,7 +307,7 @@ def test_no_address_is_fetched_no_path_is_read_and_no_bomb_is_decoded(
     asked = [(showing(url), reason) for url, reason in urls]
     asked += [([part], "no path is read") for part in parts]
     two = [*showing(data_url())[0]["content"], *showing(data_url())[0]["content"]]
-    asked += [([{"role": "user", "content": two}], "one image part")]
+    asked += [([{"role": "user", "content": two}], "2 images are more than the 1 taken")]
     with serving.served(seeing) as server:
         for messages, reason in asked:
             body = {"model": "tiny", "messages": messages, "max_tokens": 2}
@@ -315,7 +322,10 @@ def test_no_address_is_fetched_no_path_is_read_and_no_bomb_is_decoded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_eyes_says_so(server: serving.Served) -> None:
+def test_a_model_without_eyes_says_so_before_it_looks(
+    server: serving.Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.serving.images.check_image", lambda *_, **__: 1 // 0)
     with pytest.raises(openai.BadRequestError, match="takes no images; GLM-4V does"):
         server.client.chat.completions.create(model="tiny", messages=showing(data_url()))
 
@@ -369,9 +379,9 @@ def test_a_reply_that_is_fed_back_brings_no_control_token(
 ) -> None:
     control = set(opened.template.tokenizer.control_ids.values())
     asked = serving.say(monkeypatch, opened.template, Message("assistant", f"a {typed} b"))
-    first = server.client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
+    first = server.client.chat.completions.create(model="tiny", messages=HELLO)
     reply = first.choices[0].message
     assert reply.content == f"a {typed} b"
     history = [*HELLO, reply, {"role": "user", "content": typed}]
-    server.client.chat.completions.create(model="tiny", messages=history, max_tokens=2)
+    server.client.chat.completions.create(model="tiny", messages=history)
     assert len([i for i in asked[1].prompt if i in control]) == 6  # [gMASK]<sop> and four headers

@@ -22,6 +22,7 @@ from serving import HELLO
 
 from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError
+from finetune.generation.decoder import Decoder
 from finetune.generation.generate import generate
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving import engine as engine_module
@@ -60,13 +61,13 @@ def test_fifty_at_once_get_what_each_gets_alone(
         for n, p in enumerate(prompts)
     ]
     sizes: list[int] = []
-    decode = engine_module.decode
+    step = Decoder.step
 
-    def counting(model: Any, template: Any, asks: Any) -> None:
-        sizes.append(len(asks))
-        decode(model, template, asks)
+    def counting(decoder: Decoder) -> None:
+        sizes.append(len(decoder.active))
+        step(decoder)
 
-    monkeypatch.setattr(engine_module, "decode", counting)
+    monkeypatch.setattr(Decoder, "step", counting)
 
     async def ask(client: openai.AsyncOpenAI, n: int) -> tuple[str, str | None]:
         sampled = {"temperature": 1.2, "seed": n} if n % 5 == 4 else {}
@@ -89,8 +90,7 @@ def test_fifty_at_once_get_what_each_gets_alone(
 
     with serving.served(opened) as server:
         said = asyncio.run(together(server))
-    assert sum(sizes) == 50
-    assert len(sizes) < 25  # most were answered together
+    assert len(sizes) < sum(sizes) / 4  # most were answered together
     assert max(sizes) == 8
     for n, (text, reason) in enumerate(said):
         if n % 5 != 4:
@@ -153,34 +153,18 @@ def _user(text: str) -> list[Any]:
     return [Message("user", text)]
 
 
-class Slow:
-    """A model that writes a token whenever it is told to, and remembers what it was asked."""
-
-    def __init__(self, token: int) -> None:
-        self.batches: list[list[Any]] = []
-        self.go = threading.Semaphore(0)
-        self._token = token
-
-    def decode(self, model: Any, template: Any, asks: Any) -> None:
-        self.batches.append(list(asks))
-        left = [ask.decoding.max_new_tokens for ask in asks]
-        while any(left):
-            assert self.go.acquire(timeout=10)
-            for row, ask in enumerate(asks):
-                left[row] = 0 if not left[row] or ask.take(self._token) else left[row] - 1
-
-
 @pytest.fixture
-def slow(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+def slow(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[serving.Slow]:
     [token] = opened.template.tokenizer.plain.encode("x", add_special_tokens=False).ids
-    model = Slow(token)
-    monkeypatch.setattr(engine_module, "decode", model.decode)
+    model = serving.Slow(token)
+    model.put_in_place(monkeypatch)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
     yield model
     model.go.release(10_000)
 
 
 def test_a_client_that_leaves_frees_its_place_whether_it_waits_or_is_served(
-    opened: OpenedModel, slow: Slow
+    opened: OpenedModel, slow: serving.Slow
 ) -> None:
     async def leaving(server: serving.Served) -> None:
         async with server.async_client as client:
@@ -199,7 +183,7 @@ def test_a_client_that_leaves_frees_its_place_whether_it_waits_or_is_served(
             for task in (*served, *waiting):
                 task.cancel()
             await asyncio.gather(*served, *waiting, return_exceptions=True)
-            left = [ask.take.__self__ for ask in slow.batches[0]] + list(server.engine._waiting)
+            left = [one.on_token.__self__ for one in slow.batches[0]] + list(server.engine._waiting)
             await serving.until_async(lambda: all(job.cancelled for job in left))
             slow.go.release()  # the batch ends at its next token, for nobody is there
             last = asked(False)
@@ -212,7 +196,7 @@ def test_a_client_that_leaves_frees_its_place_whether_it_waits_or_is_served(
         asyncio.run(leaving(server))
 
 
-def test_a_full_server_says_when_to_come_again(opened: OpenedModel, slow: Slow) -> None:
+def test_a_full_server_says_when_to_come_again(opened: OpenedModel, slow: serving.Slow) -> None:
     with serving.served(opened, max_requests=1, max_new_tokens=5) as server:
         first = threading.Thread(
             target=lambda: server.client.chat.completions.create(model="tiny", messages=HELLO)
@@ -228,32 +212,11 @@ def test_a_full_server_says_when_to_come_again(opened: OpenedModel, slow: Slow) 
         first.join()
 
 
-def test_large_requests_are_not_answered_together(
-    opened: OpenedModel, slow: Slow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "TOKEN_BUDGET", 100)
-    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
-    slow.go.release(1000)
-
-    async def three(server: serving.Served) -> None:
-        async with server.async_client as client:
-            await asyncio.gather(
-                *(
-                    client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=n)
-                    for n in (30, 30, 80)
-                )
-            )
-
-    with serving.served(opened) as server:
-        asyncio.run(three(server))
-    assert sorted(map(len, slow.batches)) == [1, 2]
-
-
 # --- the end -------------------------------------------------------------------------------------
 
 
 def test_a_stopping_server_refuses_what_waits_and_finishes_what_is_written(
-    opened: OpenedModel, slow: Slow
+    opened: OpenedModel, slow: serving.Slow
 ) -> None:
     async def stopping(server: serving.Served) -> None:
         async with server.async_client as client:

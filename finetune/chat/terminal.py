@@ -108,14 +108,16 @@ class Voice:
 
     def reply(self, conversation: Conversation, show: Callable[[str], None]) -> list[Message]:
         """The messages of the reply: one, or several calls. Ctrl-C ends it where it is."""
-        from finetune.generation.decoding import Ask, Decoding, decode
+        from finetune.distributed.map_batches import evaluating
+        from finetune.generation.decoder import Decoding, Request, write_replies
         from finetune.generation.predict import reply_messages
 
         prompt = self.template.prompt(conversation, len(conversation.messages))
         speech = Speech(self.template, conversation.tools, show)
         decoding = Decoding(self.max_new_tokens, self.temperature, TOP_P)
-        with suppress(KeyboardInterrupt):
-            decode(self.model, self.template, [Ask(prompt, decoding, speech.take)])
+        request = Request(prompt, decoding, speech.take)
+        with suppress(KeyboardInterrupt), evaluating(self.model):
+            write_replies(self.model, self.template.stop_ids, [request], slots=1)
         speech.finish()
         return reply_messages(speech.ids, self.template, conversation.tools)
 

@@ -14,7 +14,7 @@ from finetune.cli.config_commands import config_app
 from finetune.cli.data_commands import Columns, ImageRoot, Json, Layout, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
-from finetune.cli.inference_commands import using_app
+from finetune.cli.inference_commands import JsonSchema, RequireCall, using_app
 from finetune.cli.inputs import check_inputs
 from finetune.cli.report_commands import report_app, say_report
 from finetune.cli.setup_commands import setup_app
@@ -173,6 +173,8 @@ def evaluate(
         typer.Option(metavar="NAME", help="The layout of the rows; by default the run's."),
     ] = None,
     image_root: ImageRoot = None,
+    json_schema: JsonSchema = None,
+    require_call: RequireCall = False,
     old_base: Annotated[bool, typer.Option("--base", hidden=True)] = False,
     old_general: Annotated[list[str] | None, typer.Option("--general", hidden=True)] = None,
     old_unit: Annotated[str | None, typer.Option("--bleu-unit", hidden=True)] = None,
@@ -199,6 +201,7 @@ def evaluate(
         from finetune.evaluation.evaluate import Options
         from finetune.evaluation.evaluate import evaluate as run
         from finetune.evaluation.scoring import Scoring
+        from finetune.generation.structured import read_form
 
         options = Options(
             with_base=include_base or old_base,
@@ -208,6 +211,7 @@ def evaluate(
             tasks=tuple(tasks or ()),
             temperature=temperature,
             seed=seed,
+            form=read_form(json_schema, must_call=require_call),
         )
         found = run(models, data or (), output=output, changes=changes, options=options)
         if console.is_main():

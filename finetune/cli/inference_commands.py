@@ -22,6 +22,13 @@ Target = Annotated[
 BatchSize = Annotated[
     int, typer.Option(metavar="N", min=1, help="Prompts generated at once, per process.")
 ]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Every reply is JSON under the schema in this file."),
+]
+RequireCall = Annotated[
+    bool, typer.Option("--require-call", help="A dialogue with tools is answered with a call.")
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")]
 
 
@@ -42,6 +49,8 @@ def predict(
     columns: Columns = None,
     format: Format = "auto",
     image_root: ImageRoot = None,
+    json_schema: JsonSchema = None,
+    require_call: RequireCall = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -54,6 +63,7 @@ def predict(
         target = model_in(target)
         from finetune.generation.predict import PredictOptions
         from finetune.generation.predict import predict as run
+        from finetune.generation.structured import read_form
 
         options = PredictOptions(
             max_new_tokens,
@@ -62,6 +72,7 @@ def predict(
             columns=columns,
             format=format,
             image_root=image_root,
+            form=read_form(json_schema, must_call=require_call),
         )
         emit(run(target, data, output, base=base, options=options, overwrite=overwrite))
 
@@ -118,6 +129,10 @@ def serve(
     max_request_mb: Annotated[
         int, typer.Option(metavar="N", min=1, help="Largest request in MiB.")
     ] = 16,
+    history: Annotated[
+        Literal["lenient", "strict"],
+        typer.Option(help="strict refuses dialogues that training data could not hold."),
+    ] = "lenient",
 ) -> None:
     """Answer OpenAI's chat completions over HTTP."""
     folder = model_in(target)
@@ -135,5 +150,6 @@ def serve(
         batch_size=batch_size,
         max_requests=max_requests,
         max_request_mb=max_request_mb,
+        history=history,
     )
     run(folder, shown_as=target, base=base, options=options)

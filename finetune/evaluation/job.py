@@ -33,6 +33,7 @@ from finetune.evaluation.store import Results
 from finetune.evaluation.targets import Target
 from finetune.generation.prompts import PromptCounts, PromptStream, ReplyPrompt, ReplyPrompts
 from finetune.generation.settings import Settings, settings_of
+from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.cache import key_of
 
 if TYPE_CHECKING:
@@ -64,13 +65,15 @@ class Options:
     """0 always takes the likeliest token."""
     seed: int = 0
     """Of sampled replies."""
+    form: Form = ANY_FORM
+    """What every reply must be."""
 
     @property
     def decoding(self) -> str:
         """How tokens are chosen, in words."""
-        if not self.temperature:
-            return "greedy"
-        return f"temperature {self.temperature}, seed {self.seed}"
+        sampled = f"temperature {self.temperature}, seed {self.seed}"
+        words = [sampled if self.temperature else "greedy", str(self.form)]
+        return ", ".join(filter(None, words))
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def prepare(target: Target, settings: Settings, options: Options) -> Job:
 
     check_harness(options.tasks)
     template = open_template(target.path, base=target.base)
+    options.form.check(template)
     root = Path(settings.data.cache_dir) if settings.data.cache_dir else None
     losses = {"loss": _examples(settings.sources, template, settings)}
     if options.general:
@@ -211,10 +215,12 @@ def _generate_replies(job: Job, model: Any, leads: bool) -> None:
     if begin:
         console.say(f"{begin} replies are there already; going on behind them")
 
-    def extras_at(first: int) -> Extras:
+    def extras_at(first: int, window: Sequence[ReplyPrompt]) -> Extras:
         temperature, seed = options.temperature, options.seed
         sampling = Sampling(temperature, seed, begin + first) if temperature else None
-        return Extras(sampling, results.log(begin + first))
+        tools = [prompt.tools for prompt in window]
+        constraint_at = options.form.constraint_at(job.template, tools)
+        return Extras(sampling, results.log(begin + first), constraint_at)
 
     if section.generate:
         dialogues = read_conversations(job.settings.sources, job.settings.reading)
@@ -307,13 +313,13 @@ def predict_windows(
     section: EvaluationSection,
     *,
     should_stop: Poll | None = None,
-    extras_at: Callable[[int], Extras] | None = None,
+    extras_at: Callable[[int, Sequence[ReplyPrompt]], Extras] | None = None,
 ) -> Iterator[list[Prediction]]:
     """The replies to `prompts` window by window, in their order, on every process.
 
     Memory holds one window. What a window is depends on `section.batch_size` alone, so that the
     same prompts are generated in the same batches wherever this runs. `extras_at` is given the
-    number of a window's first prompt.
+    number of a window's first prompt, and the window.
     """
     from finetune.generation.generate import Extras, check_context, generate
 
@@ -329,7 +335,7 @@ def predict_windows(
             max_new_tokens=section.max_new_tokens,
             batch_size=section.batch_size,
             should_stop=should_stop,
-            extras=extras_at(first) if extras_at else Extras(),
+            extras=extras_at(first, window) if extras_at else Extras(),
         )
         first += len(window)
         yield [

@@ -1,145 +1,79 @@
-"""Replies to a list of prompts by a batch whose finished rows are refilled at once.
+"""The tensors of replies that are being written: keys, values, mask and positions of every row.
 
-A row that has stopped makes room for the next prompt instead of running along until the slowest ends,
-keys and values are written in place, and what all prompts begin with is computed once.
+All rows end at the same column of the cache, so that one forward pass gives each its next token. A new
+prompt is put in so that its last token stands where the others' last tokens stand; columns that a row
+does not use are masked; positions count a row's own tokens, so where a row begins does not matter:
 
-All rows end at the same column of the cache: a new prompt is put in so that its last token stands
-where the others' last tokens stand. Columns a row does not use are masked; positions count a row's own
-tokens, so where a row begins does not matter.
+    mask of a batch whose row 0 has written 3 tokens       1 1 1 1 1 1 1 | 1 1 1
+    and row 1, a prompt of 4 tokens, has just come in      0 0 0 0 0 0 1 | 1 1 1
+    their positions                                   row 0: 0 1 2 ... 9, row 1: 0 1 2 3 in the last four
 
-B rows, T columns, P tokens of a common beginning.
+B rows, T columns, P tokens of a shared prefix.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from finetune.distributed.map_batches import Poll
-from finetune.distributed.processes import any_rank, is_sharded
+from finetune.data.chat.image import ImagePrompt
 
-Choose = Callable[[Tensor, Sequence[int]], list[int]]
-"""Logits [B, V] and the number of the prompt in every row -> the next tokens."""
-Done = tuple[tuple[int, ...], bool]
-"""New tokens before the stop, and whether there was one."""
-SHORTEST_BEGINNING = 16
-"""A common beginning of fewer tokens is not worth a forward pass of its own."""
+Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
+
+SHORTEST_PREFIX = 16
+"""A shared prefix of fewer tokens is not worth a forward pass of its own."""
 FIRST_PASS_TOKENS = 16384
 """Tokens, with padding, that prompts are read in at once: activations, not the cache, are large then."""
 _HEADROOM = 64  # columns that a buffer grows by
 
 
-class Beginning:
+class SharedPrefix:
     """Keys and values of the tokens that all prompts begin with; none when those are few."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
-        self.ids = common_beginning(prompts)
+    def __init__(self, model: Any, prompts: Sequence[Prompt]) -> None:
+        self.ids = shared_prefix(prompts)
         self.layers: list[tuple[Tensor, Tensor]] = []
         """Of every layer [1, heads, P, size], twice."""
         if not self.ids:
             return
         cache = _new_cache(model)
         ids = torch.tensor([self.ids], device=model.device)
-        _forward(model, cache, ids, torch.ones_like(ids), torch.arange(len(self.ids), device=model.device)[None])  # fmt: skip
+        positions = torch.arange(len(self.ids), device=model.device)[None]
+        _forward(model, cache, ids, torch.ones_like(ids), positions)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
 
     def cache(self, model: Any, rows: int) -> Cache:
-        """A cache of `rows` rows that have the beginning behind them."""
+        """A cache of `rows` rows that have the prefix behind them."""
         cache = _new_cache(model)
         for layer, (keys, values) in zip(cache.layers, self.layers, strict=False):
             layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
         return cache
 
 
-class Refill:
-    """The batch: `run` takes prompts until none waits and none is unfinished."""
+class Batch:
+    """Rows that are written together; `prefill` adds some, `step` computes a token, `keep` drops some."""
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        slots: int,
-        choose: Choose,
-        beginning: Beginning,
-    ) -> None:
+    def __init__(self, model: Any, prefix: SharedPrefix) -> None:
+        self.is_lost = False
+        """An error came while rows were joined: none of them can go on."""
         self._model = model
-        self._stop_ids = frozenset(stop_ids)
-        self._max_new_tokens = max_new_tokens
-        self._slots = slots
-        self._choose = choose
-        self._beginning = beginning
-        self._rows: list[int] = []
-        """The prompt in every row."""
+        self._prefix = prefix
         self._cache: Any = None
         self._mask: Any = None  # int64 [B, T]
         self._positions: Any = None  # int64 [B], of each row's last token
-        self._replies: dict[int, list[int]] = {}
-        self._done: dict[int, Done] = {}
 
-    def run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        should_stop: Poll | None,
-    ) -> list[Done]:
-        """The replies to `prompts`, in their order; fewer when `should_stop` returned True.
+    def __len__(self) -> int:
+        return 0 if self._cache is None else int(self._mask.shape[0])
 
-        Every round is one forward pass, also in a process that has nothing left while others share
-        its weights.
-
-        Args:
-            prompts: token ids.
-            numbers: what `choose` knows the prompts by.
-            should_stop: polled at every forward pass.
-        """
-        waiting = deque(range(len(prompts)))
-        self._numbers = numbers
-        together = is_sharded(self._model)
-        while True:
-            busy = bool(waiting) or any(row not in self._done for row in self._rows)
-            stop = should_stop is not None and should_stop()
-            if together:
-                busy, stop = any_rank(busy), any_rank(stop)
-            if stop or not busy:
-                break
-            self._round(prompts, waiting)
-        return [self._done[place] for place in range(len(prompts)) if place in self._done]
-
-    def _round(self, prompts: Sequence[Sequence[int]], waiting: deque[int]) -> None:
-        active = [row for row in self._rows if row not in self._done]
-        free = self._slots - len(active)
-        if waiting and (not active or free >= max(1, self._slots // 4)):
-            chosen = self._next(prompts, waiting, free)
-            self._put_in(chosen, [prompts[place] for place in chosen])
-        elif active:
-            if not waiting and 2 * len(active) <= len(self._rows):
-                self._keep_active()
-            self._go_on()
-        else:  # the others have work, and need this process's part of the weights
-            ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
-            _forward(self._model, _new_cache(self._model), ids, torch.ones_like(ids), ids)
-
-    def _next(self, prompts: Sequence[Sequence[int]], waiting: deque[int], free: int) -> list[int]:
-        """Takes as many as there is room for, and as their first pass may be large."""
-        chosen: list[int] = []
-        widest = 0
-        while waiting and len(chosen) < free:
-            widest = max(widest, len(prompts[waiting[0]]) - len(self._beginning.ids))
-            if chosen and (len(chosen) + 1) * widest > FIRST_PASS_TOKENS:
-                break
-            chosen.append(waiting.popleft())
-        return chosen
-
-    def _put_in(self, chosen: list[int], prompts: list[Sequence[int]]) -> None:
-        """Computes new prompts and joins them to the rows that are not finished."""
-        device, common = self._model.device, len(self._beginning.ids)
+    def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Adds rows behind those that are there; returns the logits [new rows, V] of their next token."""
+        device, common = self._model.device, len(self._prefix.ids)
         rests = [list(prompt[common:]) for prompt in prompts]
         width = max(map(len, rests))
         ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
@@ -147,57 +81,70 @@ class Refill:
         own = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # [B, width]
         mask = torch.cat([own.new_ones(len(rests), common), own], dim=1)
         positions = (own.cumsum(1) - 1).clamp(min=0) + common
-        cache = self._beginning.cache(self._model, len(rests))
-        logits = _forward(self._model, cache, ids, mask, positions)
-        self._keep_active()
-        if self._rows:
+        images = image_inputs(prompts, device)
+        if images:
+            positions = _image_positions(self._model, ids, mask, images)
+        cache = self._prefix.cache(self._model, len(rests))
+        logits = _forward(self._model, cache, ids, mask, positions, images)
+        last = positions[..., -1]  # [B], of GLM-4.1V [3, B]: text counts on from the greatest
+        last = last if last.dim() == 1 else last.amax(0)
+        self.is_lost = True  # until all layers are joined
+        if len(self):
             cache = _joined(self._cache, cache)
             mask = torch.cat(_right_aligned(self._mask, mask, dim=1))
-            last = torch.cat([self._positions, positions[:, -1]])
-        else:
-            last = positions[:, -1]
+            last = torch.cat([self._positions, last])
         self._cache, self._mask, self._positions = cache, mask, last
-        self._rows += chosen
-        self._take(chosen, logits)
+        self.is_lost = False
+        return logits
 
-    def _go_on(self) -> None:
-        """One more token for every row."""
-        last = [(self._replies[row] or [0])[-1] for row in self._rows]
-        ids = torch.tensor(last, device=self._model.device)[:, None]
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(last), 1)], dim=1)
+    def num_at_once(self, prompts: Sequence[Prompt]) -> int:
+        """How many of the first of `prompts` one `prefill` may read; at least one."""
+        widest = 0
+        for number, prompt in enumerate(prompts):
+            widest = max(widest, len(prompt) - len(self._prefix.ids))
+            if number and (number + 1) * widest > FIRST_PASS_TOKENS:
+                return number
+        return len(prompts)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Adds a token to every row; returns the logits [B, V] of the next one."""
+        ids = torch.tensor(tokens, device=self._model.device)[:, None]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         self._positions = self._positions + 1
-        logits = _forward(self._model, self._cache, ids, self._mask, self._positions[:, None])
-        self._take(self._rows, logits)
+        return _forward(self._model, self._cache, ids, self._mask, self._positions[:, None])
 
-    def _take(self, rows: Sequence[int], logits: Tensor) -> None:
-        """Adds the next token to every row that is not finished."""
-        tokens = self._choose(logits, [self._numbers[row] for row in rows])
-        for row, token in zip(rows, tokens, strict=True):
-            reply = self._replies.setdefault(row, [])
-            if row in self._done:
-                continue
-            if token in self._stop_ids:
-                self._done[row] = tuple(reply), True
-                continue
-            reply.append(token)
-            if len(reply) == self._max_new_tokens:
-                self._done[row] = tuple(reply), False
-
-    def _keep_active(self) -> None:
-        """Forgets finished rows, and the columns that only they used."""
-        places = [place for place, row in enumerate(self._rows) if row not in self._done]
-        if len(places) == len(self._rows):
-            return
-        self._rows = [self._rows[place] for place in places]
-        if not places:
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forgets all other rows, and the columns that only they used."""
+        if not rows:
             self._cache = None
             return
-        chosen = torch.tensor(places, device=self._model.device)
+        chosen = torch.tensor(rows, device=self._model.device)
         self._mask, self._positions = self._mask[chosen], self._positions[chosen]
         unused = int(self._mask.any(dim=0).int().argmax())
         self._mask = self._mask[:, unused:]
         for layer in self._cache.layers:
             layer.hold(layer.keys[chosen, :, unused:], layer.values[chosen, :, unused:])
+
+    def attend_prefill(self) -> None:
+        """A forward pass like that of `prefill` for processes that share their weights with this one."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self._model.device)
+        common = len(self._prefix.ids)
+        mask = torch.ones(1, common + 2, dtype=torch.long, device=self._model.device)
+        positions = torch.arange(common, common + 2, device=self._model.device)[None]
+        _forward(self._model, self._prefix.cache(self._model, 1), ids, mask, positions)
+
+    def attend_step(self) -> None:
+        """The same like that of `step`: one token behind a cache that is not empty."""
+        cache = _new_cache(self._model)
+        config = self._model.config.get_text_config()
+        blank = torch.zeros(
+            1, config.num_key_value_heads, 1, head_size(config),
+            dtype=self._model.dtype, device=self._model.device,
+        )  # fmt: skip
+        for layer in cache.layers:
+            layer.update(blank, blank)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
+        _forward(self._model, cache, ids, torch.ones_like(ids).expand(1, 2), ids + 1)
 
 
 class _Columns(DynamicLayer):
@@ -238,22 +185,56 @@ class _Columns(DynamicLayer):
         self._key_buffer, self._value_buffer = wider(self.keys), wider(self.values)
 
 
-def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+def shared_prefix(prompts: Sequence[Prompt]) -> list[int]:
     """The ids that all of two or more prompts begin with, short of a whole prompt; [] when they are few.
 
-    >>> common_beginning([[1] * 20 + [2, 3], [1] * 20 + [4]]) == [1] * 20
+    >>> shared_prefix([[1] * 20 + [2, 3], [1] * 20 + [4]]) == [1] * 20
     True
     """
-    if len(prompts) < 2:
-        return []
+    if len(prompts) < 2 or any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+        return []  # images look alike in ids
     first, last = list(min(prompts, key=list)), list(max(prompts, key=list))
     most = min(map(len, prompts)) - 1
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
     same = min(same, most)
-    return [int(token) for token in first[:same]] if same >= SHORTEST_BEGINNING else []
+    return [int(token) for token in first[:same]] if same >= SHORTEST_PREFIX else []
 
 
-def _forward(model: Any, cache: Cache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+def head_size(config: Any) -> int:
+    """Numbers of a key or a value of one head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def image_inputs(prompts: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+    """`pixel_values` and the like of the prompts that show an image; nothing when none does."""
+    shown = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
+    if not shown:
+        return {}
+    arrays = shown[0].spec.arrays([(prompt.path, "a prompt") for prompt in shown])
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def _image_positions(model: Any, ids: Tensor, mask: Tensor, images: dict[str, Tensor]) -> Tensor:
+    """Positions of prompts among which some show an image: the patches' are the model's own affair.
+
+    [B, T], of GLM-4.1V [3, B, T] (time, height, width).
+    """
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    given = {"input_ids": ids, "attention_mask": mask, **images}
+    positions: Tensor = inside._prepare_position_ids_for_generation(ids, given)
+    return positions if positions.dim() == 2 else positions[-3:]
+
+
+def _forward(
+    model: Any,
+    cache: Cache,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    images: dict[str, Tensor] | None = None,
+) -> Tensor:
     """Logits [B, V] behind the last of `ids`."""
     output = model(
         input_ids=ids,
@@ -262,6 +243,7 @@ def _forward(model: Any, cache: Cache, ids: Tensor, mask: Tensor, positions: Ten
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **(images or {}),
     )
     logits: Tensor = output.logits[:, -1].float()
     return logits

@@ -1,33 +1,20 @@
-"""Prompts -> replies: in batches, shared out over the processes. The one stop rule.
-
-B prompts of a batch, T its longest prompt, N new tokens.
-"""
+"""A list of prompts -> their replies: in groups, shared out over the processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
-from finetune.data.chat.image import ImagePrompt
 from finetune.distributed.map_batches import Poll, evaluating, longest_first, map_batches
-from finetune.distributed.processes import is_sharded
 from finetune.errors import DataError
-from finetune.generation.batch import Beginning, Choose, Done, Refill
+from finetune.generation.batch import Prompt, SharedPrefix, head_size
+from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
 
 BATCHES_PER_GROUP = 2
 """A group is the work of one process at a time: large enough for refilled rows to pay."""
-IMAGES_AT_ONCE = 16
 CACHE_BYTES = 4 << 30
 """Keys and values that a batch may hold."""
-
-Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
 
 
 class StopTokens(Protocol):
@@ -64,6 +51,11 @@ class Sampling:
     first: int = 0
     """Number of the first prompt among all that are asked."""
 
+    def decoding(self, max_new_tokens: int, number: int) -> Decoding:
+        """That of prompt `number` of this call."""
+        seed = (self.seed * 1_000_003 + self.first + number) % 2**63
+        return Decoding(max_new_tokens, self.temperature, seed=seed)
+
 
 class GroupLog(Protocol):
     """Keeps finished groups of one list of prompts, so that they are not generated again."""
@@ -82,19 +74,16 @@ class Extras:
     sampling: Sampling | None = None
     """Without it a reply is greedy."""
     log: GroupLog | None = None
+    constraint_at: Callable[[int], Constraint | None] | None = None
+    """What the reply to a prompt may be, by the prompt's number in the list."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One call of `generate`."""
-
-    model: Any
-    template: StopTokens
-    prompts: Sequence[Prompt]
-    max_new_tokens: int
-    batch_size: int
-    choose: Choose
-    should_stop: Poll | None
+    def request(self, prompt: Prompt, number: int, max_new_tokens: int) -> Request:
+        """What is asked of prompt `number`."""
+        decoding = Decoding(max_new_tokens)
+        if self.sampling is not None:
+            decoding = self.sampling.decoding(max_new_tokens, number)
+        constraint = self.constraint_at(number) if self.constraint_at is not None else None
+        return Request(prompt, decoding, constraint=constraint)
 
 
 def generate(
@@ -127,24 +116,29 @@ def generate(
     """
     lengths = [len(prompt) for prompt in prompts]
     check_context(model, lengths, max_new_tokens)
-    choose = _chooser(extras.sampling)
-    task = _Task(model, template, prompts, max_new_tokens, batch_size, choose, should_stop)
-    # One way for all groups of a call, since processes that share weights must go the same way.
-    if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
-        way, size, budget = _with_images, min(batch_size, IMAGES_AT_ONCE), cache_tokens(model)
-    else:
-        way, size, budget = _refilling, batch_size * BATCHES_PER_GROUP, None
-    groups = plan_batches(lengths, size, max_new_tokens, budget)
+    groups = plan_batches(lengths, batch_size * BATCHES_PER_GROUP)
     known = extras.log.known() if extras.log else {}
     numbers = {group[0]: number for number, group in enumerate(groups) if number not in known}
-    with evaluating(model), without_sampling_settings(model):
-        answer = way(task)
+    with evaluating(model):
+        prefix = SharedPrefix(model, prompts if numbers else [])
 
         def work(group: list[int]) -> list[Reply]:
-            found = [Reply(place, *one) for place, one in zip(group, answer(group), strict=False)]
-            if extras.log and len(found) == len(group):
-                extras.log.note(numbers[group[0]], found)
-            return found
+            room = cache_tokens(model) // (lengths[group[0]] + max_new_tokens)
+            rows = write_replies(
+                model,
+                template.stop_ids,
+                [extras.request(prompts[index], index, max_new_tokens) for index in group],
+                slots=max(1, min(batch_size, room)),
+                prefix=prefix,
+                should_stop=should_stop,
+            )
+            replies = [
+                Reply(index, tuple(row.ids), row.stopped)
+                for index, row in zip(group, rows, strict=False)
+            ]
+            if extras.log and len(replies) == len(group):
+                extras.log.note(numbers[group[0]], replies)
+            return replies
 
         missing = [groups[number] for number in numbers.values()]
         parts = map_batches(model, missing, work, label="replies", should_stop=should_stop)
@@ -152,33 +146,23 @@ def generate(
     return sorted(everything, key=lambda reply: reply.index)
 
 
-def plan_batches(
-    lengths: Sequence[int], batch_size: int, max_new_tokens: int, token_budget: int | None = None
-) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices of prompts batch by batch, longest first.
 
     So there is little padding, and what does not fit in memory fails at once, not after an hour.
 
-    >>> plan_batches([3, 9, 5, 4], batch_size=2, max_new_tokens=8)
+    >>> plan_batches([3, 9, 5, 4], batch_size=2)
     [[1, 2], [3, 0]]
     """
-    batches: list[list[int]] = []
-    for index in longest_first(lengths):
-        if batches:
-            rows, width = len(batches[-1]) + 1, lengths[batches[-1][0]] + max_new_tokens
-            if rows <= batch_size and (token_budget is None or rows * width <= token_budget):
-                batches[-1].append(index)
-                continue
-        batches.append([index])
-    return batches
+    order = longest_first(lengths)
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
 def cache_tokens(model: Any) -> int:
     """Tokens whose keys and values fit into `CACHE_BYTES`."""
     config = model.config.get_text_config()
     heads = config.num_hidden_layers * config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(CACHE_BYTES // (2 * heads * size * model.dtype.itemsize))
+    return int(CACHE_BYTES // (2 * heads * head_size(config) * model.dtype.itemsize))
 
 
 def check_context(
@@ -211,126 +195,3 @@ def context_length(model: Any) -> int | None:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return None
-
-
-def _refilling(task: _Task) -> Callable[[list[int]], list[Done]]:
-    """Texts: finished rows make room at once, and what all prompts begin with is computed once."""
-    prompts: Sequence[Any] = task.prompts
-    beginning = Beginning(task.model, prompts)
-
-    def answer(group: list[int]) -> list[Done]:
-        room = cache_tokens(task.model) // (len(prompts[group[0]]) + task.max_new_tokens)
-        batch = Refill(
-            task.model,
-            stop_ids=task.template.stop_ids,
-            max_new_tokens=task.max_new_tokens,
-            slots=max(1, min(task.batch_size, room)),
-            choose=task.choose,
-            beginning=beginning,
-        )
-        return batch.run([prompts[place] for place in group], group, task.should_stop)
-
-    return answer
-
-
-def _with_images(task: _Task) -> Callable[[list[int]], list[Done]]:
-    """Images: transformers' own loop, which asks the model for their positions."""
-    stop_ids, device = task.template.stop_ids, task.model.device
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=task.max_new_tokens,
-        eos_token_id=list(stop_ids),
-        pad_token_id=task.template.pad_id,
-        use_cache=True,
-    )
-
-    def interrupted(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        stop = task.should_stop is not None and task.should_stop()
-        return torch.full((ids.shape[0],), stop, dtype=torch.bool, device=device)
-
-    def answer(group: list[int]) -> list[Done]:
-        rows = [task.prompts[place] for place in group]
-        inputs = left_padded(rows, task.template.pad_id, device)  # [B, T]
-
-        def chosen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            tokens = torch.tensor(task.choose(scores, group), device=device)[:, None]
-            return torch.full_like(scores, float("-inf")).scatter(1, tokens, 0.0)
-
-        output = task.model.generate(
-            **inputs,
-            **pixel_values(rows, device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([chosen]),
-            stopping_criteria=StoppingCriteriaList([interrupted]),
-            synced_gpus=is_sharded(task.model),
-        )
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()  # [B, <= N]
-        return [_until_stop(row, stop_ids) for row in new]
-
-    return answer
-
-
-def _chooser(sampling: Sampling | None) -> Choose:
-    """The likeliest tokens, or tokens drawn for each prompt by a generator of its own."""
-    if sampling is None:
-        return lambda logits, numbers: logits.argmax(dim=-1).tolist()
-    generators: dict[int, torch.Generator] = {}
-
-    def drawn(logits: torch.Tensor, numbers: Sequence[int]) -> list[int]:
-        likely = (logits.cpu().double() / sampling.temperature).softmax(dim=-1)
-        tokens = []
-        for row, number in zip(likely, numbers, strict=True):
-            if number not in generators:
-                seed = (sampling.seed * 1_000_003 + sampling.first + number) % 2**63
-                generators[number] = torch.Generator().manual_seed(seed)
-            tokens.append(int(torch.multinomial(row, 1, generator=generators[number])))
-        return tokens
-
-    return drawn
-
-
-def _until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
-    end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
-    return tuple(ids[:end]), end is not None
-
-
-def left_padded(
-    prompts: Sequence[Prompt], pad_id: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` [B, T] of prompts of unlike lengths."""
-    width = max(len(prompt) for prompt in prompts)
-    rows = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {
-        "input_ids": torch.tensor(rows, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
-
-
-def pixel_values(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
-    """`pixel_values` and the like of the prompts that show an image; nothing when none does."""
-    shown = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
-    if not shown:
-        return {}
-    arrays = shown[0].spec.arrays([(prompt.path, "a prompt") for prompt in shown])
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-
-
-@contextmanager
-def without_sampling_settings(model: Any) -> Iterator[None]:
-    """Takes the checkpoint's own generation settings away for a while.
-
-    transformers fills what our GenerationConfig leaves open from the model's, which comes from
-    generation_config.json (temperature, repetition penalty, max_length).
-    """
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
-    owners = [owner for owner in (inside, model) if "generation_config" in vars(owner)]
-    configs = [owner.generation_config for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = GenerationConfig()
-        yield
-    finally:
-        for owner, config in zip(owners, configs, strict=True):
-            owner.generation_config = config

@@ -42,9 +42,9 @@ class Models:
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
-        self._bare: Any = None
+        self._base: Any = None
         """The model of `_key` without an adapter."""
-        self._worn: Any = None
+        self._adapted: Any = None
         """The same with one, or None."""
         self._method: Any = None
         """The record of its method."""
@@ -64,7 +64,7 @@ class Models:
         key = weights, saved.dtype, saved.attention, saved.quantization
         self._take_off()
         if key != self._key:
-            self._bare = None  # before the next is loaded: there may be room for one only
+            self._base = None  # before the next is loaded: there may be room for one only
             loaded: Any = load_model(
                 weights.path,
                 revision=weights.revision,
@@ -72,19 +72,19 @@ class Models:
                 attention=saved.attention,
                 quantization=saved.quantization,
             )
-            self._bare, self._key = loaded.to(local_device()), key
+            self._base, self._key = loaded.to(local_device()), key
         if not is_adapter(target):
-            return OpenedModel(self._bare, template, "model", weights.path)
+            return OpenedModel(self._base, template, "model", weights.path)
         self._method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
-        adapted = self._method.code.load_adapter(self._bare, Path(target))
-        self._worn = adapted.to(local_device())
-        return OpenedModel(self._worn, template, "adapter", weights.path)
+        adapted = self._method.code.load_adapter(self._base, Path(target))
+        self._adapted = adapted.to(local_device())
+        return OpenedModel(self._adapted, template, "adapter", weights.path)
 
     def _take_off(self) -> None:
-        if self._worn is None:
+        if self._adapted is None:
             return
-        self._bare = self._method.code.detach(self._worn)
-        self._worn = None
+        self._base = self._method.code.detach(self._adapted)
+        self._adapted = None
 
 
 def open_model(target: str | Path, *, base: str | None = None) -> OpenedModel:

@@ -28,9 +28,10 @@ from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.reading.files import expand
 from finetune.data.reading.sources import read_conversations, reading_of, sources_of, with_rows
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.generation.settings import settings_of
 from finetune.generation.stream import FUNCTION_NAME
+from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.files import file_digest
 from finetune.storage.journal import ResumableOutput, rows
 from finetune.storage.outputs import check_output
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
     from finetune.generation.generate import Reply
 
-    Answer: TypeAlias = Callable[[list[list[int]]], list[Reply]]
+    Answer: TypeAlias = Callable[[list[list[int]], list["Question"]], list[Reply]]
 
 Backend = Literal["transformers", "vllm"]
 
@@ -70,6 +71,8 @@ class PredictOptions:
     format: RowFormat = "auto"
     image_root: str | None = None
     """The folder that images' paths are relative to; by default the data file's own."""
+    form: Form = ANY_FORM
+    """What every reply must be."""
 
 
 class _Work(NamedTuple):
@@ -107,7 +110,7 @@ def predict(
         overwrite: whether `output` may be a file that this program did not write.
 
     Raises:
-        ConfigError: the backend is not installed, or `output` may not be written.
+        ConfigError: a library is not installed, a schema is none, or `output` may not be written.
         DataError: rows are no dialogues, or leave no room for a reply, before anything is generated;
             or the data changed meanwhile.
         ModelError: `target` cannot be opened.
@@ -120,6 +123,9 @@ def predict(
     inputs = [*read, *_files_of(target), *(_files_of(base) if base else [])]
     check_output(output, inputs, overwrite=overwrite, is_ours=_is_output)
     template = open_template(target, base=base)
+    if options.backend == "vllm" and options.form != ANY_FORM:
+        raise ConfigError("--json-schema and --require-call go with --backend transformers")
+    options.form.check(template)
     # Reads every row once, so that bad ones show now.
     rows = _rows(target, options)
     lengths, images = _prompt_lengths(data, rows, template)
@@ -136,18 +142,24 @@ def predict(
 
 def _by_transformers(work: _Work) -> Answer:
     """Prompts -> replies by our own generation, on all processes together."""
-    from finetune.generation.generate import generate
+    from finetune.generation.generate import Extras, generate
     from finetune.generation.load import open_model
 
     opened = open_model(work.target, base=work.base)
     _check_context(opened.model, work)
-    return lambda prompts: generate(
-        opened.model,
-        opened.template,
-        prompts,
-        max_new_tokens=work.options.max_new_tokens,
-        batch_size=work.options.batch_size,
-    )
+
+    def answer(prompts: list[list[int]], questions: list[Question]) -> list[Reply]:
+        tools = [question.conversation.tools for question in questions]
+        return generate(
+            opened.model,
+            opened.template,
+            prompts,
+            max_new_tokens=work.options.max_new_tokens,
+            batch_size=work.options.batch_size,
+            extras=Extras(constraint_at=work.options.form.constraint_at(opened.template, tools)),
+        )
+
+    return answer
 
 
 def _by_vllm(work: _Work) -> Answer:
@@ -159,13 +171,14 @@ def _by_vllm(work: _Work) -> Answer:
     settings = SimpleNamespace(**read_json(folder / MODEL_CONFIG))
     _check_context(SimpleNamespace(config=settings), work)
     longest = max(work.lengths, default=1) + work.options.max_new_tokens
-    return open_vllm(
+    answer = open_vllm(
         work.target,
         work.template,
         base=work.base,
         max_length=longest,
         max_new_tokens=work.options.max_new_tokens,
     )
+    return lambda prompts, _: answer(prompts)
 
 
 def _check_context(model: Any, work: _Work) -> None:
@@ -222,11 +235,11 @@ def _answer_all(work: _Work, journal: ResumableOutput, answer: Answer) -> dict[s
     stopped = broadcast_from_rank0(partial(journal.open, _stopped))
     if stopped:
         console.say(
-            f"{len(stopped)} of {total} dialogues are answered already; going on behind them"
+            f"{len(stopped)} of {total} dialogues are answered already; resuming behind them"
         )
     questions = islice(_questions(work.data, work.rows), len(stopped), None)
     while window := list(islice(questions, options.batch_size * BATCHES_PER_WINDOW)):
-        replies = answer(template.prompts(window))
+        replies = answer(template.prompts(window), window)
         stopped += [reply.stopped for reply in replies]
         if leads:
             pairs = zip(window, replies, strict=True)

@@ -17,7 +17,8 @@ from finetune.artifacts.resolve import adapter_config, is_adapter, model_base
 from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
 from finetune.errors import ConfigError, DataError, ModelError
-from finetune.generation.generate import Prompt, Reply
+from finetune.generation.batch import Prompt
+from finetune.generation.generate import Reply
 from finetune.generation.settings import settings_of
 from finetune.methods import of_adapter
 

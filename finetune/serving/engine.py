@@ -1,8 +1,7 @@
-"""The model's thread: whatever waits is answered together, batch by batch.
+"""The model's thread: requests join the replies that are being written at the next token.
 
-A batch is made of what waits when the one before it ends, in the order of arrival. Every row has
-settings and an end of its own, so that requests need not be alike; a row whose client has left ends
-at its next token.
+A round takes in whoever waits and fits, and gives every reply one more token. So a short request does
+not wait for a long one, and whatever goes wrong with one row ends that row.
 """
 
 from __future__ import annotations
@@ -11,19 +10,21 @@ import sys
 import threading
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from finetune.data.chat.template import ChatTemplate
-from finetune.generation.decoding import Ask, decode
+from finetune.distributed.map_batches import evaluating
+from finetune.generation.decoder import Decoder, Row
 from finetune.serving.errors import ApiError
 from finetune.serving.job import Job
 
 GATHER_SECONDS = 0.005
 """How long the first request of an idle server waits for company."""
 TOKEN_BUDGET = 65_536
-"""Bound on rows x longest (prompt + reply) of a batch, for the memory of its cache."""
+"""Bound on rows x longest (prompt + reply) of those that are written, for the memory of their cache."""
 
 
 class Engine:
@@ -36,17 +37,24 @@ class Engine:
         self._template = template
         self._batch_size = batch_size
         self._waiting: deque[Job] = deque()
+        self._running: list[tuple[Job, Row]] = []
+        self._decoder = Decoder(model, template.stop_ids)
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Puts a job in the queue; its pieces come as the model writes them."""
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Puts jobs in the queue; their pieces come as the model writes them. They will be released."""
         with self._change:
             if self.draining:
                 raise stopping()
-            self._waiting.append(job)
+            self._waiting.extend(jobs)
             self._change.notify()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Replies that wait, and replies that are written."""
+        return len(self._waiting), len(self._running)
 
     def drain(self) -> None:
         """Refuses what waits and what may come; what is being written goes on. Safe in a handler."""
@@ -67,42 +75,81 @@ class Engine:
             job.fail(stopping())
 
     def _work(self) -> None:
-        while batch := self._next_batch():
-            asks = [Ask(job.ask.prompt, job.ask.decoding, job.take) for job in batch]
-            try:
-                decode(self._model, self._template, asks)
-            except Exception as error:  # whatever it is, it must not end the server
-                traceback.print_exc(file=sys.stderr)
-                for job in batch:
-                    job.fail(_failure(error))
-            else:
-                for job in batch:
-                    job.finish()
+        with evaluating(self._model):
+            while self._has_work():
+                try:
+                    self._add(self._admitted())
+                    if self._decoder.active:
+                        self._decoder.step()
+                    self._settle()
+                except Exception as error:  # whatever it is, it must not end the server
+                    self._fail_all(error)
 
-    def _next_batch(self) -> list[Job]:
-        """Jobs to answer together, waiting for the first of them; none when the server stops."""
-        batch: list[Job] = []
+    def _has_work(self) -> bool:
+        """Waits for a job when none is running; False when the server stops."""
         with self._change:
-            while not batch and not self.draining:
-                if not self._waiting:
-                    self._change.wait_for(lambda: bool(self._waiting) or self.draining)
-                    self._change.wait_for(self._is_full, timeout=GATHER_SECONDS)
-                batch = self._taken()
-        return batch
+            if not self._running and not self._waiting:
+                self._change.wait_for(lambda: bool(self._waiting) or self.draining)
+                self._change.wait_for(self._is_full, timeout=GATHER_SECONDS)
+            return bool(self._running or self._waiting)
 
-    def _taken(self) -> list[Job]:
-        """The first of those who wait, as many as go together."""
-        batch: list[Job] = []
-        width = 0
-        while self._waiting and len(batch) < self._batch_size:
-            ask = self._waiting[0].ask
-            width = max(width, len(ask.prompt) + ask.decoding.max_new_tokens)
-            if batch and (len(batch) + 1) * width > TOKEN_BUDGET:
-                break
-            job = self._waiting.popleft()
-            if not job.cancelled:
-                batch.append(job)
-        return batch
+    def _admitted(self) -> list[Job]:
+        """The first of those who wait, as many as fit beside those that are written."""
+        running = [job.request.num_tokens for job, _ in self._running]
+        width, admitted = max(running, default=0), list[Job]()
+        with self._change:
+            gone = [job for job in self._waiting if job.cancelled]
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            while self._waiting and len(running) + len(admitted) < self._batch_size:
+                width = max(width, self._waiting[0].request.num_tokens)
+                rows = len(running) + len(admitted) + 1
+                if rows > 1 and rows * width > TOKEN_BUDGET:
+                    break
+                prompts = [job.request.prompt for job in (*admitted, self._waiting[0])]
+                if self._decoder.batch.num_at_once(prompts) < len(prompts):
+                    break
+                admitted.append(self._waiting.popleft())
+        for job in gone:
+            job.release()
+        return admitted
+
+    def _add(self, jobs: Sequence[Job]) -> None:
+        """Computes their prompts together; where that fails each alone, so that one harms no other."""
+        if not jobs:
+            return
+        requests = [job.as_request() for job in jobs]
+        try:
+            rows = self._decoder.add(requests)
+        except Exception as error:
+            if self._decoder.batch.is_lost:
+                for job in jobs:
+                    _fail(job, error)
+                raise
+            if len(jobs) == 1:
+                _fail(jobs[0], error)
+            else:
+                for job in jobs:
+                    self._add([job])
+            return
+        self._running += zip(jobs, rows, strict=True)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tells the clients whose replies have ended, and makes room where half of them have."""
+        for job, row in self._running:
+            if row.error is not None:
+                _fail(job, row.error)
+            elif row.is_done:
+                job.finish(row.stopped)
+        self._running = [(job, row) for job, row in self._running if not row.is_done]
+        if self._decoder.is_sparse:
+            self._decoder.drop_done()
+
+    def _fail_all(self, error: Exception) -> None:
+        for job, _ in self._running:
+            _fail(job, error)
+        self._running = []
+        self._decoder = Decoder(self._model, self._template.stop_ids)
 
     def _is_full(self) -> bool:
         return self.draining or len(self._waiting) >= self._batch_size
@@ -113,7 +160,11 @@ def stopping() -> ApiError:
     return ApiError(503, "the server is stopping; try again later", code="stopping")
 
 
-def _failure(error: Exception) -> ApiError:
+def _fail(job: Job, error: Exception) -> None:
+    traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, torch.OutOfMemoryError):
-        return ApiError(503, "out of memory; shorten the messages or the reply", code="overloaded")
-    return ApiError(500, "the model failed; the server's log says why", code="model_failed")
+        text = "out of memory; shorten the messages or the reply"
+        job.fail(ApiError(503, text, code="overloaded"))
+    else:
+        text = "the model failed; the server's log says why"
+        job.fail(ApiError(500, text, code="model_failed"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -37,7 +37,8 @@ class Access:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
-        if self.key is not None and not hmac.compare_digest(given.encode(), self.key):
+        # A header arrives as bytes, which Starlette shows as latin-1.
+        if self.key is not None and not hmac.compare_digest(given.encode("latin-1"), self.key):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != "application/json":
@@ -48,9 +49,10 @@ class Access:
 class Guard:
     """The outermost layer: turns requests away, and says one line about each."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, count: Callable[[str], None]) -> None:
         self._app = app
         self._access = access
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets the request in, or answers why not."""
@@ -72,6 +74,7 @@ class Guard:
             await JSONResponse(error.body, error.status)(scope, receive, noting)
         finally:
             if scope["path"] not in OPEN_PATHS:
+                self._count(status)
                 what = f"{scope['method']} {scope['raw_path'][:80].decode('ascii', 'replace')}"
                 console.say(f"{what}: {status}, {time.monotonic() - began:.1f} s")
 

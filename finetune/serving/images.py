@@ -19,6 +19,17 @@ MAX_PIXELS = 25_000_000
 """Largest image that is decoded, 5000 x 5000; the model sees it at 1120 x 1120."""
 
 
+def check_sources(messages: Sequence[Any]) -> None:
+    """Raises ApiError for an image that is no data URL; nothing is decoded, opened or fetched."""
+    for place, message in enumerate(messages):
+        parts = message.get("content") if isinstance(message, dict) else None
+        if isinstance(message, dict) and message.get("image") is not None:
+            raise bad_request(f"an image comes as an image_url part, {_ONLY}", f"messages.{place}")
+        for at, part in enumerate(parts if isinstance(parts, list) else []):
+            if _is_image(part):
+                _url_of(part, f"messages.{place}.content.{at}")
+
+
 def with_image_files(messages: Sequence[Any], folder: Path) -> list[Any]:
     """The messages with every data URL written into `folder`; ApiError for any other image."""
     return [
@@ -29,8 +40,6 @@ def with_image_files(messages: Sequence[Any], folder: Path) -> list[Any]:
 def _message(message: Any, where: str, folder: Path) -> Any:
     if not isinstance(message, dict):
         return message
-    if message.get("image") is not None:
-        raise bad_request(f"an image comes as an image_url part of content, {_ONLY}", where)
     content = message.get("content")
     if not isinstance(content, list):
         return message
@@ -39,12 +48,9 @@ def _message(message: Any, where: str, folder: Path) -> Any:
 
 
 def _part(part: Any, where: str, folder: Path) -> Any:
-    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+    if not _is_image(part):
         return part
-    image = part.get("image_url")
-    url = image.get("url") if isinstance(image, dict) else image
-    if part["type"] == "image" or not isinstance(url, str) or not url.startswith("data:"):
-        raise bad_request(f"an image comes as an image_url part, {_ONLY}", where)
+    url = _url_of(part, where)
     path = folder / f"{len(list(folder.iterdir()))}"
     path.write_bytes(_bytes_of(url, where))
     try:
@@ -52,6 +58,18 @@ def _part(part: Any, where: str, folder: Path) -> Any:
     except ImageError as error:
         raise bad_request(f"the image cannot be shown: {error}", where) from error
     return {"type": "image", "image": str(path)}
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _url_of(part: Any, where: str) -> str:
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    if part["type"] == "image" or not isinstance(url, str) or not url.startswith("data:"):
+        raise bad_request(f"an image comes as an image_url part, {_ONLY}", where)
+    return url
 
 
 _ONLY = "its url a data URL (data:image/png;base64,...): no address is fetched, no path is read"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal, TypeAlias
 
 from finetune.data.chat.template import ChatTemplate
+from finetune.generation.decoder import Request, Scores
 from finetune.generation.stream import Piece, ReplyStream
 from finetune.serving.errors import ApiError
-from finetune.serving.request import ChatAsk
+from finetune.serving.request import ReplyRequest
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 
@@ -17,14 +19,23 @@ FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 class Job:
     """What a client asked for; `take` to `fail` belong to the model's thread, the rest to the client's."""
 
-    def __init__(self, ask: ChatAsk, template: ChatTemplate) -> None:
-        self.ask = ask
+    def __init__(
+        self, request: ReplyRequest, template: ChatTemplate, release: Callable[[], object] = bool
+    ) -> None:
+        self.request = request
+        self.release = release
+        """Called when the model's thread needs nothing of the request any more, such as its images."""
         self.cancelled = False
         """Nobody waits for the reply any more."""
         self.finish_reason: FinishReason | None = None
         """Why the reply ended, once it has."""
-        self._reply = ReplyStream(template, ask.tools)
-        self._text = StopStrings(ask.stops)
+        top = request.top_logprobs
+        self.scores = None if top is None else Scores(top)
+        self.seconds_to_first: float | None = None
+        """From the queue to the first token, once it has come."""
+        self._begun = time.monotonic()
+        self._reply = ReplyStream(template, request.tools)
+        self._text = StopStrings(request.stops)
         self._num_calls = 0
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[list[Piece] | ApiError | None] = asyncio.Queue()
@@ -34,21 +45,29 @@ class Job:
         """Tokens of the reply so far, without its stop."""
         return len(self._reply.ids)
 
+    def as_request(self) -> Request:
+        """What the decoder is asked for."""
+        asked = self.request
+        return Request(asked.prompt, asked.decoding, self.take, asked.constraint, self.scores)
+
     def take(self, token: int) -> bool:
-        """Reads one more token; True when no more is wanted."""
+        """Reads one more token, which is no stop; True when no more is wanted."""
         if self.cancelled:
             return True
+        if self.seconds_to_first is None:
+            self.seconds_to_first = time.monotonic() - self._begun
         self._tell(self._reply.take(token))
         return self._reply.over or self._enough
 
-    def finish(self) -> None:
-        """There will be no more tokens."""
+    def finish(self, stopped: bool) -> None:
+        """There will be no more tokens; a stop came, or there were enough."""
+        self.release()
         self._tell(self._reply.finish())
         if rest := self._text.rest():
             self._send([Piece(rest)])
         if self._text.found:
             self.finish_reason = "stop"
-        elif self._reply.over or self._enough:
+        elif stopped or self._reply.over or self._enough:
             self.finish_reason = "tool_calls" if self._num_calls else "stop"
         else:
             self.finish_reason = "length"
@@ -56,6 +75,7 @@ class Job:
 
     def fail(self, error: ApiError) -> None:
         """The reply cannot be written."""
+        self.release()
         self._send(error)
 
     def cancel(self) -> None:
@@ -78,7 +98,7 @@ class Job:
     @property
     def _enough(self) -> bool:
         """What the client does not want has begun: a stop string, or a second call."""
-        return self._text.found or (self._num_calls > 1 and not self.ask.many_calls)
+        return self._text.found or (self._num_calls > 1 and not self.request.many_calls)
 
     def _tell(self, pieces: Sequence[Piece]) -> None:
         wanted = []

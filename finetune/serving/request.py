@@ -1,92 +1,36 @@
 """The body of a request -> a prompt with what is wanted of its reply.
 
-What OpenAI's clients send is read with the readers of training data, so that a dialogue arrives at
-the same tokens here and there. What cannot be done is refused by name, never left out in silence;
-fields that say nothing about the reply (`user`, `metadata` ...) are accepted.
+A dialogue that training data could hold arrives at the same tokens here and there; what else chats
+come to is laid out by the rules of `history`. What is large is counted before it is worked on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
-from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import Conversation, RowError
-from finetune.data.dialogue.formats import to_conversation
-from finetune.errors import DataError
-from finetune.generation.decoding import Decoding
+from finetune.data.dialogue.tool_calls import tool_name
+from finetune.errors import ConfigError, DataError
+from finetune.generation.decoder import Constraint, Decoding
+from finetune.serving import history
 from finetune.serving.errors import ApiError, bad_request
-from finetune.serving.images import with_image_files
+from finetune.serving.fields import ChatRequest, NamedTool, parse, read_json
+from finetune.serving.images import check_sources, with_image_files
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
+    from finetune.generation.structured import Structures
 
-Zero = Annotated[float, Field(ge=0, le=0)]
-Tokens = Annotated[int, Field(ge=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=200)]
-Stops = Annotated[
-    list[Stop],
-    Field(max_length=4),
-    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
-]
+BOUNDS = {"messages": 4096, "content parts": 8192, "calls": 1024, "images": 1}
+"""Of one request; a dialogue that a model answers well is far below."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Strict):
-    """What comes at the end of a stream."""
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class TextFormat(_Strict):
-    """The one `response_format` there is."""
-
-    type: Literal["text"]
-
-
-class ChatRequest(_Strict):
-    """The fields of `/v1/chat/completions`; None is as good as absent."""
-
-    model: str
-    messages: list[Any]
-    tools: list[Any] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stops | None = None
-
-    # Only the value that changes nothing.
-    n: Literal[1] | None = None
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    logprobs: Literal[False] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    response_format: TextFormat | None = None
-
-    # Said to the service, not to the model.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rules:
     """What a request is measured against."""
 
@@ -97,10 +41,19 @@ class Rules:
     """Prompt and reply have at most this many tokens together."""
     max_new_tokens: int
     """Longest reply of a request that names no length."""
+    history: Literal["lenient", "strict"] = "lenient"
+    """Whether dialogues are taken that training data could not hold."""
+
+    @cached_property
+    def structures(self) -> Structures:
+        """What compiles structured output; ConfigError when its library is missing."""
+        from finetune.generation.structured import Structures
+
+        return Structures(self.template)
 
 
 @dataclass(frozen=True, slots=True)
-class ChatAsk:
+class ReplyRequest:
     """One reply that is asked for."""
 
     prompt: list[int]
@@ -111,9 +64,17 @@ class ChatAsk:
     """The reply may hold more than one call."""
     stream: bool
     include_usage: bool
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens are told beside each token; None: no probabilities at all."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and the longest reply."""
+        return len(self.prompt) + self.decoding.max_new_tokens
 
 
-def read_request(body: bytes, rules: Rules, folder: Path) -> ChatAsk:
+def read_request(body: bytes, rules: Rules, folder: Path) -> ReplyRequest:
     """What the body asks for; ApiError with the reason when that cannot be answered.
 
     Args:
@@ -121,7 +82,24 @@ def read_request(body: bytes, rules: Rules, folder: Path) -> ChatAsk:
         rules: the model that is served, and its limits.
         folder: a new folder, in which the images of this request may be kept.
     """
-    request = _parse(body)
+    return reply_requests(with_images(read_fields(body, rules), folder), rules)[0]
+
+
+def read_tokens(body: bytes, rules: Rules) -> list[int]:
+    """The ids of a `prompt`, a text that is no dialogue, or those that `messages` become, as a prompt."""
+    value = read_json(body)
+    if isinstance(value, dict) and "prompt" in value:
+        if not isinstance(value["prompt"], str):
+            raise bad_request("prompt: Input should be a text", "prompt")
+        plain = rules.template.tokenizer.plain
+        return list(plain.encode(value["prompt"], add_special_tokens=False).ids)
+    with tempfile.TemporaryDirectory(prefix="finetune-serve-") as folder:
+        return list(read_request(body, rules, Path(folder)).prompt)
+
+
+def read_fields(body: bytes, rules: Rules) -> ChatRequest:
+    """The fields; ApiError for those of another model or of too much work, which is not begun."""
+    request = parse(body)
     if request.model != rules.name:
         raise ApiError(
             404,
@@ -129,53 +107,84 @@ def read_request(body: bytes, rules: Rules, folder: Path) -> ChatAsk:
             param="model",
             code="model_not_found",
         )
-    conversation = _conversation(request, rules.template, folder)
+    check_sources(request.messages)
+    sizes = history.sizes(request.messages)
+    if sizes["images"] and rules.template.image is None:
+        raise bad_request("this model takes no images; GLM-4V does", "messages")
+    for what, bound in BOUNDS.items():
+        if sizes[what] > bound:
+            raise bad_request(f"{sizes[what]} {what} are more than the {bound} taken", "messages")
+    return request
+
+
+def shows_image(request: ChatRequest) -> bool:
+    """Whether there are images to be read, one request at a time."""
+    return bool(history.sizes(request.messages)["images"])
+
+
+def with_images(request: ChatRequest, folder: Path) -> ChatRequest:
+    """The request with its images in files of `folder`; ApiError for paths, addresses and no images."""
+    messages = with_image_files(request.messages, folder)
+    return request.model_copy(update={"messages": messages})
+
+
+def reply_requests(request: ChatRequest, rules: Rules) -> list[ReplyRequest]:
+    """The `n` replies that are asked for, with seeds that follow each other; after `with_images`."""
+    conversation = _conversation(request, rules)
     try:
         prompt = rules.template.prompt(conversation, len(conversation.messages))
     except DataError as error:
         raise bad_request(str(error), "messages") from error
-    return ChatAsk(
-        prompt=prompt,
-        decoding=_decoding(request, len(prompt), rules),
-        tools=conversation.tools,
-        stops=tuple(request.stop or ()),
-        many_calls=request.parallel_tool_calls is not False,
-        stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
-    )
+    decoding = _decoding(request, len(prompt), rules)
+    return [
+        ReplyRequest(
+            prompt=prompt,
+            decoding=replace(
+                decoding, seed=None if request.seed is None else request.seed + number
+            ),
+            tools=conversation.tools,
+            stops=tuple(request.stop),
+            many_calls=request.parallel_tool_calls,
+            stream=request.stream,
+            include_usage=request.stream_options.include_usage,
+            constraint=_constraint(request, conversation.tools, rules),
+            top_logprobs=request.top_logprobs if request.logprobs else None,
+        )
+        for number in range(request.n)
+    ]
 
 
-def _parse(body: bytes) -> ChatRequest:
-    try:
-        value = strict_json.parse(body.decode())
-        return ChatRequest.model_validate(value)
-    except UnicodeDecodeError as error:
-        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
-    except RowError as error:
-        raise bad_request(f"the body is not JSON that can be read: {error}") from error
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        fields = [".".join(str(part) for part in one["loc"]) or "the body" for one in found]
-        reasons = [
-            f"{field}: {'is not supported here' if one['type'] == 'extra_forbidden' else one['msg']}"
-            for field, one in zip(fields, found, strict=True)
-        ]
-        raise bad_request("; ".join(reasons[:5]), fields[0]) from error
-
-
-def _conversation(request: ChatRequest, template: ChatTemplate, folder: Path) -> Conversation:
-    messages = with_image_files(request.messages, folder)
+def _conversation(request: ChatRequest, rules: Rules) -> Conversation:
     tools = None if request.tool_choice == "none" else request.tools
-    row = {"messages": messages, "tools": tools}
+    read = history.lenient if rules.history == "lenient" else history.strict
     try:
-        conversation = to_conversation(row, "openai", where="messages", purpose="predict")
+        return read(request.messages, tools)
     except RowError as error:
         raise bad_request(str(error), "messages") from error
-    if conversation.messages[-1].role == "assistant":
-        raise bad_request("the last message is the assistant's; what shall it answer?", "messages")
-    if template.image is None and any(message.image for message in conversation.messages):
-        raise bad_request("this model takes no images; GLM-4V does", "messages")
-    return conversation
+
+
+def _constraint(
+    request: ChatRequest, tools: Sequence[Mapping[str, Any]], rules: Rules
+) -> Constraint | None:
+    """What the reply must be, if anything is said about it."""
+    choice, wanted = request.tool_choice, request.response_format
+    must_call = choice == "required" or isinstance(choice, NamedTool)
+    schema = wanted.schema_wanted if wanted is not None and not must_call else None
+    if not must_call and schema is None:
+        return None
+    if isinstance(choice, NamedTool):
+        tools = [tool for tool in tools if tool_name(tool) == choice.function.name]
+    if must_call and not tools:
+        raise bad_request("tool_choice: there is no such function among the tools", "tool_choice")
+    from finetune.generation.structured import Structure
+
+    strict = bool(wanted and wanted.json_schema and wanted.json_schema.strict)
+    structure = Structure(schema, tools, request.parallel_tool_calls, strict)
+    field = "tools" if must_call else "response_format"
+    try:
+        return rules.structures.constraint(structure)
+    except (ConfigError, DataError) as error:
+        raise bad_request(f"{field}: {error}", field) from error
 
 
 def _decoding(request: ChatRequest, prompt: int, rules: Rules) -> Decoding:
@@ -189,6 +198,14 @@ def _decoding(request: ChatRequest, prompt: int, rules: Rules) -> Decoding:
             "messages",
             "context_length_exceeded",
         )
-    temperature = 0.0 if request.temperature is None else request.temperature
-    top_p = 1.0 if request.top_p is None else request.top_p
-    return Decoding(length, temperature, top_p, request.seed)
+    return Decoding(
+        length,
+        request.temperature,
+        request.top_p,
+        request.seed,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+    )

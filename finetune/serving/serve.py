@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from finetune import console
 from finetune.errors import ConfigError
@@ -48,6 +48,8 @@ class ServeOptions:
     max_requests: int = 64
     """Requests in work at once, those that wait among them."""
     max_request_mb: int = 16
+    history: Literal["lenient", "strict"] = "lenient"
+    """`strict` refuses dialogues that training data could not hold."""
 
 
 def serve(
@@ -62,7 +64,7 @@ def serve(
         options: where, and what is taken.
 
     Raises:
-        ConfigError: the address cannot be had, or the key for it is missing.
+        ConfigError: the address cannot be bound, or the key for it is missing.
         ModelError: `target` cannot be opened.
     """
     _check_installed()
@@ -92,7 +94,7 @@ def endpoint(
 
     contexts = [n for n in (options.context, context_length(opened.model)) if n is not None]
     context = min(contexts, default=None)
-    rules = Rules(name, opened.template, context, options.max_new_tokens)
+    rules = Rules(name, opened.template, context, options.max_new_tokens, options.history)
     engine = Engine(opened.model, opened.template, batch_size=options.batch_size)
     limits = Limits(options.max_requests, options.max_request_mb << 20)
     hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
@@ -121,7 +123,7 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"{host}:{port} cannot be had: {error.strerror}") from error
+        raise ConfigError(f"cannot bind {host}:{port}: {error.strerror}") from error
     return listener
 
 
@@ -164,8 +166,11 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     """
     import uvicorn
 
+    from finetune.serving.connections import TimedProtocol
+
     config = uvicorn.Config(
         app,
+        http=TimedProtocol,
         log_config=None,
         log_level="error",
         access_log=False,

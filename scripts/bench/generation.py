@@ -116,29 +116,31 @@ def demo(model: Any, template: Any, prompts: Sequence[Any], lengths: Sequence[in
     return replies
 
 
+class EndsAt:
+    """Ends a reply at its length, whatever the model would write."""
+
+    def __init__(self, length: int, stop_ids: Sequence[int]) -> None:
+        self._left = length
+        self._stop_ids = list(stop_ids)
+
+    def restrict(self, logits: Any) -> Any:
+        """No stop before the length, nothing else behind it."""
+        logits[self._stop_ids] = float("-inf" if self._left else "inf")
+        return logits
+
+    def accept(self, token: int) -> None:
+        """One token less to go."""
+        self._left -= 1
+
+
 def here(model: Any, template: Any, prompts: Sequence[Any], lengths: Sequence[int], size: int) -> list[list[int]]:  # fmt: skip
     """Replies of our own loop, each ended at its length by the choice of its tokens."""
-    from finetune.generation import generate as generation
+    from finetune.generation.generate import Extras, generate
 
-    stop = template.stop_ids[0]
-
-    def chooser(_: Any) -> Any:
-        written = dict.fromkeys(range(len(prompts)), 0)
-
-        def choose(logits: Any, numbers: Sequence[int]) -> list[int]:
-            logits[:, list(template.stop_ids)] = float("-inf")
-            tokens = logits.argmax(dim=-1).tolist()
-            for place, number in enumerate(numbers):
-                if written[number] == lengths[number]:
-                    tokens[place] = stop
-                else:
-                    written[number] += 1
-            return tokens
-
-        return choose
-
-    generation._chooser = chooser
-    found = generation.generate(model, template, prompts, max_new_tokens=LONGEST, batch_size=size)
+    extras = Extras(constraint_at=lambda number: EndsAt(lengths[number], template.stop_ids))
+    found = generate(
+        model, template, prompts, max_new_tokens=LONGEST, batch_size=size, extras=extras
+    )
     return [list(reply.ids) for reply in found]
 
 
@@ -146,7 +148,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     """Measure one variant in this process."""
     import torch
 
-    from finetune.generation import batch as refill
+    from finetune.generation import batch as tensors
     from finetune.models.library_logging import quiet_libraries
 
     quiet_libraries()
@@ -154,7 +156,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     model = load_model(options.model)
     template, prompts, lengths = questions(options)
     if options.variant == "system alone":
-        refill.SHORTEST_BEGINNING = 10**9
+        tensors.SHORTEST_PREFIX = 10**9
     way, size = (demo, DEMO[options.variant]) if options.variant in DEMO else (here, HERE[options.variant])  # fmt: skip
     way(model, template, prompts[:4], [3] * 4, size)
     replies: list[list[int]] = []

@@ -40,7 +40,8 @@ from rich.table import Table
 
 from finetune.data.dialogue.conversation import Conversation
 from finetune.data.reading.sources import SourceSpec, read_conversations
-from finetune.generation.generate import generate, pixel_values
+from finetune.generation.batch import image_inputs
+from finetune.generation.generate import generate
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving.vllm_plugin import ARCHITECTURE
 
@@ -264,7 +265,7 @@ def first_difference(opened: OpenedModel, request: Request, ours: Answer, theirs
     prompt = opened.template.prompts([request])[0]
     ids = torch.tensor([[*prompt, *ours.reply[:place]]])
     with torch.no_grad():
-        pixels = pixel_values([prompt], ids.device)
+        pixels = image_inputs([prompt], ids.device)
         logits = opened.model(input_ids=ids, use_cache=False, **pixels).logits[0, -1].float()
     token = theirs.reply[place] if place < len(theirs.reply) else opened.template.stop_ids[0]
     gap = float(logits.max() - logits[token])

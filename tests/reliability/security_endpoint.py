@@ -21,6 +21,10 @@ class _Model:
 
     config: Any = None
 
+    def modules(self) -> Iterator[Any]:
+        """It has no parts."""
+        return iter(())
+
 
 @cache
 def _template() -> Any:
@@ -101,7 +105,7 @@ def _pixels(folder: Path) -> None:
     from tests.reliability.input_images import _bomb
 
     url = "data:image/png;base64," + base64.b64encode(_bomb(30_000, 30_000)).decode()
-    turned_away(400, folder, json=_ask(_image(url)), said="the image cannot be shown")
+    turned_away(400, folder, json=_ask(_image(url)), said="takes no images")
 
 
 def _away_from_loopback(folder: Path) -> None:

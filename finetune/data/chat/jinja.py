@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from finetune.data.chat.sandbox import RefusedError, Sandbox
+from finetune.data.dialogue.tool_calls import BUILT_IN
 from finetune.errors import DataError
 
 ROLES = ("system", "user", "assistant", "observation")
@@ -24,6 +25,10 @@ JsonMessage = dict[str, Any]
 
 
 _USER: JsonMessage = {"role": "user", "content": "问"}
+_PROBE = {
+    "type": "function",
+    "function": {"name": "probe_name", "description": "d", "parameters": {}},
+}
 _BEFORE: Mapping[str, Sequence[JsonMessage]] = {
     "system": (),
     "user": (),
@@ -121,14 +126,22 @@ def tools_text(template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[
     for place, tool in enumerate(tools):
         name = tool.get("function", tool).get("name")
         nameless = layout.tools == "argument" and not name
-        if nameless or text == _tools_block(
-            template, layout, [*tools[:place], *tools[place + 1 :]]
-        ):
+        if nameless or not _is_shown(template, layout, tool, text):
             raise DataError(
                 f"tool {place + 1} ({name or tool.get('type')!r}) is of a kind that this checkpoint's "
                 "chat template does not know; define it as a function or leave it out"
             )
     return text
+
+
+def _is_shown(template: JinjaTemplate, layout: Layout, tool: Mapping[str, Any], text: str) -> bool:
+    """Whether the text of all tools tells of this one: by its name, else by a rendering of its own."""
+    name = tool.get("function", {}).get("name", "")
+    if name and name not in BUILT_IN and name in text:
+        return True
+    return _tools_block(template, layout, [_PROBE, tool]) != _tools_block(
+        template, layout, [_PROBE]
+    )
 
 
 def _tools_block(
@@ -150,11 +163,9 @@ def _tools_block(
 
 
 def _tools_place(template: JinjaTemplate) -> Literal["message", "argument", "none"]:
-    function = {"name": "probe_name", "description": "d", "parameters": {}}
-    tools = [{"type": "function", "function": function}]
-    if "probe_name" in template.render([_USER], tools=tools):
+    if "probe_name" in template.render([_USER], tools=[_PROBE]):
         return "argument"
-    system = {"role": "system", "content": "", "tools": tools}
+    system = {"role": "system", "content": "", "tools": [_PROBE]}
     return "message" if "probe_name" in template.render([system, _USER]) else "none"
 
 

@@ -105,13 +105,23 @@ def validate(
         if (not content or content.isspace()) and role != "system":
             raise RowError(_empty_reason(now, at[index]))
         before = now
+    check_contents(messages, at)
+    _check_end(messages, purpose, at)
+    return conversation
+
+
+def check_contents(messages: Sequence[Message], positions: Sequence[int] | None = None) -> None:
+    """Raise RowError when a message says what cannot be rendered, wherever it stands.
+
+    Metadata that is no tool's name, an image anywhere but in the first user message, text that no
+    tokenizer takes.
+    """
+    at = positions or range(1, len(messages) + 1)
     if any(m.metadata or m.image or m.weight != 1.0 or m.train is not None for m in messages):
         for index, message in enumerate(messages):
             _check_fields(message, at[index])
         _check_images(messages, at)
     _check_text(messages, at)
-    _check_end(messages, purpose, at)
-    return conversation
 
 
 def calls_in_words(conversation: Conversation) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -37,9 +38,9 @@ def read_tools(value: Any) -> Tools:
         raise RowError(f"tools: is {strict_json.describe(value)}, not a list of definitions")
     tools = tuple(_tool(item, number) for number, item in enumerate(value, 1))
     names = [tool_name(tool) for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
-            raise RowError(f"tools: {name!r} is defined twice")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise RowError(f"tools: {twice!r} is defined twice")
     problem = text_problem(strict_json.dump(tools))
     if problem:
         raise RowError(f"tools: {problem}")
@@ -170,19 +171,21 @@ def order_results(
         answers = [call_ids.get(i) for i in range(start, end)]
         if not calls or None in calls or None in answers:
             continue
+        place = {call: number for number, call in reversed(list(enumerate(calls)))}
         for index in range(start, end):
-            if call_ids[index] not in calls:
+            if call_ids[index] not in place:
                 raise RowError(
                     f"message {positions[index]} answers call {call_ids[index]!r}, "
                     f"but the calls before it are {', '.join(map(repr, calls))}"
                 )
-        missing = [call for call in calls if call not in answers]
+        answered = set(answers)
+        missing = [call for call in calls if call not in answered]
         if missing:
             raise RowError(
                 f"the call {missing[0]!r} before message {positions[start]} has no result; "
                 "add it or leave the call out"
             )
-        order = sorted(range(start, end), key=lambda index: calls.index(call_ids[index]))
+        order = sorted(range(start, end), key=lambda index: place[call_ids[index]])
         ordered[start:end] = [messages[index] for index in order]
     return ordered
 

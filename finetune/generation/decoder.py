@@ -1,0 +1,319 @@
+"""Requests -> tokens: the one decoder, for training's evaluation, `evaluate`, `predict`, chat and serving.
+
+Every row has settings, a sampler, a stop and a callback of its own, so that requests need not be
+alike; a row that has ended makes room for the next prompt at once. A greedy reply is the same
+whatever stands beside it; a sampled one depends on its own seed alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from finetune.distributed.map_batches import Poll
+from finetune.distributed.processes import any_rank, is_sharded
+from finetune.errors import ModelError
+from finetune.generation.batch import Batch, Prompt, SharedPrefix
+
+COLDEST = 1e-5
+"""Below this temperature a reply is greedy: dividing by less leaves the range of numbers."""
+
+
+class Constraint(Protocol):
+    """What the next token of one reply may be, such as the next piece of JSON under a schema."""
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """The logits [V] with -inf at every token that may not come."""
+
+    def accept(self, token: int) -> None:
+        """Takes note of the token that came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How the tokens of one reply are chosen."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that have this probability together are drawn from."""
+    seed: int | None = None
+    """Equal seeds draw equal replies; None: another one each time."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens are drawn from; 0: all."""
+    min_p: float = 0.0
+    """Only tokens are drawn that have this part of the likeliest one's probability."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that stand in the reply."""
+    frequency_penalty: float = 0.0
+    """The same, for every time that they stand there."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or reply are divided by it, or multiplied below 0."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.temperature < COLDEST or self.top_p <= 0 or self.top_k == 1
+
+    @property
+    def penalises(self) -> bool:
+        """Tokens that have come already are less likely."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+class Scored(NamedTuple):
+    """A token of a reply, how likely it was, and which ones were likelier or next to it."""
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+    """The `top` likeliest tokens with their log probabilities."""
+
+
+class Scores:
+    """The log probabilities of a reply's tokens, as the model gave them before penalties and cuts."""
+
+    def __init__(self, top: int) -> None:
+        self.tokens: list[Scored] = []
+        self._top = top
+
+    def add(self, token: int, logits: Tensor) -> None:
+        """Takes note of a token and the logits [V] that it was chosen by."""
+        logprobs = logits.float().log_softmax(dim=-1)
+        best = logprobs.topk(self._top)
+        likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        self.tokens.append(Scored(token, float(logprobs[token]), likeliest))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt, how its reply is chosen, and who reads it while it is written."""
+
+    prompt: Prompt
+    decoding: Decoding
+    on_token: Callable[[int], bool] | None = None
+    """Gets every token before the stop; True ends the reply behind it."""
+    constraint: Constraint | None = None
+    scores: Scores | None = None
+    """Where the log probabilities of the reply's tokens go, if they are wanted."""
+
+
+class Row:
+    """A reply while it is written."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.ids: list[int] = []
+        """The tokens so far, without the stop."""
+        self.is_done = False
+        self.stopped = False
+        """A stop token ended it."""
+        self.error: Exception | None = None
+        """Why it cannot be written; no other row is concerned."""
+        self._sampler = None if request.decoding.is_greedy else Sampler(request.decoding)
+
+    def append(self, logits: Tensor, likeliest: int, stop_ids: frozenset[int]) -> None:
+        """Chooses the next token by its logits [V]."""
+        try:
+            token = self._choose(logits, likeliest)
+            if self.request.scores is not None and token not in stop_ids:
+                self.request.scores.add(token, logits)
+            self.take(token, stop_ids)
+        except Exception as error:  # whatever it is: the other rows go on
+            self.is_done, self.error = True, error
+
+    def take(self, token: int, stop_ids: Collection[int]) -> None:
+        """Adds a token to the reply, or ends it. The one stop rule."""
+        if token in stop_ids:
+            self.is_done = self.stopped = True
+            return
+        self.ids.append(token)
+        on_token, longest = self.request.on_token, self.request.decoding.max_new_tokens
+        enough = on_token is not None and on_token(token)
+        self.is_done = enough or len(self.ids) >= longest
+
+    def _choose(self, logits: Tensor, likeliest: int) -> int:
+        constraint = self.request.constraint
+        if self.request.decoding.penalises:
+            logits = self._penalised(logits)
+        if constraint is not None:
+            logits = constraint.restrict(logits)
+        if constraint is not None or self.request.decoding.penalises:
+            likeliest = int(logits.argmax())
+        token = likeliest if self._sampler is None else self._sampler.draw(logits)
+        if constraint is not None:
+            constraint.accept(token)
+        return token
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """The logits [V] with those of tokens that have come already lowered."""
+        decoding = self.request.decoding
+        counts = torch.bincount(torch.tensor(self.ids, dtype=torch.long), minlength=len(logits))
+        counts = counts.to(logits.device)
+        seen = counts > 0
+        seen[torch.tensor([*self.request.prompt], dtype=torch.long, device=logits.device)] = True
+        factor = decoding.repetition_penalty
+        repeated = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(seen, repeated, logits)
+        return (
+            logits - decoding.frequency_penalty * counts - decoding.presence_penalty * (counts > 0)
+        )
+
+
+class Sampler:
+    """Draws the tokens of one reply from a random stream of its own."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._temperature = decoding.temperature
+        self._cuts = LogitsProcessorList()
+        if decoding.top_k:
+            self._cuts.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p < 1:
+            self._cuts.append(TopPLogitsWarper(decoding.top_p))
+        if decoding.min_p:
+            self._cuts.append(MinPLogitsWarper(decoding.min_p))
+        self._random = torch.Generator()
+        if decoding.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(decoding.seed)
+
+    def draw(self, logits: Tensor) -> int:
+        """A token by its logits [V]."""
+        warm = logits.cpu().double() / self._temperature
+        if self._cuts:
+            warm = self._cuts(torch.empty(0), warm[None])[0]
+        chances = warm.softmax(dim=-1)
+        if not bool(chances.isfinite().all()):
+            raise ModelError("the model's logits are not finite numbers; nothing can be drawn")
+        return int(torch.multinomial(chances, 1, generator=self._random))
+
+
+class Decoder:
+    """Rows that are written together, one token a round."""
+
+    def __init__(
+        self, model: Any, stop_ids: Sequence[int], prefix: SharedPrefix | None = None
+    ) -> None:
+        self.batch = Batch(model, prefix if prefix is not None else SharedPrefix(model, []))
+        self._stop_ids = frozenset(stop_ids)
+        self._rows: list[Row] = []
+        """As they stand in the batch; some have ended."""
+
+    @property
+    def active(self) -> list[Row]:
+        """The rows that have not ended."""
+        return [row for row in self._rows if not row.is_done]
+
+    def add(self, requests: Sequence[Request]) -> list[Row]:
+        """Computes new prompts and chooses the first token of each; the rows that were there wait."""
+        rows = [Row(request) for request in requests]
+        self.drop_done()
+        logits = self.batch.prefill([request.prompt for request in requests])
+        self._rows += rows
+        self._append(rows, logits)
+        return rows
+
+    def step(self) -> None:
+        """One more token for every row."""
+        logits = self.batch.step([(row.ids or [0])[-1] for row in self._rows])
+        self._append(self._rows, logits)
+
+    def drop_done(self) -> None:
+        """Forgets the rows that have ended."""
+        places = [place for place, row in enumerate(self._rows) if not row.is_done]
+        if len(places) < len(self._rows):
+            self._rows = [self._rows[place] for place in places]
+            self.batch.keep(places)
+
+    @property
+    def is_sparse(self) -> bool:
+        """At most half of the rows that are computed have not ended."""
+        return 2 * len(self.active) <= len(self._rows)
+
+    def _append(self, rows: Sequence[Row], logits: Tensor) -> None:
+        likeliest = logits.argmax(dim=-1).tolist()
+        for place, row in enumerate(rows):
+            if not row.is_done:
+                row.append(logits[place], likeliest[place], self._stop_ids)
+
+
+def write_replies(
+    model: Any,
+    stop_ids: Sequence[int],
+    requests: Sequence[Request],
+    *,
+    slots: int,
+    prefix: SharedPrefix | None = None,
+    should_stop: Poll | None = None,
+) -> list[Row]:
+    """The rows of `requests` that have ended: all, in their order, unless `should_stop` returned True.
+
+    Every round is one forward pass, also in a process that has nothing left while others share its
+    weights. Where such a model has a vision encoder, which only new prompts pass through, all
+    processes take new prompts in the same rounds.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        stop_ids: tokens that end a reply.
+        requests: what is asked.
+        slots: rows at once.
+        prefix: what all prompts begin with, if it was computed.
+        should_stop: polled at every forward pass.
+
+    Raises:
+        Exception: what went wrong with a row, once it has.
+    """
+    decoder = Decoder(model, stop_ids, prefix)
+    waiting = deque(requests)
+    rows: list[Row] = []
+    together = is_sharded(model)
+    in_step = together and getattr(model.config, "vision_config", None) is not None
+    while True:
+        busy, stop = bool(waiting or decoder.active), should_stop is not None and should_stop()
+        if together:
+            busy, stop = any_rank(busy), any_rank(stop)
+        if stop or not busy:
+            return [row for row in rows if row.is_done]
+        new = _taken(waiting, decoder, slots)
+        adds = any_rank(bool(new)) if in_step else bool(new)
+        if new:
+            rows += decoder.add(new)
+        elif adds:
+            decoder.batch.attend_prefill()
+        else:
+            _step(decoder, more_come=bool(waiting))
+        for row in rows:
+            if row.error is not None:
+                raise row.error
+
+
+def _taken(waiting: deque[Request], decoder: Decoder, slots: int) -> list[Request]:
+    """The requests that come in now: as many as there is room for, once that is a quarter of it."""
+    active = len(decoder.active)
+    free = slots - active
+    if active and free < max(1, slots // 4):
+        return []
+    first = [waiting[place].prompt for place in range(min(free, len(waiting)))]
+    return [waiting.popleft() for _ in range(decoder.batch.num_at_once(first))]
+
+
+def _step(decoder: Decoder, *, more_come: bool) -> None:
+    if not decoder.active:  # the others have work, and need this process's part of the weights
+        decoder.batch.attend_step()
+        return
+    if not more_come and decoder.is_sparse:
+        decoder.drop_done()
+    decoder.step()

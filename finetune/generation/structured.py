@@ -1,0 +1,239 @@
+r"""What a reply must be -> which tokens may come next, by llguidance.
+
+A reply of GLM-4 is a line break and a text, or the name of a function, a line break and its arguments.
+A `Structure` says which of these may come, and under which JSON schemas; as a grammar (Lark):
+
+    start: text | call (<|assistant|> call)*
+    text: "\n" %json {"type": "object"}
+    call: "get_weather\n" %json {...} | "now\n" %json {"type": "object"}
+
+Control tokens are no part of any text here, so a constrained reply holds none but the calls' own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.dialogue import strict_json
+from finetune.data.dialogue.conversation import RowError
+from finetune.data.dialogue.tool_calls import BUILT_IN, tool_name
+from finetune.errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finetune.data.chat.template import ChatTemplate
+
+MAX_SCHEMA = 256 << 10
+"""Characters of a grammar; what is larger takes more than a moment to compile."""
+REHEARSED = 8
+"""Tokens that a constraint is tried on before it is taken."""
+_SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as GLM-4 was trained to write it; free whitespace would let a model write it without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What a reply must be."""
+
+    schema: Mapping[str, Any] | None = None
+    """JSON schema of a reply that is no call; None: there must be a call."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that may be called."""
+    many_calls: bool = False
+    """The reply may hold more than one call."""
+    strict: bool = False
+    """Keywords of a schema that cannot be enforced are refused, not left to the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What all replies of `predict` or `evaluate` must be; nothing by default."""
+
+    schema: str = ""
+    """JSON schema of every reply, as text."""
+    must_call: bool = False
+    """A dialogue that has tools is answered with a call of them."""
+
+    def __str__(self) -> str:
+        texts = ["a call where there are tools"] if self.must_call else []
+        if self.schema:
+            texts.append(
+                f"JSON under schema {hashlib.sha256(self.schema.encode()).hexdigest()[:8]}"
+            )
+        return "; else ".join(texts)
+
+    def check(self, template: ChatTemplate) -> None:
+        """Raises ConfigError when the library is missing or the schema cannot be compiled."""
+        if self.schema:
+            try:
+                Structures(template).constraint(Structure(json.loads(self.schema)))
+            except DataError as error:
+                raise ConfigError(f"--json-schema: {error}") from error
+        elif self.must_call:
+            check_installed()
+
+    def constraint_at(
+        self, template: ChatTemplate, tools: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> Callable[[int], Constraint | None] | None:
+        """For each prompt, by its place in the list, what its reply must be; `tools` are the prompts'."""
+        if not self.schema and not self.must_call:
+            return None
+        structures = Structures(template)
+
+        def constraint(number: int) -> Constraint | None:
+            if self.must_call and tools[number]:
+                return structures.constraint(Structure(None, tools[number], many_calls=True))
+            return (
+                structures.constraint(Structure(json.loads(self.schema))) if self.schema else None
+            )
+
+        return constraint
+
+
+ANY_FORM = Form()
+
+
+def read_form(schema: Path | None, *, must_call: bool) -> Form:
+    """The form that a file with a JSON schema and a flag ask for; ConfigError when it is none."""
+    if schema is None:
+        return Form(must_call=must_call)
+    try:
+        value = strict_json.parse(schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RowError) as error:
+        raise ConfigError(f"--json-schema {schema}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--json-schema {schema}: is {strict_json.describe(value)}, not a schema")
+    return Form(strict_json.dump(value), must_call)
+
+
+class Constraint:
+    """The structure of one reply while it is written."""
+
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
+        self._matcher = matcher
+        self._num_tokens = num_tokens
+
+    def rehearse(self) -> None:
+        """Writes the first tokens of a reply to nobody: some schemas are found too large only then."""
+        self._check()
+        copy = Constraint(self._matcher.deep_copy(), self._num_tokens)
+        for _ in range(REHEARSED):
+            tokens = copy._allowed().nonzero()[0]
+            if not len(tokens) or copy._matcher.is_stopped():
+                return
+            copy.accept(int(tokens[0]))
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """The logits [V] with -inf at every token that may not come."""
+        import torch
+
+        allowed = self._allowed()[: logits.shape[0]]
+        mask = torch.zeros(logits.shape[0], dtype=torch.bool)
+        mask[: len(allowed)] = torch.from_numpy(allowed)
+        return logits.masked_fill(~mask.to(logits.device), float("-inf"))
+
+    def accept(self, token: int) -> None:
+        """Takes note of the token that came."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _allowed(self) -> Any:
+        """Bool [V]: the tokens that may come."""
+        import numpy as np
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        bits = allocate_token_bitmask(1, self._num_tokens)
+        fill_next_token_bitmask(self._matcher, bits, 0)
+        self._check()
+        return np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._num_tokens].astype(
+            bool
+        )
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason, _, _ = self._matcher.get_error().partition("<state>")
+            if reason.startswith("NoExtension"):
+                reason = "no reply can satisfy it"
+            raise ModelError(" ".join(reason.split())[:300] or "it is too complex")
+
+
+class Structures:
+    """Structures of the replies of one checkpoint, compiled."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._tokenizer = _tokenizer_of(
+            template.tokenizer.backend.to_str(), tuple(template.stop_ids)
+        )
+
+    def constraint(self, structure: Structure) -> Constraint:
+        """A fresh constraint for one reply; DataError when the structure cannot be compiled."""
+        from llguidance import LLMatcher
+
+        grammar = self.grammar(structure)
+        if len(grammar) > MAX_SCHEMA:
+            raise DataError(f"the schema has more than {MAX_SCHEMA:,} characters")
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        constraint = Constraint(matcher, int(self._tokenizer.vocab_size))
+        try:
+            constraint.rehearse()
+        except ModelError as error:
+            raise DataError(f"the schema cannot be compiled: {error}") from error
+        return constraint
+
+    def grammar(self, structure: Structure) -> str:
+        """The structure in Lark's language."""
+        kinds, rules = [], []
+        opening = r'"\n" '
+        if self._template.layout.thinking:
+            opening = r"thought /\n*/ "
+            rules.append(r'thought[stop="</think>"]: /(.|\n)*/')
+        if structure.schema is not None:
+            kinds.append("text")
+            rules.append(f"text: {opening}{_json_rule(structure.schema, structure.strict)}")
+        if structure.tools:
+            kinds.append("call (<|assistant|> call)*" if structure.many_calls else "call")
+            calls = [_call_rule(tool, structure.strict) for tool in structure.tools]
+            rules.append(f"call: {' | '.join(calls)}")
+        return "\n".join([f"start: {' | '.join(kinds)}", *rules])
+
+
+def check_installed() -> None:
+    """Raises ConfigError when the library for it is missing."""
+    try:
+        import llguidance  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "structured output needs llguidance: pip install 'glm4-finetune[structured]'"
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_of(tokenizer_json: str, stop_ids: tuple[int, ...]) -> Any:
+    """Two seconds for GLM-4's vocabulary, so each is made once."""
+    check_installed()
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(tokenizer_json, eos_token=list(stop_ids))
+
+
+def _call_rule(tool: Mapping[str, Any], strict: bool) -> str:
+    name = tool_name(tool)
+    opening = json.dumps(f"{name}\n", ensure_ascii=False)
+    if name in BUILT_IN:
+        return rf"{opening} /(.|\n)+/"
+    function = tool["function"]
+    schema = {**(function.get("parameters") or {}), "type": "object"}
+    return f"{opening} {_json_rule(schema, strict or function.get('strict') is True)}"
+
+
+def _json_rule(schema: Mapping[str, Any], strict: bool) -> str:
+    options = {**_SPELLING, "lenient": not strict}
+    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)

@@ -1,0 +1,210 @@
+"""The fields of a request, as OpenAI's clients send them.
+
+None is as good as absent in every field, also in one that is not known. A field that cannot be done is
+refused by name, never left out in silence, unless its value changes nothing; fields that say nothing
+about the reply (`user`, `metadata` ...) are accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from finetune.data.dialogue import strict_json
+from finetune.data.dialogue.conversation import RowError
+from finetune.serving.errors import bad_request
+
+
+def _whole(value: Any) -> Any:
+    """5 for 5.0: some languages have one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _top_k(value: Any) -> Any:
+    """A whole number; -1 is all, as vLLM says it."""
+    value = _whole(value)
+    return 0 if value == -1 else value
+
+
+def _stops(value: Any) -> Any:
+    """A list of stop strings; an empty one stops nothing."""
+    stops = [value] if isinstance(value, str) else value
+    return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
+
+
+Tokens = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Stops = Annotated[list[Stop], Field(max_length=4), BeforeValidator(_stops)]
+MAX_TOOLS = 128
+
+UNCHANGED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "skip_special_tokens": (True,),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "prediction": (),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Fields that are not done here, and the values that ask for nothing."""
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Fields):
+    """What comes at the end of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class JsonSchema(_Fields):
+    """A schema with a name."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool = False
+
+
+class ResponseFormat(_Fields):
+    """What a reply that is no call must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_wanted(self) -> Mapping[str, Any] | None:
+        """The schema of the reply; None for any text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object" or self.json_schema is None:
+            return {"type": "object"}
+        return self.json_schema.schema_
+
+
+class NamedFunction(_Fields):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(_Fields):
+    """A function that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatRequest(_Fields):
+    """The fields of `/v1/chat/completions`."""
+
+    model: str
+    messages: list[Any]
+    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    n: Annotated[int, Field(ge=1, le=8), BeforeValidator(_whole)] = 1
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] = 0
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0), BeforeValidator(_top_k)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)] | None = None
+    stop: Stops = []
+
+    # Said to the service, not to the model.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+
+def parse(body: bytes) -> ChatRequest:
+    """The fields of a body; ApiError with the reason when there are other ones."""
+    value = read_json(body)
+    try:
+        return ChatRequest.model_validate(_said(value))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)
+        fields = [_named(one["loc"]) for one in found]
+        reasons = [_reason(field, one) for field, one in zip(fields, found, strict=True)]
+        raise bad_request("; ".join(reasons[:5]), fields[0]) from error
+
+
+def read_json(body: bytes) -> Any:
+    """The value of a body; ApiError when it is no clean JSON."""
+    try:
+        return strict_json.parse(body.decode())
+    except UnicodeDecodeError as error:
+        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    except RowError as error:
+        raise bad_request(f"the body is not JSON that can be read: {error}") from error
+
+
+def _said(value: Any) -> Any:
+    """The fields that say something."""
+    if not isinstance(value, dict):
+        return value
+    said = {key: item for key, item in value.items() if item is not None}
+    said = {key: item for key, item in said.items() if not _changes_nothing(key, item)}
+    for key in ("stream_options", "response_format", "tool_choice"):
+        if isinstance(said.get(key), dict):
+            said[key] = {name: item for name, item in said[key].items() if item is not None}
+    named = said.get("response_format")
+    if isinstance(named, dict) and isinstance(named.get("json_schema"), dict):
+        schema = {name: item for name, item in named["json_schema"].items() if item is not None}
+        said["response_format"] = {**named, "json_schema": schema}
+    return said
+
+
+def _changes_nothing(key: str, value: Any) -> bool:
+    """Whether a field that is not done here asks for nothing; 1.0 is 1, but true is not."""
+    return any(
+        value == one and isinstance(value, bool) == isinstance(one, bool)
+        for one in UNCHANGED.get(key, ())
+    )
+
+
+def _named(parts: Sequence[int | str]) -> str:
+    """The field by its path, without the alternatives that pydantic tried."""
+    shown = [str(part) for part in parts if str(part).islower() or isinstance(part, int)]
+    return ".".join(part for part in shown if "[" not in part) or "the body"
+
+
+def _reason(field: str, error: Any) -> str:
+    if error["type"] != "extra_forbidden":
+        return f"{field}: {error['msg']}"
+    harmless = UNCHANGED.get(field, ())
+    if harmless:
+        return f"{field}: is not supported here, except {' or '.join(map(repr, harmless))}"
+    return f"{field}: is not supported here"

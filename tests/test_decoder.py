@@ -1,0 +1,48 @@
+"""How one token is chosen: penalties, cuts and draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.errors import ModelError
+from finetune.generation.decoder import Decoding, Request, Row, Sampler
+
+
+def test_numbers_that_are_none_name_themselves() -> None:
+    sampler = Sampler(Decoding(1, temperature=1e-5))
+    assert sampler.draw(torch.tensor([1.0, 3.0, 2.0])) == 1
+    with pytest.raises(ModelError, match="not finite"):
+        sampler.draw(torch.tensor([1.0, float("nan")]))
+
+
+def test_penalties_lower_what_has_come_already() -> None:
+    logits = torch.tensor([2.0, -1.0, 1.5, 0.5])
+
+    def lowered(**how: Any) -> list[float]:
+        row = Row(Request([3], Decoding(9, **how)))
+        row.ids = [0, 0, 1]
+        return [round(x, 3) for x in row._penalised(logits).tolist()]
+
+    assert lowered(presence_penalty=0.5) == [1.5, -1.5, 1.5, 0.5]
+    assert lowered(frequency_penalty=0.5) == [1.0, -1.5, 1.5, 0.5]
+    assert lowered(repetition_penalty=2.0) == [1.0, -2.0, 1.5, 0.25]  # the prompt's token too
+    row = Row(Request([3], Decoding(9, frequency_penalty=0.5)))
+    row.ids = [0, 0]
+    assert row._choose(logits, 0) == 2
+
+
+def test_only_the_likeliest_are_drawn_from() -> None:
+    logits = torch.tensor([5.0, 4.9, 4.8, 0.0]).log_softmax(0)
+
+    def drawn(**how: Any) -> set[int]:
+        sampler = Sampler(Decoding(9, temperature=2.0, seed=1, **how))
+        return {sampler.draw(logits) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.6) == {0, 1}
+    assert drawn(min_p=0.2) == {0, 1, 2}
+    assert Decoding(9, temperature=1.0, top_k=1).is_greedy

@@ -1,0 +1,143 @@
+"""Several replies to one request, and how likely their tokens were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import serving
+import torch
+from rows import TOOL
+from serving import HELLO
+
+from finetune.data.dialogue.conversation import Message
+from finetune.distributed.map_batches import evaluating
+from finetune.generation.decoder import Decoder
+from finetune.generation.load import OpenedModel, open_model
+from finetune.serving.answers import _bytes_of
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
+    return open_model(serving.save_talkative(tmp_path_factory.mktemp("base") / "talkative"))
+
+
+@pytest.fixture(scope="module")
+def server(opened: OpenedModel) -> Iterator[serving.Served]:
+    with serving.served(opened) as running:
+        yield running
+
+
+def create(server: serving.Served, **how: Any) -> Any:
+    options = {"model": "tiny", "messages": HELLO, "max_tokens": 12} | how
+    return server.client.chat.completions.create(**options)
+
+
+def test_several_replies_are_those_of_seeds_that_follow_each_other(server: serving.Served) -> None:
+    several = create(server, n=3, temperature=1.2, seed=5)
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    said = [choice.message.content for choice in several.choices]
+    alone = [create(server, temperature=1.2, seed=5 + n).choices[0] for n in range(3)]
+    assert said == [choice.message.content for choice in alone]
+    assert len(set(said)) > 1
+    counted = [create(server, temperature=1.2, seed=5 + n).usage for n in range(3)]
+    assert several.usage.completion_tokens == sum(one.completion_tokens for one in counted)
+    assert several.usage.prompt_tokens == counted[0].prompt_tokens
+
+
+def test_several_replies_are_streamed_side_by_side(server: serving.Served) -> None:
+    whole = create(server, n=3, temperature=1.2, seed=5)
+    chunks = list(
+        create(server, n=3, temperature=1.2, seed=5, stream=True, stream_options={"include_usage": True})
+    )  # fmt: skip
+    assert chunks[-1].usage == whole.usage
+    for choice in whole.choices:
+        own = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == choice.index]
+        assert "".join(one.delta.content or "" for one in own) == choice.message.content
+        assert [one.finish_reason for one in own if one.finish_reason] == [choice.finish_reason]
+
+
+def test_one_of_several_that_fails_fails_the_request(
+    server: serving.Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(decoder: Decoder) -> None:
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(Decoder, "step", broken)
+    with pytest.raises(openai.InternalServerError, match="server's log"):
+        create(server, n=2)
+
+
+def test_probabilities_are_the_models_own(server: serving.Served, opened: OpenedModel) -> None:
+    made = create(server, logprobs=True, top_logprobs=3)
+    told = made.choices[0].logprobs.content
+    prompt = serving.prompt_of(opened.template, Message("user", HELLO[0]["content"]))
+    ids: list[int] = []
+    with evaluating(opened.model):
+        for token in told:
+            logits = opened.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, -1]
+            logprobs = logits.float().log_softmax(-1)
+            best = logprobs.topk(3)
+            assert [one.logprob for one in token.top_logprobs] == pytest.approx(
+                best.values.tolist(), abs=1e-4
+            )
+            assert token.logprob == pytest.approx(best.values[0].item(), abs=1e-4)
+            assert token.bytes == token.top_logprobs[0].bytes
+            ids.append(int(best.indices[0]))
+    text = opened.template.tokenizer.plain.decode(ids)
+    assert text.removeprefix("\n") == made.choices[0].message.content
+    chunks = list(create(server, logprobs=True, top_logprobs=3, stream=True))
+    streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    assert streamed == told
+    assert create(server).choices[0].logprobs is None
+    assert create(server, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+
+
+def test_probabilities_come_beside_a_structure_too(server: serving.Served) -> None:
+    pytest.importorskip("llguidance")
+    made = create(server, logprobs=True, tools=[TOOL], tool_choice="required", max_tokens=30)
+    assert made.choices[0].logprobs.content
+
+
+@pytest.mark.parametrize("text", ["hello", " wörld", "你好", "\n\t", "😀"])
+def test_the_bytes_of_tokens_are_those_of_their_text(opened: OpenedModel, text: str) -> None:
+    backend = opened.template.tokenizer.backend
+    ids = opened.template.tokenizer.plain.encode(text, add_special_tokens=False).ids
+    assert b"".join(_bytes_of(backend.id_to_token(i)) for i in ids) == text.encode()
+    assert _bytes_of("<|user|>") == b"<|user|>"
+
+
+def test_what_was_done_is_counted(opened: OpenedModel) -> None:
+    with serving.served(opened, key="k" * 20) as server:
+        used = [create(server, n=2).usage for _ in range(2)]
+        with pytest.raises(openai.BadRequestError):
+            create(server, n=9)
+        url = f"{server.url}/metrics"
+        assert httpx.get(url).status_code == 401
+        text = httpx.get(url, headers={"Authorization": f"Bearer {server.key}"}).text
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert found['finetune_requests_total{status="200"}'] == "2"
+    assert found['finetune_requests_total{status="400"}'] == "1"
+    assert found['finetune_requests_total{status="401"}'] == "1"
+    assert found["finetune_prompt_tokens_total"] == str(sum(one.prompt_tokens for one in used))
+    assert found["finetune_reply_tokens_total"] == str(sum(one.completion_tokens for one in used))
+    assert found["finetune_first_tokens_total"] == "4"
+    assert float(found["finetune_first_token_seconds_total"]) > 0
+    assert (found["finetune_replies_running"], found["finetune_replies_waiting"]) == ("0", "0")
+
+
+def test_tokens_are_those_of_the_prompt(server: serving.Served, opened: OpenedModel) -> None:
+    def tokens(**body: Any) -> Any:
+        return httpx.post(f"{server.url}/tokenize", json=body).json()
+
+    said = tokens(model="tiny", messages=HELLO, tools=[TOOL])
+    prompt = serving.prompt_of(opened.template, Message("user", HELLO[0]["content"]), tools=[TOOL])
+    assert said["tokens"] == prompt
+    assert (said["count"], said["max_model_len"]) == (len(prompt), 2048)
+    plain = opened.template.tokenizer.plain.encode("a <|user|> b", add_special_tokens=False).ids
+    assert tokens(prompt="a <|user|> b")["tokens"] == plain
+    assert "should be a text" in tokens(prompt=5)["error"]["message"]
+    assert "'gpt' is not served here" in tokens(model="gpt", messages=HELLO)["error"]["message"]

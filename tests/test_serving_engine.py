@@ -1,0 +1,211 @@
+"""What stands beside a request: short beside long, sound beside faulty, slow and many connections."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pictures
+import pytest
+import serving
+from serving import HELLO
+
+from finetune.data.dialogue.conversation import Message, RowError
+from finetune.data.dialogue.tool_calls import read_tools
+from finetune.generation.batch import Batch
+from finetune.generation.decoder import Row
+from finetune.generation.load import OpenedModel, open_model
+from finetune.serving import connections
+from finetune.serving import engine as engine_module
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
+    return open_model(serving.save_talkative(tmp_path_factory.mktemp("base") / "talkative"))
+
+
+@pytest.fixture
+def slow(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[serving.Slow]:
+    [token] = opened.template.tokenizer.plain.encode("x", add_special_tokens=False).ids
+    model = serving.Slow(token)
+    model.put_in_place(monkeypatch)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
+    yield model
+    model.go.release(10_000)
+
+
+def test_a_short_request_joins_a_long_reply_at_its_next_token(
+    opened: OpenedModel, slow: serving.Slow
+) -> None:
+    async def beside(server: serving.Served) -> None:
+        async with server.async_client as client:
+            create = client.chat.completions.create
+            long = asyncio.create_task(create(model="tiny", messages=HELLO, max_tokens=1000))
+            await serving.until_async(lambda: len(slow.batches) == 1)
+            short = asyncio.create_task(create(model="tiny", messages=HELLO, max_tokens=3))
+            await serving.until_async(lambda: len(server.engine._waiting) == 1)
+            slow.go.release(4)  # one round that is under way, and three
+            assert (await short).choices[0].finish_reason == "length"
+            assert not long.done()
+            slow.go.release(1000)
+            assert (await long).usage.completion_tokens == 1000
+
+    with serving.served(opened) as server:
+        asyncio.run(beside(server))
+
+
+def test_what_goes_wrong_with_one_row_harms_no_other(
+    opened: OpenedModel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
+    prompt = serving.prompt_of(opened.template, Message("user", "poison"))
+    prefill, append = Batch.prefill, Row.append
+
+    def failing_prefill(batch: Batch, prompts: Any) -> Any:
+        if any(list(one) == prompt for one in prompts):
+            raise RuntimeError("the picture is gone")
+        return prefill(batch, prompts)
+
+    def failing_row(row: Row, *given: Any) -> None:
+        if row.request.decoding.seed == 13 and len(row.ids) == 2:
+            monkeypatch.setattr(row, "_choose", lambda *_: 1 // 0)
+        append(row, *given)
+
+    monkeypatch.setattr(Batch, "prefill", failing_prefill)
+    monkeypatch.setattr(Row, "append", failing_row)
+
+    async def mixed(server: serving.Served) -> list[Any]:
+        async with server.async_client as client:
+
+            async def ask(text: str, **how: Any) -> Any:
+                made = await client.chat.completions.create(
+                    model="tiny", messages=[{"role": "user", "content": text}], max_tokens=6, **how
+                )
+                return made.choices[0].message.content
+
+            asked = [ask("one"), ask("poison"), ask("two"), ask("three", seed=13), ask("four")]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    with serving.served(opened) as server:
+        said = asyncio.run(mixed(server))
+        alone = [server.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], max_tokens=6).choices[0].message.content for text in ("one", "two", "four")]  # fmt: skip
+    assert [text for text in said if isinstance(text, str)] == alone
+    failed = [error for error in said if not isinstance(error, str)]
+    assert [type(error) for error in failed] == [openai.InternalServerError] * 2
+    told = capfd.readouterr().err
+    assert "the picture is gone" in told
+    assert "ZeroDivisionError" in told
+
+
+def test_large_requests_are_not_answered_together(
+    opened: OpenedModel, slow: serving.Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "TOKEN_BUDGET", 100)
+    slow.go.release(1000)
+
+    async def three(server: serving.Served) -> None:
+        async with server.async_client as client:
+            await asyncio.gather(
+                *(
+                    client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=n)
+                    for n in (30, 30, 80)
+                )
+            )
+
+    with serving.served(opened) as server:
+        asyncio.run(three(server))
+    assert sorted(map(len, slow.batches)) == [1, 2]
+
+
+# --- connections and keys ------------------------------------------------------------------------
+
+
+def test_a_header_that_never_ends_is_not_waited_for(
+    opened: OpenedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    with serving.served(opened) as server:
+        port = int(server.url.rpartition(":")[2])
+        for sent in (b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "):
+            with socket.create_connection(("127.0.0.1", port)) as slow:
+                slow.sendall(sent)
+                slow.settimeout(10)
+                with suppress(ConnectionResetError):
+                    assert slow.recv(100) == b""
+        with httpx.Client() as client:  # a connection that is kept waits for nothing
+            assert client.get(f"{server.url}/health").status_code == 200
+            time.sleep(0.6)
+            assert client.get(f"{server.url}/health").status_code == 200
+
+
+def test_of_too_many_connections_the_slowest_gives_way(
+    opened: OpenedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "max_connections", lambda: 8)
+    with serving.served(opened) as server, ExitStack() as stack:
+        port = int(server.url.rpartition(":")[2])
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(20)
+        ]
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        body = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
+        idle[0].settimeout(5)
+        with suppress(ConnectionResetError):
+            assert idle[0].recv(10) == b""
+
+
+def test_a_key_of_any_script_is_compared_as_its_bytes(opened: OpenedModel) -> None:
+    key = "ключ-из-многих-букв-钥匙"
+    with serving.served(opened, key=key) as server:
+        for given, status in ((key, 200), (key[:-1], 401), (key + "匙", 401), ("x", 401)):
+            headers = {b"Authorization": b"Bearer " + given.encode()}
+            assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
+
+
+def test_an_image_whose_client_has_left_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeing = open_model(pictures.save_model(tmp_path / "glm4v"))
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    messages = serving.showing(serving.data_url())
+
+    async def together(server: serving.Served) -> list[Any]:
+        async with server.async_client as client:
+
+            def ask() -> asyncio.Task[Any]:
+                create = client.chat.completions.create
+                return asyncio.create_task(create(model="tiny", messages=messages, max_tokens=4))
+
+            leaving, staying = [ask() for _ in range(3)], [ask() for _ in range(3)]
+            await serving.until_async(lambda: len(server.engine._waiting) == 6)
+            for task in leaving:
+                task.cancel()
+            return await asyncio.gather(*staying, return_exceptions=True)
+
+    with serving.served(seeing) as server:
+        said = asyncio.run(together(server))
+        assert len({one.choices[0].message.content for one in said}) == 1
+        serving.until(lambda: not list(tmp_path.glob("finetune-serve-*")))
+
+
+def test_one_request_of_many_tools_is_read_in_a_moment(opened: OpenedModel) -> None:
+    functions = [
+        {"type": "function", "function": {"name": f"tool_{n}", "description": "does things"}}
+        for n in range(2000)
+    ]
+    begun = time.process_time()
+    serving.prompt_of(opened.template, Message("user", "hi"), tools=functions)
+    assert read_tools(functions)
+    with pytest.raises(RowError, match="'tool_7' is defined twice"):
+        read_tools([*functions, functions[7]])
+    assert time.process_time() - begun < 5  # seconds; a square of them takes minutes
