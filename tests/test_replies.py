@@ -1,4 +1,4 @@
-"""Reply ids back to messages, and replies with reasoning under a thinking checkpoint."""
+"""Reply ids back to messages, and replies that hold what templates drop."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from dialogues import GLM4_0414_TEMPLATE, Z1_TEMPLATE, dialogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.chat.template import ChatTemplate, trained_spans
+from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import DataError
 
 REASONED = "<think>\n先想。\n</think>\n\n答"
-HEADER_THINK = "<|assistant|>\n<think>"
 
 
 @pytest.fixture(scope="module")
@@ -76,56 +75,6 @@ def test_whatever_a_model_writes_is_parsed(
 def test_half_a_character_is_shown_as_a_replacement(template: ChatTemplate) -> None:
     half = ids_of(template, "\n😀")[:-1]
     assert template.parse(half).content == "\ufffd"
-
-
-def test_the_last_reply_keeps_its_reasoning_and_earlier_ones_do_not(z1: ChatTemplate) -> None:
-    conversation = dialogue(("user", "q"), ("reply", REASONED), ("user", "r"), ("reply", REASONED))
-    assert shown(z1, conversation) == (
-        "[gMASK]<sop><|user|>\nq<|assistant|>\n答<|user|>\nr"
-        "<|assistant|>\n<think>\n先想。\n</think>\n\n答<|user|>"
-    )
-
-
-def test_a_reply_before_a_call_is_no_longer_the_last(z1: ChatTemplate) -> None:
-    conversation = dialogue(("user", "q"), ("reply", REASONED), ("call", "{}", "f"))
-    assert shown(z1, conversation).startswith(
-        "[gMASK]<sop><|user|>\nq<|assistant|>\n答<|assistant|>f"
-    )
-    assert z1.decode(z1.prompt(conversation, 2)).endswith(f"<|assistant|>\n答{HEADER_THINK}")
-
-
-def test_a_reasoned_last_reply_starts_with_its_prompt_and_is_trained_whole(
-    z1: ChatTemplate,
-) -> None:
-    conversation = dialogue(("user", "q"), ("reply", REASONED), ("user", "r"), ("reply", REASONED))
-    rendered = z1.render([conversation])[0]
-    ids, prompt = rendered.input_ids.tolist(), z1.prompt(conversation, 3)
-    assert ids[: len(prompt)] == prompt
-    assert z1.decode(prompt).endswith(HEADER_THINK)
-    start, end, _ = trained_spans(rendered, conversation, "last_reply")[0]
-    assert z1.decode(ids[start - 1 : end]) == f"{HEADER_THINK}\n先想。\n</think>\n\n答<|user|>"
-    assert z1.parse(ids[start:end]).content == REASONED
-
-
-def test_what_follows_a_thinking_prompt_is_parsed_with_its_opening(z1: ChatTemplate) -> None:
-    conversation = dialogue(("user", "q"), ("reply", REASONED))
-    ids = z1.render([conversation])[0].input_ids.tolist()
-    generated = ids[len(z1.prompt(conversation, 1)) :]
-    assert z1.parse(generated).content == REASONED
-    assert z1.visible(z1.parse(generated)) == "答"
-
-
-def test_reasoning_may_come_without_its_opening_tag(z1: ChatTemplate) -> None:
-    bare = dialogue(("user", "q"), ("reply", REASONED.removeprefix("<think>")))
-    tagged = dialogue(("user", "q"), ("reply", REASONED))
-    assert shown(z1, bare) == shown(z1, tagged)
-
-
-def test_a_last_reply_without_reasoning_is_what_the_template_writes(z1: ChatTemplate) -> None:
-    plain = dialogue(("user", "q"), ("reply", " 答 "))
-    assert shown(z1, plain) == "[gMASK]<sop><|user|>\nq<|assistant|>\n答<|user|>"
-    call = dialogue(("user", "q"), ("call", "<think>x</think>{}", "f"))
-    assert shown(z1, call) == "[gMASK]<sop><|user|>\nq<|assistant|>f\n{}<|user|>"
 
 
 def test_a_checkpoint_that_does_not_think_keeps_such_text_or_drops_it_as_its_template_does(

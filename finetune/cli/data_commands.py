@@ -94,6 +94,11 @@ def show(
             f"{shown.where} ({shown.format}): {shown.num_tokens} tokens, "
             f"{shown.num_supervised} of them carry loss\n"
         )
+        if shown.num_examples > 1:
+            console.say(
+                f"the last of {shown.num_examples} examples: this checkpoint thinks, so each turn is "
+                "trained behind its own prompt\n"
+            )
         console.say(shown.text() if console.on_terminal() else shown.plain())
         console.say(f"\nprompt of the last reply:\n{shown.prompt}")
         console.say(f"\nit stops at {shown.stop}")
@@ -107,7 +112,7 @@ def tokens(
     format: Format = "auto",
     columns: Columns = None,
 ) -> None:
-    """Print a JSON row per dialogue: input_ids and trained_spans.
+    """Print a JSON row per example: input_ids and trained_spans.
 
     Spans are half-open ranges of the ids that carry loss, adjacent ones merged.
     """

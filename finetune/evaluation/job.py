@@ -223,7 +223,8 @@ def _generate_replies(job: Job, model: Any, leads: bool) -> None:
         return Extras(sampling, results.log(begin + first), constraint_at)
 
     if section.generate:
-        dialogues = read_conversations(job.settings.sources, job.settings.reading)
+        reading = job.settings.reading.for_checkpoint(thinks=job.template.layout.thinking)
+        dialogues = read_conversations(job.settings.sources, reading)
         prompts = prompt_stream(dialogues, job.template, section, context_length(model))
         for _ in islice(prompts, begin):
             pass

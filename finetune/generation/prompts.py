@@ -224,9 +224,12 @@ def _shortened(
 
 def _prompt(question: _Question, ids: list[int], template: ChatTemplate) -> ReplyPrompt:
     conversation, reply = question
+    reference = conversation.messages[reply]
+    if reference.metadata:  # a call is compared without its thought
+        reference = replace(reference, content=template.visible(reference))
     return ReplyPrompt(
         prompt_ids=ids if isinstance(ids, ImagePrompt) else np.array(ids, dtype=np.int32),
-        reference=conversation.messages[reply],
+        reference=reference,
         tools=conversation.tools,
         where=conversation.where,
         index=reply,

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune.data.chat.thinking import THINK, THINK_END
+
 FUNCTION_NAME = re.compile(r"[\w.-]+")
 
 
@@ -35,6 +37,7 @@ class ReplyStream:
         self._characters = _Characters(self._plain)
         self._head: str | None = ""
         self._is_call = False
+        self._thought = _Thought(bool(tools)) if template.layout.thinking else None
         self._opening = self._feed(template.layout.suffix)  # `\n<think>` of GLM-Z1
 
     def take(self, token: int) -> list[Piece]:
@@ -47,7 +50,7 @@ class ReplyStream:
             opening += self.finish()
             self._calls += 1
             self._characters = _Characters(self._plain)
-            self._head, self._is_call = "", False
+            self._head, self._is_call, self._thought = "", False, None
             return opening
         if token in self._control:
             self.over = True
@@ -58,6 +61,8 @@ class ReplyStream:
     def finish(self) -> list[Piece]:
         """What is left at the end: the start of a character that never came to its end."""
         pieces = self._opening + self._feed(self._characters.rest())
+        if self._thought is not None and self._head is None and not self._is_call:
+            pieces += [Piece(text) for text in [self._thought.rest()] if text]
         if self._head:
             pieces.append(Piece(self._head))
         self._head, self._opening = None, []
@@ -66,7 +71,7 @@ class ReplyStream:
     def _feed(self, text: str) -> list[Piece]:
         """A plain reply opens with a line break, a call with the function's name and a line break."""
         if self._head is None:
-            return [Piece(text, self._calls if self._is_call else None)] if text else []
+            return self._go_on(text)
         self._head += text
         line, line_break, rest = self._head.partition("\n")
         name = line.strip()
@@ -78,7 +83,61 @@ class ReplyStream:
         self._head = None
         if self._is_call:
             return [Piece(rest, self._calls, name)]
-        return [Piece(said)] if said else []
+        return self._go_on(said)
+
+    def _go_on(self, text: str) -> list[Piece]:
+        """More of a call's arguments or of the text, which may hold a call behind a thought."""
+        if self._is_call or self._thought is None:
+            return [Piece(text, self._calls if self._is_call else None)] if text else []
+        said, call = self._thought.take(text)
+        pieces = [Piece(said)] if said else []
+        if call is not None:
+            self._is_call = True
+            pieces.append(Piece(call[1], self._calls, call[0]))
+        return pieces
+
+
+class _Thought:
+    """The text of a thinking checkpoint's reply: an empty thought goes, a call behind one is found."""
+
+    def __init__(self, offers_tools: bool) -> None:
+        self._offers_tools = offers_tools
+        self._text = ""
+        self._shown = 0
+        self._is_over = False  # what comes now is plain text
+
+    def take(self, text: str) -> tuple[str, tuple[str, str] | None]:
+        """More of the text that can be shown; name and first arguments of a call once it begins."""
+        self._text += text
+        if self._is_over:
+            return self._show(len(self._text)), None
+        end = self._text.find(THINK_END)
+        if end < 0:
+            inner = self._text.removeprefix(THINK).lstrip()
+            if THINK_END.startswith(inner):  # it may be an empty thought
+                return "", None
+            cut = max(n for n in range(len(THINK_END)) if self._text.endswith(THINK_END[:n]))
+            return self._show(len(self._text) - cut), None
+        said = self._text[end + len(THINK_END) :].lstrip()
+        if not self._text[:end].removeprefix(THINK).strip():
+            self._shown = len(self._text) - len(said)
+        name, line_break, arguments = said.partition("\n")
+        may_be_call = self._offers_tools and (not name or FUNCTION_NAME.fullmatch(name))
+        if not said or (may_be_call and not arguments):
+            return self._show(end + len(THINK_END)), None
+        if may_be_call and arguments.startswith("{"):
+            return self._show(end + len(THINK_END)), (name, arguments)
+        self._is_over = True
+        return self._show(len(self._text)), None
+
+    def rest(self) -> str:
+        """What was held at the end."""
+        return self._show(len(self._text))
+
+    def _show(self, end: int) -> str:
+        text = self._text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return text
 
 
 class _Characters:

@@ -127,7 +127,8 @@ def load_validation(
         return None
     prompts: Sequence[ReplyPrompt] = ()
     if config.evaluation.generate:
-        dialogues = read_conversations(data.validation_sources, reading_of(config.data))
+        reading = reading_of(config.data).for_checkpoint(thinks=template.layout.thinking)
+        dialogues = read_conversations(data.validation_sources, reading)
         positions = context_length(model)
         prompts = build_prompts(dialogues, template, config.evaluation, positions=positions)
     return Validation(

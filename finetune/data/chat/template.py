@@ -8,9 +8,8 @@ up to and including its stop, which is the next control token:
     [gMASK]<sop><|user|>\nQ<|assistant|>«\nA<|user|>»            «» may carry loss
     …<|assistant|>«get_weather\n{"city": "北京"}<|observation|>»\n{"t": 20}<|assistant|>«\n20度。<|user|>»
 
-Under a thinking checkpoint (GLM-Z1: the generation prompt ends in `<|assistant|>\n<think>`) the last
-reply keeps its reasoning and is trained with it, `\n<think>` included; earlier replies are what the
-checkpoint's template leaves of them, the text after `</think>`.
+`render` is the checkpoint's own layout, `examples` is what is trained. They differ under a thinking
+checkpoint only, see `finetune.data.chat.thinking`.
 """
 
 from __future__ import annotations
@@ -21,20 +20,23 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
+from finetune.data.chat import thinking
 from finetune.data.chat.image import ImagePrompt
-from finetune.data.chat.jinja import (
-    HEADERS,
-    ROLES,
-    THINK_END,
-    JinjaTemplate,
-    describe,
-    tools_text,
+from finetune.data.chat.jinja import HEADERS, ROLES, JinjaTemplate, describe, tools_text
+from finetune.data.chat.spans import (
+    Ids,
+    Rendered,
+    ReplySpan,
+    Run,
+    TrainOn,
+    shorten,
+    trained_spans,
 )
-from finetune.data.chat.spans import Ids, Rendered, ReplySpan, Run, shorten, trained_spans
 from finetune.data.chat.template_check import check_against_own_template
 from finetune.data.chat.tokenizer import ChatTokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
@@ -45,8 +47,15 @@ __all__ = ["ChatTemplate", "Rendered", "ReplySpan", "Run", "shorten", "trained_s
 RULES_VERSION = 1
 """Raised whenever the same dialogue would give other ids or spans."""
 
-THINK_START = "<think>"
 BEGIN, END = "<|begin_of_image|>", "<|end_of_image|>"
+
+
+class Taught(NamedTuple):
+    """One example of a dialogue."""
+
+    conversation: Conversation
+    """The dialogue up to the end of the example."""
+    rendered: Rendered
 
 
 class _Piece(NamedTuple):
@@ -54,6 +63,8 @@ class _Piece(NamedTuple):
 
     message: int | None
     ops: tuple[int, ...]
+    given: int = 1
+    """Tokens at the start of a reply that the prompt ends in: its header, and what follows it there."""
 
 
 @dataclass(slots=True)
@@ -90,8 +101,12 @@ class ChatTemplate:
         self._is_control[list(self._control)] = True
         self._prefix = _Piece(None, tuple(~i for i in self._trusted(self.layout.prefix)))
         self._suffix = tuple(~i for i in self._trusted(self.layout.suffix))
+        self._thinks = self.layout.thinking
+        self._keeps_suffix = bool(self._suffix) and not self._thinks
         self._tools_text = lru_cache(maxsize=4096)(self._render_tools)
         made_of = f"{tokenizer.fingerprint} rules {RULES_VERSION}"
+        if self.layout.thinking:
+            made_of += " turns"
         if self.image is not None:
             made_of += f" image {self.image.rules}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
@@ -103,18 +118,52 @@ class ChatTemplate:
         return self.layout.tools != "none"
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered]:
-        """Each dialogue as ids, runs and reply spans; all texts go through the tokenizer in one call.
+        """Each dialogue as the checkpoint's own template lays it out; one call into the tokenizer.
 
         A reply that ends the dialogue, a call too, is followed by `<|user|>`, the stop that the
         model must write there.
         """
+        nobody = [None] * len(conversations)
+        return self._rendered(conversations, nobody, ["user"] * len(conversations))
+
+    def examples(
+        self, conversations: Sequence[Conversation], train_on: TrainOn
+    ) -> list[list[Taught]]:
+        """What each dialogue teaches: itself, or under a thinking checkpoint its turns with loss.
+
+        The prompt of every reply that carries loss is a prefix of its example.
+        """
+        if not self.layout.thinking:
+            rendered = self.render(conversations)
+            return [[Taught(c, r)] for c, r in zip(conversations, rendered, strict=True)]
+        turns = [thinking.turns_with_loss(c, train_on) for c in conversations]
+        flat = [part for parts in turns for part in parts]
+        stops = [
+            whole.messages[len(part.messages)].role
+            if len(part.messages) < len(whole.messages)
+            else "user"
+            for whole, parts in zip(conversations, turns, strict=True)
+            for part in parts
+        ]
+        starts = [thinking.turn_start(part.messages, len(part.messages)) for part in flat]
+        done = iter(map(Taught, flat, self._rendered(flat, starts, stops)))
+        return [list(islice(done, len(parts))) for parts in turns]
+
+    def _rendered(
+        self,
+        conversations: Sequence[Conversation],
+        opened: Sequence[int | None],
+        stops: Sequence[str],
+    ) -> list[Rendered]:
+        """Dialogues with the message that is laid out behind the prompt, and the role that stops each."""
         batch = _Batch()
         plans = [
-            self._plan(c, len(c.messages), batch, last=len(c.messages) - 1) for c in conversations
+            self._plan(c, len(c.messages), batch, opened=o)
+            for c, o in zip(conversations, opened, strict=True)
         ]
-        for plan, conversation in zip(plans, conversations, strict=True):
+        for plan, conversation, stop in zip(plans, conversations, stops, strict=True):
             if conversation.messages and conversation.messages[-1].role == "assistant":
-                plan.append(_Piece(None, (self._headers["user"],)))
+                plan.append(_Piece(None, (self._headers[stop],)))
         flat, bounds = self._assemble(plans, self._encode(batch, conversations))
         return [
             _rendered(flat, positions, plan, conversation)
@@ -135,8 +184,13 @@ class ChatTemplate:
         Those of dialogues that show an image are `ImagePrompt`s.
         """
         batch = _Batch()
-        opening = _Piece(None, (self._headers["assistant"], *self._suffix))
-        plans = [[*self._plan(c, reply, batch, last=None), opening] for c, reply in requests]
+        plans = []
+        for conversation, reply in requests:
+            # A turn of several calls goes on by itself, behind its first one's thought.
+            start = thinking.turn_start(conversation.messages, reply) if self._thinks else None
+            suffix = self._suffix if start is None else ()
+            opening = _Piece(None, (self._headers["assistant"], *suffix))
+            plans.append([*self._plan(conversation, reply, batch, opened=start), opening])
         flat, bounds = self._assemble(plans, self._encode(batch, [c for c, _ in requests]))
         ids = [flat[positions[0] : positions[-1]].tolist() for positions in bounds]
         return [self._illustrated(i, c, reply) for i, (c, reply) in zip(ids, requests, strict=True)]
@@ -146,19 +200,21 @@ class ChatTemplate:
 
         The first line is a function's name, or empty for a plain reply; text without a line break is
         a plain reply. Under a thinking checkpoint, ids that continue the generation prompt get its
-        `<think>` back.
+        `<think>` back; an empty thought goes, and so does that of a call.
         """
         text = self._reply_text(ids)
         suffix = self.layout.suffix
         if (
             suffix
             and not text.startswith(suffix)
-            and (not self.layout.thinking or THINK_END in text)
+            and (not self.layout.thinking or thinking.THINK_END in text)
         ):
             text = suffix + text
         name, line_break, content = text.partition("\n")
         if not line_break:
             return Message("assistant", text)
+        if self.layout.thinking and not name:
+            return thinking.as_message(content)
         return Message("assistant", content, metadata=name.strip())
 
     def visible(self, reply: Message) -> str:
@@ -183,18 +239,19 @@ class ChatTemplate:
         return list(self.tokenizer.backend.encode(text, add_special_tokens=False).ids)
 
     def _plan(
-        self, conversation: Conversation, stop: int, batch: _Batch, *, last: int | None
+        self, conversation: Conversation, stop: int, batch: _Batch, *, opened: int | None
     ) -> list[_Piece]:
-        """Pieces of `messages[:stop]`; `last` is the message that keeps its reasoning, if any does."""
+        """Pieces of `messages[:stop]`; message `opened` is laid out behind the generation prompt."""
         pieces = [self._prefix]
         if conversation.tools:
             text = self._tools(conversation)
             pieces.append(_Piece(None, (self._headers["system"], batch.number(text))))
+        suffix = self.layout.suffix
         for index, message in enumerate(conversation.messages[:stop]):
             if message.role == "system" and not message.content:
                 continue
             name, body = self._texts(conversation, index)
-            header = self._headers[message.role]
+            header, text, given = self._headers[message.role], f"{name}\n{body}", 1
             if message.image is not None:
                 ops = (
                     header,
@@ -202,11 +259,15 @@ class ChatTemplate:
                     *self._image(message.image),
                     batch.number(body),
                 )
-            elif self._suffix and message.role == "assistant":
-                ops = (header, *self._opened(message, f"{name}\n{body}", index == last, batch))
+            elif index == opened:
+                written = thinking.behind_prompt(message, name, body)
+                ops, given = (header, *self._suffix, batch.number(written)), 1 + len(self._suffix)
+            elif self._keeps_suffix and message.role == "assistant" and text.startswith(suffix):
+                # These very ids stand at the end of the prompt too.
+                ops = (header, *self._suffix, batch.number(text.removeprefix(suffix)))
             else:
-                ops = (header, batch.number(f"{name}\n{body}"))
-            pieces.append(_Piece(index, ops))
+                ops = (header, batch.number(text))
+            pieces.append(_Piece(index, ops, given))
         return pieces
 
     def _texts(self, conversation: Conversation, index: int) -> tuple[str, str]:
@@ -229,18 +290,6 @@ class ChatTemplate:
                 f"{conversation.where}: message {index + 1} ({role}): {problem}; correct or remove it"
             )
         return name, self.layout.clean[role](content)
-
-    def _opened(self, message: Message, text: str, last: bool, batch: _Batch) -> tuple[int, ...]:
-        """Ops of a reply that, where it can, starts with the very ids that the prompt ends in."""
-        suffix = self.layout.suffix
-        if not self.layout.thinking:
-            if text.startswith(suffix) and text != suffix:
-                return (*self._suffix, batch.number(text.removeprefix(suffix)))
-        elif last and not message.metadata and THINK_END in message.content:
-            tagged = message.content.lstrip().startswith(THINK_START)
-            rest = message.content.partition(THINK_START)[2] if tagged else message.content
-            return (*self._suffix, batch.number(rest.rstrip()))
-        return (batch.number(text),)
 
     def _illustrated(self, ids: list[int], conversation: Conversation, reply: int) -> list[int]:
         images = [m.image for m in conversation.messages[:reply] if m.image is not None]
@@ -290,8 +339,8 @@ class ChatTemplate:
         placed = 0
         for plan in plans:
             positions = [len(flat)]
-            for _, ops in plan:
-                for op in ops:
+            for piece in plan:
+                for op in piece.ops:
                     if op < 0:
                         flat.append(~op)
                         placed += ~op in self._control
@@ -316,8 +365,8 @@ def _rendered(
     )
     messages = conversation.messages
     replies = tuple(
-        ReplySpan(index, start + 1, end + 1)
-        for start, end, index in runs
+        ReplySpan(index, start + piece.given, end + 1)
+        for (start, end, index), piece in zip(runs, plan, strict=True)
         if index is not None and messages[index].role == "assistant"
     )
     return Rendered(flat[base : positions[-1]], runs, replies)

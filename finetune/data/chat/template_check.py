@@ -58,12 +58,13 @@ def own_messages(
 def check_against_own_template(template: ChatTemplate, jinja: JinjaTemplate) -> None:
     """Raise DataError unless our ids of the probe are those of the checkpoint's own template."""
     probe = _suitable(template)
-    messages, tools = own_messages(probe, template)
+    asked = replace(probe, messages=probe.messages[:-1])
     cases = [
-        (False, template.render([probe])[0].input_ids[:-1].tolist()),
-        (True, template.prompt(probe, len(probe.messages))),
+        (probe, False, template.render([probe])[0].input_ids[:-1].tolist()),
+        (asked, True, template.prompt(asked, len(asked.messages))),
     ]
-    for generation, ours in cases:
+    for dialogue, generation, ours in cases:
+        messages, tools = own_messages(dialogue, template)
         text = jinja.render(messages, tools=tools, add_generation_prompt=generation)
         theirs = template.tokenizer.backend.encode(text, add_special_tokens=False).ids
         if ours != theirs:

@@ -223,6 +223,8 @@ def _settled(
                     f"message {positions[index] if positions else index + 1}: has reasoning in a key of "
                     "its own, and this checkpoint does not think; data.reasoning: drop leaves it out"
                 )
+            if message.metadata and rules.thinks is None:
+                continue  # it would stand among the call's arguments
             thought = f"{THINK}\n{text.strip()}\n</think>\n\n{message.content}"
             messages[index] = replace(message, content=thought)
     if rules.reasoning == "drop":
@@ -248,7 +250,6 @@ CALL_IN_TEXT = "a call written as text (data.calls_in_text: read takes it as the
 IMAGE_IN_TEXT = "an image's placeholder in the text of a row without an image"
 THOUGHT_IN_TEXT = "<think> in a reply, and this checkpoint does not think (data.reasoning: drop)"
 FEWER_RESULTS = "tool calls of one turn with fewer results than calls"
-NO_THOUGHT = "a last reply without reasoning, and this checkpoint thinks"
 
 
 _CALLS_AND_RESULTS = re.compile("(c+)(o+)")
@@ -266,7 +267,11 @@ def _doubts(messages: Sequence[Message], names: set[str], rules: Rules) -> tuple
                 found.append(CALL_IN_TEXT)
             if rules.thinks is False and THINK in text:
                 found.append(THOUGHT_IN_TEXT)
-            if rules.reasoning == "require" and "</think>" not in text:
+            if (
+                rules.reasoning == "require"
+                and message.train is not False
+                and "</think>" not in text
+            ):
                 raise RowError(
                     f"message {number}: the reply has no reasoning (data.reasoning: require)"
                 )
@@ -274,9 +279,6 @@ def _doubts(messages: Sequence[Message], names: set[str], rules: Rules) -> tuple
             found.append(IMAGE_IN_TEXT)
     kinds = "".join("c" if m.metadata else m.role[0] for m in messages)  # call, s, u, o, a
     found += [FEWER_RESULTS for c, o in _CALLS_AND_RESULTS.findall(kinds) if len(o) < len(c)]
-    last = messages[-1] if messages else None
-    if rules.thinks and last and last.role == "assistant" and not last.metadata:
-        found += [NO_THOUGHT] * ("</think>" not in last.content)
     return tuple(found)
 
 

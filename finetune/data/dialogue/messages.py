@@ -205,8 +205,9 @@ class MessageReader:
             if not isinstance(metadata, str):
                 _fail(position, f"metadata is {strict_json.describe(metadata)}, not a tool's name")
         marks = Marks() if role == "observation" else self._marks
-        if marks.reasoning and role == "assistant":
-            self.reasoning.setdefault(len(self.messages), marks.reasoning)
+        is_first = self.positions[-1:] != [position]  # of what this item says
+        if marks.reasoning and role == "assistant" and is_first:
+            self.reasoning[len(self.messages)] = marks.reasoning
         return Message(role, text, metadata, marks.train, marks.weight, image or item.get("image"))
 
 

@@ -169,10 +169,8 @@ def load_examples(
     def build(folder: Path) -> dict[str, Any]:
         stream = read_conversations(
             [replace(source, weight=1.0) for source in sources],
-            replace(
-                reading,
-                images=replace(reading.images, check=True),
-                rules=replace(reading.rules, thinks=template.layout.thinking),
+            replace(reading, images=replace(reading.images, check=True)).for_checkpoint(
+                thinks=template.layout.thinking
             ),
         )
         numbered = ((stream.source, conversation) for conversation in stream)

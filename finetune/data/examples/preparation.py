@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune import console
+from finetune.data.chat.thinking import has_thought
 from finetune.data.examples.store import ExampleWriter, Span
 from finetune.errors import DataError
 
@@ -60,6 +61,10 @@ class Counts:
     """Columns and message keys whose text was not read -> in how many rows."""
     doubts: Mapping[str, int] = field(default_factory=dict)
     """What was trained but is hardly meant, such as a call written as text -> how often."""
+    turns: int = 0
+    """Examples of dialogues that gave one per turn, as they do under a thinking checkpoint."""
+    without_thought: int = 0
+    """Those of them that are trained behind an empty thought."""
     truncated: int = 0
     """Dialogues that lost their oldest turns."""
     messages_removed: int = 0
@@ -71,7 +76,17 @@ class Counts:
 
     def notes(self) -> list[str]:
         """What deserves a second look although every row is valid, in sentences."""
-        return notes_of(self.unread, self.doubts)
+        return notes_of(self.unread, self.doubts) + thought_notes(self.turns, self.without_thought)
+
+
+def thought_notes(turns: int, without: int) -> list[str]:
+    """A sentence about the turns that a thinking checkpoint is taught without reasoning."""
+    if not without:
+        return []
+    return [
+        f"{without:,} of {turns:,} turns with loss have no reasoning and are trained behind an empty "
+        "thought; data.reasoning: require refuses replies without"
+    ]
 
 
 def notes_of(unread: Mapping[str, int], doubts: Mapping[str, int]) -> list[str]:
@@ -140,22 +155,43 @@ def _examples(
     tally: _Tally,
 ) -> Iterator[_Kept]:
     """The examples that the dialogues of a batch give; what they do not give goes into `tally`."""
-    renderings = template.render([conversation for _, conversation in batch])
-    for (source, conversation), rendered in zip(batch, renderings, strict=True):
+    dialogues = [conversation for _, conversation in batch]
+    for (source, whole), taught in zip(
+        batch, template.examples(dialogues, policy.train_on), strict=True
+    ):
         tally.rows += 1
-        fitting: Rendered | None = rendered
-        if len(rendered.input_ids) > policy.max_length:
-            fitting = _fit(rendered, conversation, template, policy, tally)
-        if fitting is None:
-            continue
-        spans = template.trained_spans(fitting, conversation, policy.train_on)
-        if not spans:
-            tally.drop(conversation.where, "no reply that is trained")
-            continue
-        if fitting is not rendered:
-            tally.truncate(len(rendered.runs) - len(fitting.runs))
-        tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
-        yield _Kept(fitting.input_ids, spans, conversation.where, _image(conversation, template))
+        if not taught:
+            tally.drop(whole.where, "no reply that is trained")
+        for conversation, rendered in taught:
+            kept = _kept(source, conversation, rendered, template, policy, tally)
+            if kept is not None:
+                yield kept
+
+
+def _kept(
+    source: int,
+    conversation: Conversation,
+    rendered: Rendered,
+    template: ChatTemplate,
+    policy: LengthPolicy,
+    tally: _Tally,
+) -> _Kept | None:
+    """What is stored of an example; None after noting why there is nothing."""
+    fitting: Rendered | None = rendered
+    if len(rendered.input_ids) > policy.max_length:
+        fitting = _fit(rendered, conversation, template, policy, tally)
+    if fitting is None:
+        return None
+    spans = template.trained_spans(fitting, conversation, policy.train_on)
+    if not spans:
+        tally.drop(conversation.where, "no reply that is trained")
+        return None
+    if fitting is not rendered:
+        tally.truncate(len(rendered.runs) - len(fitting.runs))
+    tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
+    if template.layout.thinking:
+        tally.keep_turn(with_thought=has_thought(conversation))
+    return _Kept(fitting.input_ids, spans, conversation.where, _image(conversation, template))
 
 
 def _image(conversation: Conversation, template: ChatTemplate) -> str:
@@ -209,6 +245,10 @@ class _Tally:
         self._totals["supervised_tokens"] += supervised
         self._longest = max(self._longest, tokens)
 
+    def keep_turn(self, *, with_thought: bool) -> None:
+        self._totals["turns"] += 1
+        self._totals["without_thought"] += not with_thought
+
     def truncate(self, num_messages: int) -> None:
         self._totals["truncated"] += 1
         self._totals["messages_removed"] += num_messages
@@ -248,6 +288,8 @@ class _Tally:
             named=tuple(self._named),
             kept=sum(self._kept_per_source.values()),
             longest=self._longest,
+            turns=self._totals["turns"],
+            without_thought=self._totals["without_thought"],
             truncated=self._totals["truncated"],
             messages_removed=self._totals["messages_removed"],
             tokens=self._totals["tokens"],

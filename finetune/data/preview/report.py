@@ -11,11 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.data.chat.thinking import has_thought
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message, calls_in_words, kind
 from finetune.data.dialogue.tool_calls import tool_name
-from finetune.data.examples.preparation import notes_of
+from finetune.data.examples.preparation import notes_of, thought_notes
 from finetune.data.preview.show import ShowResult, show, tokens
 from finetune.data.reading.files import BadRow
 from finetune.data.reading.sources import (
@@ -45,7 +46,7 @@ _SCRIPTS = (
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens per dialogue, its stops included."""
+    """Tokens per example, its stops included."""
 
     tokens: int
     supervised: int
@@ -103,6 +104,10 @@ class SourceReport:
     seen_before: int
     """Dialogues that an earlier source has too: validation that is trained on."""
     lengths: Lengths | None
+    turns_with_loss: int = 0
+    """Examples that a thinking checkpoint is given, one per turn that carries loss."""
+    without_thought: int = 0
+    """Those of them without reasoning."""
 
 
 @dataclass(frozen=True)
@@ -201,16 +206,22 @@ class _Census:
     digests: set[int] = field(default_factory=set)
     lengths: array[int] = field(default_factory=lambda: array("i"))
     supervised: int = 0
+    turns: int = 0
+    without_thought: int = 0
 
     def add(self, batch: Sequence[Conversation]) -> None:
         for conversation in batch:
             self._count(conversation)
         if self.template is None:
             return
-        for conversation, rendered in zip(batch, self.template.render(batch), strict=True):
-            spans = self.template.trained_spans(rendered, conversation, "every_reply")
-            self.lengths.append(len(rendered.input_ids))
-            self.supervised += sum(end - start for start, end, _ in spans)
+        template = self.template
+        for taught in template.examples(batch, "every_reply"):
+            for conversation, rendered in taught:
+                spans = template.trained_spans(rendered, conversation, "every_reply")
+                self.lengths.append(len(rendered.input_ids))
+                self.supervised += sum(end - start for start, end, _ in spans)
+                self.turns += template.layout.thinking
+                self.without_thought += template.layout.thinking and not has_thought(conversation)
 
     def _count(self, conversation: Conversation) -> None:
         kinds, messages = self.kinds, conversation.messages
@@ -257,6 +268,8 @@ class _Census:
             duplicates=kinds["duplicates"],
             seen_before=len(self.digests & earlier),
             lengths=self._lengths() if self.lengths else None,
+            turns_with_loss=self.turns,
+            without_thought=self.without_thought,
         )
 
     def _lengths(self) -> Lengths:
@@ -335,6 +348,7 @@ def _facts(source: SourceReport, max_length: int | None) -> dict[str, str]:
 
 def _notes(source: SourceReport, max_length: int | None) -> Iterator[str]:
     yield from notes_of(source.unread, source.doubts)
+    yield from thought_notes(source.turns_with_loss, source.without_thought)
     if source.seen_before:
         yield f"{source.seen_before} dialogues are in an earlier source too; scores on them say nothing"
     if source.duplicates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ class ShowResult:
     where: str
     """`file:line`."""
     format: str
+    num_examples: int
+    """What the dialogue gives; the last one is shown. More than one only under a thinking checkpoint."""
     num_tokens: int
     num_supervised: int
     tokens: tuple[ShownToken, ...]
@@ -119,7 +121,7 @@ def tokens(
 ) -> Iterator[dict[str, list[Any]]]:
     """`{"input_ids", "trained_spans"}` of every dialogue in order, streamed.
 
-    The spans are half-open, with every reply trained that does not say otherwise; adjacent ones
+    A thinking checkpoint is given one example per turn with loss, so several rows a dialogue. The spans are half-open, with every reply trained that does not say otherwise; adjacent ones
     are merged.
 
     Raises:
@@ -128,7 +130,7 @@ def tokens(
     template = _template(model)
     stream = read_conversations([SourceSpec(path, format=format)], Reading(columns=columns))
     while batch := list(islice(stream, _BATCH)):
-        for conversation, rendered in zip(batch, template.render(batch), strict=True):
+        for conversation, rendered in chain.from_iterable(template.examples(batch, "every_reply")):
             spans = template.trained_spans(rendered, conversation, "every_reply")
             yield {
                 "input_ids": rendered.input_ids.tolist(),
@@ -173,7 +175,10 @@ def _at_line(stream: ConversationStream, path: str, line: int) -> Conversation:
 
 
 def _shown(conversation: Conversation, template: ChatTemplate, layout: str) -> ShowResult:
-    rendered = template.render([conversation])[0]
+    examples = template.examples([conversation], "every_reply")[0]
+    if not examples:
+        raise DataError(f"{conversation.where}: no reply carries loss, so there is nothing to show")
+    conversation, rendered = examples[-1]
     ids: list[int] = rendered.input_ids.tolist()
     spans = template.trained_spans(rendered, conversation, "every_reply")
     supervised = [False] * len(ids)
@@ -183,6 +188,7 @@ def _shown(conversation: Conversation, template: ChatTemplate, layout: str) -> S
     return ShowResult(
         where=conversation.where,
         format=layout,
+        num_examples=len(examples),
         num_tokens=len(ids),
         num_supervised=sum(supervised),
         tokens=tuple(_pieces(ids, supervised, template)),

@@ -73,6 +73,10 @@ class Reading:
     rules: Rules = PLAIN
     """What is done about rows that can be read in more than one way."""
 
+    def for_checkpoint(self, *, thinks: bool) -> Reading:
+        """The same for a checkpoint that writes its reasoning, or does not."""
+        return replace(self, rules=replace(self.rules, thinks=thinks))
+
 
 AS_IS = Reading()
 """The defaults."""
