@@ -160,7 +160,12 @@ def test_the_reference_of_a_call_is_its_arguments(z1: ChatTemplate) -> None:
 
 
 ROWS = (
-    {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "9."}]},
+    {
+        "messages": [
+            {"role": "user", "content": "How many?"},
+            {"role": "assistant", "content": "9."},
+        ]
+    },
     {
         "messages": [
             {"role": "user", "content": "2+2?"},

@@ -121,7 +121,7 @@ class _Thought:
         said = self._text[end + len(THINK_END) :].lstrip()
         if not self._text[:end].removeprefix(THINK).strip():
             self._shown = len(self._text) - len(said)
-        name, line_break, arguments = said.partition("\n")
+        name, _, arguments = said.partition("\n")
         may_be_call = self._offers_tools and (not name or FUNCTION_NAME.fullmatch(name))
         if not said or (may_be_call and not arguments):
             return self._show(end + len(THINK_END)), None
