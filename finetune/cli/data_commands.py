@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -17,12 +17,14 @@ Json = Annotated[
 Model = Annotated[
     str, typer.Option(metavar="FOLDER", help="A model folder (or hub id); its tokenizer is used.")
 ]
-Layout = Literal["auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3"]
+Layout = Literal[
+    "auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3", "conversation", "glaive",
+    "moss", "xlam", "chatml",
+]  # fmt: skip
 Format = Annotated[
     Layout,
-    typer.Option(metavar="NAME", help="The layout of the rows: auto, messages, openai, sharegpt, "
-    "alpaca, pairs or chatglm3."),
-]  # fmt: skip
+    typer.Option(metavar="NAME", help=f"The layout of the rows: {', '.join(get_args(Layout))}."),
+]
 ImageRoot = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="Images' paths are relative to it; else to the file's."),
@@ -45,6 +47,7 @@ def check(
     ] = None,
     format: Format = "auto",
     columns: Columns = None,
+    image_root: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
     """Check every row, and count what the files hold.
@@ -57,7 +60,14 @@ def check(
     with console.json_output(as_json) as emit:
         from finetune.data.preview.report import check as run
 
-        report = run(files, model=model, max_length=max_length, format=format, columns=columns)
+        report = run(
+            files,
+            model=model,
+            max_length=max_length,
+            format=format,
+            columns=columns,
+            image_root=image_root,
+        )
         console.table(*report.table())
         for note in report.notes():
             console.warn(note)
@@ -81,6 +91,7 @@ def show(
     ] = None,
     format: Format = "auto",
     columns: Columns = None,
+    image_root: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
     """Show one dialogue with its tokens, those that carry loss marked."""
@@ -89,7 +100,15 @@ def show(
     with console.json_output(as_json) as emit:
         from finetune.data.preview.report import show as run
 
-        shown = run(file, model=model, index=index, line=line, format=format, columns=columns)
+        shown = run(
+            file,
+            model=model,
+            index=index,
+            line=line,
+            format=format,
+            columns=columns,
+            image_root=image_root,
+        )
         console.say(
             f"{shown.where} ({shown.format}): {shown.num_tokens} tokens, "
             f"{shown.num_supervised} of them carry loss\n"
@@ -111,6 +130,7 @@ def tokens(
     model: Model,
     format: Format = "auto",
     columns: Columns = None,
+    image_root: ImageRoot = None,
 ) -> None:
     """Print a JSON row per example: input_ids and trained_spans.
 
@@ -119,5 +139,5 @@ def tokens(
     with console.json_output() as emit:
         from finetune.data.preview.report import tokens as run
 
-        for row in run(file, model, format=format, columns=columns):
+        for row in run(file, model, format=format, columns=columns, image_root=image_root):
             emit(row)

@@ -25,8 +25,9 @@ from finetune.data.dialogue.conversation import (
     RowError,
     validate,
 )
+from finetune.data.dialogue.images import image_of
 from finetune.data.dialogue.keys import CONTEXT, SYSTEM, check_columns
-from finetune.data.dialogue.messages import MessageReader, check_image_path
+from finetune.data.dialogue.messages import MessageReader
 from finetune.data.dialogue.tool_calls import order_results, tool_name
 from finetune.data.dialogue.turns import merged
 
@@ -192,7 +193,7 @@ def to_conversation(
         reader = columns_of.pair(row, columns, purpose)
     else:
         reader = _listed(row, next(iter(_BY_NAME[fmt].columns)), rules)
-    messages = _with_image(reader.messages, row)
+    messages = _with_image(reader, row)
     if reader.call_ids:
         messages = order_results(messages, reader.call_ids, reader.positions)
     if reader.unread:
@@ -299,20 +300,26 @@ def _listed(row: Row, key: str, rules: Rules) -> MessageReader:
     return turns
 
 
-def _with_image(messages: list[Message], row: Row) -> list[Message]:
+def _with_image(reader: MessageReader, row: Row) -> list[Message]:
     """The messages with the image that a column of the row names.
 
     LLaMA-Factory writes a list `images`, LLaVA `image`, and both a placeholder anywhere in the first
-    question. GLM-4V shows its image before it, so the placeholder goes.
+    question. GLM-4V shows its image before it, so the placeholder goes. What stands there is a path,
+    a data URL, or bytes.
     """
+    messages = reader.messages
     column = next((key for key in ("images", "image") if row.get(key)), None)
     if column is None:
+        if reader.image_parts:
+            raise RowError(
+                f"message {reader.image_parts[0]}: has a part of type 'image', but neither it nor a "
+                "column 'images' of the row brings the image"
+            )
         return messages
     value = row[column]
-    path = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if not isinstance(path, str):
-        raise RowError(f"{column}: GLM-4V takes one image, named by its path")
-    check_image_path(path, column)
+    if isinstance(value, list) and len(value) > 1:
+        raise RowError(f"{column}: GLM-4V takes one image, and here are {len(value)}")
+    path = image_of(value[0] if isinstance(value, list) else value, column)
     first = next((n for n, m in enumerate(messages) if m.role == "user"), None)
     if first is None:
         raise RowError(f"{column}: there is no user message to show it with")

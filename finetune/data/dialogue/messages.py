@@ -7,12 +7,12 @@ counts as absent.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from finetune.data.dialogue import strict_json
-from finetune.data.dialogue.conversation import Message, Role, RowError
+from finetune.data.dialogue.conversation import PLACEHOLDER, Message, Role, RowError
+from finetune.data.dialogue.images import image_of
 from finetune.data.dialogue.keys import Marks, marks_of
 from finetune.data.dialogue.tool_calls import (
     Call,
@@ -40,6 +40,7 @@ ROLES: dict[str, Role] = {
     "tool_response": "observation",
     "tool_result": "observation",
 }
+_IMAGE_KEYS = ("image", "image_url", "bytes", "path", "url")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
 
 
@@ -56,6 +57,8 @@ class MessageReader:
         """Keys of messages with text that nothing reads."""
         self.reasoning: dict[int, str] = {}
         """Index into `messages` -> what the reply was thought out with, from a key of its own."""
+        self.image_parts: list[int] = []
+        """Positions of messages with a part that says only that an image stands here."""
         self._marks = Marks()
 
     def add(self, message: Message, position: int, call_id: object = None) -> None:
@@ -100,11 +103,16 @@ class MessageReader:
             elif role == "system":
                 self._system(item, content, position)
             else:
-                text, image = _parts(content, position)
-                path = item.get("image", image)
-                if path is not None:
-                    check_image_path(path, f"message {position}: image")
-                self.add(self._message(item, "user", text, position, image=path), position)
+                self._user(item, content, position)
+
+    def _user(self, item: Mapping[str, Any], content: Any, position: int) -> None:
+        text, image = _parts(content, position)
+        if image is None and isinstance(content, list) and PLACEHOLDER in text:
+            self.image_parts.append(position)
+        path = item.get("image", image)
+        if path is not None:
+            path = image_of(path, f"message {position}: image")
+        self.add(self._message(item, "user", text, position, image=path), position)
 
     def _system(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         tools = read_tools(item.get("tools"))
@@ -256,20 +264,14 @@ def _parts(content: Any, position: int) -> tuple[str, str | None]:
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("image", "image_url") and image is None:
-            image = part.get("image", part.get("image_url"))
-            image = image.get("url") if isinstance(image, dict) else image
-            check_image_path(image, f"message {position}: image")
+            given = next((part[k] for k in _IMAGE_KEYS if part.get(k) is not None), None)
+            if given is None:  # a column of the row brings it
+                texts.append(PLACEHOLDER)
+            else:
+                image = image_of(given, f"message {position}: image")
         else:
             _fail(position, "content is a list with more than text parts and one image part")
     return "".join(texts), image
-
-
-def check_image_path(path: Any, what: str) -> None:
-    """Raise RowError unless the value can be the path of a file; `what` begins the reason."""
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise RowError(f"{what} is not a path")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
-        raise RowError(f"{what} {path[:40]!r} is a URL; only paths of files are opened")
 
 
 def _fail(position: int, problem: str) -> NoReturn:

@@ -19,10 +19,10 @@ from finetune.data.dialogue.tool_calls import tool_name
 from finetune.data.examples.preparation import notes_of, thought_notes
 from finetune.data.preview.show import ShowResult, show, tokens
 from finetune.data.reading.files import BadRow
+from finetune.data.reading.images import Images
 from finetune.data.reading.sources import (
     KEPT_REASONS,
     ConversationStream,
-    Images,
     Reading,
     SourceSpec,
     read_conversations,
@@ -155,6 +155,7 @@ def check(
     max_length: int | None = None,
     format: str = "auto",
     columns: Columns | None = None,
+    image_root: str | None = None,
 ) -> CheckReport:
     """What the sources hold, with every bad row; nothing is raised for bad rows.
 
@@ -165,19 +166,20 @@ def check(
         max_length: Counts the dialogues that are longer.
         format: One of `formats.FORMATS`, or `auto`.
         columns: Names of the prompt and response columns, for `pairs`.
+        image_root: The folder that images' paths are relative to; by default the data file's.
 
     Raises:
         DataError: When a path means no file.
     """
     template = _template(model) if model is not None else None
+    reading = Reading("collect", columns=columns, images=Images(image_root, check=True))
+    if template is not None:
+        reading = reading.for_checkpoint(thinks=template.layout.thinking)
     reports: list[SourceReport] = []
     bad: list[BadRow] = []
     earlier: set[int] = set()
     for path in [paths] if isinstance(paths, str) else paths:
-        stream = read_conversations(
-            [SourceSpec(path, format=format)],
-            Reading("collect", columns=columns, images=Images(check=True)),
-        )
+        stream = read_conversations([SourceSpec(path, format=format)], reading)
         census = _Census(template, max_length)
         while batch := list(islice(stream, _BATCH)):
             census.add(batch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.dialogue.conversation import Conversation
+from finetune.data.reading.images import Images
 from finetune.data.reading.sources import (
     ConversationStream,
     Reading,
@@ -89,6 +90,7 @@ def show(
     line: int | None = None,
     format: str = "auto",
     columns: tuple[str, str] | None = None,
+    image_root: str | None = None,
 ) -> ShowResult:
     """One dialogue with its tokens, those that carry loss marked.
 
@@ -99,17 +101,20 @@ def show(
         line: Or the line (for Parquet the row) on which it stands, from 1.
         format: One of `formats.FORMATS`, or `auto`.
         columns: Names of the prompt and response columns, for `pairs`.
+        image_root: The folder that images' paths are relative to; by default the data file's.
 
     Raises:
         DataError: When there is no such dialogue, or its row is bad.
     """
-    source = SourceSpec(path, format=format)
-    stream = read_conversations([source], Reading("collect", columns=columns))
+    template = _template(model)
+    reading = Reading("collect", columns=columns, images=Images(image_root))
+    reading = reading.for_checkpoint(thinks=template.layout.thinking)
+    stream = read_conversations([SourceSpec(path, format=format)], reading)
     if line is None:
         conversation = _at_index(stream, path, index or 0)
     else:
         conversation = _at_line(stream, path, line)
-    return _shown(conversation, _template(model), list(stream.formats.values())[-1])
+    return _shown(conversation, template, list(stream.formats.values())[-1])
 
 
 def tokens(
@@ -118,6 +123,7 @@ def tokens(
     *,
     format: str = "auto",
     columns: tuple[str, str] | None = None,
+    image_root: str | None = None,
 ) -> Iterator[dict[str, list[Any]]]:
     """`{"input_ids", "trained_spans"}` of every dialogue in order, streamed.
 
@@ -128,7 +134,9 @@ def tokens(
         DataError: At the end, naming every bad row.
     """
     template = _template(model)
-    stream = read_conversations([SourceSpec(path, format=format)], Reading(columns=columns))
+    reading = Reading(columns=columns, images=Images(image_root))
+    reading = reading.for_checkpoint(thinks=template.layout.thinking)
+    stream = read_conversations([SourceSpec(path, format=format)], reading)
     while batch := list(islice(stream, _BATCH)):
         for conversation, rendered in chain.from_iterable(template.examples(batch, "every_reply")):
             spans = template.trained_spans(rendered, conversation, "every_reply")
@@ -161,6 +169,8 @@ def _at_index(stream: ConversationStream, path: str, index: int) -> Conversation
     for number, conversation in enumerate(stream):
         if number == index:
             return conversation
+    if number < 0 and stream.num_bad:
+        raise DataError(f"{path} holds no dialogue. {stream.report()}")
     raise DataError(f"{path} has no dialogue {index}; it has {number + 1}, counted from 0")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ _NO_DATA = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache.json"}
 )
 """What the `datasets` library and LLaMA-Factory write beside data files."""
+_REGISTER_KEYS = frozenset(
+    {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
+)
 _ALL_SUFFIXES = tuple(s + c for s in SUFFIXES for c in ("", ".gz", ".zst"))
 
 
@@ -58,6 +62,7 @@ def expand(path: str) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
+    _refuse_register(folder)
     found = sorted(
         p
         for p in folder.rglob("*")
@@ -72,6 +77,27 @@ def _files_in(folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"folder {folder} holds no {', '.join(SUFFIXES)} file (.gz, .zst allowed)")
     return found
+
+
+def _refuse_register(folder: Path) -> None:
+    """DataError for LLaMA-Factory's data folder, whose dataset_info.json names sets of many kinds."""
+    try:
+        listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    sets = listed if isinstance(listed, dict) else {}
+    named = [
+        f"{name} ({about['file_name']})" if about.get("file_name") else name
+        for name, about in sets.items()
+        if isinstance(about, dict) and _REGISTER_KEYS & about.keys()
+    ]
+    if named:
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        raise DataError(
+            f"folder {folder} is LLaMA-Factory's: its dataset_info.json names {', '.join(named[:5])}"
+            f"{more}; name the files that you mean, each with its columns, or let `finetune migrate` "
+            "turn a config with `dataset: NAME` into ours"
+        )
 
 
 def _near_name(target: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,11 +12,11 @@ from typing import Literal, TypeVar
 
 from finetune.config.schema import Columns as ColumnNames
 from finetune.config.schema import DataSection, RowFormat, Source
-from finetune.data.chat.image import ImageError, check_image
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
 from finetune.data.dialogue.formats import PLAIN, Rules, detect, to_conversation
 from finetune.data.reading.files import BadRow, Row, expand, read_rows
+from finetune.data.reading.images import ImageFiles, Images
 from finetune.errors import DataError
 
 KEPT_REASONS = 1000
@@ -42,16 +41,6 @@ class SourceSpec:
     """One of `formats.FORMATS`, or `auto`, which is told per file."""
     columns: tuple[tuple[str, str], ...] = ()
     """(our column, its name in the file) of columns that are named otherwise."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """What is done about the images that rows show."""
-
-    root: str | None = None
-    """The folder that paths are relative to and stay under; by default the data file's own."""
-    check: bool = False
-    """Whether a row whose image cannot be decoded is a bad row."""
 
 
 BESIDE = Images()
@@ -114,7 +103,7 @@ class ConversationStream(Iterator[Conversation]):
         self._must_stop = False
         self._reading = reading
         self._purpose: Purpose = purpose
-        self._whole_images: set[str] = set()
+        self._images = ImageFiles(reading.images)
         files = [(source, expand(source.path)) for source in sources]
         self._items = self._run(files, seed)
 
@@ -170,7 +159,7 @@ class ConversationStream(Iterator[Conversation]):
                     item.value, fmt, where=item.where, columns=self._reading.columns, purpose=self._purpose,
                     rules=self._reading.rules,
                 )  # fmt: skip
-                conversation = self._with_image(conversation, folder)
+                conversation = self._images.placed(conversation, folder)
             except RowError as error:
                 self._bad(BadRow(item.where, str(error)))
             else:
@@ -178,30 +167,6 @@ class ConversationStream(Iterator[Conversation]):
                     self.unread.update(conversation.unread)
                     self.doubts.update(conversation.doubts)
                 yield conversation
-
-    def _with_image(self, conversation: Conversation, folder: Path) -> Conversation:
-        """The conversation with its image's path as this process opens it; RowError if it may not."""
-        messages = conversation.messages
-        if not any(message.image for message in messages):
-            return conversation
-        moved = []
-        for message in messages:
-            if message.image:
-                path = _under(Path(self._reading.images.root or folder), message.image)
-                self._check(path)
-                message = replace(message, image=path)
-            moved.append(message)
-        return replace(conversation, messages=tuple(moved))
-
-    def _check(self, path: str) -> None:
-        """RowError unless the image can be decoded; each is looked at once."""
-        if not self._reading.images.check or path in self._whole_images:
-            return
-        try:
-            check_image(path)
-        except ImageError as error:
-            raise RowError(f"image {path}: {error}") from error
-        self._whole_images.add(path)
 
     def _bad(self, row: BadRow) -> None:
         self.num_bad += 1
@@ -237,7 +202,7 @@ def reading_of(section: DataSection) -> Reading:
         ignore_columns=tuple(section.ignore_columns),
     )
     columns = (section.columns.prompt, section.columns.response) if section.columns else None
-    images = Images(root=section.image_root)
+    images = Images(root=section.image_root, cache_root=section.cache_dir)
     return Reading(section.on_bad_row, section.max_bad_rows, columns, images, rules)
 
 
@@ -328,13 +293,3 @@ def _renamed(
             yield item._replace(value={ours.get(key, key): v for key, v in item.value.items()})
         else:
             yield item
-
-
-def _under(root: Path, path: str) -> str:
-    """The path of an image, seen from the working directory; RowError when it leaves the root."""
-    home = Path(os.path.normpath(root.absolute()))  # links may lead out, `..` may not
-    if not Path(os.path.normpath(home / path)).is_relative_to(home):
-        raise RowError(
-            f"image {path!r} is outside {root}; set data.image_root to a folder above it"
-        )
-    return os.path.normpath(root / path)

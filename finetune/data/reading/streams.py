@@ -21,6 +21,7 @@ MAX_ROW = 8 << 20
 Layout = Literal["json", "csv", "parquet", "arrow"]
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_LFS = b"version https://git-lfs.github.com/spec/"
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -56,7 +57,12 @@ class Stream(NamedTuple):
 def open_stream(path: Path) -> Iterator[Stream]:
     """The file's decompressed bytes and its layout; StreamError or OSError if it has none."""
     with path.open("rb") as raw:
-        head = raw.read(4)
+        head = raw.read(len(_LFS))
+        if head == _LFS:
+            raise StreamError(
+                "it is a Git LFS pointer, not the data; fetch the data with `git lfs pull`"
+            )
+        head = head[:4]
         raw.seek(0)
         name = path.name.lower()
         if head == _PARQUET or name.endswith(".parquet"):

@@ -1,0 +1,101 @@
+"""Images of rows -> files: paths under a root, and bytes that stand in the row kept in the cache."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from finetune.data.chat.image import ImageError, check_image
+from finetune.data.dialogue.conversation import Conversation, RowError
+from finetune.data.dialogue.images import DATA_URL
+from finetune.errors import DataError
+from finetune.storage.cache import default_root
+from finetune.storage.files import whole_binary
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is done about the images that rows show."""
+
+    root: str | None = None
+    """The folder that paths are relative to and stay under; by default the data file's own."""
+    check: bool = False
+    """Whether a row whose image cannot be decoded is a bad row."""
+    cache_root: str | None = None
+    """Where images that stand in rows are kept; by default the cache."""
+
+
+class ImageFiles:
+    """The files of images; each is looked at once."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+        self._whole: set[str] = set()
+
+    def placed(self, conversation: Conversation, folder: Path) -> Conversation:
+        """The dialogue with its image's path as this process opens it; RowError if it may not.
+
+        Args:
+            conversation: A dialogue with the path or data URL that its row says.
+            folder: The folder of the data file.
+        """
+        if not any(message.image for message in conversation.messages):
+            return conversation
+        moved = []
+        for message in conversation.messages:
+            if message.image:
+                path = self._path(message.image, folder)
+                self._check(path)
+                message = replace(message, image=path)
+            moved.append(message)
+        return replace(conversation, messages=tuple(moved))
+
+    def _path(self, image: str, folder: Path) -> str:
+        if image.startswith(DATA_URL):
+            return self._kept(image)
+        return _under(Path(self._images.root or folder), image)
+
+    def _kept(self, url: str) -> str:
+        """The file in the cache that holds the bytes of a data URL, named by their hash."""
+        try:
+            content = base64.b64decode(url.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RowError(f"the image's data URL holds no base64: {error}") from error
+        name = sha256(content).hexdigest()
+        root = Path(self._images.cache_root) if self._images.cache_root else default_root()
+        path = root / "images" / name[:2] / name
+        if not path.is_file() or path.stat().st_size != len(content):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with whole_binary(path) as file:
+                    file.write(content)
+            except OSError as error:
+                raise DataError(
+                    f"images that stand in rows are kept under {root}, which cannot be written "
+                    f"({error.strerror}); set data.cache_dir or $FINETUNE_CACHE"
+                ) from error
+        return str(path)
+
+    def _check(self, path: str) -> None:
+        """RowError unless the image can be decoded."""
+        if not self._images.check or path in self._whole:
+            return
+        try:
+            check_image(path)
+        except ImageError as error:
+            raise RowError(f"image {path}: {error}") from error
+        self._whole.add(path)
+
+
+def _under(root: Path, path: str) -> str:
+    """The path of an image, seen from the working directory; RowError when it leaves the root."""
+    home = Path(os.path.normpath(root.absolute()))  # links may lead out, `..` may not
+    if not Path(os.path.normpath(home / path)).is_relative_to(home):
+        raise RowError(
+            f"image {path!r} is outside {root}; set data.image_root (--image-root) to a folder above it"
+        )
+    return os.path.normpath(root / path)
