@@ -1,12 +1,14 @@
-"""`finetune data check | show | tokens`: what a file holds, and what training would see of it."""
+"""`finetune data check | show | tokens | split`: what a file holds, and what training would see of it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
 
 from finetune import console
+from finetune.cli.inputs import Overwrite
 from finetune.errors import ConfigError, DataError
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data as training would see it.")
@@ -141,3 +143,44 @@ def tokens(
 
         for row in run(file, model, format=format, columns=columns, image_root=image_root):
             emit(row)
+
+
+@data_app.command()
+def split(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, globs, folders.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Gets train.jsonl and held_out.jsonl.")
+    ],
+    share: Annotated[
+        float, typer.Option(metavar="X", help="How much is held out, 0.05 for 5 %.")
+    ] = 0.05,
+    group_by: Annotated[
+        str, typer.Option(metavar="COLUMN", help="What makes a group; else the question asked.")
+    ] = "",
+    format: Format = "auto",
+    columns: Columns = None,
+    image_root: ImageRoot = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Hold a part of the rows out, whole groups at a time."""
+    if not 0 < share < 1:
+        raise ConfigError(f"--share is a part of 1, such as 0.05; got {share:g}")
+    with console.json_output(as_json) as emit:
+        from finetune.data.reading.images import Images
+        from finetune.data.reading.parts import Part
+        from finetune.data.reading.sources import Reading, SourceSpec
+        from finetune.data.reading.split import split as run
+
+        counts = run(
+            [SourceSpec(file, format=format) for file in files],
+            output,
+            Part(share, held_out=True, group_by=group_by),
+            Reading(columns=columns, images=Images(image_root)),
+            overwrite=overwrite,
+        )
+        console.say(
+            f"{counts.train} dialogues in {output / 'train.jsonl'}, {counts.held_out} in "
+            f"{output / 'held_out.jsonl'}"
+        )
+        emit({"train": counts.train, "held_out": counts.held_out})

@@ -47,10 +47,13 @@ def check_inputs(loaded: Loaded) -> None:
 
 
 def _data_problems(section: DataSection, loaded: Loaded) -> list[str]:
+    from finetune.config.schema import held_out_share
     from finetune.data.reading.files import expand
 
     problems = []
     for name, sources in (("train", section.train), ("validation", section.validation or [])):
+        if name == "validation" and held_out_share(section.validation) is not None:
+            continue
         for number, source in enumerate([sources] if isinstance(sources, str) else sources):
             key = ("data", name) if isinstance(sources, str) else ("data", name, number)
             try:

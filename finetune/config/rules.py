@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.config.extras import extra_problems
 from finetune.config.problems import METHODS, model_at
+from finetune.config.schema import held_out_share
 from finetune.config.yaml_text import Key
 
 
@@ -127,6 +128,17 @@ def _evaluation(values: _Values) -> Iterator[tuple[Key, str]]:
 
 
 def _data(values: _Values) -> Iterator[tuple[Key, str]]:
+    held_out = values.raw("data", "validation")
+    is_share = isinstance(held_out, str) and held_out.endswith("%")
+    if is_share and held_out_share(held_out) is None:
+        yield ("data", "validation"), f"must be over 0% and under 100%, got {held_out}"
+    if values.given("data", "group_by") and not is_share:
+        yield (
+            ("data", "group_by"),
+            "groups a held-out share: set data.validation to one, such as 5%",
+        )
+    if values.given("data", "temperature") and not values.given("data", "stop"):
+        yield ("data", "temperature"), "needs data.stop: first or all, where an epoch ends"
     row_format = values("data", "format")
     if values.given("data", "columns") and row_format not in ("auto", "pairs"):
         said = f"are names for prompt/response rows, but data.format is {row_format}"

@@ -70,6 +70,9 @@ class Source(Section):
     columns: dict[str, str] = {}
     """Other names that its columns have, ours first: `{instruction: question, output: answer}`."""
 
+    max_rows: Positive | None = None
+    """At most this many of its dialogues, the first ones."""
+
 
 class Columns(Section):
     """Column names of prompt/response rows when they are not the usual ones."""
@@ -88,7 +91,19 @@ class DataSection(Section):
     """Training files: a path, a glob, a folder, or a list of these or of `{path, weight, format}`."""
 
     validation: str | list[str | Source] | None = None
-    """Held-out files, for the validation loss and for generation; same forms as `train`."""
+    """Held-out files, for the validation loss and for generation; same forms as `train`. Or a share such as `5%` that is held out of `train`, whole groups at a time."""
+
+    group_by: str | None = None
+    """With a share for `validation`: the column whose value makes a group, such as a customer or a document. By default dialogues that ask the same are a group."""
+
+    stop: Literal["first", "all"] | None = None
+    """With it the sources' weights are shares of the mixture: an epoch ends when the `first` source is used up, or when `all` are, the smaller ones repeated. By default a weight says how often rows are seen per epoch."""
+
+    temperature: Annotated[float, Field(ge=1)] | None = None
+    """With `stop`: shares follow the sources' sizes to the power of 1 / temperature, times their weights; 1 mixes by size, more evens them out."""
+
+    deduplicate: Literal["exact", "near"] | None = None
+    """Training examples that repeat an earlier or a held-out one are left out: those with the same tokens, or also `near` ones (MinHash over runs of five tokens, 80 % alike; needs the extra `near`)."""
 
     format: RowFormat = "auto"
     """The layout of the rows of every source that does not say its own."""
@@ -339,3 +354,14 @@ class RunConfig(Section):
     deepspeed: DeepSpeedSection | None = None
     """Leave out for plain data-parallel training."""
     evaluation: EvaluationSection = EvaluationSection()
+
+
+def held_out_share(validation: str | list[str | Source] | None) -> float | None:
+    """0.05 for `5%`; None for files."""
+    if not isinstance(validation, str) or not validation.endswith("%"):
+        return None
+    try:
+        share = float(validation[:-1]) / 100
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None

@@ -28,7 +28,7 @@ from finetune.artifacts.resolve import is_adapter, is_hub_id
 _TOLD = ("method.", "training.", "data.", "deepspeed.", "model.freeze", "model.quantization")
 _UNTOLD = (
     "method.kind", "data.train", "data.validation", "data.format", "data.columns", "data.on_bad_row",
-    "data.ignore_columns", "data.max_overlap",
+    "data.ignore_columns", "data.max_overlap", "data.group_by",
     "data.max_bad_rows", "data.image_root", "data.loader_workers", "data.cache_dir",
     "data.cache_image_features", "training.output_dir", "training.log_every_steps",
     "training.save_every_steps", "training.keep_checkpoints", "training.on_full_disk",

@@ -13,7 +13,13 @@ from finetune.artifacts.names import BASE_RECORD, RUN_CONFIG
 from finetune.config.load import load_config
 from finetune.config.schema import DataSection, EvaluationSection
 from finetune.data.examples.dataset import LengthPolicy
-from finetune.data.reading.sources import Reading, SourceSpec, reading_of, sources_of, with_rows
+from finetune.data.reading.sources import (
+    Reading,
+    SourceSpec,
+    reading_of,
+    validation_sources,
+    with_rows,
+)
 from finetune.errors import ConfigError
 
 ROWS = ("columns", "format", "image_root")
@@ -55,7 +61,7 @@ class Settings:
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
         """The held-out sources."""
-        return sources_of(self.data, self.data.validation)
+        return validation_sources(self.data)
 
     @property
     def reading(self) -> Reading:

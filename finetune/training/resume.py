@@ -57,6 +57,10 @@ RULES: dict[str, Rule] = {
     "data.turns": Rule.FREE,  # the fact "data" is compared
     "data.calls_in_text": Rule.FREE,
     "data.reasoning": Rule.FREE,
+    "data.group_by": Rule.FREE,  # the fact "data" is compared
+    "data.stop": Rule.FREE,
+    "data.temperature": Rule.FREE,
+    "data.deduplicate": Rule.FREE,
     "data.max_overlap": Rule.FREE,
     "data.on_bad_row": Rule.FREE,
     "data.max_bad_rows": Rule.FREE,

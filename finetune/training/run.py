@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune import console
 from finetune.artifacts.run_dir import RunDirectory
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, held_out_share
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.storage.outputs import check_not_read
@@ -58,6 +58,7 @@ def _sources(config: RunConfig) -> list[str]:
     listed = [
         source
         for sources in (section.train, section.validation or [])
+        if sources is section.train or held_out_share(section.validation) is None
         for source in ([sources] if isinstance(sources, str) else sources)
     ]
     return [source if isinstance(source, str) else source.path for source in listed]

@@ -23,7 +23,13 @@ from finetune.data.examples.dataset import (
     load_examples,
 )
 from finetune.data.examples.packing import PackedDataset, pack
-from finetune.data.reading.sources import SourceSpec, reading_of, sources_of
+from finetune.data.examples.selection import Selection
+from finetune.data.reading.sources import (
+    SourceSpec,
+    reading_of,
+    training_sources,
+    validation_sources,
+)
 from finetune.errors import ConfigError, DataError
 
 BINS = 24
@@ -63,7 +69,12 @@ class RunData:
 def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     """Prepare, or find prepared, what `config.data` names; says what became of the rows."""
     section, training = config.data, config.training
-    train = _examples(section, sources_of(section, section.train), template, training.seed)
+    held_out = validation_sources(section)
+    # What is held out comes first, as it is kept out of the training data.
+    own = Selection(deduplicate=section.deduplicate)
+    validation = _examples(section, held_out, template, training.seed, own) if held_out else None
+    selection = Selection(section.stop, section.temperature, section.deduplicate, validation)
+    train = _examples(section, training_sources(section), template, training.seed, selection)
     _report("training", train.counts, len(train))
     if template.image is not None and not isinstance(template.image, ImageSpec):
         _check_newer_family(config)
@@ -77,12 +88,10 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
         group_by_length=section.group_by_length and not section.packing,
     )
     console.say(f"padding: {100 * plan.padding():.1f} % of the tokens of an epoch")
-    sources = sources_of(section, section.validation)
-    validation = _examples(section, sources, template, training.seed) if sources else None
     if validation is not None:
         _report("validation", validation.counts, len(validation))
         _check_overlap(train, validation, section.max_overlap)
-    return RunData(train, items, plan, validation, sources)
+    return RunData(train, items, plan, validation, held_out)
 
 
 def _check_overlap(
@@ -121,7 +130,11 @@ def _described(examples: PreparedDataset) -> dict[str, Any]:
 
 
 def _examples(
-    section: DataSection, sources: Sequence[SourceSpec], template: ChatTemplate, seed: int
+    section: DataSection,
+    sources: Sequence[SourceSpec],
+    template: ChatTemplate,
+    seed: int,
+    selection: Selection,
 ) -> PreparedDataset:
     return load_examples(
         sources,
@@ -129,6 +142,7 @@ def _examples(
         LengthPolicy(section.max_length, section.train_on, section.on_too_long),
         reading=reading_of(section),
         seed=seed,
+        selection=selection,
         cache_root=Path(section.cache_dir) if section.cache_dir else None,
     )
 
@@ -150,6 +164,8 @@ def _report(kind: str, counts: Counts, num_examples: int) -> None:
     ]
     if counts.bad:
         said.append(f"{counts.bad:,} bad rows left out")
+    if counts.duplicates:
+        said.append(f"{counts.duplicates:,} left out because another says the same")
     if counts.truncated:
         said.append(f"{counts.truncated:,} lost their oldest turns")
     said += [f"{number:,} dropped: {reason}" for reason, number in counts.dropped.items()]

@@ -113,6 +113,11 @@ class ChatTemplate:
         check_against_own_template(self, self._jinja)
 
     @property
+    def user_id(self) -> int:
+        """The token that a user's message begins with."""
+        return self.tokenizer.control_ids[HEADERS["user"]]
+
+    @property
     def takes_tools(self) -> bool:
         """Whether the checkpoint's template has a place for tool definitions."""
         return self.layout.tools != "none"

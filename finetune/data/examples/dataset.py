@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune.data.examples.preparation import NAMED, Counts, LengthPolicy, write_examples
+from finetune.data.examples.selection import AS_STORED, Selection, first_ones, mixed
 from finetune.data.examples.store import ExampleFile
 from finetune.data.reading.files import expand
-from finetune.data.reading.sources import AS_IS, Reading, SourceSpec, read_conversations, weighted
+from finetune.data.reading.sources import AS_IS, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.storage import cache
 from finetune.storage.files import file_digest
@@ -77,7 +78,8 @@ class PreparedDataset:
         view: npt.NDArray[np.int64] | None = None,
         images: Mapping[str, State | None] | None = None,
     ) -> None:
-        self._file = file
+        self.stored = file
+        """All examples of the preparation, also those that no epoch holds."""
         self._images = images
         self._view = view
         self.counts = counts
@@ -93,12 +95,12 @@ class PreparedDataset:
 
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
-        stored = self._file[row]
+        stored = self.stored[row]
         known = self._images.get(stored.image) if self._images and stored.image else None
         # One that is gone is named by whoever opens it.
         if known is not None and state_of(Path(stored.image)) not in (known, None):
             raise DataError(
-                f"{self._file.where(row)}: image {stored.image} was replaced since this run "
+                f"{self.stored.where(row)}: image {stored.image} was replaced since this run "
                 "began; what it learns from must stay as it was"
             )
         labels = np.full(len(stored.input_ids), IGNORED, dtype=np.int64)
@@ -108,21 +110,24 @@ class PreparedDataset:
             if weights is not None:
                 weights[start:end] = weight
         return Example(
-            stored.input_ids, labels, weights, index, self._file.where(row), stored.image
+            stored.input_ids, labels, weights, index, self.stored.where(row), stored.image
         )
 
     def where(self, index: int) -> str:
         """The `file:line` of an example."""
-        return self._file.where(self._row(index))
+        return self.stored.where(self._row(index))
 
     def images(self) -> list[str]:
         """Paths of all images that examples show, each once."""
-        return self._file.images()
+        return self.stored.images()
 
     def shared_with(self, other: PreparedDataset) -> list[str]:
-        """The `file:line` of every stored example that `other` holds too."""
-        both = np.isin(self._file.digests(), other._file.digests())
-        return [self._file.where(int(row)) for row in np.flatnonzero(both)]
+        """The `file:line` of every example that `other` holds too."""
+        mine, others = self.stored.digests(), other.stored.digests()
+        both = np.isin(mine, others if other._view is None else others[other._view])
+        if self._view is not None:
+            both &= np.isin(np.arange(len(mine)), self._view)
+        return [self.stored.where(int(row)) for row in np.flatnonzero(both)]
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -137,6 +142,7 @@ def load_examples(
     *,
     reading: Reading = AS_IS,
     seed: int = 0,
+    selection: Selection = AS_STORED,
     cache_root: Path | None = None,
 ) -> PreparedDataset:
     """The examples of some files, from the cache when the same bytes were prepared before.
@@ -152,6 +158,7 @@ def load_examples(
             "files": [seen.states[path][1] for path in paths],
             "format": source.format,
             "columns": source.columns,
+            **source.chosen,
         }
         for source, paths in zip(sources, files, strict=True)
     ]
@@ -199,11 +206,43 @@ def load_examples(
     if entry.facts["images"]:
         made_by |= {"images": entry.facts["image_content"]}
     weights = [source.weight for source in sources]
-    view = _weighted_view(entry.facts["kept_per_source"], weights, seed)
+    view = _view(entry, key, weights, selection, seed, template.user_id)
     fingerprint = cache.key_of(
-        made_by | {"weights": weights, "seed": seed if view is not None else None}
+        made_by
+        | {"weights": weights, "seed": seed if view.rows is not None else None}
+        | selection.key
     )
     return _open(entry, fingerprint, view, images)
+
+
+class _View(NamedTuple):
+    """The stored rows of an epoch; None for all of them, once."""
+
+    rows: npt.NDArray[np.int64] | None = None
+    duplicates: int = 0
+
+
+_WHOLE = _View()
+
+
+def _view(
+    entry: cache.Entry,
+    key: str,
+    weights: Sequence[float],
+    selection: Selection,
+    seed: int,
+    user_id: int,
+) -> _View:
+    kept = entry.facts["kept_per_source"]
+    rows = np.arange(sum(kept))
+    if selection.deduplicate:
+        file = ExampleFile(entry.folder / EXAMPLES_FILE)
+        rows = first_ones(file, key, selection, user_id, entry.folder.parent)
+    duplicates = sum(kept) - len(rows)
+    if not duplicates and not selection.stop and all(weight == 1.0 for weight in weights):
+        return _WHOLE
+    by_source = np.split(rows, np.searchsorted(rows, np.cumsum(kept)[:-1]))
+    return _View(mixed(by_source, weights, selection, seed), duplicates)
 
 
 def prepare(
@@ -232,31 +271,13 @@ def prepare(
 def _open(
     entry: cache.Entry,
     fingerprint: str,
-    view: npt.NDArray[np.int64] | None = None,
+    view: _View = _WHOLE,
     images: Mapping[str, State | None] | None = None,
 ) -> PreparedDataset:
     stored = entry.facts["counts"]
-    counts = Counts(**{**stored, "named": tuple(stored["named"])})
+    counts = Counts(**{**stored, "named": tuple(stored["named"]), "duplicates": view.duplicates})
     file = ExampleFile(entry.folder / EXAMPLES_FILE)
-    return PreparedDataset(file, counts, fingerprint, view, images)
-
-
-def _weighted_view(
-    kept_per_source: Sequence[int], weights: Sequence[float], seed: int
-) -> npt.NDArray[np.int64] | None:
-    """Stored rows as often as their sources' weights say; None when that is each once."""
-    if all(weight == 1.0 for weight in weights):
-        return None
-    rows: list[npt.NDArray[np.int64]] = []
-    first = 0
-    for number, (kept, weight) in enumerate(zip(kept_per_source, weights, strict=True)):
-        chosen = weighted(range(first, first + kept), weight, f"{seed}:{number}")
-        rows.append(np.fromiter(chosen, dtype=np.int64))
-        first += kept
-    view = np.concatenate(rows)
-    if not len(view):
-        raise DataError("the weights of data.train are so small that no example is left")
-    return view
+    return PreparedDataset(file, counts, fingerprint, view.rows, images)
 
 
 def _image_states(paths: Sequence[str]) -> dict[str, State | None]:

@@ -61,6 +61,8 @@ class Counts:
     """Columns and message keys whose text was not read -> in how many rows."""
     doubts: Mapping[str, int] = field(default_factory=dict)
     """What was trained but is hardly meant, such as a call written as text -> how often."""
+    duplicates: int = 0
+    """Examples that are left out because another says the same (`data.deduplicate`)."""
     turns: int = 0
     """Examples of dialogues that gave one per turn, as they do under a thinking checkpoint."""
     without_thought: int = 0

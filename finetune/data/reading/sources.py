@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from finetune.config.schema import Columns as ColumnNames
-from finetune.config.schema import DataSection, RowFormat, Source
+from finetune.config.schema import DataSection, RowFormat, Source, held_out_share
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
 from finetune.data.dialogue.formats import PLAIN, Rules, detect, to_conversation
 from finetune.data.reading.files import BadRow, Row, expand, read_rows
 from finetune.data.reading.images import ImageFiles, Images
+from finetune.data.reading.parts import Part
 from finetune.errors import DataError
 
 KEPT_REASONS = 1000
@@ -41,6 +42,16 @@ class SourceSpec:
     """One of `formats.FORMATS`, or `auto`, which is told per file."""
     columns: tuple[tuple[str, str], ...] = ()
     """(our column, its name in the file) of columns that are named otherwise."""
+    max_rows: int | None = None
+    """At most this many of its dialogues, the first ones."""
+    part: Part | None = None
+    """Which of its dialogues are meant; None for all."""
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What decides which of its dialogues are read; empty for all."""
+        said = {"max_rows": self.max_rows, "part": asdict(self.part) if self.part else None}
+        return {name: value for name, value in said.items() if value is not None}
 
 
 BESIDE = Images()
@@ -88,6 +99,8 @@ class ConversationStream(Iterator[Conversation]):
     ) -> None:
         self.source = 0
         """Number of the source that the last conversation came from."""
+        self.row: dict[str, Any] = {}
+        """The row that the last conversation was read from, where sources have weight 1."""
         self.rows = 0
         """Rows read so far, good and bad, each once whatever its source's weight."""
         self.num_bad = 0
@@ -117,6 +130,8 @@ class ConversationStream(Iterator[Conversation]):
         given = 0
         for number, (source, paths) in enumerate(sources):
             good = chain.from_iterable(self._file(path, source) for path in paths)
+            if source.max_rows is not None:
+                good = islice(good, source.max_rows)
             for conversation in weighted(good, source.weight, f"{seed}:{number}"):
                 if not self._must_stop:
                     given += 1
@@ -129,6 +144,8 @@ class ConversationStream(Iterator[Conversation]):
             raise DataError(self.report())
         if not given:
             paths_given = ", ".join(source.path for source, _ in sources)
+            if (part := sources[0][0].part) is not None and self.rows > self.num_bad:
+                raise DataError(part.nothing_left(paths_given, self.rows - self.num_bad))
             raise DataError(f"{paths_given}: there is no row that can be used")
 
     def _file(self, path: Path, source: SourceSpec) -> Iterator[Conversation]:
@@ -159,13 +176,17 @@ class ConversationStream(Iterator[Conversation]):
                     item.value, fmt, where=item.where, columns=self._reading.columns, purpose=self._purpose,
                     rules=self._reading.rules,
                 )  # fmt: skip
+                if source.part is not None and not source.part.takes(item.value, conversation):
+                    continue
                 conversation = self._images.placed(conversation, folder)
             except RowError as error:
                 self._bad(BadRow(item.where, str(error)))
             else:
                 if conversation.unread or conversation.doubts:
-                    self.unread.update(conversation.unread)
+                    grouped = source.part.group_by if source.part else ""
+                    self.unread.update(name for name in conversation.unread if name != grouped)
                     self.doubts.update(conversation.doubts)
+                self.row = item.value
                 yield conversation
 
     def _bad(self, row: BadRow) -> None:
@@ -219,10 +240,30 @@ def with_rows(
     return section.model_copy(update={key: v for key, v in said.items() if v is not None})
 
 
+def training_sources(section: DataSection) -> tuple[SourceSpec, ...]:
+    """The sources of `data.train`, without what `data.validation: 5%` holds out."""
+    sources = sources_of(section, section.train)
+    share = held_out_share(section.validation)
+    if share is None:
+        return sources
+    part = Part(share, held_out=False, group_by=section.group_by or "")
+    return tuple(replace(source, part=part) for source in sources)
+
+
+def validation_sources(section: DataSection) -> tuple[SourceSpec, ...]:
+    """The sources of `data.validation`; for a share the training sources' held-out part."""
+    share = held_out_share(section.validation)
+    if share is None:
+        return sources_of(section, section.validation)
+    part = Part(share, held_out=True, group_by=section.group_by or "")
+    sources = sources_of(section, section.train)
+    return tuple(replace(source, part=part, weight=1.0, max_rows=None) for source in sources)
+
+
 def sources_of(
     section: DataSection, given: str | Sequence[str | Source] | None
 ) -> tuple[SourceSpec, ...]:
-    """The sources that `data.train` or `data.validation` names, each with its layout."""
+    """The sources that files, globs and folders name, each with its layout."""
     listed = [given] if isinstance(given, str) else given or []
     return tuple(_source_of(section, source) for source in listed)
 
@@ -231,7 +272,8 @@ def _source_of(section: DataSection, source: str | Source) -> SourceSpec:
     if isinstance(source, str):
         return SourceSpec(source, format=section.format)
     chosen = section.format if source.format == "auto" else source.format
-    return SourceSpec(source.path, source.weight, chosen, tuple(source.columns.items()))
+    columns = tuple(source.columns.items())
+    return SourceSpec(source.path, source.weight, chosen, columns, source.max_rows)
 
 
 def read_conversations(
