@@ -129,9 +129,8 @@ class ConversationStream(Iterator[Conversation]):
     ) -> Iterator[Conversation]:
         given = 0
         for number, (source, paths) in enumerate(sources):
-            good = chain.from_iterable(self._file(path, source) for path in paths)
-            if source.max_rows is not None:
-                good = islice(good, source.max_rows)
+            found = chain.from_iterable(self._file(path, source) for path in paths)
+            good = islice(found, source.max_rows)  # None: all
             for conversation in weighted(good, source.weight, f"{seed}:{number}"):
                 if not self._must_stop:
                     given += 1
