@@ -71,7 +71,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], str]] = 
     ),
     "of another shape": (
         lambda tensors, name: tensors.update({name: tensors[name].repeat(2, 2)}),
-        r"do not fit|has rank|the base takes|is \(",
+        r"do not fit|has rank|and not|is \(",
     ),
     "not finite": (
         lambda tensors, name: tensors[name].view(-1)[-1:].fill_(float("nan")),

@@ -162,7 +162,7 @@ def check_complete(
     """
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [
-        f"{name} is {found[name]}, the base takes {shape}"
+        f"{name} is {found[name]} and not {shape}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]

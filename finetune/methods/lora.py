@@ -118,15 +118,10 @@ def restore(model: PeftModel, folder: Path) -> None:
     """Put saved adapter weights into a model with the same adapters attached.
 
     Raises:
-        ModelError: The file has other weights than the model.
+        ModelError: The file has other weights than the model, or some that are not finite.
     """
     weights = load_file(folder / ADAPTER_WEIGHTS)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if problems := _differences(expected, weights):
-        raise ModelError(
-            f"{folder / ADAPTER_WEIGHTS} does not fit the adapters of this run: {problems}. "
-            "Attach them with the rank and target_modules they were saved with"
-        )
+    _check_weights(model, weights, folder / ADAPTER_WEIGHTS)
     set_peft_model_state_dict(model, weights)
 
 
@@ -227,15 +222,3 @@ def _no_match(pattern: str, linear: list[str]) -> str:
 
 def _patterns(names: Iterable[str]) -> dict[str, int]:
     return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
-
-
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    wrong = [name for name in expected if name not in found] + [
-        name for name in found if name not in expected
-    ]
-    wrong += [
-        f"{name} is {tuple(found[name].shape)} and not {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and expected[name].shape != found[name].shape
-    ]
-    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
