@@ -16,7 +16,9 @@ import tiny
 
 from finetune.data.chat import tokenizer as tokenizer_module
 from finetune.data.chat.jinja import JinjaTemplate
+from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import CONTROL_TOKENS, load_chat_tokenizer, tokenizer_file
+from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import ModelError
 
 
@@ -309,3 +311,26 @@ def test_a_folder_with_tokenizer_json_needs_neither_torch_nor_transformers(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kind", ["pre_tokenizer", "normalizer"])
+def test_a_pattern_without_end_in_a_tokenizer_is_an_error_in_words(
+    tmp_path: Path, kind: str
+) -> None:
+    tiny.save_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    pattern = {"Regex": "(a|aa)+$"}
+    settings["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+            settings["pre_tokenizer"],
+        ],
+    }
+    if kind == "normalizer":
+        settings["normalizer"] = {"type": "Replace", "pattern": pattern, "content": "b"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    template = ChatTemplate(load_chat_tokenizer(tmp_path))
+    talk = Conversation((Message("user", "a" * 60 + "c"),))
+    with pytest.raises(ModelError, match="takes its library without end"):
+        template.prompts([(talk, 1)])

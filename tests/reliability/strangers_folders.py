@@ -134,6 +134,14 @@ ODD: dict[str, Callable[[Path], None]] = {
 
 def cases() -> Iterator[Case]:
     """Every adapter with every command, every model with two of them, every odd file."""
+    glm_folder()  # once, before the cases fork
+    trained("lora")
+    import finetune.evaluation.evaluate
+    import finetune.export.merge
+    import finetune.generation.generate
+    import finetune.methods.lora
+    import finetune.models.load  # noqa: F401
+
     for what, change in ADAPTERS.items():
         for name in ("predict", "evaluate", "merge"):
             yield Case(f"adapters: {what}, {name}", partial(adapter, change, name))

@@ -38,7 +38,7 @@ from finetune.data.chat.spans import (
     trained_spans,
 )
 from finetune.data.chat.template_check import check_against_own_template
-from finetune.data.chat.tokenizer import ChatTokenizer
+from finetune.data.chat.tokenizer import ChatTokenizer, explain_panic
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import DataError
 
@@ -241,7 +241,8 @@ class ChatTemplate:
 
     def _trusted(self, text: str) -> list[int]:
         """Ids of text that the checkpoint's template wrote, its control strings matched."""
-        return list(self.tokenizer.backend.encode(text, add_special_tokens=False).ids)
+        with explain_panic():
+            return list(self.tokenizer.backend.encode(text, add_special_tokens=False).ids)
 
     def _plan(
         self, conversation: Conversation, stop: int, batch: _Batch, *, opened: int | None
@@ -330,7 +331,8 @@ class ChatTemplate:
     def _encode(self, batch: _Batch, conversations: Sequence[Conversation]) -> list[list[int]]:
         texts = list(batch.numbers)
         try:
-            encodings = self.tokenizer.plain.encode_batch_fast(texts, add_special_tokens=False)
+            with explain_panic():
+                encodings = self.tokenizer.plain.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
             raise _broken_text(conversations) from None
         return [encoding.ids for encoding in encodings]

@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,20 @@ def _open(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@contextmanager
+def explain_panic() -> Iterator[None]:
+    """ModelError where the tokenizer's Rust code panics over a text, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"{TOKENIZER} holds a pattern that takes its library without end ({error}); "
+            "use the tokenizer of the base"
+        ) from error
 
 
 def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
