@@ -43,7 +43,7 @@ def merge(
     output: Output,
     base: Base = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Number format to write; by default the base's.")
+        Dtype | None, typer.Option(help="Dtype to write; by default the base's.")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Merge even when the base is not the adapter's own.")
@@ -123,9 +123,7 @@ def push(
     yes: Annotated[
         bool, typer.Option("--yes", help="Send it. Without, only say what would be sent.")
     ] = False,
-    public: Annotated[
-        bool, typer.Option("--public", help="For everybody to read; otherwise private.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
     base: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Of an adapter: its base's name on the hub."),
@@ -162,7 +160,9 @@ def _weighted(text: str) -> tuple[Path, float]:
     try:
         return Path(path), float(weight)
     except ValueError:
-        raise ConfigError(f"{text}: {weight!r} is no weight; write ADAPTER:0.5") from None
+        raise ConfigError(
+            f"{text}: the weight must be a number, got {weight!r}; write ADAPTER:0.5"
+        ) from None
 
 
 def _say_difference(largest: float | None) -> None:

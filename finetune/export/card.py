@@ -25,8 +25,8 @@ from finetune.artifacts.names import (
 )
 from finetune.artifacts.resolve import is_adapter, is_hub_id
 
-_TOLD = ("method.", "training.", "data.", "deepspeed.", "model.freeze", "model.quantization")
-_UNTOLD = (
+_SHOWN = ("method.", "training.", "data.", "deepspeed.", "model.freeze", "model.quantization")
+_HIDDEN = (
     "method.kind", "data.train", "data.validation", "data.format", "data.columns", "data.on_bad_row",
     "data.ignore_columns", "data.max_overlap", "data.group_by",
     "data.max_bad_rows", "data.image_root", "data.loader_workers", "data.cache_dir",
@@ -103,7 +103,7 @@ def _about(folder: Path, record: Mapping[str, Any], base: str) -> str:
         if config.get(f"data.{key}"):
             rows.append((name, _data(config[f"data.{key}"], data.get(key) or {})))
     text = _table(("", ""), rows)
-    told = [(key, _value(value)) for key, value in config.items() if _is_told(key, value)]
+    told = [(key, _value(value)) for key, value in config.items() if _is_shown(key, value)]
     if told:
         text += f"\n### Options\n\n{_table(('key', 'value'), told)}"
     text += _scores(folder, state)
@@ -143,8 +143,8 @@ def _mark(fingerprint: Any) -> str:
     return f" (fingerprint `{str(fingerprint)[:16]}`)" if fingerprint else ""
 
 
-def _is_told(key: str, value: Any) -> bool:
-    return key.startswith(_TOLD) and key not in _UNTOLD and value not in (None, [], {}, False)
+def _is_shown(key: str, value: Any) -> bool:
+    return key.startswith(_SHOWN) and key not in _HIDDEN and value not in (None, [], {}, False)
 
 
 def _value(value: Any) -> str:

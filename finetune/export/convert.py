@@ -143,7 +143,7 @@ def _plan(model: TextModel, layout: Layout, notes: list[str]) -> FolderPlan:
         outputs = _outputs(shard, model, present, layout)
         if layout == "published" and any(EMBEDDING[layout] in output.name for output in outputs):
             outputs.append(_rotary_buffer(kept, model, outputs[0].dtype))
-        header = make_header(outputs, {"format": "pt", **_put_by(shard)})
+        header = make_header(outputs, {"format": "pt", **_stash_rotary(shard)})
         plans.append(ShardPlan(shard.file.name, header, tuple(outputs)))
     texts = _texts(model, layout, _dtype(present, model), notes)
     if (model.folder / WEIGHTS_INDEX).is_file():
@@ -206,7 +206,7 @@ def _renamed(
     for part, rows in zip(parts, model.rows, strict=True):
         _check_rows(part, rows)
     if len({part.dtype for part in parts}) > 1:
-        raise ModelError(f"{model.folder}: q, k and v of {at} have different number formats")
+        raise ModelError(f"{model.folder}: q, k and v of {at} have different dtypes")
     return [_output(f"{names[0]}.{kind}", *parts)]
 
 
@@ -223,7 +223,7 @@ def _check_rows(tensor: TensorInfo, rows: int) -> None:
         )
 
 
-def _put_by(shard: Shard) -> dict[str, str]:
+def _stash_rotary(shard: Shard) -> dict[str, str]:
     """The rotary buffer, if it is here, as a line of metadata: it waits there for the way back."""
     for tensor in shard.tensors:
         if tensor.name == ROTARY_BUFFER:

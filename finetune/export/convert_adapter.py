@@ -208,7 +208,7 @@ def _fuse(
     a = [module.of("lora_A") for module in there]
     dtype = a[0].dtype
     if any(part.dtype != dtype for module in there for part in module.parts.values()):
-        raise ModelError(f"{name}: the parts of q, k and v are stored in different number formats")
+        raise ModelError(f"{name}: the parts of q, k and v are stored in different dtypes")
     b = [np.zeros((rows, 0), STORAGE[dtype]) if module is None else module.of("lora_B").values
          for module, rows in zip(three, model.rows, strict=True)]  # fmt: skip
     same = len(there) == 3 and all(

@@ -20,7 +20,7 @@ from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export.adapter import Update
 from finetune.export.checks import ProductCheck
 from finetune.export.numbers import Floats, to_float32
-from finetune.export.shards import GivenUpError, Output, ShardPlan, write_shard
+from finetune.export.shards import CancelledError, Output, ShardPlan, write_shard
 from finetune.storage import folders
 from finetune.storage.manifest import seal
 
@@ -132,7 +132,7 @@ def _write(plan: FolderPlan, stage: Path, label: str) -> dict[str, tuple[int, st
             stop.set()
     errors = [error for future in futures if (error := future.exception())]
     # The one that made the others give up comes first.
-    for error in sorted(errors, key=lambda error: isinstance(error, GivenUpError)):
+    for error in sorted(errors, key=lambda error: isinstance(error, CancelledError)):
         raise error
     return {shard.name: future.result() for shard, future in zip(plan.shards, futures, strict=True)}
 

@@ -1,7 +1,7 @@
 """Adapter + base -> a plain checkpoint that opens wherever the base opens, tensor by tensor.
 
 Same shards, same index, same other files as the base; only the tensors that the adapter changes
-differ. Computed in float32 and rounded once to the base's number format: what PEFT's merge gives for
+differ. Computed in float32 and rounded once to the base's dtype: what PEFT's merge gives for
 float32 adapters, without its memory.
 """
 
@@ -139,7 +139,7 @@ def _find_sources(
         if not is_adapter(source) and (len(given) > 1 or weight != 1):
             raise ConfigError(f"{source} is a whole model; only adapters are added up or weighted")
         if not math.isfinite(weight):
-            raise ConfigError(f"{path}: {weight} is no weight")
+            raise ConfigError(f"{path}: the weight must be a finite number, got {weight}")
         found.append((source, weight))
         notes += said
     if len({source.resolve() for source, _ in found}) < len(found):

@@ -21,7 +21,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
 SPACING = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
 """Of neighbouring numbers, at most, as a share of them."""
 
-# The number format's bits as an integer, and its infinity there; larger ones are no numbers.
+# The dtype's bits as an integer, and its infinity there; larger ones are no numbers.
 _INFINITY: dict[str, tuple[Any, int]] = {
     "BF16": (np.dtype("<i2"), 0x7F80),
     "F16": (np.dtype("<i2"), 0x7C00),

@@ -28,7 +28,7 @@ Inputs = dict[str, torch.Tensor]
 def check_parity(base: Path, adapters: Sequence[tuple[Path, float]], written: Path) -> float:
     """The largest difference between the logits before and in what was written, over a few prompts.
 
-    Both run in the same number format, one after the other. Raises ModelError when the difference
+    Both run in the same dtype, one after the other. Raises ModelError when the difference
     is more than rounding explains.
 
     Args:

@@ -75,7 +75,7 @@ class ShardPlan:
         return len(self.header) + sum(output.size for output in self.outputs)
 
 
-class GivenUpError(Exception):
+class CancelledError(Exception):
     """The writing was given up because something else failed."""
 
 
@@ -105,7 +105,7 @@ def write_shard(
 ) -> tuple[int, str]:
     """Write ``target`` as planned and make it durable; returns its size and SHA-256.
 
-    ``advance`` hears of the bytes written; ``stop`` ends the writing early by GivenUpError.
+    ``advance`` hears of the bytes written; ``stop`` ends the writing early by CancelledError.
     """
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -182,7 +182,7 @@ class _Sink:
     def _hand_on(self) -> None:
         """Pass the current buffer to the other threads, and take the next when they are through with it."""
         if self._stop.is_set():
-            raise GivenUpError
+            raise CancelledError
         data = self._buffers[0][: self._filled]
         self.size += len(data)
         hashed = self._hasher.submit(self._digest.update, data)
@@ -279,7 +279,7 @@ def _compute(
     output: Output, source: TensorInfo, descriptor: int, sink: _Sink, work: _Workspace
 ) -> None:
     rows, columns = source.shape if len(source.shape) == 2 else (1, 0)
-    if output.update is None:  # only the number format changes: any split into rows will do
+    if output.update is None:  # only the dtype changes: any split into rows will do
         rows, columns = source.size // ITEM_SIZE[source.dtype], 1
     if rows * columns == 0:
         return
@@ -310,7 +310,7 @@ def _compute(
         if not known or not is_finite(result, output.dtype):
             raise ModelError(
                 f"{output.name} would hold numbers that are not finite in {output.dtype}; "
-                "the base or the adapter is broken, or the number format too small"
+                "the base or the adapter is broken, or the dtype too small"
             )
         if check is not None and before is not None:
             widen(result, output.dtype, values)
