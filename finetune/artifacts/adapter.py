@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.model_config import is_count, is_number, shown
 from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune.artifacts.plain_files import check_folder
 from finetune.artifacts.regex import match_names
@@ -128,14 +129,14 @@ def check_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     wanted = _LORA if kind == "LORA" else _PREFIX_TUNING
     said = [
-        f"{name}={_shown(config[name])} ({reason})"
+        f"{name}={shown(config[name])} ({reason})"
         for name, (fits, reason) in wanted.items()
         if name in config and not fits(config[name])
     ]
     said += [f"{name} is missing" for name in _NEEDED if name in wanted and name not in config]
-    refused = [f"{name}={_shown(config[name])}" for name in _REFUSED if config.get(name)]
+    refused = [f"{name}={shown(config[name])}" for name in _REFUSED if config.get(name)]
     known = {*wanted, *_REFUSED, *_INERT}
-    unknown = [f"{n}={_shown(v)}" for n, v in sorted(config.items()) if v and n not in known]
+    unknown = [f"{n}={shown(v)}" for n, v in sorted(config.items()) if v and n not in known]
     file = folder / ADAPTER_CONFIG
     if said:
         raise ModelError(f"{file}: {'; '.join(said[:_LISTED])}. Copy the adapter again")
@@ -195,9 +196,9 @@ def _by_module(
 
 def _refuse(what: str, problems: Collection[str]) -> None:
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in list(problems)[:_LISTED])
+        listed = "".join(f"\n  {problem}" for problem in list(problems)[:_LISTED])
         more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ModelError(f"{what}:{shown}{more}\nCopy the adapter again, or give its own base")
+        raise ModelError(f"{what}:{listed}{more}\nCopy the adapter again, or give its own base")
 
 
 def _part_problems(
@@ -266,22 +267,9 @@ def _chosen(entry: str | list[str], names: list[str], where: str) -> set[str]:
     return {name for name in names if any(_ends_with(name, end) for end in entry)}
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 # --- what a setting may be -----------------------------------------------------------------------
 
 _Rule = tuple[Callable[[Any], bool], str]
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_names(value: Any) -> bool:
@@ -305,7 +293,7 @@ def _values(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _FLAG: _Rule = (lambda value: value is None or isinstance(value, bool), "true or false")
 _TEXT: _Rule = (_or_none(lambda value: isinstance(value, str)), "a text")
-_SIZE: _Rule = (_or_none(_is_count), "a whole number above 0")
+_SIZE: _Rule = (_or_none(is_count), "a whole number above 0")
 _TASK: _Rule = (lambda value: value in (None, "CAUSAL_LM"), "only CAUSAL_LM is opened")
 _SHARED: dict[str, _Rule] = {
     "base_model_name_or_path": _TEXT,
@@ -313,9 +301,9 @@ _SHARED: dict[str, _Rule] = {
     "task_type": _TASK,
 }
 _LORA: dict[str, _Rule] = _SHARED | {
-    "r": (_is_count, "a rank is a whole number above 0"),
-    "lora_alpha": (_is_number, "a finite number"),
-    "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "from 0 to 1"),
+    "r": (is_count, "a rank is a whole number above 0"),
+    "lora_alpha": (is_number, "a finite number"),
+    "lora_dropout": (lambda value: is_number(value) and 0 <= value <= 1, "from 0 to 1"),
     "target_modules": (
         lambda value: (
             (isinstance(value, str) and value != "") or (_is_names(value) and value != [])
@@ -328,8 +316,8 @@ _LORA: dict[str, _Rule] = _SHARED | {
     ),
     "modules_to_save": (_or_none(_is_names), "a list of module names"),
     "layers_to_transform": (_or_none(_is_layers), "numbers of layers"),
-    "rank_pattern": (_values(_is_count), "ranks by pattern"),
-    "alpha_pattern": (_values(_is_number), "finite numbers by pattern"),
+    "rank_pattern": (_values(is_count), "ranks by pattern"),
+    "alpha_pattern": (_values(is_number), "finite numbers by pattern"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": (
         lambda value: isinstance(value, (bool, str, type(None))) and value in _KEEPS_BASE,
@@ -343,7 +331,7 @@ _LORA: dict[str, _Rule] = _SHARED | {
     ),
 }
 _PREFIX_TUNING: dict[str, _Rule] = _SHARED | {
-    "num_virtual_tokens": (_is_count, "a whole number above 0"),
+    "num_virtual_tokens": (is_count, "a whole number above 0"),
     "token_dim": _SIZE,
     "num_layers": _SIZE,
     "num_attention_heads": _SIZE,

@@ -89,17 +89,17 @@ def _problems(values: Mapping[str, Any], layers: int, side: int) -> list[str]:
     rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
         (
             _LAYERS,
-            lambda v: _is_count(v, layers),
+            lambda v: is_count(v, layers),
             f"from 1 to {layers} (there are as many tensors)",
         ),
-        (_SIDES, lambda v: _is_count(v, side), f"from 1 to {side} (the longest side of a tensor)"),
-        (_COUNTS, lambda v: _is_count(v, 1 << 31), "a whole number above 0"),
-        (_NUMBERS, _is_number, "a finite number"),
+        (_SIDES, lambda v: is_count(v, side), f"from 1 to {side} (the longest side of a tensor)"),
+        (_COUNTS, is_count, "a whole number above 0"),
+        (_NUMBERS, is_number, "a finite number"),
         (_FLAGS, lambda v: isinstance(v, bool), "true or false"),
         (_IDS, _is_ids, "a token id"),
     ]
     return [
-        f"{key} is {_shown(values[key])}, must be {text}"
+        f"{key} is {shown(values[key])}, must be {text}"
         for keys, fits, text in rules
         for key in keys
         if values.get(key) is not None and not fits(values[key])
@@ -110,11 +110,13 @@ def _is_section(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _is_count(value: Any, largest: int) -> bool:
+def is_count(value: Any, largest: int = 1 << 31) -> bool:
+    """Whether it is a whole number from 1 to `largest`."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -123,6 +125,7 @@ def _is_ids(value: Any) -> bool:
     return all(isinstance(v, int) and not isinstance(v, bool) and -1 <= v < 1 << 31 for v in listed)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of somebody's JSON in a message, however long it is."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}…"
