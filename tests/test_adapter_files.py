@@ -81,6 +81,10 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], str]] = 
         lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}),
         r"is I8, not one of",
     ),
+    "beside a head that nothing adapts": (
+        lambda tensors, name: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}),
+        r"lm_head\.weight is of a kind that is not known",
+    ),
     "beside another": (
         lambda tensors, name: tensors.update({name.replace("lora_", "lora_extra_"): torch.ones(2)}),
         r"is of a kind that is not known",
@@ -100,6 +104,8 @@ def test_a_tensor_that_is_not_as_it_was_trained_is_refused_by_name(
     with pytest.raises(ModelError, match=reason) as caught:
         way(base, adapter)
     module = name.removeprefix("base_model.model.").rpartition(".lora")[0]
+    if damage.startswith("beside a head"):
+        return
     assert module in str(caught.value) or module.replace("layers", "blocks") in str(caught.value)
 
 

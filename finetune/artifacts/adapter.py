@@ -178,7 +178,11 @@ def _by_module(
     modules: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     problems = []
-    for tensor in read_shard(file).tensors:
+    stored = read_shard(file).tensors
+    # PEFT saves both embeddings whole where one of them is adapted, and only there.
+    adapted = [match["module"] for t in stored if (match := _PART.fullmatch(t.name))]
+    embeddings = any(module.rpartition(".")[2] in _EMBEDDINGS for module in adapted)
+    for tensor in stored:
         if tensor.dtype not in FLOATS:
             problems.append(f"{tensor.name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
         name = tensor.name.removeprefix(PREFIX)
@@ -187,7 +191,7 @@ def _by_module(
         elif match := _PART.fullmatch(name):
             part = match["part"].removesuffix(".weight")
             modules.setdefault(match["module"], {})[part] = tensor
-        elif _may_be_whole(name, config):
+        elif _may_be_whole(name, config, embeddings=embeddings):
             whole[name.replace(".base_layer.", ".")] = tensor
         else:
             problems.append(f"{name} is of a kind that is not known here")
@@ -218,7 +222,7 @@ def _part_problems(
     return problems
 
 
-def _may_be_whole(name: str, config: Mapping[str, Any]) -> bool:
+def _may_be_whole(name: str, config: Mapping[str, Any], *, embeddings: bool) -> bool:
     """Whether PEFT saves such a tensor beside the adapters."""
     module, _, kind = name.rpartition(".")
     module = module.removesuffix(".base_layer")
@@ -228,7 +232,7 @@ def _may_be_whole(name: str, config: Mapping[str, Any]) -> bool:
         return True
     if kind == "bias":
         return bool(config.get("bias", "none") != "none")
-    return kind == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
+    return embeddings and kind == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def _ends_with(module: str, entry: str) -> bool:

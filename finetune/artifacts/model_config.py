@@ -17,12 +17,10 @@ _LAYERS = ("num_layers", "num_hidden_layers", "depth")
 _SIDES = (
     "hidden_size", "ffn_hidden_size", "intermediate_size", "kv_channels", "head_dim", "vocab_size",
     "num_attention_heads", "num_heads", "multi_query_group_num", "num_key_value_heads",
-    "padded_vocab_size", "out_hidden_size",
+    "padded_vocab_size", "out_hidden_size", "patch_size", "in_channels", "spatial_merge_size",
+    "temporal_patch_size",
 )  # fmt: skip
-_COUNTS = (
-    "seq_length", "max_position_embeddings", "image_size", "patch_size", "in_channels",
-    "spatial_merge_size", "temporal_patch_size",
-)  # fmt: skip
+_COUNTS = ("seq_length", "max_position_embeddings", "image_size")
 _NUMBERS = (
     "rms_norm_eps", "layernorm_epsilon", "layer_norm_eps", "rope_ratio", "rope_theta",
     "attention_dropout", "hidden_dropout", "dropout_prob", "initializer_range", "partial_rotary_factor",
@@ -98,12 +96,16 @@ def _problems(values: Mapping[str, Any], layers: int, side: int) -> list[str]:
         (_FLAGS, lambda v: isinstance(v, bool), "true or false"),
         (_IDS, _is_ids, "a token id"),
     ]
-    return [
+    problems = [
         f"{key} is {shown(values[key])}, must be {text}"
         for keys, fits, text in rules
         for key in keys
         if values.get(key) is not None and not fits(values[key])
     ]
+    image, patch = values.get("image_size"), values.get("patch_size")
+    if not problems and image and patch and (image // patch) ** 2 > side:
+        problems.append(f"image_size {image} makes {(image // patch) ** 2:,} patches of {patch}")
+    return problems
 
 
 def _is_section(value: Any) -> bool:

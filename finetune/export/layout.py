@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from transformers import GlmConfig
 
+from finetune.artifacts.model_config import read_model_config
 from finetune.artifacts.names import MODEL_CONFIG
-from finetune.artifacts.plain_files import read_json
+from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 
@@ -91,6 +92,8 @@ def read_text_model(folder: Path) -> TextModel:
             f"{folder} is {what}; only GLM-4 text models have both layouts: model_type chatglm "
             "(as published) and glm (the -hf conversions). 0414 models (glm4) have one layout"
         )
+    check_folder(folder)
+    read_model_config(folder)
     if kind == "chatglm":
         config = ChatGLMConfig.from_dict(values, name_or_path=str(folder))
     else:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune import console
 from finetune.artifacts.adapter import ALL_LINEAR, check_complete, read_lora
 from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_WEIGHTS
@@ -134,7 +135,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     files = read_lora(folder)
     base = model.config.name_or_path
     if Path(base).is_dir():
-        check_base(folder, Path(base), force=force)
+        for note in check_base(folder, Path(base), force=force):
+            console.say(note)
     named = [name for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
     if missing := files.missing(named):
         raise ModelError(

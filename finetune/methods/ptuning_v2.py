@@ -29,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.glm.modeling_glm import eager_attention_forward
 
+from finetune import console
 from finetune.artifacts.adapter import PREFIX_TENSOR, check_config, weights_file
 from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX_ENCODER, PREFIX_UNITS
@@ -221,7 +222,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     flat = _flat_weights(folder)
     base = model.config.name_or_path
     if Path(base).is_dir():
-        check_base(folder, Path(base))
+        for note in check_base(folder, Path(base)):
+            console.say(note)
     heads, head_dim = _key_value_shape(model)
     width = len(_attention_layers(model)) * 2 * heads * head_dim
     if flat.shape[1] != width:
