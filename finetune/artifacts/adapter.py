@@ -40,7 +40,7 @@ _REFUSED = (
 _INERT = (
     "peft_type", "peft_version", "auto_mapping", "inference_mode", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "encoder_hidden_size",
-    "init_weights",
+    "init_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
 )  # fmt: skip
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and others change it.
 _KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", None)

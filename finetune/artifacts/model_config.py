@@ -18,7 +18,7 @@ _SIDES = (
     "hidden_size", "ffn_hidden_size", "intermediate_size", "kv_channels", "head_dim", "vocab_size",
     "num_attention_heads", "num_heads", "multi_query_group_num", "num_key_value_heads",
     "padded_vocab_size", "out_hidden_size", "patch_size", "in_channels", "spatial_merge_size",
-    "temporal_patch_size",
+    "temporal_patch_size", "num_positions",
 )  # fmt: skip
 _COUNTS = ("seq_length", "max_position_embeddings", "image_size")
 _NUMBERS = (
