@@ -114,3 +114,25 @@ def test_a_script_reads_its_options_before_it_does_anything(script: Path) -> Non
     assert not re.search(r"subprocess|write_text|mkdir|rmtree|set_num_threads|measure", before), (
         before
     )
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "architecture_zh.md"])
+def test_the_walks_name_files_that_exist(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+/[a-z_/]*(?:\.py)?)`", text))
+    assert len(named) > 25
+    assert [
+        name
+        for name in sorted(named)
+        if not (ROOT / "finetune" / name).exists() and not (ROOT / name).exists()
+    ] == []
+
+
+def test_both_languages_walk_through_the_same_files() -> None:
+    english, chinese = (
+        re.findall(
+            r"`([a-z_]+/[a-z_/]*(?:\.py)?)`", (ROOT / "docs" / page).read_text(encoding="utf-8")
+        )
+        for page in ("architecture.md", "architecture_zh.md")
+    )
+    assert english == chinese
