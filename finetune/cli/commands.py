@@ -15,7 +15,7 @@ from finetune.cli.data_commands import Columns, ImageRoot, Json, Layout, data_ap
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import JsonSchema, RequireCall, using_app
-from finetune.cli.inputs import check_inputs
+from finetune.cli.inputs import Overwrite, check_inputs
 from finetune.cli.report_commands import report_app, say_report
 from finetune.cli.setup_commands import setup_app
 from finetune.errors import ConfigError
@@ -178,6 +178,7 @@ def evaluate(
     old_base: Annotated[bool, typer.Option("--base", hidden=True)] = False,
     old_general: Annotated[list[str] | None, typer.Option("--general", hidden=True)] = None,
     old_unit: Annotated[str | None, typer.Option("--bleu-unit", hidden=True)] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Score models on held-out dialogues and compare them.
@@ -212,6 +213,7 @@ def evaluate(
             temperature=temperature,
             seed=seed,
             form=read_form(json_schema, must_call=require_call),
+            overwrite=overwrite,
         )
         found = run(models, data or (), output=output, changes=changes, options=options)
         if console.is_main():

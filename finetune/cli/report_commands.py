@@ -9,6 +9,7 @@ import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json
+from finetune.cli.inputs import Overwrite
 from finetune.errors import ConfigError
 
 report_app = typer.Typer()
@@ -57,6 +58,7 @@ def compare(
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="For evaluation.json, predictions/ and the page.")
     ] = Path("comparison"),
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Report over several runs.
@@ -73,7 +75,7 @@ def compare(
     with console.json_output(as_json) as emit:
         found = [read_run(path) for path in runs]
         show_differences(found)
-        report = run(found, output)
+        report = run(found, output, overwrite=overwrite)
         say_report(output)
         emit(report)
 

@@ -107,10 +107,12 @@ def evaluate(
     whole = [target for target in found if target.kind != "predictions"]
     settings = _settings(whole, data, changes or {}) if whole else None
     jobs = [job.prepare(target, settings, options) for target in whole] if settings else []
+    place = output or _beside(found[0], settings)
+    folder.check_place(place, found, options)
     job.run(jobs)
     if not console.is_main():
         return {}
-    return folder.write(output or _beside(found[0], settings), found, jobs, options)
+    return folder.write(place, found, jobs, options)
 
 
 def _settings(targets: Sequence[Target], data: Sequence[str], changes: Mapping[str, Any]) -> Settings:  # fmt: skip

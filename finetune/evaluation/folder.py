@@ -13,6 +13,7 @@ import numpy as np
 
 from finetune import console
 from finetune.artifacts.names import EVALUATION
+from finetune.errors import ConfigError, DataError
 from finetune.evaluation import harness, metrics, scoring
 from finetune.evaluation.job import GENERATING, Job, Options, request
 from finetune.evaluation.metrics import Source
@@ -24,6 +25,7 @@ from finetune.evaluation.schema import (
     Score,
     Slices,
     TargetScores,
+    read_evaluation,
     write_evaluation,
 )
 from finetune.evaluation.scoring import Scoring, versions
@@ -31,6 +33,8 @@ from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compa
 from finetune.evaluation.targets import Target
 from finetune.storage.cache import key_of
 from finetune.storage.files import file_digest, write_file
+from finetune.storage.folders import refuse_others, result_files
+from finetune.storage.outputs import is_same_file
 
 LOSSES: tuple[Source, ...] = ("loss", "general_loss")
 """Sets of examples whose loss is taken."""
@@ -87,18 +91,56 @@ class Scored:
         )
 
 
+def check_place(output: Path, targets: Sequence[Target], options: Options) -> None:
+    """ConfigError when `write` would replace what it reads, or files that no evaluation wrote."""
+    names = [EVALUATION, "scores.json", "predictions.jsonl", *map(_file_of, targets)]
+    for target in targets:
+        for name in names:
+            if Path(target.path).is_file() and is_same_file(output / name, Path(target.path)):
+                raise ConfigError(
+                    f"{target.path} is read, and {output / name} is written; choose another --output"
+                )
+    if not options.overwrite:
+        refuse_others(output, names, _earlier(output))
+
+
 def write(
-    place: Path, targets: Sequence[Target], jobs: Sequence[Job], options: Options
+    output: Path, targets: Sequence[Target], jobs: Sequence[Job], options: Options
 ) -> dict[str, Any]:
     """Writes the folder; returns what `evaluation.json` says, and more when there is one target.
 
-    `evaluation.json` goes first and comes last: a folder that was left half written is no evaluation.
+    All files take their places together, sealed by a manifest.
     """
-    (place / EVALUATION).unlink(missing_ok=True)
+    check_place(output, targets, options)
+    with result_files(output, ours=_earlier(output), overwrite=options.overwrite) as place:
+        return _write(place, output, targets, jobs, options)
+
+
+def _earlier(output: Path) -> set[str]:
+    """What an evaluation of an earlier version wrote, which left no manifest."""
+    try:
+        targets = read_evaluation(output).targets
+    except DataError:
+        return set()
+    return {
+        EVALUATION,
+        "scores.json",
+        "predictions.jsonl",
+        *(target.predictions for target in targets),
+    }
+
+
+def _file_of(target: Target) -> str:
+    return f"predictions/{target.name}.jsonl"
+
+
+def _write(
+    place: Path, output: Path, targets: Sequence[Target], jobs: Sequence[Job], options: Options
+) -> dict[str, Any]:
     by_name = {job.target.name: job for job in jobs}
     scored: list[Scored] = []
     for target in targets:
-        file = place / "predictions" / f"{target.name}.jsonl"
+        file = place / _file_of(target)
         job = by_name.get(target.name)
         if job is not None:
             _write_predictions(job, file, options.scoring)
@@ -110,7 +152,7 @@ def write(
             scoring.score_external(Path(target.path), file, options.scoring, like=like)
         scored.append(Scored(target, job, file, options.scoring))
     evaluation = _evaluation(scored, options)
-    report = evaluation.model_dump() | {"output": str(place)}
+    report = evaluation.model_dump() | {"output": str(output)}
     if len(scored) == 1:
         report |= _single(scored[0], evaluation, options)
         shutil.copyfile(scored[0].file, place / "predictions.jsonl")
@@ -130,15 +172,10 @@ def _write_predictions(job: Job, file: Path, how: Scoring) -> None:
             "versions": versions(scoring.PACKAGES),
         }
     )
-    kept = job.results.folder / f"scored-{key[:16]}.jsonl"
-    if not kept.is_file() or _num_lines(kept) != (job.results.facts or {}).get("replies"):
-        scoring.score_file(job.results.unscored, kept, how)
+    kept = job.results.scored(
+        key[:16], lambda unscored, output: scoring.score_file(unscored, output, how)
+    )
     shutil.copyfile(kept, file)
-
-
-def _num_lines(file: Path) -> int:
-    with file.open("rb") as lines:
-        return sum(line.endswith(b"\n") for line in lines)
 
 
 def _evaluation(scored: Sequence[Scored], options: Options) -> Evaluation:

@@ -23,6 +23,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import PreparedDataset, load_examples
+from finetune.data.reading.files import expand
 from finetune.data.reading.sources import SourceSpec, read_conversations, sources_of
 from finetune.errors import NonFiniteError
 from finetune.evaluation import store
@@ -35,6 +36,7 @@ from finetune.generation.prompts import PromptCounts, PromptStream, ReplyPrompt,
 from finetune.generation.settings import Settings, settings_of
 from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.cache import key_of
+from finetune.storage.seen import SeenFiles
 
 if TYPE_CHECKING:
     from finetune.distributed.map_batches import Poll
@@ -67,6 +69,8 @@ class Options:
     """Of sampled replies."""
     form: Form = ANY_FORM
     """What every reply must be."""
+    overwrite: bool = False
+    """Replace files in the output folder that this program did not write, too."""
 
     @property
     def decoding(self) -> str:
@@ -87,6 +91,8 @@ class Job:
     losses: Mapping[str, PreparedDataset]
     """Examples whose loss is taken, by the name under which `results` keeps it."""
     results: Results
+    seen: SeenFiles
+    """The held-out files and their images, as they were when they were read first."""
 
     @property
     def base(self) -> str:
@@ -127,10 +133,11 @@ def prepare(target: Target, settings: Settings, options: Options) -> Job:
     if options.general:
         general = sources_of(settings.data, options.general)
         losses[_general_name(options)] = _examples(general, template, settings)
+    seen = SeenFiles.of(_files(settings, template))
     key: dict[str, Any] = {
         "format": store.FORMAT,
         "model": store.model_key(target.path, target.base),
-        "data": store.data_key([source.path for source in settings.sources]),
+        "data": [(str(file), digest) for file, (_, digest) in seen.states.items()],
         "sources": [asdict(source) for source in settings.sources],
         "reading": asdict(settings.reading),
         "asked": request(settings, options),
@@ -138,14 +145,19 @@ def prepare(target: Target, settings: Settings, options: Options) -> Job:
         "number format": [settings_of(target.like or target.path).dtype, _device_kind()],
         "versions": versions(GENERATING),
     }
-    if template.image is not None:
-        dialogues = read_conversations(settings.sources, settings.reading)
-        key["images"] = store.image_key(
-            m.image for one in dialogues for m in one.messages if m.image
-        )
     if key["model"] is None:  # a hub id: what it stands for may change
         key["process"] = time.time_ns()
-    return Job(target, settings, options, template, losses, Results(root, key_of(key)))
+    return Job(target, settings, options, template, losses, Results(root, key_of(key)), seen)
+
+
+def _files(settings: Settings, template: ChatTemplate) -> list[Path]:
+    """The held-out files, and the images that they show."""
+    files = [file for source in settings.sources for file in expand(source.path)]
+    if template.image is None:
+        return files
+    dialogues = read_conversations(settings.sources, settings.reading)
+    images = (m.image for one in dialogues for m in one.messages if m.image)
+    return [*files, *map(Path, dict.fromkeys(images))]
 
 
 def request(settings: Settings, options: Options) -> dict[str, Any]:
@@ -236,6 +248,7 @@ def _generate_replies(job: Job, model: Any, leads: bool) -> None:
         _say_counts(prompts.counts)
     if leads:
         seconds = time.perf_counter() - begun
+        job.seen.check(_files(job.settings, job.template), "they were evaluated")
         results.finish({"seconds": seconds, "dtype": str(model.dtype), "replies": number})
 
 

@@ -16,6 +16,7 @@ from finetune.artifacts.plain_files import check_plain
 from finetune.errors import DataError
 from finetune.evaluation.metrics import headline_of, metric
 from finetune.storage.files import write_file
+from finetune.storage.folders import finish_result
 
 
 def _finite(value: Any) -> Any:
@@ -140,6 +141,11 @@ class Sample:
 def read_evaluation(folder: Path) -> Evaluation:
     """What lies in `folder`; DataError when it is no whole evaluation."""
     file = folder / EVALUATION
+    if folder.is_dir() and (problems := finish_result(folder)):
+        raise DataError(
+            f"{folder} is no whole evaluation: {'; '.join(problems)}; evaluate again (what was "
+            "generated is kept), or delete manifest.json if you changed it yourself"
+        )
     if not file.is_file():
         raise DataError(
             f"{folder} holds no {EVALUATION}; `finetune evaluate … --output {folder}` writes one"

@@ -7,6 +7,7 @@
         losses.npz           sums per example
         done.json            written last
         scored-<key>.jsonl   the answers with their scores
+        manifest.json        sizes and hashes of what is whole; anything else is made again
 
 The key is that of the model's weights, the data, the template and the settings; nothing in it depends
 on where things lie, except the data's path, which stands in every row.
@@ -15,7 +16,7 @@ on where things lie, except the data's path, which stands in every row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,15 +31,15 @@ from finetune.artifacts.weights import model_fingerprint
 from finetune.data.reading.files import expand
 from finetune.errors import OutputInUseError
 from finetune.evaluation.predictions import Prediction, read_unscored
-from finetune.storage import folders, journal
-from finetune.storage.cache import default_root, key_of
+from finetune.storage import folders, journal, manifest
+from finetune.storage.cache import default_root
 from finetune.storage.files import file_digest, json_line, whole_binary, write_file
 from finetune.storage.lock import try_lock
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Reply
 
-FORMAT = 1
+FORMAT = 2
 """Version of how replies are generated; results of another one are not used."""
 
 
@@ -49,16 +50,12 @@ class Results:
         self.folder = (root or default_root()) / "evaluations" / key
         self.unscored = self.folder / "answers.jsonl"
         self._part = self.folder / "answers.jsonl.part"
-        self._done = self.folder / "done.json"
 
     @property
     def facts(self) -> dict[str, Any] | None:
         """What `finish` noted; None while something is missing."""
-        try:
-            facts = json.loads(self._done.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        return dict(facts) if self.unscored.is_file() else None
+        facts = self.note("done")
+        return facts if manifest.is_whole(self.folder, self.unscored.name) else None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -90,32 +87,41 @@ class Results:
         """Keeps sums per example under a name."""
         with whole_binary(self.folder / f"{name}.npz") as file:
             np.savez(file, losses=losses, weights=weights)
+        manifest.add(self.folder, f"{name}.npz")
 
     def losses(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
         """What `write_losses` kept, unless a sum in it is no number."""
-        try:
-            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as found:
-                losses, weights = found["losses"], found["weights"]
-        except (FileNotFoundError, ValueError, EOFError):
+        if not manifest.is_whole(self.folder, f"{name}.npz"):
             return None
+        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as found:
+            losses, weights = found["losses"], found["weights"]
         return (losses, weights) if np.isfinite(losses).all() else None
 
     def note(self, name: str) -> Any:
         """What `write_note` kept."""
-        try:
-            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        if not manifest.is_whole(self.folder, f"{name}.json"):
             return None
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
 
     def write_note(self, name: str, value: Any) -> None:
         """Keeps a value under a name."""
         write_file(self.folder / f"{name}.json", json_line(value))
+        manifest.add(self.folder, f"{name}.json")
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Makes the results whole."""
         self._part.touch()
         self._part.replace(self.unscored)
-        write_file(self._done, json_line(facts))
+        manifest.add(self.folder, self.unscored.name)
+        self.write_note("done", facts)
+
+    def scored(self, name: str, score: Callable[[Path, Path], object]) -> Path:
+        """The answers with their scores under a name, by `score(answers, output)` when it is not whole."""
+        file = self.folder / f"scored-{name}.jsonl"
+        if not manifest.is_whole(self.folder, file.name):
+            score(self.unscored, file)
+            manifest.add(self.folder, file.name)
+        return file
 
 
 class WindowLog:
@@ -183,12 +189,6 @@ def model_key(path: str, base: str | None) -> dict[str, Any] | None:
 def data_key(paths: Sequence[str]) -> list[tuple[str, str]]:
     """Every file with the hash of its bytes."""
     return [(str(file), file_digest(file)) for path in paths for file in expand(path)]
-
-
-def image_key(images: Iterable[str]) -> str:
-    """A hash of the images' names, sizes and times."""
-    stated = [(path, (now := Path(path).stat()).st_size, now.st_mtime_ns) for path in images]
-    return key_of({"images": stated})
 
 
 def _texts(folder: Path) -> dict[str, str]:

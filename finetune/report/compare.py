@@ -14,7 +14,7 @@ from finetune.methods import METHODS
 from finetune.report.runs import Run
 
 
-def compare(runs: Sequence[Run], output: Path) -> dict[str, Any]:
+def compare(runs: Sequence[Run], output: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Writes an evaluation folder of the predictions that the runs left at their evaluations.
 
     Raises:
@@ -36,7 +36,7 @@ def compare(runs: Sequence[Run], output: Path) -> dict[str, Any]:
             f"{', '.join(odd)}: asked other questions than {first} (data.validation or "
             "evaluation.max_samples differ); `finetune evaluate RUN RUN --data FILE` asks all the same"
         )
-    return evaluation_folder.write(output, targets, [], Options())
+    return evaluation_folder.write(output, targets, [], Options(overwrite=overwrite))
 
 
 def targets_of(runs: Sequence[Run]) -> list[Target]:

@@ -29,7 +29,7 @@ from finetune.storage.disk import is_disk_error, is_out_of_space
 from finetune.storage.files import STAGING, file_digest, fsync_folder, refuse_odd
 from finetune.storage.lock import Lock, is_held, try_lock
 from finetune.storage.manifest import MANIFEST as MANIFEST
-from finetune.storage.manifest import recorded, walk
+from finetune.storage.manifest import noted_files, recorded, walk
 from finetune.storage.manifest import seal as seal
 from finetune.storage.manifest import verify as verify
 
@@ -249,7 +249,7 @@ def result_files(
                 yield stage
             seal(stage)
             if not overwrite:
-                _refuse_others(folder, recorded(stage).files, {*ours, *_earlier(folder)})
+                refuse_others(folder, recorded(stage).files, ours)
             for name in recorded(stage).files:
                 refuse_odd(folder / name)
             stage.rename(folder / READY)
@@ -283,19 +283,16 @@ def _held_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _earlier(folder: Path) -> set[str]:
-    """The names of the result that is there."""
-    return {*recorded(folder).files, MANIFEST} if (folder / MANIFEST).is_file() else set()
-
-
-def _refuse_others(folder: Path, names: Collection[str], ours: Collection[str]) -> None:
-    wanted = [*names, MANIFEST]
-    others = [name for name in wanted if name not in ours and os.path.lexists(folder / name)]
-    if others:
-        raise ConfigError(
-            f"{folder / others[0]} is there, and this program did not write it; choose another "
-            "--output, or say --overwrite"
-        )
+def refuse_others(folder: Path, names: Collection[str], ours: Collection[str] = ()) -> None:
+    """ConfigError when one of ``names`` is there and is of no result that ``result_files`` wrote."""
+    noted = noted_files(folder)
+    earlier = {*noted, MANIFEST} if noted else set()
+    for name in (*names, MANIFEST):
+        if name not in ours and name not in earlier and os.path.lexists(folder / name):
+            raise ConfigError(
+                f"{folder / name} is there, and this program did not write it; choose another "
+                "--output, or say --overwrite"
+            )
 
 
 def _move_in(folder: Path) -> None:
@@ -320,9 +317,7 @@ def _move_in(folder: Path) -> None:
 
 def _obsolete(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]]:
     """Files of the earlier result that the new one has not."""
-    if not (folder / MANIFEST).is_file():
-        return {}
-    return {name: entry for name, entry in recorded(folder).files.items() if name not in names}
+    return {name: entry for name, entry in noted_files(folder).items() if name not in names}
 
 
 def _remove(path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.errors import CheckpointError
-from finetune.storage.files import fsync_folder
+from finetune.storage.files import fsync_folder, write_file
 
 MANIFEST = "manifest.json"
 
@@ -122,6 +122,31 @@ def recorded(folder: Path) -> Manifest:
     if isinstance(found, str):
         raise CheckpointError(f"{folder / MANIFEST} is missing or damaged")
     return found
+
+
+def add(folder: Path, name: str) -> None:
+    """Note a file that was written into ``folder`` after it was sealed, or before it ever was."""
+    known = noted_files(folder)
+    entry = _hash(folder / name, fsync=False)
+    write_file(folder / MANIFEST, _manifest_text(Manifest(known | {name: entry}, {})))
+
+
+def is_whole(folder: Path, name: str) -> bool:
+    """Whether a file is there, and is what was noted by ``add``."""
+    noted = noted_files(folder).get(name)
+    return (
+        noted is not None
+        and (folder / name).is_file()
+        and noted == _hash(folder / name, fsync=False)
+    )
+
+
+def noted_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """What the manifest names; nothing without a whole one."""
+    try:
+        return recorded(folder).files
+    except CheckpointError:
+        return {}
 
 
 def _read(folder: Path) -> Manifest | str:
