@@ -15,7 +15,13 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from finetune import console
-from finetune.errors import ConfigError, FinetuneError, OutOfMemoryError, is_out_of_memory
+from finetune.errors import (
+    ConfigError,
+    FinetuneError,
+    OutOfMemoryError,
+    SpaceError,
+    is_out_of_memory,
+)
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -31,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = _run([word for word in words if word != "--debug"])
     except Exception as error:
-        problem = error if isinstance(error, FinetuneError) else _out_of_memory(error)
+        problem = error if isinstance(error, FinetuneError) else _explained(error)
         if problem is None:
             raise
         if debug:
@@ -48,6 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         console.let_go()
     sys.exit(code)
+
+
+def _explained(error: Exception) -> FinetuneError | None:
+    """What the machine refused, as a message: memory or the disk. None for an error that is ours."""
+    return _out_of_memory(error) or _disk_error(error)
+
+
+def _disk_error(error: Exception) -> SpaceError | None:
+    from finetune.storage.disk import is_disk_error
+
+    if not is_disk_error(error):
+        return None
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+    return SpaceError(
+        f"{where}the disk cannot be written or read ({said}); free some space or mend it, and give the "
+        "same command again"
+    )
 
 
 def _out_of_memory(error: Exception) -> OutOfMemoryError | None:
