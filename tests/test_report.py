@@ -70,7 +70,7 @@ def test_a_check_finds_validation_rows_that_are_trained_on(tmp_path: Path) -> No
 
 def test_a_check_never_stops_at_bad_files(tmp_path: Path) -> None:
     broken = write(tmp_path, "a.json", ["[", json.dumps(CHAT), "x"])
-    unknown = write(tmp_path, "b.jsonl", [{"text": "…"}])
+    unknown = write(tmp_path, "b.jsonl", [{"body": "…"}])
     good = write(tmp_path, "c.jsonl", [CHAT])
     report = check([broken, unknown, good])
     assert [(s.dialogues, s.bad_rows) for s in report.sources] == [(1, 1), (0, 1), (1, 0)]

@@ -77,8 +77,8 @@ def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped(tmp_path: Path) 
 
 
 def test_a_layout_that_is_not_known_is_told_with_the_columns(tmp_path: Path) -> None:
-    path = source(tmp_path, "a.jsonl", ['{"text": "…"}'] * 30)
-    with pytest.raises(DataError, match=r"a.jsonl:1: the layout is not known .*\('text'\)"):
+    path = source(tmp_path, "a.jsonl", ['{"body": "…"}'] * 30)
+    with pytest.raises(DataError, match=r"a.jsonl:1: the layout is not known .*\('body'\)"):
         list(read_conversations([SourceSpec(path)]))
 
 

@@ -21,7 +21,7 @@ Model = Annotated[
 ]
 Layout = Literal[
     "auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3", "conversation", "glaive",
-    "moss", "xlam", "chatml",
+    "moss", "xlam", "chatml", "text",
 ]  # fmt: skip
 Format = Annotated[
     Layout,

@@ -17,7 +17,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 RowFormat = Literal[
     "auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3", "conversation", "glaive",
-    "moss", "xlam", "chatml",
+    "moss", "xlam", "chatml", "text",
 ]  # fmt: skip
 
 

@@ -162,6 +162,8 @@ def _report(kind: str, counts: Counts, num_examples: int) -> None:
         f"{counts.tokens:,} tokens, {counts.supervised_tokens:,} of them supervised",
         f"longest {counts.longest:,}",
     ]
+    if counts.text_blocks:
+        said.append(f"{counts.text_blocks:,} of them blocks of plain text")
     if counts.bad:
         said.append(f"{counts.bad:,} bad rows left out")
     if counts.duplicates:

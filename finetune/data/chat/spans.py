@@ -5,6 +5,7 @@ Everything here is arithmetic on positions; nothing is encoded. `T` is the numbe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -56,8 +57,11 @@ def trained_spans(
 ) -> list[TrainedSpan]:
     """The tokens that carry loss: replies chosen by `train_on`, or by a message's own `train`.
 
-    Each reply is trained with its stop; neighbours of equal weight are merged.
+    Each reply is trained with its stop; neighbours of equal weight are merged. Of plain text all of
+    it is, but the prefix.
     """
+    if conversation.text:
+        return [TrainedSpan(rendered.runs[0].end, rendered.runs[-1].end, 1.0)]
     spans: list[TrainedSpan] = []
     last = rendered.replies[-1].message if rendered.replies else None
     for index, start, end in rendered.replies:
@@ -72,6 +76,18 @@ def trained_spans(
         else:
             spans.append(TrainedSpan(start, end, message.weight))
     return spans
+
+
+def blocks(rendered: Rendered, max_length: int) -> Iterator[Rendered]:
+    """Plain text in pieces of at most `max_length` tokens, each behind the prefix; nothing is lost."""
+    if len(rendered.input_ids) <= max_length:
+        yield rendered
+        return
+    ids, head = rendered.input_ids, rendered.runs[0].end
+    for start in range(head, len(ids), max_length - head):
+        piece = np.concatenate((ids[:head], ids[start : start + max_length - head]))
+        piece.flags.writeable = False
+        yield Rendered(piece, (Run(0, head, None), Run(head, len(piece), None)), ())
 
 
 def shorten(

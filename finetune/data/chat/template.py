@@ -126,7 +126,7 @@ class ChatTemplate:
         """Each dialogue as the checkpoint's own template lays it out; one call into the tokenizer.
 
         A reply that ends the dialogue, a call too, is followed by `<|user|>`, the stop that the
-        model must write there.
+        model must write there. Plain text stands between the prefix and `<|endoftext|>`.
         """
         nobody = [None] * len(conversations)
         return self._rendered(conversations, nobody, ["user"] * len(conversations))
@@ -249,6 +249,9 @@ class ChatTemplate:
     ) -> list[_Piece]:
         """Pieces of `messages[:stop]`; message `opened` is laid out behind the generation prompt."""
         pieces = [self._prefix]
+        if conversation.text:
+            end = ~self.tokenizer.control_ids["<|endoftext|>"]
+            return [self._prefix, _Piece(None, (batch.number(conversation.text), end))]
         if conversation.tools:
             text = self._tools(conversation)
             pieces.append(_Piece(None, (self._headers["system"], batch.number(text))))

@@ -53,6 +53,8 @@ def split(content: str) -> Thought:
 
 def turns_with_loss(conversation: Conversation, train_on: TrainOn) -> list[Conversation]:
     """Per turn of the model that carries loss the dialogue up to its end, with loss on it alone."""
+    if conversation.text:
+        return [conversation]
     messages = conversation.messages
     replies = [index for index, message in enumerate(messages) if message.role == "assistant"]
     found = []

@@ -45,6 +45,8 @@ class Conversation:
     """Columns and message keys of the row whose text was not read."""
     doubts: tuple[str, ...] = ()
     """What can be trained but is hardly meant, such as a call written as text; one entry each."""
+    text: str = ""
+    """Plain text in place of messages: a document, of which everything is learned."""
 
 
 # Which kinds of message may stand before which; "start" is the beginning of the dialogue. A call

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.data.dialogue import strict_json
-from finetune.data.dialogue.conversation import RowError
+from finetune.data.dialogue.conversation import Conversation, Purpose, RowError, text_problem
+from finetune.data.dialogue.keys import changes_nothing
 
 Row = Mapping[str, Any]
 
@@ -25,6 +26,40 @@ _RESPONSE_TAG = re.compile(r"^\s*<tool_response>\s*(.*?)\s*</tool_response>\s*$"
 _LISTED_TOOLS = re.compile(
     r"(?:functions|tools)[^\n\[]*:\s*(\[\s*\{.*\}\s*\])", re.DOTALL | re.IGNORECASE
 )
+
+
+_WRITTEN_DIALOGUE = re.compile(
+    r"^(?:###\s*(?:Instruction|Response|Human|Assistant)\b|(?:USER|ASSISTANT|Human|Assistant|问|答)\s*[:：])"
+    r"|\[/?INST\]|<\|(?:user|assistant|system|im_start|eot_id)\|>|<start_of_turn>",
+    re.MULTILINE,
+)
+DIALOGUE_IN_TEXT = (
+    "plain text that spells a dialogue out: every word of it is learned, the questions too; "
+    "as messages only the replies would be"
+)
+
+
+def is_document(row: Row) -> bool:
+    """Whether a row is `{"text": …}` and nothing else that says something."""
+    return isinstance(row.get("text"), str) and all(
+        name == "text" or value in (None, "", [], {}) or changes_nothing(name)
+        for name, value in row.items()
+    )
+
+
+def document(row: Row, where: str, unread: tuple[str, ...], purpose: Purpose) -> Conversation:
+    """A row of plain text; RowError when it has none, or a reply is to be written to it."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise RowError(f"text: is {strict_json.describe(text)}, not text")
+    if not text or text.isspace():
+        raise RowError("text: is empty")
+    if problem := text_problem(text):
+        raise RowError(problem)
+    if purpose == "predict":
+        raise RowError("is plain text, and replies are written to dialogues")
+    doubts = (DIALOGUE_IN_TEXT,) if _WRITTEN_DIALOGUE.search(text) else ()
+    return Conversation((), where=where, unread=unread, doubts=doubts, text=text)
 
 
 def from_chatml(row: Row) -> dict[str, Any]:

@@ -108,6 +108,7 @@ LAYOUTS: tuple[Layout, ...] = (
         frozenset({"text"}),
         foreign.from_chatml,
     ),
+    Layout("text", foreign.is_document, frozenset({"text"})),
     Layout(
         "alpaca",
         lambda row: "instruction" in row,
@@ -182,6 +183,8 @@ def to_conversation(
         fmt = detect([row], columns)
     layout = _BY_NAME[fmt]
     unread = check_columns(row, _read_by(layout, columns)) if len(row) > 1 else ()
+    if fmt == "text":
+        return foreign.document(row, where, unread, purpose)
     if layout.as_messages is not None:
         if not layout.fits(row):
             have = ", ".join(map(repr, row))

@@ -208,6 +208,11 @@ def _reasoning(message: Mapping[str, Any]) -> str:
     return next(iter(said.values()), "")
 
 
+def changes_nothing(column: str) -> bool:
+    """Whether a column is known to say nothing that a model could learn."""
+    return column in _HARMLESS_COLUMNS
+
+
 def check_columns(row: Mapping[str, Any], read: frozenset[str]) -> tuple[str, ...]:
     """The columns with text that nothing reads; RowError for one that is refused or misspelt.
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune import console
+from finetune.data.chat.spans import blocks
 from finetune.data.chat.thinking import has_thought
 from finetune.data.examples.store import ExampleWriter, Span
 from finetune.errors import DataError
@@ -63,6 +64,8 @@ class Counts:
     """What was trained but is hardly meant, such as a call written as text -> how often."""
     duplicates: int = 0
     """Examples that are left out because another says the same (`data.deduplicate`)."""
+    text_blocks: int = 0
+    """Examples that are plain text, at most `max_length` tokens each; a document gives one or more."""
     turns: int = 0
     """Examples of dialogues that gave one per turn, as they do under a thinking checkpoint."""
     without_thought: int = 0
@@ -164,6 +167,14 @@ def _examples(
         tally.rows += 1
         if not taught:
             tally.drop(whole.where, "no reply that is trained")
+        if whole.text:
+            ((_, rendered),) = taught
+            for block in blocks(rendered, policy.max_length):
+                spans = template.trained_spans(block, whole, policy.train_on)
+                tally.keep(source, len(block.input_ids), spans[0].end - spans[0].start)
+                tally.keep_block()
+                yield _Kept(block.input_ids, spans, whole.where, "")
+            continue
         for conversation, rendered in taught:
             kept = _kept(source, conversation, rendered, template, policy, tally)
             if kept is not None:
@@ -247,6 +258,9 @@ class _Tally:
         self._totals["supervised_tokens"] += supervised
         self._longest = max(self._longest, tokens)
 
+    def keep_block(self) -> None:
+        self._totals["text_blocks"] += 1
+
     def keep_turn(self, *, with_thought: bool) -> None:
         self._totals["turns"] += 1
         self._totals["without_thought"] += not with_thought
@@ -290,6 +304,7 @@ class _Tally:
             named=tuple(self._named),
             kept=sum(self._kept_per_source.values()),
             longest=self._longest,
+            text_blocks=self._totals["text_blocks"],
             turns=self._totals["turns"],
             without_thought=self._totals["without_thought"],
             truncated=self._totals["truncated"],

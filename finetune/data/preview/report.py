@@ -104,6 +104,8 @@ class SourceReport:
     seen_before: int
     """Dialogues that an earlier source has too: validation that is trained on."""
     lengths: Lengths | None
+    texts: int = 0
+    """Documents of plain text among the dialogues."""
     turns_with_loss: int = 0
     """Examples that a thinking checkpoint is given, one per turn that carries loss."""
     without_thought: int = 0
@@ -222,8 +224,9 @@ class _Census:
                 spans = template.trained_spans(rendered, conversation, "every_reply")
                 self.lengths.append(len(rendered.input_ids))
                 self.supervised += sum(end - start for start, end, _ in spans)
-                self.turns += template.layout.thinking
-                self.without_thought += template.layout.thinking and not has_thought(conversation)
+                if template.layout.thinking and not conversation.text:
+                    self.turns += 1
+                    self.without_thought += not has_thought(conversation)
 
     def _count(self, conversation: Conversation) -> None:
         kinds, messages = self.kinds, conversation.messages
@@ -232,6 +235,8 @@ class _Census:
         kinds["in_words"] += len(calls_in_words(conversation))
         names = {tool_name(tool) for tool in conversation.tools}
         self.tools |= names
+        kinds["texts"] += bool(conversation.text)
+        kinds["characters"] += len(conversation.text)
         for message in messages:
             kinds[kind(message)] += 1
             kinds["characters"] += len(message.content)
@@ -239,7 +244,8 @@ class _Census:
             if message.role == "assistant":
                 kinds["masked"] += message.train is False or message.weight == 0
                 kinds["undeclared"] += bool(message.metadata) and message.metadata not in names
-        self.languages[_language(messages)] += 1
+        text = (Message("user", conversation.text),) if conversation.text else ()
+        self.languages[_language(messages or text)] += 1
         digest = _digest(conversation)
         kinds["duplicates"] += digest in self.digests
         self.digests.add(digest)
@@ -270,6 +276,7 @@ class _Census:
             duplicates=kinds["duplicates"],
             seen_before=len(self.digests & earlier),
             lengths=self._lengths() if self.lengths else None,
+            texts=kinds["texts"],
             turns_with_loss=self.turns,
             without_thought=self.without_thought,
         )
@@ -288,7 +295,7 @@ class _Census:
 
 def _digest(conversation: Conversation) -> int:
     """64 bits of what the model would see; where it stands and its weights do not matter."""
-    digest = blake2b(digest_size=8)
+    digest = blake2b(conversation.text.encode(), digest_size=8)
     for message in conversation.messages:
         text = f"{message.role}\0{message.metadata}\0{message.content}\0{message.image}\0"
         digest.update(text.encode())
@@ -324,6 +331,7 @@ def _facts(source: SourceReport, max_length: int | None) -> dict[str, str]:
         "rows": str(source.rows),
         "bad rows": str(source.bad_rows),
         "dialogues": str(source.dialogues),
+        "of them plain text": str(source.texts),
         "user turns": str(source.turns),
         "replies": str(source.replies),
         "tool calls": str(source.calls),

@@ -194,7 +194,12 @@ def _shown(conversation: Conversation, template: ChatTemplate, layout: str) -> S
     supervised = [False] * len(ids)
     for start, end, _ in spans:
         supervised[start:end] = [True] * (end - start)
-    last = rendered.replies[-1]
+    if conversation.text:
+        prompt, stop = template.decode(ids[: rendered.runs[0].end]), ids[-1:]
+    else:
+        last = rendered.replies[-1]
+        prompt = template.decode(template.prompt(conversation, last.message))
+        stop = ids[last.end - 1 : last.end]
     return ShowResult(
         where=conversation.where,
         format=layout,
@@ -202,8 +207,8 @@ def _shown(conversation: Conversation, template: ChatTemplate, layout: str) -> S
         num_tokens=len(ids),
         num_supervised=sum(supervised),
         tokens=tuple(_pieces(ids, supervised, template)),
-        prompt=template.decode(template.prompt(conversation, last.message)),
-        stop=template.decode(ids[last.end - 1 : last.end]),
+        prompt=prompt,
+        stop=template.decode(stop),
     )
 
 

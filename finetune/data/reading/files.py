@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.data.reading.json_rows import read_json
-from finetune.data.reading.streams import BadRow, Row, StreamError, open_stream
+from finetune.data.reading.streams import TEXT_SUFFIXES, BadRow, Row, StreamError, open_stream
 from finetune.data.reading.tables import read_arrow, read_csv, read_parquet
+from finetune.data.reading.texts import read_text
 from finetune.errors import DataError
 
 __all__ = ["SUFFIXES", "BadRow", "Row", "expand", "read_rows"]
@@ -28,13 +29,15 @@ _NO_DATA = frozenset(
 _REGISTER_KEYS = frozenset(
     {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
 )
+_TEXTS = tuple(s + c for s in TEXT_SUFFIXES for c in ("", ".gz", ".zst"))
 _ALL_SUFFIXES = tuple(s + c for s in SUFFIXES for c in ("", ".gz", ".zst"))
 
 
 def expand(path: str) -> list[Path]:
     """The files that a path, a glob or a folder means, sorted; DataError if there are none.
 
-    Of a folder these are all files in it and below whose names end like data files.
+    Of a folder these are all files in it and below whose names end like data files; of one without
+    any, its .txt and .md files.
     """
     if not path or "\0" in path:
         raise DataError(f"{path!r} is not a path")
@@ -71,12 +74,22 @@ def _files_in(folder: Path) -> list[Path]:
         and not any(part.startswith(".") for part in p.relative_to(folder).parts)
         and not p.is_dir()
     )
+    if not found:
+        found = sorted(p for p in folder.rglob("*") if _is_text(p, folder))
     odd = next((p for p in found if not p.is_file()), None)
     if odd:
         raise DataError(f"{odd} is not a regular file; mend or remove it")
     if not found:
-        raise DataError(f"folder {folder} holds no {', '.join(SUFFIXES)} file (.gz, .zst allowed)")
+        raise DataError(
+            f"folder {folder} holds no {', '.join(SUFFIXES)} file, and no .txt or .md (.gz, .zst allowed)"
+        )
     return found
+
+
+def _is_text(path: Path, folder: Path) -> bool:
+    """Whether a file of a folder without data files is plain text."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.name.lower().endswith(_TEXTS) and not hidden and not path.is_dir()
 
 
 def _refuse_register(folder: Path) -> None:
@@ -135,5 +148,7 @@ def _open_rows(path: Path) -> Iterator[Row | BadRow]:
             yield from read_arrow(path)
         elif stream.layout == "csv":
             yield from read_csv(stream.file, str(path))
+        elif stream.layout == "text":
+            yield from read_text(stream.file, str(path))
         else:
             yield from read_json(stream.file, str(path))

@@ -36,6 +36,8 @@ class Part:
             if row.get(self.group_by) is None:
                 raise RowError(f"the row has no {self.group_by!r}, by which data.group_by groups")
             return str(row[self.group_by])
+        if conversation.text:
+            return conversation.text
         asked = []
         for message in conversation.messages:
             if message.role == "assistant":

@@ -18,7 +18,8 @@ CHUNK = 1 << 20
 MAX_ROW = 8 << 20
 """Longest row in bytes: some two million tokens, more than any model takes."""
 
-Layout = Literal["json", "csv", "parquet", "arrow"]
+Layout = Literal["json", "csv", "parquet", "arrow", "text"]
+TEXT_SUFFIXES = (".txt", ".md")
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -75,6 +76,8 @@ def open_stream(path: Path) -> Iterator[Stream]:
             return
         plain = name.removesuffix(".gz").removesuffix(".zst")
         layout: Layout = "csv" if plain.endswith((".csv", ".tsv")) else "json"
+        if plain.endswith(TEXT_SUFFIXES):
+            layout = "text"
         if head.startswith(_GZIP):
             yield Stream(gzip.GzipFile(fileobj=raw), layout)  # type: ignore[arg-type]
         elif head == _ZSTD:

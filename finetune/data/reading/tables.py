@@ -96,7 +96,7 @@ def read_csv(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
     spreadsheets in China write it.
     """
     csv.field_size_limit(MAX_ROW)
-    text = _text_lines(file, name)
+    text = text_lines(file, name)
     begin = 1
     try:
         head = next(text, None)
@@ -123,7 +123,7 @@ def _separator(head: str) -> str:
     return max(",;\t", key=plain.count)  # of equal ones the comma
 
 
-def _text_lines(file: BinaryIO, name: str) -> Iterator[str]:
+def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
     """Lines with their ends; NUL as U+DC00 and bytes that are not UTF-8 as U+DC80..U+DCFF.
 
     This way a row with such a byte can be named.
