@@ -118,7 +118,7 @@ def evaluate(
 def _settings(targets: Sequence[Target], data: Sequence[str], changes: Mapping[str, Any]) -> Settings:  # fmt: skip
     """Those of the run of the first checkpoint among the targets, for all of them."""
     tuned = [target for target in targets if target.kind != "base"] or targets
-    return settings_of(tuned[0].path).asking(data, changes)
+    return settings_of(tuned[0].path).with_changes(data, changes)
 
 
 def _beside(target: Target, settings: Settings | None) -> Path:

@@ -39,7 +39,7 @@ class Settings:
     """Examples per forward pass for the loss."""
     seed: int = 0
 
-    def asking(self, data: Sequence[str], changes: Mapping[str, Any]) -> Settings:
+    def with_changes(self, data: Sequence[str], changes: Mapping[str, Any]) -> Settings:
         """The same with other held-out files, if any, and changed options of evaluation or rows.
 
         Raises:

@@ -95,6 +95,8 @@ def endpoint(
     contexts = [n for n in (options.context, context_length(opened.model)) if n is not None]
     context = min(contexts, default=None)
     rules = Rules(name, opened.template, context, options.max_new_tokens, options.history)
+    if importlib.util.find_spec("llguidance") is not None:
+        _ = rules.structures  # two seconds for GLM-4's vocabulary, which no request shall wait for
     engine = Engine(opened.model, opened.template, batch_size=options.batch_size)
     limits = Limits(options.max_requests, options.max_request_mb << 20)
     hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
