@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.errors import ModelError
-from finetune.generation.decoder import Decoding, Request, Row, Sampler
+from finetune.generation.decoder import Decoding, Request, Row, Sampler, token_at
 
 
 def test_numbers_that_are_none_name_themselves() -> None:
@@ -46,3 +46,14 @@ def test_only_the_likeliest_are_drawn_from() -> None:
     assert drawn(top_p=0.6) == {0, 1}
     assert drawn(min_p=0.2) == {0, 1, 2}
     assert Decoding(9, temperature=1.0, top_k=1).is_greedy
+
+
+def test_a_part_of_all_probabilities_is_a_token() -> None:
+    chances = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    parts = {0.0: 1, 0.249: 1, 0.25: 3, 0.749: 3, 0.75: 4, 1 - 2**-53: 4}
+    assert {part: token_at(chances, part) for part in parts} == parts
+    drawn = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = torch.bincount(
+        torch.tensor([token_at(chances, x) for x in drawn.tolist()]), minlength=6
+    )
+    assert counts.tolist() == pytest.approx([0, 1000, 0, 2000, 1000, 0], abs=120)

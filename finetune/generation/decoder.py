@@ -192,13 +192,22 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> int:
         """A token by its logits [V]."""
-        warm = logits.cpu().double() / self._temperature
+        warm = logits.double() / self._temperature
         if self._cuts:
             warm = self._cuts(torch.empty(0), warm[None])[0]
         chances = warm.softmax(dim=-1)
         if not bool(chances.isfinite().all()):
             raise ModelError("the model's logits are not finite numbers; nothing can be drawn")
-        return int(torch.multinomial(chances, 1, generator=self._random))
+        if chances.device.type == "cpu":
+            return int(torch.multinomial(chances, 1, generator=self._random))
+        # One number goes to the device, instead of the whole vocabulary to the processor.
+        return token_at(chances, torch.rand((), generator=self._random, dtype=torch.float64).item())
+
+
+def token_at(chances: Tensor, part: float) -> int:
+    """The token that holds this part, from 0 to below 1, of the probabilities [V] laid end to end."""
+    ends = chances.cumsum(dim=-1)
+    return int(torch.searchsorted(ends, ends[-1:] * part, right=True))
 
 
 class Decoder:
