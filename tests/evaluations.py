@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.evaluation import copies
+
 METRICS = ("bleu-4", "rouge-l", "exact_match", "stop_rate")
 WORDS = ["the", "order", "was", "sent", "on", "friday", "and", "arrives", "in", "two", "days", "我们", "已经", "寄出", "您的", "订单", "请", "稍候", "error", "means", "pump", "valve", "turn", "lever", "left"]  # fmt: skip
 EVIL = '</script><img src=x onerror="window.broken=1"><script>window.broken=1</script> <!-- {{ 7*7 }} &lt; \u2028 ]]>'
@@ -50,6 +52,10 @@ def write_evaluation(
         "comparisons": _comparisons(targets),
     }  # fmt: skip
     (folder / "evaluation.json").write_text(json.dumps(evaluation, ensure_ascii=False))
+    for target in targets:
+        if target["run"]:
+            copies.keep_run(folder, target["run"])
+    copies.keep_pictures(folder, map(str, images))
     return folder
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune.artifacts.names import EVALUATION
 from finetune.artifacts.plain_files import check_plain
 from finetune.errors import DataError
+from finetune.evaluation.copies import inside
 from finetune.evaluation.metrics import headline_of, metric
 from finetune.storage.files import write_file
 from finetune.storage.folders import finish_result
 
+LARGEST = 1e100
+"""Numbers beyond it are none that anything measured."""
+Count = Annotated[int, Field(ge=0, lt=10**15)]
+
 
 def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not abs(value) < LARGEST else value
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
@@ -36,7 +40,7 @@ class Score(_Part):
     value: Number = None
     low: Number = None
     high: Number = None
-    n: int = 0
+    n: Count = 0
 
 
 class TargetScores(_Part):
@@ -45,7 +49,7 @@ class TargetScores(_Part):
     name: str
     path: str
     kind: str
-    step: int | None = None
+    step: Count | None = None
     run: str | None = None
     predictions: str
     scores: dict[str, Score]
@@ -71,7 +75,7 @@ class DataFile(_Part):
 
     path: str
     fingerprint: str = ""
-    samples: int = 0
+    samples: Count = 0
 
 
 Slices = dict[str, dict[str, dict[str, dict[str, Score]]]]
@@ -156,7 +160,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:10]]
         raise DataError(f"{file} is not as `finetune evaluate` writes it:\n  " + "\n  ".join(lines)) from error  # fmt: skip
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{file} cannot be read ({error}); evaluate again") from error
     if not evaluation.targets or not evaluation.metrics:
         raise DataError(f"{file} holds no scores; evaluate again with at least one reply")
@@ -169,9 +173,14 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     write_file(folder / EVALUATION, text + "\n")
 
 
+def predictions_of(folder: Path, target: TargetScores) -> Path:
+    """The target's file of predictions; DataError when it is no file in the folder."""
+    return inside(folder, target.predictions)
+
+
 def common_rows(folder: Path, evaluation: Evaluation) -> set[tuple[Any, Any]]:
     """Place and message of the replies that every target was asked for."""
-    files = dict.fromkeys(folder / target.predictions for target in evaluation.targets)
+    files = dict.fromkeys(predictions_of(folder, target) for target in evaluation.targets)
     return set.intersection(*({_place(row) for row in _rows(file)} for file in files))
 
 
@@ -183,7 +192,7 @@ def samples(
     Raises:
         DataError: A file is missing, torn, or not in the order of the others.
     """
-    files = [folder / target.predictions for target in evaluation.targets]
+    files = [predictions_of(folder, target) for target in evaluation.targets]
     streams = [(row for row in _rows(file) if _place(row) in common) for file in files]
     for rows in zip(*streams, strict=True):
         first = rows[0]
@@ -244,5 +253,5 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield row
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); evaluate again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: {error}; evaluate again") from error

@@ -173,7 +173,6 @@ def _prediction(row: Any, where: str) -> Prediction:
         reference=Message("assistant", reference),
         stopped=stopped if isinstance(stopped, bool) else None,
         slices=slices if isinstance(slices, dict) else {"language": language(reference)},
-        images=tuple(row.get("images") or ()),
     )
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__, console
-from finetune.artifacts.names import RUN_CONFIG
+from finetune.evaluation.copies import run_copy
 from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import (
     Evaluation,
@@ -44,17 +44,21 @@ def write_page(folder: Path) -> Path:
         DataError: The folder is no whole evaluation.
     """
     evaluation = read_evaluation(folder)
-    runs = runs_of(evaluation)
+    runs = runs_of(folder, evaluation)
     for name in {target.run for target in evaluation.targets if target.run} - set(runs):
-        console.warn(f"{name} is not here: its losses and configuration are left out of the report")
+        console.warn(
+            f"{folder} keeps no records of {name}: its losses and configuration are left out of the "
+            "report; evaluate again where the run lies"
+        )
     write_file(folder / PAGE, page(evaluation, read_content(folder, evaluation), runs))
     return folder / PAGE
 
 
-def runs_of(evaluation: Evaluation) -> dict[str, Run]:
-    """The runs of the targets by name, those whose directory is still there."""
+def runs_of(folder: Path, evaluation: Evaluation) -> dict[str, Run]:
+    """The runs of the targets by name, those whose records the folder keeps."""
     names = dict.fromkeys(target.run for target in evaluation.targets if target.run)
-    return {name: read_run(Path(name)) for name in names if (Path(name) / RUN_CONFIG).is_file()}
+    kept = {name: run_copy(folder, name) for name in names}
+    return {name: read_run(place) for name, place in kept.items() if place is not None}
 
 
 def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +11,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+from finetune.errors import DataError
+from finetune.evaluation.copies import PICTURE_BYTES, picture
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.schema import Evaluation, Sample, common_rows, samples
 from finetune.report.sentences import verdict
 
 MOST_SAMPLES = 5000
 """Samples that a page carries; of more, as many evenly spaced ones."""
-PICTURE_SIDE = 384
-"""Pictures are scaled down to this many pixels."""
-PICTURE_BYTES = 24_000_000
-"""Room for pictures in a page; those after it are named instead of shown."""
 
 
 @dataclass
@@ -149,18 +146,11 @@ class _Pictures:
     def _add(self, image: str) -> int | str:
         if self._bytes > PICTURE_BYTES:
             return f"{image} (not in this page, which has its {PICTURE_BYTES // 10**6} MB of pictures)"  # fmt: skip
-        from PIL import Image, UnidentifiedImageError
-
-        path = Path(image) if Path(image).is_file() else self._folder / image
         try:
-            with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            return f"{image} (cannot be shown: {error})"
-        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        buffer = io.BytesIO()
-        picture.save(buffer, "WEBP", quality=80)
-        text = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+            data = picture(self._folder, image)
+        except DataError:
+            return f"{image} (this folder keeps no picture of it)"
+        text = "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
         self._bytes += len(text)
         self.found.append(text)
         return len(self.found) - 1

@@ -43,7 +43,7 @@ def write_plots(folder: Path) -> list[Path]:
     evaluation = read_evaluation(folder)
     content = read_content(folder, evaluation)
     colours = colours_of(evaluation)
-    drawn = {"loss": loss_curves(evaluation, runs_of(evaluation))}
+    drawn = {"loss": loss_curves(evaluation, runs_of(folder, evaluation))}
     if any(target.step is not None for target in evaluation.targets):
         drawn |= {name: metric_series(evaluation, name, colours) for name in evaluation.metrics}
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -51,9 +51,9 @@ def write_plots(folder: Path) -> list[Path]:
     with _style(_texts(evaluation)):
         for name, series in drawn.items():
             if any(one.points for one in series):
-                file = re.sub(
-                    r"[^\w.-]+", "-", name
-                )  # a metric of the user's own may be named anything
+                file = re.sub(r"[^\w.-]+", "-", name)[
+                    :100
+                ]  # a metric of the user's own may be named anything
                 written += _save(_curves(series, metric(name).label), folder / FOLDER / file)
         written += _save(_lengths(evaluation, content, colours), folder / FOLDER / "lengths")
     return written

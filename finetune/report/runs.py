@@ -8,18 +8,48 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from finetune.artifacts import checkpoint
 from finetune.artifacts.names import RUN_CONFIG, RUN_DATA, RUN_METRICS
 from finetune.artifacts.plain_files import check_plain
+from finetune.config.yaml_text import parse_file
 from finetune.errors import ConfigError
 from finetune.evaluation.metrics import metric
+from finetune.evaluation.schema import LARGEST
 
 DEEPEST = 4
 """Folders below the one asked for in which runs are looked for."""
+
+
+class _Lengths(BaseModel):
+    edges: list[FiniteFloat]
+    numbers: list[NonNegativeInt]
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if sorted(set(self.edges)) != self.edges or len(self.edges) < 2:
+            raise ValueError("edges of lengths must rise")
+        return self
+
+
+class _Counts(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    fingerprint: str = ""
+    lengths: _Lengths | None = None
+
+
+_COUNTS = TypeAdapter(dict[str, _Counts])
 ALWAYS_OTHER = ("training.output_dir",)
 """Keys whose difference says nothing."""
 
@@ -53,7 +83,7 @@ class Run:
         return [
             (float(record["step"]), float(record[key]))
             for record in self.history
-            if isinstance(record.get(key), (int, float))
+            if _is_number(record.get(key))
         ]
 
     def best(self, name: str) -> tuple[int, float] | None:
@@ -86,18 +116,14 @@ def read_run(folder: Path) -> Run:
     file = folder / RUN_CONFIG
     if not file.is_file():
         raise ConfigError(f"{folder} is no run directory: it holds no {RUN_CONFIG}")
-    check_plain(file)
-    try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    if not isinstance(sections, dict):
-        raise ConfigError(f"{file} holds no configuration")
+    document = parse_file(file)
+    if not document.whole:
+        raise ConfigError("\n".join(map(str, document.problems)))
     best = checkpoint.best(folder)
     steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]
     return Run(
         path=folder,
-        config=dict(_flat(sections)),
+        config=dict(_flat(document.value)),
         history=list(_history(folder / RUN_METRICS)),
         data=_data(folder / RUN_DATA),
         checkpoints=[step for step in steps if step is not None],
@@ -161,10 +187,15 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the torn last line of a run that was killed, or is writing just now
-        if isinstance(record, dict) and isinstance(record.get("step"), (int, float)):
+        if isinstance(record, dict) and _is_number(record.get("step")):
             yield record
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be drawn."""
+    return isinstance(value, (int, float)) and abs(value) < LARGEST
 
 
 def _data(file: Path) -> dict[str, Any]:
@@ -173,6 +204,10 @@ def _data(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); delete it") from error
-    return found if isinstance(found, dict) else {}
+    try:
+        _COUNTS.validate_python(found)
+    except ValidationError as error:
+        raise ConfigError(f"{file} is not as training writes it ({error.errors()[0]['msg']})") from error  # fmt: skip
+    return dict(found)

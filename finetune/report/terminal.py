@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.evaluation.metrics import METRICS, headline_of, metric
-from finetune.evaluation.schema import Evaluation, Score, TargetScores, read_evaluation
+from finetune.evaluation.schema import (
+    Evaluation,
+    Score,
+    TargetScores,
+    predictions_of,
+    read_evaluation,
+)
 from finetune.report import sentences
 from finetune.report.runs import Run, differences
 
@@ -87,9 +93,10 @@ def worst_samples(
     folder: Path, target: TargetScores, name: str
 ) -> list[tuple[float, dict[str, Any]]]:
     """The samples with the worst scores, worst first; none for a score that no single reply has."""
+    file = predictions_of(folder, target)
 
     def scored() -> Iterator[tuple[float, dict[str, Any]]]:
-        with (folder / target.predictions).open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 value = row.get("scores", {}).get(name)
                 if value is not None:

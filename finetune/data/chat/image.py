@@ -119,13 +119,13 @@ def read_image(path: str | Path) -> Image:
     """An image file as RGB: turned as its EXIF says, transparency on white, first frame."""
     from PIL import ImageOps
 
-    with _opened(path) as image:
+    with opened_image(path) as image:
         return _rgb(ImageOps.exif_transpose(image))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) as the image is shown; only its header is read."""
-    with _opened(path) as image:
+    with opened_image(path) as image:
         width, height = image.size
         sideways = image.getexif().get(_ORIENTATION, 1) >= 5
         return (height, width) if sideways else (width, height)
@@ -136,7 +136,7 @@ def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
 
     JPEGs are decoded at an eighth of their size, which reads every byte of them too.
     """
-    with _opened(path, max_pixels) as image:
+    with opened_image(path, max_pixels) as image:
         image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
 
@@ -171,7 +171,7 @@ def shown(path: str, size: int, where: str) -> npt.NDArray[np.float32]:
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image]:
+def opened_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image]:
     """The file, its header read and its size checked; whatever its decoder raises is an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
