@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.artifacts.base_record import BaseRecord
 from finetune.artifacts.weights import model_fingerprint
-from finetune.models.load import load_model, lora_targets
+from finetune.models.families import family_of
+from finetune.models.load import load_model
 
 
 def make_base(
@@ -42,7 +43,7 @@ def make_base(
 def make_adapter(folder: Path, base: Path, *, seed: int = 1, **options: Any) -> Path:
     """A PEFT adapter whose every weight is random, B and magnitude too."""
     model = load_model(base)
-    options.setdefault("target_modules", lora_targets(model.config.model_type))
+    options.setdefault("target_modules", family_of(model.config).lora_targets)
     options.setdefault("r", 4)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", **options))

@@ -38,7 +38,7 @@ def test_frozen_weights_keep_their_bits_and_all_others_learn(
 
 def test_lora_leaves_frozen_layers_without_adapters(tiny_glm: Path) -> None:
     model = methods.attach(
-        load_model(tiny_glm), LoraMethod(rank=2), family="glm", freeze=[r"layers\.1\.", "q_proj"]
+        load_model(tiny_glm), LoraMethod(rank=2), freeze=[r"layers\.1\.", "q_proj"]
     )
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names
@@ -54,13 +54,13 @@ def test_a_pattern_that_freezes_nothing_is_refused(
 ) -> None:
     for section in (FullMethod(), LoraMethod()):
         with pytest.raises(ConfigError, match=said):
-            methods.attach(load_model(tiny_chatglm), section, family="chatglm", freeze=patterns)
+            methods.attach(load_model(tiny_chatglm), section, freeze=patterns)
 
 
 def test_freezing_everything_is_refused(tiny_chatglm: Path) -> None:
     for section in (FullMethod(), LoraMethod()):
         with pytest.raises(ConfigError, match="nothing is left to train"):
-            methods.attach(load_model(tiny_chatglm), section, family="chatglm", freeze=["."])
+            methods.attach(load_model(tiny_chatglm), section, freeze=["."])
 
 
 def test_in_bfloat16_what_learns_is_float32_and_what_is_frozen_stays_narrow(

@@ -15,10 +15,11 @@ from torch import nn
 
 from finetune.artifacts.resolve import local_folder
 from finetune.errors import ModelError
-from finetune.models.load import family, load_model, lora_targets
+from finetune.models.families import FAMILIES, family_of
+from finetune.models.load import load_model
 from finetune.models.loss import SupervisedHead
 
-FAMILIES = ("chatglm", "glm", "glm4")
+NAMES = ("chatglm", "glm", "glm4")
 
 
 @pytest.fixture
@@ -33,13 +34,13 @@ def change_config(folder: Path, **values: object) -> None:
     file.write_text(json.dumps(config), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_loads_whole_in_eval_mode(name: str, request: pytest.FixtureRequest) -> None:
     place = request.getfixturevalue(f"tiny_{name}")
     model = load_model(place, dtype="float32")
     assert not model.training
     assert isinstance(model.get_output_embeddings(), SupervisedHead)
-    assert family(model.config) == name
+    assert family_of(model.config).model_type == name
     assert model.config._attn_implementation == "document_sdpa"
     stored = load_file(place / "model.safetensors")
     state = model.state_dict()
@@ -47,7 +48,7 @@ def test_every_family_loads_whole_in_eval_mode(name: str, request: pytest.Fixtur
     assert all(torch.equal(state[key], tensor) for key, tensor in stored.items())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_saved_model_keeps_its_architecture_and_weights(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -89,12 +90,12 @@ def test_every_weight_has_the_dtype_that_was_asked_for(
     assert {parameter.dtype for parameter in model.parameters()} == {got}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_default_lora_targets_are_all_linear_layers_of_the_blocks(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     model = load_model(request.getfixturevalue(f"tiny_{name}"))
-    pattern = lora_targets(name)
+    pattern = FAMILIES[name].lora_targets
     linear = {n for n, module in model.named_modules() if type(module) is nn.Linear}
     hit = {n for n, _ in model.named_modules() if re.fullmatch(pattern, n)}
     assert hit == linear  # the head is a SupervisedHead and stays out
@@ -103,7 +104,7 @@ def test_default_lora_targets_are_all_linear_layers_of_the_blocks(
 
 def test_lora_targets_leave_the_vision_tower_alone() -> None:
     vision = "transformer.vision.transformer.layers.0.attention.query_key_value"
-    assert re.fullmatch(lora_targets("chatglm"), vision) is None
+    assert re.fullmatch(FAMILIES["chatglm"].lora_targets, vision) is None
 
 
 def test_a_missing_package_for_flash_attention_is_named(tiny_glm: Path) -> None:

@@ -42,7 +42,7 @@ def logits(model: Any) -> torch.Tensor:
 def adapted(folder: Path, family: str, *, noisy: bool = True, **options: Any) -> Any:
     """A model with adapters, B not zero unless asked."""
     torch.manual_seed(0)
-    model = methods.attach(load_model(folder), LoraMethod(**options), family=family)
+    model = methods.attach(load_model(folder), LoraMethod(**options))
     if noisy:
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -137,7 +137,7 @@ def test_adapters_are_trained_in_float32_while_the_base_stays_bfloat16(
     folder: Path, family: str
 ) -> None:
     model = methods.attach(
-        load_model(folder, dtype="bfloat16"), LoraMethod(use_dora=True, dropout=0.0), family=family
+        load_model(folder, dtype="bfloat16"), LoraMethod(use_dora=True, dropout=0.0)
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32}

@@ -14,7 +14,7 @@ from torch import nn
 from finetune import methods
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.methods import ptuning_v2
-from finetune.models.load import family, load_model, shape_of
+from finetune.models.load import load_model, shape_of
 from finetune.models.loss import for_model
 from finetune.planning.counting import counting, shapes_only
 from finetune.planning.roofline import Ceilings
@@ -118,7 +118,7 @@ def test_nothing_as_large_as_the_square_of_a_long_row_is_ever_made(
     with shapes_only():
         model = shape_of(folder)
         with nothing_moves():
-            model = methods.attach(model, method, family=family(model.config))
+            model = methods.attach(model, method)
         model = ready(model, checkpointing=True)
         with counting(Ceilings()) as counter:
             model(**given, use_cache=False).loss.backward()

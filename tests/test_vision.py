@@ -19,7 +19,8 @@ import finetune.models  # noqa: F401 - registers the classes
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from finetune.models.load import load_model, lora_targets
+from finetune.models.families import FAMILIES
+from finetune.models.load import load_model
 
 BOI, PATCH, EOI, NUM_PATCHES = 1010, 1000, 1011, 16
 Golden = dict[str, np.ndarray]
@@ -341,7 +342,7 @@ def test_a_vision_config_of_another_model_is_refused(
 
 
 def test_lora_hits_the_text_unless_the_tower_is_asked_for(model: Any) -> None:
-    pattern = re.compile(lora_targets("chatglm"))
+    pattern = re.compile(FAMILIES["chatglm"].lora_targets)
     hit = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
     assert len(hit) == 3 * 4
     assert not any("vision" in name for name in hit)

@@ -103,7 +103,6 @@ def attach(
     model: PreTrainedModel,
     section: MethodSection,
     *,
-    family: str,
     freeze: Sequence[str] = (),
     start_ids: Sequence[int] = (),
 ) -> PreTrainedModel:
@@ -114,17 +113,16 @@ def attach(
     Args:
         model: The base.
         section: The method and its options.
-        family: See `models.families`.
         freeze: `model.freeze`.
         start_ids: The text that a prefix starts from, see `ptuning_v2.attach`.
     """
     from finetune.methods.freezing import frozen_names
+    from finetune.models.families import family_of
 
-    frozen = frozen_names((name for name, _ in model.named_parameters()), freeze)
+    names = (name for name, _ in model.named_parameters())
+    frozen = frozen_names(names, freeze, vision=family_of(model.config).vision)
     code = METHODS[section.kind].code
-    attached: PreTrainedModel = code.attach(
-        model, section, family=family, frozen=frozen, start_ids=start_ids
-    )
+    attached: PreTrainedModel = code.attach(model, section, frozen=frozen, start_ids=start_ids)
     return attached
 
 

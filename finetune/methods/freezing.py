@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from finetune.errors import ConfigError
 
-PARTS = {"vision": r"vision|\.visual\."}
-"""Parts that go by other names in other families."""
 
+def frozen_names(
+    names: Iterable[str], patterns: Sequence[str], *, vision: str | None = None
+) -> set[str]:
+    """Those of the parameter `names` that a pattern is found in; `vision` is in every family's.
 
-def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """Those of the parameter `names` that a pattern is found in.
+    Args:
+        names: Of all parameters.
+        patterns: `model.freeze`.
+        vision: What the vision encoder is called in this family.
 
     Raises:
         ConfigError: A pattern is no regex, or is found in no name.
@@ -22,7 +26,7 @@ def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     problems = []
     for pattern in patterns:
         try:
-            compiled = re.compile(PARTS.get(pattern, pattern))
+            compiled = re.compile(vision if vision and pattern == "vision" else pattern)
         except re.error as error:
             problems.append(f"model.freeze: {pattern!r} is not a regex: {error}")
             continue

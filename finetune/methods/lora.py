@@ -28,7 +28,7 @@ from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_WEIGHTS
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
-from finetune.models.load import lora_targets
+from finetune.models.families import family_of
 
 _ADAPTED = (nn.Linear, nn.Embedding, nn.Conv2d)
 
@@ -37,7 +37,6 @@ def attach(
     model: PreTrainedModel,
     section: LoraMethod,
     *,
-    family: str,
     frozen: Collection[str] = (),
     **_: object,
 ) -> PreTrainedModel:
@@ -46,13 +45,12 @@ def attach(
     Args:
         model: The base.
         section: The options.
-        family: See `models.families`; it gives the default targets.
         frozen: Names of weights whose modules get no adapter.
 
     Raises:
         ConfigError: A target pattern is no regex, matches nothing, or matches what is no layer.
     """
-    targets = section.target_modules or lora_targets(family)
+    targets = section.target_modules or family_of(model.config).lora_targets
     hit = _target_modules(model, targets)
     excluded = [name for name in hit if f"{name}.weight" in frozen]
     modules = [name for name in hit if name not in excluded]

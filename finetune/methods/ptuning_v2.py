@@ -37,11 +37,11 @@ from finetune.artifacts.weights import FLOATS, read_shard
 from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import prefix_init
+from finetune.models.families import family_of
 from finetune.models.packed_attention import DOCUMENT_SDPA, grouped_sdpa, in_documents
 
 UNIT = ".prefix.unit"
 START_STD = 0.2
-ATTENTION_LAYER = re.compile(r".*layers\.\d+\.(self_attn|self_attention)")
 IMPLEMENTATIONS = {
     "sdpa": "document_prefix_sdpa",
     DOCUMENT_SDPA: "document_prefix_sdpa",
@@ -145,7 +145,7 @@ def is_attached(model: nn.Module) -> bool:
     return any(isinstance(module, Prefix | EncodedPrefix) for module in model.modules())
 
 
-def matched_modules(model: nn.Module) -> dict[str, int]:
+def matched_modules(model: PreTrainedModel) -> dict[str, int]:
     """Layers with a prefix."""
     return {"prefix of keys and values per attention layer": len(_attention_layers(model))}
 
@@ -253,12 +253,9 @@ def _is_trained(name: str) -> bool:
     return ".prefix." in name or name.startswith("prefix_encoder.")
 
 
-def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if ATTENTION_LAYER.fullmatch(name) and "vision" not in name and "visual" not in name
-    }
+def _attention_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    attention = re.compile(family_of(model.config).attention)
+    return {name: module for name, module in model.named_modules() if attention.fullmatch(name)}
 
 
 def _key_value_shape(model: PreTrainedModel) -> tuple[int, int]:
@@ -351,7 +348,7 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
     rotary = [
         module
         for name, module in model.named_modules()
-        if re.fullmatch(r".*\.?rotary(_pos)?_emb", name) and ".visual." not in name
+        if re.fullmatch(family_of(model.config).rotary, name)
     ]
     if len(rotary) != 1:
         raise ModelError(f"expected one rotary embedding in the model, found {len(rotary)}")

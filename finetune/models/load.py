@@ -1,4 +1,4 @@
-"""A model folder or hub id -> a model: the only place that knows the checkpoint families."""
+"""A model folder or hub id -> a model."""
 
 from __future__ import annotations
 
@@ -17,56 +17,9 @@ from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.artifacts.resolve import is_adapter, local_folder
 from finetune.artifacts.weights import tensors
 from finetune.errors import ModelError, is_out_of_memory
-from finetune.models.chatglm.configuration import ChatGLMConfig
-from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from finetune.models.glm41v import Glm4vForConditionalGeneration
-from finetune.models.loss import SupervisedHead, SupervisedLoss
+from finetune.models.families import family_of
 from finetune.models.packed_attention import DOCUMENT_SDPA
 from finetune.models.quantization import check_widths, four_bits
-
-
-class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
-    """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
-
-    looks_at_positions = True
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.lm_head.__class__ = SupervisedHead
-
-
-class Glm4ForCausalLM(SupervisedLoss, transformers.Glm4ForCausalLM):
-    """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
-
-    looks_at_positions = True
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.lm_head.__class__ = SupervisedHead
-
-
-_CLASSES: dict[str, tuple[Any, Any]] = {
-    "chatglm": (ChatGLMConfig, ChatGLMForConditionalGeneration),
-    "glm": (transformers.GlmConfig, GlmForCausalLM),
-    "glm4": (transformers.Glm4Config, Glm4ForCausalLM),
-    "glm4v": (transformers.Glm4vConfig, Glm4vForConditionalGeneration),
-}
-_SPLIT_LAYERS = (
-    r"model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_up_proj|down_proj))"
-)
-_LORA_TARGETS = {
-    "chatglm": (
-        r"transformer\.encoder\.layers\.\d+\."
-        r"(self_attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))"
-    ),
-    "glm": _SPLIT_LAYERS,
-    "glm4": _SPLIT_LAYERS,
-    "glm4v": _SPLIT_LAYERS.replace("model", r"model\.language_model", 1),
-}
-_SUPPORTED = (
-    "supported are chatglm (GLM-4-9B, GLM-4-9B-Chat, its long versions and GLM-4V-9B as first published), "
-    "glm (the -hf conversions), glm4 (GLM-4-0414, GLM-Z1) and glm4v (GLM-4.1V)"
-)
 
 
 def load_model(
@@ -93,9 +46,10 @@ def load_model(
     """
     folder = local_folder(path, revision)
     check_folder(folder)
-    config_class, model_class = _CLASSES[family(_read_config(folder))]
+    family = family_of(_read_config(folder))
+    config_class, model_class = family.config_class, family.model_class
     implementation = _attention(attention)
-    extra = four_bits(_dtype(dtype)) if quantization == "nf4" else {}
+    extra = four_bits(_dtype(dtype), family.unquantized) if quantization == "nf4" else {}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
     try:
@@ -139,8 +93,8 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
     Made under `planning.counting` it has shapes only. With `num_layers` it is that deep.
     """
     folder = local_folder(path)
-    config_class, model_class = _CLASSES[family(_read_config(folder))]
-    config = config_class.from_pretrained(folder)
+    family = family_of(_read_config(folder))
+    config = family.config_class.from_pretrained(folder)
     text = config.get_text_config()
     if num_layers is not None:
         text.num_hidden_layers = num_layers
@@ -148,29 +102,14 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
             text.layer_types = text.layer_types[:num_layers]
     text._attn_implementation = DOCUMENT_SDPA
     with initialization.no_init_weights():
-        model: PreTrainedModel = model_class(config)
+        model: PreTrainedModel = family.model_class(config)
     return model
 
 
 def num_layers(folder: Path) -> int:
     """Return the number of the text's layers that a folder's config.json names."""
-    config_class = _CLASSES[family(_read_config(folder))][0]
+    config_class = family_of(_read_config(folder)).config_class
     return int(config_class.from_pretrained(folder).get_text_config().num_hidden_layers)
-
-
-def family(config: Any) -> str:
-    """Return chatglm, glm, glm4 or glm4v for a config (an object or config.json's dict)."""
-    name = config.get("model_type") if isinstance(config, dict) else config.model_type
-    if name not in _CLASSES:
-        raise ModelError(f"model_type {name!r} is not supported; {_SUPPORTED}")
-    return str(name)
-
-
-def lora_targets(family: str) -> str:
-    """Return the regex over full module names of the text layers that LoRA adapts by default."""
-    if family not in _LORA_TARGETS:
-        raise ModelError(f"no LoRA targets for {family!r}; {_SUPPORTED}")
-    return _LORA_TARGETS[family]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -181,8 +120,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
         raise ModelError(f"{folder} has no {MODEL_CONFIG}; give the folder of a checkpoint")
     config = read_json(folder / MODEL_CONFIG)
-    family(config)
-    if config.get("model_type") in _CLASSES and config.get("quantization_config"):
+    family_of(config)
+    if config.get("quantization_config"):
         raise ModelError(f"{folder} is quantised; give the unquantised checkpoint")
     return read_model_config(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,14 +12,12 @@ from transformers import BitsAndBytesConfig
 
 from finetune.errors import ModelError
 
-KEPT = ["lm_head", "output_layer", "vision", "visual"]
-"""Modules that stay as they are: the head, whose loss runs in chunks, and the tower of images."""
 BLOCK = 64
 """Weights that share a scale; bitsandbytes on a CPU takes whole blocks in a row only."""
 
 
-def four_bits(dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that load NF4 weights, computed with in `dtype`.
+def four_bits(dtype: torch.dtype, kept: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that load NF4 weights of all but `kept`, computed with in `dtype`.
 
     Raises:
         ModelError: bitsandbytes is not installed.
@@ -33,7 +32,7 @@ def four_bits(dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=KEPT,
+        llm_int8_skip_modules=list(kept),
     )
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}

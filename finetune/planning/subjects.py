@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetune import methods
 from finetune.config.schema import Method
-from finetune.models.load import family, num_layers, shape_of
+from finetune.models.load import num_layers, shape_of
 from finetune.planning.step import Subject
 
 
@@ -41,7 +41,7 @@ def own(
         with made_in(weights):
             model = shape_of(folder, layers)
         with nothing_moves():
-            model = methods.attach(model, method, family=family(model.config))
+            model = methods.attach(model, method)
         return ready(model, checkpointing=checkpointing)
 
     return Subject(

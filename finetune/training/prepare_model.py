@@ -17,7 +17,7 @@ from finetune.artifacts.weights import model_fingerprint
 from finetune.config.schema import PTuningV2Method, RunConfig
 from finetune.distributed.processes import local_device, rank_and_world
 from finetune.methods import BaseRecord
-from finetune.models.load import family, load_model
+from finetune.models.load import load_model
 from finetune.training import zero
 from finetune.training.arguments import (
     check_trackers,
@@ -86,7 +86,6 @@ def load_tunable(config: RunConfig, data: RunData) -> Tunable:
     model = methods.attach(
         model,
         config.method,
-        family=family(model.config),
         freeze=config.model.freeze,
         start_ids=data.first_tokens(config.method.num_start_tokens),
     )

@@ -57,7 +57,7 @@ def make_model() -> Any:
     })  # fmt: skip
     torch.manual_seed(0)
     model = ChatGLMForConditionalGeneration(config)
-    model = attach(model, LoraMethod(kind="lora"), family="chatglm", freeze=["vision"])
+    model = attach(model, LoraMethod(kind="lora"), freeze=["vision"])
     model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 

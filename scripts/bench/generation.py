@@ -49,7 +49,8 @@ def load_model(folder: str | None) -> Any:
     import torch
     from transformers import GlmConfig
 
-    from finetune.models.load import GlmForCausalLM, load_model
+    from finetune.models.families import GlmForCausalLM
+    from finetune.models.load import load_model
 
     if folder:
         return load_model(folder, dtype="float32")

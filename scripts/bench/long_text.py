@@ -43,7 +43,7 @@ def build(variant: str, length: int, family: str) -> Any:
 
     from finetune.models.chatglm.configuration import ChatGLMConfig
     from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-    from finetune.models.load import GlmForCausalLM
+    from finetune.models.families import GlmForCausalLM
     from finetune.models.packed_attention import DOCUMENT_SDPA
 
     torch.manual_seed(0)

@@ -79,7 +79,7 @@ def build(variant: str) -> Any:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    from finetune.models.load import GlmForCausalLM
+    from finetune.models.families import GlmForCausalLM
 
     torch.manual_seed(0)
     config = transformers.GlmConfig(

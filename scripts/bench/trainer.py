@@ -71,7 +71,7 @@ def run_loop(model: Path, steps: int) -> float:
     plan = BatchPlan(data.lengths, BATCH, seed=42, group_by_length=True)
     collate = Collator(template.pad_id)
     lora = LoraMethod(rank=16, alpha=32, dropout=0.0)
-    tuned = methods.attach(load_model(model), lora, family="glm").train()
+    tuned = methods.attach(load_model(model), lora).train()
     weights = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
 

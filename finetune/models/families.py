@@ -1,0 +1,129 @@
+"""The table of checkpoint families: their classes, and the names of their parts.
+
+A new text family is one more entry here. One with images has besides a way to take them in
+`data.chat` (an object like `TakesImages`, chosen in `data.chat.tokenizer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+
+from finetune.errors import ModelError
+from finetune.models.chatglm.configuration import ChatGLMConfig
+from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from finetune.models.glm41v import Glm4vForConditionalGeneration
+from finetune.models.loss import SupervisedHead, SupervisedLoss
+
+
+class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
+    """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
+
+    looks_at_positions = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.__class__ = SupervisedHead
+
+
+class Glm4ForCausalLM(SupervisedLoss, transformers.Glm4ForCausalLM):
+    """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
+
+    looks_at_positions = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.__class__ = SupervisedHead
+
+
+@dataclass(frozen=True)
+class Family:
+    """What checkpoints of one `model_type` are made of; names are regexes over full module names."""
+
+    model_type: str
+    checkpoints: str
+    """Which published ones belong to it, in words."""
+    config_class: Any
+    model_class: Any
+    attention: str
+    """The attention of every text layer."""
+    lora_targets: str
+    """The layers that LoRA adapts by default."""
+    rotary: str
+    """The one rotary embedding that positions of text go through."""
+    head: str = "lm_head"
+    """The output layer, which stays whole when the others are held in 4 bits."""
+    vision: str | None = None
+    """A part of the name of everything that sees images."""
+
+    @property
+    def unquantized(self) -> Sequence[str]:
+        """Modules that stay as they are: the head, whose loss runs in chunks, and the vision encoder."""
+        return [self.head, self.vision] if self.vision else [self.head]
+
+
+def _split_layers(text: str) -> dict[str, str]:
+    """Names inside transformers' GLM classes, which have a projection each for q, k and v."""
+    return {
+        "attention": rf"{text}\.layers\.\d+\.self_attn",
+        "lora_targets": rf"{text}\.layers\.\d+\."
+        r"(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
+        "rotary": rf"{text}\.rotary_emb",
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "chatglm",
+            "GLM-4-9B, GLM-4-9B-Chat, its long versions and GLM-4V-9B as first published",
+            ChatGLMConfig,
+            ChatGLMForConditionalGeneration,
+            attention=r"transformer\.encoder\.layers\.\d+\.self_attention",
+            lora_targets=r"transformer\.encoder\.layers\.\d+\."
+            r"(self_attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))",
+            rotary=r"transformer\.rotary_pos_emb",
+            head="output_layer",
+            vision="vision",
+        ),
+        Family(
+            "glm",
+            "the -hf conversions",
+            transformers.GlmConfig,
+            GlmForCausalLM,
+            **_split_layers("model"),
+        ),
+        Family(
+            "glm4",
+            "GLM-4-0414, GLM-Z1",
+            transformers.Glm4Config,
+            Glm4ForCausalLM,
+            **_split_layers("model"),
+        ),
+        Family(
+            "glm4v",
+            "GLM-4.1V",
+            transformers.Glm4vConfig,
+            Glm4vForConditionalGeneration,
+            **_split_layers(r"model\.language_model"),
+            vision="visual",
+        ),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a config (an object or config.json's dict).
+
+    Raises:
+        ModelError: It is none of these.
+    """
+    name = config.get("model_type") if isinstance(config, dict) else config.model_type
+    if name not in FAMILIES:
+        known = ", ".join(f"{one.model_type} ({one.checkpoints})" for one in FAMILIES.values())
+        raise ModelError(f"model_type {name!r} is not supported; supported are {known}")
+    return FAMILIES[name]
