@@ -16,7 +16,6 @@ from finetune.data.chat.image import (
     ImageError,
     ImageSpec,
     check_image,
-    image_positions,
     image_spec,
     pixels,
     read_image,
@@ -167,4 +166,4 @@ def test_a_checkpoint_says_how_it_takes_images() -> None:
 
 def test_every_patch_of_an_image_has_the_position_of_the_first() -> None:
     ids = np.array([5, 5, 1, 0, 0, 0, 0, 2, 7], np.int32)
-    assert image_positions(ids, ImageSpec(56, 4, 1)).tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5]
+    assert ImageSpec(56, 4, 1).positions(ids).tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5]

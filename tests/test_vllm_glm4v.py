@@ -15,7 +15,7 @@ import pytest
 from command_line import ROOT
 from PIL import Image
 
-from finetune.data.chat.image import ImageSpec, image_positions, pixels
+from finetune.data.chat.image import ImageSpec, pixels
 from finetune.serving.vllm_plugin import ARCHITECTURE
 
 BOI, PATCH, EOI = 7, 8, 9
@@ -75,7 +75,7 @@ def test_the_patches_of_an_image_have_the_position_of_training(
     rows, delta = ours.GLM4VAsTrained().get_mrope_input_positions(
         ids, [SimpleNamespace(mm_position=place)]
     )
-    trained = image_positions(np.array(ids, np.int32), ImageSpec(28, patches, BOI)).tolist()
+    trained = ImageSpec(28, patches, BOI).positions(np.array(ids, np.int32)).tolist()
     assert rows.tolist() == [trained] * 3
     assert delta + len(ids) == trained[-1] + 1  # the first token of the reply
     (_, row), more = ours.GLM4VAsTrained().forward(None, rows, inputs_embeds="image and text")

@@ -11,13 +11,14 @@ import typer
 from finetune import console
 from finetune.artifacts.resolve import models_in
 from finetune.cli.config_commands import config_app
-from finetune.cli.data_commands import Columns, ImageRoot, Json, Layout, data_app
+from finetune.cli.data_commands import Columns, ImageRoot, Json, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import JsonSchema, RequireCall, using_app
 from finetune.cli.inputs import Overwrite, check_inputs
 from finetune.cli.report_commands import report_app, say_report
 from finetune.cli.setup_commands import setup_app
+from finetune.config.row_formats import RowFormat
 from finetune.errors import ConfigError
 
 app = typer.Typer(
@@ -169,7 +170,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Sampling seed.")] = 0,
     columns: Columns = None,
     format: Annotated[
-        Layout | None,
+        RowFormat | None,
         typer.Option(metavar="NAME", help="The layout of the rows; by default the run's."),
     ] = None,
     image_root: ImageRoot = None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 import typer
 
 from finetune import console
 from finetune.cli.inputs import Overwrite
+from finetune.config.row_formats import RowFormat
 from finetune.errors import ConfigError, DataError
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data as training would see it.")
@@ -19,14 +20,10 @@ Json = Annotated[
 Model = Annotated[
     str, typer.Option(metavar="FOLDER", help="A model folder (or hub id); its tokenizer is used.")
 ]
-Layout = Literal[
-    "auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3", "conversation", "glaive",
-    "moss", "xlam", "chatml", "text",
-]  # fmt: skip
 Format = Annotated[
-    Layout,
-    typer.Option(metavar="NAME", help=f"The layout of the rows: {', '.join(get_args(Layout))}."),
-]
+    RowFormat,
+    typer.Option(metavar="NAME", help=f"The layout of the rows: {', '.join(get_args(RowFormat))}."),
+]  # fmt: skip
 ImageRoot = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="Images' paths are relative to it; else to the file's."),

@@ -10,15 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from finetune.config.row_formats import RowFormat
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 NotEmpty = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-RowFormat = Literal[
-    "auto", "messages", "openai", "sharegpt", "alpaca", "pairs", "chatglm3", "conversation", "glaive",
-    "moss", "xlam", "chatml", "text",
-]  # fmt: skip
 
 
 class Section(BaseModel):

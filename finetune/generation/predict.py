@@ -23,7 +23,8 @@ from finetune import console
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder, model_base
-from finetune.config.schema import DataSection, RowFormat
+from finetune.config.row_formats import RowFormat
+from finetune.config.schema import DataSection
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.reading.files import expand

@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Run:
     if not file.is_file():
         raise ConfigError(f"{folder} is no run directory: it holds no {RUN_CONFIG}")
     document = parse_file(file)
-    if not document.whole:
+    if document.problems:
         raise ConfigError("\n".join(map(str, document.problems)))
     best = checkpoint.best(folder)
     steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]

@@ -16,7 +16,6 @@ from finetune.artifacts import checkpoint
 from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.load import dump_config
 from finetune.config.schema import RunConfig
-from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
 from finetune.distributed.processes import (
@@ -187,8 +186,7 @@ def features(
     images = data.train.images() if config.data.cache_image_features else []
     if not images:
         return None
-    size = template.image.size if isinstance(template.image, ImageSpec) else 0
-    return prepare_features(config, tunable, size, images)
+    return prepare_features(config, tunable, template.image.size if template.image else 0, images)
 
 
 def summarise(

@@ -12,7 +12,6 @@ import numpy as np
 
 from finetune import console, launcher
 from finetune.config.schema import DataSection, RunConfig
-from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.batch_plan import BatchPlan
 from finetune.data.examples.dataset import (
@@ -76,8 +75,10 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     selection = Selection(section.stop, section.temperature, section.deduplicate, validation)
     train = _examples(section, training_sources(section), template, training.seed, selection)
     _report("training", train.counts, len(train))
-    if template.image is not None and not isinstance(template.image, ImageSpec):
-        _check_newer_family(config)
+    if section.packing and template.image is not None and not template.image.can_pack:
+        raise ConfigError(
+            "data.packing: this checkpoint's positions of images do not tell documents apart; leave it out"
+        )
     items = _items(train, section, training.seed)
     plan = BatchPlan(
         items.lengths,
@@ -109,14 +110,6 @@ def _check_overlap(
     if allowed is not None and share > allowed:
         raise DataError(f"{said}. data.max_overlap allows {allowed:.0%}; take them out of one side")
     console.warn(said)
-
-
-def _check_newer_family(config: RunConfig) -> None:
-    """Raise ConfigError for what GLM-4.1V cannot do here."""
-    if config.data.packing:
-        raise ConfigError(
-            "data.packing: the positions of GLM-4.1V do not tell documents apart; leave it out"
-        )
 
 
 def _described(examples: PreparedDataset) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ class GridSpec:
     """Where its preprocessor_config.json lies."""
     begin_id: int
     patch_token = "<|image|>"
+    can_pack: ClassVar[bool] = False  # the model numbers positions itself, over the whole row
+    size: ClassVar[int] = 0
 
     @property
     def rules(self) -> str:
@@ -41,6 +43,10 @@ class GridSpec:
         except ValueError as error:  # gone, or more than 200 times as long as wide
             raise DataError(f"image {image}: {error}") from error
         return int(count // processor.merge_size**2)
+
+    def positions(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """The places of the tokens; the model makes three coordinates of them."""
+        return np.arange(len(ids))
 
     def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
         """`pixel_values` [patches of all, C] and `image_grid_thw` [N, 3] of (path, who shows it)."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +51,20 @@ class TakesImages(Protocol):
         """Changes when the same image would take other tokens."""
         ...
 
+    can_pack: ClassVar[bool]
+    """Whether dialogues with images may share a row."""
+
+    @property
+    def size(self) -> int:
+        """Width and height in pixels of every image; 0 where they keep their shape."""
+        ...
+
     def patches_of(self, image: str) -> int:
         """Tokens between begin and end of an image."""
+        ...
+
+    def positions(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Rotary positions of one document's tokens."""
         ...
 
     def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
@@ -71,6 +83,7 @@ class ImageSpec:
     begin_id: int
     """The token that every image begins with, and nothing else."""
     patch_token = "<|endoftext|>"
+    can_pack: ClassVar[bool] = True
 
     @property
     def rules(self) -> str:
@@ -80,6 +93,13 @@ class ImageSpec:
     def patches_of(self, image: str) -> int:
         """Tokens between begin and end of an image."""
         return self.patches
+
+    def positions(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Of a document with an image: begin p, every patch p + 1, end p + 2."""
+        steps = np.ones(len(ids), dtype=np.int64)
+        for begin in np.flatnonzero(ids == self.begin_id):
+            steps[begin + 2 : begin + 1 + self.patches] = 0
+        return np.cumsum(steps) - 1
 
     def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
         """`pixel_values` [N, 3, size, size] of (path, who shows it)."""
@@ -139,14 +159,6 @@ def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
     with opened_image(path, max_pixels) as image:
         image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
-
-
-def image_positions(ids: npt.NDArray[np.int32], spec: ImageSpec) -> npt.NDArray[np.int64]:
-    """Rotary positions of one document's tokens: begin p, every patch p + 1, end p + 2."""
-    steps = np.ones(len(ids), dtype=np.int64)
-    for begin in np.flatnonzero(ids == spec.begin_id):
-        steps[begin + 2 : begin + 1 + spec.patches] = 0
-    return np.cumsum(steps) - 1
 
 
 class ImagePrompt(list[int]):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from finetune.data.chat.image import ImageSpec, TakesImages, image_positions
+from finetune.data.chat.image import TakesImages
 from finetune.data.examples.dataset import IGNORED, Example
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class Collator:
         return {"position_ids": self._padded(counted, 0)}
 
     def _places(self, example: Example) -> np.ndarray:
-        if not isinstance(self.image, ImageSpec) or not example.image:
+        if self.image is None or not example.image:
             return np.arange(len(example.input_ids))
-        return image_positions(example.input_ids, self.image)
+        return self.image.positions(example.input_ids)
 
     def _width(self, rows: list[list[Example]]) -> int:
         longest = max(sum(len(e.input_ids) for e in row) for row in rows)

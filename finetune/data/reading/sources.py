@@ -10,8 +10,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from finetune.config.row_formats import RowFormat
 from finetune.config.schema import Columns as ColumnNames
-from finetune.config.schema import DataSection, RowFormat, Source, held_out_share
+from finetune.config.schema import DataSection, Source, held_out_share
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
 from finetune.data.dialogue.formats import PLAIN, Rules, detect, to_conversation
