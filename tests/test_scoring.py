@@ -97,7 +97,7 @@ def test_our_own_definition_differs_and_says_so(tmp_path: Path) -> None:
     report = evaluate([], options=Options(predictions=(str(file),)))
     assert report["scores"]["bleu-4"] != as_llama_factory(PAIRS)["bleu-4"]
     assert report["scores"]["exact_match"] == pytest.approx(100 * 2 / len(PAIRS))
-    assert "jieba words" in report["signatures"]["bleu-4"]
+    assert "words by script" in report["signatures"]["bleu-4"]
     assert report["output"] == str(tmp_path / "evaluation-generated_predictions")
     [source] = report["data"]
     assert (source["path"], source["samples"]) == (str(file), len(PAIRS))
@@ -217,8 +217,8 @@ def test_scores_of_a_whole_corpus_are_no_means(tmp_path: Path) -> None:
     pairs = [(one, other) for one, other in PAIRS if one.strip() and other.strip()]
     report = evaluate([], options=Options(predictions=(str(prediction_file(tmp_path, pairs)),)))
     replies, references = ([pair[i].strip() for pair in pairs] for i in (0, 1))
-    cut = [[" ".join(words.language_words(one)) for one in texts] for texts in (replies, references)]  # fmt: skip
-    bleu = BLEU(tokenize="none", force=True).corpus_score(cut[0], [cut[1]])
+    cut = [[" ".join(words.script_words(one)) for one in texts] for texts in (replies, references)]  # fmt: skip
+    bleu = BLEU(tokenize="none", force=True, effective_order=True).corpus_score(cut[0], [cut[1]])
     assert report["scores"]["corpus_bleu"] == pytest.approx(bleu.score)
     assert report["scores"]["chrf"] == pytest.approx(CHRF().corpus_score(replies, [references]).score)  # fmt: skip
     lengths = sum(map(len, replies)) / sum(map(len, references))

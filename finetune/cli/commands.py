@@ -37,7 +37,7 @@ app.add_typer(setup_app)
 app.add_typer(using_app)
 
 Replies = Literal["every_reply", "last_reply"]
-Definition = Literal["demo", "llamafactory"]
+Definition = Literal["default", "demo", "llamafactory"]
 
 
 def _show_version(asked: bool) -> None:
@@ -146,7 +146,7 @@ def evaluate(
     ] = None,
     definition: Annotated[
         Definition, typer.Option(help="How BLEU and ROUGE are computed; docs/metrics.md.")
-    ] = "demo",
+    ] = "default",
     metric: Annotated[
         list[str] | None,
         typer.Option(

@@ -29,6 +29,7 @@ from finetune.evaluation.pairs import (
     repetition_rate,
 )
 from finetune.evaluation.predictions import Prediction, Scores
+from finetune.evaluation.words import icu_version
 
 Better = Literal["higher", "lower", "neither"]
 Source = Literal["replies", "loss", "general_loss"]
@@ -249,8 +250,9 @@ def signatures(definition: DefinitionName = DEFINITION) -> dict[str, str]:
     """For every score one line that says how its number came about, to be printed beside it."""
     bleu, chrf = overlap.sacrebleu_signatures()
     packages = {name: f"{name} {version(name)}" for name in ("jieba", "rouge-chinese", "nltk")}
+    icu = icu_version() if definition == "default" else ""
     said = {
-        **DEFINITIONS[definition].said,
+        **{name: text.format(icu=icu) for name, text in DEFINITIONS[definition].said.items()},
         **packages,
         "corpus bleu": bleu,
         "chrf": chrf,

@@ -79,8 +79,11 @@ def bleu_of(sums: Numbers) -> Numbers:
         # A missing order counts half as much as the last missing one: 1/2, 1/4, … of a match.
         halved = 0.5 ** np.cumsum(matching == 0, axis=1)
         precision = np.where(matching == 0, halved, matching) / total
-        score = 100.0 * penalty * np.exp(np.log(precision).mean(axis=1))
-    possible = matching.any(axis=1) & (total > 0).all(axis=1)
+        # Replies that are all shorter than n words have no n-grams, and are not asked for any.
+        there = total > 0
+        logs = np.where(there, np.log(precision), 0.0).sum(axis=1) / there.sum(axis=1)
+        score = 100.0 * penalty * np.exp(logs)
+    possible = matching.any(axis=1)
     return np.where(possible, score, 0.0)
 
 
@@ -114,7 +117,7 @@ def _counted(metric: Any, reply: str, reference: str) -> list[int]:
 def _bleu() -> Any:
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(tokenize="none", force=True)
+    return BLEU(tokenize="none", force=True, effective_order=True)
 
 
 @cache

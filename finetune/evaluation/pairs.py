@@ -16,9 +16,9 @@ from finetune.data.dialogue.conversation import Message
 from finetune.data.dialogue.tool_calls import tool_name
 from finetune.evaluation import overlap
 from finetune.evaluation.predictions import Prediction, text
-from finetune.evaluation.words import jieba_words, language_words
+from finetune.evaluation.words import jieba_words, language_words, script_words, without_signs
 
-DefinitionName = Literal["demo", "llamafactory"]
+DefinitionName = Literal["default", "demo", "llamafactory"]
 REPEATED = 4
 """Words of what counts as repeated."""
 _NOT_JSON = object()
@@ -68,10 +68,21 @@ class Definition:
     """What signatures say of it."""
 
 
+_ZERO = dict.fromkeys(("bleu-4", "rouge-1", "rouge-2", "rouge-l"), 0.0)
+
+
+def _default(pair: Compared) -> dict[str, float]:
+    """Words by script, white space never among them; ROUGE counts no signs."""
+    one, other = pair.words
+    if not one or not other:
+        return dict(_ZERO)
+    return {"bleu-4": overlap.bleu(one, other), **overlap.rouge(*map(without_signs, (one, other)))}
+
+
 def _demo(pair: Compared) -> dict[str, float]:
     """Jieba words, white space among them, of the texts without the white space around them."""
     if not pair.reply or not pair.reference:
-        return dict.fromkeys(("bleu-4", "rouge-1", "rouge-2", "rouge-l"), 0.0)
+        return dict(_ZERO)
     one, other = jieba_words(pair.reply), jieba_words(pair.reference)
     return {"bleu-4": overlap.bleu(one, other), **overlap.rouge(one, other)}
 
@@ -103,7 +114,18 @@ _DEMO = {
     "odd": "empty replies score 0",
     "words": _BY_LANGUAGE,
 }
+_BY_SCRIPT = "words by script: jieba for Chinese, else {icu}"
 DEFINITIONS: dict[DefinitionName, Definition] = {
+    "default": Definition(
+        _default,
+        script_words,
+        {
+            "bleu words": f"{_BY_SCRIPT}, signs among them",
+            "rouge words": f"{_BY_SCRIPT}, without signs",
+            "odd": "empty replies score 0",
+            "words": _BY_SCRIPT,
+        },
+    ),
     "demo": Definition(_demo, language_words, _DEMO),
     "llamafactory": Definition(
         _llamafactory,
@@ -115,7 +137,7 @@ DEFINITIONS: dict[DefinitionName, Definition] = {
         },
     ),
 }
-DEFINITION: DefinitionName = "demo"
+DEFINITION: DefinitionName = "default"
 """What is used when nothing else is asked for."""
 
 

@@ -37,7 +37,7 @@ FORMAT = 2
 LINES_PER_PROCESS = 500
 """Starting a process costs as much as scoring some 500 replies."""
 
-PACKAGES = ("jieba", "nltk", "rouge-chinese", "sacrebleu", "numpy")
+PACKAGES = ("jieba", "nltk", "pyicu-wheels", "rouge-chinese", "sacrebleu", "numpy")
 """What decides the scores of given replies."""
 LAYOUTS = (("predict", "label"), ("prediction", "reference"))
 """What reply and reference are called in replies made elsewhere: by LLaMA-Factory, and by us."""
