@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.evaluation import copies
+from finetune.evaluation import schema
 
 METRICS = ("bleu-4", "rouge-l", "exact_match", "stop_rate")
 WORDS = ["the", "order", "was", "sent", "on", "friday", "and", "arrives", "in", "two", "days", "我们", "已经", "寄出", "您的", "订单", "请", "稍候", "error", "means", "pump", "valve", "turn", "lever", "left"]  # fmt: skip
@@ -54,8 +54,8 @@ def write_evaluation(
     (folder / "evaluation.json").write_text(json.dumps(evaluation, ensure_ascii=False))
     for target in targets:
         if target["run"]:
-            copies.keep_run(folder, target["run"])
-    copies.keep_pictures(folder, map(str, images))
+            schema.keep_run(folder, target["run"])
+    schema.keep_pictures(folder, map(str, images))
     return folder
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dialogue.conversation import Message
-from finetune.evaluation import metrics, overlap, words
+from finetune.evaluation import metrics, texts
 from finetune.evaluation.pairs import DEFINITIONS, Compared, tool_call_parts
 from finetune.evaluation.predictions import Prediction, Scores, text
 from finetune.evaluation.statistics import ReplyTable
@@ -80,7 +80,7 @@ def test_bleu_on_characters_is_the_reference_to_the_last_digit(glm4_assets: Path
     golden = json.loads((glm4_assets / "golden" / "metrics.json").read_text(encoding="utf-8"))
     for one in golden["pairs"]:
         both = Compared(pair(one["prediction"], one["reference"]), DEFINITIONS["demo"])
-        found = overlap.bleu(list(both.reply), list(both.reference)) if both.reply else 0.0
+        found = texts.bleu(list(both.reply), list(both.reference)) if both.reply else 0.0
         assert found == one["bleu-4 characters"]
 
 
@@ -186,7 +186,7 @@ def test_the_subsequence_is_as_long_as_rouge_chinese_finds_it() -> None:
         one, other = (
             [chance.choice("abcd ") for _ in range(chance.randrange(1, 90))] for _ in range(2)
         )
-        assert overlap.lcs_length(one, other) == rouge_score._len_lcs(one, other)
+        assert texts.lcs_length(one, other) == rouge_score._len_lcs(one, other)
 
 
 def test_odd_text_scores_as_the_borrowed_functions_say() -> None:
@@ -216,7 +216,7 @@ def test_odd_text_scores_as_the_borrowed_functions_say() -> None:
             "x" + "".join(chance.choices(pieces, k=chance.randrange(0, 30))) + "y" for _ in range(2)
         )
         got = scores_of(pair(one, other))
-        hypothesis, target = words.jieba_words(one), words.jieba_words(other)
+        hypothesis, target = texts.jieba_words(one), texts.jieba_words(other)
         rouge = Rouge().get_scores(" ".join(hypothesis), " ".join(target))[0]
         smoothing = SmoothingFunction().method3
         assert got["bleu-4"] == 100.0 * sentence_bleu(
@@ -231,7 +231,7 @@ def test_replies_of_thousands_of_words_are_scored_in_seconds() -> None:
     text = ["".join(chance.choices("天气很好我们去公园散步吃饭。，", k=12_000)) for _ in range(2)]
     start = time.process_time()
     got = scores_of(pair(*text))
-    assert len(words.jieba_words(text[0])) > 4_000
+    assert len(texts.jieba_words(text[0])) > 4_000
     assert time.process_time() - start < 10  # the dict of rouge_chinese takes minutes and gigabytes
     assert got["rouge-l"]
 
@@ -239,9 +239,9 @@ def test_replies_of_thousands_of_words_are_scored_in_seconds() -> None:
 def test_scoring_says_nothing_leaves_nothing_and_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, warnings; warnings.simplefilter('error')\n"
-        "from finetune.evaluation import metrics, overlap, words\n"
-        "assert words.jieba_words('今天天气很好') == ['今天天气', '很', '好']\n"
-        "assert overlap.bleu(['好'], ['好']) > 0\n"
+        "from finetune.evaluation import metrics, texts\n"
+        "assert texts.jieba_words('今天天气很好') == ['今天天气', '很', '好']\n"
+        "assert texts.bleu(['好'], ['好']) > 0\n"
         "assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)\n"
     )
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -253,13 +253,13 @@ def test_scoring_says_nothing_leaves_nothing_and_needs_no_torch(tmp_path: Path) 
 
 
 def test_words_do_not_depend_on_what_others_taught_jieba(caplog: pytest.LogCaptureFixture) -> None:
-    before = words.jieba_words("石墨烯台灯")
+    before = texts.jieba_words("石墨烯台灯")
     import jieba  # after ours, which silences what its import warns of
 
     with caplog.at_level(logging.DEBUG):
         jieba.dt.tmp_dir = tempfile.mkdtemp(dir=os.environ.get("FINETUNE_CACHE"))
         jieba.add_word("石墨烯台灯")
-    assert words.jieba_words("石墨烯台灯") == before
+    assert texts.jieba_words("石墨烯台灯") == before
 
 
 def test_the_signature_names_what_the_numbers_depend_on() -> None:

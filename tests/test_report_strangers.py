@@ -14,7 +14,7 @@ import evaluations
 import pytest
 from PIL import Image
 
-from finetune.evaluation import copies
+from finetune.evaluation import schema
 
 SECRET = "a secret of this machine"
 
@@ -130,7 +130,7 @@ def test_the_records_of_a_run_are_those_that_the_folder_keeps(
     assert code == 0
     assert "keeps no records" in said
     assert SECRET not in page(folder)
-    place = folder / "runs" / copies._digest(str(run))
+    place = folder / "runs" / schema._digest(str(run))
     place.mkdir()
     (place / "config.yaml").symlink_to(run / "config.yaml")
     assert report(folder, capfd)[0] == 2

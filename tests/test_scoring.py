@@ -15,7 +15,7 @@ from rows import read_rows, write_rows
 
 from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation import metrics, pairs, scoring, words
+from finetune.evaluation import metrics, pairs, scoring, texts
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.predictions import Prediction
 from finetune.evaluation.scoring import Scoring, score_file
@@ -50,7 +50,7 @@ def as_llama_factory(pairs: list[tuple[str, str]]) -> dict[str, float]:
     has none; nltk's BLEU on the characters with smoothing method 3; x 100, rounded to 4 digits a
     pair; numpy's mean.
     """
-    assert words.jieba_words("好")  # imports the three without what they warn of
+    assert texts.jieba_words("好")  # imports the three without what they warn of
     import jieba
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     from rouge_chinese import Rouge
@@ -207,8 +207,8 @@ def test_repetition_is_the_share_of_runs_of_four_words_that_were_there_before() 
 
 
 def test_words_are_those_of_the_language() -> None:
-    assert words.language_words("今天天气很好 OK") == ["今天天气", "很", "好", "OK"]
-    assert words.language_words("It's 3.5 m, naïve!") == ["It", "'", "s", "3", ".", "5", "m", ",", "naïve", "!"]  # fmt: skip
+    assert texts.language_words("今天天气很好 OK") == ["今天天气", "很", "好", "OK"]
+    assert texts.language_words("It's 3.5 m, naïve!") == ["It", "'", "s", "3", ".", "5", "m", ",", "naïve", "!"]  # fmt: skip
 
 
 def test_scores_of_a_whole_corpus_are_no_means(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_scores_of_a_whole_corpus_are_no_means(tmp_path: Path) -> None:
     pairs = [(one, other) for one, other in PAIRS if one.strip() and other.strip()]
     report = evaluate([], options=Options(predictions=(str(prediction_file(tmp_path, pairs)),)))
     replies, references = ([pair[i].strip() for pair in pairs] for i in (0, 1))
-    cut = [[" ".join(words.script_words(one)) for one in texts] for texts in (replies, references)]  # fmt: skip
+    cut = [[" ".join(texts.script_words(one)) for one in texts] for texts in (replies, references)]  # fmt: skip
     bleu = BLEU(tokenize="none", force=True, effective_order=True).corpus_score(cut[0], [cut[1]])
     assert report["scores"]["corpus_bleu"] == pytest.approx(bleu.score)
     assert report["scores"]["chrf"] == pytest.approx(CHRF().corpus_score(replies, [references]).score)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.evaluation import overlap, statistics
+from finetune.evaluation import statistics, texts
 from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compare, holm, intervals
 
 
@@ -162,15 +162,15 @@ def test_corpus_scores_of_sums_are_those_of_sacrebleu() -> None:
             [list(chance.choice(list("abcd"), chance.integers(least, 9))) for least in (0, 1)]
             for _ in range(chance.integers(1, 5))
         ]
-        bleu = np.sum([overlap.bleu_counts(*pair) for pair in pairs], axis=0, dtype=float)
-        chrf = np.sum([overlap.chrf_counts(*map("".join, pair)) for pair in pairs], axis=0, dtype=float)  # fmt: skip
+        bleu = np.sum([texts.bleu_counts(*pair) for pair in pairs], axis=0, dtype=float)
+        chrf = np.sum([texts.chrf_counts(*map("".join, pair)) for pair in pairs], axis=0, dtype=float)  # fmt: skip
         replies, references = ([" ".join(pair[i]) for pair in pairs] for i in (0, 1))
         theirs = (
             BLEU(tokenize="none", force=True, effective_order=True)
             .corpus_score(replies, [references])
             .score
         )
-        assert overlap.bleu_of(bleu[None])[0] == pytest.approx(theirs, abs=1e-9)
+        assert texts.bleu_of(bleu[None])[0] == pytest.approx(theirs, abs=1e-9)
         replies, references = (["".join(pair[i]) for pair in pairs] for i in (0, 1))
         theirs = CHRF().corpus_score(replies, [references]).score
-        assert overlap.chrf_of(chrf[None])[0] == pytest.approx(theirs, abs=1e-9)
+        assert texts.chrf_of(chrf[None])[0] == pytest.approx(theirs, abs=1e-9)

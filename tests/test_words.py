@@ -10,7 +10,7 @@ import pytest
 from test_metrics import pair
 
 from finetune.evaluation.metrics import numbers_of, signatures
-from finetune.evaluation.words import script_words, without_signs
+from finetune.evaluation.texts import script_words, without_signs
 
 SENTENCES = Path(__file__).parents[1] / "scripts" / "evidence" / "languages.jsonl"
 ROWS = [json.loads(line) for line in SENTENCES.read_text("utf-8").splitlines()]

@@ -14,7 +14,7 @@ import numpy as np
 from finetune import console
 from finetune.artifacts.names import EVALUATION
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation import copies, harness, metrics, scoring
+from finetune.evaluation import harness, metrics, schema, scoring
 from finetune.evaluation.job import GENERATING, Job, Options, request
 from finetune.evaluation.metrics import Source
 from finetune.evaluation.predictions import SLICES
@@ -152,10 +152,10 @@ def _write(
             scoring.score_external(Path(target.path), file, options.scoring, like=like)
         scored.append(Scored(target, job, file, options.scoring))
         if target.run is not None:
-            copies.keep_run(place, target.run)
+            schema.keep_run(place, target.run)
     if jobs:  # their images were checked with their data; a file of replies may name any
         shown = (image for row in rows(scored[0].file) for image in row.get("images", ()))
-        copies.keep_pictures(place, shown)
+        schema.keep_pictures(place, shown)
     evaluation = _evaluation(scored, options)
     report = evaluation.model_dump() | {"output": str(output)}
     if len(scored) == 1:

@@ -18,8 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.evaluation import overlap
-from finetune.evaluation.overlap import Numbers
+from finetune.evaluation import texts
 from finetune.evaluation.pairs import (
     DEFINITION,
     DEFINITIONS,
@@ -29,7 +28,7 @@ from finetune.evaluation.pairs import (
     repetition_rate,
 )
 from finetune.evaluation.predictions import Prediction, Scores
-from finetune.evaluation.words import icu_version
+from finetune.evaluation.texts import Numbers, icu_version
 
 Better = Literal["higher", "lower", "neither"]
 Source = Literal["replies", "loss", "general_loss"]
@@ -122,9 +121,9 @@ METRICS: tuple[Metric, ...] = (
         "{chrf}",
         shown="headline",
         counts=Counts(
-            overlap.CHRF_COUNTS,
-            lambda pair: overlap.chrf_counts(pair.reply, pair.reference),
-            overlap.chrf_of,
+            texts.CHRF_COUNTS,
+            lambda pair: texts.chrf_counts(pair.reply, pair.reference),
+            texts.chrf_of,
         ),
     ),
     Metric(
@@ -158,7 +157,7 @@ METRICS: tuple[Metric, ...] = (
         "corpus_bleu",
         "{corpus bleu} (tok: {words})",
         counts=Counts(
-            overlap.BLEU_COUNTS, lambda pair: overlap.bleu_counts(*pair.words), overlap.bleu_of
+            texts.BLEU_COUNTS, lambda pair: texts.bleu_counts(*pair.words), texts.bleu_of
         ),
     ),
     Metric(
@@ -248,7 +247,7 @@ def best_metric_problem(name: str) -> str | None:
 
 def signatures(definition: DefinitionName = DEFINITION) -> dict[str, str]:
     """For every score one line that says how its number came about, to be printed beside it."""
-    bleu, chrf = overlap.sacrebleu_signatures()
+    bleu, chrf = texts.sacrebleu_signatures()
     packages = {name: f"{name} {version(name)}" for name in ("jieba", "rouge-chinese", "nltk")}
     icu = icu_version() if definition == "default" else ""
     said = {

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from finetune.data.dialogue.conversation import Message
 from finetune.data.dialogue.tool_calls import tool_name
-from finetune.evaluation import overlap
+from finetune.evaluation import texts
 from finetune.evaluation.predictions import Prediction, text
-from finetune.evaluation.words import jieba_words, language_words, script_words, without_signs
+from finetune.evaluation.texts import jieba_words, language_words, script_words, without_signs
 
 DefinitionName = Literal["default", "demo", "llamafactory"]
 REPEATED = 4
@@ -76,7 +76,7 @@ def _default(pair: Compared) -> dict[str, float]:
     one, other = pair.words
     if not one or not other:
         return dict(_ZERO)
-    return {"bleu-4": overlap.bleu(one, other), **overlap.rouge(*map(without_signs, (one, other)))}
+    return {"bleu-4": texts.bleu(one, other), **texts.rouge(*map(without_signs, (one, other)))}
 
 
 def _demo(pair: Compared) -> dict[str, float]:
@@ -84,7 +84,7 @@ def _demo(pair: Compared) -> dict[str, float]:
     if not pair.reply or not pair.reference:
         return dict(_ZERO)
     one, other = jieba_words(pair.reply), jieba_words(pair.reference)
-    return {"bleu-4": overlap.bleu(one, other), **overlap.rouge(one, other)}
+    return {"bleu-4": texts.bleu(one, other), **texts.rouge(one, other)}
 
 
 def _llamafactory(pair: Compared) -> dict[str, float]:
@@ -100,8 +100,8 @@ def _llamafactory(pair: Compared) -> dict[str, float]:
     one, other = jieba_words(reply), jieba_words(reference)
     blank = not reply.split() or not reference.split()
     zero = dict.fromkeys(("rouge-1", "rouge-2", "rouge-l"), 0.0)
-    found = zero if blank else overlap.rouge(one, other)
-    found["bleu-4"] = overlap.bleu(list(reply), list(reference))
+    found = zero if blank else texts.rouge(one, other)
+    found["bleu-4"] = texts.bleu(list(reply), list(reference))
     return {name: round(value, 4) for name, value in found.items()}
 
 

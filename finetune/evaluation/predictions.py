@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finetune.data.dialogue.conversation import Message
-from finetune.evaluation.words import is_chinese
+from finetune.evaluation.texts import is_chinese
 from finetune.storage.files import json_line, whole_file
 
 if TYPE_CHECKING:

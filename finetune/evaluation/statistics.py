@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.evaluation.metrics import METRICS, Source, metric, of_source
-from finetune.evaluation.overlap import Numbers
 from finetune.evaluation.predictions import Scores
+from finetune.evaluation.texts import Numbers
 
 Score = dict[str, float | int | None]
 """value, low, high, n."""

@@ -14,7 +14,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__, console
-from finetune.evaluation.copies import run_copy
 from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import (
     Evaluation,
@@ -22,6 +21,7 @@ from finetune.evaluation.schema import (
     TargetScores,
     goodness,
     read_evaluation,
+    run_copy,
 )
 from finetune.report import sentences
 from finetune.report.charts import Point, Series, histogram, lines

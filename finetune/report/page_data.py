@@ -12,9 +12,15 @@ from typing import Any
 from markupsafe import Markup
 
 from finetune.errors import DataError
-from finetune.evaluation.copies import PICTURE_BYTES, picture
 from finetune.evaluation.metrics import METRICS
-from finetune.evaluation.schema import Evaluation, Sample, common_rows, samples
+from finetune.evaluation.schema import (
+    PICTURE_BYTES,
+    Evaluation,
+    Sample,
+    common_rows,
+    picture,
+    samples,
+)
 from finetune.report.sentences import verdict
 
 MOST_SAMPLES = 5000
