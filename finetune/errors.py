@@ -73,6 +73,12 @@ class RunDirectoryInUseError(OutputInUseError):
     """Another live process writes to the run directory."""
 
 
+class RequirementError(FinetuneError):
+    """A model was evaluated and does not reach what `--require` asks for."""
+
+    exit_code = 8
+
+
 # As torch (C++), safetensors (Rust), CUDA's libraries and the C library word it.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|ALLOC_FAILED",

@@ -360,3 +360,14 @@ def test_rich_texts_keep_their_side_in_a_plain_table(capsys: pytest.CaptureFixtu
 
     console.table(["a", "b"], [["x", Text("1.0", justify="right")], ["y", Text("↑ 22.0", justify="right")]])  # fmt: skip
     assert capsys.readouterr().out.splitlines()[2:] == ["x     1.0", "y  ↑ 22.0"]
+
+
+def test_every_cell_of_the_table_has_the_interval_of_its_own_score(tmp_path: Path) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out", samples=12)
+    found = read_evaluation(made)
+    rows = page._rows(found, page.colours_of(found))
+    for row in rows:
+        cells = zip(page._ordered(found), row["cells"], strict=True)
+        for name, cell in cells:
+            assert cell["interval"] == sentences.interval(name, row["target"].scores[name])
+    assert len({cell["interval"] for row in rows for cell in row["cells"]}) > len(rows)

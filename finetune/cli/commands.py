@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,9 @@ from finetune.cli.report_commands import report_app, say_report
 from finetune.cli.setup_commands import setup_app
 from finetune.config.row_formats import RowFormat
 from finetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.report.requirements import Requirement
 
 app = typer.Typer(
     epilog="`finetune.py configs/lora.yaml` without a command trains. `finetune schema --markdown` "
@@ -176,6 +179,14 @@ def evaluate(
     image_root: ImageRoot = None,
     json_schema: JsonSchema = None,
     require_call: RequireCall = False,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE",
+            help="Such as `rouge-l >= 45` or `not worse than base on rouge-l`; repeatable. Exit "
+            "code 8 when one is not met.",
+        ),
+    ] = None,
     old_base: Annotated[bool, typer.Option("--base", hidden=True)] = False,
     old_general: Annotated[list[str] | None, typer.Option("--general", hidden=True)] = None,
     old_unit: Annotated[str | None, typer.Option("--bleu-unit", hidden=True)] = None,
@@ -198,6 +209,9 @@ def evaluate(
         "image_root": image_root,
     }
     with console.json_output(as_json) as emit:
+        from finetune.report.requirements import read_requirements
+
+        requirements = read_requirements(require or ())
         definition = _renamed(definition, old_base, old_general, old_unit)
         models = models_in(targets or ())
         from finetune.evaluation.evaluate import Options
@@ -220,6 +234,16 @@ def evaluate(
         if console.is_main():
             say_report(Path(found["output"]))
         emit(found)
+        if requirements and console.is_main():
+            _check_requirements(Path(found["output"]), requirements)
+
+
+def _check_requirements(folder: Path, requirements: Sequence[Requirement]) -> None:
+    from finetune.evaluation.schema import read_evaluation
+    from finetune.report.requirements import check_requirements
+
+    for line in check_requirements(read_evaluation(folder), requirements):
+        console.say(line)
 
 
 def _renamed(

@@ -1,0 +1,70 @@
+"""`finetune evaluate --require`: exit code 8 exactly when a rule is not met, with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import command_line
+import pytest
+from rows import write_rows
+from test_report_words import compared, evaluation
+
+from finetune.errors import ConfigError, RequirementError
+from finetune.report.requirements import check_requirements, read_requirements
+
+
+def met(text: str, verdict: str = "better", **scores: float) -> bool:
+    pair = compared("one", "base", 5.0, verdict)
+    found = evaluation(pair, **(scores or {"base": 40.0, "one": 45.0}))
+    try:
+        return bool(check_requirements(found, read_requirements([text])))
+    except RequirementError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [  # one has 45.0 (44.0 to 46.0), the base 40.0
+        ("rouge-l >= 45", True), ("rouge-l>=45.1", False), ("rouge-l > 45", False),
+        ("rouge-l <= 45", True), ("rouge-l < 45", False), ("rouge-l >= 44 surely", True),
+        ("rouge-l >= 45 surely", False), ("rouge-l <= 45 surely", False),
+        ("rouge-l <= 46 surely", True), ("bleu-4 >= 0", False),
+    ],
+)  # fmt: skip
+def test_a_limit_is_met_by_the_best_tuned_model(text: str, expected: bool) -> None:
+    assert met(text) is expected
+
+
+@pytest.mark.parametrize("kind", ["not worse", "better"])
+@pytest.mark.parametrize("verdict", ["better", "no real difference", "worse"])
+def test_a_comparison_with_the_base_goes_by_its_verdict(kind: str, verdict: str) -> None:
+    wanted = {"not worse": {"better", "no real difference"}, "better": {"better"}}[kind]
+    assert met(f"{kind} than base on rouge-l", verdict) is (verdict in wanted)
+
+
+def test_a_rule_that_cannot_be_told_is_not_met_and_says_why() -> None:
+    alone = evaluation(one=45.0)
+    with pytest.raises(RequirementError, match="add --include-base"):
+        check_requirements(alone, read_requirements(["not worse than base on rouge-l"]))
+    with pytest.raises(RequirementError, match="no score 'chrf'; there are rouge-l"):
+        check_requirements(alone, read_requirements(["chrf > 1"]))
+    untuned = evaluation(base=45.0)
+    with pytest.raises(RequirementError, match="no tuned model"):
+        check_requirements(untuned, read_requirements(["better than base on rouge-l"]))
+
+
+def test_lines_that_are_no_rules_are_named_together() -> None:
+    with pytest.raises(ConfigError, match=r"'rouge-l'.*\n.*'rouge-l >= high'"):
+        read_requirements(["rouge-l", "rouge-l >= high", "loss < 2"])
+
+
+def test_the_command_ends_with_8_and_the_reason(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"predict": "yes", "label": "yes"}, {"predict": "no", "label": "yes"}]
+    file = write_rows(tmp_path / "replies.jsonl", rows)
+    for rule, code in (("exact_match >= 50", 0), ("exact_match >= 51", 8), ("exact_match", 2)):
+        words = ("evaluate", "--predictions", str(file), "--output", str(tmp_path / "out"))
+        assert command_line.exit_code(*words, "--require", rule) == code
+        assert rule in "".join(capfd.readouterr())
+    assert (tmp_path / "out" / "report.html").is_file()
