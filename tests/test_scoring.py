@@ -217,7 +217,7 @@ def test_scores_of_a_whole_corpus_are_no_means(tmp_path: Path) -> None:
     pairs = [(one, other) for one, other in PAIRS if one.strip() and other.strip()]
     report = evaluate([], options=Options(predictions=(str(prediction_file(tmp_path, pairs)),)))
     replies, references = ([pair[i].strip() for pair in pairs] for i in (0, 1))
-    cut = [[" ".join(texts.script_words(one)) for one in texts] for texts in (replies, references)]  # fmt: skip
+    cut = [[" ".join(texts.script_words(one)) for one in side] for side in (replies, references)]  # fmt: skip
     bleu = BLEU(tokenize="none", force=True, effective_order=True).corpus_score(cut[0], [cut[1]])
     assert report["scores"]["corpus_bleu"] == pytest.approx(bleu.score)
     assert report["scores"]["chrf"] == pytest.approx(CHRF().corpus_score(replies, [references]).score)  # fmt: skip
