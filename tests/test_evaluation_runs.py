@@ -287,7 +287,7 @@ def test_a_base_that_moved_is_found_among_the_targets(
     config = json.loads((lora / "adapter_config.json").read_text())
     (lora / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))  # fmt: skip
     stranger = tiny.save_model(tmp_path / "stranger", "glm", seed=5)
-    targets = find_targets([str(lora), str(stranger), str(tiny_glm)], base=None, with_base=True)
+    targets = find_targets([str(lora), str(stranger), str(tiny_glm)], with_base=True)
     assert [(one.name, one.base) for one in targets] == [
         ("base", None), ("adapter", str(tiny_glm)), ("stranger", None),
     ]  # fmt: skip
@@ -301,7 +301,7 @@ def test_names_are_unique_and_kinds_are_told(place: Path, tiny_glm: Path, tmp_pa
     (merged / "manifest.json").write_text("{}")
     targets = find_targets(
         [f"{place}/lora/checkpoint-2", str(again / "checkpoint-2"), str(merged), str(merged)],
-        base=None, with_base=False,
+        with_base=False,
     )  # fmt: skip
     assert [(one.name, one.kind, one.run) for one in targets] == [
         ("lora-checkpoint-2", "adapter", str(place / "lora")),
@@ -309,7 +309,7 @@ def test_names_are_unique_and_kinds_are_told(place: Path, tiny_glm: Path, tmp_pa
         ("merged-model", "merged", None),
     ]  # fmt: skip
     with pytest.raises(ModelError, match="none of the targets says"):
-        find_targets([str(merged)], base=None, with_base=True)
+        find_targets([str(merged)], with_base=True)
 
 
 def test_a_prefix_comes_off_and_leaves_the_base_as_it_was(place: Path, tiny_glm: Path) -> None:

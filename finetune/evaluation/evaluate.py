@@ -70,7 +70,6 @@ def evaluate(
     data: Sequence[str] = (),
     *,
     output: Path | None = None,
-    base: str | None = None,
     changes: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> dict[str, Any]:
@@ -83,7 +82,6 @@ def evaluate(
         targets: models, adapters and checkpoints, as `open_model` opens them.
         data: held-out files, globs or folders; by default those of the first target's run.
         output: the folder to write into; by default one beside the first target.
-        base: the adapters' base where their own records are out of date.
         changes: fields of EvaluationSection, and `columns`, `format` and `image_root` of rows, that
             win over the run's; None counts as not said.
         options: what else is asked for.
@@ -96,7 +94,7 @@ def evaluate(
     """
     options = options or Options()
     models = [targets] if isinstance(targets, str) else list(targets)
-    found = find_targets(models, options.predictions, base=base, with_base=options.with_base)
+    found = find_targets(models, options.predictions, with_base=options.with_base)
     if not found:
         raise ConfigError("there is nothing to evaluate; name a model, or files with --predictions")
     if options.temperature < 0:

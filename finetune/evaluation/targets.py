@@ -37,21 +37,20 @@ class Target:
 
 
 def find_targets(
-    models: Sequence[str], predictions: Sequence[str] = (), *, base: str | None, with_base: bool
+    models: Sequence[str], predictions: Sequence[str] = (), *, with_base: bool
 ) -> list[Target]:
     """The targets in the order in which they are compared, the base first.
 
     Args:
         models: model folders, adapters and checkpoints, or hub ids.
         predictions: files of replies made elsewhere.
-        base: where the adapters' base lies when that is not where they say.
         with_base: whether the untuned model is scored too.
 
     Raises:
         ModelError: a base cannot be found.
         DataError: a file of predictions does not exist.
     """
-    tuned = [_target(path, base, models) for path in models]
+    tuned = [_target(path, models) for path in models]
     if with_base:
         tuned = _bases(tuned) + tuned
     for file in predictions:
@@ -64,13 +63,13 @@ def find_targets(
     return _named(list(unique.values()))
 
 
-def _target(path: str, base: str | None, models: Sequence[str]) -> Target:
+def _target(path: str, models: Sequence[str]) -> Target:
     folder = Path(path)
     kind = _kind(path)
     step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     run = str(folder.parent) if step else None
     name = f"{folder.absolute().parent.name}-{folder.name}" if step else folder.absolute().name
-    moved = _moved_base(folder, base, models) if kind in ("adapter", "prefix") else None
+    moved = _moved_base(folder, models) if kind in ("adapter", "prefix") else None
     return Target(name, path, kind, int(step[1]) if step else None, run, moved)
 
 
@@ -81,10 +80,8 @@ def _kind(path: str) -> Kind:
     return found if found in ("full", "merged") else "base"
 
 
-def _moved_base(folder: Path, base: str | None, models: Sequence[str]) -> str | None:
-    """The base that is given, or a whole model among the targets that is the adapter's own."""
-    if base is not None:
-        return base
+def _moved_base(folder: Path, models: Sequence[str]) -> str | None:
+    """A whole model among the targets that is the adapter's own base, when that has moved."""
     path, fingerprint = recorded_base(folder)
     if fingerprint is None or (path and Path(path).is_dir()):
         return None
