@@ -280,9 +280,7 @@ def test_the_fingerprint_follows_tokenizer_and_template_and_nothing_else(
 def test_what_is_no_tokenizer_is_refused_with_what_to_do(tmp_path: Path, fast_folder: Path) -> None:
     with pytest.raises(ModelError, match="no such checkpoint folder"):
         load_chat_tokenizer(tmp_path / "absent")
-    with pytest.raises(
-        ModelError, match=r"cannot be fetched from the hub.*download the checkpoint"
-    ):
+    with pytest.raises(ModelError, match=r"cannot be fetched from huggingface"):
         load_chat_tokenizer("some-org/not-cached")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no tokenizer\.json and no tokenizer\.model"):

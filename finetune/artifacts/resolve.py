@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune import console
-from finetune.artifacts import checkpoint
+from finetune.artifacts import checkpoint, hub
 from finetune.artifacts.base_record import read_base_record
 from finetune.artifacts.names import (
     ADAPTER_CONFIG,
@@ -67,8 +67,8 @@ def is_hub_name(name: str) -> bool:
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Whether it is `owner/name`, and nothing of that name lies here."""
-    return is_hub_name(str(path)) and not os.path.lexists(path)
+    """Whether it names a repository of a hub, and nothing of that name lies here."""
+    return hub.repository(path) is not None and not os.path.lexists(path)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -120,17 +120,7 @@ def local_folder(
             f"{path}: no such checkpoint folder, and not a hub id like org/name "
             f"(seen from {Path.cwd()})"
         )
-    from huggingface_hub import snapshot_download  # heavy, and only needed for a hub id
-
-    try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # what hub errors, refused ids and networks derive from
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise ModelError(
-            f"{path}: no such folder here, and it cannot be fetched from the hub "
-            f"({type(error).__name__}: {reason}); check the name, or download the checkpoint and "
-            "give its folder"
-        ) from error
+    return hub.fetch(str(path), "model", files, revision)
 
 
 def model_base(target: str | Path, base: str | None = None) -> Weights:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run([word for word in words if word != "--debug"])
+        code = _run(_with_hub([word for word in words if word != "--debug"]))
     except Exception as error:
         problem = error if isinstance(error, FinetuneError) else _explained(error)
         if problem is None:
@@ -54,6 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         console.let_go()
     sys.exit(code)
+
+
+def _with_hub(words: Sequence[str]) -> list[str]:
+    """The words without `--hub NAME`, which every command takes, and the choice in the environment."""
+    left, rest = [], iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--hub":
+            left.append(word)
+            continue
+        os.environ["FINETUNE_HUB"] = value if equals else next(rest, "")
+    return left
 
 
 def _explained(error: Exception) -> FinetuneError | None:

@@ -56,6 +56,13 @@ def finetune(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")
     ] = False,
+    hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where names like owner/name come from: huggingface or modelscope; allowed anywhere.",
+        ),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),

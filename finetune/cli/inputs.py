@@ -29,7 +29,10 @@ def check_inputs(loaded: Loaded) -> None:
     kinds: list[type[FinetuneError]] = [DataError] if problems else []
     path = config.model.path
     if not is_folder(path) and not is_hub_id(path):
-        said = f"not a directory, and not a hub id like org/name: {path} (seen from {Path.cwd()})"
+        said = (
+            f"not a directory, and not a hub id like org/name: {path} (seen from {Path.cwd()}); of a "
+            "hub: hf://owner/name or ms://owner/name"
+        )
         problems.append(loaded.problem(("model", "path"), said))
         kinds.append(ModelError)
     deepspeed = config.deepspeed.config if config.deepspeed else None

@@ -34,7 +34,7 @@ class ModelSection(Section):
     """Which checkpoint is tuned, and in which number format."""
 
     path: NotEmpty
-    """A folder, or a hub id such as `THUDM/glm-4-9b-chat`; either published layout."""
+    """A folder, or a hub id such as `THUDM/glm-4-9b-chat`; either published layout. `hf://owner/name` and `ms://owner/name` (ModelScope) say the hub, else `--hub` or `$FINETUNE_HUB` does."""
 
     revision: str | None = None
     """The hub revision (branch, tag or commit) when `path` is a hub id."""
@@ -85,7 +85,7 @@ class DataSection(Section):
     """Where dialogues come from and how they become examples."""
 
     train: str | list[str | Source]
-    """Training files: a path, a glob, a folder, or a list of these or of `{path, weight, format}`."""
+    """Training files: a path, a glob, a folder, a data set of a hub (`hf://owner/name`, `ms://owner/name`, with `@revision` and `/files` behind it), or a list of these or of `{path, weight, format}`."""
 
     validation: str | list[str | Source] | None = None
     """Held-out files, for the validation loss and for generation; same forms as `train`. Or a share such as `5%` that is held out of `train`, whole groups at a time."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune import console
+from finetune.artifacts import hub
+from finetune.artifacts.resolve import TOKENIZER_FILES, is_hub_id, local_folder
 from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.schema import RunConfig, held_out_share
 from finetune.data.chat.template import ChatTemplate
@@ -43,6 +45,7 @@ def train(
             resume.choose(run_dir.path, "never")  # refuses an old run at once
         if not trust_checkpoint:
             check_owner(run_dir.path, config.training.resume)
+        config = _pinned(config)
         template = ChatTemplate(load_chat_tokenizer(config.model.path, config.model.revision))
         data = load_run_data(config, template)
 
@@ -50,6 +53,19 @@ def train(
             from finetune.training.fit import fit
 
             return fit(config, template, data, run_dir)
+
+
+def _pinned(config: RunConfig) -> RunConfig:
+    """The config with the commit that its model's hub id stands for now, which is recorded."""
+    if not is_hub_id(config.model.path):
+        return config
+    path, revision = config.model.path, config.model.revision
+    folder = local_folder(path, revision, files=TOKENIZER_FILES)
+    commit = hub.commit_of(folder)
+    if commit is None:
+        return config
+    model = config.model.model_copy(update={"revision": commit})
+    return config.model_copy(update={"model": model})
 
 
 def _sources(config: RunConfig) -> list[str]:

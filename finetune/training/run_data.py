@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune import console, launcher
+from finetune.artifacts import hub
 from finetune.config.schema import DataSection, RunConfig
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.batch_plan import BatchPlan
@@ -62,7 +63,8 @@ class RunData:
     def described(self) -> dict[str, Any]:
         """Counts, fingerprint and lengths of both kinds, for data.json in the run directory."""
         kinds = {"train": self.train, "validation": self.validation}
-        return {name: _described(kind) for name, kind in kinds.items() if kind is not None}
+        described = {name: _described(kind) for name, kind in kinds.items() if kind is not None}
+        return described | ({"fetched": dict(hub.fetched)} if hub.fetched else {})
 
 
 def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.artifacts import hub
 from finetune.data.reading.json_rows import read_json
 from finetune.data.reading.streams import TEXT_SUFFIXES, BadRow, Row, StreamError, open_stream
 from finetune.data.reading.tables import read_arrow, read_csv, read_parquet
@@ -31,6 +32,10 @@ _REGISTER_KEYS = frozenset(
 )
 _TEXTS = tuple(s + c for s in TEXT_SUFFIXES for c in ("", ".gz", ".zst"))
 _ALL_SUFFIXES = tuple(s + c for s in SUFFIXES for c in ("", ".gz", ".zst"))
+_FETCHED = [
+    f"*{name}" for name in (*_ALL_SUFFIXES, ".txt", ".md", ".png", ".jpg", ".jpeg", ".webp")
+]
+"""What is fetched of a hub's data set; never code, never a pickle."""
 
 
 def expand(path: str) -> list[Path]:
@@ -42,7 +47,7 @@ def expand(path: str) -> list[Path]:
     if not path or "\0" in path:
         raise DataError(f"{path!r} is not a path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
-        raise DataError(f"{path} is a URL; download the file and name it by its path")
+        return _fetched(path)
     try:
         target = Path(path)
         if target.is_file():
@@ -59,9 +64,33 @@ def expand(path: str) -> list[Path]:
             if found:
                 return found
             raise DataError(f"no file matches {path} (seen from {Path.cwd()})")
-        raise DataError(f"{path} does not exist{_near_name(target)}")
+        raise DataError(f"{path} does not exist{_near_name(target)}{_of_a_hub(path)}")
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+def _fetched(address: str) -> list[Path]:
+    """The data files of a hub's repository, or those that the address names."""
+    found = hub.repository(address)
+    if found is None:
+        raise DataError(
+            f"{address} is a URL; download the file and name it by its path, or name a data set of a hub: "
+            "hf://owner/name, ms://owner/name"
+        )
+    folder = hub.fetch(address, "dataset", [found.files] if found.files else _FETCHED)
+    if not found.files:
+        return _files_in(folder)
+    files = sorted(p for p in folder.glob(found.files) if p.is_file())
+    if not files:
+        raise DataError(f"{address}: the data set has no file {found.files}")
+    return files
+
+
+def _of_a_hub(path: str) -> str:
+    """How to name it if it is meant to be a data set of a hub."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w-]*", path):
+        return ""
+    return f"; a data set of a hub is named hf://{path} or ms://{path}"
 
 
 def _files_in(folder: Path) -> list[Path]:

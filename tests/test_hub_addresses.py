@@ -1,0 +1,159 @@
+"""Models and data sets of either hub: addresses, what is fetched, and what is said when it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import download_hubs
+import pytest
+
+from finetune import cli
+from finetune.artifacts import hub
+from finetune.artifacts.hub import Repository
+from finetune.artifacts.resolve import is_hub_id, local_folder
+from finetune.data.reading.files import expand
+from finetune.errors import ConfigError, DataError, ModelError
+
+ROOT = Path(__file__).parent.parent
+ROW = b'{"prompt": "Q", "response": "A"}\n'
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("hf://a/b", Repository("huggingface", "a/b")),
+        ("hf://datasets/a/b-c.d", Repository("huggingface", "a/b-c.d")),
+        ("ms://a/b@v1.0", Repository("modelscope", "a/b", "v1.0")),
+        ("ms://a/b@v1/data/*.jsonl", Repository("modelscope", "a/b", "v1", "data/*.jsonl")),
+        ("a/b", Repository("huggingface", "a/b")),
+        ("a", None),
+        ("a/b/c", None),
+        ("./a/b", None),
+        ("/a/b", None),
+        ("https://a/b", None),
+        ("hf://a", None),
+    ],
+)
+def test_an_address_names_a_repository(address: str, expected: Repository | None) -> None:
+    assert hub.repository(address) == expected
+
+
+def test_the_environment_says_which_hub_a_plain_name_is_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FINETUNE_HUB", "modelscope")
+    assert hub.repository("a/b") == Repository("modelscope", "a/b")
+    assert hub.repository("hf://a/b") == Repository("huggingface", "a/b")
+    monkeypatch.setenv("FINETUNE_HUB", "elsewhere")
+    with pytest.raises(ConfigError, match="'elsewhere'; it is one of huggingface, modelscope"):
+        hub.repository("a/b")
+
+
+def test_every_command_takes_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for words in (["--hub", "modelscope"], ["--hub=modelscope"]):
+        monkeypatch.setenv("FINETUNE_HUB", "huggingface")
+        with pytest.raises(SystemExit):
+            cli.main(["data", "check", str(tmp_path / "none"), *words])
+        assert os.environ["FINETUNE_HUB"] == "modelscope"
+
+
+def fail(*_: Any) -> Path:
+    raise OSError("no network")
+
+
+def test_a_repository_that_cannot_be_fetched_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub, "_DOWNLOADS", dict.fromkeys(hub._DOWNLOADS, fail))
+    with pytest.raises(DataError) as data:
+        expand("ms://someone/rows")
+    assert "someone/rows: no such folder here, and it cannot be fetched from modelscope" in str(
+        data.value
+    )
+    for command in (
+        "hf download someone/rows --repo-type dataset --local-dir FOLDER",
+        "modelscope download --dataset someone/rows --local_dir FOLDER",
+    ):
+        assert command in str(data.value)
+    with pytest.raises(ModelError) as model:
+        local_folder("someone/model", "v2")
+    assert "someone/model at v2: no such folder here" in str(model.value)
+    assert "(OSError: no network)" in str(model.value)
+    assert "hf download someone/model --local-dir FOLDER" in str(model.value)
+
+
+def test_without_its_library_modelscope_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ModelError, match=r'pip install "glm4-finetune\[modelscope\]"'):
+        local_folder("ms://someone/unseen")
+
+
+def test_a_missing_path_that_looks_like_a_repository_is_told_how_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"is named hf://someone/rows or ms://someone/rows"):
+        expand("someone/rows")
+    with pytest.raises(DataError, match=r"is a URL; download .* hf://owner/name, ms://owner/name"):
+        expand("https://example.org/a.jsonl")
+
+
+def test_what_lies_here_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("a/b")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert not is_hub_id("a/b")
+
+
+_PROGRAM = """
+import json
+from finetune.artifacts import hub
+from finetune.artifacts.resolve import local_folder
+from finetune.data.preview.report import check
+from finetune.data.reading.files import expand
+found = {}
+for address in ADDRESSES:
+    folder = local_folder(address)
+    found[address] = [sorted(p.name for p in folder.rglob("*") if p.is_file())]
+    (source,) = check(address + "/data/*.jsonl").sources
+    found[address] += [source.rows, len(expand(address + "/data/*.jsonl"))]
+print(json.dumps([found, hub.fetched]))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_models_and_data_come_from_a_mirror(scheme: str, tmp_path: Path) -> None:
+    if scheme == "ms":
+        pytest.importorskip("modelscope", reason="the extra `modelscope` is not installed")
+    files = {
+        "data/a.jsonl": ROW, "config.json": b"{}", "evil.py": b"1", "model.bin": b"1",
+        "model.safetensors": b"1",
+    }  # fmt: skip
+    with download_hubs.downloads(files) as there:
+        run = subprocess.run(
+            [sys.executable, "-c", f"ADDRESSES = ['{scheme}://owner/name']{_PROGRAM}"],
+            env={
+                **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": there.address,
+                "HF_HOME": str(tmp_path / "hf"), "MODELSCOPE_DOMAIN": there.address,
+                "MODELSCOPE_CACHE": str(tmp_path / "ms"), "HF_HUB_OFFLINE": "0",
+            },
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found, fetched = json.loads(run.stdout.splitlines()[-1])
+    names, rows, num_files = found[f"{scheme}://owner/name"]
+    assert {"config.json", "model.safetensors"} <= set(names)
+    assert not {"evil.py", "model.bin"} & set(names)
+    assert (rows, num_files) == (1, 1)
+    if scheme == "hf":
+        assert fetched == {"huggingface:owner/name": download_hubs.COMMIT}
+    else:
+        assert list(fetched) == ["modelscope:owner/name"]
+        assert any("/api/v1/" in request for request in there.requests)
