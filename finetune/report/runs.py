@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from finetune.artifacts import checkpoint
-from finetune.artifacts.names import RUN_CONFIG, RUN_DATA, RUN_METRICS
+from finetune.artifacts.names import EVALUATION, RUN_CONFIG, RUN_DATA, RUN_METRICS
 from finetune.artifacts.plain_files import check_plain
 from finetune.config.yaml_text import parse_file
 from finetune.errors import ConfigError
@@ -142,7 +142,9 @@ def find_runs(folder: Path) -> list[Run]:
         names[:] = sorted(
             name
             for name in names
-            if depth < DEEPEST and not name.startswith((".", "checkpoint-"))
+            if depth < DEEPEST
+            and EVALUATION not in files  # it keeps copies of the runs' records
+            and not name.startswith((".", "checkpoint-"))
         )  # fmt: skip
         if RUN_CONFIG in files and (RUN_METRICS in files or checkpoint.checkpoints(Path(place))):
             found.append(Path(place))
