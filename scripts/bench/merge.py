@@ -7,8 +7,8 @@ Makes a synthetic sharded GLM in bfloat16 with a LoRA adapter on all attention a
 training does by default), then runs one after the other, each in a process of its own, as often as asked:
 `cp`; `cp` + `sync`, which is as durable as our output; a copy that is durable and hashed (two files at
 a time, none read twice), which is what our output promises without computing anything; `finetune merge`
-as it is typed, and with less and more checking; PEFT's merge_and_unload + save; LLaMA-Factory's export, from an environment of its own. Threads of torch
-are not limited.
+as it is typed, and with less and more checking; PEFT's merge_and_unload + save; LLaMA-Factory's export,
+from an environment of its own. Threads of torch are not limited.
 --cold drops the inputs from the file cache before each, as for a checkpoint that was not just used.
 --directory keeps the inputs for another time.
 """
