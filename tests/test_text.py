@@ -51,7 +51,8 @@ def test_blocks_hold_every_token_once_and_all_but_the_prefix_is_learned(
     template: ChatTemplate, tmp_path_factory: pytest.TempPathFactory, text: str, max_length: int
 ) -> None:
     folder = tmp_path_factory.mktemp("text")
-    data = load(template, folder, max_length, rows(folder / "a.jsonl", {"text": text}))
+    source = SourceSpec(rows(folder / "a.jsonl", {"text": text}), format="text")
+    data = load_examples([source], template, LengthPolicy(max_length), cache_root=folder / "cache")
     ids = template.tokenizer.control_ids
     prefix = [ids["[gMASK]"], ids["<sop>"]]
     joined = []

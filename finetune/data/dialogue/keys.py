@@ -83,6 +83,7 @@ _HARMLESS_COLUMNS = frozenset(
         *(
             "sample_id",
             "question_id",
+            "prompt_id",
             "conversation_hash",
             "source",
             "data_source",
