@@ -59,6 +59,10 @@ def quickstart_tokens(checkout: Checkout, file: str) -> Finding:
     return tokens(checkout, checkout.inputs.model("quickstart"), data)
 
 
+BY_WORDS = {f"eval_{name}" for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "corpus_bleu", "repetition_rate")}  # fmt: skip
+"""Scores in training that are over words, which are cut by script now."""
+
+
 def tokens(checkout: Checkout, model: Path, file: Path) -> Finding:
     """What `finetune data tokens` prints."""
     rows = json_lines(checkout.run("data", "tokens", file, "--model", model), f"tokens of {file}")
@@ -83,7 +87,11 @@ def losses(checkout: Checkout, run: str) -> Finding:
 def training_scores(checkout: Checkout, run: str) -> Finding:
     """Validation loss and scores before the first step and after the last."""
     evaluations = [
-        {key: value for key, value in row.items() if key == "step" or key.startswith("eval_")}
+        {
+            key: value
+            for key, value in row.items()
+            if key == "step" or (key.startswith("eval_") and key not in BY_WORDS)
+        }
         for row in metrics(checkout.trained(run))
         if "eval_loss" in row
     ]
@@ -116,6 +124,8 @@ def evaluate(checkout: Checkout) -> Finding:
 def scores(checkout: Checkout, *words: str | Path) -> Finding:
     """What `finetune evaluate` gives, the intervals too."""
     output = f"evaluation-{len(words)}"
+    # Words as they were cut before; both checkouts know the option by this name.
+    words = (*words, "--bleu-unit", "word")
     answer = json.loads(checkout.run("evaluate", *words, "--output", output, "--json"))
     value = {"scores": answer["scores"], "targets": [t["scores"] for t in answer["targets"]]}
     numbers = {name: number for name, number in value["scores"].items() if number is not None}
