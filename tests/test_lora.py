@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from finetune import methods
 from finetune.artifacts.weights import model_fingerprint
-from finetune.config.schema import LoraMethod
+from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import BaseRecord, lora
 from finetune.models.load import load_model
@@ -257,3 +257,15 @@ def test_a_full_run_saves_a_model_in_the_bases_names(tiny_chatglm: Path, tmp_pat
     runs.run_here(whole)
     again = load_file(tmp_path / "whole/checkpoint-2/model.safetensors")
     assert all(torch.equal(again[name], saved[name]) for name in saved)
+
+
+def test_lora_plus_raises_b_and_nothing_else() -> None:
+    from finetune.training.learning_rates import Rates
+
+    rates = Rates(0.01, {}, methods.rate_scale(LoraMethod(lora_plus_ratio=16)))
+    assert rates.of("model.layers.0.mlp.down_proj.lora_B.default.weight") == pytest.approx(0.16)
+    assert rates.of("model.embed_tokens.lora_embedding_B.default") == pytest.approx(0.16)
+    assert rates.of("model.layers.0.mlp.down_proj.lora_A.default.weight") == 0.01
+    assert not rates.is_one
+    for section in (LoraMethod(), PTuningV2Method(), FullMethod()):
+        assert Rates(0.01, {}, methods.rate_scale(section)).is_one

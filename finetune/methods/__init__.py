@@ -7,7 +7,7 @@ section in `config.schema`, a record here and such a module with `attach`, `is_a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import MethodSection
     from finetune.methods.full import Gather
 
-__all__ = ["METHODS", "BaseRecord", "Method", "attach", "of_adapter", "restore", "save", "trained_modules"]  # fmt: skip
+__all__ = ["METHODS", "BaseRecord", "Method", "attach", "of_adapter", "rate_scale", "restore", "save", "trained_modules"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Method:
     less_memory_if_quantized: bool = True
     """Whether that still helps when `model.quantization` is set."""
 
+    has_rates: bool = False
+    """Whether its module has a `rate_scale`: some of its weights learn at another rate."""
+
     @property
     def trains_the_model(self) -> bool:
         """Whether it trains the model's own weights, which then need float32 originals."""
@@ -62,6 +65,7 @@ METHODS: dict[str, Method] = {
             "lora",
             "adapter",
             peft_type="LORA",
+            has_rates=True,
             served_by_vllm=True,
             less_memory="model.quantization=nf4: the frozen weights take a quarter of bfloat16's",
             less_memory_if_quantized=False,
@@ -124,6 +128,15 @@ def attach(
     code = METHODS[section.kind].code
     attached: PreTrainedModel = code.attach(model, section, frozen=frozen, start_ids=start_ids)
     return attached
+
+
+def rate_scale(section: MethodSection) -> Callable[[str], float] | None:
+    """How much faster than the others a weight learns, by its name; None where all learn alike."""
+    method = METHODS[section.kind]
+    scale: Callable[[str], float] | None = None
+    if method.has_rates:
+        scale = method.code.rate_scale(section)
+    return scale
 
 
 def trained_modules(model: PreTrainedModel) -> dict[str, int]:

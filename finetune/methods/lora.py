@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -172,9 +172,12 @@ def _check_weights(model: PeftModel, weights: Mapping[str, Tensor], file: Path) 
         )
 
 
-def optimizer_group(name: str) -> str:
-    """`B` for the weights whose learning rate LoRA+ raises, else `A`."""
-    return "B" if ".lora_B." in name or ".lora_embedding_B." in name else "A"
+def rate_scale(section: LoraMethod) -> Callable[[str], float] | None:
+    """How much faster than the others a weight learns, by name: LoRA+ raises the B matrices' rate."""
+    ratio = section.lora_plus_ratio
+    if ratio is None:
+        return None
+    return lambda name: ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
 
 
 def _target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:

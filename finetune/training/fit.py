@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finetune import console
+from finetune import console, methods
 from finetune.artifacts import checkpoint
 from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.load import dump_config
@@ -169,7 +169,7 @@ def build_trainer(
             rates=Rates(
                 config.training.learning_rate,
                 config.training.learning_rates,
-                getattr(config.method, "lora_plus_ratio", None),
+                methods.rate_scale(config.method),
             ),
         ),
         callbacks=[schedule, narrator, MetricsFile(saver.run_dir)],

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from finetune.errors import ConfigError
-from finetune.methods import lora
 
 
 @dataclass(frozen=True)
@@ -17,20 +16,19 @@ class Rates:
     base: float
     by_name: Mapping[str, float] = field(default_factory=dict)
     """`training.learning_rates`: regexes searched in a name; the first that is found decides."""
-    lora_plus_ratio: float | None = None
+    scale: Callable[[str], float] | None = None
+    """How much faster than the others a weight learns, by its name: `methods.rate_scale`."""
 
     @property
     def is_one(self) -> bool:
         """Whether all weights learn at the same rate."""
-        return not self.by_name and self.lora_plus_ratio is None
+        return not self.by_name and self.scale is None
 
     def of(self, name: str) -> float:
         """The rate of a weight."""
         rates = (rate for pattern, rate in self.by_name.items() if re.search(pattern, name))
         rate = next(rates, self.base)
-        if self.lora_plus_ratio is not None and lora.optimizer_group(name) == "B":
-            rate *= self.lora_plus_ratio
-        return rate
+        return rate * self.scale(name) if self.scale else rate
 
     def check(self, trained: Iterable[str]) -> None:
         """Raises ConfigError for patterns that are no regex or are in no trained weight's name."""
