@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pictures
 import pytest
 from rows import turns, write_rows
 
@@ -180,3 +181,32 @@ def test_a_method_is_a_section_a_record_and_a_module(copy: Path, tiny_glm: Path)
     [target] = report["targets"]
     assert (target["kind"], target["step"]) == ("adapter", 2)
     assert report["scores"]["loss"] > 0
+
+
+def test_a_family_with_images_is_two_entries(copy: Path) -> None:
+    toy = """
+
+class ToyConfig(ChatGLMConfig):
+    model_type = "toyv"
+
+
+class ToyModel(ChatGLMForConditionalGeneration):
+    config_class = ToyConfig
+
+
+FAMILIES["toyv"] = replace(
+    FAMILIES["chatglm"], model_type="toyv", config_class=ToyConfig, model_class=ToyModel
+)
+"""
+    families = copy / "finetune" / "models" / "families.py"
+    text = families.read_text("utf-8").replace("import dataclass", "import dataclass, replace")
+    families.write_text(text + toy, "utf-8")
+    edit(copy, "data/chat/tokenizer.py", ('    "chatglm": lambda', '    "toyv": lambda _, config: image_spec(config),\n    "chatglm": lambda'))  # fmt: skip
+    model = pictures.save_model(copy / "toy")
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "toyv"}), "utf-8")
+    data = pictures.write_dialogues(copy / "data", 2, every=1)
+    done = finetune(copy, "evaluate", "toy", "--data", data, "--no-generate", "--json")
+    assert json.loads(done.stdout)["scores"]["loss"] > 0
+    rows = finetune(copy, "data", "tokens", data, "--model", "toy").stdout.splitlines()
+    assert max(len(json.loads(row)["input_ids"]) for row in rows) > 10

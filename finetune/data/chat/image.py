@@ -114,7 +114,7 @@ class ImageSpec:
 def image_spec(config: Mapping[str, Any]) -> ImageSpec | None:
     """What a checkpoint's config.json says about images; None when it takes none."""
     vision = config.get("vision_config")
-    if config.get("model_type") != "chatglm" or not isinstance(vision, dict):
+    if not isinstance(vision, dict):
         return None
     size = int(vision["image_size"])
     side = size // int(vision["patch_size"]) // 2

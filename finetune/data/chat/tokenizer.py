@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +130,17 @@ def tokenizer_file(folder: str | Path, revision: str | None = None) -> Path:
     return _kept(key) or _keep(key, _convert(model, added).to_str())
 
 
+_IMAGES: dict[str, Callable[[Path, Mapping[str, Any]], TakesImages | None]] = {
+    "chatglm": lambda _, config: image_spec(config),
+    "glm4v": lambda place, config: GridSpec(str(place), int(config["image_start_token_id"])),
+}
+"""How each family takes images, by `model_type`; a family that is not here takes none."""
+
+
 def _image_spec(place: Path) -> TakesImages | None:
     config = read_json_if_there(place / MODEL_CONFIG)
-    if config.get("model_type") == "glm4v":
-        return GridSpec(str(place), int(config["image_start_token_id"]))
-    return image_spec(config)
+    kind = config.get("model_type")
+    return _IMAGES[kind](place, config) if kind in _IMAGES else None
 
 
 def _open(path: Path) -> Tokenizer:
