@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from finetune import methods
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.methods import ptuning_v2
+from finetune.models import kernels
 from finetune.models.load import load_model, shape_of
 from finetune.models.loss import for_model
 from finetune.planning.counting import counting, shapes_only
@@ -124,3 +126,40 @@ def test_nothing_as_large_as_the_square_of_a_long_row_is_ever_made(
             model(**given, use_cache=False).loss.backward()
     largest = max(size for _, size in counter.ledger.events)
     assert largest < LONG * LONG / 50
+
+
+def by_documents(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+):  # type: ignore[no-untyped-def]
+    """What `varlen_attn` computes on a GPU: the last query of a document sees its last key."""
+    assert window_size == (-1, 0)
+    lengths = [end - start for start, end in pairwise(cu_seq_q.tolist())]
+    assert max_q == max(lengths)
+    assert max_k == max(end - start for start, end in pairwise(cu_seq_k.tolist()))
+    parts = []
+    for (start, end), (first, last) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):  # fmt: skip
+        q, k, v = (t[a:b].transpose(0, 1) for t, a, b in ((query, start, end), (key, first, last), (value, first, last)))  # fmt: skip
+        seen = torch.ones(end - start, last - first, dtype=torch.bool).tril(last - first - (end - start))  # fmt: skip
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)  # fmt: skip
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("with_prefix", [False, True], ids=["plain", "prefix"])
+def test_one_kernel_for_all_documents_gives_what_pieces_give(
+    base: Path, with_prefix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
+    torch.manual_seed(0)
+    model = load_model(base).train()
+    if with_prefix:
+        model = ptuning_v2.attach(model, PTuningV2Method(num_virtual_tokens=5))
+    ids = torch.randint(0, 370, (2, 17), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(4), *range(7), *range(6)], [*range(9), *range(8)]])
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    expected, gradients = trained(model, inputs)
+    with kernels.running(("varlen_attention",), "cpu"):
+        found, ours = trained(model, inputs)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    for one, other in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-4)

@@ -45,6 +45,9 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; `auto` leaves the choice to transformers (sdpa)."""
 
+    kernels: Literal["auto", "torch"] = "auto"
+    """Fused kernels on a GPU; `auto` uses each one that gives torch's numbers on this GPU when the model is loaded, `torch` none."""
+
     quantization: Literal["nf4"] | None = None
     """QLoRA: the frozen linear layers are held in 4 bits; `method.kind: lora` only, needs the extra `qlora` (bitsandbytes)."""
 

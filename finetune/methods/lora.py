@@ -28,6 +28,7 @@ from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_WEIGHTS
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
+from finetune.methods.lora_forward import use_input_format
 from finetune.models.families import family_of
 
 _ADAPTED = (nn.Linear, nn.Embedding, nn.Conv2d)
@@ -69,6 +70,7 @@ def attach(
         bias="none",
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    use_input_format(adapted)
     found = sum(matched_modules(adapted).values())
     if targets != ALL_LINEAR and found != len(modules):
         raise ConfigError(
@@ -148,6 +150,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     weights = load_file(folder / ADAPTER_WEIGHTS)
     _check_weights(adapted, weights, folder / ADAPTER_WEIGHTS)
     set_peft_model_state_dict(adapted, weights)
+    use_input_format(adapted)
     return adapted.eval()
 
 

@@ -362,6 +362,11 @@ def _open_left(mask: Tensor, num_open: int) -> Tensor:
     return torch.cat([columns, mask], dim=-1)
 
 
+def _prefix_of(module: nn.Module) -> Tensor | None:
+    """[2, H, N, D], or None where a layer has none."""
+    return module.get_submodule("prefix")() if hasattr(module, "prefix") else None
+
+
 def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function that attends to the module's prefix first.
 
@@ -383,7 +388,9 @@ def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-AttentionInterface.register("document_prefix_sdpa", in_documents(_with_prefix(grouped_sdpa)))
+AttentionInterface.register(
+    "document_prefix_sdpa", in_documents(_with_prefix(grouped_sdpa), _prefix_of)
+)
 AttentionInterface.register("prefix_eager", _with_prefix(eager_attention_forward))
 AttentionMaskInterface.register("document_prefix_sdpa", sdpa_mask)
 AttentionMaskInterface.register("prefix_eager", eager_mask)

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel, initialization
 from transformers.utils import is_flash_attn_2_available
 
+from finetune import console
 from finetune.artifacts.model_config import read_model_config
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import check_folder, read_json
@@ -18,8 +19,12 @@ from finetune.artifacts.resolve import is_adapter, local_folder
 from finetune.artifacts.weights import tensors
 from finetune.errors import ModelError, is_out_of_memory
 from finetune.models.families import family_of
+from finetune.models.kernels import check, stock_layers
 from finetune.models.packed_attention import DOCUMENT_SDPA
 from finetune.models.quantization import check_widths, four_bits
+
+
+_told: set[torch.device] = set()
 
 
 def load_model(
@@ -29,6 +34,7 @@ def load_model(
     dtype: str = "auto",
     attention: str = "auto",
     quantization: str | None = None,
+    kernels: str = "auto",
 ) -> PreTrainedModel:
     """Return the model of a folder or hub id, in eval mode; with labels it returns only a loss.
 
@@ -40,6 +46,7 @@ def load_model(
         dtype: bfloat16, float16, float32, or auto: bfloat16 on a GPU that has it, else float32.
         attention: sdpa, eager, flash_attention_2, or auto: transformers' own choice.
         quantization: nf4 holds the text's linear layers in 4 bits while they are loaded.
+        kernels: auto uses fused kernels that are right on this GPU, torch none.
 
     Raises:
         ModelError: The folder is no such checkpoint, or this machine cannot run what is asked for.
@@ -81,10 +88,22 @@ def load_model(
         setattr(model.get_submodule(owner), leaf, buffer.clone())
     if quantization:
         check_widths(model)
+    stock_layers.use_in(model)
+    _choose_kernels(kernels, _dtype(dtype))
     text = model.config.get_text_config()
     if text._attn_implementation == "sdpa":
         text._attn_implementation = DOCUMENT_SDPA
     return model.eval()
+
+
+def _choose_kernels(setting: str, dtype: torch.dtype) -> None:
+    """Check the kernels on this process's GPU; which of them stay out is said once."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refused = check.choose(setting, device, dtype).refused
+    if refused and device not in _told:
+        _told.add(device)
+        for name, reason in refused.items():
+            console.warn(f"the fused kernel {name} is not used here: {reason}")
 
 
 def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel:
@@ -103,6 +122,7 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
     text._attn_implementation = DOCUMENT_SDPA
     with initialization.no_init_weights():
         model: PreTrainedModel = family.model_class(config)
+    stock_layers.use_in(model)
     return model
 
 

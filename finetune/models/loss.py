@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from finetune.models import kernels
 from finetune.models.packed_attention import Documents, document_starts, flash_arguments, whole_rows
 
 IGNORED = -100
@@ -55,7 +56,9 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
-            chunks = _chunks(targets.shape[0], weight.shape[0], kind)
+            # A trained head is added to for each chunk, so that fewer are better.
+            widest = weight.shape[0] // (4 if needs_weight and kind != "cpu" else 1)
+            chunks = _chunks(targets.shape[0], widest, kind)
             logits = _Logits(matrix, max((at.stop - at.start for at in chunks), default=0))
             for at in chunks:
                 rows, target = hidden[at].to(dtype), targets[at]
@@ -75,8 +78,13 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Scale what forward prepared."""
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        hidden, weight = (None if g is None else (g * outer[0]).to(dtype) for g, dtype in saved)
+        hidden, weight = (None if g is None else _scaled(g, outer[0], dtype) for g, dtype in saved)
         return hidden, weight, None, None
+
+
+def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient x by, rounded once, without a float32 copy of an output layer in between."""
+    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class _Logits:
@@ -89,7 +97,8 @@ class _Logits:
     def __init__(self, matrix: Tensor, size: int) -> None:
         self.matrix = matrix.detach()
         self.narrow = matrix.new_empty(size, matrix.shape[0])
-        same = matrix.dtype is torch.float32
+        self.fused = kernels.runs("cross_entropy", matrix)
+        same = self.fused or matrix.dtype is torch.float32
         self.wide = self.narrow if same else torch.empty_like(self.narrow, dtype=torch.float32)
         self.sums = self.wide
 
@@ -97,6 +106,8 @@ class _Logits:
         """Return cross-entropies [N, 1] in fp32; leaves exp(logit - highest) behind for `slope`."""
         count = rows.shape[0]
         torch.mm(rows.detach(), self.matrix.T, out=self.narrow[:count])
+        if self.fused:
+            return kernels.cross_entropy_(self.narrow[:count], target).unsqueeze(1)
         logits = self.wide[:count]
         if logits.dtype is not self.narrow.dtype:
             logits.copy_(self.narrow[:count])
@@ -108,6 +119,8 @@ class _Logits:
     def slope(self, target: Tensor) -> Tensor:
         """Return the gradient [N, V] of the last `losses` by their logits: softmax - one-hot."""
         count = target.shape[0]
+        if self.fused:
+            return self.narrow[:count]
         slope = self.wide[:count].mul_(self.sums.reciprocal())
         slope.scatter_add_(1, target.unsqueeze(1), slope.new_full((count, 1), -1.0))
         return slope if self.narrow is self.wide else self.narrow[:count].copy_(slope)

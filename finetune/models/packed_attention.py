@@ -11,7 +11,7 @@ for documents of any length takes the whole row at once (torch's own `varlen_att
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+
+from finetune.models import kernels
 
 DOCUMENT_SDPA = "document_sdpa"  # what takes `documents` has a name that begins so
 PIECE = 1024
@@ -65,6 +67,8 @@ class Documents:
     """int32 [documents + 1]: first tokens in [B x T], and its end."""
     longest: int
     """Tokens of the longest document."""
+    orders: dict[int, Tensor] = field(default_factory=dict)
+    """See `with_prefixes`; made once for all layers."""
 
     @classmethod
     def of(cls, starts: Tensor) -> Documents:
@@ -81,6 +85,53 @@ class Documents:
         ]
         starts, borders = (t.to(device, non_blocking=True) for t in (self.starts, self.borders))
         return Documents(starts, moved, borders, self.longest)
+
+    def with_prefixes(self, size: int) -> Tensor:
+        """int64: where each document's `size` prefix tokens and then its own are in [size + B x T]."""
+        if size not in self.orders:
+            flat, device = self.starts.flatten(), self.starts.device
+            tokens = torch.arange(len(flat), device=device)
+            places = tokens + flat.cumsum(0) * size
+            number = len(self.borders) - 1
+            first = self.borders[:-1] + torch.arange(number, device=device) * size
+            open_places = first[:, None] + torch.arange(size, device=device)
+            order = tokens.new_empty(len(flat) + number * size)
+            order[places] = tokens + size
+            order[open_places.long()] = torch.arange(size, device=device)
+            self.orders[size] = order
+        return self.orders[size]
+
+
+def varlen_attention(
+    parts: tuple[Tensor, Tensor, Tensor],
+    documents: Documents,
+    scaling: float,
+    prefix: Tensor | None = None,
+) -> Tensor:
+    """Return [B, T, H, D] of queries, keys and values [B, H, T, D], all documents in one kernel.
+
+    A `prefix` [2, G, N, D] of keys and values is in front of every document.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, heads, tokens, size = parts[0].shape
+    query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in parts)  # [B x T, H, D]
+    borders, longest = documents.borders, documents.longest
+    if prefix is not None:
+        width = prefix.shape[2]
+        order = documents.with_prefixes(width)
+        key, value = (
+            torch.cat([own.transpose(0, 1), states]).index_select(0, order)
+            for own, states in zip(prefix, (key, value), strict=True)
+        )
+        steps = torch.arange(len(borders), device=borders.device, dtype=borders.dtype)
+        borders, longest = borders + steps * width, longest + width
+    out: Any = varlen_attn(
+        query, key, value, documents.borders, borders, documents.longest, longest,
+        scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] < heads,
+    )  # fmt: skip
+    result: Tensor = out.view(rows, tokens, heads, size)
+    return result
 
 
 def whole_rows(ids: Tensor) -> Documents:
@@ -167,8 +218,14 @@ def grouped_sdpa(
     return out.transpose(1, 2)[:, idle:].contiguous(), None
 
 
-def in_documents(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that takes `documents` of a packed batch in place of a mask."""
+def in_documents(
+    attention: Callable[..., Any],
+    prefix: Callable[[torch.nn.Module], Tensor | None] = lambda module: None,
+) -> Callable[..., Any]:
+    """An attention function that takes `documents` of a packed batch in place of a mask.
+
+    `prefix` gives the keys and values [2, G, N, D] that `attention` puts in front of a module's own.
+    """
 
     def attend(
         module: torch.nn.Module,
@@ -186,6 +243,11 @@ def in_documents(attention: Callable[..., Any]) -> Callable[..., Any]:
                 module, query, key, value, mask, **kwargs
             )
             return result
+        if kernels.runs("varlen_attention", query) and not kwargs.get("dropout"):
+            opened = prefix(module)
+            opened = None if opened is None else opened.to(key.dtype)
+            scaling = kwargs["scaling"]
+            return varlen_attention((query, key, value), documents, scaling, opened), None
         rows: list[list[Tensor]] = [[] for _ in query]
         for row, begin, end, mask in documents.pieces:
             parts = (tensor[row : row + 1, :, begin:end] for tensor in (query, key, value))

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from finetune.models.loss import CHUNK_ELEMENTS
 from finetune.planning.attention import FLOPS as ATTENTION_FLOPS
 from finetune.planning.attention import attention
 from finetune.planning.roofline import Ceilings, seconds
@@ -160,7 +161,10 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _as_on_gpu(ledger: Ledger) -> Iterator[None]:
-    """Dropout and attention are the single operations that CUDA has for them, recomputed ones too."""
+    """Dropout and attention are the single operations that CUDA has for them, recomputed ones too.
+
+    The loss is computed in a GPU's chunks.
+    """
     dropout, scaled = F.dropout, F.scaled_dot_product_attention
 
     def attend(
@@ -174,11 +178,13 @@ def _as_on_gpu(ledger: Ledger) -> Iterator[None]:
             query, key, value = (tensor.to(kind) for tensor in (query, key, value))
         return attention(query, key, value, attn_mask, bool(given.get("is_causal")))
 
+    chunk, CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cpu"], CHUNK_ELEMENTS["other"]
     F.dropout, F.scaled_dot_product_attention = _dropout, attend  # type: ignore[assignment]
     try:
         yield
     finally:
         F.dropout, F.scaled_dot_product_attention = dropout, scaled
+        CHUNK_ELEMENTS["cpu"] = chunk
 
 
 def shapes_only() -> FakeTensorMode:

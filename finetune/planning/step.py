@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from finetune.methods.lora_forward import LowRank
+from finetune.models.kernels import running
 from finetune.planning.counting import KINDS, Counting, counting, shapes_only
 from finetune.planning.roofline import Ceilings
 
@@ -48,6 +50,8 @@ class Subject:
     """Of the whole model."""
     autocast: torch.dtype | None = None
     """In what float32 weights compute."""
+    kernels: tuple[str, ...] = ()
+    """Fused kernels that run, see `models.kernels`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def count_layers(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int
 @contextmanager
 def counted(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int) -> Iterator[Counting]:
     """The counter after one step that was not the first: the optimizer's state is there."""
-    with shapes_only():
+    with shapes_only(), running(subject.kernels, "cpu"):
         model = subject.build(layers)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -141,6 +145,9 @@ def _one_step(
         )
     with torch.autocast("cpu", dtype=subject.autocast, enabled=subject.autocast is not None):
         loss = subject.loss(model, *batch)
+    for module in model.modules():
+        if isinstance(module, LowRank) and module.kept is not None:
+            counter.note(module.kept, "adapters")
     counter.name_living("activations")
     counter.phase = "backward"
     loss.backward()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from finetune import methods
 from finetune.config.schema import Method
+from finetune.models.kernels import NAMES
 from finetune.models.load import num_layers, shape_of
 from finetune.planning.step import Subject
 
@@ -24,6 +25,7 @@ def own(
     checkpointing: bool,
     dtype: torch.dtype = torch.bfloat16,
     sharded: bool = False,
+    kernels: tuple[str, ...] = NAMES,
 ) -> Subject:
     """What this project does with the model of `folder`.
 
@@ -33,9 +35,11 @@ def own(
         checkpointing: Whether activations are recomputed.
         dtype: In what it computes.
         sharded: Whether DeepSpeed keeps the float32 originals of a model that is trained whole.
+        kernels: The fused ones that run; () for `model.kernels: torch`.
     """
     is_wide = methods.METHODS[method.kind].trains_the_model and not sharded
     weights = torch.float32 if is_wide else dtype
+    autocast = dtype if dtype != weights else None
 
     def build(layers: int) -> nn.Module:
         with made_in(weights):
@@ -44,9 +48,7 @@ def own(
             model = methods.attach(model, method)
         return ready(model, checkpointing=checkpointing)
 
-    return Subject(
-        build, own_loss, num_layers(folder), dtype if is_wide and dtype != weights else None
-    )
+    return Subject(build, own_loss, num_layers(folder), autocast, kernels)
 
 
 def own_loss(model: nn.Module, ids: Tensor, labels: Tensor, supervised: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ def load_tunable(config: RunConfig, data: RunData) -> Tunable:
             dtype=weights,
             attention=config.model.attention,
             quantization=config.model.quantization,
+            kernels=config.model.kernels,
         )
     if has_gpu and isinstance(config.method, PTuningV2Method) and not _is_apart(model):
         model.to(local_device())  # a prefix starts from a forward pass: minutes on a CPU

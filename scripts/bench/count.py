@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", nargs="+", type=int, default=[4096], help="tokens of a row")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="rows")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None, help="default: both")  # fmt: skip
+    parser.add_argument("--kernels", choices=["auto", "torch"], default="auto", help="of ours")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--prefix", type=int, default=128, help="virtual tokens of ptuning_v2")
@@ -72,6 +73,7 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """One object per subject, method, length, batch and checkpointing."""
     from count_peers import can, peer
 
+    from finetune.models.kernels import NAMES
     from finetune.planning.roofline import Ceilings
     from finetune.planning.step import Shape, count_step
     from finetune.planning.subjects import own
@@ -88,7 +90,8 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
         shape = Shape(batch, length, asked.supervised)
         for name in SUBJECTS if asked.peers else SUBJECTS[:1]:
             if name == "ours":
-                subject = own(asked.model, method, checkpointing=checkpointing)
+                kernels = NAMES if asked.kernels == "auto" else ()
+                subject = own(asked.model, method, checkpointing=checkpointing, kernels=kernels)
             elif can(name, method, checkpointing=checkpointing):
                 liger = name == "peft_liger"
                 subject = peer(asked.model, method, checkpointing=checkpointing, liger=liger)

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from finetune.models import kernels
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.spans import Spans, image_positions, positions
 from finetune.models.chatglm.vision import PatchEmbedding, VisionModel
@@ -36,9 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the normalised [..., D] in the input's dtype."""
-        wide = hidden.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight * (wide * scale)).to(hidden.dtype)
+        return kernels.rms_norm(hidden, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -61,15 +60,6 @@ class RotaryEmbedding(nn.Module):
         frequencies = 1.0 / self.base ** (steps / self.channels)
         angles = position_ids[:, None, :, None].float() * frequencies
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return [B, H, T, C] with neighbouring pairs of the first half turned, the rest untouched."""
-    channels = 2 * cos.shape[-1]
-    turned, rest = states[..., :channels], states[..., channels:]
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return torch.cat((pairs.flatten(-2), rest), dim=-1)
 
 
 def eager_attention(
@@ -125,7 +115,7 @@ class SelfAttention(nn.Module):
             part.reshape(shape).transpose(1, 2)
             for part in self.query_key_value(hidden).split(self.widths, dim=-1)
         )
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        query, key = (kernels.rotate(states, *rotation) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -149,8 +139,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [B, T, D]."""
-        gate, up = self.dense_h_to_4h(hidden).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.dense_4h_to_h(kernels.swiglu(self.dense_h_to_4h(hidden)))  # type: ignore[no-any-return]
 
 
 class Block(GradientCheckpointingLayer):

@@ -1,0 +1,128 @@
+"""LoRA's forward pass in the number format of the model.
+
+    y = W x + dropout(x) Aᵀ (s B)ᵀ        x [T, in], A [r, in], B [out, r], s the scale
+
+PEFT makes a float32 copy of x for adapters that are float32, multiplies in float32 and adds a product
+of the size of y. Here x stays as it is, A and B are cast once a step, the scale is part of the cast of
+B, and the last product is added where y lies. Weights, gradients and what is saved stay PEFT's float32
+ones; whatever is not plain LoRA (DoRA, merged, several adapters in a batch) is left to PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_turn = 0
+
+
+def _weights_have_moved(*_: Any) -> None:
+    """What was cast is cast again. torch's fused optimizers change weights without counting a version."""
+    global _turn
+    _turn += 1
+
+
+register_optimizer_step_post_hook(_weights_have_moved)
+
+
+def use_input_format(model: nn.Module) -> None:
+    """Let the LoRA layers of a PEFT model compute in their input's format."""
+    layer: Any
+    for layer in [module for module in model.modules() if type(module) is Linear]:
+        for low in (*layer.lora_A.values(), *layer.lora_B.values()):
+            if type(low) is nn.Linear and getattr(low, "bias", None) is None:
+                low.__class__ = LowRank
+        layer.__class__ = LoraLinear
+
+
+class LowRank(nn.Linear):
+    """A or B: a float32 weight that is multiplied in the format of what comes in."""
+
+    _kept: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def forward(self, rows: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Return rows [T, in] times scale x weightᵀ; with `onto` [T, out] added to it, in its place."""
+        weight = self.cast(rows.dtype, scale)
+        if onto is None:
+            return nn.functional.linear(rows, weight)
+        if hasattr(self.weight, "ds_id"):  # DeepSpeed's hooks under ZeRO-3 return views
+            return torch.addmm(onto, rows, weight.T)
+        return onto.addmm_(rows, weight.T)
+
+    def cast(self, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """Return scale x weight in `dtype`, once for all passes of a step."""
+        if self.weight.dtype is dtype and scale == 1.0:
+            return self.weight
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = (_turn, id(self.weight), self.weight._version, dtype, scale, *modes)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, _Cast.apply(self.weight, dtype, scale)  # type: ignore[no-untyped-call]
+        return self._kept[1]
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The cast that the passes of this step share."""
+        return self._kept[1] if self._kept is not None else None
+
+    def train(self, mode: bool = True) -> LowRank:
+        """Between training and evaluation nothing is kept."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+
+class _Cast(torch.autograd.Function):
+    """scale x weight, rounded once; the gradient goes back to the weight's format."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+        ctx.dtype, ctx.scale = weight.dtype, scale
+        return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """One kernel: scaled and cast."""
+        wide = torch.empty_like(grads[0], dtype=ctx.dtype)
+        return torch.mul(grads[0], ctx.scale, out=wide), None, None
+
+
+class LoraLinear(Linear):
+    """PEFT's layer; its plain forward pass is ours."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return [..., out]."""
+        if args or kwargs or not self._is_plain(x):
+            out: Tensor = super().forward(x, *args, **kwargs)
+            return out
+        rows = x.flatten(
+            0, -2
+        )  # two dimensions: the result is no view, and can be added to in place
+        out = self.base_layer(rows)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                low = self.lora_A[name](self.lora_dropout[name](rows))
+                out = self.lora_B[name](low, onto=out, scale=self.scaling[name])
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _is_plain(self, x: Tensor) -> bool:
+        base, kind = self.base_layer, x.device.type
+        computes_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return (
+            type(base) is nn.Linear
+            and base.weight.dtype is x.dtype is computes_in
+            and x.dim() > 1
+            and not self.disable_adapters
+            and not self.merged
+            and not any(name in self.lora_variant for name in self.active_adapters)
+            and all(
+                type(self.lora_A[name]) is LowRank and type(self.lora_B[name]) is LowRank
+                for name in self.active_adapters
+                if name in self.lora_A
+            )
+        )
