@@ -71,3 +71,55 @@ def migrate(
     if found.to_fill_in:
         console.warn(f"write these into it: {', '.join(found.to_fill_in)}")
     console.say(f"next: torchrun finetune.py {output}")
+
+
+@config_app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE ...]", help="Changes to it.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="SIZE", help="Memory of a GPU, as 24GB.")] = "80GB",
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many there are.")] = 1,
+    peak: Annotated[
+        float, typer.Option(metavar="TFLOPS", min=1, help="bf16 TFLOP/s of a GPU (an H100's).")
+    ] = 989.0,
+    share: Annotated[
+        float, typer.Option(metavar="SHARE", min=0.01, max=1, help="Of the peak that is reached.")
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
+) -> None:
+    """What a run will take: memory of a GPU, tokens, time and disk. Counted in seconds, on any machine.
+
+    The model's folder needs no more than a config.json.
+    """
+    from finetune.artifacts.resolve import local_folder
+    from finetune.config.load import load_config
+    from finetune.planning import words
+    from finetune.planning.plan import Gpu
+    from finetune.planning.plan import plan as make
+    from finetune.training.memory_hints import less_memory
+
+    settings = load_config(config, overrides or [])
+    machine = Gpu(bytes=_bytes(gpu), number=gpus, peak_flops=1e12 * peak, share=share)
+    folder = local_folder(settings.model.path, settings.model.revision)
+    found = make(settings, machine, folder=folder)
+    if as_json:
+        with console.json_output() as emit:
+            emit(found.numbers())
+        return
+    console.table([str(config), f"{gpus} x {gpu}"], words.rows(found))
+    for knob in words.knobs(found, less_memory(settings, found.length)):
+        console.say(knob)
+
+
+def _bytes(text: str) -> int:
+    """`24GB` in bytes."""
+    number = text.upper().removesuffix("GB").removesuffix("G").strip()
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        raise ConfigError(f"--gpu {text!r} is no size of a GPU's memory; write --gpu 24GB")
+    return int(size * 1e9)

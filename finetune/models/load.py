@@ -112,7 +112,7 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
     Made under `planning.counting` it has shapes only. With `num_layers` it is that deep.
     """
     folder = local_folder(path)
-    family = family_of(_read_config(folder))
+    family = family_of(read_json(folder / MODEL_CONFIG))
     config = family.config_class.from_pretrained(folder)
     text = config.get_text_config()
     if num_layers is not None:
@@ -128,7 +128,7 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
 
 def num_layers(folder: Path) -> int:
     """Return the number of the text's layers that a folder's config.json names."""
-    config_class = family_of(_read_config(folder)).config_class
+    config_class = family_of(read_json(folder / MODEL_CONFIG)).config_class
     return int(config_class.from_pretrained(folder).get_text_config().num_hidden_layers)
 
 

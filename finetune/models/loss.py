@@ -23,6 +23,8 @@ IGNORED = -100
 # Logits held at once: 128 positions of GLM-4's 151,552 rows, 80 MB in fp32. Larger on an accelerator,
 # where each chunk reads the whole weight from memory again.
 CHUNK_ELEMENTS = {"cpu": 20_000_000, "other": 80_000_000}
+PRODUCT_ROWS = 40_000
+"""Rows of an output layer whose gradient is made at once, besides their float32 sum."""
 
 
 class SupervisedHead(nn.Linear):
@@ -130,8 +132,12 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
     """Add slopeᵀ · rows [V, D] to the fp32 total."""
     if slope.dtype is torch.float32:
         total.addmm_(slope.T, rows)
-    else:
-        total += slope.T @ rows
+        return
+    for start in range(
+        0, total.shape[0], PRODUCT_ROWS
+    ):  # a product is as large as what it is added to
+        at = slice(start, start + PRODUCT_ROWS)
+        total[at] += slope[:, at].T @ rows
 
 
 def _chunks(length: int, vocabulary: int, kind: str) -> list[slice]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,17 +81,19 @@ class Ledger:
             if dtype in (None, kind)
         )
 
-    def peak(self) -> dict[str, int]:
-        """Bytes by kind at the moment when most are held."""
+    def peak(self, kinds: Collection[str] = KINDS) -> dict[str, int]:
+        """Bytes by kind at the moment when most of these kinds are held."""
         live: Counter[str] = Counter()
         now = most = 0
         best: dict[str, int] = {}
         for storage, size in self.events:
-            live[self.kinds.get(storage, "transients")] += size
+            if (kind := self.kinds.get(storage, "transients")) not in kinds:
+                continue
+            live[kind] += size
             now += size
             if now > most:
                 most, best = now, dict(live)
-        return {kind: best.get(kind, 0) for kind in KINDS}
+        return {kind: best.get(kind, 0) for kind in kinds}
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -64,6 +64,8 @@ class Cost:
     """By `bfloat16`, `float32` and `attention`."""
     peak: dict[str, int]
     """Bytes by kind at the moment when most are held."""
+    working: int
+    """Bytes of activations and transients at their own peak, whatever else is held then."""
     mask_bytes: int
     milliseconds: float
     """By the roofline; without Python, waiting and communication."""
@@ -88,6 +90,7 @@ def count_step(subject: Subject, shape: Shape, ceilings: Ceilings | None = None)
         bytes=round(at_depth(few.bytes, more.bytes)),
         flops={kind: round(at_depth(few.flops[kind], more.flops[kind])) for kind in few.flops},
         peak={kind: round(at_depth(few.peak[kind], more.peak[kind])) for kind in KINDS},
+        working=round(at_depth(few.working, more.working)),
         mask_bytes=few.mask_bytes,
         milliseconds=at_depth(few.milliseconds, more.milliseconds),
     )
@@ -105,6 +108,7 @@ def count_layers(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int
             for kind in ("bfloat16", "float32", "attention")
         },
         peak=ledger.peak(),
+        working=sum(ledger.peak(("activations", "transients")).values()),
         mask_bytes=ledger.mask_bytes,
         milliseconds=1000 * ledger.total("seconds"),
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
+from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
 
 # Objects of a JSON file that are looked into.
 SECTIONS = {
@@ -29,8 +30,6 @@ SECTIONS = {
 # Elements per communication bucket: 50 MB in bf16 for small models, hidden squared (as the
 # transformers integration has it) for large ones: 16.8 M at hidden 4096.
 MIN_BUCKET = 1_000_000
-SUB_GROUP = 100_000_000
-"""Weights that one turn of the optimizer updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +151,9 @@ def _zero(section: DeepSpeedSection, hidden_size: int) -> dict[str, Any]:
         config["offload_optimizer"] = {"device": section.offload_optimizer, "pin_memory": True}
     if stage == 3:
         config |= {
+            # Three layers of a 9B model, or its head; DeepSpeed's 1e9 hold 0.8 GB more and win nothing.
+            "stage3_max_live_parameters": LIVE_WEIGHTS,
+            "stage3_max_reuse_distance": LIVE_WEIGHTS,
             "stage3_prefetch_bucket_size": int(0.9 * bucket),
             "stage3_param_persistence_threshold": 10 * hidden_size,
             "stage3_gather_16bit_weights_on_model_save": True,

@@ -1,0 +1,240 @@
+"""What a configuration will take on so many GPUs: memory by kind, tokens, time and disk.
+
+Weights, gradients and the optimizer's state are sums over the model's shapes; activations, and what is
+held for a moment, are counted (`planning.step`), and grow in proportion to the tokens of a batch.
+Images are not counted: a tower's own activations come on top.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetune import methods
+from finetune.config.schema import RunConfig
+from finetune.models.kernels import NAMES
+from finetune.models.load import shape_of
+from finetune.planning.counting import shapes_only
+from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
+from finetune.planning.step import Cost, Shape, count_step
+from finetune.planning.subjects import made_in, own
+
+RUNTIME = 1_000_000_000
+"""Bytes that no allocation shows: the CUDA context, libraries' work spaces, fragments."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits with double quantisation: itself and its share of the scales."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What there is to fit into, and how fast it is."""
+
+    bytes: int = 80_000_000_000
+    number: int = 1
+    peak_flops: float = 989e12
+    """bf16, dense; of an H100."""
+    share: float = 0.4
+    """Of the peak that a step reaches, an assumption."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run on one of its GPUs."""
+
+    memory: dict[str, int]
+    """Bytes by kind where most is held."""
+    per_token: int
+    """Bytes that each further token of a batch adds."""
+    batch: int
+    length: int
+    accumulation: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    flops: int
+    """Of one forward and backward pass, of one GPU."""
+    model_milliseconds: float
+    """Of the same by the roofline, `planning.roofline`."""
+    gpu: Gpu
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all kinds."""
+        return sum(self.memory.values())
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of one GPU; at most, where rows are shorter than `data.max_length`."""
+        return self.batch * self.length * self.accumulation
+
+    @property
+    def room(self) -> int:
+        """Tokens that could be in a batch, 0 when not even the weights fit."""
+        left = self.gpu.bytes - RUNTIME - self.memory_bytes
+        return max(0, self.batch * self.length + int(left // max(1, self.per_token)))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the batch that is asked for has room."""
+        return self.memory_bytes + RUNTIME <= self.gpu.bytes
+
+    @property
+    def seconds_per_step(self) -> float:
+        """At the assumed share of the GPU's peak."""
+        return self.flops * self.accumulation / (self.gpu.peak_flops * self.gpu.share)
+
+    def numbers(self) -> dict[str, object]:
+        """For `--json`."""
+        return {
+            "memory_bytes_per_gpu": self.memory_bytes,
+            "memory": self.memory,
+            "runtime_bytes": RUNTIME,
+            "gpu_bytes": self.gpu.bytes,
+            "gpus": self.gpu.number,
+            "fits": self.fits,
+            "bytes_per_token": self.per_token,
+            "tokens_per_step_per_gpu": self.tokens_per_step,
+            "largest_batch": self.room // self.length,
+            "longest_length": self.room // self.batch,
+            "seconds_per_step": self.seconds_per_step,
+            "assumed_share_of_peak": self.gpu.share,
+            "roofline_milliseconds": self.model_milliseconds,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+def plan(config: RunConfig, gpu: Gpu, *, folder: Path, length: int | None = None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: What is to run.
+        gpu: What on.
+        folder: The model; a config.json is enough.
+        length: Tokens of the longest row, where that is known; else `data.max_length`.
+    """
+    length = length or config.data.max_length
+    batch = config.training.batch_size
+    dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
+    sharded = config.deepspeed is not None
+    subject = own(
+        folder,
+        config.method,
+        checkpointing=config.training.activation_checkpointing,
+        dtype=dtype,
+        sharded=sharded,
+        kernels=NAMES if config.model.kernels == "auto" else (),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        one, two = (count_step(subject, Shape(batch, n)) for n in (length, 2 * length))
+        sizes = _sizes(config, folder, dtype)
+    held = _held(config, sizes, one, gpu.number)
+    checkpoint = _checkpoint(config, sizes)
+    return Plan(
+        memory=held,
+        per_token=(two.working - one.working) // (batch * length),
+        batch=batch,
+        length=length,
+        accumulation=config.training.gradient_accumulation_steps,
+        checkpoint_bytes=checkpoint,
+        # The newest ones, the best one, and one that is being written.
+        disk_bytes=checkpoint * (config.training.keep_checkpoints + 2),
+        flops=sum(one.flops.values()),
+        model_milliseconds=one.milliseconds * config.training.gradient_accumulation_steps,
+        gpu=gpu,
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    frozen: int
+    """Bytes of what is not trained, buffers too."""
+    trained: int
+    """Numbers that are trained."""
+    trained_bytes: int
+    """Of the trained weights in the format in which the model computes with them."""
+    largest_bytes: int
+    """Of the largest single weight."""
+
+
+def _sizes(config: RunConfig, folder: Path, dtype: torch.dtype) -> _Sizes:
+    with shapes_only(), made_in(dtype):
+        model = shape_of(folder)
+        frozen = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        largest = max(weight.numel() for weight in model.parameters()) * dtype.itemsize
+        numbers = sum(weight.numel() for weight in model.parameters())
+        linear = sum(
+            module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "layers." in name and "vision" not in name
+        )
+    if methods.METHODS[config.method.kind].trains_the_model:
+        return _Sizes(frozen - numbers * dtype.itemsize, numbers, numbers * dtype.itemsize, largest)
+    if config.model.quantization is not None:
+        frozen -= int(linear * (dtype.itemsize - NF4_BYTES))
+    trained = count_trained(config, folder, dtype)
+    return _Sizes(frozen, trained, 4 * trained, largest)
+
+
+def count_trained(config: RunConfig, folder: Path, dtype: torch.dtype) -> int:
+    """Numbers of the adapters or the prefix."""
+    subject = own(folder, config.method, checkpointing=False, dtype=dtype)
+    few, more = (_trained_with(subject.build, n) for n in (1, 2))
+    return few + (more - few) * (subject.layers - 1)
+
+
+def _trained_with(build: object, layers: int) -> int:
+    assert callable(build)
+    with shapes_only():
+        model: nn.Module = build(layers)
+        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def _held(config: RunConfig, sizes: _Sizes, cost: Cost, gpus: int) -> dict[str, int]:
+    """Bytes by kind on one GPU where most is held: in the passes or in the optimizer's turn."""
+    section = config.deepspeed
+    if section is None:
+        held = dict(cost.peak)
+        held["weights"] -= (
+            max(0, held["weights"] - sizes.frozen) if config.model.quantization else 0
+        )
+        # Buckets in which DDP sums gradients, besides the gradients.
+        held["gradients"] += 4 * sizes.trained if gpus > 1 else 0
+        return held
+    stage = section.zero_stage
+    cut = {0: (1, 1, 1), 1: (1, 1, gpus), 2: (1, gpus, gpus), 3: (gpus, gpus, gpus)}[stage]
+    trains_all = methods.METHODS[config.method.kind].trains_the_model
+    everything = sizes.frozen + (sizes.trained_bytes if trains_all else 0)
+    gathered = 0
+    if stage == 3 and gpus > 1:
+        # A weight that is larger is gathered all the same when its turn comes.
+        gathered = min(everything, max(2 * LIVE_WEIGHTS, sizes.largest_bytes))
+    states = 0 if section.offload_optimizer == "cpu" else 12 * sizes.trained // cut[2]
+    gradient = sizes.trained_bytes // cut[1]
+    turn = 0 if section.offload_optimizer == "cpu" else 4 * sizes.trained // cut[2]
+    if stage == 3:
+        turn = min(turn, 4 * SUB_GROUP)
+    elif trains_all:
+        turn += gradient  # made one tensor before its turn
+    passing, updating = gathered + cost.working, turn
+    return {
+        "weights": everything // cut[0] + gathered,
+        "adapters": 0 if trains_all else 6 * sizes.trained,
+        "gradients": gradient,
+        "optimizer": states,
+        "activations": max(0, passing - gathered) if passing >= updating else 0,
+        "transients": 0 if passing >= updating else updating - gathered,
+    }
+
+
+def _checkpoint(config: RunConfig, sizes: _Sizes) -> int:
+    """Bytes: what was trained, and the optimizer's state (under DeepSpeed with float32 originals)."""
+    trains_all = methods.METHODS[config.method.kind].trains_the_model
+    if config.deepspeed is None:
+        return 12 * sizes.trained
+    return (sizes.trained_bytes if trains_all else 4 * sizes.trained) + 12 * sizes.trained
