@@ -77,6 +77,12 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
     if values.given("training", "max_steps") and values.given("training", "num_epochs"):
         said = "contradicts training.max_steps: give one of the two (null removes the other)"
         yield ("training", "num_epochs"), said
+    if values.given("training", "tokens_per_step"):
+        key: Key = ("training", "tokens_per_step")
+        if values.given("training", "gradient_accumulation_steps"):
+            yield key, "contradicts training.gradient_accumulation_steps: give one of the two"
+        if values("data", "packing") is not True:
+            yield key, "counts full rows: set data.packing to true"
     warmup = values("training", "warmup_steps")
     if isinstance(warmup, float) and warmup > 1 and not warmup.is_integer():
         yield (

@@ -248,6 +248,9 @@ class TrainingSection(Section):
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the global batch is batch_size x this x processes."""
 
+    tokens_per_step: Positive | None = None
+    """Tokens of an optimizer step over all processes, in place of `gradient_accumulation_steps`: as many forward passes of `batch_size` packed rows of `data.max_length` tokens as come nearest. Needs `data.packing`."""
+
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate."""
 
@@ -289,6 +292,9 @@ class TrainingSection(Section):
 
     report_to: list[Literal["tensorboard", "wandb", "swanlab", "mlflow"]] = ["tensorboard"]
     """Experiment trackers beside the console; each but tensorboard must be installed by you."""
+
+    profile: Positive | None = None
+    """So many steps after the second one are profiled: `profile/trace.json` for a browser and `profile/kernels.txt`, the ten kernels that took longest, in the run directory."""
 
     process_timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """How long a process waits for the others before the run is ended."""

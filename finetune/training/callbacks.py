@@ -22,6 +22,7 @@ from finetune.storage import journal
 from finetune.storage.disk import BestEffort
 from finetune.storage.files import json_line, write_file
 from finetune.training.counts import StepCounts
+from finetune.training.throughput import Work, gpu_memory
 
 
 class Schedule(TrainerCallback):
@@ -129,6 +130,8 @@ class Meter:
         self._steps = 0
         self._begun = time.monotonic()
         self._seconds_per_step = 0.0
+        self.work: Work | None = None
+        """Set once there is a model."""
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -154,10 +157,13 @@ class Meter:
         self._seconds_per_step = seconds / max(self._steps, 1)
         numbers = {
             "supervised_tokens_per_second": self._window.supervised / seconds,
+            "tokens_per_second": self._window.tokens / seconds,
             "padding": self._window.padding,
             "memory_gb": memory_gb(),
             "seconds_per_step": self._seconds_per_step,
-        }
+        } | gpu_memory()
+        if self.work is not None:
+            numbers |= self.work.speed(numbers["tokens_per_second"])
         self.start()
         return numbers
 
@@ -264,12 +270,18 @@ def _step_line(logs: dict[str, float], state: TrainerState, seconds_left: float)
     if "grad_norm" in logs:
         parts.append(f"gradient {logs['grad_norm']:.2f}")
     parts += [
-        f"{logs['supervised_tokens_per_second']:,.0f} supervised tokens/s",
+        f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['supervised_tokens_per_second']:,.0f} "
+        "supervised",
+        *([f"{100 * logs['mfu']:.0f} % of peak"] if "mfu" in logs else []),
         f"padding {100 * logs['padding']:.0f} %",
-        f"memory {logs['memory_gb']:.2f} GB",
+        f"memory {logs['memory_gb']:.2f} GB{_of_device(logs)}",
         f"{console.duration(seconds_left)} left",
     ]
     return "  ".join(parts)
+
+
+def _of_device(logs: dict[str, float]) -> str:
+    return f" ({logs['memory_device_gb']:.1f} used)" if "memory_device_gb" in logs else ""
 
 
 class MetricsFile(TrainerCallback):

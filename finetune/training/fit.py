@@ -34,7 +34,9 @@ from finetune.training.checkpointing import Saver
 from finetune.training.facts import run_record
 from finetune.training.learning_rates import Rates
 from finetune.training.prepare_model import Tunable, load_tunable
+from finetune.training.profiling import Profiler
 from finetune.training.run_data import RunData
+from finetune.training.throughput import work_of
 from finetune.training.trainer import FineTuner, Services, TrainingData
 from finetune.training.validation import load_validation
 from finetune.training.vision_features import FeatureFiles, prepare_features
@@ -143,6 +145,15 @@ def build_trainer(
         stop=stop,
     )
 
+    steps = config.training.profile
+    profiler = [] if steps is None else [Profiler(saver.run_dir, steps)]
+    lengths = data.train.lengths
+    narrator.meter.work = work_of(
+        tunable.model,
+        float((lengths.astype(float) ** 2).sum() / lengths.sum()),
+        rank_and_world()[1],
+    )
+
     def scores(model: Any, step: int) -> dict[str, float] | None:
         with narrator.silent():
             return validation.scores(model, step) if validation else {}
@@ -172,7 +183,7 @@ def build_trainer(
                 methods.rate_scale(config.method),
             ),
         ),
-        callbacks=[schedule, narrator, MetricsFile(saver.run_dir)],
+        callbacks=[schedule, narrator, MetricsFile(saver.run_dir), *profiler],
     )
     schedule.evaluate, narrator.counts = trainer.evaluate, lambda: trainer.counts
     schedule.save_scores = lambda: saver.save_scores(trainer)

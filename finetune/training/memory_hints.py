@@ -32,10 +32,41 @@ def _text(config: RunConfig, longest: int, error: Exception) -> str:
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
     knobs = "".join(f"\n  {knob}" for knob in less_memory(config, longest))
     return (
-        f"out of memory: {first[:300]}\nThe most this process has used is {memory_gb():.2f} GB. "
+        f"out of memory: {first[:300]}\nThe most this process has used is {memory_gb():.2f} GB"
+        f"{_of_gpu()}. {_planned(config, longest)} "
         "The last checkpoint is untouched, and the same command goes on from it. "
         f"What needs less, the cheapest first:{knobs}"
     )
+
+
+def _of_gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    now, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return (
+        f"; now {now / 1e9:.2f} GB are allocated and {held / 1e9:.2f} reserved of the GPU's "
+        f"{total / 1e9:.1f}, {free / 1e9:.2f} free (much reserved and not allocated: set "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True)"
+    )
+
+
+def _planned(config: RunConfig, longest: int) -> str:
+    """What the plan of this run says; why there is none, when it cannot be made."""
+    from finetune import launcher
+    from finetune.artifacts.resolve import local_folder
+    from finetune.planning.plan import Gpu, plan
+    from finetune.planning.words import in_short
+
+    length = config.data.max_length if config.data.packing else longest
+    try:
+        folder = local_folder(config.model.path, config.model.revision)
+        found = plan(config, Gpu(number=launcher.world_size()), folder=folder, length=length)
+    except Exception as error:  # the message is about memory, whatever else is wrong
+        return f"No plan could be made ({type(error).__name__})."
+    return f"Planned were {in_short(found)} for the training itself."
 
 
 def less_memory(config: RunConfig, longest: int) -> list[str]:

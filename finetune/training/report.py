@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune import console, methods
 from finetune.config.schema import RunConfig
-from finetune.distributed.processes import local_device, rank_and_world
+from finetune.distributed.processes import is_rank0, local_device, rank_and_world
 from finetune.training import resume
 from finetune.training.callbacks import score_text
 from finetune.training.prepare_model import Tunable
@@ -51,9 +53,32 @@ def announce(config: RunConfig, data: RunData, tunable: Tunable, total_steps: in
                 f"x {world} processes), about {tokens:,} tokens",
             ],
             ["steps", f"{total_steps:,} ({data.plan.steps_per_epoch:,} an epoch)"],
+            *_planned(config, data),
             ["writes to", training.output_dir],
         ],
     )
+
+
+def _planned(config: RunConfig, data: RunData) -> list[list[str]]:
+    """What a GPU is planned to hold; on a CPU nothing is planned for."""
+    if local_device().type != "cuda" or not is_rank0():
+        return []
+    from finetune.artifacts.resolve import local_folder
+    from finetune.planning.plan import Gpu, plan
+    from finetune.planning.words import in_short
+
+    folder = local_folder(config.model.path, config.model.revision)
+    longest = config.data.max_length if config.data.packing else int(data.train.lengths.max())
+    machine = Gpu(
+        bytes=torch.cuda.get_device_properties(local_device()).total_memory,
+        number=rank_and_world()[1],
+    )
+    found = plan(config, machine, folder=folder, length=longest)
+    filled = 100 * found.batch * found.length / max(1, found.room)
+    return [
+        ["planned", f"{in_short(found)} on each GPU"],
+        ["a forward pass", f"fills {filled:.0f} % of what this GPU could take at once"],
+    ]
 
 
 def compare(before: Mapping[str, float], after: Mapping[str, float]) -> None:

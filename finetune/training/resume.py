@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "model.attention": Rule.CHANGE,
     "model.quantization": Rule.MATCH,
     "model.freeze": Rule.MATCH,
+    "model.kernels": Rule.CHANGE,
     "data.train": Rule.FREE,  # the fact "data" is compared
     "data.validation": Rule.CHANGE,
     "data.format": Rule.FREE,
@@ -76,6 +77,8 @@ RULES: dict[str, Rule] = {
     "training.num_epochs": Rule.CHANGE,
     "training.batch_size": Rule.FREE,  # the fact "global_batch" is compared
     "training.gradient_accumulation_steps": Rule.FREE,
+    "training.tokens_per_step": Rule.FREE,
+    "training.profile": Rule.FREE,
     # The optimizer's saved state holds rate and decay: a new value would have no effect.
     "training.learning_rate": Rule.MATCH,
     "training.learning_rates": Rule.MATCH,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune import console
+from finetune import console, launcher
 from finetune.artifacts import hub
 from finetune.artifacts.resolve import TOKENIZER_FILES, is_hub_id, local_folder
 from finetune.artifacts.run_dir import RunDirectory
@@ -19,6 +19,7 @@ from finetune.storage.outputs import check_not_read
 from finetune.training import resume
 from finetune.training.memory_hints import memory_explained
 from finetune.training.run_data import load_run_data
+from finetune.training.settle import settled
 from finetune.training.trust import check_owner
 
 
@@ -37,6 +38,7 @@ def train(
             step there is nothing to save, and a signal ends the process as it would any other.
     """
     console.outlive_a_full_log()
+    config = settled(config, launcher.world_size())
     check_not_read(Path(config.training.output_dir), _sources(config), "training.output_dir")
     with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
         for line in run_dir.cleaned:
