@@ -8,6 +8,7 @@ Images are not counted: a tower's own activations come on top.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,10 @@ from torch import nn
 from finetune import methods
 from finetune.config.schema import RunConfig
 from finetune.models.kernels import NAMES
-from finetune.models.load import shape_of
 from finetune.planning.counting import shapes_only
 from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
 from finetune.planning.step import Cost, Shape, count_step
-from finetune.planning.subjects import made_in, own
+from finetune.planning.subjects import own
 
 RUNTIME = 1_000_000_000
 """Bytes that no allocation shows: the CUDA context, libraries' work spaces, fragments."""
@@ -163,36 +163,35 @@ class _Sizes:
 
 
 def _sizes(config: RunConfig, folder: Path, dtype: torch.dtype) -> _Sizes:
-    with shapes_only(), made_in(dtype):
-        model = shape_of(folder)
-        frozen = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        largest = max(weight.numel() for weight in model.parameters()) * dtype.itemsize
-        numbers = sum(weight.numel() for weight in model.parameters())
-        linear = sum(
-            module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and "layers." in name and "vision" not in name
-        )
-    if methods.METHODS[config.method.kind].trains_the_model:
-        return _Sizes(frozen - numbers * dtype.itemsize, numbers, numbers * dtype.itemsize, largest)
+    """All layers are alike: what 40 of them hold follows from one and two."""
+    subject = own(folder, config.method, checkpointing=False, dtype=dtype, sharded=True)
+    one, two = (_sizes_with(subject.build, layers) for layers in (1, 2))
+    further = subject.layers - 1
+    whole = {name: one[name] + (two[name] - one[name]) * further for name in one}
+    frozen, trained = whole["frozen"], whole["trained"]
     if config.model.quantization is not None:
-        frozen -= int(linear * (dtype.itemsize - NF4_BYTES))
-    trained = count_trained(config, folder, dtype)
-    return _Sizes(frozen, trained, 4 * trained, largest)
+        frozen -= int(whole["linear"] * (dtype.itemsize - NF4_BYTES))
+    return _Sizes(frozen, trained, whole["trained bytes"], one["largest"])
 
 
-def count_trained(config: RunConfig, folder: Path, dtype: torch.dtype) -> int:
-    """Numbers of the adapters or the prefix."""
-    subject = own(folder, config.method, checkpointing=False, dtype=dtype)
-    few, more = (_trained_with(subject.build, n) for n in (1, 2))
-    return few + (more - few) * (subject.layers - 1)
-
-
-def _trained_with(build: object, layers: int) -> int:
-    assert callable(build)
+def _sizes_with(build: Callable[[int], nn.Module], layers: int) -> dict[str, int]:
     with shapes_only():
-        model: nn.Module = build(layers)
-        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        model = build(layers)
+    weights = list(model.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    held = [t for t in (*weights, *model.buffers()) if not t.requires_grad]
+    linear = [
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and "lora_" not in name
+    ]
+    return {
+        "frozen": sum(t.numel() * t.element_size() for t in held),
+        "trained": sum(t.numel() for t in trained),
+        "trained bytes": sum(t.numel() * t.element_size() for t in trained),
+        "linear": sum(linear),
+        "largest": max(t.numel() * t.element_size() for t in weights),
+    }
 
 
 def _held(config: RunConfig, sizes: _Sizes, cost: Cost, gpus: int) -> dict[str, int]:

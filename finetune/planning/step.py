@@ -130,18 +130,19 @@ def counted(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int) -> 
         batch = ids, torch.empty_like(ids), places
         gc.collect()
         with counting(ceilings) as counter:
-            _name_what_stays(counter, model, optimizer)
-            _one_step(counter, subject, model, optimizer, batch)
+            name_what_stays(counter, model, optimizer)
+            one_step(counter, subject, model, optimizer, batch)
             yield counter
 
 
-def _one_step(
+def one_step(
     counter: Counting,
     subject: Subject,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: tuple[Tensor, Tensor, Tensor],
 ) -> None:
+    """Take a step of a subject; what it makes gets its kind."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -162,7 +163,8 @@ def _one_step(
     optimizer.zero_grad()
 
 
-def _name_what_stays(counter: Counting, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def name_what_stays(counter: Counting, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Take what was there before the step into the ledger."""
     parameters = list(model.parameters())
     all_trained = all(weight.requires_grad for weight in parameters)
     for weight in parameters:

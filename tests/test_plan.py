@@ -1,0 +1,185 @@
+"""A plan says what a run will take: beside counted allocations of real steps, and by hand."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from command_line import ROOT, exit_code
+from test_counting import SIZES
+
+from finetune import methods
+from finetune.config.load import load_config
+from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method, RunConfig
+from finetune.models.load import family, load_model
+from finetune.planning.counting import Counting
+from finetune.planning.plan import Gpu, Plan, plan
+from finetune.planning.roofline import Ceilings
+from finetune.planning.step import name_what_stays, one_step
+from finetune.planning.subjects import own, ready
+from finetune.training.settle import settled
+from finetune.training.throughput import Work, work_of
+
+METHODS: list[Any] = [LoraMethod(dropout=0.0), PTuningV2Method(num_virtual_tokens=8), FullMethod()]
+
+
+def really_held(folder: Path, method: Any, *, checkpointing: bool, shape: tuple[int, int]) -> int:
+    """Bytes at the peak of a real step of a real model, allocation by allocation."""
+    model = methods.attach(load_model(folder), method, family=family(load_model(folder).config))
+    model = ready(model, checkpointing=checkpointing)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    ids = torch.randint(0, 370, shape)
+    places = torch.arange(ids.numel())[: ids.numel() - 1]
+    subject = own(folder, method, checkpointing=checkpointing, dtype=torch.float32, kernels=())
+    gc.collect()
+    with Counting(Ceilings()) as counter:
+        name_what_stays(counter, model, optimizer)
+        one_step(counter, subject, model, optimizer, (ids, ids, places))
+    return sum(counter.ledger.peak().values())
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [*((method, True) for method in METHODS), (METHODS[0], False)],
+    ids=["lora", "ptuning_v2", "full", "lora, all kept"],
+)
+def test_a_plan_is_within_5_percent_of_what_a_real_step_allocates(
+    method: Any, checkpointing: bool, tiny_chatglm: Path
+) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": str(tiny_chatglm), "dtype": "float32", "kernels": "torch"},
+            "data": {"train": "x.jsonl", "max_length": 1024},
+            "method": method.model_dump(),
+            "training": {"output_dir": "x", "batch_size": 2, "activation_checkpointing": checkpointing},
+        }
+    )  # fmt: skip
+    found = plan(config, Gpu(), folder=tiny_chatglm)
+    real = really_held(tiny_chatglm, method, checkpointing=checkpointing, shape=(2, 1024))
+    assert found.memory_bytes == pytest.approx(real, rel=0.05)
+
+
+@pytest.fixture
+def nine_billion(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    return tmp_path
+
+
+def planned(name: str, folder: Path, gpu: Gpu, *overrides: str) -> Plan:
+    return plan(load_config(ROOT / "configs" / name, list(overrides)), gpu, folder=folder)
+
+
+def test_the_shipped_lora_fills_a_24_gb_card_and_no_more(nine_billion: Path) -> None:
+    found = planned("lora.yaml", nine_billion, Gpu(24_000_000_000))
+    assert found.fits
+    assert found.tokens_per_step >= 4096
+    assert found.memory["weights"] == pytest.approx(18.8e9, rel=1e-3)
+    assert 4096 < found.room < 8192
+
+
+def test_the_shipped_full_tuning_takes_25_gb_of_each_of_8_gpus(nine_billion: Path) -> None:
+    found = planned("sft.yaml", nine_billion, Gpu(number=8), "data.max_length=1024", "training.batch_size=4")  # fmt: skip
+    assert found.memory_bytes <= 25e9
+    assert found.memory["optimizer"] == pytest.approx(12 * 9.4e9 / 8, rel=1e-3)
+    assert found.checkpoint_bytes == pytest.approx(14 * 9.4e9, rel=1e-3)
+
+
+def test_four_bits_hold_the_layers_in_a_quarter(nine_billion: Path) -> None:
+    found = planned("lora.yaml", nine_billion, Gpu(), "model.quantization=nf4")
+    # 8.16e9 weights of layers in 4.13 bits, embedding and head of 0.62e9 each in bfloat16
+    assert found.memory["weights"] == pytest.approx(8.16e9 * 4.13 / 8 + 4 * 0.62e9, rel=0.02)
+
+
+def test_what_fits_follows_from_what_a_token_adds(nine_billion: Path) -> None:
+    found = planned("lora.yaml", nine_billion, Gpu(24_000_000_000))
+    longest = planned("lora.yaml", nine_billion, Gpu(24_000_000_000), f"data.max_length={found.room}")  # fmt: skip
+    assert longest.fits
+    assert longest.memory_bytes == pytest.approx(23e9, rel=0.005)
+
+
+def test_the_command_answers_with_json_and_in_words(
+    nine_billion: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("plan", str(ROOT / "configs/lora.yaml"), f"model.path={nine_billion}", "--gpu", "24GB")
+    assert exit_code(*words, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["memory_bytes_per_gpu"] == sum(found["memory"].values())
+    assert found["tokens_per_step_per_gpu"] == 4096
+    assert exit_code(*words) == 0
+    assert "fits into 24 GB" in "".join(capfd.readouterr())
+    assert exit_code(*words[:-1], "much") == 2
+    assert "--gpu 'much' is no size" in capfd.readouterr().err
+
+
+def test_tokens_of_a_step_become_forward_passes() -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": "x"},
+            "data": {"train": "x.jsonl", "max_length": 4096, "packing": True},
+            "method": {"kind": "lora"},
+            "training": {"output_dir": "x", "batch_size": 2, "tokens_per_step": 131_072},
+        }
+    )
+    assert settled(config, world=4).training.gradient_accumulation_steps == 4
+    assert settled(config, world=64).training.gradient_accumulation_steps == 1
+    assert settled(config, world=4).training.tokens_per_step is None
+
+
+def test_tokens_of_a_step_need_packing_and_no_second_number(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "model: {path: x}\ndata: {train: x.jsonl}\nmethod: {kind: lora}\n"
+        "training: {output_dir: x, tokens_per_step: 4096, gradient_accumulation_steps: 2}\n"
+    )
+    with pytest.raises(Exception, match="give one of the two") as problem:
+        load_config(file, [])
+    assert "set data.packing to true" in str(problem.value)
+
+
+def test_a_token_takes_four_flops_a_frozen_and_six_a_trained_weight(tiny_chatglm: Path) -> None:
+    model = load_model(tiny_chatglm)
+    model.requires_grad_(False)
+    matrices = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.dim() == 2 and "word_embeddings" not in name
+    )
+    assert work_of(model, 0.0, 1).per_token == 4 * matrices
+    model.requires_grad_(True)
+    assert work_of(model, 0.0, 1).per_token == 6 * matrices
+    text = model.config
+    attention = 6 * text.num_layers * text.num_attention_heads * text.kv_channels * 10
+    assert work_of(model, 10.0, 1).per_token == 6 * matrices + attention
+
+
+def test_the_share_of_the_peak_is_of_one_device() -> None:
+    speed = Work(per_token=6e9, peak=1e15, devices=4).speed(tokens_per_second=200_000)
+    assert speed == {"tflops_per_second": 300.0, "mfu": 0.3}
+    assert "mfu" not in Work(6e9, None, 1).speed(1.0)
+
+
+@pytest.mark.slow
+def test_a_run_logs_its_speed_and_profiles_its_steps(tiny_chatglm: Path, tmp_path: Path) -> None:
+    data = runs.write_dialogues(tmp_path / "train.jsonl", 12)
+    config = runs.config(
+        tiny_chatglm, data, tmp_path / "run", training__max_steps=4, training__profile=1,
+        training__log_every_steps=1,
+    )  # fmt: skip
+    runs.run_here(config)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert all(line["tokens_per_second"] >= line["supervised_tokens_per_second"] > 0 for line in logged)  # fmt: skip
+    assert all(line["tflops_per_second"] > 0 for line in logged)
+    assert json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
+    table = (tmp_path / "run/profile/kernels.txt").read_text()
+    assert "aten::mm" in table or "aten::addmm" in table
