@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from finetune.config.schema import LoraMethod
-from finetune.methods import lora_forward
 from finetune.methods.lora_forward import LoraLinear, LowRank, use_input_format
 from finetune.planning.counting import counting, shapes_only
 from finetune.planning.roofline import Ceilings
@@ -113,22 +114,53 @@ def test_evaluation_gives_the_bits_of_training() -> None:
 def test_weights_are_cast_once_a_step_and_anew_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(ours=True, dtype=torch.bfloat16)
     casts = []
-    cast = lora_forward._Cast.forward
+    multiply = torch.mul
 
-    def counted(ctx: Any, weight: Tensor, *rest: Any) -> Tensor:
-        casts.append(weight)
-        return cast(ctx, weight, *rest)
+    def counted(*given: Any, **options: Any) -> Tensor:
+        casts.extend(["cast"] if given[0].dtype is torch.float32 else [])
+        return multiply(*given, **options)
 
-    monkeypatch.setattr(lora_forward._Cast, "forward", staticmethod(counted))
+    monkeypatch.setattr(torch, "mul", counted)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.5, fused=True)
     for _ in range(2):  # two passes of a step
         model(x(torch.bfloat16)).sum().backward()
     assert len(casts) == 4
     before = model(x(torch.bfloat16))
+    assert len(casts) == 4
     optimizer.step()
     assert not torch.equal(model(x(torch.bfloat16)), before)
     assert len(casts) == 8
+
+
+def test_two_passes_add_up_their_gradients() -> None:
+    found = []
+    for passes in (1, 2):
+        model = adapted(ours=True)
+        for part in x().chunk(passes):
+            model(part).square().sum().backward()
+        found.append([weight.grad for weight in model.parameters() if weight.requires_grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+
+
+def test_after_a_backward_pass_nothing_holds_the_graph() -> None:
+    model = adapted(ours=True, dtype=torch.bfloat16)
+    layer = model.base_model.model.first.lora_B["default"]
+    hooked = weakref.WeakSet[Any]()
+
+    class Holder:
+        def see(self, grad: Tensor) -> None:
+            return None
+
+    holder = Holder()
+    hooked.add(holder)
+    layer.weight.register_hook(holder.see)  # as DeepSpeed's hooks hold its engine
+    holder.model = model  # type: ignore[attr-defined]
+    model(x(torch.bfloat16)).sum().backward()
+    del holder, model, layer
+    gc.collect()
+    assert not hooked
 
 
 def test_weights_that_were_loaded_count_at_once() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -158,7 +159,11 @@ def joined_processes(*, timeout_minutes: float = 30.0, deepspeed: bool = False) 
     yield
     # Not after an error: the others may be waiting in the middle of something.
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed_comm = sys.modules.get("deepspeed.comm")
+        if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+            deepspeed_comm.destroy_process_group()  # what it remembers of the group goes too
+        else:
+            dist.destroy_process_group()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ ones; whatever is not plain LoRA (DoRA, merged, several adapters in a batch) is 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -42,7 +43,10 @@ def use_input_format(model: nn.Module) -> None:
 class LowRank(nn.Linear):
     """A or B: a float32 weight that is multiplied in the format of what comes in."""
 
-    _kept: tuple[tuple[Any, ...], Tensor] | None = None
+    _cast: tuple[tuple[Any, ...], Tensor] | None = None
+    """The numbers, until the weight changes."""
+    _attached: tuple[tuple[Any, ...], Tensor] | None = None
+    """The same with a gradient, until that has come: what stayed would keep the whole graph alive."""
 
     def forward(self, rows: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Return rows [T, in] times scale x weightᵀ; with `onto` [T, out] added to it, in its place."""
@@ -54,42 +58,50 @@ class LowRank(nn.Linear):
         return onto.addmm_(rows, weight.T)
 
     def cast(self, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """Return scale x weight in `dtype`, once for all passes of a step."""
-        if self.weight.dtype is dtype and scale == 1.0:
-            return self.weight
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        key = (_turn, id(self.weight), self.weight._version, dtype, scale, *modes)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, _Cast.apply(self.weight, dtype, scale)  # type: ignore[no-untyped-call]
-        return self._kept[1]
+        """Return scale x weight in `dtype`, cast once for all passes of a step."""
+        own = self.weight
+        if own.dtype is dtype and scale == 1.0:
+            return own
+        key = _turn, id(own), own._version, dtype, scale, torch.is_inference_mode_enabled()
+        if self._cast is None or self._cast[0] != key:
+            numbers = torch.empty_like(own, dtype=dtype, requires_grad=False)
+            self._cast = key, torch.mul(own.detach(), scale, out=numbers)
+            self._attached = None
+        if not (torch.is_grad_enabled() and own.requires_grad):
+            return self._cast[1]
+        if self._attached is None:
+            self._attached = key, _Attach.apply(own, self._cast[1], self, scale)  # type: ignore[no-untyped-call]
+        return self._attached[1]
 
     @property
     def kept(self) -> Tensor | None:
-        """The cast that the passes of this step share."""
-        return self._kept[1] if self._kept is not None else None
+        """What the passes of this step share."""
+        return self._cast[1] if self._cast is not None else None
 
     def train(self, mode: bool = True) -> LowRank:
         """Between training and evaluation nothing is kept."""
-        self._kept = None
+        self._cast = self._attached = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return {n: value for n, value in self.__dict__.items() if n not in ("_cast", "_attached")}
 
 
-class _Cast(torch.autograd.Function):
-    """scale x weight, rounded once; the gradient goes back to the weight's format."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-        ctx.dtype, ctx.scale = weight.dtype, scale
-        return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
+class _Attach(torch.autograd.Function):
+    """The cast of a weight as a function of it; the gradient goes back to the weight's format."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def forward(ctx: Any, weight: Tensor, cast: Tensor, owner: LowRank, scale: float) -> Tensor:
+        ctx.dtype, ctx.scale, ctx.owner = weight.dtype, scale, weakref.ref(owner)
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """One kernel: scaled and cast."""
+        if (owner := ctx.owner()) is not None:
+            owner._attached = None
         wide = torch.empty_like(grads[0], dtype=ctx.dtype)
-        return torch.mul(grads[0], ctx.scale, out=wide), None, None
+        return torch.mul(grads[0], ctx.scale, out=wide), None, None, None
 
 
 class LoraLinear(Linear):
