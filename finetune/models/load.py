@@ -23,7 +23,6 @@ from finetune.models.kernels import check, stock_layers
 from finetune.models.packed_attention import DOCUMENT_SDPA
 from finetune.models.quantization import check_widths, four_bits
 
-
 _told: set[torch.device] = set()
 
 
