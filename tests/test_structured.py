@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -241,3 +242,30 @@ def test_predict_and_evaluate_write_what_is_asked_for(opened: OpenedModel, tmp_p
     schema.write_text("[1]")
     with pytest.raises(ConfigError, match="is a list, not a schema"):
         read_form(schema, must_call=False)
+
+
+@pytest.mark.parametrize(
+    ("reply", "allowed"),
+    [
+        ('hm\n{"kind"</think>\n{"kind": "cat", "old": true}', True),
+        ('</think>{"kind": "dog", "old": false}', True),
+        ('hm</think>\nclock\n{"zone": "utc"}', True),
+        ('hm</think>\n{"kind": "cow", "old": true}', False),
+        ('hm</think>\nswitch\n{"on": true}', False),
+        ('{"kind": "cat", "old": true}', False),
+    ],
+)
+def test_a_thought_comes_before_the_structure(
+    opened: OpenedModel, reply: str, allowed: bool
+) -> None:
+    tokenizer = opened.template.tokenizer
+    template: Any = SimpleNamespace(
+        tokenizer=tokenizer,
+        stop_ids=opened.template.stop_ids,
+        layout=SimpleNamespace(thinking=True),
+    )
+    constraint = Structures(template).constraint(Structure(PERSON, [CLOCK]))
+    matcher = constraint._matcher
+    ids = tokenizer.plain.encode(reply, add_special_tokens=False).ids
+    taken = all(matcher.consume_token(i) for i in ids)
+    assert (taken and matcher.is_accepting()) == allowed

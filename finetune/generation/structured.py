@@ -190,19 +190,21 @@ class Structures:
 
     def grammar(self, structure: Structure) -> str:
         """The structure in Lark's language."""
+        thinking = self._template.layout.thinking
         kinds, rules = [], []
-        opening = r'"\n" '
-        if self._template.layout.thinking:
-            opening = r"thought /\n*/ "
-            rules.append(r'thought[stop="</think>"]: /(.|\n)*/')
         if structure.schema is not None:
             kinds.append("text")
+            opening = "" if thinking else r'"\n" '
             rules.append(f"text: {opening}{_json_rule(structure.schema, structure.strict)}")
         if structure.tools:
             kinds.append("call (<|assistant|> call)*" if structure.many_calls else "call")
             calls = [_call_rule(tool, structure.strict) for tool in structure.tools]
             rules.append(f"call: {' | '.join(calls)}")
-        return "\n".join([f"start: {' | '.join(kinds)}", *rules])
+        start = " | ".join(kinds)
+        if thinking:  # the prompt ends inside of a thought
+            start = rf"thought /\n*/ ({start})"
+            rules.append(r'thought[stop="</think>"]: /(.|\n)*/')
+        return "\n".join([f"start: {start}", *rules])
 
 
 def check_installed() -> None:
