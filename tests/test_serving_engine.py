@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -21,7 +22,7 @@ from serving import HELLO
 from finetune.data.dialogue.conversation import Message, RowError
 from finetune.data.dialogue.tool_calls import read_tools
 from finetune.generation.batch import Batch
-from finetune.generation.decoder import Row
+from finetune.generation.decoder import Decoder, Row
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving import connections
 from finetune.serving import engine as engine_module
@@ -109,20 +110,24 @@ def test_large_requests_are_not_answered_together(
     opened: OpenedModel, slow: serving.Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "TOKEN_BUDGET", 100)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 20)  # until all three wait
     slow.go.release(1000)
 
     async def three(server: serving.Served) -> None:
         async with server.async_client as client:
-            await asyncio.gather(
-                *(
-                    client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=n)
-                    for n in (30, 30, 80)
+            tasks = []
+            for number, length in enumerate((30, 30, 80)):
+                create = client.chat.completions.create
+                tasks.append(
+                    asyncio.create_task(create(model="tiny", messages=HELLO, max_tokens=length))
                 )
-            )
+                if number < 2:
+                    await serving.until_async(lambda: len(server.engine._waiting) == len(tasks))
+            await asyncio.gather(*tasks)
 
-    with serving.served(opened) as server:
+    with serving.served(opened, batch_size=3) as server:
         asyncio.run(three(server))
-    assert sorted(map(len, slow.batches)) == [1, 2]
+    assert list(map(len, slow.batches)) == [2, 1]
 
 
 # --- connections and keys ------------------------------------------------------------------------
@@ -175,9 +180,18 @@ def test_an_image_whose_client_has_left_harms_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeing = open_model(pictures.save_model(tmp_path / "glm4v"))
-    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     messages = serving.showing(serving.data_url())
+    held, add = threading.Event(), Decoder.add
+
+    def when_all_are_there(decoder: Decoder, requests: Any) -> Any:
+        assert held.wait(30)
+        return add(decoder, requests)
+
+    monkeypatch.setattr(Decoder, "add", when_all_are_there)
+
+    def num_folders() -> int:
+        return len(list(tmp_path.glob("finetune-serve-*")))
 
     async def together(server: serving.Served) -> list[Any]:
         async with server.async_client as client:
@@ -186,10 +200,14 @@ def test_an_image_whose_client_has_left_harms_nobody(
                 create = client.chat.completions.create
                 return asyncio.create_task(create(model="tiny", messages=messages, max_tokens=4))
 
-            leaving, staying = [ask() for _ in range(3)], [ask() for _ in range(3)]
-            await serving.until_async(lambda: len(server.engine._waiting) == 6)
+            leaving = [ask() for _ in range(3)]
+            await serving.until_async(lambda: num_folders() == 3)
+            staying = [ask() for _ in range(3)]
+            await serving.until_async(lambda: num_folders() == 6)
             for task in leaving:
                 task.cancel()
+            await asyncio.gather(*leaving, return_exceptions=True)
+            held.set()
             return await asyncio.gather(*staying, return_exceptions=True)
 
     with serving.served(seeing) as server:
