@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOST = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
+"""Who reads the output is gone: `| head` has ended, the terminal or its connection was closed."""
 PLAIN_PROGRESS_SECONDS = 5.0
 """In a log file a progress line appears at most this often."""
 
 _redirected = False
 _warned: set[str] = set()
-_outlives_its_log = False
+_tolerates_loss = False
 
 
 def is_main() -> bool:
@@ -100,7 +102,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         _write(_stream(), "\n".join(_plain_table(headers, cells, numeric)))
 
 
-class Meter:
+class ProgressBar:
     """A count that moves towards `total`; made by `progress`."""
 
     def __init__(self, total: int | None, label: str) -> None:
@@ -137,12 +139,12 @@ class Meter:
 
 
 @contextmanager
-def progress(total: int | None, label: str) -> Iterator[Meter]:
+def progress(total: int | None, label: str) -> Iterator[ProgressBar]:
     """A moving bar on a terminal; elsewhere a line every few seconds at most. `total` None: unknown."""
-    meter = Meter(total, label)
+    bar_or_lines = ProgressBar(total, label)
     if not (is_main() and on_terminal()):
-        yield meter
-        meter.finish()
+        yield bar_or_lines
+        bar_or_lines.finish()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as TimeLeftColumn
@@ -155,8 +157,8 @@ def progress(total: int | None, label: str) -> Iterator[Meter]:
         TimeLeftColumn(),
     )
     with Progress(*columns, console=_rich(), transient=True) as bar:
-        meter._bar = (bar, bar.add_task(label, total=total))
-        yield meter
+        bar_or_lines._bar = (bar, bar.add_task(label, total=total))
+        yield bar_or_lines
 
 
 def duration(seconds: float) -> str:
@@ -216,28 +218,76 @@ def _stream() -> TextIO:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    try:
+    with _output(stream):
         stream.write(text + "\n")
         stream.flush()
+
+
+@contextmanager
+def _output(stream: TextIO) -> Iterator[None]:
+    """Writing to `stream`; in a run that tolerates it, a lost or full output ends nothing."""
+    try:
+        yield
     except OSError as error:
-        if not _outlives_its_log or error.errno not in NO_SPACE:
+        if not _tolerates_loss or error.errno not in (*NO_SPACE, *LOST):
             raise
+        if error.errno in LOST:
+            _discard(stream)
+            if stream is not sys.stderr:
+                warn(f"the output is gone ({error.strerror}); the run goes on without it")
 
 
-def outlive_a_full_log() -> None:
-    """From here on the output is a log, and a disk with no room for it is no reason to end."""
-    global _outlives_its_log
-    _outlives_its_log = True
+def _discard(stream: TextIO) -> None:
+    """What is still to be written to `stream`, by whomever, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
-def let_go() -> None:
-    """At the end of the program: what a full disk has no room for does not decide the exit code."""
-    for stream in (sys.stdout, sys.stderr) if _outlives_its_log else ():
+def open_missing_streams() -> None:
+    """Standard streams that were closed at the start lead nowhere; no file gets their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def tolerate_lost_output() -> None:
+    """From here on the output is a log; a full disk, a closed pipe, a terminal that goes end nothing."""
+    global _tolerates_loss
+    _tolerates_loss = True
+
+
+def flush_at_exit() -> None:
+    """Write what is left, so that a lost or full log does not decide the exit code."""
+    for stream in (sys.stdout, sys.stderr) if _tolerates_loss else ():
         try:
             stream.flush()
         except OSError as error:
-            if error.errno in NO_SPACE:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if error.errno in (*NO_SPACE, *LOST):
+                _discard(stream)
+
+
+class _Lasting:
+    """The output as rich writes to it; see `_output`."""
+
+    def __init__(self, stderr: bool) -> None:
+        self._stderr = stderr
+
+    def write(self, text: str) -> int:
+        with _output(self._stream):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _output(self._stream):
+            self._stream.flush()
+
+    @property
+    def _stream(self) -> TextIO:
+        return sys.stderr if self._stderr else sys.stdout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 _consoles: dict[bool, Console] = {}
@@ -249,7 +299,8 @@ def _rich(stderr: bool = False) -> Console:
     if stderr not in _consoles:
         from rich.console import Console
 
-        _consoles[stderr] = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+        out: Any = _Lasting(stderr)
+        _consoles[stderr] = Console(file=out, markup=False, emoji=False, highlight=False)
     return _consoles[stderr]
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from test_packing import advertisegen_lengths
 
-from finetune.data.examples.batch_plan import BatchPlan
+from finetune.data.examples.batch_plan import BLANK, BatchPlan
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import Example
-from finetune.training.batches import BLANK, training_loader
-from finetune.training.counts import StepCounts, count
+from finetune.training.batches import TrainingData, training_loader
+from finetune.training.objective import StepCounts, SupervisedTokens, count
 
 SPLITS = [(1, 8, 1), (8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 """Batch size, accumulation, processes: 8 examples a step."""
@@ -44,12 +44,16 @@ def plan_of(lengths: np.ndarray, split: tuple[int, int, int], *, grouped: bool =
     return BatchPlan(lengths, *split, seed=1, group_by_length=grouped)
 
 
+def training_data_of(items: Any, plan: BatchPlan, collate: Any) -> TrainingData:
+    return TrainingData(items, items.lengths, str, plan, collate, SupervisedTokens())
+
+
 def loaders(plan: BatchPlan, *, packed: bool = False) -> list[Any]:
     """The loader of every process."""
     items: Any = Documents(plan.lengths, packed=packed)
+    data = training_data_of(items, plan, Collator(0))
     return [
-        training_loader(items, plan, Collator(0), rank=rank, workers=0, seconds=60)
-        for rank in range(plan.world_size)
+        training_loader(data, rank=rank, workers=0, seconds=60) for rank in range(plan.world_size)
     ]
 
 
@@ -142,7 +146,7 @@ def counts_of(plan: BatchPlan, *, packed: bool = False) -> StepCounts:
     for loader in loaders(plan, packed=packed):
         batches = list(loader)
         samples = [batch.pop("sample_ids").numpy() for batch in batches]
-        total += count(batches, samples, plan.lengths)
+        total += count(batches, samples, plan.lengths, SupervisedTokens())
     assert total.tokens == plan.lengths.sum()  # blanks are padding
     return total
 

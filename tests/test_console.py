@@ -101,8 +101,8 @@ def test_durations_are_written_as_people_write_them():
 def test_a_log_on_a_full_disk_does_not_end_the_program_and_other_output_does() -> None:
     script = (
         "import sys; from finetune import console\n"
-        "if sys.argv[1] == 'log': console.outlive_a_full_log()\n"
-        "console.say('a line'); console.let_go(); sys.exit(6)\n"
+        "if sys.argv[1] == 'log': console.tolerate_lost_output()\n"
+        "console.say('a line'); console.flush_at_exit(); sys.exit(6)\n"
     )
     codes = {}
     for kind in ("log", "result"):
@@ -111,3 +111,55 @@ def test_a_log_on_a_full_disk_does_not_end_the_program_and_other_output_does() -
         codes[kind] = done.returncode
     assert codes["log"] == 6
     assert codes["result"] != 6
+
+
+LINES = """
+import os, sys
+from finetune import console
+console.open_missing_streams()
+if sys.argv[1] == "a run":
+    console.tolerate_lost_output()
+if sys.argv[2] == "closed pipe":
+    os.dup2(pipe := os.pipe()[1], 1)
+    os.close(pipe - 1)
+if sys.argv[2] == "a terminal that goes":
+    ours, theirs = os.openpty()
+    os.dup2(theirs, 1)
+    os.dup2(theirs, 2)
+    os.environ["TERM"] = "xterm"
+    os.close(theirs)
+    console.say("while it is there")
+    os.close(ours)
+for number in range(3):
+    console.say(f"line {number}")
+    console.warn("of a warning")
+    console.table(["a"], [["b"]])
+with console.progress(9, "counting") as bar:
+    bar.advance(9)
+print("by others", flush=True)
+console.flush_at_exit()
+os._exit(6)
+"""
+
+
+@pytest.mark.parametrize("way", ["closed pipe", "a terminal that goes", "closed at the start"])
+def test_a_run_outlives_whoever_reads_its_output(way: str) -> None:
+    command = [sys.executable, "-c", LINES, "a run", way]
+    if way == "closed at the start":
+        command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(command, capture_output=True).returncode == 6
+
+
+def test_another_command_ends_with_its_reader() -> None:
+    command = [sys.executable, "-c", LINES, "a command", "closed pipe"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr
+
+
+def test_a_lost_output_is_said_on_the_other_one() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LINES, "a run", "closed pipe"], capture_output=True, text=True
+    )
+    assert done.stderr.count("the output is gone") == 1
+    assert "the run goes on" in done.stderr

@@ -219,7 +219,7 @@ def test_a_run_says_or_refuses_held_out_dialogues_in_its_training_data(
     said = "2 of 4 held-out dialogues (50%) are in the training data too, first"
     if allowed == 0.4:
         with pytest.raises(DataError, match=r"data\.max_overlap allows 40%"):
-            load_run_data(config, template)
+            load_run_data(config.data, config.training, template)
     else:
-        load_run_data(config, template)
+        load_run_data(config.data, config.training, template)
         assert said in capsys.readouterr().err.replace("\n", " ")

@@ -46,6 +46,20 @@ def test_nothing_opens_pickles_runs_shells_or_evaluates_text(rule: str) -> None:
     assert broken(rule) == []
 
 
+def test_the_whole_config_is_named_where_a_whole_run_is_planned_or_trained_only() -> None:
+    allowed = (
+        "finetune/cli/", "finetune/config/", "finetune/planning/", "finetune/training/run.py",
+    )  # fmt: skip
+    named = {
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id == "RunConfig"
+    }
+    assert "finetune/training/run.py" in named
+    assert [path for path in named if not path.startswith(allowed)] == []
+
+
 def test_no_exception_is_swallowed() -> None:
     silent = []
     for path in SOURCES:

@@ -25,7 +25,7 @@ from finetune.generation.load import open_model
 from finetune.generation.predict import PredictOptions, predict
 from finetune.models.chatglm.vision import VisionModel
 from finetune.report.page import write_page
-from finetune.training.learning_rates import Rates
+from finetune.training.arguments import Rates
 
 METHODS = {
     "lora": {"kind": "lora", "rank": 4},

@@ -7,7 +7,7 @@ import signal
 import time
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import runs
 
 from finetune.data.examples.batch_plan import BatchPlan
 from finetune.training import batches
+from finetune.training.objective import SupervisedTokens
 
 
 class Numbers:
@@ -47,8 +48,10 @@ def test_a_loader_process_outlives_a_signal(
 
     monkeypatch.setattr(batches, "_ignore_signals", signalled)
     items: Any = Numbers()
+    plan, collate = BatchPlan(items.lengths, 4, 2, seed=42), cast(Any, sorted)
     loader = batches.training_loader(
-        items, BatchPlan(items.lengths, 4, 2, seed=42), sorted, rank=0, workers=1, seconds=20,
+        batches.TrainingData(items, items.lengths, str, plan, collate, SupervisedTokens()),
+        rank=0, workers=1, seconds=20,
     )  # fmt: skip
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     seen = [index for batch in loader for index in batch]

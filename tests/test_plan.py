@@ -22,7 +22,7 @@ from finetune.planning.plan import Gpu, Plan, plan
 from finetune.planning.roofline import Ceilings
 from finetune.planning.step import name_what_stays, one_step
 from finetune.planning.subjects import own, ready
-from finetune.training.settle import settled
+from finetune.training.run import settled
 from finetune.training.throughput import Work, work_of
 
 METHODS: list[Any] = [LoraMethod(dropout=0.0), PTuningV2Method(num_virtual_tokens=8), FullMethod()]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from finetune.artifacts import checkpoint
 from finetune.config.schema import RunConfig
 from finetune.errors import CheckpointError
 from finetune.storage import folders
@@ -58,6 +59,20 @@ def other(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return value + 1
     return "something else"
+
+
+REFUSED = {
+    "model.quantization", "model.adapter", "model.freeze", "data.max_length", "data.train_on", "data.on_too_long",
+    "data.packing", "data.group_by_length", "method", "training.learning_rate",
+    "training.learning_rates", "training.weight_decay", "training.lr_schedule",
+    "training.warmup_steps", "training.seed", "training.extra", "deepspeed.zero_stage",
+    "deepspeed.offload_optimizer", "deepspeed.offload_parameters",
+}  # fmt: skip
+"""Options whose change makes other training of the same steps; by hand, not read from RULES."""
+
+
+def test_what_makes_another_run_is_refused() -> None:
+    assert {key for key, rule in RULES.items() if rule is Rule.MATCH} >= REFUSED
 
 
 @pytest.mark.parametrize("key", [key for key in RULES if key != "method"])
@@ -137,5 +152,55 @@ def test_a_named_checkpoint_is_never_replaced_by_another(tmp_path: Path) -> None
     (second / "optimizer.pt").write_bytes(b"stale")
     with pytest.raises(CheckpointError, match=r"optimizer\.pt has other content"):
         resume.choose(tmp_path, str(second))
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="must be auto, never or a checkpoint directory"):
         resume.choose(tmp_path, str(tmp_path / "checkpoint-3"))
+
+
+# --- what the best score is judged by -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "anew"),
+    [
+        ("loss", {}, False),
+        ("loss", {"validation": "other rows"}, True),
+        ("loss", {"evaluation.best_metric": "bleu-4"}, True),
+        ("loss", {"evaluation.max_samples": 7}, False),  # says nothing about a loss
+        ("bleu-4", {"evaluation.max_samples": 7}, True),
+        ("bleu-4", {"evaluation.max_new_tokens": 7}, True),
+        ("bleu-4", {"evaluation.replies": "last_reply"}, True),
+        ("bleu-4", {"training.max_grad_norm": 7.0}, False),
+    ],
+)
+def test_best_and_patience_begin_anew_when_what_they_compare_has_changed(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    metric: str,
+    change: dict[str, Any],
+    anew: bool,
+) -> None:
+    with folders.staged(tmp_path / "checkpoint-2") as stage:
+        saved = record({**CONFIG, "evaluation": {"best_metric": metric}}, validation="rows")
+        resume.write(stage, saved)
+    checkpoint.set_best(tmp_path, tmp_path / "checkpoint-2", metric, 1.0)
+    now = {**saved, "config": dict(saved["config"]), "facts": dict(saved["facts"])}
+    for key, value in change.items():
+        now["facts" if key == "validation" else "config"][key] = value
+    begun = resume.start(tmp_path, "auto", now)
+    assert (begun.folder, begun.step) == (tmp_path / "checkpoint-2", 2)
+    assert begun.compares_anew is anew
+    assert (checkpoint.best(tmp_path) is None) is anew
+    assert ("begin anew" in capsys.readouterr().out) is anew
+
+
+def test_other_held_out_examples_are_listed_by_name(tmp_path: Path) -> None:
+    resume.write(tmp_path, record(validation="rows"))
+    (change,) = resume.check(tmp_path, record(validation="other rows"))
+    assert (change.key, change.checkpoint, change.now) == (
+        "the held-out examples", "rows", "other rows",
+    )  # fmt: skip
+
+
+def test_a_checkpoint_of_before_held_out_examples_were_kept_goes_on(tmp_path: Path) -> None:
+    resume.write(tmp_path, record())
+    assert resume.check(tmp_path, record(validation="rows")) == ()

@@ -116,7 +116,8 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
     )  # fmt: skip
     runs.run_here(settings)
     template = ChatTemplate(load_chat_tokenizer(tiny_glm))
-    prepared = load_run_data(RunConfig.model_validate(settings), template)
+    config = RunConfig.model_validate(settings)
+    prepared = load_run_data(config.data, config.training, template)
     # By hand: the fresh adapter changes nothing, so plain logits of the base give the first loss.
     model = load_model(tiny_glm)
     total = weight = 0.0
@@ -175,26 +176,34 @@ def test_a_checkpoint_holds_no_pickle_that_needs_trust(
             torch.load(folder / name, weights_only=True)
 
 
+@pytest.mark.parametrize(
+    ("metric", "values"),
+    [("loss", [9.0, 5.0, 4.0, 4.5, 4.4, 3.0]), ("bleu-4", [1.0, 5.0, 6.0, 5.5, 5.6, 7.0])],
+)
 def test_the_best_checkpoint_is_kept_and_patience_ends_a_run(
-    tiny_chatglm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_chatglm: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metric: str,
+    values: list[float],
 ) -> None:
     from finetune.training.validation import Validation
 
-    losses = {0: 9.0, 1: 5.0, 2: 4.0, 3: 4.5, 4: 4.4, 5: 3.0}
-    monkeypatch.setattr(Validation, "scores", lambda self, model, step: {"loss": losses[step]})
+    monkeypatch.setattr(Validation, "scores", lambda self, model, step: {metric: values[step]})
     summary = runs.run_here(
         runs.config(
             tiny_chatglm, data, tmp_path / "run", data__validation=str(data),
-            evaluation__every_steps=1, evaluation__at_start=True, evaluation__generate=False,
-            evaluation__patience=2, training__save_every_steps=1, training__keep_checkpoints=1,
+            evaluation__every_steps=1, evaluation__at_start=True, evaluation__generate=metric != "loss",
+            evaluation__best_metric=metric, evaluation__patience=2, training__save_every_steps=1, training__keep_checkpoints=1,
         )
     )  # fmt: skip
     assert summary["steps"] == 4
     kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert kept == ["checkpoint-2", "checkpoint-4"]
     assert summary["best_checkpoint"] == str(tmp_path / "run/checkpoint-2")
-    assert summary["scores_before"] == {"loss": 9.0}
-    assert summary["scores"] == {"loss": 4.4}
+    assert summary["scores_before"] == {metric: values[0]}
+    assert summary["scores"] == {metric: values[4]}
 
 
 # --- options -------------------------------------------------------------------------------------

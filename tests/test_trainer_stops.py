@@ -198,6 +198,48 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_learned(
     )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved_and_cost_no_checkpoint(
+    tiny_chatglm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    from finetune.training.callbacks import Schedule
+
+    original = Schedule.on_step_end
+
+    def poisoned(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 4:  # after the guard, by the update itself
+            weight = next(p for p in others["model"].parameters() if p.requires_grad)
+            weight.data.view(-1)[-1] = value
+        original(self, args, state, control, **others)
+
+    monkeypatch.setattr(Schedule, "on_step_end", poisoned)
+    settings = runs.config(
+        tiny_chatglm, data, tmp_path / "run", training__save_every_steps=2,
+        training__keep_checkpoints=1, training__max_steps=6,
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match="the weights after step 4 are not finite") as caught:
+        runs.run_here(settings)
+    assert caught.value.exit_code == 4
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert runs.run_here(settings)["resumed_from"] == str(tmp_path / "run/checkpoint-2")
+
+
+def test_an_absurd_learning_rate_ends_the_run_with_exit_code_4_and_no_checkpoint(
+    tiny_chatglm: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = runs.config(
+        tiny_chatglm, data, tmp_path / "run", training__max_steps=2,
+        training__learning_rate=1e308, training__warmup_steps=0,
+        data__validation=str(data), evaluation__generate=False,
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError) as caught:
+        runs.run_here(settings)
+    assert caught.value.exit_code == 4
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run/best.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so_by_the_exit_code(

@@ -76,6 +76,11 @@ def set_best(run_dir: Path, checkpoint: Path, metric: str, value: float) -> None
     write_file(run_dir / BEST, json.dumps(record, indent=1) + "\n")
 
 
+def forget_best(run_dir: Path) -> None:
+    """No checkpoint is the best any more; the next score will be."""
+    (run_dir / BEST).unlink(missing_ok=True)
+
+
 def best(run_dir: Path) -> Path | None:
     """The checkpoint noted by ``set_best``, if it is still there."""
     check_plain(run_dir / BEST)

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command line; always ends in SystemExit, except for an error that is ours to fix."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    console.open_missing_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal without Chinese shows \u4f60, no crash
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         code = _BROKEN_PIPE  # `finetune data tokens … | head`; typer has seen to the rest
     finally:
-        console.let_go()
+        console.flush_at_exit()
     sys.exit(code)
 
 

@@ -96,9 +96,9 @@ def plan(
     from finetune.artifacts.resolve import local_folder
     from finetune.config.load import load_config
     from finetune.planning import words
+    from finetune.planning.memory_hints import less_memory
     from finetune.planning.plan import Gpu
     from finetune.planning.plan import plan as make
-    from finetune.training.memory_hints import less_memory
 
     settings = load_config(config, overrides or [])
     machine = Gpu(bytes=_bytes(gpu), number=gpus, peak_flops=1e12 * peak, share=share)

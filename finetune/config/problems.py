@@ -122,7 +122,7 @@ def _sentence(key: Key, item: Any, tree: Any) -> tuple[Key, str]:
         return key, f"must not be empty{_meaning(key, tree)}"
     if kind in _LIMITS:
         words, limit = _LIMITS[kind]
-        return key, f"must be {words} {context[limit]:g}, got {shown(item['input'])}"
+        return key, f"must be {words} {context[limit]:.10g}, got {shown(item['input'])}"
     return key, f"{item['msg']}, got {shown(item['input'])}"
 
 

@@ -78,7 +78,7 @@ def _inner_models(model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
 
 def _type(info: FieldInfo) -> str:
     limits = [
-        f"{sign} {getattr(limit, name):g}"
+        f"{sign} {getattr(limit, name):.10g}"
         for limit in _metadata(info.annotation, info.metadata)
         for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
         if getattr(limit, name, None) is not None

@@ -48,6 +48,9 @@ class ModelSection(Section):
     kernels: Literal["auto", "torch"] = "auto"
     """Fused kernels on a GPU; `auto` uses each one that gives torch's numbers on this GPU when the model is loaded, `torch` none."""
 
+    adapter: NotEmpty | None = None
+    """An adapter of `path` to train further, on new data for example: the folder of a checkpoint or of a run (its best checkpoint, else the newest). Its method and options must be those of `method`."""
+
     quantization: Literal["nf4"] | None = None
     """QLoRA: the frozen linear layers are held in 4 bits; `method.kind: lora` only, needs the extra `qlora` (bitsandbytes)."""
 
@@ -261,7 +264,7 @@ class TrainingSection(Section):
     """Shape after the warm-up."""
 
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
-    """Linear warm-up: a number of steps, or a share of all steps when below 1."""
+    """Linear warm-up: a number of steps, or a share of all steps when below 1; the first step learns too."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay on matrices (never on norms and biases)."""
@@ -272,7 +275,7 @@ class TrainingSection(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    seed: NonNegative = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of data order, dropout and initialisation."""
 
     log_every_steps: Positive = 10
@@ -301,6 +304,11 @@ class TrainingSection(Section):
 
     extra: dict[str, Any] = {}
     """Any other field of transformers.TrainingArguments, checked against its real fields."""
+
+    @property
+    def epochs(self) -> float:
+        """`num_epochs`, or its default."""
+        return self.num_epochs or 3.0
 
 
 class DeepSpeedSection(Section):

@@ -55,7 +55,7 @@ def watching(timeout_minutes: float, stop: StopFlag) -> Iterator[None]:
 
 
 class Watch:
-    """One process's eye on the others."""
+    """Tells the other processes that this one lives, and finds out which of them does not."""
 
     def __init__(self, timeout_minutes: float, stop: StopFlag) -> None:
         self._stop = stop

@@ -25,7 +25,15 @@ from finetune.artifacts.names import (
 )
 from finetune.artifacts.resolve import is_adapter, is_hub_id
 
-_SHOWN = ("method.", "training.", "data.", "deepspeed.", "model.freeze", "model.quantization")
+_SHOWN = (
+    "method.",
+    "training.",
+    "data.",
+    "deepspeed.",
+    "model.adapter",
+    "model.freeze",
+    "model.quantization",
+)
 _HIDDEN = (
     "method.kind", "data.train", "data.validation", "data.format", "data.columns", "data.on_bad_row",
     "data.ignore_columns", "data.max_overlap", "data.group_by",

@@ -2,7 +2,7 @@
 
 Who keeps the float32 originals that small updates need, when a model computes in bfloat16: DeepSpeed
 in its optimizer, sharded over the processes, around a bfloat16 model; without DeepSpeed the model's
-trained weights themselves are float32 and every operation casts (`training.tunable` loads them so).
+trained weights themselves are float32 and every operation casts (`training.prepare_model` loads them so).
 """
 
 from __future__ import annotations

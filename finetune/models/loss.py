@@ -7,7 +7,7 @@ hooks around it (DeepSpeed ZeRO-3 gathers the weight there) see an ordinary modu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from finetune.models import kernels
 from finetune.models.packed_attention import Documents, document_starts, flash_arguments, whole_rows
 
 IGNORED = -100
+HeadLoss = Callable[[nn.Module, Tensor], Tensor]
 # Logits held at once: 128 positions of GLM-4's 151,552 rows, 80 MB in fp32. Larger on an accelerator,
 # where each chunk reads the whole weight from memory again.
 CHUNK_ELEMENTS = {"cpu": 20_000_000, "other": 80_000_000}
@@ -263,10 +264,13 @@ class SupervisedLoss:
         *,
         supervised: Tensor | None = None,
         documents: Documents | None = None,
+        head_loss: HeadLoss | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with labels [B, T] the loss alone; see `supervised_loss`.
 
+        `head_loss(head, hidden [B, T, D])` is any other loss; it is called in here because DDP and
+        ZeRO must see every use of a weight inside the forward pass.
         Without a mask, positions that restart at 0 are packed documents, which do not see each other.
         Who knows `documents` already saves a GPU the wait for them.
         """
@@ -279,11 +283,12 @@ class SupervisedLoss:
                 raise ValueError("packed documents have no cache; pass use_cache=False")
             if labels is not None:
                 labels = labels.masked_fill(documents.starts, IGNORED)
-        elif labels is not None and self.looks_at_positions and attention_mask is None:
+        is_training = labels is not None or head_loss is not None
+        if documents is None and is_training and self.looks_at_positions and attention_mask is None:
             position_ids, documents = _without_packing(model, input_ids, position_ids)
         if documents is not None:
             attention_mask = _say_documents(model, documents, kwargs)
-        if documents is not None or labels is not None:
+        if documents is not None or is_training:
             use_cache = bool(use_cache)  # a cache in training costs memory and hides the packing
         return_dict = kwargs.pop("return_dict", None)
         outputs = model.base_model(
@@ -298,7 +303,9 @@ class SupervisedLoss:
         )
         hidden, head = outputs.last_hidden_state, model.get_output_embeddings()
         loss = logits = None
-        if labels is None:
+        if head_loss is not None:
+            loss = head_loss(head, hidden)
+        elif labels is None:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )

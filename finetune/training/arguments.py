@@ -1,28 +1,23 @@
-"""The `training` section -> transformers.TrainingArguments, in this one place."""
+"""The `training` section -> transformers.TrainingArguments and the learning rate of every weight."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from finetune.config.schema import Method, TrainingSection
 from finetune.distributed.processes import is_rank0, local_device, rank_and_world
 from finetune.errors import ConfigError
 from finetune.methods import METHODS
-
-TRACKERS = {
-    "wandb": "wandb",
-    "swanlab": "swanlab",
-    "mlflow": "mlflow",
-    "tensorboard": "tensorboard",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +80,7 @@ def training_arguments(
         **{
             "output_dir": section.output_dir,
             "max_steps": section.max_steps or -1,
-            "num_train_epochs": section.num_epochs or 3,
+            "num_train_epochs": section.epochs,
             "per_device_train_batch_size": section.batch_size,
             "gradient_accumulation_steps": section.gradient_accumulation_steps,
             "learning_rate": section.learning_rate,
@@ -131,13 +126,71 @@ def training_arguments(
 
 def check_trackers(report_to: Sequence[str]) -> None:
     """Raises ConfigError for every experiment tracker that is not installed."""
-    missing = [name for name in report_to if importlib.util.find_spec(TRACKERS[name]) is None]
+    missing = [name for name in report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"training.report_to: {', '.join(missing)} not installed; "
-            f"pip install {' '.join(TRACKERS[name] for name in missing)}"
+            f"pip install {' '.join(missing)}"
         )
 
 
 def _schedule(name: str) -> str:
     return "constant_with_warmup" if name == "constant" else name
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates by the names of the weights."""
+
+    base: float
+    by_name: Mapping[str, float] = field(default_factory=dict)
+    """`training.learning_rates`: regexes searched in a name; the first that is found decides."""
+    scale: Callable[[str], float] | None = None
+    """How much faster than the others a weight learns, by its name: `methods.rate_scale`."""
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all weights learn at the same rate."""
+        return not self.by_name and self.scale is None
+
+    def of(self, name: str) -> float:
+        """The rate of a weight."""
+        rates = (rate for pattern, rate in self.by_name.items() if re.search(pattern, name))
+        rate = next(rates, self.base)
+        return rate * self.scale(name) if self.scale else rate
+
+    def check(self, trained: Iterable[str]) -> None:
+        """Raises ConfigError for patterns that are no regex or are in no trained weight's name."""
+        names = list(trained)
+        problems = []
+        for pattern in self.by_name:
+            try:
+                if not any(re.search(pattern, name) for name in names):
+                    problems.append(f"{pattern!r} is in the name of no weight that is trained")
+            except re.error as error:
+                problems.append(f"{pattern!r} is not a regex: {error}")
+        if problems:
+            raise ConfigError("\n".join(f"training.learning_rates: {p}" for p in problems))
+
+
+def warmed_up(plain: Callable[[int], float], warmup: int, step: int) -> float:
+    """The share of the peak rate at `step` (from 0): `plain`'s but for the warm-up.
+
+    transformers' warm-up of 3 steps begins at 0, where a step learns nothing: 0, 1/3, 2/3, 1. Ours
+    is 1/4, 2/4, 3/4, 1.
+    """
+    return (step + 1) / (warmup + 1) if step < warmup else plain(step)
+
+
+def set_rates(scheduler: Any) -> None:
+    """The optimizer's rates are what the schedule says of the step that it has come to."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    if not isinstance(scheduler, LambdaLR):
+        return
+    rates = [
+        base * share(scheduler.last_epoch)
+        for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -1,4 +1,4 @@
-"""The loader of one process's micro-batches, as `data.examples.batch_plan` deals them.
+"""What is trained on, and the loader of one process's micro-batches, as `data.examples.batch_plan` deals them.
 
 A process that is left without an example in a forward pass gets a blank: two tokens of which nothing
 is learned, so that every process runs as often as the others and no example is seen twice.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,15 +17,20 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from finetune.data.examples.batch_plan import BatchPlan
+from finetune.config.schema import DataSection
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.examples.batch_plan import BLANK, BatchPlan
+from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import IGNORED, Example
 from finetune.distributed.signals import SIGNALS
+from finetune.models.chatglm.vision_cache import vision_cache
+from finetune.storage.cache import default_root
+from finetune.training.objective import Objective, SupervisedTokens
+from finetune.training.prepare_model import PreparedModel
+from finetune.training.run_data import RunData
 
 Item: TypeAlias = "Example | Sequence[Example]"
 Collate: TypeAlias = Callable[[Sequence[Item]], dict[str, torch.Tensor]]
-
-BLANK = -1
-"""The index of an example of which nothing is learned, and the sample id of its document."""
 
 
 class Items(Protocol):
@@ -35,6 +41,41 @@ class Items(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Item: ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on."""
+
+    items: Items
+    """Examples, or packed rows of examples."""
+    lengths: Any
+    """Tokens of every document, by the index that `sample_ids` hold; int32 [documents]."""
+    where: Callable[[int], str]
+    """The `file:line` of a document."""
+    plan: BatchPlan
+    collate: Collate
+    objective: Objective
+
+
+def training_data(
+    data: RunData, template: ChatTemplate, prepared: PreparedModel, section: DataSection
+) -> TrainingData:
+    """The examples of a run, and how they become batches."""
+    features = None
+    if section.cache_image_features and (images := data.train.images()):
+        features = vision_cache(
+            prepared.model,
+            images,
+            template.image.size if template.image else 0,
+            root=Path(section.cache_dir) if section.cache_dir else default_root(),
+            base=prepared.base.fingerprint,
+            dtype=prepared.dtype,
+            autocast=prepared.casts,
+        )
+    collate = Collator(template.pad_id, image=template.image, features=features)
+    train, objective = data.train, SupervisedTokens()
+    return TrainingData(data.items, train.lengths, train.where, data.plan, collate, objective)
 
 
 class RankBatches(Sampler[list[int]]):
@@ -112,18 +153,16 @@ def blanked(item: Item) -> Item:
     return blank if isinstance(item, Example) else [blank]
 
 
-def training_loader(
-    items: Items, plan: BatchPlan, collate: Collate, *, rank: int, workers: int, seconds: float
-) -> StepLoader:
+def training_loader(data: TrainingData, *, rank: int, workers: int, seconds: float) -> StepLoader:
     """The loader of process `rank`.
 
     It has a generator of its own: loading must not draw from the stream that dropout draws from. A
     worker that gives nothing for `seconds` ends the run.
     """
     return StepLoader(
-        WithBlanks(items),
-        batch_sampler=RankBatches(plan, rank),
-        collate_fn=collate,
+        WithBlanks(data.items),
+        batch_sampler=RankBatches(data.plan, rank),
+        collate_fn=data.collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         timeout=seconds if workers > 0 else 0,

@@ -12,25 +12,45 @@ checkpoint-<step>/
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
-from finetune import console, methods
+from finetune import __version__, console, methods
 from finetune.artifacts import checkpoint
 from finetune.artifacts.names import BEST, RUN_CONFIG, TRAINER_STATE
-from finetune.distributed.processes import fail_together, gather_to_rank0, is_rank0, worst
-from finetune.errors import SpaceError
+from finetune.config.schema import TrainingSection
+from finetune.data.chat.template import ChatTemplate
+from finetune.distributed.processes import (
+    any_rank,
+    fail_together,
+    gather_to_rank0,
+    is_rank0,
+    worst,
+)
+from finetune.errors import (
+    CheckpointError,
+    FinetuneError,
+    NonFiniteError,
+    SpaceError,
+    is_out_of_memory,
+)
 from finetune.methods import BaseRecord
 from finetune.storage import folders
-from finetune.storage.disk import BestEffort
+from finetune.storage.disk import BestEffort, is_disk_error
 from finetune.training import resume
+from finetune.training.prepare_model import PreparedModel
+from finetune.training.run_data import RunData
 
 
 @dataclass(frozen=True)
@@ -40,13 +60,11 @@ class Saver:
     run_dir: Path
     config_text: str
     record: Mapping[str, Any]
-    """See `training.resume.record`."""
+    """See `run_record`."""
     base: BaseRecord
     metric: str
     """What the best checkpoint is best by."""
-    keep: int
-    goes_on_without_room: bool = True
-    """Whether a full disk costs a save or the run; `training.on_full_disk`."""
+    training: TrainingSection
     noting: BestEffort = field(
         default_factory=lambda: BestEffort(BEST, "the next save tries again")
     )
@@ -55,21 +73,23 @@ class Saver:
         """Write `checkpoint-<step>`, whole or not at all; every process takes part.
 
         Raises:
+            NonFiniteError: What was trained is not finite; older checkpoints stay.
             SpaceError: There is no room, and the run stops for it or has no later save.
         """
+        check_weights(trainer.model, trainer.state.global_step)
         final = self.run_dir / f"checkpoint-{trainer.state.global_step}"
         try:
             if not final.exists() or folders.verify(final):
                 self._write(trainer, final)
         except SpaceError as error:
-            if not self.goes_on_without_room or trainer.control.should_training_stop:
+            if self.training.on_full_disk == "stop" or trainer.control.should_training_stop:
                 raise
             console.warn(f"{error}. Training goes on; the next save is tried as planned")
             return
         self._saved(trainer, final)
 
     def save_scores(self, trainer: Any) -> None:
-        """Keep scores that were made up for after a resume; every process takes part.
+        """Keep the scores of an evaluation that was repeated after a resume; every process takes part.
 
         After the last step no later checkpoint would hold them, so the one resumed from gets them.
         """
@@ -125,9 +145,104 @@ class Saver:
             checkpoint.best(self.run_dir),
             self.run_dir / f"checkpoint-{state.best_global_step}",
         ]
-        rotation = checkpoint.rotate(self.run_dir, self.keep, protect=[b for b in best if b])
+        rotation = checkpoint.rotate(
+            self.run_dir, self.training.keep_checkpoints, protect=[b for b in best if b]
+        )
         if rotation.problem:
             console.warn(f"older checkpoints are kept: {rotation.problem}")
+
+
+@contextmanager
+def explain_load_errors(folder: str | None, *, begun: Callable[[], bool]) -> Iterator[None]:
+    """CheckpointError for whatever `folder` makes the libraries raise before the first step.
+
+    Its manifest was right, so it holds what its writer put there; that need not be states of a run.
+    """
+    try:
+        yield
+    except Exception as error:
+        if folder is None or begun() or isinstance(error, FinetuneError):
+            raise
+        if is_out_of_memory(error) or is_disk_error(error):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{folder} is whole but cannot be opened ({type(error).__name__}: {said[:200]}); its "
+            "states are not those that a run writes. Name another checkpoint with training.resume"
+        ) from error
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """NonFiniteError in every process when a trained weight of any is NaN or infinite."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # One pass without a copy; NaN comes out of it, too. ZeRO-3 leaves each process a part.
+    shards = [getattr(p, "ds_tensor", p).detach() for p in trained]
+    ranges = [torch.stack(torch.aminmax(shard)).float() for shard in shards if shard.numel()]
+    is_finite = all(
+        bool(torch.isfinite(torch.stack(ranges)).all()) for ranges in _by_device(ranges)
+    )
+    if not any_rank(not is_finite):
+        return
+    raise NonFiniteError(
+        f"the weights after step {step} are not finite; no checkpoint was written of them, and the "
+        "last one is untouched. Start again with a lower training.learning_rate in another "
+        "training.output_dir, or resume from the last checkpoint with a lower training.max_grad_norm"
+    )
+
+
+def _by_device(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    for device in {tensor.device for tensor in tensors}:
+        yield [tensor for tensor in tensors if tensor.device == device]
+
+
+def run_record(
+    config: Mapping[str, Any], template: ChatTemplate, data: RunData, prepared: PreparedModel
+) -> dict[str, Any]:
+    """What a checkpoint keeps about its run: options, facts (see FACTS), library versions.
+
+    ``config`` is the resolved configuration as a mapping of sections.
+    """
+    facts: dict[str, Any] = {
+        "model": prepared.base.fingerprint,
+        "template": template.fingerprint,
+        "data": data.train.fingerprint,
+        "global_batch": data.plan.global_batch,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "deepspeed": _sharding(prepared.deepspeed),
+        "trainable": trainable_shapes(prepared.model),
+    }
+    if prepared.deepspeed is not None:
+        facts["processes"] = data.plan.world_size
+    if data.validation is not None:
+        facts["validation"] = data.validation.fingerprint
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    if prepared.deepspeed is not None:
+        versions["deepspeed"] = version("deepspeed")
+    return resume.record(config, facts, versions | {"finetune": __version__})
+
+
+def _sharding(deepspeed: Mapping[str, Any] | None) -> str:
+    """The DeepSpeed settings but for what is the training section's, and judged there."""
+    if deepspeed is None:
+        return "none"
+    elsewhere = (
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping",
+    )  # fmt: skip
+    kept = {key: value for key, value in deepspeed.items() if key not in elsewhere}
+    stage = deepspeed["zero_optimization"].get("stage", 0)
+    return f"ZeRO-{stage}, {hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def trainable_shapes(model: nn.Module) -> str:
+    """A short text that changes with the name or shape of any trained weight."""
+    shapes = {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    return f"{len(shapes)} tensors, {digest[:12]}"
 
 
 def _state_text(trainer: Any) -> str:

@@ -9,17 +9,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from finetune import methods
+from finetune import console, methods
+from finetune.artifacts.base_record import check_base
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
-from finetune.artifacts.resolve import local_folder
+from finetune.artifacts.resolve import adapter_config, find_source, local_folder
 from finetune.artifacts.weights import model_fingerprint
-from finetune.config.schema import PTuningV2Method, RunConfig
+from finetune.config.schema import (
+    DeepSpeedSection,
+    LoraMethod,
+    Method,
+    ModelSection,
+    PTuningV2Method,
+    TrainingSection,
+)
 from finetune.distributed.processes import local_device, rank_and_world
+from finetune.errors import ConfigError
 from finetune.methods import BaseRecord
 from finetune.models.load import load_model
 from finetune.training import zero
 from finetune.training.arguments import (
+    Rates,
     check_trackers,
     computation_dtype,
     mixed_precision,
@@ -29,7 +39,7 @@ from finetune.training.run_data import RunData
 
 
 @dataclass(frozen=True)
-class Tunable:
+class PreparedModel:
     """A model with a method attached, and what was settled on the way to it."""
 
     model: PreTrainedModel
@@ -37,63 +47,123 @@ class Tunable:
     arguments: TrainingArguments
     deepspeed: dict[str, Any] | None
     dtype: torch.dtype
-    """Number format of the frozen weights and of the computation."""
+    """Of the frozen weights and of the computation."""
+    rates: Rates
+    section: ModelSection
+    method: Method
+
+    @property
+    def casts(self) -> bool:
+        """Whether the Trainer's autocast surrounds every forward pass."""
+        return self.deepspeed is None and bool(self.arguments.bf16 or self.arguments.fp16)
 
 
-def load_tunable(config: RunConfig, data: RunData) -> Tunable:
+def prepare_model(
+    section: ModelSection,
+    method: Method,
+    training: TrainingSection,
+    deepspeed_section: DeepSpeedSection | None,
+    data: RunData,
+    *,
+    loader_workers: int,
+) -> PreparedModel:
     """The model of a run; a prefix starts from the first tokens of its data.
 
     Order matters: DeepSpeed wants to be told about the machine before TrainingArguments exist, and
     these must exist before a model is loaded, which ZeRO-3 shards meanwhile.
     """
-    check_trackers(config.training.report_to)
+    check_trackers(training.report_to)
     device, (_, world) = local_device(), rank_and_world()
     has_gpu = device.type == "cuda"
-    folder = local_folder(config.model.path, config.model.revision)
-    dtype = computation_dtype(config.model.dtype, device)
-    precision = mixed_precision(config.method, dtype, sharded=config.deepspeed is not None)
+    folder = local_folder(section.path, section.revision)
+    dtype = computation_dtype(section.dtype, device)
+    precision = mixed_precision(method, dtype, sharded=deepspeed_section is not None)
     deepspeed = None
-    if config.deepspeed is not None:
+    if deepspeed_section is not None:
         zero.prepare_libraries(has_gpu=has_gpu)
         setting = zero.Setting(
-            training=config.training,
+            training=training,
             num_processes=world,
             hidden_size=_hidden_size(folder),
             precision=precision.deepspeed,
         )
-        deepspeed = zero.deepspeed_config(config.deepspeed, setting)
+        deepspeed = zero.deepspeed_config(deepspeed_section, setting)
     arguments = training_arguments(
-        config.training,
+        training,
         deepspeed=deepspeed,
-        loader_workers=config.data.loader_workers,
+        loader_workers=loader_workers,
         precision=precision,
     )
     if deepspeed is not None:
         zero.join(has_gpu=has_gpu)
-    base = BaseRecord(_lasting(config.model.path), config.model.revision, model_fingerprint(folder))
+    base = BaseRecord(_lasting(section.path), section.revision, model_fingerprint(folder))
     weights = str(precision.weights).removeprefix("torch.")
     with zero.loading(arguments, weights):
         model = load_model(
             folder,
             dtype=weights,
-            attention=config.model.attention,
-            quantization=config.model.quantization,
-            kernels=config.model.kernels,
+            attention=section.attention,
+            quantization=section.quantization,
+            kernels=section.kernels,
         )
-    if has_gpu and isinstance(config.method, PTuningV2Method) and not _is_apart(model):
+    if has_gpu and isinstance(method, PTuningV2Method) and not _is_apart(model):
         model.to(local_device())  # a prefix starts from a forward pass: minutes on a CPU
     # Adapters start from the same numbers in every process and in every run of a seed.
-    torch.manual_seed(config.training.seed)
+    torch.manual_seed(training.seed)
     model = methods.attach(
         model,
-        config.method,
-        freeze=config.model.freeze,
-        start_ids=data.first_tokens(config.method.num_start_tokens),
+        method,
+        freeze=section.freeze,
+        start_ids=data.first_tokens(method.num_start_tokens),
     )
     for weight in model.parameters():
         if precision.weights != dtype and not weight.requires_grad:
             weight.data = weight.data.to(dtype)  # one at a time: only what learns is float32
-    return Tunable(model, base, arguments, deepspeed, dtype)
+    scale = methods.rate_scale(method)
+    rates = Rates(training.learning_rate, training.learning_rates, scale)
+    return PreparedModel(model, base, arguments, deepspeed, dtype, rates, section, method)
+
+
+def start_from_adapter(prepared: PreparedModel, folder: Path) -> None:
+    """Put the weights of an adapter into those that the run's method has attached.
+
+    Args:
+        prepared: Its method, options and base must be the adapter's.
+        folder: An adapter, a checkpoint of one, or a run: its best checkpoint, else the newest.
+
+    Raises:
+        ConfigError: There is no adapter, or it is another method's, or one of other options.
+        ModelError: It was trained on another base, or has other weights.
+    """
+    model, method, section = prepared.model, prepared.method, prepared.section
+    if _is_apart(model):
+        raise ConfigError(
+            "model.adapter: start from an adapter without ZeRO-3 (zero_stage 2 or less)"
+        )
+    folder, remarks = find_source(folder)
+    saved = adapter_config(folder)
+    kind = methods.of_adapter(saved.get("peft_type"), folder).kind
+    if kind != method.kind:
+        raise ConfigError(f"model.adapter: {folder} is of method.kind {kind}, not {method.kind}")
+    if isinstance(method, LoraMethod):
+        now = {
+            "r": method.rank, "lora_alpha": method.alpha,
+            "use_rslora": method.use_rslora, "use_dora": method.use_dora,
+        }  # fmt: skip
+        other = [
+            f"{key} {saved.get(key)} (now {value})"
+            for key, value in now.items()
+            if saved.get(key) != value
+        ]
+        if other:
+            raise ConfigError(
+                f"model.adapter: {folder} was trained with {', '.join(other)}; set method likewise"
+            )
+    remarks += check_base(folder, local_folder(section.path, section.revision))
+    methods.restore(model, folder)
+    for remark in remarks:
+        console.say(remark)
+    console.say(f"starting from the adapter in {folder}")
 
 
 def _is_apart(model: PreTrainedModel) -> bool:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from finetune import console
+from finetune.artifacts import checkpoint
 from finetune.artifacts.checkpoint import checkpoints, newest_good
 from finetune.artifacts.names import RUN_RECORD
 from finetune.errors import CheckpointError
-from finetune.storage.manifest import verify
+from finetune.storage.manifest import verify, walk
+
+SHARDS = "global_step"
+"""How the folders of DeepSpeed's states begin."""
 
 
 class Rule(Enum):
@@ -26,7 +32,7 @@ class Rule(Enum):
     """It does not touch what is learnt; or what it leads to (a fact) is compared instead."""
 
 
-# Facts are worked out by the run, not written by the user; all of them must match.
+# Facts are worked out by the run, not written by the user; all of these must match.
 FACTS = {
     "model": "the base model's weights and config",
     "template": "the tokenizer and chat template",
@@ -39,11 +45,20 @@ FACTS = {
     "trainable": "the trained parameters",
 }
 
+# These may differ; the difference is said.
+LISTED_FACTS = {"validation": "the held-out examples"}
+
+COMPARED = ("evaluation.best_metric", LISTED_FACTS["validation"])
+"""What a score is judged against: when it changes, the best score so far says nothing any more."""
+COMPARED_REPLIES = ("evaluation.replies", "evaluation.max_new_tokens", "evaluation.max_samples")
+"""The same for scores of generated replies."""
+
 RULES: dict[str, Rule] = {
     "model.path": Rule.FREE,  # the fact "model" is compared
     "model.revision": Rule.FREE,
     "model.dtype": Rule.FREE,  # the fact "dtype" is compared
     "model.attention": Rule.CHANGE,
+    "model.adapter": Rule.MATCH,
     "model.quantization": Rule.MATCH,
     "model.freeze": Rule.MATCH,
     "model.kernels": Rule.CHANGE,
@@ -136,11 +151,11 @@ def record(
 
     ``config`` is the resolved configuration as a mapping of sections.
     """
-    unknown = sorted(set(facts) - set(FACTS))
+    unknown = sorted(set(facts) - set(FACTS) - set(LISTED_FACTS))
     assert not unknown, f"facts without a meaning: {unknown}"
     return {
         "format": 1,
-        "config": dict(_flat(config)),
+        "config": options_of(config),
         "facts": dict(facts),
         "versions": dict(versions),
     }
@@ -179,7 +194,10 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
         elif rule is not Rule.FREE:
             changes.append(Difference(key, was, is_now))
     for key, was, is_now in _differences(saved["facts"], now["facts"]):
-        refusals.append(Difference(FACTS.get(key, key), was, is_now))
+        if key not in LISTED_FACTS:
+            refusals.append(Difference(FACTS.get(key, key), was, is_now))
+        elif key in saved["facts"]:  # versions before this fact did not keep it
+            changes.append(Difference(LISTED_FACTS[key], was, is_now))
     for key, was, is_now in _differences(saved["versions"], now["versions"]):
         changes.append(Difference(f"version of {key}", was, is_now))
     return Comparison(tuple(refusals), tuple(changes))
@@ -237,7 +255,9 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[tuple[Path, st
         return None, []
     folder = Path(resume)
     if not folder.is_dir():
-        raise CheckpointError(f"training.resume: {resume!r} is no folder, nor auto, nor never")
+        raise CheckpointError(
+            f"training.resume must be auto, never or a checkpoint directory; got {resume!r}"
+        )
     problems = verify(folder)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
@@ -248,11 +268,78 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[tuple[Path, st
     return folder, []
 
 
-def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options as ``section.key``; sections that are left out give no keys."""
-    for section, options in config.items():
-        for key, value in (options or {}).items():
-            yield f"{section}.{key}", value
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    folder: Path | None = None
+    """The checkpoint that it goes on from."""
+    step: int = 0
+    """Optimizer steps that are done."""
+    compares_anew: bool = False
+    """Whether the best score so far was judged by something else."""
+
+
+def start(run_dir: Path, resume: str, now: Mapping[str, Any]) -> Start:
+    """The checkpoint that `training.resume` means, verified and compared; says what has changed.
+
+    Raises:
+        CheckpointError: It belongs to another run, or `training.resume` forbids what is there.
+    """
+    checkpoint.best(run_dir)  # is refused when damaged, before hours of training
+    folder, skipped = choose(run_dir, resume)
+    for damaged, reason in skipped:
+        console.warn(f"{damaged} is passed over: {reason}")
+    if folder is None:
+        return Start()
+    changes = check(folder, now)
+    console.say(f"resuming from {folder}")
+    for change in changes:
+        console.say(f"  {change.key}: was {change.checkpoint}, now {change.now}")
+    by_replies = now["config"]["evaluation.best_metric"] != "loss"
+    compared = COMPARED + (COMPARED_REPLIES if by_replies else ())
+    anew = any(change.key in compared for change in changes)
+    if anew:
+        console.say("  so the best checkpoint and evaluation.patience begin anew")
+        checkpoint.forget_best(run_dir)
+    return Start(folder, checkpoint.step_of(folder) or 0, anew)
+
+
+def check_owner(run_dir: Path, resume: str) -> None:
+    """CheckpointError when a checkpoint that `training.resume` may mean has states that others wrote.
+
+    Only folders with DeepSpeed's states are looked at. That they are whole is checked by their
+    manifest when they are chosen; a manifest says nothing about who wrote them.
+    """
+    if resume == "never":
+        return
+    folders = checkpoint.checkpoints(run_dir) if resume == "auto" else [Path(resume)]
+    for folder in folders:
+        if folder.is_dir() and any(folder.glob(f"{SHARDS}*")):
+            _refuse_others(folder, [folder, *(folder / name for name in walk(folder)[0])])
+
+
+def _refuse_others(folder: Path, paths: Sequence[Path]) -> None:
+    user = os.getuid()
+    for path in paths:
+        found = path.lstat()
+        writable = found.st_mode & 0o002
+        if found.st_uid != user or writable:
+            whose = "anybody can write to" if writable else f"user {found.st_uid} wrote"
+            raise CheckpointError(
+                f"{folder} holds optimizer states of DeepSpeed, which are pickles, and {whose} "
+                f"{path.name}; resume only from a checkpoint of your own, or say that you trust this "
+                "one with --trust-checkpoint"
+            )
+
+
+def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by ``section.key``; sections that are left out give no keys."""
+    return {
+        f"{section}.{key}": value
+        for section, options in config.items()
+        for key, value in (options or {}).items()
+    }
 
 
 def _rule(key: str) -> Rule:

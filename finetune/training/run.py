@@ -1,26 +1,32 @@
 """The whole program: a config goes in, a run directory with checkpoints and scores comes out.
 
-What a user can get wrong in config and data is found here, before torch is imported.
+What a user can get wrong in config and data is found in `train`, before torch is imported.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune import console, launcher
-from finetune.artifacts import hub
+from finetune.artifacts import checkpoint, hub
 from finetune.artifacts.resolve import TOKENIZER_FILES, is_hub_id, local_folder
 from finetune.artifacts.run_dir import RunDirectory
-from finetune.config.schema import RunConfig, held_out_share
+from finetune.config.load import dump_config
+from finetune.config.schema import DataSection, RunConfig, held_out_share
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.planning.memory_hints import memory_explained, planned_rows
 from finetune.storage.outputs import check_not_read
 from finetune.training import resume
-from finetune.training.memory_hints import memory_explained
-from finetune.training.run_data import load_run_data
-from finetune.training.settle import settled
-from finetune.training.trust import check_owner
+from finetune.training.run_data import RunData, load_run_data
+
+if TYPE_CHECKING:
+    from finetune.distributed.signals import StopFlag
+    from finetune.training.trainer import FineTuner
 
 
 def train(
@@ -34,27 +40,39 @@ def train(
 
     Raises:
         FinetuneError: The user can mend it; every process ends with its exit code.
-        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint written. Before the first
-            step there is nothing to save, and a signal ends the process as it would any other.
+        SystemExit: 128 + n after signal n, with a checkpoint written. Before the first step there is
+            nothing to save, and a signal ends the process as it would any other.
     """
-    console.outlive_a_full_log()
+    console.tolerate_lost_output()
     config = settled(config, launcher.world_size())
-    check_not_read(Path(config.training.output_dir), _sources(config), "training.output_dir")
-    with RunDirectory.open(config.training.output_dir, leader=console.is_main()) as run_dir:
+    training = config.training
+    check_not_read(Path(training.output_dir), _sources(config.data), "training.output_dir")
+    with RunDirectory.open(training.output_dir, leader=launcher.rank() == 0) as run_dir:
         for line in run_dir.cleaned:
             console.say(line)
-        if config.training.resume == "never":
+        if training.resume == "never":
             resume.choose(run_dir.path, "never")  # refuses an old run at once
         if not trust_checkpoint:
-            check_owner(run_dir.path, config.training.resume)
+            resume.check_owner(run_dir.path, training.resume)
         config = _pinned(config)
         template = ChatTemplate(load_chat_tokenizer(config.model.path, config.model.revision))
-        data = load_run_data(config, template)
-
+        data = load_run_data(config.data, training, template)
         with memory_explained(config, longest=int(data.train.lengths.max())):
-            from finetune.training.fit import fit
+            return _in_all_processes(config, template, data, run_dir)
 
-            return fit(config, template, data, run_dir)
+
+def settled(config: RunConfig, world: int) -> RunConfig:
+    """The configuration with `training.tokens_per_step` said as forward passes a step.
+
+    4 processes that each take one row of 4,096 tokens at a time need 4 passes for 65,536.
+    """
+    training = config.training
+    if training.tokens_per_step is None:
+        return config
+    at_once = training.batch_size * config.data.max_length * world
+    passes = max(1, round(training.tokens_per_step / at_once))
+    changes = {"gradient_accumulation_steps": passes, "tokens_per_step": None}
+    return config.model_copy(update={"training": training.model_copy(update=changes)})
 
 
 def _pinned(config: RunConfig) -> RunConfig:
@@ -70,9 +88,8 @@ def _pinned(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def _sources(config: RunConfig) -> list[str]:
+def _sources(section: DataSection) -> list[str]:
     """Every path of the data section."""
-    section = config.data
     listed = [
         source
         for sources in (section.train, section.validation or [])
@@ -80,3 +97,126 @@ def _sources(config: RunConfig) -> list[str]:
         for source in ([sources] if isinstance(sources, str) else sources)
     ]
     return [source if isinstance(source, str) else source.path for source in listed]
+
+
+def _in_all_processes(
+    config: RunConfig, template: ChatTemplate, data: RunData, run_dir: RunDirectory
+) -> dict[str, Any]:
+    """From here on with torch, and with the other processes."""
+    from finetune.distributed.processes import joined_processes
+    from finetune.distributed.signals import StopFlag
+    from finetune.distributed.watchdog import watching
+    from finetune.models.library_logging import quiet_libraries
+
+    begun = time.monotonic()
+    quiet_libraries()
+    minutes, stop = config.training.process_timeout_minutes, StopFlag()
+    joined = joined_processes(timeout_minutes=minutes, deepspeed=config.deepspeed is not None)
+    with joined, ExitStack() as at_the_end, watching(minutes, stop):
+        # One that has saved and waits for the others may get its own signal only then.
+        at_the_end.callback(stop.uninstall)
+        trainer, resumed = _train(config, template, data, run_dir, stop)
+        summary = _summary(trainer, run_dir.path, resumed) | {
+            "seconds": round(time.monotonic() - begun, 3)
+        }
+    if stop.is_set:
+        console.say("checkpoint saved; run the same command to resume")
+        raise SystemExit(stop.exit_code)
+    return summary
+
+
+def _train(
+    config: RunConfig,
+    template: ChatTemplate,
+    data: RunData,
+    run_dir: RunDirectory,
+    stop: StopFlag,
+) -> tuple[FineTuner, Path | None]:
+    """The program: model, checkpoint, validation, loop. Returns the trainer when it is done."""
+    from finetune.distributed import processes
+    from finetune.training import (
+        batches,
+        checkpointing,
+        prepare_model,
+        progress,
+        throughput,
+        trainer,
+        validation,
+    )
+
+    training = config.training
+    prepared = prepare_model.prepare_model(
+        config.model, config.method, training, config.deepspeed, data,
+        loader_workers=config.data.loader_workers,
+    )  # fmt: skip
+    record = checkpointing.run_record(config.model_dump(), template, data, prepared)
+    steps = _total_steps(config, data)
+    resumed = processes.broadcast_from_rank0(
+        lambda: resume.start(run_dir.path, training.resume, record)
+    )
+    if config.model.adapter is not None and resumed.folder is None:
+        prepare_model.start_from_adapter(prepared, Path(config.model.adapter))
+    with processes.fail_together():
+        if processes.is_rank0():
+            run_dir.write_config(dump_config(config))
+            run_dir.write_data(data.described())
+    planned = planned_rows(config, int(data.train.lengths.max()))
+    progress.announce(training, data, prepared, steps, planned)
+    saver = checkpointing.Saver(
+        run_dir=run_dir.path,
+        config_text=dump_config(config),
+        record=record,
+        base=prepared.base,
+        metric=config.evaluation.best_metric,
+        training=training,
+    )
+    work = throughput.work_of(
+        prepared.model, data.mean_attended_length(), processes.rank_and_world()[1]
+    )
+    with progress.ProgressCallback(work) as bar:
+        fine_tuner = trainer.FineTuner(
+            prepared,
+            data=batches.training_data(data, template, prepared, config.data),
+            saver=saver,
+            stop=stop,
+            validation=validation.load_validation(
+                config.evaluation, data, template, prepared.model, run_dir.path, stop
+            ),
+            progress=bar,
+            compares_anew=resumed.compares_anew,
+        )
+        fine_tuner.seed_processes(training.seed, resumed.step)
+        if resumed.step >= steps:
+            console.say(f"no step to do: {resumed.folder} is the last of {steps} steps")
+        fine_tuner.train(str(resumed.folder) if resumed.folder else None)
+    return fine_tuner, resumed.folder
+
+
+def _total_steps(config: RunConfig, data: RunData) -> int:
+    """Optimizer steps of the whole run."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    return math.ceil(training.epochs * data.plan.steps_per_epoch)
+
+
+def _summary(trainer: FineTuner, run_dir: Path, resumed: Path | None) -> dict[str, Any]:
+    """The run in numbers; says how the scores have changed."""
+    from finetune.training import progress
+
+    state = trainer.state
+    before = progress.scores_at(state.log_history, first=True)
+    after = progress.scores_at(state.log_history, first=False)
+    if before and after:
+        progress.compare(before, after)
+    last, best = checkpoint.checkpoints(run_dir), checkpoint.best(run_dir)
+    return {
+        "output_dir": str(run_dir),
+        "steps": state.global_step,
+        "train_loss": trainer.mean_loss(),
+        "scores_before": before,
+        "scores": after,
+        "checkpoint": str(last[-1]) if last else None,
+        "best_checkpoint": str(best) if best else None,
+        "resumed_from": str(resumed) if resumed else None,
+    }

@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune import console, launcher
 from finetune.artifacts import hub
-from finetune.config.schema import DataSection, RunConfig
+from finetune.config.schema import DataSection, TrainingSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.batch_plan import BatchPlan
 from finetune.data.examples.dataset import (
@@ -25,6 +25,7 @@ from finetune.data.examples.dataset import (
 from finetune.data.examples.packing import PackedDataset, pack
 from finetune.data.examples.selection import Selection
 from finetune.data.reading.sources import (
+    Reading,
     SourceSpec,
     reading_of,
     training_sources,
@@ -46,6 +47,18 @@ class RunData:
     plan: BatchPlan
     validation: PreparedDataset | None
     validation_sources: tuple[SourceSpec, ...]
+    reading: Reading
+    """How the rows of both are read."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several examples."""
+        return self.items is not self.train
+
+    def mean_attended_length(self) -> float:
+        """The length of the example that a token is in, on average over tokens."""
+        lengths = self.train.lengths.astype(float)
+        return float((lengths**2).sum() / lengths.sum())
 
     def first_tokens(self, count: int) -> list[int]:
         """The first `count` tokens of the training data, from dialogues without images.
@@ -67,9 +80,10 @@ class RunData:
         return described | ({"fetched": dict(hub.fetched)} if hub.fetched else {})
 
 
-def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
-    """Prepare, or find prepared, what `config.data` names; says what became of the rows."""
-    section, training = config.data, config.training
+def load_run_data(
+    section: DataSection, training: TrainingSection, template: ChatTemplate
+) -> RunData:
+    """Prepare, or find prepared, what `section` names; says what became of the rows."""
     held_out = validation_sources(section)
     # What is held out comes first, as it is kept out of the training data.
     own = Selection(deduplicate=section.deduplicate)
@@ -94,7 +108,7 @@ def load_run_data(config: RunConfig, template: ChatTemplate) -> RunData:
     if validation is not None:
         _report("validation", validation.counts, len(validation))
         _check_overlap(train, validation, section.max_overlap)
-    return RunData(train, items, plan, validation, held_out)
+    return RunData(train, items, plan, validation, held_out, reading_of(section))
 
 
 def _check_overlap(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -12,48 +12,25 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from finetune.data.examples.batch_plan import BatchPlan
+from finetune.data.examples.batch_plan import BLANK
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, NonFiniteError, ProcessError
 from finetune.models.loss import for_model
-from finetune.training.batches import BLANK, Collate, Items, StepLoader, training_loader
-from finetune.training.callbacks import Meter, NothingLeftError
-from finetune.training.checkpointing import Saver
-from finetune.training.counts import StepCounts, count
-from finetune.training.learning_rates import Rates
-from finetune.training.trackers import TensorBoard
-from finetune.training.trust import opening
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What is trained on."""
-
-    items: Items
-    """Examples, or packed rows of examples."""
-    lengths: Any
-    """Tokens of every document, by the index that `sample_ids` hold; int32 [documents]."""
-    where: Callable[[int], str]
-    """The `file:line` of a document."""
-    plan: BatchPlan
-    collate: Collate
-
-
-@dataclass(frozen=True)
-class Services:
-    """What the trainer calls on."""
-
-    stop: StopFlag
-    saver: Saver
-    evaluate: Callable[[nn.Module, int], dict[str, float] | None]
-    """Scores of the model at a step, by name; the same in every process. None when given up."""
-    meter: Meter
-    rates: Rates
+from finetune.training.arguments import set_rates, warmed_up
+from finetune.training.batches import StepLoader, TrainingData, training_loader
+from finetune.training.callbacks import MetricsFile, RunComplete, Schedule, TensorBoard
+from finetune.training.checkpointing import Saver, check_weights, explain_load_errors
+from finetune.training.objective import StepCounts, count
+from finetune.training.prepare_model import PreparedModel
+from finetune.training.profiling import Profiler
+from finetune.training.progress import ProgressCallback
+from finetune.training.validation import Validation
 
 
 class FineTuner(Trainer):
@@ -66,42 +43,56 @@ class FineTuner(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: TrainingArguments,
+        prepared: PreparedModel,
         *,
         data: TrainingData,
-        services: Services,
-        callbacks: list[TrainerCallback],
+        saver: Saver,
+        stop: StopFlag,
+        validation: Validation | None,
+        progress: ProgressCallback,
+        compares_anew: bool = False,
     ) -> None:
         self.data = data
-        self.services = services
+        self.saver = saver
+        self.stop = stop
+        self.validation = validation
+        self.progress = progress
+        self.rates = prepared.rates
         self.counts = StepCounts()
         """Of the last step, over all processes."""
         self._samples: list[Any] = []
         self._losses: list[Tensor] = []
         self._trained: list[nn.Parameter] | None = None
         self._loader: StepLoader | None = None
+        schedule = Schedule(
+            validation.section if validation else None,
+            save_every=saver.training.save_every_steps,
+            stop=stop,
+            evaluate=self.evaluate,
+            save_scores=lambda: saver.save_scores(self),
+            compares_anew=compares_anew,
+        )
+        steps = saver.training.profile
+        profiler = [] if steps is None else [Profiler(saver.run_dir, steps)]
         super().__init__(
-            model=model,
-            args=args,
+            model=prepared.model,
+            args=prepared.arguments,
             data_collator=data.collate,
             train_dataset=data.items,
-            callbacks=callbacks,
+            callbacks=[schedule, progress, MetricsFile(saver.run_dir), *profiler],
         )
         self.remove_callback(PrinterCallback)
         if self.pop_callback(TensorBoardCallback) is not None:
             self.add_callback(TensorBoard())
         self.model_accepts_loss_kwargs = True
-        _check_distribution(self.accelerator, args)
+        _check_distribution(self.accelerator, prepared.arguments)
 
     # --- data and loss -----------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
         """This process's micro-batches; accelerate would repeat examples to make ranks even."""
         self._loader = training_loader(
-            self.data.items,
-            self.data.plan,
-            self.data.collate,
+            self.data,
             workers=self.args.dataloader_num_workers,
             seconds=self.args.ddp_timeout,
             rank=rank_and_world()[0],
@@ -115,9 +106,10 @@ class FineTuner(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._samples = [batch.pop("sample_ids").numpy() for batch in batches]
         self._losses = []
-        here = count(batches, self._samples, self.data.lengths)
+        here = count(batches, self._samples, self.data.lengths, self.data.objective)
         everywhere = reduce_sum([here.weight, here.supervised, here.tokens, here.cells])
         self.counts = StepCounts(*everywhere)
+        self.progress.throughput.add(self.counts)
         return batches, torch.tensor(self.counts.weight or 1.0, device=device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +132,7 @@ class FineTuner(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the global mean; remembered until the guard has looked at it."""
-        loss = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False).loss
+        loss = self.data.objective.loss(model, inputs, num_items_in_batch)
         self._losses.append(loss.detach())
         # Gradients are averaged over the processes, while the normaliser counts all of them.
         loss = loss * rank_and_world()[1]
@@ -154,7 +146,9 @@ class FineTuner(Trainer):
         """With speed, padding and memory beside a loss; without the Trainer's own closing summary."""
         if "train_runtime" in logs:
             return
-        super().log(logs | self.services.meter.numbers() if "loss" in logs else logs, start_time)
+        super().log(
+            logs | self.progress.throughput.numbers() if "loss" in logs else logs, start_time
+        )
 
     def mean_loss(self) -> float | None:
         """The mean of the logged losses, of all sessions of the run."""
@@ -165,7 +159,7 @@ class FineTuner(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """AdamW; with a group of its own for the weights of every learning rate."""
-        rates = self.services.rates
+        rates = self.rates
         if rates.is_one or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -195,7 +189,20 @@ class FineTuner(Trainer):
 
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             self.accelerator.deepspeed_engine_wrapped = GuardedEngine(engine, self._guard)
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup and isinstance(scheduler, LambdaLR):
+            plain = scheduler.lr_lambdas
+            scheduler.lr_lambdas = [partial(warmed_up, share, warmup) for share in plain]
+        set_rates(scheduler)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            # The optimizer's state holds the rate of the schedule as it was planned then: 0 at the
+            # end of a run that now goes on for longer.
+            set_rates(self.lr_scheduler)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._clipped(self.args.max_grad_norm)
@@ -229,7 +236,7 @@ class FineTuner(Trainer):
         looked_at = self._losses if norm is None else [*self._losses, norm.to(self._losses[0])]
         is_finite = torch.isfinite(torch.stack(looked_at)).tolist()
         gradient_is_finite = norm is None or is_finite.pop()
-        if self.services.stop.sync(not (gradient_is_finite and all(is_finite))):
+        if self.stop.sync(not (gradient_is_finite and all(is_finite))):
             with fail_together():
                 self._refuse(is_finite, gradient_is_finite)
 
@@ -251,13 +258,20 @@ class FineTuner(Trainer):
 
     # --- the run ---------------------------------------------------------------------------------
 
+    def seed_processes(self, seed: int, step: int) -> None:
+        """Other dropout in every process, and after a resume at another number of processes.
+
+        A resumed run gets its streams from the checkpoint, where there is one for this process.
+        """
+        torch.manual_seed(seed + rank_and_world()[0] + (step << 32))
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Go through the steps that are left; signals wait for the end of one."""
         try:
-            self.services.stop.install()
-            with opening(resume_from_checkpoint, begun=lambda: bool(self._losses)):
+            self.stop.install()
+            with explain_load_errors(resume_from_checkpoint, begun=lambda: bool(self._losses)):
                 result = super().train(resume_from_checkpoint, **kwargs)
-        except NothingLeftError:
+        except RunComplete:
             result = None
         except BaseException as error:
             for worker in active_children():
@@ -286,9 +300,14 @@ class FineTuner(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation loss and scores, logged as `eval_<name>`; leaves no trace in the training."""
-        scores = self.services.evaluate(self.model, self.state.global_step)
+        step = self.state.global_step
+        scores: dict[str, float] | None = {}
+        if self.validation:
+            check_weights(self.model, step)
+            with self.progress.silent():
+                scores = self.validation.scores(self.model, step)
         if scores is None:  # every process knows, so every process comes here
-            self.services.stop.sync()
+            self.stop.sync()
             scores = {}
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         if metrics:
@@ -299,11 +318,11 @@ class FineTuner(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self.services.meter.paused():
-            self.services.saver.save(self)
+        with self.progress.throughput.paused():
+            self.saver.save(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.services.saver.load_weights(self.model, Path(resume_from_checkpoint))
+        self.saver.load_weights(self.model, Path(resume_from_checkpoint))
 
 
 @contextmanager

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from finetune import console
-from finetune.config.schema import EvaluationSection, RunConfig
+from finetune.config.schema import EvaluationSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
-from finetune.data.reading.sources import read_conversations, reading_of
+from finetune.data.reading.sources import read_conversations
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.distributed.signals import StopFlag
 from finetune.errors import NonFiniteError
@@ -54,10 +54,10 @@ class Validation:
         None when the run was asked to stop meanwhile. Writes `predictions-<step>.jsonl`.
         """
         try:
-            with unnoticed():
+            with preserve_rng():
                 return self._loss(model) | self._generated(model, step)
         except EvaluationStoppedError:
-            console.say(f"step {step}  evaluation given up: the run was asked to stop")
+            console.say(f"step {step}  evaluation aborted: stop requested")
             return None
 
     def _loss(self, model: Any) -> dict[str, float]:
@@ -97,7 +97,7 @@ class Validation:
 
 
 @contextmanager
-def unnoticed() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Random streams go on afterwards as if nothing had happened.
 
     So a run learns the same whether or not it is evaluated on the way.
@@ -115,9 +115,9 @@ def unnoticed() -> Iterator[None]:
 
 
 def load_validation(
-    config: RunConfig,
-    template: ChatTemplate,
+    section: EvaluationSection,
     data: RunData,
+    template: ChatTemplate,
     model: Any,
     run_dir: Path,
     stop: StopFlag,
@@ -126,18 +126,18 @@ def load_validation(
     if data.validation is None:
         return None
     prompts: Sequence[ReplyPrompt] = ()
-    if config.evaluation.generate:
-        reading = reading_of(config.data).for_checkpoint(thinks=template.layout.thinking)
+    if section.generate:
+        reading = data.reading.for_checkpoint(thinks=template.layout.thinking)
         dialogues = read_conversations(data.validation_sources, reading)
         positions = context_length(model)
-        prompts = build_prompts(dialogues, template, config.evaluation, positions=positions)
+        prompts = build_prompts(dialogues, template, section, positions=positions)
     return Validation(
-        section=config.evaluation,
+        section=section,
         template=template,
         examples=data.validation,
         prompts=prompts,
         collate=Collator(template.pad_id, image=template.image),
-        batch_size=config.training.batch_size,
+        batch_size=data.plan.batch_size,
         run_dir=run_dir,
         stop=stop,
     )

@@ -75,8 +75,8 @@ def warm_up(model: Path) -> None:
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
-    import finetune.training.fit
-    import finetune.training.run  # noqa: F401
+    import finetune.training.run
+    import finetune.training.trainer  # noqa: F401
     from finetune.evaluation.texts import jieba_words as words
     from finetune.generation.load import open_model
 

@@ -158,6 +158,7 @@ class Checkout:
             f"data.validation={desk / 'heldout.jsonl'}", "data.max_length=1024",
             f"training.output_dir={run_dir.name}", f"training.max_steps={STEPS}",
             "training.num_epochs=null", "training.log_every_steps=1",
+            "training.warmup_steps=0",  # a008844's began at a rate of 0
             "evaluation.max_samples=12", "evaluation.max_new_tokens=16",
         ]  # fmt: skip
 
@@ -174,6 +175,7 @@ def run_settings(name: str, inputs: Inputs) -> dict[str, Any]:
         "training": {
             "max_steps": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2,
             "learning_rate": options["learning_rate"], "log_every_steps": 1, "report_to": [],
+            "warmup_steps": 0,  # a008844's began at a rate of 0
         },
         "evaluation": {
             "at_start": True, "max_new_tokens": 12, "max_samples": 24, "batch_size": 8,

@@ -40,7 +40,7 @@ FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     "hangs": (hanging, "hanging"),
 }
 PLACES = {
-    "loading": ("finetune.training.fit", "run_record"),
+    "loading": ("finetune.training.checkpointing", "run_record"),
     "a step": ("finetune.training.trainer", "FineTuner.compute_loss"),
     "an evaluation": ("finetune.evaluation.loss", "row_losses"),
     "a save": ("finetune.training.checkpointing", "Saver.save_weights"),

@@ -67,6 +67,7 @@ CHANGES = [
     Change("model.attention", "eager", LISTED),
     Change("model.quantization", "nf4 before", REFUSED),
     Change("model.freeze", ["layers.0."], REFUSED),
+    Change("model.adapter", "elsewhere", REFUSED),
     Change("data.train", "the same file in a list", SAME),
     Change("data.train", "the same file elsewhere", SAME),
     Change("data.validation", "the same file", LISTED),

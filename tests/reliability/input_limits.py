@@ -191,10 +191,10 @@ def _raises(error: Callable[[], BaseException], where: str) -> Break:
     """Let the third call of a part of the run end with an error."""
 
     def breaks() -> None:
-        from finetune.training import fit, trainer, validation
+        from finetune.training import prepare_model, trainer, validation
 
         homes: dict[str, tuple[Any, str]] = {
-            "loading the model": (fit, "load_tunable"),
+            "loading the model": (prepare_model, "prepare_model"),
             "a step": (trainer.FineTuner, "compute_loss"),
             "the optimizer": (trainer.FineTuner, "create_optimizer"),
             "evaluation": (validation.Validation, "scores"),
@@ -336,8 +336,8 @@ def cases() -> Iterator[Case]:
 
     cells.warm_up(_model())
     _data()
-    import finetune.training.fit
-    import finetune.training.sharded_engine  # noqa: F401
+    import finetune.training.sharded_engine
+    import finetune.training.trainer  # noqa: F401
 
     yield from numbers()
     yield from memory()

@@ -67,7 +67,7 @@ def _everything(folder: Path) -> str:
 
 def _crash(folder: Path) -> None:
     """A mistake of the user's under --debug, and a fault of ours with its traceback."""
-    from finetune.training import fit
+    from finetune.training import prepare_model
 
     _, said = command("--debug", "train", folder / "nowhere.yaml")
     assert "Traceback" in said
@@ -76,7 +76,7 @@ def _crash(folder: Path) -> None:
     def failing(*_: object, **__: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    fit.load_tunable = failing  # type: ignore[assignment]
+    prepare_model.prepare_model = failing  # type: ignore[assignment]
     settings = json.loads((folder / "x.yaml").read_text())
     settings["training"]["output_dir"] = str(folder / "crashed")
     (folder / "y.yaml").write_text(json.dumps(settings))

@@ -37,8 +37,8 @@ MOMENTS: dict[str, tuple[str, str, int, int]] = {
     "reading the config": ("finetune.cli.inputs", "_data_problems", 1, 0),
     "opening the tokenizer": ("finetune.training.run", "load_chat_tokenizer", 1, 0),
     "tokenising": ("finetune.training.run_data", "load_examples", 1, 0),
-    "loading the model": ("finetune.training.fit", "load_tunable", 1, 0),
-    "choosing a checkpoint": ("finetune.training.fit", "choose_checkpoint", 1, 0),
+    "loading the model": ("finetune.training.prepare_model", "prepare_model", 1, 0),
+    "choosing a checkpoint": ("finetune.training.resume", "start", 1, 0),
     "the evaluation before the first step": ("finetune.evaluation.loss", "row_losses", 1, 0),
     "the first forward pass of a step": ("finetune.training.trainer", "FineTuner.compute_loss", 3, 2),
     "the second forward pass of a step": ("finetune.training.trainer", "FineTuner.compute_loss", 4, 2),
@@ -57,8 +57,8 @@ SAVING = {
     "a rotation": ("finetune.artifacts.checkpoint", "rotate", 2, 3),
 }
 LATER = {
-    "logging of a later step": ("finetune.training.callbacks", "Narrator.on_step_end", 2),
-    "when the run is saved": ("finetune.training.fit", "summarise", 1),
+    "logging of a later step": ("finetune.training.progress", "ProgressCallback.on_step_end", 2),
+    "when the run is saved": ("finetune.training.run", "_summary", 1),
 }
 
 

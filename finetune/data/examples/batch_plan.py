@@ -26,6 +26,9 @@ import numpy.typing as npt
 Lengths = Sequence[int] | npt.NDArray[np.integer]
 Indices = npt.NDArray[np.int64]
 
+BLANK = -1
+"""The index of an example of which nothing is learned, and the sample id of its document."""
+
 _BATCHES_PER_POOL = 50
 """Global batches among which lengths are sorted: more means less padding and less mixing."""
 

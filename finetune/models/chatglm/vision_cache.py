@@ -17,14 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune import console
-from finetune.config.schema import RunConfig
 from finetune.data.chat.image import shown
 from finetune.distributed.processes import fail_together, local_device, rank_and_world, worst
 from finetune.errors import ConfigError, DataError
 from finetune.models.chatglm.vision import VisionModel
-from finetune.storage.cache import default_root, key_of
+from finetune.storage.cache import key_of
 from finetune.storage.files import file_digest, staged_file, sweep
-from finetune.training.prepare_model import Tunable
 
 ROWS = "rows"
 
@@ -50,19 +48,34 @@ class FeatureFiles:
         return rows
 
 
-def prepare_features(
-    config: RunConfig, tunable: Tunable, size: int, images: Sequence[str]
+def vision_cache(
+    model: nn.Module,
+    images: Sequence[str],
+    size: int,
+    *,
+    base: str,
+    dtype: torch.dtype,
+    autocast: bool,
+    root: Path,
 ) -> FeatureFiles:
     """The rows of `images` [size x size]; what is missing is computed, shared by the processes.
 
     Every process must call it with the same images.
 
+    Args:
+        model: holds the frozen tower.
+        images: paths, each once.
+        size: pixels of a side.
+        base: the fingerprint of the checkpoint.
+        dtype: of the rows.
+        autocast: whether the tower computes under autocast to `dtype`, as it would in training.
+        root: the cache.
+
     Raises:
         ConfigError: There is no tower, or it is trained.
     """
-    tower = _frozen_tower(tunable.model)
-    root = Path(config.data.cache_dir) if config.data.cache_dir else default_root()
-    kind = {"base": tunable.base.fingerprint, "dtype": str(tunable.dtype), "size": size}
+    tower = _frozen_tower(model)
+    kind = {"base": base, "dtype": str(dtype), "size": size}
     folder = root / "features" / key_of(kind)
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
@@ -74,16 +87,13 @@ def prepare_features(
     mine = missing[rank::world]
     if missing:
         console.say(f"vision features: computing {len(missing):,} of {len(wanted):,} images")
-    with (
-        _whole(tower),
-        _as_in_training(tunable),
-        fail_together(),
-    ):
+    cast = torch.autocast(local_device().type, dtype=dtype, enabled=autocast)
+    with _whole(tower), cast, fail_together():
         for file in mine:
             pixels = torch.from_numpy(shown(wanted[file], size, "vision features"))
             with torch.no_grad():
                 rows = tower.features(pixels[None].to(local_device()))[0]
-            _write(file, rows.to(tunable.dtype).cpu().contiguous())
+            _write(file, rows.to(dtype).cpu().contiguous())
     with fail_together():
         if unseen := [file for file in missing if not file.is_file()]:
             raise ConfigError(
@@ -119,12 +129,6 @@ def _whole(tower: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(sharded):
         yield
-
-
-def _as_in_training(tunable: Tunable) -> torch.autocast:
-    arguments = tunable.arguments
-    cast = tunable.deepspeed is None and (arguments.bf16 or arguments.fp16)
-    return torch.autocast(local_device().type, dtype=tunable.dtype, enabled=cast)
 
 
 def _is_whole(file: Path) -> bool:

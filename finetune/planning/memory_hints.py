@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,16 +28,50 @@ def memory_explained(config: RunConfig, longest: int) -> Iterator[None]:
         raise OutOfMemoryError(_text(config, longest, error)) from error
 
 
-def _text(config: RunConfig, longest: int, error: Exception) -> str:
-    from finetune.training.callbacks import memory_gb
+def memory_gb() -> float:
+    """Peak memory of this process: on the GPU if there is one, else resident."""
+    import torch
 
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def planned_rows(config: RunConfig, longest: int) -> list[list[str]]:
+    """What a GPU is planned to hold, for the table of a run; on a CPU nothing is planned for."""
+    from finetune.distributed.processes import is_rank0, local_device, rank_and_world
+
+    if local_device().type != "cuda" or not is_rank0():
+        return []
+    import torch
+
+    from finetune.artifacts.resolve import local_folder
+    from finetune.planning.plan import Gpu, plan
+    from finetune.planning.words import in_short
+
+    folder = local_folder(config.model.path, config.model.revision)
+    machine = Gpu(
+        bytes=torch.cuda.get_device_properties(local_device()).total_memory,
+        number=rank_and_world()[1],
+    )
+    length = config.data.max_length if config.data.packing else longest
+    found = plan(config, machine, folder=folder, length=length)
+    filled = 100 * found.batch * found.length / max(1, found.room)
+    return [
+        ["planned", f"{in_short(found)} on each GPU"],
+        ["a forward pass", f"fills {filled:.0f} % of what this GPU could take at once"],
+    ]
+
+
+def _text(config: RunConfig, longest: int, error: Exception) -> str:
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
     knobs = "".join(f"\n  {knob}" for knob in less_memory(config, longest))
     return (
         f"out of memory: {first[:300]}\nThe most this process has used is {memory_gb():.2f} GB"
         f"{_of_gpu()}. {_planned(config, longest)} "
         "The last checkpoint is untouched, and the same command goes on from it. "
-        f"What needs less, the cheapest first:{knobs}"
+        f"To reduce memory, cheapest first:{knobs}"
     )
 
 

@@ -1,0 +1,254 @@
+"""What a run says: its table before the first step, a line per log step, the scores at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune import console, methods
+from finetune.config.schema import Method, TrainingSection
+from finetune.distributed.processes import local_device, rank_and_world
+from finetune.evaluation.metrics import metric
+from finetune.planning.memory_hints import memory_gb
+from finetune.training.objective import StepCounts
+from finetune.training.prepare_model import PreparedModel
+from finetune.training.run_data import RunData
+from finetune.training.throughput import Work, gpu_memory
+
+
+def announce(
+    training: TrainingSection,
+    data: RunData,
+    prepared: PreparedModel,
+    total_steps: int,
+    planned: Sequence[list[str]],
+) -> None:
+    """What is trained on what."""
+    _, world = rank_and_world()
+    trained = sum(_size(p) for p in prepared.model.parameters() if p.requires_grad)
+    everything = sum(_size(p) for p in prepared.model.parameters())
+    per_step = training.batch_size * training.gradient_accumulation_steps * world
+    tokens = int(data.items.lengths.astype(int).mean() * per_step)
+    what = "rows" if data.is_packed else "examples"
+    sharding = (
+        f"DeepSpeed ZeRO-{prepared.deepspeed['zero_optimization'].get('stage', 0)}"
+        if prepared.deepspeed
+        else "data parallel"
+        if world > 1
+        else "one process"
+    )
+    console.table(
+        ["", "this run"],
+        [
+            ["model", f"{prepared.section.path} in {str(prepared.dtype).removeprefix('torch.')}"],
+            ["method", _method_text(prepared.method)],
+            [
+                "trained",
+                f"{trained:,} of {everything:,} weights ({100 * trained / everything:.3g} %)",
+            ],
+            *[
+                ["  in", f"{pattern} x {count}"]
+                for pattern, count in methods.trained_modules(prepared.model).items()
+            ],
+            ["processes", f"{world} on {local_device().type}, {sharding}"],
+            ["examples", f"{len(data.train):,}"],
+            [
+                "a step",
+                f"{per_step} {what} ({training.batch_size} x {training.gradient_accumulation_steps} "
+                f"x {world} processes), about {tokens:,} tokens",
+            ],
+            ["steps", f"{total_steps:,} ({data.plan.steps_per_epoch:,} an epoch)"],
+            *planned,
+            ["writes to", training.output_dir],
+        ],
+    )
+
+
+def compare(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Scores of the untuned and of the tuned model side by side."""
+    rows = [
+        [name, score_text(name, before[name]), score_text(name, after[name])]
+        for name in after
+        if name in before
+    ]
+    console.table(["held-out data", "before", "after"], rows)
+
+
+def scores_at(log: list[dict[str, Any]], *, first: bool) -> dict[str, float]:
+    """The scores of the evaluation before the first step, or of the last evaluation."""
+    evaluations = [entry for entry in log if any(key.startswith("eval_") for key in entry)]
+    chosen = [entry for entry in evaluations if (entry["step"] == 0) is first]
+    if not chosen:
+        return {}
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in chosen[-1].items()
+        if key.startswith("eval_")
+    }
+
+
+def _method_text(method: Method) -> str:
+    options = method.model_dump(exclude={"kind", "target_modules"}, exclude_defaults=False)
+    told = ", ".join(
+        f"{name} {value}" for name, value in options.items() if value not in (None, False)
+    )
+    return f"{method.kind}{f' ({told})' if told else ''}"
+
+
+def _size(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+class Throughput:
+    """Speed, padding and memory since the last log line; evaluating and saving do not count."""
+
+    def __init__(self, work: Work | None = None) -> None:
+        self._work = work
+        self._window = StepCounts()
+        self.steps = 0
+        """Done since the last log line."""
+        self._begun = time.monotonic()
+        self._seconds_per_step = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is not training time."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._begun += time.monotonic() - before
+
+    def start(self) -> None:
+        """Begin now."""
+        self._window, self.steps, self._begun = StepCounts(), 0, time.monotonic()
+
+    def add(self, counts: StepCounts) -> None:
+        """One more step, as it begins."""
+        self._window += counts
+        self.steps += 1
+
+    def numbers(self) -> dict[str, float]:
+        """The log line's numbers; begins a new window."""
+        seconds = max(time.monotonic() - self._begun, 1e-9)
+        self._seconds_per_step = seconds / max(self.steps, 1)
+        numbers = {
+            "supervised_tokens_per_second": self._window.supervised / seconds,
+            "tokens_per_second": self._window.tokens / seconds,
+            "padding": self._window.padding,
+            "memory_gb": memory_gb(),
+            "seconds_per_step": self._seconds_per_step,
+        } | gpu_memory()
+        if self._work is not None:
+            numbers |= self._work.speed(numbers["tokens_per_second"])
+        self.start()
+        return numbers
+
+    def seconds_for(self, steps: int) -> float:
+        """An estimate for that many more steps."""
+        elapsed = time.monotonic() - self._begun
+        per_step = self._seconds_per_step or (elapsed / self.steps if self.steps else 0.0)
+        return per_step * steps
+
+
+class ProgressCallback(TrainerCallback):
+    """One line per log step, and on a terminal a bar that moves with every step."""
+
+    def __init__(self, work: Work | None = None) -> None:
+        self.throughput = Throughput(work)
+        self._bar: Any = None
+        self._done = self._total = 0
+        self._estimated = False
+
+    def __enter__(self) -> ProgressCallback:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()  # a bar that stays would hide the error's message
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Time for others to show a bar of their own; it does not count as training time."""
+        self._close()
+        with self.throughput.paused():
+            yield
+        self._open()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self._done, self._total = state.global_step, state.max_steps
+        self.throughput.start()
+        self._open()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the step; after the second one there is an estimate of the whole."""
+        self._done = state.global_step
+        if self._bar is not None:
+            self._bar[1].advance()
+        if not self._estimated and self._done < self._total and self.throughput.steps == 2:
+            self._estimated = True
+            left = self.throughput.seconds_for(self._total - self._done)
+            console.say(f"about {console.duration(left)} for the remaining steps")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """The step's line, or that of an evaluation."""
+        if "loss" in logs:
+            left = self.throughput.seconds_for(state.max_steps - state.global_step)
+            console.say(_step_line(logs, state, left))
+        elif scores := {k[5:]: v for k, v in logs.items() if k.startswith("eval_")}:
+            said = "  ".join(f"{name} {score_text(name, v)}" for name, v in scores.items())
+            console.say(f"step {state.global_step}  evaluation  {said}")
+
+    def _open(self) -> None:
+        if console.is_main() and console.on_terminal() and self._done < self._total:
+            context = console.progress(self._total, "training")
+            self._bar = (context, context.__enter__())
+            self._bar[1].advance(self._done)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar[0].__exit__(None, None, None)
+            self._bar = None
+
+
+def score_text(name: str, value: float) -> str:
+    """A loss with four places, a score of 0..100 with two."""
+    return f"{value:.4f}" if metric(name).of_loss else f"{value:.2f}"
+
+
+def _step_line(logs: dict[str, float], state: TrainerState, seconds_left: float) -> str:
+    parts = [
+        f"step {state.global_step}/{state.max_steps}",
+        f"loss {logs['loss']:.4f}",
+        f"lr {logs['learning_rate']:.2e}",
+    ]
+    if "grad_norm" in logs:
+        parts.append(f"gradient {logs['grad_norm']:.2f}")
+    parts += [
+        f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['supervised_tokens_per_second']:,.0f} "
+        "supervised",
+        *([f"{100 * logs['mfu']:.0f} % of peak"] if "mfu" in logs else []),
+        f"padding {100 * logs['padding']:.0f} %",
+        f"memory {logs['memory_gb']:.2f} GB{_of_device(logs)}",
+        f"{console.duration(seconds_left)} left",
+    ]
+    return "  ".join(parts)
+
+
+def _of_device(logs: dict[str, float]) -> str:
+    return f" ({logs['memory_device_gb']:.1f} used)" if "memory_device_gb" in logs else ""
