@@ -371,3 +371,10 @@ def test_every_cell_of_the_table_has_the_interval_of_its_own_score(tmp_path: Pat
         for name, cell in cells:
             assert cell["interval"] == sentences.interval(name, row["target"].scores[name])
     assert len({cell["interval"] for row in rows for cell in row["cells"]}) > len(rows)
+
+
+def test_one_checkpoint_has_no_curves_of_one_dot(tmp_path: Path) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out", samples=4, steps=(20,))
+    found = read_evaluation(made)
+    drawn = page.panels(found, page.runs_of(made, found), page.colours_of(found))
+    assert [title for title, _ in drawn] == [page.LOSS]

@@ -128,7 +128,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "bleu-4",
-        "sentence, {bleu words}, 1-4-grams, smoothing method3, mean over pairs, {odd}, {text} | "
+        "sentence, {bleu words}, 1-4-grams (fewer than 4 words stay below 100), smoothing method3, "
+        "mean over pairs, {odd}, {text} | "
         "{jieba} {nltk}",
         shown="headline",
         per_reply=_overlap("bleu-4"),

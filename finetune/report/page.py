@@ -115,13 +115,16 @@ def panels(
     evaluation: Evaluation, runs: Mapping[str, Run], colours: Sequence[int]
 ) -> list[tuple[str, Markup]]:
     """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
-    drawn = [(LOSS, lines(loss_curves(evaluation, runs), title=LOSS))]
+    drawn = [(LOSS, LOSS, loss_curves(evaluation, runs))]
     drawn += [
-        (metric(name).label, lines(metric_series(evaluation, name, colours), title=name))
+        (metric(name).label, name, metric_series(evaluation, name, colours))
         for name in _ordered(evaluation)
-        if any(target.step is not None for target in evaluation.targets)
     ]
-    return [(title, chart) for title, chart in drawn if chart]
+    return [
+        (title, lines(series, title=name))
+        for title, name, series in drawn
+        if any(len(one.points) > 1 for one in series)  # one dot between axes tells nothing
+    ]
 
 
 def metric_series(evaluation: Evaluation, name: str, colours: Sequence[int]) -> list[Series]:
