@@ -34,7 +34,7 @@ def test_other_options_of_an_adapter_and_another_dtype_are_generated_anew(
     evaluate(target, output=tmp_path / "b", changes=GENERATE)
     for name, before, after in (
         ("checkpoint-2/adapter_config.json", '"lora_alpha": 32', '"lora_alpha": 16'),
-        ("checkpoint-2/run.json", '"dtype": "float32"', '"dtype": "bfloat16"'),
+        ("checkpoint-2/config.yaml", "dtype: float32", "dtype: bfloat16"),
     ):
         text = (run / name).read_text("utf-8")
         assert before in text

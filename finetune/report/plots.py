@@ -137,7 +137,7 @@ def _curves(series: Sequence[Series], title: str) -> Figure:
         elif known:
             axes.vlines([known[0].x], lows, highs, color=colour, alpha=0.4, linewidth=4)
     axes.set_xlabel("step")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return figure
 
 
@@ -155,7 +155,7 @@ def _lengths(evaluation: Evaluation, content: Content, colours: Sequence[int]) -
     axes.hist(references, edges, color="#d8d5cd", label="references", zorder=0)
     axes.set_xlabel("characters")
     axes.set_ylabel("replies")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return figure
 
 
@@ -169,6 +169,11 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
     return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes: looking for the best place among many points takes seconds."""
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
 
 
 def _short(name: str) -> str:
