@@ -172,7 +172,7 @@ def test_two_processes_with_and_without_images_learn_like_one(
 
 
 def test_packing_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.packing: the positions of GLM-4\.1V"):
+    with pytest.raises(ConfigError, match=r"data\.packing: this checkpoint"):
         runs.run_here(settings(folder, tmp_path / "run", "lora", data__packing=True))
 
 
