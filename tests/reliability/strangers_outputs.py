@@ -1,0 +1,203 @@
+"""Outputs: over nothing of others, and by one writer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from tests.reliability.frame import Case, in_fork
+from tests.reliability.places import command, dialogues_file, glm_folder, trained
+from tests.reliability.writers import PLACES, ask, config, evaluate, predict, refused, state, write
+
+Place = Callable[[Path], object]
+
+
+def _device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:  # who may not make a device cannot replace one either
+        os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(path.name if Path.cwd() == path.parent else str(path))
+
+
+def _link(path: Path) -> None:
+    path.with_name("target").write_text("mine")
+    path.symlink_to(path.with_name("target"))
+
+
+ODD: dict[str, Place] = {
+    "a link": _link,
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pipe": os.mkfifo,
+    "a device": _device,
+    "a socket": _socket,
+    "a folder": lambda path: path.mkdir(),
+    "a file of another": lambda path: path.write_text("mine\n"),
+}
+
+
+def odd_place(writer: str, name: str, make: Place, folder: Path) -> None:
+    """Refused by name; it stays what it was."""
+    os.chdir(folder)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make(path)
+    before = state(path), state(path.with_name("target"))
+    code, said = write(writer, folder)
+    refused(code, said, path.name)
+    assert (state(path), state(path.with_name("target"))) == before
+
+
+def said_so(writer: str, name: str, folder: Path) -> None:
+    """A file of another is replaced when that is said."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine\n")
+    code, said = write(writer, folder, "--overwrite")
+    assert code == 0, said[-800:]
+    assert path.read_text() != "mine\n"
+
+
+def over_its_input(how: str, folder: Path) -> None:
+    """The data that is read is never written over, under whatever name."""
+    data, output = ask(folder), folder / "ask.jsonl"
+    given: Path | str = data
+    if how == "a hard link":
+        output = folder / "other.jsonl"
+        os.link(data, output)
+    elif how == "through a link to the folder":
+        (folder / "alias").symlink_to(folder)
+        output = folder / "alias/ask.jsonl"
+    elif how == "of a glob":
+        given = f"{folder}/*.jsonl"
+    elif how == "new in the data folder":
+        given, output = folder, folder / "new.jsonl"
+    elif how == "a file of the model":
+        output = glm_folder() / "config.json"
+    before = data.read_bytes(), (glm_folder() / "config.json").read_bytes()
+    code, said = predict(given, output, "--overwrite")
+    refused(code, said, output.name)
+    assert (data.read_bytes(), (glm_folder() / "config.json").read_bytes()) == before
+
+
+def scored_over_itself(folder: Path) -> None:
+    """`evaluate --predictions FOLDER/predictions/mine.jsonl --output FOLDER`."""
+    mine = folder / "predictions/mine.jsonl"
+    mine.parent.mkdir()
+    mine.write_text('{"prompt": "a", "predict": "b", "label": "c"}\n')
+    before = state(mine)
+    code, said = command("evaluate", "--predictions", mine, "--output", folder, "--overwrite")
+    refused(code, said, "mine.jsonl")
+    assert state(mine) == before
+
+
+def part_of_another(folder: Path) -> None:
+    """A `.part` beside the output that this program did not write."""
+    part = folder / "out.jsonl.part"
+    part.write_text("mine")
+    code, said = predict(ask(folder), folder / "out.jsonl")
+    refused(code, said, part.name)
+    assert part.read_text() == "mine"
+
+
+def run_in_its_data(source: str, folder: Path) -> None:
+    """A run directory below the data would be read as data by the next start."""
+    data = folder / "data"
+    data.mkdir()
+    shutil.copy(dialogues_file(), data / "train.jsonl")
+    os.chdir(folder)
+    file = config(folder, data__train=source, training__output_dir="data/runs/one")
+    code, said = command("train", file)
+    refused(code, said, "output_dir")
+    assert [path.name for path in data.iterdir()] == ["train.jsonl"]
+
+
+def ours_again(folder: Path) -> None:
+    """What this program wrote is replaced by the same command, and other files stay."""
+    for _ in range(2):
+        assert predict(ask(folder), folder / "out.jsonl")[0] == 0
+        code, said = evaluate(folder / "eval")
+        assert code == 0, said[-800:]
+        (folder / "eval/notes.txt").write_text("mine")
+    assert (folder / "eval/notes.txt").read_text() == "mine"
+    assert command("report", folder / "eval")[0] == 0
+
+
+# --- two at once ---------------------------------------------------------------------------------
+
+
+def two_at_once(writer: str, delay: float, folder: Path) -> None:
+    """One of them writes all of it; the other one ends with 7, or finds it done."""
+
+    def work(_: Path) -> str:
+        if writer == "predict":
+            code, said = predict(data, folder / "out.jsonl")
+        else:
+            code, said = evaluate(folder / "eval", "--batch-size", 1)
+        assert "Traceback" not in said, said
+        return str(code)
+
+    data = ask(folder, 40)
+    answers = [folder / "one", folder / "two"]
+    children = []
+    for answer in answers:
+        if (child := os.fork()) == 0:
+            answer.write_text(in_fork(work, seconds=60))
+            os._exit(0)
+        children.append(child)
+        time.sleep(delay)
+    for child in children:
+        os.waitpid(child, 0)
+    codes = sorted(answer.read_text() for answer in answers)
+    assert codes in (["0", "7"], ["0", "0"]), codes
+    if writer == "predict":
+        assert len((folder / "out.jsonl").read_text().splitlines()) == 40
+        assert not list(folder.glob("*.part*"))
+    else:
+        assert command("report", folder / "eval")[0] == 0
+
+
+def cases() -> Iterator[Case]:
+    """All of it."""
+    yield from _odd_places()
+    for how in ("itself", "a hard link", "through a link to the folder", "of a glob",
+                "new in the data folder", "a file of the model"):  # fmt: skip
+        yield Case(f"outputs: predict over its input, {how}", partial(over_its_input, how))
+    yield Case("outputs: evaluate over the predictions that it scores", scored_over_itself)
+    yield Case("outputs: predict beside a part file of another", part_of_another)
+    for source in ("data", "data/**/*.jsonl", "data/../data"):
+        yield Case(f"outputs: a run inside {source}", partial(run_in_its_data, source))
+    yield Case("outputs: our own are replaced", ours_again)
+    for writer in ("predict", "evaluate"):
+        for delay in (0.0, 0.1, 0.5, 1.0):
+            yield Case(f"at_once: {writer}, {delay} s apart", partial(two_at_once, writer, delay))
+
+
+def _odd_places() -> Iterator[Case]:
+    glm_folder()
+    trained("lora")
+    dialogues_file()
+    import finetune.evaluation.evaluate
+    import finetune.generation.predict  # noqa: F401
+
+    for writer, names in PLACES.items():
+        for name in names:
+            for kind, make in ODD.items():
+                if (name, kind) == ("run/.lock", "a file of another"):
+                    continue  # whose text it holds says nothing
+                run = partial(odd_place, writer, name, make)
+                yield Case(f"outputs: {writer} where {Path(name).name} is {kind}", run)
+            if writer != "train":
+                run = partial(said_so, writer, name)
+                yield Case(f"outputs: {writer} over {Path(name).name}, said", run)
