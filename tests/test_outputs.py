@@ -185,6 +185,17 @@ def test_a_result_replaces_its_own_files_and_no_others(tmp_path: Path) -> None:
     assert folders.finish_result(tmp_path) == ["predictions/a has 6 bytes instead of 5"]
 
 
+def test_what_a_killed_merge_left_is_swept_and_what_others_keep_there_stays(tmp_path: Path) -> None:
+    for name, file in (("left", "model.safetensors"), ("other", "notes.doc")):
+        (tmp_path / f".staging-{name}").mkdir()
+        (tmp_path / f".staging-{name}" / file).touch()
+    with folders.staged(tmp_path / "live") as stage:
+        (stage / "model.safetensors").touch()
+        [line] = folders.sweep(tmp_path, names=["*.safetensors"])
+    assert ".staging-left" in line
+    assert names(tmp_path) == {".staging-other", "live"}
+
+
 def test_two_results_are_not_written_to_one_folder_at_once(tmp_path: Path) -> None:
     with folders.result_files(tmp_path), pytest.raises(OutputInUseError):
         put(tmp_path, NEW)

@@ -128,9 +128,7 @@ def _locks() -> Iterator[Finding]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Finding("file locks here", "yes")
     except OSError as error:
-        said = (
-            "two runs in one folder are not told apart here; keep output_dir on another file system"
-        )
+        said = "files named .owner say who writes instead; if a process on another machine dies, remove its own"
         yield Finding("file locks here", error.strerror or str(error), said)
 
 

@@ -32,7 +32,7 @@ from finetune.evaluation.scoring import Scoring, versions
 from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compare
 from finetune.evaluation.targets import Target
 from finetune.storage.cache import key_of
-from finetune.storage.files import file_digest, write_file
+from finetune.storage.files import file_digest, refuse_odd, write_file
 from finetune.storage.folders import refuse_others, result_files
 from finetune.storage.outputs import is_same_file
 
@@ -94,6 +94,10 @@ class Scored:
 def check_place(output: Path, targets: Sequence[Target], options: Options) -> None:
     """ConfigError when `write` would replace what it reads, or files that no evaluation wrote."""
     names = [EVALUATION, "scores.json", "predictions.jsonl", *map(_file_of, targets)]
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output: {output} is not a folder")
+    for name in names:
+        refuse_odd(output / name)
     for target in targets:
         for name in names:
             if Path(target.path).is_file() and is_same_file(output / name, Path(target.path)):

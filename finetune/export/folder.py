@@ -88,6 +88,8 @@ def written(plan: FolderPlan, out: Path, label: str, *, check: bool = True) -> I
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _no_place(out, error) from error
+    for line in folders.sweep(out.parent, names=[*_CARRIED, "*.safetensors", "README.md"]):
+        console.say(line)
     _check_space(plan, out)
     with folders.staged(out) as stage:
         known = _write(plan, stage, label)

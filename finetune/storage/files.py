@@ -112,16 +112,19 @@ def write_file(path: Path, text: str) -> None:
         file.write(text)
 
 
-def sweep(folder: Path) -> list[str]:
-    """Removes temporary files that no live process writes; returns their names."""
+def sweep(folder: Path, name: str = "") -> list[str]:
+    """Removes temporary files that no live process writes, of a file `name` or of all; their names."""
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        ours = path.name.startswith(STAGING) or _OLD_STAGING.fullmatch(path.name)
-        if not ours or path.is_symlink() or not path.is_file() or is_held(path):
+        is_ours = path.name.startswith(f"{STAGING}{name}") or (
+            not name and _OLD_STAGING.fullmatch(path.name)
+        )
+        if not is_ours or path.is_symlink() or not path.is_file():
             continue
         with suppress(OSError):  # of another user, or gone meanwhile
-            path.unlink()
-            removed.append(path.name)
+            if not is_held(path):
+                path.unlink()
+                removed.append(path.name)
     return removed
 
 

@@ -18,8 +18,9 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 
@@ -207,15 +208,23 @@ def clean(run_dir: Path) -> list[str]:
     return done
 
 
-def sweep(folder: Path) -> list[str]:
-    """Remove staging folders, deletions and temporary files that no live process works on."""
+def sweep(folder: Path, *, names: Sequence[str] | None = None) -> list[str]:
+    """Remove staging folders, deletions and temporary files that no live process works on.
+
+    With ``names``, patterns of file names, only staging folders that hold nothing else: in a folder
+    of the user's, where somebody else may use such a name.
+    """
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         is_ours = path.name.startswith((STAGING, TRASH)) and path.is_dir()
+        if is_ours and names is not None:
+            is_ours = not path.is_symlink() and all(
+                any(fnmatch(file.name, pattern) for pattern in names) for file in path.rglob("*")
+            )
         if is_ours and (path.is_symlink() or not is_held(path)):
             _remove(path)
             removed.append(path.name)
-    removed += files.sweep(folder)
+    removed += files.sweep(folder) if names is None else []
     return [f"removed {name}: left over from an interrupted save or deletion" for name in removed]
 
 
@@ -241,8 +250,8 @@ def result_files(
     folder.mkdir(parents=True, exist_ok=True)
     with _held_folder(folder):
         _move_in(folder)
+        sweep(folder)
         stage = folder / f"{STAGING}files"
-        _remove(stage)
         stage.mkdir()
         try:
             with _ended_by_signals():
@@ -268,6 +277,7 @@ def finish_result(folder: Path) -> list[str]:
     if (folder / READY).is_dir():
         with _held_folder(folder):
             _move_in(folder)
+    files.sweep(folder)
     return verify(folder, others_allowed=True) if (folder / MANIFEST).exists() else []
 
 

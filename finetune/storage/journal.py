@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from finetune.errors import ConfigError, OutputInUseError, SpaceError
 from finetune.storage.disk import is_disk_error
-from finetune.storage.files import file_digest, fsync_folder, json_line, write_file
+from finetune.storage.files import file_digest, fsync_folder, json_line, sweep, write_file
 from finetune.storage.lock import Lock, try_lock
 
 T = TypeVar("T")
@@ -114,6 +114,7 @@ class ResumableOutput:
                 f"another process is writing {self.output} at this moment; wait for it, or choose "
                 "another --output"
             )
+        sweep(self.output.parent, self._label.name)
         label = self._read_label()
         if label.get("identity") != self._identity:
             self._start_anew(is_ours=bool(label))
