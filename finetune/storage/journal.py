@@ -51,7 +51,7 @@ def recover(path: Path, of: Callable[[Any], T], *, multiple: int = 1) -> list[T]
 
     Args:
         path: the file; it need not be there.
-        of: what is wanted of a row; a row for which it raises KeyError or TypeError is not whole.
+        of: what is wanted of a row; a row for which it raises KeyError, TypeError or ValueError is not whole.
         multiple: a number of lines that belong together; only whole groups are kept.
     """
     found: list[T] = []
@@ -59,7 +59,7 @@ def recover(path: Path, of: Callable[[Any], T], *, multiple: int = 1) -> list[T]
     for size, row in _whole_lines(path):
         try:
             found.append(of(row))
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             break
         ends.append(ends[-1] + size)
     kept = len(found) // multiple * multiple
