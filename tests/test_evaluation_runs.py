@@ -11,18 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import runs
 import tiny
 import torch
 from rows import Rows, read_rows, turns, write_rows
 
-from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError, DataError, ModelError, OutputInUseError
 from finetune.evaluation import job, store
 from finetune.evaluation.evaluate import Options, evaluate
-from finetune.evaluation.predictions import Prediction
 from finetune.evaluation.targets import find_targets
 from finetune.generation.load import Models, open_model
 
@@ -360,48 +357,3 @@ def test_wrong_requests_are_refused_before_a_model_is_opened(
         evaluate(target, options=Options(general=("no-general.jsonl",)))
     with pytest.raises(ConfigError, match="temperature"):
         evaluate(target, options=Options(temperature=-1.0))
-
-
-@pytest.mark.parametrize(("window", "kept"), [(1, 5), (2, 4), (4, 4)])
-def test_what_a_kill_tore_of_kept_replies_is_cut_off(
-    tmp_path: Path, window: int, kept: int
-) -> None:
-    said = Message("assistant", "yes")
-    results = store.Results(tmp_path, "key")
-    with results.locked():
-        results.append(Prediction(said, said, where=f"a.jsonl:{n}") for n in range(1, 6))
-    part = results.folder / "answers.jsonl.part"
-    lines = part.read_text("utf-8").splitlines(keepends=True)
-    part.write_text("".join(lines) + lines[0][:20], "utf-8")
-    assert results.num_kept(window) == kept
-    assert part.read_text("utf-8") == "".join(lines[:kept])
-
-
-@pytest.mark.parametrize("name", ["answers.jsonl", "done.json", "loss.npz", "scored-k.jsonl"])
-def test_kept_results_that_are_not_what_was_kept_are_made_again(tmp_path: Path, name: str) -> None:
-    said = Message("assistant", "yes")
-
-    def score(unscored: Path, output: Path) -> None:
-        output.write_bytes(unscored.read_bytes())
-
-    def fill() -> store.Results:
-        results = store.Results(tmp_path, "key")
-        with results.locked():
-            results.append(Prediction(said, said, where=f"a.jsonl:{n}") for n in range(3))
-            results.write_losses("loss", np.ones(3), np.ones(3))
-            results.finish({"replies": 3})
-            results.scored("k", score)
-        return results
-
-    results = fill()
-    whole = (results.folder / name).read_bytes()
-    assert results.facts == {"replies": 3}
-    (results.folder / name).write_bytes(whole[: len(whole) // 2])
-    if name == "loss.npz":
-        assert results.losses("loss") is None
-    elif name == "scored-k.jsonl":
-        assert results.scored("k", score).read_bytes() == whole
-    else:
-        assert results.facts is None
-    assert fill().facts == {"replies": 3}
-    assert (results.folder / name).read_bytes() == whole
