@@ -26,6 +26,7 @@ ALLOWED = {
     "console.py os.open": "the null device",
     "data/examples/preparation.py truncate": "shortens a dialogue",
     "evaluation/folder.py copyfile": IN_A_STAGE,
+    "evaluation/schema.py copyfile": IN_A_STAGE,
     "evaluation/scoring.py open": IN_A_STAGE,
     "evaluation/store.py replace": "the journal of replies takes its name under its folder's lock",
     "evaluation/store.py touch": "an empty journal, under its folder's lock",
