@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dialogue.conversation import RowError
+from finetune.data.reading.files import expand
 from finetune.data.reading.parts import Part
 from finetune.data.reading.sources import Reading, SourceSpec, read_conversations
 from finetune.errors import ConfigError, DataError
 from finetune.storage.files import whole_file
+from finetune.storage.outputs import check_output
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 
@@ -43,13 +45,18 @@ def split(
         overwrite: Whether the two files may be there already.
 
     Raises:
-        ConfigError: The files are there.
+        ConfigError: The files are there, or are read.
         DataError: For bad rows, each named, and for rows without a group.
     """
     files = [output / TRAIN, output / HELD_OUT]
     there = [str(file) for file in files if file.exists()]
     if there and not overwrite:
         raise ConfigError(f"{' and '.join(there)} exist; give --overwrite, or another --output")
+    read = [path for source in sources for path in (*expand(source.path), Path(source.path))]
+    for file in files:
+        check_output(
+            file, filter(Path.exists, read), overwrite=overwrite, is_ours=lambda _: overwrite
+        )
     output.mkdir(parents=True, exist_ok=True)
     stream = read_conversations(sources, reading)
     counts = [0, 0]
