@@ -26,7 +26,7 @@ VALUES = {"NaN": float("nan"), "infinity": float("inf"), "minus infinity": float
 
 def cases() -> Iterator[Case]:
     """All of them, on one tiny model."""
-    folder = shared("runs")
+    folder = shared("interrupted")
     folder.mkdir()
     bench = Bench(folder)
     yield from ways_to_end(bench)
