@@ -48,7 +48,7 @@ ALLOWED = {
     "training/checkpointing.py write_text": IN_A_STAGE,
     "training/resume.py write_text": IN_A_STAGE,
     "training/sharded_engine.py write_text": IN_A_STAGE,
-    "training/vision_cache.py save_file": "to a path of storage.staged_file",
+    "models/chatglm/vision_cache.py save_file": "to a path of storage.staged_file",
     "training/vision_features.py save_file": "to a path of storage.staged_file",
 }
 
