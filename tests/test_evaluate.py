@@ -323,7 +323,7 @@ def test_results_in_another_number_format_are_not_taken_for_these(
 ) -> None:
     copy = Path(shutil.copytree(run / "checkpoint-6", tmp_path / "checkpoint-6"))
     settings = settings_of(copy)
-    (target,) = find_targets([str(copy)], base=None, with_base=False)
+    (target,) = find_targets([str(copy)], with_base=False)
     kept = prepare(target, settings, Options()).results.folder
     assert prepare(target, settings, Options()).results.folder == kept
     text = (copy / "config.yaml").read_text()
