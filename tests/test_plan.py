@@ -16,7 +16,7 @@ from test_counting import SIZES
 from finetune import methods
 from finetune.config.load import load_config
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method, RunConfig
-from finetune.models.load import family, load_model
+from finetune.models.load import load_model
 from finetune.planning.counting import Counting
 from finetune.planning.plan import Gpu, Plan, plan
 from finetune.planning.roofline import Ceilings
@@ -30,7 +30,7 @@ METHODS: list[Any] = [LoraMethod(dropout=0.0), PTuningV2Method(num_virtual_token
 
 def really_held(folder: Path, method: Any, *, checkpointing: bool, shape: tuple[int, int]) -> int:
     """Bytes at the peak of a real step of a real model, allocation by allocation."""
-    model = methods.attach(load_model(folder), method, family=family(load_model(folder).config))
+    model = methods.attach(load_model(folder), method)
     model = ready(model, checkpointing=checkpointing)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, fused=True)

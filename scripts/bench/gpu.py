@@ -78,14 +78,14 @@ class Bench:
     def model(self, method: Any, *, layers: int | None = None, checkpointing: bool = True) -> Any:
         """The product's model with random weights on the device, ready to train."""
         from finetune import methods
-        from finetune.models.load import family, shape_of
+        from finetune.models.load import shape_of
         from finetune.planning.subjects import made_in, ready
 
         torch = self.torch
         with made_in(torch.bfloat16), torch.device(self.device):
             model = shape_of(self.folder, layers)
         draw(model)
-        model = methods.attach(model, method, family=family(model.config))
+        model = methods.attach(model, method)
         return ready(model.to(self.device), checkpointing=checkpointing)
 
 
