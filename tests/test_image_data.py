@@ -17,11 +17,12 @@ from PIL import Image
 from finetune.data.chat.image import ImagePrompt, ImageSpec
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
-from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.dialogue.conversation import Conversation, Message, RowError
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
 from finetune.data.examples.packing import PackedDataset
 from finetune.data.preview.show import show
+from finetune.data.reading import images as reading_images
 from finetune.data.reading.sources import Images, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.generation.prompts import reply_prompts
@@ -281,3 +282,20 @@ def test_lengths_count_every_patch(template: ChatTemplate, tmp_path: Path) -> No
     assert np.array_equal(
         data[0].input_ids[data[0].labels != -100], data[0].labels[data[0].labels != -100]
     )
+
+
+def test_a_link_to_an_image_stays_under_the_root(tmp_path: Path) -> None:
+    home, outside = tmp_path / "home", tmp_path / "outside"
+    for folder in (home / "inner", outside):
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(b"x")
+    (home / "in.png").symlink_to("inner/x.png")
+    (home / "out.png").symlink_to(outside / "x.png")
+    (home / "folder").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(home)
+    assert reading_images._under(home, "in.png") == str(home / "in.png")
+    assert reading_images._under(tmp_path / "alias", "inner/x.png")  # the root itself may be a link
+    for path in ("out.png", "folder/x.png"):
+        with pytest.raises(RowError, match="a link that leads out of"):
+            reading_images._under(home, path)
+        assert reading_images._under(tmp_path, f"home/{path}")

@@ -20,9 +20,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from finetune import console
+from finetune.artifacts.model_config import read_model_config
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
-from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder, model_base
+from finetune.artifacts.resolve import TOKENIZER_FILES, is_folder, local_folder, model_base
 from finetune.config.row_formats import RowFormat
 from finetune.config.schema import DataSection
 from finetune.data.dialogue.columns import Columns
@@ -169,7 +170,9 @@ def _by_vllm(work: _Work) -> Answer:
 
     weights = model_base(work.target, work.base)
     folder = local_folder(weights.path, weights.revision, files=TOKENIZER_FILES)
-    settings = SimpleNamespace(**read_json(folder / MODEL_CONFIG))
+    is_here = is_folder(weights.path)  # of a hub id only the small files are
+    values = read_model_config(folder) if is_here else read_json(folder / MODEL_CONFIG)
+    settings = SimpleNamespace(**values)
     _check_context(SimpleNamespace(config=settings), work)
     longest = max(work.lengths, default=1) + work.options.max_new_tokens
     answer = open_vllm(

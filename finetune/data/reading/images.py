@@ -93,9 +93,19 @@ class ImageFiles:
 
 def _under(root: Path, path: str) -> str:
     """The path of an image, seen from the working directory; RowError when it leaves the root."""
-    home = Path(os.path.normpath(root.absolute()))  # links may lead out, `..` may not
+    home = Path(os.path.normpath(root.absolute()))
     if not Path(os.path.normpath(home / path)).is_relative_to(home):
         raise RowError(
             f"image {path!r} is outside {root}; set data.image_root (--image-root) to a folder above it"
         )
+    if "\0" not in path and not _real(home / path).is_relative_to(_real(home)):
+        raise RowError(
+            f"image {path!r} is a link that leads out of {root}; copy the image in its place, or set "
+            "data.image_root (--image-root) to a folder above both"
+        )
     return os.path.normpath(root / path)
+
+
+def _real(path: Path) -> Path:
+    """Without links; a loop of links stays as it is, and is no file."""
+    return Path(os.path.realpath(path))
