@@ -153,6 +153,29 @@ def cases() -> Iterator[Case]:
             yield Case(f"links: {what} as {file}", partial(odd_file, odd, file, in_adapter=True))
         for file in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
             yield Case(f"links: {what} as {file}", partial(odd_file, odd, file, in_adapter=False))
+    for where in ("the file", "its folder"):
+        yield Case(f"links: an image, {where} leads out", partial(image_link, where))
+
+
+def image_link(where: str, folder: Path) -> None:
+    """A row's image that is a link, or lies in one, out of the data's folder."""
+    from PIL import Image
+
+    (folder / "private").mkdir()
+    (folder / "data").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "private/x.png")
+    if where == "the file":
+        (folder / "data/x.png").symlink_to("../private/x.png")
+    else:
+        (folder / "data/in").symlink_to("../private")
+    image = "x.png" if where == "the file" else "in/x.png"
+    messages = [
+        {"role": "user", "content": "Q", "image": image},
+        {"role": "assistant", "content": "A"},
+    ]
+    rows = _write(folder / "data/rows.jsonl", json.dumps({"messages": messages}) + "\n")
+    code, said = command("data", "check", rows)
+    assert (code, "a link that leads out of" in said) == (2, True), said[-2000:]
 
 
 def adapter(change: Change, name: str, folder: Path) -> None:
