@@ -40,3 +40,13 @@ def test_every_stage_has_a_time_limit_and_a_line_in_the_help() -> None:
     names = script.split("stages:-")[1].split("}")[0].split()
     assert names == ["ceilings", "kernels", "correct", "attention", "step", "generate", "train"]
     assert all(f"{name}) echo" in script and f"\n{name} " in source for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "ptuning_v2"])
+def test_a_step_waits_for_the_gpu_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/bench"))
+    from count_syncs import count
+
+    found = count(method, packing=True, stage=None)
+    assert found["syncs_per_step"] == 1, found["sites"]

@@ -213,6 +213,8 @@ def supervised_loss(
         total = _recomputed(head, chosen, targets, weights)
     if num_items is None:
         num_items = float(targets.numel()) if weights is None else weights.float().sum()
+    if isinstance(num_items, int | float):  # nothing is sent to the GPU
+        return total / (num_items or 1.0)
     divisor = torch.as_tensor(num_items, dtype=torch.float32, device=total.device)
     return total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 

@@ -53,8 +53,14 @@ def own(
 
 def own_loss(model: nn.Module, ids: Tensor, labels: Tensor, supervised: Tensor) -> Tensor:
     """Without padding, or packed: no mask, and the places of the loss come with the batch."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    given = {"input_ids": ids}
+    if (
+        getattr(inner.config, "vision_config", None) is not None
+    ):  # it would look for images in the ids
+        given = {"inputs_embeds": inner.get_input_embeddings()(ids)}
     loss: Tensor = model(
-        input_ids=ids, labels=labels, supervised=supervised, num_items_in_batch=1.0, use_cache=False
+        **given, labels=labels, supervised=supervised, num_items_in_batch=1.0, use_cache=False
     ).loss
     return loss
 

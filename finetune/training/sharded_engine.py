@@ -48,7 +48,7 @@ class GuardedEngine(DeepSpeedEngineWrapper):
 
     def get_global_grad_norm(self) -> Any:
         """The norm before clipping; in stage 0 DeepSpeed does not tell it."""
-        norm = super().get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm()  # accelerate's own would wait for the number
         return self._norm if norm is None else norm
 
     def _gradient_norm(self) -> torch.Tensor | None:

@@ -101,7 +101,7 @@ class FineTuner(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor]:
+    ) -> tuple[list[Any], float]:
         """One step's micro-batches, and the weight of all supervised tokens of the global batch."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._samples = [batch.pop("sample_ids").numpy() for batch in batches]
@@ -110,7 +110,7 @@ class FineTuner(Trainer):
         everywhere = reduce_sum([here.weight, here.supervised, here.tokens, here.cells])
         self.counts = StepCounts(*everywhere)
         self.progress.throughput.add(self.counts)
-        return batches, torch.tensor(self.counts.weight or 1.0, device=device)
+        return batches, self.counts.weight or 1.0
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Under DeepSpeed the Trainer would round the loss weights to the model's number format.

@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a config.json")
+    parser.add_argument("--model", type=Path, help="a folder with a config.json")
     parser.add_argument("--method", nargs="+", default=["lora"], choices=["lora", "ptuning_v2", "full"])  # fmt: skip
     parser.add_argument("--length", nargs="+", type=int, default=[4096], help="tokens of a row")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="rows")
@@ -51,9 +51,16 @@ def arguments() -> argparse.Namespace:
     for name, unit in (("bfloat16", "FLOP/s"), ("float32", "FLOP/s"), ("attention", "FLOP/s"), ("memory", "bytes/s"), ("launch", "seconds of the smallest kernel")):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, help=f"ceiling, {unit}")
     parser.add_argument("--peers", action="store_true", help="plain PEFT + Trainer, and with Liger")
+    parser.add_argument(
+        "--syncs",
+        action="store_true",
+        help="instead: waits for the GPU a step, by call site, of a tiny run on this CPU",
+    )
     parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     asked = parser.parse_args()
-    if not (asked.model / "config.json").is_file():
+    if not asked.syncs and asked.model is None:
+        parser.error("give --model, the folder of a checkpoint")
+    if not asked.syncs and not (asked.model / "config.json").is_file():
         parser.error(f"{asked.model} has no config.json; give the folder of a checkpoint")
     return asked
 
@@ -158,6 +165,12 @@ def main() -> None:
     """Print the counts."""
     asked = arguments()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if asked.syncs:
+        from count_syncs import count
+
+        for method in asked.method:
+            print(json.dumps(count(method, packing=True, stage=None)))
+        return
     found = rows(asked)
     print(json.dumps(found, indent=2) if asked.json else table(found))
 
