@@ -123,13 +123,13 @@ def test_depth_follows_from_two_and_three_layers(method: Any, tmp_path: Path) ->
 def test_a_step_of_glm_4_9b_is_counted_exactly(nine_billion: Path) -> None:
     subject = own(nine_billion, LoraMethod(), checkpointing=True)
     cost = count_step(subject, Shape(batch=1, length=4096))
-    assert cost.kernels == 4102
-    assert cost.bytes == 452_132_988_386
+    assert cost.kernels == 4099
+    assert cost.bytes == 452_132_988_356
     assert cost.flops["float32"] == 0
     assert cost.milliseconds < 515
     assert cost.peak["weights"] == 2 * 9_399_951_360 + 4 * 32  # the rotation's frequencies
     assert cost.peak["adapters"] == (4 + 2) * 21_176_320  # float32, and cast for the step
-    assert (cost.peak["activations"] + cost.peak["transients"]) / 4096 < 556_000
+    assert cost.working / 4096 < 556_000
     assert cost.peak["optimizer"] == pytest.approx(8 * 21_176_320, rel=1e-4)
     # Attention sees the lower half of the square: one pass, one again, and twice and a half back.
     one_pass = 40 * 4 * 32 * 4096 * 4096 * 128 // 2

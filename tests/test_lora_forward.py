@@ -210,5 +210,5 @@ def test_the_sum_makes_no_second_output() -> None:
         rows, few = torch.empty(32, 64), torch.empty(32, 8)
         with counting(Ceilings()) as counter, torch.no_grad():
             low(few, onto=layer(rows))
-    outputs = [size for _, size in counter.ledger.events if size == 32 * 4096 * 4]
+    outputs = [size for _, size, _ in counter.ledger.events if size == 32 * 4096 * 4]
     assert len(outputs) == 1

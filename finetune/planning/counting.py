@@ -66,8 +66,8 @@ class Ledger:
 
     kernels: dict[tuple[str, str, str], Kernels] = field(default_factory=dict)
     """By phase, operation and number format of its FLOPs (`-` for those that have none)."""
-    events: list[tuple[int, int]] = field(default_factory=list)
-    """Storage and bytes that it added or, negative, gave back, in the order of time."""
+    events: list[tuple[int, int, str]] = field(default_factory=list)
+    """Storage, bytes that it added or, negative, gave back, and the phase; in the order of time."""
     kinds: dict[int, str] = field(default_factory=dict)
     """What a storage turned out to be."""
     mask_bytes: int = 0
@@ -83,17 +83,22 @@ class Ledger:
 
     def peak(self, kinds: Collection[str] = KINDS) -> dict[str, int]:
         """Bytes by kind at the moment when most of these kinds are held."""
+        return max(self.peaks(kinds).values(), key=lambda held: sum(held.values()))
+
+    def peaks(self, kinds: Collection[str] = KINDS) -> dict[str, dict[str, int]]:
+        """The same of every phase."""
         live: Counter[str] = Counter()
-        now = most = 0
-        best: dict[str, int] = {}
-        for storage, size in self.events:
-            if (kind := self.kinds.get(storage, "transients")) not in kinds:
-                continue
-            live[kind] += size
-            now += size
-            if now > most:
-                most, best = now, dict(live)
-        return {kind: best.get(kind, 0) for kind in kinds}
+        now = 0
+        most: dict[str, int] = {}
+        best: dict[str, dict[str, int]] = {}
+        for storage, size, phase in self.events:
+            if (kind := self.kinds.get(storage, "transients")) in kinds:
+                live[kind] += size
+                now += size
+            if now > most.get(phase, -1):
+                most[phase] = now
+                best[phase] = {kind: live[kind] for kind in kinds}
+        return best
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -129,7 +134,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._serial += 1
             serial, size = self._serial, storage.nbytes()
             self._storages[at] = serial
-            self.ledger.events.append((serial, size))
+            self.ledger.events.append((serial, size, self.phase))
             weakref.finalize(storage, self._gone, at, serial, size)
         if kind is not None:
             self.ledger.kinds[self._storages[at]] = kind
@@ -142,7 +147,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _gone(self, at: int, serial: int, size: int) -> None:
         if self._storages.get(at) == serial:
             del self._storages[at]
-        self.ledger.events.append((serial, -size))
+        self.ledger.events.append((serial, -size, self.phase))
 
     def _add(self, name: str, func: Any, call: Any, tensors: tuple[list[Tensor], list[Tensor]]) -> None:  # fmt: skip
         args, kwargs, out = call

@@ -62,13 +62,18 @@ class Cost:
     bytes: int
     flops: dict[str, int]
     """By `bfloat16`, `float32` and `attention`."""
-    peak: dict[str, int]
-    """Bytes by kind at the moment when most are held."""
+    peaks: dict[str, dict[str, int]]
+    """Bytes by kind at the moment of each phase when most are held."""
     working: int
     """Bytes of activations and transients at their own peak, whatever else is held then."""
     mask_bytes: int
     milliseconds: float
     """By the roofline; without Python, waiting and communication."""
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind at the moment when most are held."""
+        return max(self.peaks.values(), key=lambda held: sum(held.values()))
 
     @property
     def peak_bytes(self) -> int:
@@ -89,7 +94,11 @@ def count_step(subject: Subject, shape: Shape, ceilings: Ceilings | None = None)
         kernels=round(at_depth(few.kernels, more.kernels)),
         bytes=round(at_depth(few.bytes, more.bytes)),
         flops={kind: round(at_depth(few.flops[kind], more.flops[kind])) for kind in few.flops},
-        peak={kind: round(at_depth(few.peak[kind], more.peak[kind])) for kind in KINDS},
+        # Phase by phase: what is the largest moment of a short model need not be that of a deep one.
+        peaks={
+            phase: {kind: round(at_depth(held[kind], more.peaks[phase][kind])) for kind in KINDS}
+            for phase, held in few.peaks.items()
+        },
         working=round(at_depth(few.working, more.working)),
         mask_bytes=few.mask_bytes,
         milliseconds=at_depth(few.milliseconds, more.milliseconds),
@@ -107,7 +116,7 @@ def count_layers(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int
             kind: int(ledger.total("flops", dtype=kind))
             for kind in ("bfloat16", "float32", "attention")
         },
-        peak=ledger.peak(),
+        peaks=ledger.peaks(),
         working=sum(ledger.peak(("activations", "transients")).values()),
         mask_bytes=ledger.mask_bytes,
         milliseconds=1000 * ledger.total("seconds"),

@@ -12,7 +12,7 @@ the stated ceilings. What counts as a kernel: finetune/planning/counting.py; the
     kernels, bytes               operations that a GPU is given, and what they read and write
     flops_bfloat16, _float32     of matrix products and attention (which counts as bfloat16)
     peak_bytes, peak             at the moment when most is held, and of which kind that is
-    activation_bytes_per_token   activations and transients at that moment
+    activation_bytes_per_token   activations and transients at their own peak
     mask_bytes                   the largest attention mask
 """
 
@@ -118,9 +118,7 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
                     "flops_float32": cost.flops["float32"],
                     "peak_bytes": cost.peak_bytes,
                     "peak": cost.peak,
-                    "activation_bytes_per_token": round(
-                        (cost.peak["activations"] + cost.peak["transients"]) / shape.tokens
-                    ),
+                    "activation_bytes_per_token": round(cost.working / shape.tokens),
                     "mask_bytes": cost.mask_bytes,
                     "milliseconds": round(cost.milliseconds, 1),
                 }
