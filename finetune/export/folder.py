@@ -88,7 +88,7 @@ def written(plan: FolderPlan, out: Path, label: str, *, check: bool = True) -> I
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _no_place(out, error) from error
-    for line in folders.sweep(out.parent, names=[*_CARRIED, "*.safetensors", "README.md"]):
+    for line in folders.sweep(out.parent, names=[*_CARRIED, "*.safetensors", MODEL_CARD]):
         console.say(line)
     _check_space(plan, out)
     with folders.staged(out) as stage:
