@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from finetune import console
-from finetune.artifacts.names import BASE_RECORD, MANIFEST, RUN_RECORD, TRAINER_STATE, WEIGHTS_INDEX
+from finetune.artifacts.names import (
+    BASE_RECORD,
+    MANIFEST,
+    MODEL_CARD,
+    RUN_RECORD,
+    TRAINER_STATE,
+    WEIGHTS_INDEX,
+)
 from finetune.artifacts.weights import TensorInfo, read_shard
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export.adapter import Update
