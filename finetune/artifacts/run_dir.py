@@ -13,7 +13,7 @@ from finetune.artifacts.checkpoint import checkpoints
 from finetune.artifacts.names import BEST, RUN_CONFIG, RUN_DATA, RUN_METRICS
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.storage import folders
-from finetune.storage.files import kind_of, write_file
+from finetune.storage.files import kind_of, refuse_odd, write_file
 from finetune.storage.lock import Lock, holder, this_process, try_lock
 
 LOCK = ".lock"
@@ -85,6 +85,7 @@ class RunDirectory:
 
 def _lock(file: Path, run_dir: Path) -> Lock:
     """The lock on the folder; it is released by `release` or by the process's end."""
+    refuse_odd(file)
     lock = try_lock(file)
     if lock is None:
         raise RunDirectoryInUseError(

@@ -58,10 +58,10 @@ def changed_meanwhile(change: Callable[[Path], object], folder: Path) -> None:
 
 def changed_between(change: Callable[[Path], object], folder: Path) -> None:
     """After a kill and a change nothing of the earlier replies is used."""
-    from finetune.generation import predict
+    from finetune.generation import predict as prediction
 
     data, output = ask(folder, 4), folder / "out.jsonl"
-    predict.BATCHES_PER_WINDOW = 1
+    prediction.BATCHES_PER_WINDOW = 1
     if (child := os.fork()) == 0:
         faults.at("finetune.storage.journal", "ResumableOutput.append", 3, lambda: os._exit(9))
         predict(data, output)
