@@ -166,7 +166,7 @@ class MessageReader:
             if text and not text.isspace():
                 self.add(self._message(item, "assistant", text, position), position)
         for source in calls:
-            call: Call = read_call(source, position)
+            call: Call = read_call(source, position, self.tools)
             message = self._message(item, "assistant", call.arguments, position, metadata=call.name)
             self.add(message, position, source.get("id"))
 

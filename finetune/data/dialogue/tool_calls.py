@@ -104,7 +104,7 @@ def tool_name(tool: Any) -> str:
     return str(function["name"] if function else tool["type"])
 
 
-def read_call(value: Any, position: int) -> Call:
+def read_call(value: Any, position: int, tools: Tools = ()) -> Call:
     """A call from `{"name": …, "arguments": …}` or OpenAI's `{"function": {…}}` around it."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
@@ -114,7 +114,19 @@ def read_call(value: Any, position: int) -> Call:
     if not isinstance(name, str) or not name:
         raise RowError(f"message {position}: the call has no function name")
     arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, dict) and None in arguments.values():
+        arguments = _without_absent(name, arguments, tools)
     return Call(name, arguments_text(name, arguments, position))
+
+
+def _without_absent(name: str, arguments: dict[str, Any], tools: Tools) -> dict[str, Any]:
+    """Arguments without the nulls that a table writes for what only other rows' tools take."""
+    for tool in tools:
+        parameters = tool.get("function", {}).get("parameters")
+        known = parameters.get("properties") if isinstance(parameters, dict) else None
+        if isinstance(known, dict) and tool_name(tool) == name:
+            return {key: v for key, v in arguments.items() if v is not None or key in known}
+    return arguments
 
 
 def arguments_text(name: str, arguments: Any, position: int) -> str:
