@@ -168,6 +168,19 @@ def test_a_clone_of_a_hub_is_read_whole(tmp_path: Path) -> None:
     assert (source.rows, source.bad_rows) == (1, 0)
 
 
+def test_a_folder_with_several_splits_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    row = {"messages": [{"role": "user", "content": "Q"}, REPLY]}
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        write(tmp_path / "data" / f"{name}.parquet", row)
+    check(str(tmp_path))
+    assert "holds files of several splits (test, train) and all are read" in capsys.readouterr().err
+    check(str(tmp_path / "data" / "train-*"))
+    assert "splits" not in capsys.readouterr().err
+
+
 def test_a_folder_of_llamafactory_says_what_to_name(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "dataset_info.json").write_text(

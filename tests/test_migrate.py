@@ -119,10 +119,9 @@ def test_registered_data_sets_become_their_files_and_columns(tmp_path: Path) -> 
         {"path": str(tmp_path / "data/identity.json"), "format": "alpaca"},
         {"path": str(tmp_path / "data/m.json"), "format": "alpaca", "columns": {"instruction": "question", "output": "reply"}},
         {"path": str(tmp_path / "data/t.json"), "format": "sharegpt", "columns": {"conversations": "dialog"}},
-        FILL_IN,
+        {"path": "hf://a/b", "format": "alpaca"},
         FILL_IN,
     ]  # fmt: skip
-    assert "download it" in found.left["dataset far"]
     assert "speaker" in found.left["dataset talks: tags"]
     assert "preference" in moved(tmp_path, old | {"dataset": "wanted"})[0].left["dataset wanted"]
 
@@ -182,7 +181,7 @@ def test_a_migrated_configuration_trains(
     name: str, tiny_chatglm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for file in ("train.jsonl", "dev.jsonl"):
-        runs.write_dialogues(tmp_path / file, 6)
+        runs.write_dialogues(tmp_path / file, 40)
     old = FILES[name]
     if "training_args" in old:
         arguments = {
@@ -197,3 +196,6 @@ def test_a_migrated_configuration_trains(
     runs.run_here(load_config(tmp_path / "new.yaml", ["training.report_to=[]"]).model_dump())
     run_dir = Path(found.values["training.output_dir"])
     assert (run_dir / "checkpoint-2").is_dir()
+    if "val_size" in old:
+        assert found.values["data.validation"] == "10%"
+        assert json.loads((run_dir / "data.json").read_text())["validation"]["rows"] > 1

@@ -28,6 +28,7 @@ from finetune.config.migrate_tables import (
     Table,
     number,
 )
+from finetune.config.schema import held_out_share
 from finetune.errors import ConfigError
 
 FILL_IN = "FILL-IN"
@@ -317,10 +318,14 @@ def _source(found: Migration, name: str, entry: Any, register: Path | None) -> A
     if entry.get("ranking"):
         found.left[f"dataset {name}"] = "preference data; this program does supervised fine-tuning"
     if not entry.get("file_name"):
-        where = entry.get("ms_hub_url") or entry.get("hf_hub_url") or entry.get("script_url")
-        found.left[f"dataset {name}"] = f"lies on a hub ({where}): download it and write its folder"
-        return FILL_IN
-    source: dict[str, Any] = {"path": os.path.normpath(register.parent / str(entry["file_name"]))}
+        schemes = {"hf": entry.get("hf_hub_url"), "ms": entry.get("ms_hub_url")}
+        there = [f"{scheme}://{where}" for scheme, where in schemes.items() if where]
+        if not there:
+            found.left[f"dataset {name}"] = "is made by a script: write its rows into a file"
+            return FILL_IN
+        source: dict[str, Any] = {"path": there[0]}
+    else:
+        source = {"path": os.path.normpath(register.parent / str(entry["file_name"]))}
     formatting = entry.get("formatting", "alpaca")
     source["format"] = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}.get(
         formatting, "auto"
@@ -372,6 +377,8 @@ def _place_data(found: Migration, data: str) -> None:
     folder = Path(data)
     for key in ("data.train", "data.validation"):
         value = found.values.get(key)
+        if held_out_share(value) is not None:
+            continue
         if isinstance(value, str) and value != FILL_IN and not Path(value).is_absolute():
             found.values[key] = str(folder / value) if folder.suffix == "" else data
     train = found.values.get("data.train")

@@ -53,6 +53,18 @@ def number(value: Any) -> Any:
         return value
 
 
+def _share(value: Any) -> Any:
+    """A share of the rows as ours says it; None for a number of rows."""
+    share = number(value)
+    is_share = isinstance(share, float) and 0 < share < 1
+    return f"{100 * share:g}%" if is_share else None
+
+
+HELD_OUT = Option(
+    "data.validation", _share, "whole groups are held out; a number of rows is a file of its own"
+)
+
+
 def _dtype(value: Any) -> Any:
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     return names.get(str(value), str(value).removeprefix("torch."))
@@ -193,7 +205,7 @@ LLAMA_FACTORY: Table = {
     "model_revision": "model.revision",
     "trust_remote_code": Nothing("not needed: no code of a checkpoint is ever run"),
     "infer_dtype": Option("model.dtype", _dtype),
-    "stage": Nothing("this program does supervised fine-tuning (sft)"),
+    "stage": Nothing("not needed: dialogues are trained by their replies (sft), rows of text as text (pt)"),
     "finetuning_type": Option("method.kind", lambda value: {"lora": "lora", "full": "full", "oft": "lora"}.get(value)),
     "dataset": Option("data.train", _listed),
     "eval_dataset": Option("data.validation", _listed),
@@ -201,7 +213,7 @@ LLAMA_FACTORY: Table = {
     "media_dir": "data.image_root",
     "template": _OWN_TEMPLATE,
     "cutoff_len": "data.max_length",
-    "max_samples": Nothing("theirs limits the training rows: make a smaller file, or give a source a weight below 1"),
+    "max_samples": Nothing("theirs limits the rows of each data set: max_rows of a source in data.train"),
     "mask_history": Option("data.train_on", lambda value: "last_reply" if value else None),
     "train_on_prompt": Nothing("prompts never carry loss"),
     "packing": "data.packing",
@@ -209,7 +221,7 @@ LLAMA_FACTORY: Table = {
     "preprocessing_num_workers": _WORKERS,
     "overwrite_cache": _CACHE,
     "tokenized_path": _CACHE,
-    "val_size": Nothing("a share is data.validation: 5%, a number of rows a file of its own"),
+    "val_size": HELD_OUT,
     "quantization_bit": FOUR_BITS,
     "quantization_method": Nothing("nf4 by bitsandbytes is the only one"),
     "double_quantization": Nothing("always on"),
@@ -233,7 +245,7 @@ SWIFT: Table = {
     "tuner_type": Option("method.kind", lambda value: {"lora": "lora", "full": "full"}.get(value)),
     "dataset": Option("data.train", _listed, "rows after # are not limited here"),
     "val_dataset": Option("data.validation", _listed),
-    "split_dataset_ratio": Nothing("a share is data.validation: 5%"),
+    "split_dataset_ratio": HELD_OUT,
     "torch_dtype": Option("model.dtype", _dtype),
     "max_length": "data.max_length",
     "truncation_strategy": Nothing("data.on_too_long: whole turns go, never a part of a message"),
@@ -267,7 +279,7 @@ AXOLOTL: Table = {
     "datasets": Option("data.train", lambda value: [item["path"] for item in value]),
     "test_datasets": Option("data.validation", lambda value: [item["path"] for item in value]),
     "dataset_prepared_path": "data.cache_dir",
-    "val_set_size": Nothing("a share is data.validation: 5%, a number of rows a file of its own"),
+    "val_set_size": HELD_OUT,
     "sequence_len": "data.max_length",
     "sample_packing": "data.packing",
     "eval_sample_packing": Nothing("held-out dialogues are scored one by one"),

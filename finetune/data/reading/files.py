@@ -10,9 +10,10 @@ import difflib
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from finetune import console
 from finetune.artifacts import hub
 from finetune.data.reading.json_rows import read_json
 from finetune.data.reading.streams import TEXT_SUFFIXES, BadRow, Row, StreamError, open_stream
@@ -27,6 +28,7 @@ _NO_DATA = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache.json"}
 )
 """What the `datasets` library and LLaMA-Factory write beside data files."""
+_SPLIT = re.compile(r"(?:^|[-_./])(train|test|dev|valid|validation|val|eval|held_out)(?=[-_./])")
 _REGISTER_KEYS = frozenset(
     {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
 )
@@ -105,6 +107,7 @@ def _files_in(folder: Path) -> list[Path]:
     )
     if not found:
         found = sorted(p for p in folder.rglob("*") if _is_text(p, folder))
+    _say_splits(folder, found)
     odd = next((p for p in found if not p.is_file()), None)
     if odd:
         raise DataError(f"{odd} is not a regular file; mend or remove it")
@@ -113,6 +116,17 @@ def _files_in(folder: Path) -> list[Path]:
             f"folder {folder} holds no {', '.join(SUFFIXES)} file, and no .txt or .md (.gz, .zst allowed)"
         )
     return found
+
+
+def _say_splits(folder: Path, files: Sequence[Path]) -> None:
+    """A word about a folder that holds a training split and another one, since all are read."""
+    names = [_SPLIT.findall(p.relative_to(folder).as_posix().lower()) for p in files]
+    found = sorted({name for of_file in names for name in of_file})
+    if "train" in found and len(found) > 1:
+        console.warn_once(
+            f"{folder} holds files of several splits ({', '.join(found)}) and all are read; name the "
+            "files that are meant if it should be one"
+        )
 
 
 def _is_text(path: Path, folder: Path) -> bool:
