@@ -54,6 +54,8 @@ def test_a_share_is_held_out_by_what_is_asked(tmp_path: Path) -> None:
     assert not set(train) & set(held)
     assert set(Counter(held).values()) == {2}
     assert 10 < len(held) < 80
+    stream = read_conversations(validation_sources(section))
+    assert (len(list(stream)), stream.rows - stream.elsewhere) == (len(held), len(held))
     # More rows before and behind move nobody to the other side.
     more = DataSection(
         train=write(tmp_path / "b.jsonl", ("new", "x"), *pairs, ("newer", "x")), validation="10%"

@@ -40,7 +40,7 @@ __all__ = [
 
 IGNORED = -100
 """The label of a token that carries no loss."""
-FORMAT = 3
+FORMAT = 4
 """Version of the stored file and of the rules that fill it; another one never reads this one's."""
 EXAMPLES_FILE = "examples.arrow"
 
@@ -187,7 +187,11 @@ def load_examples(
         seen.check(listed, "they were read")
         bad = [f"{row.where}: {row.reason}" for row in stream.bad_rows[:NAMED]]
         counts = facts["counts"]
-        counts |= {"rows": stream.rows, "bad": stream.num_bad, "named": [*bad, *counts["named"]]}
+        counts |= {
+            "rows": stream.rows - stream.elsewhere,
+            "bad": stream.num_bad,
+            "named": [*bad, *counts["named"]],
+        }
         counts |= {"unread": dict(stream.unread), "doubts": dict(stream.doubts)}
         paths = ExampleFile(folder / EXAMPLES_FILE).images()
         states = _image_states(paths)

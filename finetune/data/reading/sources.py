@@ -104,6 +104,8 @@ class ConversationStream(Iterator[Conversation]):
         """The row that the last conversation was read from, where sources have weight 1."""
         self.rows = 0
         """Rows read so far, good and bad, each once whatever its source's weight."""
+        self.elsewhere = 0
+        """Good rows among them that belong to the other part of a source that is split."""
         self.num_bad = 0
         """Bad rows among them."""
         self.bad_rows: list[BadRow] = []
@@ -177,6 +179,7 @@ class ConversationStream(Iterator[Conversation]):
                     rules=self._reading.rules,
                 )  # fmt: skip
                 if source.part is not None and not source.part.takes(item.value, conversation):
+                    self.elsewhere += 1
                     continue
                 conversation = self._images.placed(conversation, folder)
             except RowError as error:
