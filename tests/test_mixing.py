@@ -17,13 +17,17 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
 from finetune.data.examples.selection import Selection, repeats
+from finetune.data.preview.report import check
 from finetune.data.reading.parts import Part
 from finetune.data.reading.sources import (
+    AS_DEFAULT,
     Reading,
     SourceSpec,
     read_conversations,
+    reading_of,
     training_sources,
     validation_sources,
+    with_rows,
 )
 from finetune.data.reading.split import split
 from finetune.errors import ConfigError, DataError
@@ -106,6 +110,24 @@ def test_split_writes_both_sides_with_the_rows_as_they_are(tmp_path: Path) -> No
     assert all(row["note"] == ["x", 1] for side in sides for row in side)
     with pytest.raises(ConfigError, match="exist; give --overwrite"):
         split(source, tmp_path / "out", part, Reading())
+
+
+def test_commands_read_rows_by_the_same_options_as_a_config(tmp_path: Path) -> None:
+    user, reply = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [user, user, reply], "x": "y"}))
+    file = str(tmp_path / "a.jsonl")
+    assert "data.turns: merge does" in check(file).bad_rows[0].reason
+    (source,) = check(file, options=["turns=merge", "ignore_columns=x,z"]).sources
+    assert (source.dialogues, dict(source.unread)) == (1, {})
+    asked = with_rows(AS_DEFAULT, options=["reasoning=drop"])
+    assert reading_of(asked).rules.reasoning == "drop"
+    for wrong, said in (
+        ("turns=both", "--rows turns=both: Input should be 'strict' or 'merge'"),
+        ("train=x", "--rows train=x: is not name=value with one of turns, calls_in_text"),
+        ("turns", "--rows turns: is not name=value"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check(file, options=[wrong])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import typer
 from finetune import console
 from finetune.artifacts.resolve import models_in
 from finetune.cli.config_commands import config_app
-from finetune.cli.data_commands import Columns, ImageRoot, Json, data_app
+from finetune.cli.data_commands import Columns, ImageRoot, Json, Rows, data_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import JsonSchema, RequireCall, using_app
@@ -184,6 +184,7 @@ def evaluate(
         typer.Option(metavar="NAME", help="The layout of the rows; by default the run's."),
     ] = None,
     image_root: ImageRoot = None,
+    rows: Rows = None,
     json_schema: JsonSchema = None,
     require_call: RequireCall = False,
     require: Annotated[
@@ -214,6 +215,7 @@ def evaluate(
         "columns": columns,
         "format": format,
         "image_root": image_root,
+        "options": rows,
     }
     with console.json_output(as_json) as emit:
         from finetune.report.requirements import read_requirements

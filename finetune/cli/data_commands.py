@@ -34,6 +34,16 @@ Columns = Annotated[
 ]
 
 
+Rows = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rows",
+        metavar="KEY=VALUE",
+        help="An option of the config's data section about rows, such as turns=merge; repeatable.",
+    ),
+]
+
+
 @data_app.command()
 def check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, globs, folders.")],
@@ -47,6 +57,7 @@ def check(
     format: Format = "auto",
     columns: Columns = None,
     image_root: ImageRoot = None,
+    rows: Rows = None,
     as_json: Json = False,
 ) -> None:
     """Check every row, and count what the files hold.
@@ -66,6 +77,7 @@ def check(
             format=format,
             columns=columns,
             image_root=image_root,
+            options=rows or (),
         )
         console.table(*report.table())
         for note in report.notes():
@@ -91,6 +103,7 @@ def show(
     format: Format = "auto",
     columns: Columns = None,
     image_root: ImageRoot = None,
+    rows: Rows = None,
     as_json: Json = False,
 ) -> None:
     """Show one dialogue with its tokens, those that carry loss marked."""
@@ -107,6 +120,7 @@ def show(
             format=format,
             columns=columns,
             image_root=image_root,
+            options=rows or (),
         )
         console.say(
             f"{shown.where} ({shown.format}): {shown.num_tokens} tokens, "
@@ -130,6 +144,7 @@ def tokens(
     format: Format = "auto",
     columns: Columns = None,
     image_root: ImageRoot = None,
+    rows: Rows = None,
 ) -> None:
     """Print a JSON row per example: input_ids and trained_spans.
 
@@ -138,7 +153,15 @@ def tokens(
     with console.json_output() as emit:
         from finetune.data.preview.report import tokens as run
 
-        for row in run(file, model, format=format, columns=columns, image_root=image_root):
+        found = run(
+            file,
+            model,
+            format=format,
+            columns=columns,
+            image_root=image_root,
+            options=rows or (),
+        )
+        for row in found:
             emit(row)
 
 
@@ -157,6 +180,7 @@ def split(
     format: Format = "auto",
     columns: Columns = None,
     image_root: ImageRoot = None,
+    rows: Rows = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -164,16 +188,22 @@ def split(
     if not 0 < share < 1:
         raise ConfigError(f"--share is a part of 1, such as 0.05; got {share:g}")
     with console.json_output(as_json) as emit:
-        from finetune.data.reading.images import Images
+        from finetune.data.reading import sources
         from finetune.data.reading.parts import Part
-        from finetune.data.reading.sources import Reading, SourceSpec
         from finetune.data.reading.split import split as run
 
+        section = sources.with_rows(
+            sources.AS_DEFAULT,
+            format=format,
+            columns=columns,
+            image_root=image_root,
+            options=rows or (),
+        )
         counts = run(
-            [SourceSpec(file, format=format) for file in files],
+            list(sources.sources_of(section, files)),
             output,
             Part(share, held_out=True, group_by=group_by),
-            Reading(columns=columns, images=Images(image_root)),
+            sources.reading_of(section),
             overwrite=overwrite,
         )
         console.say(

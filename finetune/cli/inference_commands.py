@@ -9,7 +9,7 @@ import typer
 
 from finetune import console
 from finetune.artifacts.resolve import model_in
-from finetune.cli.data_commands import Columns, Format, ImageRoot, Json
+from finetune.cli.data_commands import Columns, Format, ImageRoot, Json, Rows
 from finetune.cli.export_commands import Base
 from finetune.cli.inputs import Overwrite, check_output_file
 
@@ -49,6 +49,7 @@ def predict(
     columns: Columns = None,
     format: Format = "auto",
     image_root: ImageRoot = None,
+    rows: Rows = None,
     json_schema: JsonSchema = None,
     require_call: RequireCall = False,
     overwrite: Overwrite = False,
@@ -72,6 +73,7 @@ def predict(
             columns=columns,
             format=format,
             image_root=image_root,
+            rows=tuple(rows or ()),
             form=read_form(json_schema, must_call=require_call),
         )
         emit(run(target, data, output, base=base, options=options, overwrite=overwrite))

@@ -29,7 +29,13 @@ from finetune.config.schema import DataSection
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.reading.files import expand
-from finetune.data.reading.sources import read_conversations, reading_of, sources_of, with_rows
+from finetune.data.reading.sources import (
+    ROW_OPTIONS,
+    read_conversations,
+    reading_of,
+    sources_of,
+    with_rows,
+)
 from finetune.errors import ConfigError, DataError
 from finetune.generation.settings import settings_of
 from finetune.generation.stream import FUNCTION_NAME
@@ -73,6 +79,8 @@ class PredictOptions:
     format: RowFormat = "auto"
     image_root: str | None = None
     """The folder that images' paths are relative to; by default the data file's own."""
+    rows: tuple[str, ...] = ()
+    """Other options of the data section about rows, as `name=value`."""
     form: Form = ANY_FORM
     """What every reply must be."""
 
@@ -288,10 +296,15 @@ def _row(question: Question, reply: Reply, template: ChatTemplate) -> dict[str, 
 
 
 def _rows(target: str, options: PredictOptions) -> DataSection:
-    """What rows are like, of a run's checkpoint with the columns that it was trained on."""
-    section = DataSection(train=[], columns=settings_of(target).data.columns)
+    """What rows are like: for a run's checkpoint as its training data's, but for their layout."""
+    trained = settings_of(target).data
+    kept = {name: getattr(trained, name) for name in ("columns", *ROW_OPTIONS)}
     return with_rows(
-        section, columns=options.columns, format=options.format, image_root=options.image_root
+        DataSection(train=[], **kept),
+        columns=options.columns,
+        format=options.format,
+        image_root=options.image_root,
+        options=options.rows,
     )
 
 

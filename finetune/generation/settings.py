@@ -22,7 +22,7 @@ from finetune.data.reading.sources import (
 )
 from finetune.errors import ConfigError
 
-ROWS = ("columns", "format", "image_root")
+ROWS = ("columns", "format", "image_root", "options")
 """Options of the data section that say what rows are like; the others are evaluation's."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat.thinking import has_thought
 from finetune.data.dialogue import strict_json
-from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message, calls_in_words, kind
 from finetune.data.dialogue.tool_calls import tool_name
 from finetune.data.examples.preparation import notes_of, thought_notes
 from finetune.data.preview.show import ShowResult, show, tokens
 from finetune.data.reading.files import BadRow
-from finetune.data.reading.images import Images
 from finetune.data.reading.sources import (
+    AS_DEFAULT,
     KEPT_REASONS,
     ConversationStream,
-    Reading,
-    SourceSpec,
     read_conversations,
+    reading_of,
+    sources_of,
+    with_rows,
 )
 
 if TYPE_CHECKING:
@@ -155,9 +155,7 @@ def check(
     *,
     model: str | Path | None = None,
     max_length: int | None = None,
-    format: str = "auto",
-    columns: Columns | None = None,
-    image_root: str | None = None,
+    **rows: Any,
 ) -> CheckReport:
     """What the sources hold, with every bad row; nothing is raised for bad rows.
 
@@ -166,22 +164,22 @@ def check(
             validation data second, `seen_before` of the second is their overlap.
         model: A folder with a tokenizer; with it the report has token lengths.
         max_length: Counts the dialogues that are longer.
-        format: One of `formats.FORMATS`, or `auto`.
-        columns: Names of the prompt and response columns, for `pairs`.
-        image_root: The folder that images' paths are relative to; by default the data file's.
+        rows: What rows are like, as `with_rows` takes it.
 
     Raises:
         DataError: When a path means no file.
     """
     template = _template(model) if model is not None else None
-    reading = Reading("collect", columns=columns, images=Images(image_root, check=True))
+    section = with_rows(AS_DEFAULT, **rows)
+    reading = replace(reading_of(section), on_bad_row="collect")
+    reading = replace(reading, images=replace(reading.images, check=True))
     if template is not None:
         reading = reading.for_checkpoint(thinks=template.layout.thinking)
     reports: list[SourceReport] = []
     bad: list[BadRow] = []
     earlier: set[int] = set()
     for path in [paths] if isinstance(paths, str) else paths:
-        stream = read_conversations([SourceSpec(path, format=format)], reading)
+        stream = read_conversations(sources_of(section, path), reading)
         census = _Census(template, max_length)
         while batch := list(islice(stream, _BATCH)):
             census.add(batch)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.dialogue.conversation import Conversation
-from finetune.data.reading.images import Images
 from finetune.data.reading.sources import (
+    AS_DEFAULT,
     ConversationStream,
-    Reading,
-    SourceSpec,
     read_conversations,
+    reading_of,
+    sources_of,
+    with_rows,
 )
 from finetune.errors import DataError
 
@@ -88,9 +89,7 @@ def show(
     model: str | Path,
     index: int | None = None,
     line: int | None = None,
-    format: str = "auto",
-    columns: tuple[str, str] | None = None,
-    image_root: str | None = None,
+    **rows: Any,
 ) -> ShowResult:
     """One dialogue with its tokens, those that carry loss marked.
 
@@ -99,17 +98,16 @@ def show(
         model: A folder with a tokenizer.
         index: The dialogue's place, from 0; the first one when `line` is not given either.
         line: Or the line (for Parquet the row) on which it stands, from 1.
-        format: One of `formats.FORMATS`, or `auto`.
-        columns: Names of the prompt and response columns, for `pairs`.
-        image_root: The folder that images' paths are relative to; by default the data file's.
+        rows: What rows are like, as `with_rows` takes it.
 
     Raises:
         DataError: When there is no such dialogue, or its row is bad.
     """
     template = _template(model)
-    reading = Reading("collect", columns=columns, images=Images(image_root))
+    section = with_rows(AS_DEFAULT, **rows)
+    reading = replace(reading_of(section), on_bad_row="collect")
     reading = reading.for_checkpoint(thinks=template.layout.thinking)
-    stream = read_conversations([SourceSpec(path, format=format)], reading)
+    stream = read_conversations(sources_of(section, path), reading)
     if line is None:
         conversation = _at_index(stream, path, index or 0)
     else:
@@ -120,10 +118,7 @@ def show(
 def tokens(
     path: str,
     model: str | Path,
-    *,
-    format: str = "auto",
-    columns: tuple[str, str] | None = None,
-    image_root: str | None = None,
+    **rows: Any,
 ) -> Iterator[dict[str, list[Any]]]:
     """`{"input_ids", "trained_spans"}` of every dialogue in order, streamed.
 
@@ -134,9 +129,9 @@ def tokens(
         DataError: At the end, naming every bad row.
     """
     template = _template(model)
-    reading = Reading(columns=columns, images=Images(image_root))
-    reading = reading.for_checkpoint(thinks=template.layout.thinking)
-    stream = read_conversations([SourceSpec(path, format=format)], reading)
+    section = with_rows(AS_DEFAULT, **rows)
+    reading = reading_of(section).for_checkpoint(thinks=template.layout.thinking)
+    stream = read_conversations(sources_of(section, path), reading)
     while batch := list(islice(stream, _BATCH)):
         for conversation, rendered in chain.from_iterable(template.examples(batch, "every_reply")):
             spans = template.trained_spans(rendered, conversation, "every_reply")

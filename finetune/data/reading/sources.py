@@ -10,6 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pydantic import ValidationError
+
 from finetune.config.row_formats import RowFormat
 from finetune.config.schema import Columns as ColumnNames
 from finetune.config.schema import DataSection, Source, held_out_share
@@ -19,10 +21,12 @@ from finetune.data.dialogue.formats import PLAIN, Rules, detect, to_conversation
 from finetune.data.reading.files import BadRow, Row, expand, read_rows
 from finetune.data.reading.images import ImageFiles, Images
 from finetune.data.reading.parts import Part
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 
 KEPT_REASONS = 1000
 """Bad rows whose reason is kept; the others are only counted."""
+ROW_OPTIONS = ("turns", "calls_in_text", "reasoning", "ignore_columns")
+"""Options of the data section that commands take as `--rows name=value`."""
 LISTED = 30
 """Bad rows that an error message lists."""
 _SAMPLE = 20  # rows by which a file's layout is told
@@ -79,6 +83,8 @@ class Reading:
         return replace(self, rules=replace(self.rules, thinks=thinks))
 
 
+AS_DEFAULT = DataSection(train=[])
+"""A data section that says nothing about rows."""
 AS_IS = Reading()
 """The defaults."""
 
@@ -236,11 +242,37 @@ def with_rows(
     columns: Columns | None = None,
     format: RowFormat | None = None,
     image_root: str | None = None,
+    options: Sequence[str] = (),
 ) -> DataSection:
-    """The section with what a command line says about rows; None leaves what it has."""
+    """The section with what a command line says about rows; None leaves what it has.
+
+    Args:
+        section: A run's, or the defaults.
+        columns: Names of the prompt and response columns.
+        format: The layout.
+        image_root: The folder that images' paths are relative to.
+        options: Others of ROW_OPTIONS, each as `name=value`.
+
+    Raises:
+        ConfigError: An option is not one of these, or cannot have its value.
+    """
     named = ColumnNames(prompt=columns[0], response=columns[1]) if columns else None
-    said = {"columns": named, "format": format, "image_root": image_root}
-    return section.model_copy(update={key: v for key, v in said.items() if v is not None})
+    said: dict[str, Any] = {"columns": named, "format": format, "image_root": image_root}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in ROW_OPTIONS or not equals:
+            raise ConfigError(
+                f"--rows {option}: is not name=value with one of {', '.join(ROW_OPTIONS)}"
+            )
+        said[name] = value.split(",") if name == "ignore_columns" else value
+    kept = {key: value for key, value in said.items() if value is not None}
+    try:
+        return DataSection.model_validate({**dict(section), **kept})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(
+            f"--rows {problem['loc'][0]}={problem['input']}: {problem['msg']}"
+        ) from None
 
 
 def training_sources(section: DataSection) -> tuple[SourceSpec, ...]:
