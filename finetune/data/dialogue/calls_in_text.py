@@ -28,7 +28,8 @@ _REACT = re.compile(
 )
 _GLM = re.compile(r"(?P<name>[^\s{}\[\]()]{1,128})\s*\n(?P<arguments>\{.*\})\s*", re.DOTALL)
 _PYTHON_CALL = re.compile(r"\s*(?P<name>[^\s()\[\],][^()\[\],=]{0,127})\(")
-_SIGNS = ("<tool_call>", "<functioncall>", "<function_call>", "Action Input:")
+_INPUT = "Action Input:"
+_SIGNS = ("<tool_call>", "<functioncall>", "<function_call>", _INPUT)
 
 
 class WrittenCalls(NamedTuple):
@@ -46,7 +47,8 @@ def written_calls(content: str, tools: Collection[str]) -> WrittenCalls | None:
         tools: Names of the tools that the dialogue defines; a spelling without a mark of its own
             counts only for one of these.
     """
-    if any(sign in content for sign in _SIGNS):
+    # Every reply comes by here: a sign is looked for only where a part of one stands.
+    if ("call>" in content or _INPUT in content) and any(sign in content for sign in _SIGNS):
         return _tagged(content) or _react(content)
     if not tools:
         return None

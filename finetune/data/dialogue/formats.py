@@ -262,9 +262,12 @@ _CALLS_AND_RESULTS = re.compile("(c+)(o+)")
 def _doubts(messages: Sequence[Message], names: set[str], rules: Rules) -> tuple[str, ...]:
     """What can be trained but is hardly meant, for `data check` and the start of training to count."""
     found = []
+    calls = False
     for number, message in enumerate(messages, 1):
         text = message.content
-        if message.role == "assistant" and not message.metadata:
+        if message.metadata:
+            calls = True
+        elif message.role == "assistant":
             if written_calls(text, names) is not None:
                 if rules.calls_in_text == "error":
                     raise RowError(f"message {number}: {CALL_IN_TEXT}")
@@ -281,6 +284,8 @@ def _doubts(messages: Sequence[Message], names: set[str], rules: Rules) -> tuple
                 )
         elif message.role == "user" and "<im" in text and (PLACEHOLDER in text or "<img>" in text):
             found.append(IMAGE_IN_TEXT)
+    if not calls:
+        return tuple(found)
     kinds = "".join("c" if m.metadata else m.role[0] for m in messages)  # call, s, u, o, a
     found += [FEWER_RESULTS for c, o in _CALLS_AND_RESULTS.findall(kinds) if len(o) < len(c)]
     return tuple(found)
@@ -311,7 +316,7 @@ def _with_image(reader: MessageReader, row: Row) -> list[Message]:
     a data URL, or bytes.
     """
     messages = reader.messages
-    column = next((key for key in ("images", "image") if row.get(key)), None)
+    column = "images" if row.get("images") else "image" if row.get("image") else None
     if column is None:
         if reader.image_parts:
             raise RowError(
