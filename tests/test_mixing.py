@@ -19,16 +19,14 @@ from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_e
 from finetune.data.examples.selection import Selection, repeats
 from finetune.data.preview.report import check
 from finetune.data.reading.parts import Part
-from finetune.data.reading.sources import (
+from finetune.data.reading.section import (
     AS_DEFAULT,
-    Reading,
-    SourceSpec,
-    read_conversations,
     reading_of,
     training_sources,
     validation_sources,
     with_rows,
 )
+from finetune.data.reading.sources import Reading, SourceSpec, read_conversations
 from finetune.data.reading.split import split
 from finetune.errors import ConfigError, DataError
 

@@ -188,22 +188,22 @@ def split(
     if not 0 < share < 1:
         raise ConfigError(f"--share is a part of 1, such as 0.05; got {share:g}")
     with console.json_output(as_json) as emit:
-        from finetune.data.reading import sources
+        from finetune.data.reading import section as sections
         from finetune.data.reading.parts import Part
         from finetune.data.reading.split import split as run
 
-        section = sources.with_rows(
-            sources.AS_DEFAULT,
+        section = sections.with_rows(
+            sections.AS_DEFAULT,
             format=format,
             columns=columns,
             image_root=image_root,
             options=rows or (),
         )
         counts = run(
-            list(sources.sources_of(section, files)),
+            list(sections.sources_of(section, files)),
             output,
             Part(share, held_out=True, group_by=group_by),
-            sources.reading_of(section),
+            sections.reading_of(section),
             overwrite=overwrite,
         )
         console.say(

@@ -24,7 +24,8 @@ from finetune.data.dialogue.conversation import Conversation
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import PreparedDataset, load_examples
 from finetune.data.reading.files import expand
-from finetune.data.reading.sources import SourceSpec, read_conversations, sources_of
+from finetune.data.reading.section import sources_of
+from finetune.data.reading.sources import SourceSpec, read_conversations
 from finetune.errors import NonFiniteError
 from finetune.evaluation import store
 from finetune.evaluation.harness import check_harness, run_tasks

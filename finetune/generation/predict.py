@@ -29,13 +29,8 @@ from finetune.config.schema import DataSection
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.reading.files import expand
-from finetune.data.reading.sources import (
-    ROW_OPTIONS,
-    read_conversations,
-    reading_of,
-    sources_of,
-    with_rows,
-)
+from finetune.data.reading.section import ROW_OPTIONS, reading_of, sources_of, with_rows
+from finetune.data.reading.sources import read_conversations
 from finetune.errors import ConfigError, DataError
 from finetune.generation.settings import settings_of
 from finetune.generation.stream import FUNCTION_NAME

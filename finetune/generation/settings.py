@@ -13,13 +13,8 @@ from finetune.artifacts.names import BASE_RECORD, RUN_CONFIG
 from finetune.config.load import load_config
 from finetune.config.schema import DataSection, EvaluationSection
 from finetune.data.examples.dataset import LengthPolicy
-from finetune.data.reading.sources import (
-    Reading,
-    SourceSpec,
-    reading_of,
-    validation_sources,
-    with_rows,
-)
+from finetune.data.reading.section import reading_of, validation_sources, with_rows
+from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import ConfigError
 
 ROWS = ("columns", "format", "image_root", "options")

@@ -24,13 +24,8 @@ from finetune.data.examples.dataset import (
 )
 from finetune.data.examples.packing import PackedDataset, pack
 from finetune.data.examples.selection import Selection
-from finetune.data.reading.sources import (
-    Reading,
-    SourceSpec,
-    reading_of,
-    training_sources,
-    validation_sources,
-)
+from finetune.data.reading.section import reading_of, training_sources, validation_sources
+from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import ConfigError, DataError
 
 BINS = 24

@@ -18,15 +18,8 @@ from finetune.data.dialogue.tool_calls import tool_name
 from finetune.data.examples.preparation import notes_of, thought_notes
 from finetune.data.preview.show import ShowResult, show, tokens
 from finetune.data.reading.files import BadRow
-from finetune.data.reading.sources import (
-    AS_DEFAULT,
-    KEPT_REASONS,
-    ConversationStream,
-    read_conversations,
-    reading_of,
-    sources_of,
-    with_rows,
-)
+from finetune.data.reading.section import AS_DEFAULT, reading_of, sources_of, with_rows
+from finetune.data.reading.sources import KEPT_REASONS, ConversationStream, read_conversations
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate

@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.dialogue.conversation import Conversation
-from finetune.data.reading.sources import (
-    AS_DEFAULT,
-    ConversationStream,
-    read_conversations,
-    reading_of,
-    sources_of,
-    with_rows,
-)
+from finetune.data.reading.section import AS_DEFAULT, reading_of, sources_of, with_rows
+from finetune.data.reading.sources import ConversationStream, read_conversations
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
