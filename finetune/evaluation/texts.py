@@ -9,9 +9,12 @@ R resamples.
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -237,9 +240,22 @@ class _Scorers:
     rouge_l: Callable[[list[str], list[str]], float]
 
 
+@contextmanager
+def _any_home() -> Iterator[None]:
+    """Nltk ends its import when a user without an entry in the user database has no HOME either."""
+    is_missing = "HOME" not in os.environ
+    if is_missing:
+        os.environ["HOME"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        if is_missing:
+            del os.environ["HOME"]
+
+
 @cache
 def _scorers() -> _Scorers:
-    with warnings.catch_warnings():
+    with _any_home(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rouge_chinese holds escapes that Python 3.12 warns of
         from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
         from rouge_chinese import Rouge, rouge_score
