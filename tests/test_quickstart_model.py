@@ -78,7 +78,7 @@ def test_the_shipped_dialogues_are_what_their_script_makes(tmp_path: Path) -> No
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.FOLDER = tmp_path
-    module.main()
+    module.main([])
     for name in ("train.jsonl", "heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (ROOT / "data/support_desk" / name).read_bytes()
     asked = {
