@@ -20,9 +20,9 @@ from finetune.models.load import load_model
 from finetune.planning.counting import Counting
 from finetune.planning.plan import Gpu, Plan, plan
 from finetune.planning.roofline import Ceilings
+from finetune.planning.settle import settled
 from finetune.planning.step import name_what_stays, one_step
 from finetune.planning.subjects import own, ready
-from finetune.training.run import settled
 from finetune.training.throughput import Work, work_of
 
 METHODS: list[Any] = [LoraMethod(dropout=0.0), PTuningV2Method(num_virtual_tokens=8), FullMethod()]
@@ -115,6 +115,7 @@ def test_the_command_answers_with_json_and_in_words(
     found = json.loads(capfd.readouterr().out)
     assert found["memory_bytes_per_gpu"] == sum(found["memory"].values())
     assert found["tokens_per_step_per_gpu"] == 4096
+    assert found["tokens"] == 600 * 4096
     assert exit_code(*words) == 0
     assert "fits into 24 GB" in "".join(capfd.readouterr())
     assert exit_code(*words[:-1], "much") == 2

@@ -19,6 +19,7 @@ from finetune import methods
 from finetune.config.schema import RunConfig
 from finetune.models.kernels import NAMES
 from finetune.planning.counting import shapes_only
+from finetune.planning.settle import settled
 from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
 from finetune.planning.step import Cost, Shape, count_step
 from finetune.planning.subjects import own
@@ -59,6 +60,8 @@ class Plan:
     """Of one forward and backward pass, of one GPU."""
     model_milliseconds: float
     """Of the same by the roofline, `planning.roofline`."""
+    steps: int | None
+    """`training.max_steps`; what epochs come to depends on the data."""
     gpu: Gpu
 
     @property
@@ -87,6 +90,16 @@ class Plan:
         """At the assumed share of the GPU's peak."""
         return self.flops * self.accumulation / (self.gpu.peak_flops * self.gpu.share)
 
+    @property
+    def tokens(self) -> int | None:
+        """Of all steps and GPUs."""
+        return None if self.steps is None else self.steps * self.tokens_per_step * self.gpu.number
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps, at the assumed share; without evaluations and saves."""
+        return None if self.steps is None else self.steps * self.seconds_per_step / 3600
+
     def numbers(self) -> dict[str, object]:
         """For `--json`."""
         return {
@@ -100,6 +113,9 @@ class Plan:
             "tokens_per_step_per_gpu": self.tokens_per_step,
             "largest_batch": self.room // self.length,
             "longest_length": self.room // self.batch,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "hours": self.hours,
             "seconds_per_step": self.seconds_per_step,
             "assumed_share_of_peak": self.gpu.share,
             "roofline_milliseconds": self.model_milliseconds,
@@ -117,6 +133,7 @@ def plan(config: RunConfig, gpu: Gpu, *, folder: Path, length: int | None = None
         folder: The model; a config.json is enough.
         length: Tokens of the longest row, where that is known; else `data.max_length`.
     """
+    config = settled(config, gpu.number)
     length = length or config.data.max_length
     batch = config.training.batch_size
     dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
@@ -146,6 +163,7 @@ def plan(config: RunConfig, gpu: Gpu, *, folder: Path, length: int | None = None
         disk_bytes=checkpoint * (config.training.keep_checkpoints + 2),
         flops=sum(one.flops.values()),
         model_milliseconds=one.milliseconds * config.training.gradient_accumulation_steps,
+        steps=config.training.max_steps,
         gpu=gpu,
     )
 

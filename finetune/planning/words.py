@@ -39,6 +39,16 @@ def rows(plan: Plan) -> list[list[str]]:
             f"its time at {100 * gpu.share:.0f} % of {gpu.peak_flops / 1e12:.0f} TFLOP/s",
             f"{plan.seconds_per_step:.2f} s, without communication",
         ],
+        *(
+            [
+                [
+                    f"all {plan.steps:,} steps",
+                    f"at most {_tokens(plan.tokens or 0)}, {plan.hours or 0:.1f} hours",
+                ]
+            ]
+            if plan.steps is not None
+            else []
+        ),
         ["a checkpoint", f"{plan.checkpoint_bytes / GB:.2f} GB"],
         ["all that are kept, and one being written", f"{plan.disk_bytes / GB:.1f} GB"],
     ]

@@ -20,6 +20,7 @@ from finetune.config.schema import DataSection, RunConfig, held_out_share
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.planning.memory_hints import memory_explained, planned_rows
+from finetune.planning.settle import settled
 from finetune.storage.outputs import check_not_read
 from finetune.training import resume
 from finetune.training.run_data import RunData, load_run_data
@@ -59,20 +60,6 @@ def train(
         data = load_run_data(config.data, training, template)
         with memory_explained(config, longest=int(data.train.lengths.max())):
             return _in_all_processes(config, template, data, run_dir)
-
-
-def settled(config: RunConfig, world: int) -> RunConfig:
-    """The configuration with `training.tokens_per_step` said as forward passes a step.
-
-    4 processes that each take one row of 4,096 tokens at a time need 4 passes for 65,536.
-    """
-    training = config.training
-    if training.tokens_per_step is None:
-        return config
-    at_once = training.batch_size * config.data.max_length * world
-    passes = max(1, round(training.tokens_per_step / at_once))
-    changes = {"gradient_accumulation_steps": passes, "tokens_per_step": None}
-    return config.model_copy(update={"training": training.model_copy(update=changes)})
 
 
 def _pinned(config: RunConfig) -> RunConfig:
