@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.generation.decoder import Decoder, Request, Row
-from finetune.serving.connections import TimedProtocol
 from finetune.serving.engine import Engine
+from finetune.serving.guard import TimedProtocol
 from finetune.serving.serve import ServeOptions, endpoint
 
 HELLO: list[Any] = [{"role": "user", "content": "hello 你好 there"}]

@@ -24,8 +24,8 @@ from finetune.data.dialogue.tool_calls import read_tools
 from finetune.generation.batch import Batch
 from finetune.generation.decoder import Decoder, Row
 from finetune.generation.load import OpenedModel, open_model
-from finetune.serving import connections
 from finetune.serving import engine as engine_module
+from finetune.serving import guard
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_large_requests_are_not_answered_together(
 def test_a_header_that_never_ends_is_not_waited_for(
     opened: OpenedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.3)
     with serving.served(opened) as server:
         port = int(server.url.rpartition(":")[2])
         for sent in (b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "):
@@ -154,7 +154,7 @@ def test_a_header_that_never_ends_is_not_waited_for(
 def test_of_too_many_connections_the_slowest_gives_way(
     opened: OpenedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "max_connections", lambda: 8)
+    monkeypatch.setattr(guard, "max_connections", lambda: 8)
     with serving.served(opened) as server, ExitStack() as stack:
         port = int(server.url.rpartition(":")[2])
         idle = [

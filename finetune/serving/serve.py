@@ -168,7 +168,7 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     """
     import uvicorn
 
-    from finetune.serving.connections import TimedProtocol
+    from finetune.serving.guard import TimedProtocol
 
     config = uvicorn.Config(
         app,

@@ -105,9 +105,9 @@ def _slow_headers(sent: bytes, folder: Path) -> None:
     """A header that never ends is not waited for, on a fresh connection and on a used one."""
     import serving
 
-    from finetune.serving import connections
+    from finetune.serving import guard
 
-    connections.HEADER_SECONDS = 0.3
+    guard.HEADER_SECONDS = 0.3
     with serving.served(_opened("text")) as server:
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as slow:
@@ -129,10 +129,10 @@ def _too_many_connections(folder: Path) -> None:
         files = len(list(Path("/proc/self/fd").iterdir()))
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (files + 220, hard))
-        from finetune.serving import connections
+        from finetune.serving import guard
 
-        assert connections.max_connections() <= files + 220 - 64
-        connections.max_connections = lambda: 40  # both ends are files of this process here
+        assert guard.max_connections() <= files + 220 - 64
+        guard.max_connections = lambda: 40  # both ends are files of this process here
         port = int(server.url.rpartition(":")[2])
         for _ in range(80):
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
