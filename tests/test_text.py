@@ -20,6 +20,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation, RowError
 from finetune.data.dialogue.foreign import DIALOGUE_IN_TEXT
 from finetune.data.dialogue.formats import to_conversation
+from finetune.data.examples import preparation
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
 from finetune.data.examples.packing import PackedDataset, pack
@@ -65,6 +66,23 @@ def test_blocks_hold_every_token_once_and_all_but_the_prefix_is_learned(
     plain = template.tokenizer.plain.encode(text, add_special_tokens=False).ids
     assert joined == [*plain, ids["<|endoftext|>"]]
     assert data.counts.text_blocks == len(data)
+
+
+def test_long_documents_are_held_a_few_at_a_time(
+    template: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = rows(tmp_path / "a.jsonl", *({"text": f"{n} " * 50} for n in range(9)))
+    held = []
+
+    def examples(self: ChatTemplate, conversations: Any, train_on: Any) -> Any:
+        held.append(len(conversations))
+        return given(self, conversations, train_on)
+
+    given = ChatTemplate.examples
+    monkeypatch.setattr(ChatTemplate, "examples", examples)
+    monkeypatch.setattr(preparation, "_TEXT_AT_ONCE", 200)
+    assert load(template, tmp_path, 500, file).counts.rows == 9
+    assert held == [2, 2, 2, 2, 1]
 
 
 def test_documents_of_a_packed_row_are_blind_to_each_other(

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 """Dialogues rendered in one call of the tokenizer and written as one record batch."""
+_TEXT_AT_ONCE = 4 << 20
+"""Characters of plain text that are held at a time."""
 NAMED = 5
 """Rows named per reason."""
 _LISTED = 20
@@ -113,13 +114,12 @@ def write_examples(
 ) -> dict[str, Any]:
     """Writes the examples of (source, dialogue) into a new `file`; returns what was counted."""
     tally = _Tally()
-    stream = iter(numbered)
     with (
         ExampleWriter(file) as writer,
         console.progress(None, "tokenising dialogues") as meter,
         _collecting_by_hand(),
     ):
-        while batch := list(islice(stream, BATCH)):
+        for batch in _batches(numbered):
             kept = list(_examples(batch, template, policy, tally))
             columns = [[getattr(k, name) for k in kept] for name in _Kept._fields]
             writer.append(*columns)
@@ -129,6 +129,22 @@ def write_examples(
     tally.raise_if_refused(policy.max_length)
     tally.raise_if_nothing_is_left()
     return tally.facts(num_sources)
+
+
+def _batches(
+    numbered: Iterable[tuple[int, Conversation]],
+) -> Iterator[list[tuple[int, Conversation]]]:
+    """BATCH dialogues at a time, fewer where they are long documents."""
+    batch: list[tuple[int, Conversation]] = []
+    size = 0
+    for item in numbered:
+        batch.append(item)
+        size += len(item[1].text)
+        if len(batch) == BATCH or size >= _TEXT_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 @contextmanager
