@@ -1,6 +1,6 @@
 """Trust that can be shown: faults of every kind, and how many of them a run survives.
 
-    python -m tests.reliability [SUITE[:GROUP] ...] [--subset] [--stock] [--mutations] [--write-readme]
+    python -m tests.reliability [SUITE[:GROUP] ...] [--subset] [--stock] [--mutations] [--write-tables]
 
 Prints `survived N of N` for every suite and the names of the cases that did not survive; ends with 1
 when there are any, or when fewer cases survived than `totals.json` records.
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--subset", action="store_true", help="what the CI runs")
     parser.add_argument("--stock", action="store_true", help="with plain transformers.Trainer")
     parser.add_argument("--mutations", action="store_true", help="safeguards taken out in turn")
-    parser.add_argument("--write-readme", action="store_true", help="renew totals and the tables")
+    parser.add_argument("--write-tables", action="store_true", help="renew totals and the tables")
     options = parser.parse_args()
     here = [suite for suite in SUITES if (ROOT / f"tests/reliability/{suite}.py").exists()]
     asked: dict[str, tuple[str, ...]] = dict.fromkeys(here, ()) if not options.suites else {}
@@ -79,12 +79,12 @@ def main() -> int:
         survived = sum(not problem for problem in results.values())
         print(f"{suite}: survived {survived} of {len(results)}", flush=True)
         column = "stock" if options.stock else "subset" if options.subset else "all"
-        if options.write_readme:
+        if options.write_tables:
             promises.record(suite, column, counts, whole=not groups)
         if not options.stock:
             problems += [f"{suite} / {name}: {why}" for name, why in results.items() if why]
             problems += promises.fallen(suite, column, counts, groups)
-    if options.write_readme:
+    if options.write_tables:
         promises.write_tables()
     for problem in problems:
         print(f"FAILED {problem}", flush=True)

@@ -1,4 +1,4 @@
-"""What the README promises, which cases show it, and how many there must be.
+"""What is promised, which cases show it, and how many there must be.
 
 totals.json: suite -> column (`all`, `subset`, `stock`) -> group -> [survived, of], as last measured.
 """
@@ -17,7 +17,7 @@ Counts = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Promise:
-    """A line of the README."""
+    """A line of docs/reliability.md."""
 
     english: str
     chinese: str
@@ -80,13 +80,18 @@ PROMISES = [
     ),
 ]
 HEADS = {
-    "README.md": (
+    "docs/reliability.md": (
         "promise",
         "shown by `python -m tests.reliability …`",
         "survived",
         "plain Trainer",
     ),
-    "README_zh.md": ("承诺", "由 `python -m tests.reliability …` 验证", "通过", "原版 Trainer"),
+    "docs/reliability_zh.md": (
+        "承诺",
+        "由 `python -m tests.reliability …` 验证",
+        "通过",
+        "原版 Trainer",
+    ),
 }
 
 
@@ -116,7 +121,7 @@ def fallen(suite: str, column: str, counts: Counts, groups: tuple[str, ...]) -> 
     ]
 
 
-def table(readme: str) -> str:
+def table(page: str) -> str:
     """The Markdown table of the promises."""
     totals = load()
 
@@ -128,15 +133,15 @@ def table(readme: str) -> str:
             for name, pair in counts.items():
                 if group in ("", name):
                     found = [a + b for a, b in zip(found, pair, strict=True)]
-        of = {"README.md": " of ", "README_zh.md": " / "}[readme]
+        of = {"docs/reliability.md": " of ", "docs/reliability_zh.md": " / "}[page]
         return f"{found[0]}{of}{found[1]}" if found[1] else "–"
 
     rows = [
-        HEADS[readme],
+        HEADS[page],
         ("---",) * 4,
         *(
             (
-                promise.english if readme == "README.md" else promise.chinese,
+                promise.english if page == "docs/reliability.md" else promise.chinese,
                 f"`{promise.cases}`",
                 sums(promise.cases, "all"),
                 sums(promise.cases, "stock"),
@@ -147,17 +152,22 @@ def table(readme: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def total() -> int:
+    """How many faults all promises together rest on."""
+    return sum(of for suite in load().values() for _, of in suite.get("all", {}).values())
+
+
 def write_tables() -> None:
-    """Renew the tables between the markers of both READMEs."""
-    for readme in HEADS:
-        path = ROOT / readme
+    """Renew the tables between the markers of both pages."""
+    for page in HEADS:
+        path = ROOT / page
         text = path.read_text(encoding="utf-8")
-        path.write_text(with_table(text, readme), encoding="utf-8")
+        path.write_text(with_table(text, page), encoding="utf-8")
 
 
-def with_table(text: str, readme: str) -> str:
-    """The text of a README with its table renewed."""
+def with_table(text: str, page: str) -> str:
+    """The text of a page with its table renewed."""
     begin, end = "<!-- reliability -->\n", "<!-- end of reliability -->"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    return f"{before}{begin}{table(readme)}\n{end}{after}" if rest else text
+    return f"{before}{begin}{table(page)}\n{end}{after}" if rest else text
