@@ -40,16 +40,18 @@ def names_used(tree: ast.AST) -> Iterator[str]:
 
 def definitions(tree: ast.Module) -> Iterator[str]:
     """Functions and classes that nothing outside is known to call: no decorator, no foreign base."""
-    own = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def is_hooked(node: ast.AST) -> bool:
+        """Whether a class, or one that it comes from, has a base from elsewhere, which may call it."""
+        bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+        return any(base not in classes or is_hooked(classes[base]) for base in bases)
+
     for node in ast.walk(tree):
         for child in ast.iter_child_nodes(node):
             if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
-            bases = (
-                [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
-            )
-            hooks = isinstance(node, ast.ClassDef) and any(base not in own for base in bases)
-            if not (child.name.startswith("__") or child.decorator_list or hooks):
+            if not (child.name.startswith("__") or child.decorator_list or is_hooked(node)):
                 yield child.name
 
 

@@ -11,6 +11,7 @@ import pytest
 import runs
 import tiny
 import torch
+from prompt_lists import reply_prompts
 from rows import CALL, TOOL, Rows, answering, read_rows, spoken, turns, write_rows
 
 from finetune.config.schema import DataSection, EvaluationSection
@@ -27,7 +28,7 @@ from finetune.evaluation.loss import validation_loss
 from finetune.evaluation.predictions import Prediction, write_predictions
 from finetune.evaluation.targets import find_targets
 from finetune.generation.load import open_model
-from finetune.generation.prompts import ReplyPrompts, reply_prompts
+from finetune.generation.prompts import ReplyPrompts
 from finetune.generation.settings import Settings, settings_of
 
 

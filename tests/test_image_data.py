@@ -13,6 +13,7 @@ import pictures
 import pytest
 import tiny
 from PIL import Image
+from prompt_lists import reply_prompts
 
 from finetune.data.chat.image import ImagePrompt, ImageSpec
 from finetune.data.chat.template import ChatTemplate
@@ -25,7 +26,6 @@ from finetune.data.preview.show import show
 from finetune.data.reading import images as reading_images
 from finetune.data.reading.sources import Images, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
-from finetune.generation.prompts import reply_prompts
 
 BOI, EOI, PAD = pictures.BOI, pictures.EOI, tiny.PAD_ID
 SPAN = [BOI, *[PAD] * pictures.NUM_PATCHES, EOI]

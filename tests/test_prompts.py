@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from prompt_lists import reply_prompts
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
-from finetune.generation.prompts import reply_prompts
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from dialogues import TOOLS, Z1_TEMPLATE, dialogue, dialogues, plain_text
 from hypothesis import given, settings
+from prompt_lists import reply_prompts
 
 from finetune.data.chat import thinking
 from finetune.data.chat.template import ChatTemplate
@@ -18,7 +19,6 @@ from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.examples.dataset import LengthPolicy, load_examples
 from finetune.data.preview.report import check, show, tokens
 from finetune.data.reading.sources import SourceSpec, read_conversations
-from finetune.generation.prompts import reply_prompts
 from finetune.generation.stream import ReplyStream
 
 REASONED = "<think>\n先想。\n</think>\n\n答"

@@ -142,22 +142,6 @@ class PromptStream(Iterator[ReplyPrompt]):
                 yield _prompt(question, ids, template)
 
 
-def reply_prompts(
-    conversations: Iterable[Conversation],
-    template: ChatTemplate,
-    *,
-    replies: Literal["every_reply", "last_reply"] = "every_reply",
-    max_prompt: int | None = None,
-    max_samples: int | None = None,
-) -> ReplyPrompts:
-    """All prompts of a `PromptStream` at once, with their counts."""
-    stream = PromptStream(
-        conversations, template, replies=replies, max_prompt=max_prompt, max_samples=max_samples
-    )
-    prompts = list(stream)
-    return ReplyPrompts(prompts, stream.counts)
-
-
 def _questions(
     conversations: Iterable[Conversation], replies: Literal["every_reply", "last_reply"]
 ) -> Iterator[_Question]:
