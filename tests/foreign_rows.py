@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from finetune.data.dialogue.formats import PLAIN, Rules
+from finetune.data.dialogue.formats import PLAIN, RowRules
 
 Turn = tuple[str, ...]
 Row = dict[str, Any]
@@ -46,7 +46,7 @@ class Foreign(NamedTuple):
     name: str
     row: Row
     expected: list[Turn]
-    rules: Rules = PLAIN
+    rules: RowRules = PLAIN
     image: str | None = None
 
 
@@ -240,7 +240,7 @@ def _tools(turns: Sequence[Turn]) -> dict[str, Row]:
 
 def _written() -> Iterator[Foreign]:
     """Calls written as text, read with `calls_in_text: read`."""
-    read = Rules(calls_in_text="read")
+    read = RowRules(calls_in_text="read")
     tag = f'<tool_call>\n{{"name": "weather", "arguments": {OSLO}}}\n</tool_call>'
     for name, call in {
         "Hermes": tag,

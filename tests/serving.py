@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune.data.dialogue.conversation import Conversation, Message
-from finetune.generation.decoder import Decoder, Request, Row
+from finetune.generation.decoder import Decoder, DecodingRow, Request
 from finetune.serving.engine import Engine
 from finetune.serving.guard import TimedProtocol
 from finetune.serving.serve import ServeOptions, endpoint
@@ -109,9 +109,9 @@ def say(
         ids += template.tokenizer.plain.encode(text, add_special_tokens=False).ids
     asked: list[Request] = []
 
-    def add(self: Decoder, requests: Sequence[Request]) -> list[Row]:
+    def add(self: Decoder, requests: Sequence[Request]) -> list[DecodingRow]:
         asked.extend(requests)
-        rows = [Row(request) for request in requests]
+        rows = [DecodingRow(request) for request in requests]
         for row in rows:
             for token in [*ids, template.stop_ids[0]] if stop else ids:
                 if not row.is_done:
@@ -132,9 +132,9 @@ class Slow:
         self._token = token
 
     def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def add(decoder: Decoder, requests: Sequence[Request]) -> list[Row]:
+        def add(decoder: Decoder, requests: Sequence[Request]) -> list[DecodingRow]:
             self.batches.append(list(requests))
-            rows = [Row(request) for request in requests]
+            rows = [DecodingRow(request) for request in requests]
             decoder._rows += rows
             return rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.errors import ModelError
-from finetune.generation.decoder import Decoding, Request, Row, Sampler, token_at
+from finetune.generation.decoder import Decoding, DecodingRow, Request, Sampler, token_at
 
 
 def test_numbers_that_are_none_name_themselves() -> None:
@@ -22,14 +22,14 @@ def test_penalties_lower_what_has_come_already() -> None:
     logits = torch.tensor([2.0, -1.0, 1.5, 0.5])
 
     def lowered(**how: Any) -> list[float]:
-        row = Row(Request([3], Decoding(9, **how)))
+        row = DecodingRow(Request([3], Decoding(9, **how)))
         row.ids = [0, 0, 1]
         return [round(x, 3) for x in row._penalised(logits).tolist()]
 
     assert lowered(presence_penalty=0.5) == [1.5, -1.5, 1.5, 0.5]
     assert lowered(frequency_penalty=0.5) == [1.0, -1.5, 1.5, 0.5]
     assert lowered(repetition_penalty=2.0) == [1.0, -2.0, 1.5, 0.25]  # the prompt's token too
-    row = Row(Request([3], Decoding(9, frequency_penalty=0.5)))
+    row = DecodingRow(Request([3], Decoding(9, frequency_penalty=0.5)))
     row.ids = [0, 0]
     assert row._choose(logits, 0) == 2
 

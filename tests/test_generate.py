@@ -16,7 +16,7 @@ from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.errors import DataError
 from finetune.generation import batch as tensors
 from finetune.generation import generate as generation
-from finetune.generation.decoder import Row
+from finetune.generation.decoder import DecodingRow
 from finetune.generation.generate import Extras, Reply, Sampling, generate, plan_batches
 from finetune.methods import ptuning_v2
 
@@ -216,14 +216,14 @@ def test_positions_behind_a_shared_prefix_count_no_padding(
     asked = [[*system, *rest] for rest in prompts(4, longest=12)]
     assert len({len(one) for one in asked}) > 1
     seen: dict[int, torch.Tensor] = {}
-    append = Row.append
+    append = DecodingRow.append
 
-    def noting(row: Row, logits: torch.Tensor, *rest: Any) -> None:
+    def noting(row: DecodingRow, logits: torch.Tensor, *rest: Any) -> None:
         if not row.ids:
             seen[len(row.request.prompt)] = logits
         append(row, logits, *rest)
 
-    monkeypatch.setattr(Row, "append", noting)
+    monkeypatch.setattr(DecodingRow, "append", noting)
     generate(model, Stops(), asked, max_new_tokens=2, batch_size=4)
     for prompt in asked:
         with torch.no_grad():

@@ -17,13 +17,13 @@ from finetune.data.dialogue.formats import (
     CALL_IN_TEXT,
     FEWER_RESULTS,
     IMAGE_IN_TEXT,
-    Rules,
+    RowRules,
     to_conversation,
 )
 from finetune.data.preview.report import check
 
 CITY = '{"city": "Oslo"}'
-READ, MERGE = Rules(calls_in_text="read"), Rules(turns="merge")
+READ, MERGE = RowRules(calls_in_text="read"), RowRules(turns="merge")
 PAIR = {"prompt": "Q", "response": "A"}
 
 
@@ -90,17 +90,18 @@ def test_other_names_of_a_weight_weigh() -> None:
 @pytest.mark.parametrize("key", keys.REASONING)
 def test_reasoning_under_every_name_is_kept_left_out_or_refused(key: str) -> None:
     row = {"messages": [USER, {**REPLY, key: "Because."}]}
-    thought = to_conversation(row, rules=Rules(thinks=True)).messages[1].content
+    thought = to_conversation(row, rules=RowRules(thinks=True)).messages[1].content
     assert thought == f"<think>\nBecause.\n</think>\n\n{REPLY['content']}"
     assert (
-        to_conversation(row, rules=Rules(reasoning="drop")).messages[1].content == REPLY["content"]
+        to_conversation(row, rules=RowRules(reasoning="drop")).messages[1].content
+        == REPLY["content"]
     )
     with pytest.raises(
         RowError, match=r"message 2: has reasoning in a key of its own.*data.reasoning: drop"
     ):
-        to_conversation(row, rules=Rules(thinks=False))
+        to_conversation(row, rules=RowRules(thinks=False))
     with pytest.raises(RowError, match="the reply has no reasoning"):
-        to_conversation({"messages": [USER, REPLY]}, rules=Rules(reasoning="require"))
+        to_conversation({"messages": [USER, REPLY]}, rules=RowRules(reasoning="require"))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_reasoning_under_every_name_is_kept_left_out_or_refused(key: str) -> Non
 def test_a_column_that_would_be_trained_wrongly_is_refused(column: str, value: Any) -> None:
     with pytest.raises(RowError, match=column):
         to_conversation(PAIR | {column: value})
-    ignored = to_conversation(PAIR | {column: value}, rules=Rules(ignore_columns=(column,)))
+    ignored = to_conversation(PAIR | {column: value}, rules=RowRules(ignore_columns=(column,)))
     assert ignored.messages == (Message("user", "Q"), Message("assistant", "A"))
 
 
@@ -188,7 +189,9 @@ def test_a_call_written_as_text_is_counted_read_or_refused(written: str) -> None
     assert (read.messages[1].metadata, read.messages[1].content) == ("get_weather", CITY)
     assert read.doubts == ()
     with pytest.raises(RowError, match="a call written as text"):
-        to_conversation(row | {"messages": row["messages"][:2]}, rules=Rules(calls_in_text="error"))
+        to_conversation(
+            row | {"messages": row["messages"][:2]}, rules=RowRules(calls_in_text="error")
+        )
 
 
 def test_text_before_a_call_stays_a_reply() -> None:

@@ -16,7 +16,7 @@ from finetune.data.dialogue.conversation import Message
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving.errors import ApiError
 from finetune.serving.fields import UNCHANGED, ChatRequest
-from finetune.serving.request import ReplyRequest, Rules, read_request
+from finetune.serving.request import ReplyRequest, RequestRules, read_request
 
 CALL = '{"city": "北京"}'
 CALLING = Message("assistant", CALL, metadata="get_weather")
@@ -31,7 +31,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
 
 
 def read(opened: OpenedModel, folder: Path, how: str = "lenient", **fields: Any) -> ReplyRequest:
-    rules = Rules("tiny", opened.template, None, 8, how)  # type: ignore[arg-type]
+    rules = RequestRules("tiny", opened.template, None, 8, how)  # type: ignore[arg-type]
     body = {"model": "tiny", "messages": [HI]} | fields
     return read_request(json.dumps(body).encode(), rules, folder)
 

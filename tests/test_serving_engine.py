@@ -22,7 +22,7 @@ from serving import HELLO
 from finetune.data.dialogue.conversation import Message, RowError
 from finetune.data.dialogue.tool_calls import read_tools
 from finetune.generation.batch import Batch
-from finetune.generation.decoder import Decoder, Row
+from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving import engine as engine_module
 from finetune.serving import guard
@@ -68,20 +68,20 @@ def test_what_goes_wrong_with_one_row_harms_no_other(
 ) -> None:
     monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
     prompt = serving.prompt_of(opened.template, Message("user", "poison"))
-    prefill, append = Batch.prefill, Row.append
+    prefill, append = Batch.prefill, DecodingRow.append
 
     def failing_prefill(batch: Batch, prompts: Any) -> Any:
         if any(list(one) == prompt for one in prompts):
             raise RuntimeError("the picture is gone")
         return prefill(batch, prompts)
 
-    def failing_row(row: Row, *given: Any) -> None:
+    def failing_row(row: DecodingRow, *given: Any) -> None:
         if row.request.decoding.seed == 13 and len(row.ids) == 2:
             monkeypatch.setattr(row, "_choose", lambda *_: 1 // 0)
         append(row, *given)
 
     monkeypatch.setattr(Batch, "prefill", failing_prefill)
-    monkeypatch.setattr(Row, "append", failing_row)
+    monkeypatch.setattr(DecodingRow, "append", failing_row)
 
     async def mixed(server: serving.Served) -> list[Any]:
         async with server.async_client as client:

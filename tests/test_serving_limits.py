@@ -26,7 +26,7 @@ from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError
 from finetune.generation.decoder import Decoder
 from finetune.generation.load import OpenedModel, open_model
-from finetune.serving.request import Rules, read_request
+from finetune.serving.request import RequestRules, read_request
 from finetune.serving.serve import ServeOptions, _bound, _key
 
 KEY = "a-key-of-more-than-sixteen-characters"
@@ -361,7 +361,7 @@ def typed_everywhere(text: str) -> dict[str, Any]:
 def test_a_control_string_from_a_client_is_text_in_every_field(
     opened: OpenedModel, tmp_path: Path, typed: str
 ) -> None:
-    rules = Rules("tiny", opened.template, None, 8)
+    rules = RequestRules("tiny", opened.template, None, 8)
     control = set(opened.template.tokenizer.control_ids.values())
 
     def control_ids(text: str) -> list[int]:

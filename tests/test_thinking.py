@@ -207,9 +207,9 @@ def test_rows_with_and_without_reasoning_are_all_asked_as_they_were_trained(
 def test_reasoning_of_a_message_with_calls_stands_before_the_first(z1: ChatTemplate) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     thought = {"role": "assistant", "reasoning_content": "so", "tool_calls": [call, call]}
-    from finetune.data.dialogue.formats import Rules, to_conversation
+    from finetune.data.dialogue.formats import RowRules, to_conversation
 
     row = {"messages": [{"role": "user", "content": "q"}, thought], "tools": list(TOOLS)}
-    first, second = to_conversation(row, rules=Rules(thinks=True)).messages[1:]
+    first, second = to_conversation(row, rules=RowRules(thinks=True)).messages[1:]
     assert thinking.split(first.content).thought == "\nso\n"
     assert (first.metadata, second.content) == ("f", "{}")

@@ -15,7 +15,7 @@ from finetune import console
 from finetune.artifacts.names import EVALUATION
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation import harness, metrics, schema, scoring
-from finetune.evaluation.job import GENERATING, Job, Options, request
+from finetune.evaluation.job import GENERATING, EvaluationJob, Options, request
 from finetune.evaluation.metrics import Source
 from finetune.evaluation.predictions import SLICES
 from finetune.evaluation.schema import (
@@ -40,10 +40,12 @@ LOSSES: tuple[Source, ...] = ("loss", "general_loss")
 """Sets of examples whose loss is taken."""
 
 
-class Scored:
+class ScoredTarget:
     """One target with everything that is known about it."""
 
-    def __init__(self, target: Target, job: Job | None, file: Path, scoring: Scoring) -> None:
+    def __init__(
+        self, target: Target, job: EvaluationJob | None, file: Path, scoring: Scoring
+    ) -> None:
         self.target, self.job, self.file = target, job, file
         self.replies = ReplyTable(scoring.names)
         self.places: list[tuple[str, int]] = []
@@ -59,7 +61,7 @@ class Scored:
         if job is not None:
             self._read_measures(job)
 
-    def _read_measures(self, job: Job) -> None:
+    def _read_measures(self, job: EvaluationJob) -> None:
         kept: tuple[tuple[Source, str], ...] = (
             ("loss", "loss"),
             ("general_loss", job.general_name),
@@ -109,7 +111,7 @@ def check_place(output: Path, targets: Sequence[Target], options: Options) -> No
 
 
 def write(
-    output: Path, targets: Sequence[Target], jobs: Sequence[Job], options: Options
+    output: Path, targets: Sequence[Target], jobs: Sequence[EvaluationJob], options: Options
 ) -> dict[str, Any]:
     """Writes the folder; returns what `evaluation.json` says, and more when there is one target.
 
@@ -139,10 +141,14 @@ def _file_of(target: Target) -> str:
 
 
 def _write(
-    place: Path, output: Path, targets: Sequence[Target], jobs: Sequence[Job], options: Options
+    place: Path,
+    output: Path,
+    targets: Sequence[Target],
+    jobs: Sequence[EvaluationJob],
+    options: Options,
 ) -> dict[str, Any]:
     by_name = {job.target.name: job for job in jobs}
-    scored: list[Scored] = []
+    scored: list[ScoredTarget] = []
     for target in targets:
         file = place / _file_of(target)
         job = by_name.get(target.name)
@@ -154,7 +160,7 @@ def _write(
         else:
             like = scored[0].file if scored else None
             scoring.score_external(Path(target.path), file, options.scoring, like=like)
-        scored.append(Scored(target, job, file, options.scoring))
+        scored.append(ScoredTarget(target, job, file, options.scoring))
         if target.run is not None:
             schema.keep_run(place, target.run)
     if jobs:  # their images were checked with their data; a file of replies may name any
@@ -170,7 +176,7 @@ def _write(
     return report
 
 
-def _write_predictions(job: Job, file: Path, how: Scoring) -> None:
+def _write_predictions(job: EvaluationJob, file: Path, how: Scoring) -> None:
     """The replies of one model with their scores, scored once for every way of scoring."""
     file.parent.mkdir(parents=True, exist_ok=True)
     key = key_of(
@@ -187,7 +193,7 @@ def _write_predictions(job: Job, file: Path, how: Scoring) -> None:
     shutil.copyfile(kept, file)
 
 
-def _evaluation(scored: Sequence[Scored], options: Options) -> Evaluation:
+def _evaluation(scored: Sequence[ScoredTarget], options: Options) -> Evaluation:
     jobs = [one.job for one in scored if one.job is not None]
     files = [Path(one.target.path) for one in scored if one.job is None]
     settings = request(jobs[0].settings, options) if jobs else {}
@@ -204,7 +210,7 @@ def _evaluation(scored: Sequence[Scored], options: Options) -> Evaluation:
     )
 
 
-def _data(first: Scored, files: Sequence[Path]) -> list[DataFile]:
+def _data(first: ScoredTarget, files: Sequence[Path]) -> list[DataFile]:
     """The files that the replies answer, each with the hash of its bytes and the number of replies.
 
     Replies made elsewhere may not say what they answer: then it is the first file of them.
@@ -222,7 +228,7 @@ def _data(first: Scored, files: Sequence[Path]) -> list[DataFile]:
     ]
 
 
-def _on_the_same(scored: Sequence[Scored]) -> bool:
+def _on_the_same(scored: Sequence[ScoredTarget]) -> bool:
     """Whether all targets answered the same prompts; says which did not."""
     odd = [one.target.name for one in scored if one.places != scored[0].places]
     if odd:
@@ -233,7 +239,7 @@ def _on_the_same(scored: Sequence[Scored]) -> bool:
     return not odd
 
 
-def _slices(scored: Sequence[Scored]) -> Slices:
+def _slices(scored: Sequence[ScoredTarget]) -> Slices:
     """Scores of the replies by slice and value; a slice with one value says nothing new."""
     found: Slices = {}
     for name in SLICES:
@@ -253,7 +259,7 @@ def _slices(scored: Sequence[Scored]) -> Slices:
     return found
 
 
-def _comparisons(scored: Sequence[Scored]) -> list[Comparison]:
+def _comparisons(scored: Sequence[ScoredTarget]) -> list[Comparison]:
     """Every two targets, the later one beside the earlier, score by score."""
     kinds: list[list[tuple[str, Measure]]] = [
         [(one.target.name, one.replies.measure()) for one in scored if len(one.replies)]
@@ -272,7 +278,7 @@ def _comparisons(scored: Sequence[Scored]) -> list[Comparison]:
     return found
 
 
-def _single(scored: Scored, evaluation: Evaluation, options: Options) -> dict[str, Any]:
+def _single(scored: ScoredTarget, evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """What is said of one target, flat."""
     job = scored.job
     losses = scored.losses.get("loss")
@@ -295,7 +301,7 @@ def _signatures(how: Scoring) -> dict[str, str]:
     return metrics.signatures(how.definition) | own
 
 
-def _of_tasks(scored: Sequence[Scored]) -> dict[str, str]:
+def _of_tasks(scored: Sequence[ScoredTarget]) -> dict[str, str]:
     return {name: harness.signature() for one in scored for name in one.tasks}
 
 

@@ -82,7 +82,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """One model, what it is asked, and where its replies are kept."""
 
     target: Target
@@ -118,7 +118,7 @@ class Job:
         return there and asked and self.results.facts is not None
 
 
-def prepare(target: Target, settings: Settings, options: Options) -> Job:
+def prepare(target: Target, settings: Settings, options: Options) -> EvaluationJob:
     """What is to be done for one model; what is wrong with the request is found here, without torch.
 
     Raises:
@@ -148,7 +148,9 @@ def prepare(target: Target, settings: Settings, options: Options) -> Job:
     }
     if key["model"] is None:  # a hub id: what it stands for may change
         key["process"] = time.time_ns()
-    return Job(target, settings, options, template, losses, Results(root, key_of(key)), seen)
+    return EvaluationJob(
+        target, settings, options, template, losses, Results(root, key_of(key)), seen
+    )
 
 
 def _files(settings: Settings, template: ChatTemplate) -> list[Path]:
@@ -173,7 +175,7 @@ def request(settings: Settings, options: Options) -> dict[str, Any]:
     }
 
 
-def run(jobs: Sequence[Job]) -> None:
+def run(jobs: Sequence[EvaluationJob]) -> None:
     """Fills the results that are not there yet, on all processes together; loads every base once."""
     missing = [job for job in jobs if not job.is_done]
     for job in jobs:
@@ -196,7 +198,7 @@ def run(jobs: Sequence[Job]) -> None:
                 _generate_replies(job, opened.model, leads)
 
 
-def _measure_losses(job: Job, model: Any, leads: bool) -> None:
+def _measure_losses(job: EvaluationJob, model: Any, leads: bool) -> None:
     from finetune.distributed.processes import broadcast_from_rank0
     from finetune.evaluation.loss import validation_loss
 
@@ -215,7 +217,7 @@ def _measure_losses(job: Job, model: Any, leads: bool) -> None:
             job.results.write_losses(name, found.losses, found.weights)
 
 
-def _generate_replies(job: Job, model: Any, leads: bool) -> None:
+def _generate_replies(job: EvaluationJob, model: Any, leads: bool) -> None:
     from finetune.distributed.processes import broadcast_from_rank0
     from finetune.generation.generate import Extras, Sampling, context_length
 
@@ -253,7 +255,7 @@ def _generate_replies(job: Job, model: Any, leads: bool) -> None:
         results.finish({"seconds": seconds, "dtype": str(model.dtype), "replies": number})
 
 
-def _run_tasks(job: Job, model: Any) -> None:
+def _run_tasks(job: EvaluationJob, model: Any) -> None:
     tasks = job.options.tasks
     if not tasks or job.results.note(job.tasks_name) is not None:
         return

@@ -36,7 +36,7 @@ Shown = Literal["headline", "column", "page"]
 
 
 @dataclass(frozen=True)
-class Counts:
+class ReplyCounts:
     """How a score comes about from numbers that are summed over replies."""
 
     width: int
@@ -62,7 +62,7 @@ class Metric:
     source: Source = "replies"
     """What it needs."""
     per_reply: Callable[[Compared], float | None] | None = None
-    counts: Counts | None = None
+    counts: ReplyCounts | None = None
     of_loss: Callable[[Numbers], Numbers] | None = None
 
     @property
@@ -120,7 +120,7 @@ METRICS: tuple[Metric, ...] = (
         "chrf",
         "{chrf}",
         shown="headline",
-        counts=Counts(
+        counts=ReplyCounts(
             texts.CHRF_COUNTS,
             lambda pair: texts.chrf_counts(pair.reply, pair.reference),
             texts.chrf_of,
@@ -157,7 +157,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "corpus_bleu",
         "{corpus bleu} (tok: {words})",
-        counts=Counts(
+        counts=ReplyCounts(
             texts.BLEU_COUNTS, lambda pair: texts.bleu_counts(*pair.words), texts.bleu_of
         ),
     ),
@@ -165,7 +165,7 @@ METRICS: tuple[Metric, ...] = (
         "length_ratio",
         "characters of all replies in per cent of those of all references",
         better="neither",
-        counts=Counts(2, lambda pair: [len(pair.reply), len(pair.reference)], _length_ratio),
+        counts=ReplyCounts(2, lambda pair: [len(pair.reply), len(pair.reference)], _length_ratio),
     ),
     Metric(
         "stop_rate",

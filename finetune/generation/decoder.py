@@ -73,7 +73,7 @@ class Decoding:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
-class Scored(NamedTuple):
+class ScoredToken(NamedTuple):
     """A token of a reply, how likely it was, and which ones were likelier or next to it."""
 
     token: int
@@ -86,7 +86,7 @@ class Scores:
     """The log probabilities of a reply's tokens, as the model gave them before penalties and cuts."""
 
     def __init__(self, top: int) -> None:
-        self.tokens: list[Scored] = []
+        self.tokens: list[ScoredToken] = []
         self._top = top
 
     def add(self, token: int, logits: Tensor) -> None:
@@ -94,7 +94,7 @@ class Scores:
         logprobs = logits.float().log_softmax(dim=-1)
         best = logprobs.topk(self._top)
         likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        self.tokens.append(Scored(token, float(logprobs[token]), likeliest))
+        self.tokens.append(ScoredToken(token, float(logprobs[token]), likeliest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Request:
     """Where the log probabilities of the reply's tokens go, if they are wanted."""
 
 
-class Row:
+class DecodingRow:
     """A reply while it is written."""
 
     def __init__(self, request: Request) -> None:
@@ -218,17 +218,17 @@ class Decoder:
     ) -> None:
         self.batch = Batch(model, prefix if prefix is not None else SharedPrefix(model, []))
         self._stop_ids = frozenset(stop_ids)
-        self._rows: list[Row] = []
+        self._rows: list[DecodingRow] = []
         """As they stand in the batch; some have ended."""
 
     @property
-    def active(self) -> list[Row]:
+    def active(self) -> list[DecodingRow]:
         """The rows that have not ended."""
         return [row for row in self._rows if not row.is_done]
 
-    def add(self, requests: Sequence[Request]) -> list[Row]:
+    def add(self, requests: Sequence[Request]) -> list[DecodingRow]:
         """Computes new prompts and chooses the first token of each; the rows that were there wait."""
-        rows = [Row(request) for request in requests]
+        rows = [DecodingRow(request) for request in requests]
         self.drop_done()
         logits = self.batch.prefill([request.prompt for request in requests])
         self._rows += rows
@@ -252,7 +252,7 @@ class Decoder:
         """At most half of the rows that are computed have not ended."""
         return 2 * len(self.active) <= len(self._rows)
 
-    def _append(self, rows: Sequence[Row], logits: Tensor) -> None:
+    def _append(self, rows: Sequence[DecodingRow], logits: Tensor) -> None:
         likeliest = logits.argmax(dim=-1).tolist()
         for place, row in enumerate(rows):
             if not row.is_done:
@@ -267,7 +267,7 @@ def write_replies(
     slots: int,
     prefix: SharedPrefix | None = None,
     should_stop: Poll | None = None,
-) -> list[Row]:
+) -> list[DecodingRow]:
     """The rows of `requests` that have ended: all, in their order, unless `should_stop` returned True.
 
     Every round is one forward pass, also in a process that has nothing left while others share its
@@ -287,7 +287,7 @@ def write_replies(
     """
     decoder = Decoder(model, stop_ids, prefix)
     waiting = deque(requests)
-    rows: list[Row] = []
+    rows: list[DecodingRow] = []
     together = is_sharded(model)
     in_step = together and getattr(model.config, "vision_config", None) is not None
     while True:

@@ -81,13 +81,13 @@ class Form:
 
     def constraint_at(
         self, template: ChatTemplate, tools: Sequence[Sequence[Mapping[str, Any]]]
-    ) -> Callable[[int], Constraint | None] | None:
+    ) -> Callable[[int], GrammarConstraint | None] | None:
         """For each prompt, by its place in the list, what its reply must be; `tools` are the prompts'."""
         if not self.schema and not self.must_call:
             return None
         structures = Structures(template)
 
-        def constraint(number: int) -> Constraint | None:
+        def constraint(number: int) -> GrammarConstraint | None:
             if self.must_call and tools[number]:
                 return structures.constraint(Structure(None, tools[number], many_calls=True))
             return (
@@ -113,7 +113,7 @@ def read_form(schema: Path | None, *, must_call: bool) -> Form:
     return Form(strict_json.dump(value), must_call)
 
 
-class Constraint:
+class GrammarConstraint:
     """The structure of one reply while it is written."""
 
     def __init__(self, matcher: Any, num_tokens: int) -> None:
@@ -123,7 +123,7 @@ class Constraint:
     def rehearse(self) -> None:
         """Writes the first tokens of a reply to nobody: some schemas are found too large only then."""
         self._check()
-        copy = Constraint(self._matcher.deep_copy(), self._num_tokens)
+        copy = GrammarConstraint(self._matcher.deep_copy(), self._num_tokens)
         for _ in range(REHEARSED):
             tokens = copy._allowed().nonzero()[0]
             if not len(tokens) or copy._matcher.is_stopped():
@@ -173,7 +173,7 @@ class Structures:
             template.tokenizer.backend.to_str(), tuple(template.stop_ids)
         )
 
-    def constraint(self, structure: Structure) -> Constraint:
+    def constraint(self, structure: Structure) -> GrammarConstraint:
         """A fresh constraint for one reply; DataError when the structure cannot be compiled."""
         from llguidance import LLMatcher
 
@@ -181,7 +181,7 @@ class Structures:
         if len(grammar) > MAX_SCHEMA:
             raise DataError(f"the schema has more than {MAX_SCHEMA:,} characters")
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        constraint = Constraint(matcher, int(self._tokenizer.vocab_size))
+        constraint = GrammarConstraint(matcher, int(self._tokenizer.vocab_size))
         try:
             constraint.rehearse()
         except ModelError as error:

@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 from finetune.data.chat.template import ChatTemplate
-from finetune.generation.decoder import Scored
+from finetune.generation.decoder import ScoredToken
 from finetune.generation.stream import Piece
-from finetune.serving.job import FinishReason, Job
+from finetune.serving.job import FinishReason, ReplyJob
 
 
 class Answer:
@@ -26,7 +26,7 @@ class Answer:
             "model": model,
         }
 
-    def completion(self, replies: Sequence[tuple[Job, Iterable[Piece]]]) -> dict[str, Any]:
+    def completion(self, replies: Sequence[tuple[ReplyJob, Iterable[Piece]]]) -> dict[str, Any]:
         """The whole replies as one `chat.completion`."""
         choices = [
             {
@@ -40,11 +40,11 @@ class Answer:
         usage = usage_of([job for job, _ in replies])
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    def stream(self, job: Job, index: int) -> Stream:
+    def stream(self, job: ReplyJob, index: int) -> AnswerStream:
         """The events of one reply."""
-        return Stream(self, job, index)
+        return AnswerStream(self, job, index)
 
-    def usage(self, jobs: Sequence[Job]) -> str:
+    def usage(self, jobs: Sequence[ReplyJob]) -> str:
         """The event that says what all replies took."""
         return event({**self._head, "object": _CHUNK, "choices": [], "usage": usage_of(jobs)})
 
@@ -52,7 +52,7 @@ class Answer:
         """An event with one choice."""
         return event({**self._head, "object": _CHUNK, "choices": [choice]})
 
-    def _logprobs(self, job: Job, first: int) -> dict[str, Any] | None:
+    def _logprobs(self, job: ReplyJob, first: int) -> dict[str, Any] | None:
         """The probabilities of a reply's tokens from number `first` on; None when nobody asked."""
         if job.scores is None:
             return None
@@ -60,10 +60,10 @@ class Answer:
         return {"content": content, "refusal": None}
 
 
-class Stream:
+class AnswerStream:
     """One reply as events."""
 
-    def __init__(self, answer: Answer, job: Job, index: int) -> None:
+    def __init__(self, answer: Answer, job: ReplyJob, index: int) -> None:
         self._answer, self._job, self._index = answer, job, index
         self._told = 0
         """Tokens whose probabilities have been told."""
@@ -96,7 +96,7 @@ DONE = "data: [DONE]\n\n"
 _CHUNK = "chat.completion.chunk"
 
 
-def usage_of(jobs: Sequence[Job]) -> dict[str, int]:
+def usage_of(jobs: Sequence[ReplyJob]) -> dict[str, int]:
     """Tokens that a request took."""
     prompt, reply = len(jobs[0].request.prompt), sum(job.num_tokens for job in jobs)
     return {
@@ -135,7 +135,7 @@ def _call(piece: Piece) -> dict[str, Any]:
     }
 
 
-def _told(scored: Scored, template: ChatTemplate) -> dict[str, Any]:
+def _told(scored: ScoredToken, template: ChatTemplate) -> dict[str, Any]:
     """A token with its probability, in OpenAI's form."""
     return _token(scored.token, scored.logprob, template) | {
         "top_logprobs": [_token(token, logprob, template) for token, logprob in scored.likeliest]

@@ -24,10 +24,10 @@ from finetune.serving.answers import DONE, Answer, event
 from finetune.serving.engine import Engine, stopping
 from finetune.serving.errors import ApiError
 from finetune.serving.guard import Access, Guard
-from finetune.serving.job import Job
+from finetune.serving.job import ReplyJob
 from finetune.serving.metrics import CONTENT_TYPE, Metrics
 from finetune.serving.request import (
-    Rules,
+    RequestRules,
     read_fields,
     read_tokens,
     reply_requests,
@@ -48,7 +48,7 @@ class Limits:
     body_bytes: int
 
 
-def make_app(engine: Engine, rules: Rules, limits: Limits, access: Access) -> FastAPI:
+def make_app(engine: Engine, rules: RequestRules, limits: Limits, access: Access) -> FastAPI:
     """The ASGI application."""
 
     @asynccontextmanager
@@ -98,7 +98,9 @@ def make_app(engine: Engine, rules: Rules, limits: Limits, access: Access) -> Fa
 class Completions:
     """`POST /v1/chat/completions`."""
 
-    def __init__(self, engine: Engine, rules: Rules, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, rules: RequestRules, limits: Limits, metrics: Metrics
+    ) -> None:
         self._metrics = metrics
         self._engine = engine
         self._rules = rules
@@ -122,7 +124,7 @@ class Completions:
                 for job in jobs:
                     job.cancel()
 
-    async def _jobs(self, body: bytes) -> list[Job]:
+    async def _jobs(self, body: bytes) -> list[ReplyJob]:
         """The replies in the model's queue; images are kept until the model has done with all."""
         folder = tempfile.TemporaryDirectory(prefix="finetune-serve-", ignore_cleanup_errors=True)
         try:
@@ -132,7 +134,7 @@ class Completions:
                 fields = await asyncio.to_thread(with_images, fields, Path(folder.name))
             requests = await asyncio.to_thread(reply_requests, fields, self._rules)
             release = Countdown(len(requests), folder.cleanup)
-            jobs = [Job(request, self._rules.template, release) for request in requests]
+            jobs = [ReplyJob(request, self._rules.template, release) for request in requests]
             self._engine.submit(jobs)
         except BaseException:
             folder.cleanup()
@@ -153,7 +155,7 @@ class Completions:
         finally:
             self._in_work -= 1
 
-    async def _answer(self, jobs: Sequence[Job]) -> Response:
+    async def _answer(self, jobs: Sequence[ReplyJob]) -> Response:
         answer = Answer(self._rules.name, self._rules.template)
         if not jobs[0].request.stream:
             said = [(job, [piece async for piece in job.pieces()]) for job in jobs]
@@ -192,7 +194,7 @@ class Countdown:
             self._last()
 
 
-async def _events(answer: Answer, jobs: Sequence[Job]) -> AsyncIterator[str]:
+async def _events(answer: Answer, jobs: Sequence[ReplyJob]) -> AsyncIterator[str]:
     """The replies as events; the first one comes with the first token."""
     streams = [answer.stream(job, index) for index, job in enumerate(jobs)]
     is_open = False
@@ -207,7 +209,7 @@ async def _events(answer: Answer, jobs: Sequence[Job]) -> AsyncIterator[str]:
     yield DONE
 
 
-async def _side_by_side(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece | None]]:
+async def _side_by_side(jobs: Sequence[ReplyJob]) -> AsyncIterator[tuple[int, Piece | None]]:
     """The pieces of all replies as they are written, each with the number of its reply; None ends one.
 
     Raises:
@@ -255,7 +257,7 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _cancel_when_gone(receive: Receive, jobs: Sequence[Job]) -> None:
+async def _cancel_when_gone(receive: Receive, jobs: Sequence[ReplyJob]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     for job in jobs:

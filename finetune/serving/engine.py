@@ -17,9 +17,9 @@ import torch
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.distributed.map_batches import evaluating
-from finetune.generation.decoder import Decoder, Row
+from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.serving.errors import ApiError
-from finetune.serving.job import Job
+from finetune.serving.job import ReplyJob
 
 GATHER_SECONDS = 0.005
 """How long the first request of an idle server waits for company."""
@@ -36,14 +36,14 @@ class Engine:
         self._model = model
         self._template = template
         self._batch_size = batch_size
-        self._waiting: deque[Job] = deque()
-        self._running: list[tuple[Job, Row]] = []
+        self._waiting: deque[ReplyJob] = deque()
+        self._running: list[tuple[ReplyJob, DecodingRow]] = []
         self._decoder = Decoder(model, template.stop_ids)
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[ReplyJob]) -> None:
         """Puts jobs in the queue; their pieces come as the model writes them. They will be released."""
         with self._change:
             if self.draining:
@@ -93,10 +93,10 @@ class Engine:
                 self._change.wait_for(self._is_full, timeout=GATHER_SECONDS)
             return bool(self._running or self._waiting)
 
-    def _admitted(self) -> list[Job]:
+    def _admitted(self) -> list[ReplyJob]:
         """The first of those who wait, as many as fit beside those that are written."""
         running = [job.request.num_tokens for job, _ in self._running]
-        width, admitted = max(running, default=0), list[Job]()
+        width, admitted = max(running, default=0), list[ReplyJob]()
         with self._change:
             gone = [job for job in self._waiting if job.cancelled]
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
@@ -113,7 +113,7 @@ class Engine:
             job.release()
         return admitted
 
-    def _add(self, jobs: Sequence[Job]) -> None:
+    def _add(self, jobs: Sequence[ReplyJob]) -> None:
         """Computes their prompts together; where that fails each alone, so that one harms no other."""
         if not jobs:
             return
@@ -160,7 +160,7 @@ def stopping() -> ApiError:
     return ApiError(503, "the server is stopping; try again later", code="stopping")
 
 
-def _fail(job: Job, error: Exception) -> None:
+def _fail(job: ReplyJob, error: Exception) -> None:
     traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, torch.OutOfMemoryError):
         text = "out of memory; shorten the messages or the reply"

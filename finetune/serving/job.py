@@ -16,7 +16,7 @@ from finetune.serving.request import ReplyRequest
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 
 
-class Job:
+class ReplyJob:
     """What a client asked for; `take` to `fail` belong to the model's thread, the rest to the client's."""
 
     def __init__(

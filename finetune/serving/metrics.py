@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from finetune.serving.engine import Engine
-from finetune.serving.job import Job
+from finetune.serving.job import ReplyJob
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -26,7 +26,7 @@ class Metrics:
         """A request was answered with an HTTP status, or its client is gone."""
         self._statuses[status] += 1
 
-    def count_replies(self, jobs: Sequence[Job]) -> None:
+    def count_replies(self, jobs: Sequence[ReplyJob]) -> None:
         """Replies to one request have ended, or nobody waits for them any more."""
         self._prompt_tokens += len(jobs[0].request.prompt)
         self._reply_tokens += sum(job.num_tokens for job in jobs)

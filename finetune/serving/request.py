@@ -31,7 +31,7 @@ BOUNDS = {"messages": 4096, "content parts": 8192, "calls": 1024, "images": 1}
 
 
 @dataclass(frozen=True)
-class Rules:
+class RequestRules:
     """What a request is measured against."""
 
     name: str
@@ -74,7 +74,7 @@ class ReplyRequest:
         return len(self.prompt) + self.decoding.max_new_tokens
 
 
-def read_request(body: bytes, rules: Rules, folder: Path) -> ReplyRequest:
+def read_request(body: bytes, rules: RequestRules, folder: Path) -> ReplyRequest:
     """What the body asks for; ApiError with the reason when that cannot be answered.
 
     Args:
@@ -85,7 +85,7 @@ def read_request(body: bytes, rules: Rules, folder: Path) -> ReplyRequest:
     return reply_requests(with_images(read_fields(body, rules), folder), rules)[0]
 
 
-def read_tokens(body: bytes, rules: Rules) -> list[int]:
+def read_tokens(body: bytes, rules: RequestRules) -> list[int]:
     """The ids of a `prompt`, a text that is no dialogue, or those that `messages` become, as a prompt."""
     value = read_json(body)
     if isinstance(value, dict) and "prompt" in value:
@@ -97,7 +97,7 @@ def read_tokens(body: bytes, rules: Rules) -> list[int]:
         return list(read_request(body, rules, Path(folder)).prompt)
 
 
-def read_fields(body: bytes, rules: Rules) -> ChatRequest:
+def read_fields(body: bytes, rules: RequestRules) -> ChatRequest:
     """The fields; ApiError for those of another model or of too much work, which is not begun."""
     request = parse(body)
     if request.model != rules.name:
@@ -128,7 +128,7 @@ def with_images(request: ChatRequest, folder: Path) -> ChatRequest:
     return request.model_copy(update={"messages": messages})
 
 
-def reply_requests(request: ChatRequest, rules: Rules) -> list[ReplyRequest]:
+def reply_requests(request: ChatRequest, rules: RequestRules) -> list[ReplyRequest]:
     """The `n` replies that are asked for, with seeds that follow each other; after `with_images`."""
     conversation = _conversation(request, rules)
     try:
@@ -154,7 +154,7 @@ def reply_requests(request: ChatRequest, rules: Rules) -> list[ReplyRequest]:
     ]
 
 
-def _conversation(request: ChatRequest, rules: Rules) -> Conversation:
+def _conversation(request: ChatRequest, rules: RequestRules) -> Conversation:
     tools = None if request.tool_choice == "none" else request.tools
     read = history.lenient if rules.history == "lenient" else history.strict
     try:
@@ -164,7 +164,7 @@ def _conversation(request: ChatRequest, rules: Rules) -> Conversation:
 
 
 def _constraint(
-    request: ChatRequest, tools: Sequence[Mapping[str, Any]], rules: Rules
+    request: ChatRequest, tools: Sequence[Mapping[str, Any]], rules: RequestRules
 ) -> Constraint | None:
     """What the reply must be, if anything is said about it."""
     choice, wanted = request.tool_choice, request.response_format
@@ -187,7 +187,7 @@ def _constraint(
         raise bad_request(f"{field}: {error}", field) from error
 
 
-def _decoding(request: ChatRequest, prompt: int, rules: Rules) -> Decoding:
+def _decoding(request: ChatRequest, prompt: int, rules: RequestRules) -> Decoding:
     wanted = request.max_completion_tokens or request.max_tokens
     room = rules.context - prompt if rules.context is not None else None
     length = wanted or min(rules.max_new_tokens, max(room, 1) if room is not None else 2**31)

@@ -90,11 +90,11 @@ def endpoint(
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access
-    from finetune.serving.request import Rules
+    from finetune.serving.request import RequestRules
 
     contexts = [n for n in (options.context, context_length(opened.model)) if n is not None]
     context = min(contexts, default=None)
-    rules = Rules(name, opened.template, context, options.max_new_tokens, options.history)
+    rules = RequestRules(name, opened.template, context, options.max_new_tokens, options.history)
     if importlib.util.find_spec("llguidance") is not None:
         _ = rules.structures  # two seconds for GLM-4's vocabulary, which no request shall wait for
     engine = Engine(opened.model, opened.template, batch_size=options.batch_size)

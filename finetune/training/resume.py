@@ -137,7 +137,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ResumeComparison:
     """The differences between a checkpoint's record and this run's."""
 
     refusals: tuple[Difference, ...]
@@ -181,7 +181,7 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> ResumeComparison:
     """Which differences between two records forbid resuming and which only need saying."""
     # Through JSON once, so that a tuple and a list, 1 and 1.0, compare as what was written.
     now = json.loads(json.dumps(now, ensure_ascii=False, default=str))
@@ -200,7 +200,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
             changes.append(Difference(LISTED_FACTS[key], was, is_now))
     for key, was, is_now in _differences(saved["versions"], now["versions"]):
         changes.append(Difference(f"version of {key}", was, is_now))
-    return Comparison(tuple(refusals), tuple(changes))
+    return ResumeComparison(tuple(refusals), tuple(changes))
 
 
 def check(folder: Path, now: Mapping[str, Any]) -> tuple[Difference, ...]:

@@ -16,8 +16,8 @@ from finetune.config.schema import DataSection, TrainingSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.batch_plan import BatchPlan
 from finetune.data.examples.dataset import (
-    Counts,
     Example,
+    ExampleCounts,
     LengthPolicy,
     PreparedDataset,
     load_examples,
@@ -159,7 +159,7 @@ def _items(
     return PackedDataset(examples, pack(examples.lengths, section.max_length, seed))
 
 
-def _report(kind: str, counts: Counts, num_examples: int) -> None:
+def _report(kind: str, counts: ExampleCounts, num_examples: int) -> None:
     """What became of the rows; every kind of loss is said with its number."""
     said = [
         f"{num_examples:,} examples from {counts.rows:,} rows",

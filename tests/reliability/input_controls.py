@@ -168,9 +168,9 @@ def history(text: str, folder: Path) -> None:
 
 def endpoint(text: str, folder: Path) -> None:
     """Sent to the served model in every field of a request that reaches the prompt."""
-    from finetune.serving.request import Rules, read_request
+    from finetune.serving.request import RequestRules, read_request
 
-    rules = Rules("m", _template(), None, 8)
+    rules = RequestRules("m", _template(), None, 8)
 
     def ids_of(said: str) -> list[int]:
         function = {"name": f"f{said}", "arguments": json.dumps({f"p{said}": said})}

@@ -40,10 +40,10 @@ def _client(key: str | None = None, **limits: int) -> Any:
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access
-    from finetune.serving.request import Rules
+    from finetune.serving.request import RequestRules
 
     engine = Engine(_Model(), _template(), batch_size=1)
-    rules = Rules("m", _template(), 512, 8)
+    rules = RequestRules("m", _template(), 512, 8)
     bounds = Limits(limits.get("requests", 4), limits.get("body_bytes", 1 << 20))
     access = Access({"localhost"}, key.encode() if key else None)
     app = make_app(engine, rules, bounds, access)

@@ -71,7 +71,7 @@ class JinjaTemplate:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChatLayout:
     """How one checkpoint's template lays a dialogue out, as observed by rendering it."""
 
     prefix: str
@@ -91,7 +91,7 @@ class Layout:
         return self.suffix.endswith("<think>")
 
 
-def describe(template: JinjaTemplate) -> Layout:
+def describe(template: JinjaTemplate) -> ChatLayout:
     """The layout of a template in the GLM-4 family; DataError when it is another family's."""
     bare = template.render([_USER])
     body = HEADERS["user"] + "\n问"
@@ -108,7 +108,7 @@ def describe(template: JinjaTemplate) -> Layout:
             f"start with {start!r}, got {opened!r}"
         )
     known = [role for role in ROLES if _knows(template, role)]
-    return Layout(
+    return ChatLayout(
         prefix=bare.removesuffix(body),
         suffix=opened.removeprefix(start),
         tools=_tools_place(template),
@@ -117,7 +117,9 @@ def describe(template: JinjaTemplate) -> Layout:
     )
 
 
-def tools_text(template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[str, Any]]) -> str:
+def tools_text(
+    template: JinjaTemplate, layout: ChatLayout, tools: Sequence[Mapping[str, Any]]
+) -> str:
     """The text after the `<|system|>` that carries these tool definitions.
 
     Raises DataError when the template leaves one of them out, as it does with kinds unknown to it.
@@ -134,7 +136,9 @@ def tools_text(template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[
     return text
 
 
-def _is_shown(template: JinjaTemplate, layout: Layout, tool: Mapping[str, Any], text: str) -> bool:
+def _is_shown(
+    template: JinjaTemplate, layout: ChatLayout, tool: Mapping[str, Any], text: str
+) -> bool:
     """Whether the text of all tools tells of this one: by its name, else by a rendering of its own."""
     name = tool.get("function", {}).get("name", "")
     if name and name not in BUILT_IN and name in text:
@@ -145,7 +149,7 @@ def _is_shown(template: JinjaTemplate, layout: Layout, tool: Mapping[str, Any], 
 
 
 def _tools_block(
-    template: JinjaTemplate, layout: Layout, tools: Sequence[Mapping[str, Any]]
+    template: JinjaTemplate, layout: ChatLayout, tools: Sequence[Mapping[str, Any]]
 ) -> str:
     if not tools:
         return ""

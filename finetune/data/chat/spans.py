@@ -18,7 +18,7 @@ Ids = npt.NDArray[np.int32]
 TrainOn = Literal["every_reply", "last_reply"]
 
 
-class Run(NamedTuple):
+class MessageRun(NamedTuple):
     """Tokens `start:end` of one message, header included; None for the prefix, tools and final stop."""
 
     start: int
@@ -48,7 +48,7 @@ class Rendered:
 
     input_ids: Ids
     """[T], read-only; after a reply that ends the dialogue comes its stop."""
-    runs: tuple[Run, ...]
+    runs: tuple[MessageRun, ...]
     replies: tuple[ReplySpan, ...]
 
 
@@ -87,7 +87,7 @@ def blocks(rendered: Rendered, max_length: int) -> Iterator[Rendered]:
     for start in range(head, len(ids), max_length - head):
         piece = np.concatenate((ids[:head], ids[start : start + max_length - head]))
         piece.flags.writeable = False
-        yield Rendered(piece, (Run(0, head, None), Run(head, len(piece), None)), ())
+        yield Rendered(piece, (MessageRun(0, head, None), MessageRun(head, len(piece), None)), ())
 
 
 def shorten(
@@ -149,7 +149,7 @@ def _without(rendered: Rendered, start: int, stop: int) -> Rendered:
     """`rendered` without runs `start:stop`."""
     head, cut = rendered.runs[start].start, rendered.runs[stop].start
     gone = cut - head
-    later = [Run(s - gone, e - gone, m) for s, e, m in rendered.runs[stop:]]
+    later = [MessageRun(s - gone, e - gone, m) for s, e, m in rendered.runs[stop:]]
     ids = np.concatenate((rendered.input_ids[:head], rendered.input_ids[cut:]))
     ids.flags.writeable = False
     return Rendered(

@@ -30,9 +30,9 @@ from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.jinja import HEADERS, ROLES, JinjaTemplate, describe, tools_text
 from finetune.data.chat.spans import (
     Ids,
+    MessageRun,
     Rendered,
     ReplySpan,
-    Run,
     TrainOn,
     shorten,
     trained_spans,
@@ -42,7 +42,7 @@ from finetune.data.chat.tokenizer import ChatTokenizer, explain_panic
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import DataError
 
-__all__ = ["ChatTemplate", "Rendered", "ReplySpan", "Run", "shorten", "trained_spans"]
+__all__ = ["ChatTemplate", "MessageRun", "Rendered", "ReplySpan", "shorten", "trained_spans"]
 
 RULES_VERSION = 1
 """Raised whenever the same dialogue would give other ids or spans."""
@@ -370,7 +370,7 @@ def _rendered(
 ) -> Rendered:
     base = positions[0]
     runs = tuple(
-        Run(positions[place] - base, positions[place + 1] - base, piece.message)
+        MessageRun(positions[place] - base, positions[place + 1] - base, piece.message)
         for place, piece in enumerate(plan)
     )
     messages = conversation.messages

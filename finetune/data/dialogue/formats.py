@@ -35,7 +35,7 @@ THINK = "<think>"
 
 
 @dataclass(frozen=True)
-class Rules:
+class RowRules:
     """What is done about rows that can be read in more than one way."""
 
     turns: Literal["strict", "merge"] = "strict"
@@ -50,11 +50,11 @@ class Rules:
     """Columns that are meant to stay unread."""
 
 
-PLAIN = Rules()
+PLAIN = RowRules()
 """The defaults."""
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """One way to write a dialogue into a row."""
 
     name: str
@@ -74,48 +74,52 @@ def _is_text(row: Row, *names: str) -> bool:
     return all(isinstance(row.get(name), str) for name in names)
 
 
-LAYOUTS: tuple[Layout, ...] = (
-    Layout("openai", lambda row: _looks_like_openai(row.get("messages")), frozenset({"messages"})),
-    Layout("messages", lambda row: row.get("messages") is not None, frozenset({"messages"})),
-    Layout(
+LAYOUTS: tuple[RowLayout, ...] = (
+    RowLayout(
+        "openai", lambda row: _looks_like_openai(row.get("messages")), frozenset({"messages"})
+    ),
+    RowLayout("messages", lambda row: row.get("messages") is not None, frozenset({"messages"})),
+    RowLayout(
         "chatglm3", lambda row: _has_roles(row.get("conversations")), frozenset({"conversations"})
     ),
-    Layout(
+    RowLayout(
         "sharegpt", lambda row: row.get("conversations") is not None, frozenset({"conversations"})
     ),
-    Layout(
+    RowLayout(
         "conversation",
         lambda row: _is_pairs_in_list(row.get("conversation")),
         frozenset({"conversation"}),
         foreign.from_pairs_in_list,
     ),
-    Layout("glaive", lambda row: _is_text(row, "chat"), frozenset({"chat"}), foreign.from_glaive),
-    Layout(
+    RowLayout(
+        "glaive", lambda row: _is_text(row, "chat"), frozenset({"chat"}), foreign.from_glaive
+    ),
+    RowLayout(
         "moss",
         lambda row: isinstance(row.get("chat"), dict),
         frozenset({"chat", "num_turns"}),
         foreign.from_moss,
     ),
-    Layout(
+    RowLayout(
         "xlam",
         lambda row: _is_text(row, "query") and "answers" in row and "tools" in row,
         frozenset({"query", "answers"}),
         foreign.from_xlam,
     ),
-    Layout(
+    RowLayout(
         "chatml",
         lambda row: _is_text(row, "text") and "<|im_start|>" in row["text"],
         frozenset({"text"}),
         foreign.from_chatml,
     ),
-    Layout("text", foreign.is_document, frozenset({"text"})),
-    Layout(
+    RowLayout("text", foreign.is_document, frozenset({"text"})),
+    RowLayout(
         "alpaca",
         lambda row: "instruction" in row,
         frozenset({"instruction", "input", *ALPACA_REPLIES, *_QUESTION}),
     ),
     # Without a response the row is still known: rows to be answered have none.
-    Layout("pairs", lambda row: any(prompt in row for prompt, _ in PAIRS), _QUESTION),
+    RowLayout("pairs", lambda row: any(prompt in row for prompt, _ in PAIRS), _QUESTION),
 )
 FORMATS = ("messages", *(layout.name for layout in LAYOUTS if layout.name != "messages"))
 _BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -165,7 +169,7 @@ def to_conversation(
     where: str = "",
     columns: Columns | None = None,
     purpose: Purpose = "train",
-    rules: Rules = PLAIN,
+    rules: RowRules = PLAIN,
 ) -> Conversation:
     """The row as a dialogue that is valid for the purpose; RowError with the reason otherwise.
 
@@ -206,7 +210,7 @@ def to_conversation(
     return validate(conversation, purpose, positions, lenient=rules.turns == "merge")
 
 
-def _read_by(layout: Layout, columns: Columns | None) -> frozenset[str]:
+def _read_by(layout: RowLayout, columns: Columns | None) -> frozenset[str]:
     return _READ[layout.name] | set(columns) if columns else _READ[layout.name]
 
 
@@ -215,7 +219,7 @@ _READ["pairs"] |= {name for pair in PAIRS for name in pair}
 
 
 def _settled(
-    messages: list[Message], reader: MessageReader, rules: Rules
+    messages: list[Message], reader: MessageReader, rules: RowRules
 ) -> tuple[list[Message], Sequence[int] | None, tuple[str, ...]]:
     """Messages under the rules, their numbers in the row if these still hold, and what is doubtful."""
     positions: Sequence[int] | None = reader.positions
@@ -259,7 +263,7 @@ FEWER_RESULTS = "tool calls of one turn with fewer results than calls"
 _CALLS_AND_RESULTS = re.compile("(c+)(o+)")
 
 
-def _doubts(messages: Sequence[Message], names: set[str], rules: Rules) -> tuple[str, ...]:
+def _doubts(messages: Sequence[Message], names: set[str], rules: RowRules) -> tuple[str, ...]:
     """What can be trained but is hardly meant, for `data check` and the start of training to count."""
     found = []
     calls = False
@@ -291,7 +295,7 @@ def _doubts(messages: Sequence[Message], names: set[str], rules: Rules) -> tuple
     return tuple(found)
 
 
-def _listed(row: Row, key: str, rules: Rules) -> MessageReader:
+def _listed(row: Row, key: str, rules: RowRules) -> MessageReader:
     """A row with a list of messages under `key`, and perhaps `tools` and `system` beside it."""
     items = row.get(key)
     if isinstance(items, str):  # a CSV cell

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.examples.preparation import NAMED, Counts, LengthPolicy, write_examples
+from finetune.data.examples.preparation import NAMED, ExampleCounts, LengthPolicy, write_examples
 from finetune.data.examples.selection import AS_STORED, Selection, first_ones, mixed
 from finetune.data.examples.store import ExampleFile
 from finetune.data.reading.files import expand
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED",
-    "Counts",
     "Example",
+    "ExampleCounts",
     "LengthPolicy",
     "PreparedDataset",
     "load_examples",
@@ -73,7 +73,7 @@ class PreparedDataset:
     def __init__(
         self,
         file: ExampleFile,
-        counts: Counts,
+        counts: ExampleCounts,
         fingerprint: str,
         view: npt.NDArray[np.int64] | None = None,
         images: Mapping[str, State | None] | None = None,
@@ -279,7 +279,9 @@ def _open(
     images: Mapping[str, State | None] | None = None,
 ) -> PreparedDataset:
     stored = entry.facts["counts"]
-    counts = Counts(**{**stored, "named": tuple(stored["named"]), "duplicates": view.duplicates})
+    counts = ExampleCounts(
+        **{**stored, "named": tuple(stored["named"]), "duplicates": view.duplicates}
+    )
     file = ExampleFile(entry.folder / EXAMPLES_FILE)
     return PreparedDataset(file, counts, fingerprint, view.rows, images)
 

@@ -21,7 +21,7 @@ _ROWS_PER_WINDOW = 500
 """About how many rows are packed together: enough to fill all but one or two, few enough to mix."""
 
 
-class Documents(Protocol[Item]):
+class TextDocuments(Protocol[Item]):
     """What is packed: examples by index, and their lengths."""
 
     lengths: npt.NDArray[np.int32]
@@ -78,7 +78,7 @@ def _best_fit(indices: list[int], lengths: list[int], capacity: int) -> list[lis
 class PackedDataset(Generic[Item]):
     """Rows of a dataset: item i is the list of the examples of `bins[i]`."""
 
-    def __init__(self, documents: Documents[Item], bins: Sequence[Sequence[int]]) -> None:
+    def __init__(self, documents: TextDocuments[Item], bins: Sequence[Sequence[int]]) -> None:
         self._documents = documents
         self._bins = bins
         sizes = np.fromiter((len(row) for row in bins), dtype=np.int64, count=len(bins))

@@ -48,7 +48,7 @@ class LengthPolicy:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ExampleCounts:
     """What became of the rows of a preparation; lengths and tokens are of the kept examples."""
 
     rows: int = 0
@@ -313,8 +313,8 @@ class _Tally:
         )
 
     def facts(self, num_sources: int) -> dict[str, Any]:
-        """What the manifest keeps: the fields of Counts, and how many rows each source gave."""
-        counts = Counts(
+        """What the manifest keeps: the fields of ExampleCounts, and how many rows each source gave."""
+        counts = ExampleCounts(
             rows=self.rows,
             dropped=dict(self._dropped),
             named=tuple(self._named),

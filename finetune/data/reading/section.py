@@ -12,7 +12,7 @@ from finetune.config.row_formats import RowFormat
 from finetune.config.schema import Columns as ColumnNames
 from finetune.config.schema import DataSection, Source, held_out_share
 from finetune.data.dialogue.columns import Columns
-from finetune.data.dialogue.formats import Rules
+from finetune.data.dialogue.formats import RowRules
 from finetune.data.reading.images import Images
 from finetune.data.reading.parts import Part
 from finetune.data.reading.sources import Reading, SourceSpec
@@ -26,7 +26,7 @@ AS_DEFAULT = DataSection(train=[])
 
 def reading_of(section: DataSection) -> Reading:
     """The `data` section's options for rows."""
-    rules = Rules(
+    rules = RowRules(
         turns=section.turns,
         calls_in_text=section.calls_in_text,
         reasoning=section.reasoning,

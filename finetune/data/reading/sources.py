@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
-from finetune.data.dialogue.formats import PLAIN, Rules, detect, to_conversation
+from finetune.data.dialogue.formats import PLAIN, RowRules, detect, to_conversation
 from finetune.data.reading.files import BadRow, Row, expand, read_rows
 from finetune.data.reading.images import ImageFiles, Images
 from finetune.data.reading.parts import Part
@@ -68,7 +68,7 @@ class Reading:
     """Names of the prompt and response columns, for `pairs`."""
     images: Images = BESIDE
     """Where images lie, and whether each is decoded once to see that it can be."""
-    rules: Rules = PLAIN
+    rules: RowRules = PLAIN
     """What is done about rows that can be read in more than one way."""
 
     def for_checkpoint(self, *, thinks: bool) -> Reading:

@@ -20,7 +20,7 @@ TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 
 
 @dataclass(frozen=True)
-class Counts:
+class SplitCounts:
     """Dialogues on either side."""
 
     train: int
@@ -34,7 +34,7 @@ def split(
     reading: Reading,
     *,
     overwrite: bool = False,
-) -> Counts:
+) -> SplitCounts:
     """Writes the rows of `sources`, as they are, into two files of the folder `output`.
 
     Args:
@@ -74,7 +74,7 @@ def split(
             raise DataError(
                 empty.replace("change data.validation, or give", "change --share, or take")
             )
-    return Counts(*counts)
+    return SplitCounts(*counts)
 
 
 def _as_json(value: Any) -> str:

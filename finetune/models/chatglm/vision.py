@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
         return hidden
 
 
-class Adapter(nn.Module):
+class ImageAdapter(nn.Module):
     """From what the tower saw to what the text understands: a projection and a gated MLP."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -133,7 +133,7 @@ class VisionModel(nn.Module):
         self.patch_embedding = PatchEmbedding(vision)
         self.transformer = VisionTransformer(vision)
         self.conv = nn.Conv2d(vision["hidden_size"], config.hidden_size, kernel_size=2, stride=2)
-        self.linear_proj = Adapter(config)
+        self.linear_proj = ImageAdapter(config)
         self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.scaling_factor = vision["scaling_factor"]
