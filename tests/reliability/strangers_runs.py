@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ def cases() -> Iterator[Case]:
     bench = Bench(folder)
     yield from ways_to_end(bench)
     yield from numbers(bench)
-    yield from lost_outputs(bench)
     yield from changed_sources(bench)
 
 
@@ -122,50 +120,6 @@ def odd_seed(bench: Bench, seed: int, folder: Path) -> str:
     code, said = command("train", path)
     fine = code == 2 and "training.seed" in said and "Traceback" not in said
     return "" if fine else f"ended with {code}: {said[-300:]}"
-
-
-# --- nobody reads the output -----------------------------------------------------------------------
-
-
-def lost_outputs(bench: Bench) -> Iterator[Case]:
-    """A closed pipe, a terminal that goes, streams that are closed."""
-    ways: dict[str, Callable[[], None]] = {
-        "a closed pipe": close_pipe,
-        "a terminal that has gone": close_terminal,
-        "standard output closed": partial(close_streams, 1),
-        "standard error closed": partial(close_streams, 2),
-        "all streams closed": partial(close_streams, 0, 1, 2),
-    }
-    for name, lose in ways.items():
-        yield Case(f"output: {name}", partial(unread, bench, lose))
-
-
-def unread(bench: Bench, lose: Callable[[], None], folder: Path) -> str:
-    """The run ends as without it."""
-    ended = bench.start(KIND, folder, lambda rank: lose())
-    return bench.differs(KIND, folder) if ended.well else f"ended with {ended.codes}"
-
-
-def close_pipe() -> None:
-    """As `| head` leaves it."""
-    reading, writing = os.pipe()
-    os.dup2(writing, 1)
-    os.close(reading)
-
-
-def close_terminal() -> None:
-    """As a connection that breaks leaves it."""
-    ours, theirs = os.openpty()
-    os.dup2(theirs, 1)
-    os.dup2(theirs, 2)
-    os.close(theirs)
-    os.close(ours)
-
-
-def close_streams(*numbers: int) -> None:
-    """As `>&-` does it, while the program runs."""
-    for number in numbers:
-        os.close(number)
 
 
 # --- what a run depends on -------------------------------------------------------------------------
