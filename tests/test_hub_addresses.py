@@ -62,6 +62,13 @@ def test_every_command_takes_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert os.environ["FINETUNE_HUB"] == "modelscope"
 
 
+def test_an_adapter_names_its_base_as_peft_looks_it_up() -> None:
+    for path, known in (
+        ("hf://a/b", "a/b"), ("ms://a/b", "ms://a/b"), ("a/b", "a/b"), ("/models/m", "/models/m")
+    ):  # fmt: skip
+        assert hub.known_to_peft(path) == known
+
+
 def fail(*_: Any) -> Path:
     raise OSError("no network")
 
@@ -141,7 +148,7 @@ def test_models_and_data_come_from_a_mirror(scheme: str, tmp_path: Path) -> None
             [sys.executable, "-c", f"ADDRESSES = ['{scheme}://owner/name']{_PROGRAM}"],
             env={
                 **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": there.address,
-                "HF_HOME": str(tmp_path / "hf"), "MODELSCOPE_DOMAIN": there.address,
+                "HF_HOME": str(tmp_path / "hf"), "MODELSCOPE_ENDPOINT": there.address,
                 "MODELSCOPE_CACHE": str(tmp_path / "ms"), "HF_HUB_OFFLINE": "0",
             },
             capture_output=True, text=True, timeout=100,

@@ -1,7 +1,7 @@
 """Repositories of Hugging Face and ModelScope -> folders here, through the hubs' own libraries.
 
     hf://owner/name[@revision][/files]   Hugging Face; a mirror by HF_ENDPOINT
-    ms://owner/name[@revision][/files]   ModelScope; another site by MODELSCOPE_DOMAIN
+    ms://owner/name[@revision][/files]   ModelScope; another site by MODELSCOPE_ENDPOINT
     owner/name                           a model of the hub that $FINETUNE_HUB (or --hub) names, by
                                          default Hugging Face
 
@@ -68,6 +68,12 @@ def _chosen() -> Hub:
         if named == hub:
             return hub
     raise ConfigError(f"${CHOICE} (--hub) is {named!r}; it is one of {', '.join(hubs)}")
+
+
+def known_to_peft(path: str) -> str:
+    """`owner/name` of an address of Hugging Face, where PEFT looks names up; others as they are."""
+    match = _ADDRESS.fullmatch(path)
+    return match["name"] if match and match["scheme"] == "hf" else path
 
 
 def how_to_get(found: Repository, content: Content) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune import console
+from finetune.artifacts import hub
 from finetune.artifacts.adapter import ALL_LINEAR, check_complete, read_lora
 from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_WEIGHTS
@@ -106,7 +107,7 @@ def save(
         metadata={"format": "pt"},
     )
     config = copy.deepcopy(model.peft_config["default"])
-    config.base_model_name_or_path = base.path
+    config.base_model_name_or_path = hub.known_to_peft(base.path)
     config.revision = base.revision
     config.inference_mode = True
     if isinstance(config.target_modules, set):

@@ -30,6 +30,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.glm.modeling_glm import eager_attention_forward
 
 from finetune import console
+from finetune.artifacts import hub
 from finetune.artifacts.adapter import PREFIX_TENSOR, check_config, weights_file
 from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX_ENCODER, PREFIX_UNITS
@@ -180,7 +181,7 @@ def save(
         num_attention_heads=heads,
         prefix_projection=False,
         inference_mode=True,
-        base_model_name_or_path=base.path,
+        base_model_name_or_path=hub.known_to_peft(base.path),
         revision=base.revision,
     ).save_pretrained(folder)
     base.write(folder, method="ptuning_v2")
