@@ -237,7 +237,7 @@ def _settled(
             messages[index] = replace(message, content=thought)
     if rules.reasoning == "drop":
         messages = [_without_thought(message) for message in messages]
-    names = {tool_name(tool) for tool in reader.tools}
+    names = {tool_name(tool) for tool in reader.tools} if reader.tools else set()
     if rules.calls_in_text == "read":
         read = with_calls_read(messages, names)
         positions = positions if len(read) == len(messages) else None

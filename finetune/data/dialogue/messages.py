@@ -44,6 +44,9 @@ _IMAGE_KEYS = ("image", "image_url", "bytes", "path", "url")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
 
 
+_UNMARKED = Marks()
+
+
 class MessageReader:
     """Messages under construction: what was read so far, and where in the row it stood."""
 
@@ -59,7 +62,7 @@ class MessageReader:
         """Index into `messages` -> what the reply was thought out with, from a key of its own."""
         self.image_parts: list[int] = []
         """Positions of messages with a part that says only that an image stands here."""
-        self._marks = Marks()
+        self._marks = _UNMARKED
 
     def add(self, message: Message, position: int, call_id: object = None) -> None:
         """Append one message that came from the row's message `position`."""
@@ -212,7 +215,7 @@ class MessageReader:
             metadata = item.get("metadata") or ""
             if not isinstance(metadata, str):
                 _fail(position, f"metadata is {strict_json.describe(metadata)}, not a tool's name")
-        marks = Marks() if role == "observation" else self._marks
+        marks = _UNMARKED if role == "observation" else self._marks
         is_first = self.positions[-1:] != [position]  # of what this item says
         if marks.reasoning and role == "assistant" and is_first:
             self.reasoning[len(self.messages)] = marks.reasoning
