@@ -96,6 +96,13 @@ FATAL = {
     "damaged.jsonl.zst": (zstandard.compress(os.urandom(999))[:9] + b"\1" * 90, 1, "zstd file is"),
     "not_compressed.jsonl.gz": (GOOD, 1, "is not compressed that way"),
     "not_compressed.jsonl.zst": (GOOD, 1, "is not compressed that way"),
+    "compressed.parquet.gz": (gzip.compress(b"PAR1"), 1, "a Parquet file inside .gz is not read"),
+    "compressed.parquet.zst": (
+        zstandard.compress(b"PAR1"),
+        1,
+        "a Parquet file inside .zst is not read",
+    ),
+    "compressed.arrow.gz": (gzip.compress(b"ARROW1"), 1, "an Arrow file inside .gz is not read"),
     "not_parquet.parquet": (GOOD, 1, "is not a Parquet file"),
     "damaged.parquet": (b"PAR1" + b"\1" * 50 + b"PAR1", 1, "Parquet file is damaged"),
     "open_quote.csv": ('a,b\n1,"2\n3,4\n', 2, "not CSV from here on"),

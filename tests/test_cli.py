@@ -260,3 +260,18 @@ def test_show_config_prints_a_configuration_that_can_be_used_again(here, capsys)
     assert exit_code("train", "again.yaml", "--show-config") == 0
     assert capsys.readouterr().out == shown
     assert "  seed: 7\n" in shown
+
+
+def test_show_config_as_json_is_a_configuration_too(here, capfd):
+    assert exit_code("x.yaml", "training.seed=7", "--show-config", "--json") == 0
+    shown = capfd.readouterr().out
+    assert json.loads(shown)["training"]["seed"] == 7
+    Path("again.yaml").write_text(shown)
+    assert exit_code("again.yaml", "--show-config", "--json") == 0
+    assert capfd.readouterr().out == shown
+
+
+def test_show_config_says_which_options_another_method_leaves_out(here, capfd):
+    Path("lora.yaml").write_text(CONFIG.replace("kind: lora", "kind: lora\n  rank: 4"))
+    assert exit_code("lora.yaml", "method.kind=full", "--show-config") == 0
+    assert "method.rank of the file left out" in capfd.readouterr().err

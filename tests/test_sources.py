@@ -44,7 +44,7 @@ def test_all_bad_rows_of_all_files_are_in_one_report(tmp_path: Path) -> None:
             "content/summary or question/answer or query/response or query/answer or "
             "question/response or source/target or input/output or input/target; its columns are 'prompt'",
             f"  {second}:2: messages: is a number, not a list of messages",
-            "Mend the rows, or set data.on_bad_row to skip to leave them out.",
+            "Fix these rows; a training run with data.on_bad_row: skip leaves them out.",
         ]
     )
 

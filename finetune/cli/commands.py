@@ -91,15 +91,17 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train; a run that was interrupted goes on where it stopped."""
-    from finetune.config.load import dump_config, load
+    from finetune.config.load import config_tree, dump_config, load
 
     loaded = load(config, overrides or ())
-    if show_config:
-        console.say(dump_config(loaded.config).rstrip())
-        return
     with console.json_output(as_json) as emit:
         for note in loaded.notes:
             console.warn(note)
+        if show_config:
+            emit(config_tree(loaded.config))
+            if not as_json:
+                console.say(dump_config(loaded.config).rstrip())
+            return
         check_inputs(loaded)
         from finetune.training.run import train as run
 

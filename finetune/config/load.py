@@ -34,7 +34,9 @@ from finetune.config.yaml_text import (
 )
 from finetune.errors import ConfigError
 
-__all__ = ["Loaded", "dump_config", "json_schema", "load", "load_config", "reference_page"]
+__all__ = [
+    "Loaded", "config_tree", "dump_config", "json_schema", "load", "load_config", "reference_page",
+]  # fmt: skip
 
 COMMAND_LINE = "command line"
 
@@ -76,11 +78,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(config, tuple(notes), document)
 
 
-def dump_config(config: RunConfig) -> str:
-    """YAML with every option's value; `load_config` of it gives an equal configuration."""
+def config_tree(config: RunConfig) -> dict[str, Any]:
+    """Every option's value by section; a file of it, as JSON or YAML, gives an equal configuration."""
     tree = config.model_dump()
     if config.deepspeed is not None and config.deepspeed.config is not None:
         tree["deepspeed"] = {"config": config.deepspeed.config}
+    return tree
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML with every option's value; `load_config` of it gives an equal configuration."""
+    tree = config_tree(config)
     text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return (
         f"# Every option of the run; paths are relative to the directory it was started in.\n{text}"

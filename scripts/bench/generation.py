@@ -179,7 +179,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", help="AdvertiseGen's dev.jsonl, or any file of one-turn dialogues")
+    parser.add_argument(
+        "data", help="a file of one-turn dialogues, such as AdvertiseGen's dev.jsonl"
+    )
     parser.add_argument("--model", help="a model folder; by default a small random GLM")
     parser.add_argument("--samples", type=int, default=128, help="the first ones of the file (128)")
     parser.add_argument("--rounds", type=int, default=2, help="turns; medians are shown (2)")

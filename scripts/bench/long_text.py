@@ -138,7 +138,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="N",
+        help=f"tokens of the row, {min(LENGTHS):,} or more (one packed document)",
+    )  # fmt: skip
     parser.add_argument("--family", choices=("chatglm", "glm"), default="chatglm")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path)
@@ -146,6 +149,8 @@ def main() -> int:
     parser.add_argument("--variant", choices=VARIANTS, help="only this one, in this process")
     parser.add_argument("--length", type=int)
     options = parser.parse_args()
+    if min(options.lengths) < min(LENGTHS):
+        parser.error(f"--lengths must be {min(LENGTHS):,} or more")
     if options.variant:
         print(json.dumps(run(options)))
         return 0

@@ -1,8 +1,9 @@
 """What preparing dialogues costs, against the tokenizer's own cost on the same texts.
 
-    python scripts/bench/prepare.py --assets ../shared [--rows 20000 200000] [--rounds 3] [--json]
+    python scripts/bench/prepare.py --assets FOLDER [--rows 20000 200000] [--rounds 3] [--json]
 
-The dialogues of AdvertiseGen, Alpaca and the tool set (four times as often as the others, which
+FOLDER holds assets/glm-4-9b-chat (the published tokenizer's files) and the four public files that
+SETS names under data/, which are not part of this repository. The dialogues of AdvertiseGen, Alpaca and the tool set (four times as often as the others, which
 makes 188 tokens on average) are repeated, each time in another order, into a temporary JSONL file.
 Then two kinds of child process take turns, each measured by its own resource usage:
 
@@ -51,7 +52,12 @@ def main() -> None:
     if sys.argv[1:2] == ["texts"]:
         return write_texts(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--assets", type=Path, required=True, help="folder with assets/ and data/")
+    parser.add_argument(
+        "--assets",
+        type=Path,
+        required=True,
+        help="folder with assets/glm-4-9b-chat (a tokenizer) and the files: " + ", ".join(SETS),
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
     parser.add_argument(
         "--rounds",

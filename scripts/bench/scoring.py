@@ -103,17 +103,25 @@ def scoring(data: Path, folder: Path) -> dict[str, float]:
     return {name: value / total for name, value in found.items()}
 
 
+def _check(data: Path, parser: argparse.ArgumentParser) -> None:
+    """Ends with a usage error unless every row is one question and one reply."""
+    for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), start=1):
+        if [one["role"] for one in json.loads(line)["messages"]] != ["user", "assistant"]:
+            parser.error(f"{data}:{number}: not one question and one reply")
+
+
 def main() -> int:
     """Prints the figures; 1 when the bar is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", help="AdvertiseGen's dev.jsonl, or any file of one-turn dialogues")
+    parser.add_argument("data", help="rows of `messages`, one question and one reply each")
     parser.add_argument("--model", help="a model folder; by default a small random GLM")
     parser.add_argument("--samples", type=int, default=128, help="prompts to generate for (128)")
     parser.add_argument("--threads", type=int, default=1, help="of torch while it generates (1)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    _check(Path(options.data), parser)
     options.variant = "here 16"
     os.environ.setdefault("FINETUNE_CACHE", tempfile.mkdtemp())
     with tempfile.TemporaryDirectory() as folder:

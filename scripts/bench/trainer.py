@@ -95,13 +95,17 @@ def run_loop(model: Path, steps: int) -> float:
 def main() -> int:
     """Print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--steps", type=int, default=60, help="steps of the long run (60)")
+    parser.add_argument(
+        "--steps", type=int, default=60, help=f"steps of the long run, more than {SHORT} (60)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns; medians are shown (3)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--loop", type=Path, help="only the bare loop on this model, in this process"
     )
     options = parser.parse_args()
+    if options.steps <= SHORT:
+        parser.error(f"--steps must be more than {SHORT}, the steps of the short run")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.loop:
         print(json.dumps(run_loop(options.loop, options.steps)))

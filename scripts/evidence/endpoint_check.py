@@ -75,7 +75,10 @@ def ask(client: openai.OpenAI, request: Request, *, stream: bool) -> Said:
     }  # fmt: skip
     if stream:
         with client.chat.completions.stream(**asked) as pieces:
-            choice: Any = pieces.get_final_completion().choices[0]
+            try:
+                choice: Any = pieces.get_final_completion().choices[0]
+            except openai.LengthFinishReasonError as cut:  # a model that does not stop by itself
+                choice = cut.completion.choices[0]
     else:
         choice = client.chat.completions.create(**asked).choices[0]
     calls = [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or []]

@@ -5,7 +5,7 @@ letters are 90 to 12 pixels wide, and rows of plain text among them). A random m
 224 is trained on it from scratch, then once more with LoRA. Exact answers are counted for the
 trained model with the charts, for the same with white paper instead, and for the merged adapter.
 
-    python scripts/evidence/eye_chart.py ../shared/data/vision/eye_chart runs/eye_chart
+    python scripts/evidence/eye_chart.py DATA runs/eye_chart
 """
 
 from __future__ import annotations

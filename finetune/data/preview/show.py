@@ -160,7 +160,8 @@ def _at_index(stream: ConversationStream, path: str, index: int) -> Conversation
             return conversation
     if number < 0 and stream.num_bad:
         raise DataError(f"{path} holds no dialogue. {stream.report()}")
-    raise DataError(f"{path} has no dialogue {index}; it has {number + 1}, counted from 0")
+    bad = f". {stream.report()}" if stream.num_bad else ""
+    raise DataError(f"{path} has no dialogue {index}; it has {number + 1}, counted from 0{bad}")
 
 
 def _at_line(stream: ConversationStream, path: str, line: int) -> Conversation:

@@ -1,4 +1,4 @@
-"""Paths -> rows, streaming: JSONL, JSON arrays, Parquet, Arrow and CSV, plain or in gzip or zstd.
+"""Paths -> rows, streaming: Parquet and Arrow; JSONL, JSON arrays, CSV and text, in gzip or zstd too.
 
 Every row comes with the `file:line` it stands on, and whatever cannot be read comes as a BadRow
 with the reason; nothing is left out. Memory does not grow with the file.

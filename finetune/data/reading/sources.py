@@ -210,8 +210,8 @@ class ConversationStream(Iterator[Conversation]):
             share = self.num_bad / max(self.rows, 1)
             return f"That is {share:.1%}, more than data.max_bad_rows allows ({self._reading.max_bad_rows:.1%})."
         if self._reading.on_bad_row == "skip" or any(row.fatal for row in self.bad_rows):
-            return "Mend the files: rows behind such a place cannot be read, so they cannot be skipped."
-        return "Mend the rows, or set data.on_bad_row to skip to leave them out."
+            return "Fix the files: nothing after such a place can be read, so it cannot be skipped."
+        return "Fix these rows; a training run with data.on_bad_row: skip leaves them out."
 
 
 def read_conversations(

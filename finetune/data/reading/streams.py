@@ -75,6 +75,11 @@ def open_stream(path: Path) -> Iterator[Stream]:
             yield Stream(raw, "arrow")
             return
         plain = name.removesuffix(".gz").removesuffix(".zst")
+        if plain.endswith((".parquet", ".arrow")):
+            raise StreamError(
+                f"{'a Parquet' if plain.endswith('.parquet') else 'an Arrow'} file inside {path.suffix} is "
+                "not read; decompress it first (Parquet can compress its own columns)"
+            )
         layout: Layout = "csv" if plain.endswith((".csv", ".tsv")) else "json"
         if plain.endswith(TEXT_SUFFIXES):
             layout = "text"
