@@ -110,7 +110,10 @@ def test_what_fits_follows_from_what_a_token_adds(nine_billion: Path) -> None:
 def test_the_command_answers_with_json_and_in_words(
     nine_billion: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("plan", str(ROOT / "configs/lora.yaml"), f"model.path={nine_billion}", "--gpu", "24GB")
+    words = (
+        "plan", str(ROOT / "configs/lora.yaml"), f"model.path={nine_billion}",
+        "training.max_steps=600", "training.num_epochs=null", "--gpu", "24GB",
+    )  # fmt: skip
     assert exit_code(*words, "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["memory_bytes_per_gpu"] == sum(found["memory"].values())
