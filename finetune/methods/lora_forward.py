@@ -45,7 +45,7 @@ class LowRank(nn.Linear):
 
     _cast: tuple[tuple[Any, ...], Tensor] | None = None
     """The numbers, until the weight changes."""
-    _attached: tuple[tuple[Any, ...], Tensor] | None = None
+    _attached: Tensor | None = None
     """The same with a gradient, until that has come: what stayed would keep the whole graph alive."""
 
     def forward(self, rows: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -63,15 +63,19 @@ class LowRank(nn.Linear):
         if own.dtype is dtype and scale == 1.0:
             return own
         key = _turn, id(own), own._version, dtype, scale, torch.is_inference_mode_enabled()
-        if self._cast is None or self._cast[0] != key:
+        kept = self.__dict__  # past nn.Module's own __setattr__, which looks for parameters
+        cast = self._cast
+        if cast is None or cast[0] != key:
             numbers = torch.empty_like(own, dtype=dtype, requires_grad=False)
-            self._cast = key, torch.mul(own.detach(), scale, out=numbers)
-            self._attached = None
+            kept["_cast"] = cast = key, torch.mul(own.detach(), scale, out=numbers)
+            kept["_attached"] = None
         if not (torch.is_grad_enabled() and own.requires_grad):
-            return self._cast[1]
-        if self._attached is None:
-            self._attached = key, _Attach.apply(own, self._cast[1], self, scale)  # type: ignore[no-untyped-call]
-        return self._attached[1]
+            return cast[1]
+        attached = self._attached
+        if attached is None:
+            attached = _Attach.apply(own, cast[1], self, scale)  # type: ignore[no-untyped-call]
+            kept["_attached"] = attached
+        return attached
 
     @property
     def kept(self) -> Tensor | None:
@@ -99,7 +103,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """One kernel: scaled and cast."""
         if (owner := ctx.owner()) is not None:
-            owner._attached = None
+            owner.__dict__["_attached"] = None
         wide = torch.empty_like(grads[0], dtype=ctx.dtype)
         return torch.mul(grads[0], ctx.scale, out=wide), None, None, None
 
@@ -124,17 +128,17 @@ class LoraLinear(Linear):
 
     def _is_plain(self, x: Tensor) -> bool:
         base, kind = self.base_layer, x.device.type
-        computes_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return (
-            type(base) is nn.Linear
-            and base.weight.dtype is x.dtype is computes_in
-            and x.dim() > 1
-            and not self.disable_adapters
-            and not self.merged
-            and not any(name in self.lora_variant for name in self.active_adapters)
-            and all(
-                type(self.lora_A[name]) is LowRank and type(self.lora_B[name]) is LowRank
-                for name in self.active_adapters
-                if name in self.lora_A
-            )
-        )
+        weight = base.weight
+        if type(base) is not nn.Linear or weight.dtype is not x.dtype or x.dim() < 2:
+            return False
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype:
+            return False
+        if self.disable_adapters or self.merged:
+            return False
+        downs, ups = self.lora_A, self.lora_B
+        for name in self.active_adapters:
+            if name in self.lora_variant:
+                return False
+            if name in downs and not (type(downs[name]) is LowRank and type(ups[name]) is LowRank):
+                return False
+        return True
