@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_parts import REPLY, USER
 
+from finetune.data.chat.spans import blocks
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation, RowError
 from finetune.data.dialogue.foreign import DIALOGUE_IN_TEXT
@@ -49,23 +50,29 @@ def load(template: ChatTemplate, tmp_path: Path, max_length: int, *paths: str) -
 @settings(max_examples=60, deadline=None)
 @given(text=any_text.filter(lambda text: not text.isspace()), max_length=st.integers(4, 30))
 def test_blocks_hold_every_token_once_and_all_but_the_prefix_is_learned(
-    template: ChatTemplate, tmp_path_factory: pytest.TempPathFactory, text: str, max_length: int
+    template: ChatTemplate, text: str, max_length: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("text")
-    source = SourceSpec(rows(folder / "a.jsonl", {"text": text}), format="text")
-    data = load_examples([source], template, LengthPolicy(max_length), cache_root=folder / "cache")
+    document = Conversation((), text=text)
+    (rendered,) = template.render([document])
     ids = template.tokenizer.control_ids
-    prefix = [ids["[gMASK]"], ids["<sop>"]]
     joined = []
-    for n in range(len(data)):
-        example = data[n]
-        assert len(example.input_ids) <= max_length
-        assert example.input_ids[:2].tolist() == prefix
-        assert example.labels.tolist() == [-100, -100, *example.input_ids[2:].tolist()]
-        joined += example.input_ids[2:].tolist()
+    for block in blocks(rendered, max_length):
+        assert len(block.input_ids) <= max_length
+        assert block.input_ids[:2].tolist() == [ids["[gMASK]"], ids["<sop>"]]
+        spans = template.trained_spans(block, document, "every_reply")
+        assert spans == [(2, len(block.input_ids), 1.0)]
+        joined += block.input_ids[2:].tolist()
     plain = template.tokenizer.plain.encode(text, add_special_tokens=False).ids
     assert joined == [*plain, ids["<|endoftext|>"]]
-    assert data.counts.text_blocks == len(data)
+
+
+def test_the_blocks_of_a_document_are_examples(template: ChatTemplate, tmp_path: Path) -> None:
+    data = load(template, tmp_path, 20, rows(tmp_path / "a.jsonl", {"text": "word " * 30}))
+    assert data.counts.text_blocks == data.counts.kept == len(data) > 1
+    assert {data.where(n).rpartition(":")[2] for n in range(len(data))} == {"1"}
+    for n in range(len(data)):
+        example = data[n]
+        assert example.labels.tolist() == [-100, -100, *example.input_ids[2:].tolist()]
 
 
 def test_long_documents_are_held_a_few_at_a_time(
