@@ -1,6 +1,6 @@
-"""`training.extra`: which fields of transformers.TrainingArguments a user may set, and which are ours.
+"""`training.extra`: which fields of transformers.TrainingArguments a user may set and to what, and which are ours.
 
-The field names are read from the library's source file; importing it would take seconds.
+Names, kinds and optimizers are read from the library's source file; importing it would take seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from finetune.config.yaml_text import shown
 
 OWNED: dict[str, str] = {
     "output_dir": "training.output_dir",
@@ -115,29 +117,82 @@ REFUSED: dict[str, str] = {
 """Fields that would break a promise of this program, and the promise."""
 
 
+BY_LIBRARY: dict[str, tuple[str, ...]] = {
+    "bitsandbytes": ("bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_"),
+    "galore_torch": ("galore_",),
+    "apollo_torch": ("apollo_",),
+    "lomo_optim": ("lomo", "adalomo"),
+    "schedulefree": ("schedule_free_",),
+    "grokadamw": ("grokadamw",),
+    "optimi": ("stable_adamw",),
+    "torchao": ("adamw_torch_4bit", "adamw_torch_8bit"),
+    "torchdistx": ("adamw_anyprecision",),
+    "torch_xla": ("adamw_torch_xla",),
+    "torch_npu": ("adamw_torch_npu_fused",),
+}
+"""Modules -> what the names of the optimizers that they bring begin with or hold."""
+
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "bool": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "str": ("text", (str,)),
+    "dict": ("a mapping", (dict,)),
+    "list": ("a list", (list,)),
+    "None": ("null", (type(None),)),
+}
+
+
 @cache
-def training_argument_names() -> tuple[str, ...]:
-    """The fields of transformers.TrainingArguments as installed, in their order; imports nothing."""
+def _declared() -> dict[str, ast.ClassDef]:
+    """The classes of transformers' training_args.py as installed, by name; imports nothing."""
     spec = find_spec("transformers")
     if spec is None or not spec.origin:
         raise ModuleNotFoundError("transformers is not installed; `pip install transformers`")
     source = Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8")
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            return tuple(
-                line.target.id
-                for line in node.body
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-            )
-    raise ModuleNotFoundError("this version of transformers has no TrainingArguments")
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+@cache
+def _fields() -> dict[str, tuple[str, ...]]:
+    """The fields of transformers.TrainingArguments -> the kinds of value, as `float` and `None`."""
+    if "TrainingArguments" not in _declared():
+        raise ModuleNotFoundError("this version of transformers has no TrainingArguments")
+    return {
+        line.target.id: tuple(
+            kind.partition("[")[0] for kind in ast.unparse(line.annotation).split(" | ")
+        )
+        for line in _declared()["TrainingArguments"].body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    }
+
+
+def training_argument_names() -> tuple[str, ...]:
+    """The fields of transformers.TrainingArguments as installed, in their order; imports nothing."""
+    return tuple(_fields())
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """What `optim` may be."""
+    return tuple(
+        line.value.value
+        for line in _declared()["OptimizerNames"].body
+        if isinstance(line, ast.Assign)
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
+    )
 
 
 def extra_problems(extra: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with `training.extra`, by name; empty when every name can be passed on."""
-    return {name: said for name in extra if (said := _problem(name))}
+    """What is wrong with `training.extra`, by name; empty when all of it can be passed on."""
+    return {
+        name: said
+        for name, value in extra.items()
+        if (said := _wrong_name(name) or _wrong_value(name, value))
+    }
 
 
-def _problem(name: str) -> str | None:
+def _wrong_name(name: str) -> str | None:
     if name in OWNED:
         return f"is set by {OWNED[name]}; use that"
     if name in REFUSED:
@@ -151,3 +206,27 @@ def _problem(name: str) -> str | None:
     meant = get_close_matches(name, free, n=1)
     said = "is not a field of transformers.TrainingArguments"
     return f"{said}; did you mean {meant[0]}?" if meant else said
+
+
+def _wrong_value(name: str, value: Any) -> str | None:
+    known = [_KINDS[kind] for kind in _fields()[name] if kind in _KINDS]
+    fits = any(
+        isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        for _, types in known
+    )
+    if known and not fits:
+        return f"must be {' or '.join(words for words, _ in known)}, got {shown(value)}"
+    return _wrong_optimizer(value) if name == "optim" else None
+
+
+def _wrong_optimizer(name: str) -> str | None:
+    names = optimizer_names()
+    if name not in names:
+        meant = get_close_matches(name, names, n=1)
+        hint = f", did you mean {meant[0]}?" if meant else ""
+        return f"is no optimizer of this version of transformers: {name!r}{hint}; there are {', '.join(names)}"
+    for module, marks in BY_LIBRARY.items():
+        brings = any(name.startswith(mark) or (mark == "bnb" and mark in name) for mark in marks)
+        if brings and name != "rmsprop" and find_spec(module) is None:
+            return f"{name} needs a library that is not installed: {module}"
+    return None

@@ -1,0 +1,55 @@
+"""What messages and help texts tell a user to type exists: every `--option` is one of a command."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from finetune.cli.commands import app
+
+ROOT = Path(__file__).resolve().parent.parent
+FOREIGN = {
+    "hf download and modelscope download": {"--local-dir", "--local_dir", "--repo-type"},
+    "torchrun": {"--nnodes", "--nproc_per_node", "--nproc-per-node", "--standalone", "--master",
+                 "--rdzv", "--rdzv-endpoint"},
+    "docker": {"--ipc", "--shm-size"},
+    "sbatch": {"--signal"},
+    "vllm serve": {"--hf-overrides", "--max-lora-rank"},
+}  # fmt: skip
+"""Options of other programs that are named, too."""
+
+
+def options_of(command: Any) -> Iterator[str]:
+    for parameter in command.params:
+        yield from (*parameter.opts, *parameter.secondary_opts)
+    for inner in getattr(command, "commands", {}).values():
+        yield from options_of(inner)
+
+
+def named() -> dict[str, set[str]]:
+    """Every option that a text of the product names, with the places."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "finetune").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for option in re.findall(
+                    r"(?<![\w-])--[a-z][a-z0-9_]*(?:-[a-z0-9_]+)*", node.value
+                ):
+                    place = f"{path.relative_to(ROOT)}:{node.lineno}"
+                    found.setdefault(option, set()).add(place)
+    return found
+
+
+def test_every_option_that_a_text_names_is_one_of_a_command() -> None:
+    ours = {"--help", *options_of(typer.main.get_command(app))}
+    theirs = set().union(*FOREIGN.values())
+    texts = named()
+    assert len(texts) > 50
+    assert {o: places for o, places in texts.items() if o not in ours | theirs} == {}
+    assert theirs <= texts.keys(), "options of other programs that no text names any more"
+    assert not theirs & ours
