@@ -1,4 +1,4 @@
-"""`finetune report | runs | compare`: what was scored and trained, for people."""
+"""`finetune report | runs | status | compare`: what was scored and trained, for people."""
 
 from __future__ import annotations
 
@@ -50,6 +50,23 @@ def runs(
         else:
             console.say(f"no runs in {folder}")
         emit([run.summary for run in found])
+
+
+@report_app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: Json = False,
+) -> None:
+    """Say how far a run is.
+
+    From its files alone: step, loss, speed, newest and best checkpoint, and which process is at it.
+    """
+    from finetune.report.status import read_status
+
+    with console.json_output(as_json) as emit:
+        found = read_status(run)
+        console.table(["", str(run)], found.rows())
+        emit(found)
 
 
 @report_app.command()
