@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,7 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
             ("training", "warmup_steps"),
             f"must be whole from 1 on (a share below 1), got {warmup}",
         )
+    yield from _on_end(values.raw("training", "on_end"))
     extra = values.raw("training", "extra")
     if isinstance(extra, dict):
         for name, said in extra_problems(extra).items():
@@ -99,6 +101,14 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
             re.compile(pattern)
         except re.error as error:
             yield ("method", "target_modules"), f"is not a regular expression: {error}"
+
+
+def _on_end(command: Any) -> Iterator[tuple[Key, str]]:
+    if isinstance(command, str):
+        try:
+            shlex.split(command)
+        except ValueError as error:
+            yield ("training", "on_end"), f"is no command line ({error})"
 
 
 def _deepspeed(values: _Values) -> Iterator[tuple[Key, str]]:

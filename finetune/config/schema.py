@@ -296,6 +296,9 @@ class TrainingSection(Section):
     report_to: list[Literal["tensorboard", "wandb", "swanlab", "mlflow"]] = ["tensorboard"]
     """Experiment trackers beside the console; each but tensorboard must be installed by you."""
 
+    on_end: NotEmpty | None = None
+    """A command that is run when the run ends, however it ends, such as `notify-send training`: words as in a shell, but no shell reads them. It finds the run directory in `$FINETUNE_RUN` and the exit code in `$FINETUNE_EXIT_CODE`; when it fails there is a warning. A run that is killed tells nobody."""
+
     profile: Positive | None = None
     """So many steps after the second one are profiled: `profile/trace.json` for a browser and `profile/kernels.txt`, the ten kernels that took longest, in the run directory."""
 

@@ -40,7 +40,7 @@ _HIDDEN = (
     "data.max_bad_rows", "data.image_root", "data.loader_workers", "data.cache_dir",
     "data.cache_image_features", "training.output_dir", "training.log_every_steps",
     "training.save_every_steps", "training.keep_checkpoints", "training.on_full_disk",
-    "training.resume", "training.report_to", "training.process_timeout_minutes", "training.extra",
+    "training.on_end", "training.resume", "training.report_to", "training.process_timeout_minutes", "training.extra",
     "deepspeed.config",
 )  # fmt: skip
 

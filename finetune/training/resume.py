@@ -107,6 +107,7 @@ RULES: dict[str, Rule] = {
     "training.save_every_steps": Rule.FREE,
     "training.keep_checkpoints": Rule.FREE,
     "training.on_full_disk": Rule.FREE,
+    "training.on_end": Rule.FREE,
     "training.resume": Rule.FREE,
     "training.report_to": Rule.FREE,
     "training.process_timeout_minutes": Rule.FREE,

@@ -23,6 +23,7 @@ from finetune.planning.memory_hints import memory_explained, planned_rows
 from finetune.planning.settle import settled
 from finetune.storage.outputs import check_not_read
 from finetune.training import resume
+from finetune.training.on_end import told_at_the_end
 from finetune.training.run_data import RunData, load_run_data
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ def train(
     config = settled(config, launcher.world_size())
     training = config.training
     check_not_read(Path(training.output_dir), _sources(config.data), "training.output_dir")
-    with RunDirectory.open(training.output_dir, leader=launcher.rank() == 0) as run_dir:
+    with (
+        told_at_the_end(training.on_end, training.output_dir),
+        RunDirectory.open(training.output_dir, leader=launcher.rank() == 0) as run_dir,
+    ):
         for line in run_dir.cleaned:
             console.say(line)
         if training.resume == "never":
