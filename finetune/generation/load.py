@@ -61,7 +61,7 @@ class Models:
         quiet_libraries()
         weights = model_base(target, base)
         saved = settings_of(like or target)
-        key = weights, saved.dtype, saved.attention, saved.quantization
+        key = weights, saved.dtype, saved.attention, saved.quantization, saved.kernels
         self._take_off()
         if key != self._key:
             self._base = None  # before the next is loaded: there may be room for one only
@@ -71,6 +71,7 @@ class Models:
                 dtype=saved.dtype,
                 attention=saved.attention,
                 quantization=saved.quantization,
+                kernels=saved.kernels,
             )
             self._base, self._key = loaded.to(local_device()), key
         if not is_adapter(target):

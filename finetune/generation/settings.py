@@ -30,6 +30,7 @@ class Settings:
     dtype: str = "auto"
     attention: str = "auto"
     quantization: str | None = None
+    kernels: str = "auto"
     loss_batch_size: int = 8
     """Examples per forward pass for the loss."""
     seed: int = 0
@@ -81,6 +82,7 @@ def settings_of(target: str | Path) -> Settings:
         dtype=config.model.dtype,
         attention=config.model.attention,
         quantization=config.model.quantization,
+        kernels=config.model.kernels,
         loss_batch_size=config.training.batch_size,
         seed=config.training.seed,
     )

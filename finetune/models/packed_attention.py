@@ -24,6 +24,7 @@ from finetune.models import kernels
 
 DOCUMENT_SDPA = "document_sdpa"  # what takes `documents` has a name that begins so
 PIECE = 1024
+NARROW = (torch.bfloat16, torch.float16)
 
 Piece = tuple[int, int, int, Tensor | None]
 """Row, first and last token + 1, and what may see what (bool [1, 1, t, t]; None: causal)."""
@@ -218,6 +219,15 @@ def grouped_sdpa(
     return out.transpose(1, 2)[:, idle:].contiguous(), None
 
 
+def _fits_one_kernel(query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Attention kernels are for 16 bits, and have no dropout."""
+    return (
+        query.dtype in NARROW
+        and kernels.runs("varlen_attention", query)
+        and not kwargs.get("dropout")
+    )
+
+
 def in_documents(
     attention: Callable[..., Any],
     prefix: Callable[[torch.nn.Module], Tensor | None] = lambda module: None,
@@ -243,7 +253,7 @@ def in_documents(
                 module, query, key, value, mask, **kwargs
             )
             return result
-        if kernels.runs("varlen_attention", query) and not kwargs.get("dropout"):
+        if _fits_one_kernel(query, kwargs):
             opened = prefix(module)
             opened = None if opened is None else opened.to(key.dtype)
             scaling = kwargs["scaling"]
