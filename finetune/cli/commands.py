@@ -82,6 +82,10 @@ def train(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every option's value, and stop there.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Everything but the steps: config, data, model, plan."),
+    ] = False,
     trust_checkpoint: Annotated[
         bool,
         typer.Option(
@@ -103,9 +107,12 @@ def train(
                 console.say(dump_config(loaded.config).rstrip())
             return
         check_inputs(loaded)
-        from finetune.training.run import train as run
+        from finetune.training import run
 
-        emit(run(loaded.config, config, trust_checkpoint=trust_checkpoint))
+        if dry_run:
+            emit(run.dry_run(loaded.config, trust_checkpoint=trust_checkpoint))
+        else:
+            emit(run.train(loaded.config, config, trust_checkpoint=trust_checkpoint))
 
 
 @app.command()

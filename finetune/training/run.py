@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from finetune import console, launcher
 from finetune.artifacts import checkpoint, hub
 from finetune.artifacts.resolve import TOKENIZER_FILES, is_hub_id, local_folder
-from finetune.artifacts.run_dir import RunDirectory
+from finetune.artifacts.run_dir import LOCK, RunDirectory
 from finetune.config.load import dump_config
 from finetune.config.schema import DataSection, RunConfig, held_out_share
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.errors import RunDirectoryInUseError
 from finetune.planning.memory_hints import memory_explained, planned_rows
 from finetune.planning.settle import settled
+from finetune.storage.lock import holder, is_held
 from finetune.storage.outputs import check_not_read
 from finetune.training import resume
 from finetune.training.on_end import told_at_the_end
@@ -64,6 +66,77 @@ def train(
         data = load_run_data(config.data, training, template)
         with memory_explained(config, longest=int(data.train.lengths.max())):
             return _in_all_processes(config, template, data, run_dir)
+
+
+def dry_run(config: RunConfig, *, trust_checkpoint: bool = False) -> dict[str, Any]:
+    """What `train` would do with `config`; no step is done and the run directory is not touched.
+
+    The data is prepared, which a run then finds in the cache; of a model that is here the headers of
+    the weights are read and a step is counted on its shapes.
+
+    Returns:
+        `output_dir`, `steps`, `examples`, `validation_examples`, `resumes_from`, `model_tensors`
+        (None for a model that is still to be fetched), `memory_bytes_per_gpu`.
+
+    Raises:
+        FinetuneError: The run would end with this.
+    """
+    config = settled(config, launcher.world_size())
+    training = config.training
+    run_dir = Path(training.output_dir)
+    check_not_read(run_dir, _sources(config.data), "training.output_dir")
+    if is_held(run_dir / LOCK):
+        raise RunDirectoryInUseError(f"{run_dir} is in use by {holder(run_dir / LOCK)}")
+    if not trust_checkpoint:
+        resume.check_owner(run_dir, training.resume)
+    start, damaged = resume.choose(run_dir, training.resume)
+    for folder, reason in damaged:
+        console.warn(f"{folder} is passed over: {reason}")
+    template = ChatTemplate(load_chat_tokenizer(config.model.path, config.model.revision))
+    data = load_run_data(config.data, training, template)
+    steps = _total_steps(config, data)
+    tensors, memory = _model_as_it_lies(config, int(data.train.lengths.max()))
+    validation = None if data.validation is None else len(data.validation)
+    console.table(
+        ["", "this run would"],
+        [
+            ["train", f"{config.method.kind} on {config.model.path}"],
+            [
+                "open",
+                f"{tensors:,} tensors" if tensors else "the model, fetched from its hub first",
+            ],
+            ["learn from", f"{len(data.train):,} examples"],
+            ["measure on", "nothing" if validation is None else f"{validation:,} examples"],
+            ["do", f"{steps:,} steps ({data.plan.steps_per_epoch:,} an epoch)"],
+            ["start from", str(start) if start else "the beginning"],
+            ["hold", f"about {memory / 1e9:.1f} GB on each GPU, besides the driver's own"],
+            ["write to", training.output_dir],
+        ],
+    )
+    return {
+        "output_dir": training.output_dir,
+        "steps": steps,
+        "examples": len(data.train),
+        "validation_examples": validation,
+        "resumes_from": str(start) if start else None,
+        "model_tensors": tensors,
+        "memory_bytes_per_gpu": memory,
+    }
+
+
+def _model_as_it_lies(config: RunConfig, longest: int) -> tuple[int | None, int]:
+    """How many tensors the weights' headers name, and the bytes of a GPU that are planned."""
+    from finetune.artifacts.weights import tensors
+    from finetune.planning.plan import Gpu, plan
+    from finetune.training.arguments import check_trackers
+
+    check_trackers(config.training.report_to)
+    path = config.model.path
+    folder = local_folder(path, config.model.revision, files=TOKENIZER_FILES)
+    found = None if is_hub_id(path) else len(tensors(folder))
+    length = config.data.max_length if config.data.packing else longest
+    planned = plan(config, Gpu(number=launcher.world_size()), folder=folder, length=length)
+    return found, planned.memory_bytes
 
 
 def _pinned(config: RunConfig) -> RunConfig:
