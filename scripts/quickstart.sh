@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The main job on an embedded default, from nothing to a tuned, merged, reopened model.
 #   bash scripts/quickstart.sh          SmolLM2-135M as a GLM, LoRA under ZeRO-2: about eight minutes on 2 CPU cores
-#   bash scripts/quickstart.sh --tiny   the same with a small random model: under a minute
-# GPUs are used when there are any. Everything it writes is under runs/.
+#   bash scripts/quickstart.sh --tiny   the same with a small random model: about a minute
+# Both after the installation. GPUs are used when there are any. It writes to runs/, to the environment
+# ($VENV, by default .venv) and to the cache of examples ($FINETUNE_CACHE, by default ~/.cache/glm4-finetune).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in

@@ -7,7 +7,7 @@
   demo 16      the same with 16 a batch
   here 4       finetune.generation.generate: sorted by length, finished rows refilled, keys and
                values in place; the demo's 4 at once
-  here 16      the same with 16 at once, the default of `evaluation.batch_size`
+  here 16      the same with 16 at once
   here 32      the same with 32 at once
   system       `here 16`, every prompt with the same system prompt of some 300 tokens before it
   system alone the same without sharing what the prompts begin with

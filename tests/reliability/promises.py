@@ -37,12 +37,12 @@ PROMISES = [
         "saves:damage saves:space saves:rotation saves:left_over",
     ),
     Promise(
-        "a signal ends the step, saves and says so by its exit code",
+        "SIGTERM or Ctrl-C finishes the step, saves and sets the exit code",
         "收到信号后完成当前步、保存，并以退出码说明",
         "signals:signal signals:signal_on_2",
     ),
     Promise(
-        "a process that dies, raises or hangs ends all of them, with its name",
+        "if one process dies, fails or hangs, all of them stop and say which one",
         "任一进程死亡、报错或卡住，全部进程结束，并指出是哪一个",
         "signals:process signals:loader",
     ),
@@ -53,8 +53,8 @@ PROMISES = [
     ),
     Promise(
         "odd data loads alike; a bad row, image, path or option is named with its line and the reason, "
-        "all at once, in a second and 200 MB",
-        "写法不同但无害的数据读取结果一致；有问题的行、图像、路径和选项一次性全部指出所在行与原因，耗时不到一秒、内存不到 200 MB",
+        "all at once; small files in a second of CPU time and 200 MB",
+        "写法不同但无害的数据读取结果一致；有问题的行、图像、路径和选项一次性全部指出所在行与原因，小文件耗 CPU 不到一秒、内存不到 200 MB",
         "inputs:files inputs:rows inputs:images inputs:paths inputs:yaml inputs:contradictions "
         "inputs:properties",
     ),
@@ -64,12 +64,12 @@ PROMISES = [
         "inputs:controls",
     ),
     Promise(
-        "a loss that is no number, and memory that runs out, end a run before harm, with what to look at",
+        "a NaN loss or a lack of memory stops the run before the weights change, and says what to look at",
         "损失不是数或内存不足时，训练在造成损害之前结束，并指出应查看什么",
         "inputs:numbers inputs:memory",
     ),
     Promise(
-        "an adapter meets no other base unasked; what is written is whole or absent, and over nothing",
+        "an adapter refuses another base; an output is whole or absent and replaces nothing",
         "适配器不会在未经要求时用于别的基座；写出的结果要么完整要么不存在，绝不覆盖已有内容",
         "artifacts",
     ),
