@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from closeness import additions, assert_close, rounding
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -66,17 +67,18 @@ def test_logits_and_hidden_states_are_those_of_the_published_code(
     hook = norm.register_forward_hook(lambda _m, given, _out: before_final_norm.append(given[0]))
     output = golden_model(golden["single.input_ids"], output_hidden_states=True)
     hook.remove()
-    torch.testing.assert_close(output.logits, golden["single.logits"], atol=2e-4, rtol=0)
+    sums = additions(golden_model.config, 34)
+    assert_close(output.logits, golden["single.logits"], sums)
     states = [*output.hidden_states[:3], before_final_norm[0]]
     for layer, state in enumerate(states):
-        torch.testing.assert_close(state, golden[f"single.hidden_{layer}"], atol=2e-4, rtol=0)
+        assert_close(state, golden[f"single.hidden_{layer}"], sums)
 
 
 def test_the_loss_is_that_of_the_published_code(
     golden_model: PreTrainedModel, golden: dict[str, Tensor]
 ) -> None:
     loss = golden_model(golden["single.input_ids"], labels=golden["single.labels"]).loss
-    torch.testing.assert_close(loss, golden["single.loss"], atol=2e-4, rtol=0)
+    assert_close(loss, golden["single.loss"], additions(golden_model.config, 34))
 
 
 @pytest.mark.parametrize("positions", ["given", "derived"])
@@ -88,7 +90,7 @@ def test_padded_logits_are_those_of_the_published_code(
     given = golden[f"{side}.position_ids"] if positions == "given" else None
     logits = golden_model(golden[f"{side}.input_ids"], mask, position_ids=given).logits
     expected = golden[f"{side}.logits"]
-    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], atol=2e-4, rtol=0)
+    assert_close(logits[mask == 1], expected[mask == 1], additions(golden_model.config, 20))
 
 
 def test_greedy_tokens_with_a_cache_are_those_of_the_published_code(
@@ -100,7 +102,7 @@ def test_greedy_tokens_with_a_cache_are_those_of_the_published_code(
     )  # fmt: skip
     assert torch.equal(output.sequences, golden["gen.sequences"])
     scores = torch.stack(output.scores, dim=1)
-    torch.testing.assert_close(scores, golden["gen.scores"], atol=2e-4, rtol=0)
+    assert_close(scores, golden["gen.scores"], additions(golden_model.config, 34))
 
 
 # --- names, bytes, config ------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def test_converted_weights_in_transformers_glm_give_the_same_logits(
     theirs.set_attn_implementation(attention)
     expected = theirs(ids, mask).logits
     logits = open_model(tiny_chatglm, attention)(ids, mask).logits
-    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+    assert_close(logits[mask == 1], expected[mask == 1], additions(theirs.config, 30))
 
 
 def test_the_norm_multiplies_by_its_weight_before_it_rounds_to_bfloat16() -> None:
@@ -297,8 +299,10 @@ def test_the_norm_multiplies_by_its_weight_before_it_rounds_to_bfloat16() -> Non
     exact = hidden.double() / (hidden.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     product = (exact.float() * norm.weight.float()).bfloat16()
     rounded_first = exact.bfloat16() * norm.weight
-    assert torch.equal(norm(hidden), product)
-    assert not torch.equal(product, rounded_first)
+    # What the order of float32 sums leaves carries this share of the numbers over a border of bfloat16.
+    carried = rounding(64) / torch.finfo(torch.bfloat16).eps
+    assert (norm(hidden) != product).double().mean() < carried < 1e-3
+    assert (product != rounded_first).double().mean() > 0.1
 
 
 def test_left_padded_generation_equals_one_prompt_at_a_time(tiny_chatglm: Path) -> None:
@@ -319,7 +323,7 @@ def test_repeated_positions_are_one_document(tiny_chatglm: Path) -> None:
     positions = torch.tensor([[0, 1, 2, 2, 2, 2, 3, 4, 5, 6]])  # the patches of an image share one
     free = model(ids, position_ids=positions, use_cache=False).logits
     masked = model(ids, torch.ones_like(ids), position_ids=positions).logits
-    torch.testing.assert_close(free, masked, atol=1e-6, rtol=0)
+    assert_close(free, masked, additions(model.config, 10))
 
 
 def test_activation_checkpointing_changes_no_gradient(tiny_chatglm: Path) -> None:
@@ -333,7 +337,7 @@ def test_activation_checkpointing_changes_no_gradient(tiny_chatglm: Path) -> Non
         found.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in found[0].items():
         assert gradient is not None, name
-        torch.testing.assert_close(found[1][name], gradient, atol=0, rtol=0)
+        assert torch.equal(found[1][name], gradient), name  # recomputed by the same kernels
 
 
 def test_flash_attention_is_told_where_packed_documents_end(
@@ -362,7 +366,7 @@ def test_flash_attention_is_told_where_packed_documents_end(
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_test", flash)
     model.config._attn_implementation = "flash_test"
     logits = model(ids, position_ids=positions).logits
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert_close(logits, expected, additions(model.config, 12))
     assert seen[0]["cu_seq_lens_k"].tolist() == [0, 3, 8, 12, 19, 24]
     assert seen[0]["max_length_q"] == seen[0]["max_length_k"] == 7
     assert "position_ids" not in seen[0]

@@ -12,6 +12,8 @@ import pytest
 import runs
 
 ROOT = Path(__file__).resolve().parent.parent
+# SMOOTH_STEPS of tests/closeness.py, as the programs take it.
+SMOOTH = 'training__extra={"adam_epsilon": 0.01}'
 
 
 def answer(program: str, *arguments: str) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def answer(program: str, *arguments: str) -> dict[str, Any]:
 def test_losses_saved_weights_and_replies_do_not_depend_on_the_stage() -> None:
     found = answer(
         "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "0", "3",
-        "--methods", "ptuning_v2_projection", "full",
+        "--methods", "ptuning_v2_projection", "full", "--with", SMOOTH,
     )  # fmt: skip
     assert found["missed"] == {}
     assert len(found["cells"]) == 4
@@ -38,7 +40,7 @@ def test_a_prefix_is_trained_alike_when_packed_recomputed_and_sharded() -> None:
     found = answer(
         "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "3",
         "--methods", "ptuning_v2", "--family", "glm4",
-        "--with", "data__packing=true", "training__activation_checkpointing=true",
+        "--with", "data__packing=true", "training__activation_checkpointing=true", SMOOTH,
     )  # fmt: skip
     assert found["missed"] == {}
 
@@ -54,7 +56,7 @@ def test_bfloat16_stays_in_its_band_around_float32() -> None:
 def test_with_images_among_the_dialogues_stages_and_processes_agree() -> None:
     found = answer(
         "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "2", "3",
-        "--methods", "ptuning_v2", "full", "--family", "glm4v",
+        "--methods", "ptuning_v2", "full", "--family", "glm4v", "--with", SMOOTH,
     )  # fmt: skip
     assert found["missed"] == {}
     assert len(found["cells"]) == 4
@@ -66,7 +68,7 @@ def test_batches_without_any_image_train_a_tower_alike_on_every_rank(tmp_path: P
     found = answer(
         "scripts/bench/stage_matrix.py", "--json", "--processes", "2", "--stages", "2", "3",
         "--methods", "full", "--family", "glm4v",
-        "--with", f"data__train={json.dumps(str(data))}", "model__freeze=[]",
+        "--with", f"data__train={json.dumps(str(data))}", "model__freeze=[]", SMOOTH,
     )  # fmt: skip
     assert found["missed"] == {}
     assert len(found["cells"]) == 2

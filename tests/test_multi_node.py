@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import runs
 import yaml
+from closeness import SMOOTH_STEPS, assert_trained_alike
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/multi_node.md").read_text(encoding="utf-8")
@@ -55,7 +56,7 @@ class Subject:
 
     def __init__(self, model: Path, folder: Path, stage: int | None = None) -> None:
         data = runs.write_dialogues(folder / "train.jsonl", 11)
-        common = {"method__dropout": 0.0, "training__max_steps": 3}
+        common = {"method__dropout": 0.0, "training__max_steps": 3, **SMOOTH_STEPS}
         self.folder = folder
         self.alone = runs.config(
             model, data, folder / "alone", training__batch_size=4, **common
@@ -80,13 +81,7 @@ class Subject:
         said = [one.communicate(timeout=300) for one in started]
         assert [one.returncode for one in started] == [0] * len(started), said[0][1][-3000:]
         assert sum(out.count("writes to") for out, _ in said) == 1  # one process talks
-        assert runs.history(self.folder / "both") == pytest.approx(
-            runs.history(self.folder / "alone"), abs=2e-6
-        )
-        left, right = (
-            runs.weights(self.folder / name / "checkpoint-3") for name in ("both", "alone")
-        )
-        assert all(abs(left[key] - right[key]).max() < 1e-5 for key in right)
+        assert_trained_alike(self.folder / "both", self.folder / "alone")
 
 
 @pytest.mark.parametrize(("form", "stage"), [("rendezvous", 2), ("fixed ranks", None)])

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from closeness import additions, assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,8 @@ def test_a_llama_laid_out_as_a_glm_is_the_same_function(quickstart: ModuleType) 
     ids = torch.randint(64, (2, 40))
     with torch.no_grad():
         expected = llama(ids).logits
-        torch.testing.assert_close(quickstart.glm_from_llama(llama)(ids).logits, expected, atol=1e-4, rtol=0)  # fmt: skip
+        found = quickstart.glm_from_llama(llama)(ids).logits
+    assert_close(found, expected, additions(llama.config, 40))
     assert expected.std() > 0.1
 
 
@@ -57,14 +59,15 @@ def test_smollm2_as_a_glm_gives_its_logits_and_choices(quickstart: ModuleType) -
     model = quickstart.glm_from_llama(llama)
     with torch.no_grad():
         expected, found = llama(ids).logits, model(ids).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    sums = additions(llama.config, ids.shape[1])
+    assert_close(found, expected, sums)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
     quickstart.add_control_tokens(model, tokenizer)
     retired = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     kept = [number for number in range(expected.shape[-1]) if number not in retired]
     with torch.no_grad():
         extended = model(ids).logits
-    torch.testing.assert_close(extended[..., kept], expected[..., kept], atol=1e-4, rtol=0)
+    assert_close(extended[..., kept], expected[..., kept], sums)
     messages = [{"role": "user", "content": "Hello"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "[gMASK]<sop><|user|>\nHello<|assistant|>"

@@ -104,9 +104,10 @@ def test_activation_checkpointing_and_loader_workers_train_the_same_weights(
     if family == "glm":
         saving["data"]["loader_workers"] = 1
     runs.run_here(saving)
+    # What is recomputed has the shapes and the kernels that it had.
     for key in ("loss", "grad_norm"):
-        plain, saved = (runs.history(tmp_path / name, key) for name in ("plain", "saving"))
-        assert saved == pytest.approx(plain, abs=1e-5)
+        assert runs.history(tmp_path / "saving", key) == runs.history(tmp_path / "plain", key)
+    assert runs.adapter_hash(tmp_path / "saving", 3) == runs.adapter_hash(tmp_path / "plain", 3)
 
 
 def test_a_resumed_run_logs_as_often_as_its_own_config_says(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import runs
-import torch
-from safetensors.torch import load_file
+from closeness import SMOOTH_STEPS, additions, assert_trained_alike, rounding
+from transformers import AutoConfig
 
 from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
@@ -135,7 +135,7 @@ def test_two_processes_under_stage_0_and_2_equal_plain_data_parallel_and_resume_
     def settings(name: str, **changes: Any) -> dict[str, Any]:
         return runs.config(
             tiny_chatglm, data, tmp_path / name, training__gradient_accumulation_steps=2,
-            training__max_steps=4, training__save_every_steps=2, **changes,
+            training__max_steps=4, training__save_every_steps=2, **SMOOTH_STEPS, **changes,
         )  # fmt: skip
 
     plain, stage_0, stage_2, again = (
@@ -160,16 +160,13 @@ run.train = train
     done = runs.run_command([plain, stage_0, stage_2, again], tmp_path, processes=2, script=script)
     assert done.returncode == 0, done.stderr
     assert "DeepSpeed" not in done.stderr
-    for key in ("loss", "grad_norm"):
-        expected = runs.history(tmp_path / "plain", key)
-        assert len(expected) == 4
-        for name in ("stage-0", "stage-2"):
-            assert runs.history(tmp_path / name, key) == pytest.approx(expected, abs=1e-5)
-        assert runs.history(tmp_path / "again", key) == runs.history(tmp_path / "stage-2", key)
-    left = runs.weights(tmp_path / "plain/checkpoint-4")
+    norms = runs.history(tmp_path / "plain", "grad_norm")
+    off = rounding(2 * additions(AutoConfig.from_pretrained(tiny_chatglm), 256))
     for name in ("stage-0", "stage-2"):
-        right = runs.weights(tmp_path / name / "checkpoint-4")
-        assert all(torch.allclose(left[key], right[key], rtol=0, atol=1e-5) for key in left)
+        assert_trained_alike(tmp_path / name, tmp_path / "plain")
+        assert runs.history(tmp_path / name, "grad_norm") == pytest.approx(norms, rel=off)
+    for key in ("loss", "grad_norm"):
+        assert runs.history(tmp_path / "again", key) == runs.history(tmp_path / "stage-2", key)
     adapters = [
         tmp_path / n / "checkpoint-4/adapter_model.safetensors" for n in ("stage-2", "again")
     ]
@@ -185,11 +182,11 @@ def test_stage_0_and_2_and_a_json_file_run_in_one_process_without_a_launcher(
     tiny_glm: Path, tmp_path: Path
 ) -> None:
     data = runs.write_dialogues(tmp_path / "train.jsonl", 6)
-    runs.run_here(runs.config(tiny_glm, data, tmp_path / "plain", training__max_steps=3))
+    changes = {"training__max_steps": 3, **SMOOTH_STEPS}
+    runs.run_here(runs.config(tiny_glm, data, tmp_path / "plain", **changes))
     stages = [
         runs.config(
-            tiny_glm, data, tmp_path / f"stage-{stage}", training__max_steps=3,
-            deepspeed__zero_stage=stage,
+            tiny_glm, data, tmp_path / f"stage-{stage}", deepspeed__zero_stage=stage, **changes,
         )
         for stage in (0, 2)
     ]  # fmt: skip
@@ -204,15 +201,14 @@ def test_stage_0_and_2_and_a_json_file_run_in_one_process_without_a_launcher(
     (tmp_path / "ds.json").write_text(json.dumps(given), encoding="utf-8")
     stages.append(
         runs.config(
-            tiny_glm, data, tmp_path / "json", training__max_steps=3,
-            deepspeed__config=str(tmp_path / "ds.json"),
+            tiny_glm, data, tmp_path / "json", deepspeed__config=str(tmp_path / "ds.json"),
+            **changes,
         )
     )  # fmt: skip
     done = runs.run_command(stages, tmp_path, launcher=False)
     assert done.returncode == 0, done.stderr
     for name in ("stage-0", "stage-2", "json"):
-        expected = runs.history(tmp_path / "plain")
-        assert runs.history(tmp_path / name) == pytest.approx(expected, abs=1e-5)
+        assert_trained_alike(tmp_path / name, tmp_path / "plain")
 
 
 @pytest.mark.slow
@@ -220,7 +216,10 @@ def test_offloaded_optimizer_state_and_weights_train_the_same_run(
     tiny_glm: Path, tmp_path: Path
 ) -> None:
     data = runs.write_dialogues(tmp_path / "train.jsonl", 8)
-    common = {"training__max_steps": 3, "training__learning_rate": 1e-3, "training__batch_size": 4}
+    common = {
+        "training__max_steps": 3, "training__learning_rate": 1e-3, "training__batch_size": 4,
+        **SMOOTH_STEPS,
+    }  # fmt: skip
     full = {"method": {"kind": "full"}}
     runs.run_here(runs.config(tiny_glm, data, tmp_path / "plain", **common) | full)
     common["training__batch_size"] = 2
@@ -234,11 +233,5 @@ def test_offloaded_optimizer_state_and_weights_train_the_same_run(
     ]
     done = runs.run_command(settings, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    right = load_file(tmp_path / "plain/checkpoint-3/model.safetensors")
     for name in places:
-        assert runs.history(tmp_path / name) == pytest.approx(
-            runs.history(tmp_path / "plain"), abs=1e-5
-        )
-        left = load_file(tmp_path / name / "checkpoint-3/model.safetensors")
-        assert left.keys() == right.keys()
-        assert all(torch.allclose(left[key], right[key], rtol=0, atol=1e-3) for key in right)
+        assert_trained_alike(tmp_path / name, tmp_path / "plain")

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "scripts/bench"), str(ROOT / "tests")]
 import cells  # noqa: E402
 import runs  # noqa: E402
 import tiny  # noqa: E402
+from closeness import ADAM_EPSILON  # noqa: E402
 
 SIZES = {
     "hidden_size": 192, "ffn_hidden_size": 384, "kv_channels": 48, "num_layers": 8,
@@ -67,7 +68,7 @@ def main(folder: Path) -> None:
         settings = runs.config(
             model, data, folder / run.name, training__max_steps=2, training__learning_rate=1e-3,
             training__batch_size=2 // run.processes, model__dtype=run.dtype,
-            training__extra={"optim": run.optim},
+            training__extra={"optim": run.optim, "adam_epsilon": ADAM_EPSILON},
         ) | {"method": {"kind": "full"}}  # fmt: skip
         if run.stage is not None:
             settings["deepspeed"] = {"zero_stage": run.stage}
