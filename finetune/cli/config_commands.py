@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune import console
+from finetune.cli.inputs import gigabytes
 from finetune.errors import ConfigError
 
 config_app = typer.Typer(rich_markup_mode=None)
@@ -101,7 +102,7 @@ def plan(
     from finetune.planning.plan import plan as make
 
     settings = load_config(config, overrides or [])
-    machine = Gpu(bytes=_bytes(gpu), number=gpus, peak_flops=1e12 * peak, share=share)
+    machine = Gpu(bytes=gigabytes(gpu), number=gpus, peak_flops=1e12 * peak, share=share)
     folder = local_folder(settings.model.path, settings.model.revision)
     found = make(settings, machine, folder=folder)
     if as_json:
@@ -111,15 +112,3 @@ def plan(
     console.table([str(config), f"{gpus} x {gpu}"], words.rows(found))
     for knob in words.knobs(found, less_memory(settings, found.length)):
         console.say(knob)
-
-
-def _bytes(text: str) -> int:
-    """`24GB` in bytes."""
-    number = text.upper().removesuffix("GB").removesuffix("G").strip()
-    try:
-        size = float(number)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < 1e6:
-        raise ConfigError(f"--gpu {text!r} is no size of a GPU's memory; write --gpu 24GB")
-    return int(size * 1e9)

@@ -78,3 +78,15 @@ def check_output_file(output: Path) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"--output: {output} cannot be written ({reason})") from error
+
+
+def gigabytes(text: str) -> int:
+    """Bytes of `24GB`, as `--gpu` says it."""
+    number = text.upper().removesuffix("GB").removesuffix("G").strip()
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        raise ConfigError(f"--gpu {text!r} is no size of a GPU's memory; write --gpu 24GB")
+    return int(size * 1e9)

@@ -1,15 +1,63 @@
-"""`finetune doctor | launch`: is the machine ready, and a run on several processes of it."""
+"""`finetune init | doctor | launch`: a first configuration, is the machine ready, a run on all of it."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json
+from finetune.cli.inputs import gigabytes
+from finetune.errors import ConfigError
 
 setup_app = typer.Typer(rich_markup_mode=None)
+
+
+@setup_app.command()
+def init(
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Your rows: a file, a glob or a folder.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model folder, or a hub id.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="How many GPUs.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of each, as 24GB.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="The configuration; must not be there yet.")
+    ] = Path("my.yaml"),
+) -> None:
+    """Write a first configuration that fits.
+
+    Looks at the data and counts what the model takes on the card. What is not given is asked for.
+    """
+    if output.exists():
+        raise ConfigError(f"{output} exists already; choose another --output or remove it first")
+    data = data or _ask("--data", "Data (a file, a glob or a folder)")
+    model = model or _ask("--model", "Model", "THUDM/glm-4-9b-chat")
+    gpus = gpus or int(_ask("--gpus", "GPUs", 1))
+    size = gigabytes(gpu or _ask("--gpu", "Memory of each GPU", "24GB"))
+    from finetune.cli.init import draft
+    from finetune.planning.plan import Gpu
+    from finetune.planning.words import in_short
+    from finetune.storage.files import write_file
+
+    found = draft(data, model, Gpu(bytes=size, number=gpus), output)
+    write_file(output, found.text())
+    console.say(f"{output}: {in_short(found.plan)} on each GPU")
+    console.say(f"next: {found.command} --dry-run" if gpus == 1 else f"next: {found.command}")
+
+
+def _ask(option: str, what: str, default: str | int | None = None) -> str:
+    """What a person at the terminal says; ConfigError where there is none."""
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{option} is not given, and there is no terminal to ask on")
+    return str(typer.prompt(what, default=default, err=True))
 
 
 @setup_app.command()
