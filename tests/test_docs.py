@@ -14,7 +14,7 @@ from typer.core import TyperGroup, TyperOption
 from finetune.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")])
 GROUP: Any = typer.main.get_command(app)
 OF_OTHERS = {
     "torchrun": "--nnodes --nproc_per_node --rdzv_backend --rdzv_id --rdzv_endpoint --node_rank --master_addr "
