@@ -16,8 +16,10 @@ from test_counting import SIZES
 from finetune import methods
 from finetune.config.load import load_config
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method, RunConfig
+from finetune.errors import OutOfMemoryError
 from finetune.models.load import load_model
 from finetune.planning.counting import Counting
+from finetune.planning.memory_hints import memory_explained
 from finetune.planning.plan import Gpu, Plan, plan
 from finetune.planning.roofline import Ceilings
 from finetune.planning.settle import settled
@@ -123,6 +125,20 @@ def test_the_command_answers_with_json_and_in_words(
     assert "fits into 24 GB" in "".join(capfd.readouterr())
     assert exit_code(*words[:-1], "much") == 2
     assert "--gpu 'much' is no size" in capfd.readouterr().err
+
+
+def test_out_of_memory_is_said_beside_what_was_planned(tiny_chatglm: Path) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": str(tiny_chatglm), "dtype": "float32"},
+            "data": {"train": "x.jsonl", "max_length": 64},
+            "method": {"kind": "lora"},
+            "training": {"output_dir": "x"},
+        }
+    )
+    said = r"Planned were 0\.0 GB .* for the training itself"
+    with pytest.raises(OutOfMemoryError, match=said), memory_explained(config, longest=64):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_tokens_of_a_step_become_forward_passes() -> None:
