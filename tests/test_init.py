@@ -105,6 +105,8 @@ def test_what_is_not_given_is_asked_for_on_a_terminal_only(
     output = str(tmp_path / "my.yaml")
     assert exit_code("init", "--output", output) == 2
     assert "--data is not given, and there is no terminal" in capfd.readouterr().err
+    assert exit_code("init", "--output", str(tmp_path / ("x" * 300))) == 2
+    assert "cannot be written (File name too long)" in capfd.readouterr().err
     asked: list[str] = []
 
     def prompt(what: str, default: object = None, **_: object) -> object:

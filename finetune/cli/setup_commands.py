@@ -10,7 +10,7 @@ import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json
-from finetune.cli.inputs import gigabytes
+from finetune.cli.inputs import check_output_file, gigabytes
 from finetune.errors import ConfigError
 
 setup_app = typer.Typer(rich_markup_mode=None)
@@ -36,6 +36,7 @@ def init(
 
     Looks at the data and counts what the model takes on the card. What is not given is asked for.
     """
+    check_output_file(output)
     if output.exists():
         raise ConfigError(f"{output} exists already; choose another --output or remove it first")
     data = data or _ask("--data", "Data (a file, a glob or a folder)")
