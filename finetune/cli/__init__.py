@@ -82,7 +82,7 @@ def _disk_error(error: Exception) -> SpaceError | None:
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     said = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
     return SpaceError(
-        f"{where}the disk cannot be written or read ({said}); free some space or mend it, and give the "
+        f"{where}the disk cannot be written or read ({said}); free some space or repair it, and give the "
         "same command again"
     )
 

@@ -110,7 +110,7 @@ def _files_in(folder: Path) -> list[Path]:
     _say_splits(folder, found)
     odd = next((p for p in found if not p.is_file()), None)
     if odd:
-        raise DataError(f"{odd} is not a regular file; mend or remove it")
+        raise DataError(f"{odd} is not a regular file; remove it")
     if not found:
         raise DataError(
             f"folder {folder} holds no {', '.join(SUFFIXES)} file, and no .txt or .md (.gz, .zst allowed)"
