@@ -16,7 +16,7 @@ from command_line import ROOT, exit_code, run
 
 from finetune.errors import CheckpointError
 
-COMMANDS = ("train", "evaluate", "predict", "merge", "chat", "schema", "data")
+COMMANDS = ("train", "evaluate", "predict", "merge", "chat", "schema", "init", "status", "data")
 DATA_COMMANDS = ("data check", "data show", "data tokens")
 
 CONFIG = """\
