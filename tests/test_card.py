@@ -55,7 +55,7 @@ def test_the_card_names_base_method_data_options_scores_and_versions(
         "| method.rank | `4` |",
         "| training.learning_rate | `0.01` |",
         f"| loss | {logged['eval_loss']:.4g} |",
-        "* bleu-4: sentence, jieba words",
+        "* bleu-4: sentence, words by script: jieba for Chinese",
         f"torch {record['versions']['torch']}",
     ):
         assert line in card, line

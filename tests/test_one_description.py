@@ -74,11 +74,11 @@ def test_a_score_is_one_entry_of_one_table(copy: Path) -> None:
 
 def test_a_row_form_is_a_name_and_one_entry_of_a_table(copy: Path) -> None:
     edit(copy, "config/row_formats.py", ('"auto",', '"auto", "shout",'))
-    toy = """LAYOUTS: tuple[Layout, ...] = (
-    Layout("shout", lambda row: "cry" in row, frozenset({"cry", "echo"}), lambda row: {"messages": [
+    toy = """LAYOUTS: tuple[RowLayout, ...] = (
+    RowLayout("shout", lambda row: "cry" in row, frozenset({"cry", "echo"}), lambda row: {"messages": [
         {"role": "user", "content": row["cry"]}, {"role": "assistant", "content": row["echo"]}]}),
 """
-    edit(copy, "data/dialogue/formats.py", ("LAYOUTS: tuple[Layout, ...] = (\n", toy))
+    edit(copy, "data/dialogue/formats.py", ("LAYOUTS: tuple[RowLayout, ...] = (\n", toy))
     write_rows(copy / "rows.jsonl", [{"cry": "hello", "echo": "HELLO"}])
     for words in ([], ["--format", "shout"]):
         done = finetune(copy, "data", "check", "rows.jsonl", *words, "--json")
