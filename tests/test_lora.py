@@ -264,7 +264,7 @@ def test_a_full_run_saves_a_model_in_the_bases_names(tiny_chatglm: Path, tmp_pat
 
 
 def test_lora_plus_raises_b_and_nothing_else() -> None:
-    from finetune.training.learning_rates import Rates
+    from finetune.training.arguments import Rates
 
     rates = Rates(0.01, {}, methods.rate_scale(LoraMethod(lora_plus_ratio=16)))
     assert rates.of("model.layers.0.mlp.down_proj.lora_B.default.weight") == pytest.approx(0.16)

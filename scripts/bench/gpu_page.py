@@ -120,7 +120,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     text, image = folder_of(SIZES), folder_of(SIZES | {"vision_config": VISION, "boi_token_id": 151339, "eoi_token_id": 151340})  # fmt: skip
     tables = {"steps": steps(text), "needs": needs(text, image)}
-    places = [("docs/gpu.md", "steps"), ("docs/gpu.md", "needs"), ("README.md", "needs"), ("README_zh.md", "needs")]  # fmt: skip
+    places = [("docs/gpu.md", "steps"), ("docs/gpu.md", "needs"), ("docs/gpu_zh.md", "steps"), ("docs/gpu_zh.md", "needs"), ("README.md", "needs"), ("README_zh.md", "needs")]  # fmt: skip
     before = {page: (ROOT / page).read_text(encoding="utf-8") for page, _ in places}
     current = [put(ROOT / page, name, tables[name]) for page, name in places]
     if asked.check:
