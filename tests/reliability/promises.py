@@ -78,6 +78,12 @@ PROMISES = [
         "打开模型、检查点或数据不会运行其中的代码；任何密钥都不会被写出",
         "security",
     ),
+    Promise(
+        "what strangers bring is read whole or refused by name: odd outputs and inputs, two writers at once, adapters, models, "
+        "report folders, hostile requests beside ordinary ones",
+        "陌生人带来的东西要么完整读取，要么指名拒绝：奇怪的输入输出、两个写入者、适配器、模型、报告目录，以及与普通请求混在一起的恶意请求",
+        "strangers",
+    ),
 ]
 HEADS = {
     "docs/reliability.md": (
