@@ -153,7 +153,7 @@ def test_a_run_outlives_whoever_reads_its_output(way: str) -> None:
 def test_another_command_ends_with_its_reader() -> None:
     command = [sys.executable, "-c", LINES, "a command", "closed pipe"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode in (1, 120)  # 120: Python could not flush its output at the end
     assert "BrokenPipeError" in done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class WeightsOnlyStates(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Write a state to `path`."""
         try:
-            super().save(state_dict, path)
+            super().save(_without_enums(state_dict), path)
         except (OSError, RuntimeError) as error:
             self.problem = self.problem or error
 
@@ -113,3 +114,15 @@ class WeightsOnlyStates(TorchCheckpointEngine):
         """The state in `path`."""
         with torch.serialization.safe_globals(KNOWN_TYPES):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _without_enums(value: Any) -> Any:
+    """The state with the values of enum members.
+
+    Python 3.11.0 to 3.11.3 pickles a member as a call of `getattr`, which weights_only refuses.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(inner) for key, inner in value.items()}
+    return [_without_enums(inner) for inner in value] if type(value) is list else value

@@ -255,7 +255,7 @@ def no_memory(breaks: Break, folder: Path) -> None:
     _explained(
         code, said, "training.batch_size=1 training.gradient_accumulation_steps=2",
         "training.activation_checkpointing=true", "data.max_length (now 256; the longest example",
-        "evaluation.batch_size (now 16)",
+        "evaluation.batch_size (now 64)",
     )  # fmt: skip
     for name in _saved(folder):
         assert folders.verify(folder / "run" / name) == []

@@ -73,14 +73,14 @@ IMAGES = {
     "../outside.png": "is outside",
     "/etc/hostname": "is outside",
     "inner/../../outside.png": "is outside",
-    "https://example.org/x.png": "is a URL; only paths of files are opened",
-    "file:///etc/passwd": "is a URL; only paths of files are opened",
-    "data:image/png;base64,AAAA": "is a URL; only paths of files are opened",
+    "https://example.org/x.png": "is a URL; only files and data URLs are opened",
+    "file:///etc/passwd": "is a URL; only files and data URLs are opened",
+    "data:image/png;base64,AAAA": "image",
     "pipe.jsonl": "it is not a file",
     "/dev/zero": "is outside",
     "loop": "there is no such file",
     LONG: "File name too long",
-    "": "image is not a path",
+    "": "image is neither a path nor",
 }
 
 

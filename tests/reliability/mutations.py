@@ -44,10 +44,18 @@ def no_staging() -> None:
     """A checkpoint is written where it is to be."""
     from finetune.storage import folders
 
-    def commit(stage: Path, final: Path, **_: Any) -> None:
-        folders.seal(stage)
+    stage_path, commit_whole = folders.stage_path, folders.commit
 
-    folders.stage_path = lambda final: final  # type: ignore[assignment]
+    def is_checkpoint(final: Path) -> bool:
+        return final.name.startswith("checkpoint-")
+
+    def commit(stage: Path, final: Path, **options: Any) -> None:
+        if is_checkpoint(final):
+            folders.seal(stage)
+        else:
+            commit_whole(stage, final, **options)
+
+    folders.stage_path = lambda final: final if is_checkpoint(final) else stage_path(final)
     folders.commit = commit  # type: ignore[assignment]
 
 
