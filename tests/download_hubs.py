@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from hub import listening
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,17 +30,8 @@ class Hub:
 def downloads(files: Mapping[str, bytes], name: str = "owner/name") -> Iterator[Hub]:
     """Both hubs under one address; the repository `name` holds `files`."""
     state = Hub(files)
-    handler = type("Handler", (_Handler,), {"state": state, "name": name})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    state.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with listening(type("Handler", (_Handler,), {"state": state, "name": name})) as state.address:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -37,13 +37,18 @@ class Hub:
 def hub() -> Iterator[Hub]:
     """A hub that lives in this block."""
     state = Hub()
-    handler = type("Handler", (_Handler,), {"state": state})
+    with listening(type("Handler", (_Handler,), {"state": state})) as state.address:
+        yield state
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on this machine that answers with `handler`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    state.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield state
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()

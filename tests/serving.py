@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.generation.decoder import Decoder, DecodingRow, Request
+from finetune.generation.load import OpenedModel
+from finetune.serving import engine as engine_module
 from finetune.serving.engine import Engine
 from finetune.serving.guard import TimedProtocol
 from finetune.serving.serve import ServeOptions, endpoint
@@ -165,3 +167,13 @@ def data_url(size: tuple[int, int] = (20, 10), colour: str = "red", kind: str = 
 def showing(url: Any, text: str = "what is this?") -> list[Any]:
     image = {"type": "image_url", "image_url": {"url": url}}
     return [{"role": "user", "content": [{"type": "text", "text": text}, image]}]
+
+
+def slowly(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    """A Slow model in place of the engine's; let go of at the end, so that no thread waits for it."""
+    [token] = opened.template.tokenizer.plain.encode("x", add_special_tokens=False).ids
+    model = Slow(token)
+    model.put_in_place(monkeypatch)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
+    yield model
+    model.go.release(10_000)

@@ -35,12 +35,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
 
 @pytest.fixture
 def slow(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[serving.Slow]:
-    [token] = opened.template.tokenizer.plain.encode("x", add_special_tokens=False).ids
-    model = serving.Slow(token)
-    model.put_in_place(monkeypatch)
-    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
-    yield model
-    model.go.release(10_000)
+    yield from serving.slowly(opened, monkeypatch)
 
 
 def test_a_short_request_joins_a_long_reply_at_its_next_token(

@@ -25,7 +25,6 @@ from finetune.errors import ConfigError
 from finetune.generation.decoder import Decoder
 from finetune.generation.generate import generate
 from finetune.generation.load import OpenedModel, open_model
-from finetune.serving import engine as engine_module
 from finetune.serving.errors import ApiError
 from finetune.serving.serve import serve
 
@@ -155,12 +154,7 @@ def _user(text: str) -> list[Any]:
 
 @pytest.fixture
 def slow(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[serving.Slow]:
-    [token] = opened.template.tokenizer.plain.encode("x", add_special_tokens=False).ids
-    model = serving.Slow(token)
-    model.put_in_place(monkeypatch)
-    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
-    yield model
-    model.go.release(10_000)
+    yield from serving.slowly(opened, monkeypatch)
 
 
 def test_a_client_that_leaves_frees_its_place_whether_it_waits_or_is_served(

@@ -235,3 +235,22 @@ def test_offloaded_optimizer_state_and_weights_train_the_same_run(
     assert done.returncode == 0, done.stderr[-3000:]
     for name in places:
         assert_trained_alike(tmp_path / name, tmp_path / "plain")
+
+
+def test_states_that_are_saved_open_without_a_type_of_deepspeed(tmp_path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 pickles an enum member by `getattr`, which weights_only never allows."""
+    import torch
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from finetune.training.sharded_engine import WeightsOnlyStates
+
+    file = tmp_path / "states.pt"
+    state = {
+        "zero_stage": ZeroStageEnum.gradients,
+        "groups": [{"stage": ZeroStageEnum.weights, "rate": 0.5}],
+    }
+    WeightsOnlyStates().save(state, str(file))
+    assert torch.load(file, weights_only=True) == {
+        "zero_stage": 2,
+        "groups": [{"stage": 3, "rate": 0.5}],
+    }

@@ -64,23 +64,14 @@ OWNED: dict[str, str] = {
 ALSO_KNOWN_AS: dict[str, str] = {
     "lr": "training.learning_rate",
     "epochs": "training.num_epochs",
-    "lora_r": "method.rank",
-    "lora_rank": "method.rank",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "model_name_or_path": "model.path",
-    "torch_dtype": "model.dtype",
-    "attn_implementation": "model.attention",
     "train_file": "data.train",
     "validation_file": "data.validation",
-    "max_seq_length": "data.max_length",
-    "cutoff_len": "data.max_length",
     "lora": "method (kind: lora)",
     "lora_config": "method (kind: lora)",
     "peft_config": "method (kind: lora)",
     "training_args": "training",
 }
-"""Names that people know from other programs, and the option."""
+"""Names that no program's table in `migrate_tables` has, and the option."""
 
 REFUSED: dict[str, str] = {
     "do_train": "the command decides that",

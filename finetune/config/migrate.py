@@ -168,6 +168,13 @@ def hint(tree: Any, key: Sequence[str | int]) -> str | None:
     return f"the option is {entry}" if entry else None
 
 
+def option_for(name: str) -> str | None:
+    """Our option for a name that some other program has for it, wherever it stands."""
+    entries = (program.whole_table.get(name) for program in PROGRAMS)
+    names = [e.to if isinstance(e, Option) else e for e in entries if isinstance(e, Option | str)]
+    return names[0] if names else None
+
+
 def migrate(path: Path, *, model: str | None = None, data: str | None = None) -> Migration:
     """Our configuration for another program's file.
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from finetune.config.extras import ALSO_KNOWN_AS, OWNED
-from finetune.config.migrate import hint
+from finetune.config.migrate import hint, option_for
 from finetune.config.schema import Method, MethodSection, RunConfig
 from finetune.config.yaml_text import Key, dotted, shown
 
@@ -194,7 +194,7 @@ def _elsewhere(name: str) -> str | None:
         for field in model.model_fields
         if field not in ("format", "batch_size", "path", "kind")
     }
-    return places.get(name) or ALSO_KNOWN_AS.get(name) or OWNED.get(name)
+    return places.get(name) or ALSO_KNOWN_AS.get(name) or OWNED.get(name) or option_for(name)
 
 
 def _meaning(key: Key, tree: Any) -> str:

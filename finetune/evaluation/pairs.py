@@ -53,9 +53,6 @@ def repetition_rate(line: Sequence[str]) -> float | None:
     return 100.0 * (1 - len(set(runs)) / len(runs)) if runs else None
 
 
-# --- definitions ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Definition:
     """How texts are cut into words, and what follows from it."""
@@ -139,9 +136,6 @@ DEFINITIONS: dict[DefinitionName, Definition] = {
 }
 DEFINITION: DefinitionName = "default"
 """What is used when nothing else is asked for."""
-
-
-# --- tool calls ----------------------------------------------------------------------------------
 
 
 def tool_call_parts(prediction: Prediction) -> dict[str, float | None]:

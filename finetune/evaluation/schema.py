@@ -269,9 +269,6 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file}: {error}; evaluate again") from error
 
 
-# --- copies of what lies elsewhere: the page is made of the folder alone -----------------------
-
-
 def inside(folder: Path, name: str) -> Path:
     """The regular file of that name in `folder`, links followed.
 

@@ -56,6 +56,8 @@ def rows(plan: Plan) -> list[list[str]]:
 
 def in_short(plan: Plan) -> str:
     """One line."""
+    if plan.memory_bytes < GB:
+        return f"{plan.memory_bytes / 1e6:.0f} MB"
     parts = ", ".join(
         f"{kind} {size / GB:.1f}" for kind, size in plan.memory.items() if size >= 5e7
     )

@@ -228,9 +228,6 @@ def sweep(folder: Path, *, names: Sequence[str] | None = None) -> list[str]:
     return [f"removed {name}: left over from an interrupted save or deletion" for name in removed]
 
 
-# --- files of one result, in a folder that may hold others -----------------------------------------
-
-
 @contextmanager
 def result_files(
     folder: Path, *, ours: Collection[str] = (), overwrite: bool = False

@@ -154,9 +154,6 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return False
 
 
-# --- file systems without locks ------------------------------------------------------------------
-
-
 def _owner_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.owner")
 

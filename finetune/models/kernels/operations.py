@@ -24,9 +24,6 @@ library.define("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor")
 library.define("cross_entropy_(Tensor(a!) logits, Tensor target, bool slope) -> Tensor")
 
 
-# --- shapes -----------------------------------------------------------------------------------------
-
-
 def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float, first: bool) -> Any:
     return _contiguous_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -74,9 +71,6 @@ _shapes: dict[str, Any] = {
 }
 for _name, _shape in _shapes.items():
     torch.library.register_fake(f"glm4_finetune::{_name}", _shape, lib=library)
-
-
-# --- Triton -----------------------------------------------------------------------------------------
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, first: bool) -> tuple[Tensor, Tensor]:
@@ -179,8 +173,6 @@ for _name, _work in {
     for _key in ("CUDA", "CPU"):  # on a CPU only in Triton's interpreter
         library.impl(_name, _work, _key)
 
-
-# --- with gradients ---------------------------------------------------------------------------------
 
 _ops: Any = torch.ops.glm4_finetune
 
