@@ -10,6 +10,8 @@ import pytest
 import runs
 import yaml
 from command_line import exit_code
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from finetune.config.load import load_config
 from finetune.config.migrate import FILL_IN, PROGRAMS, migrate
@@ -199,3 +201,37 @@ def test_a_migrated_configuration_trains(
     if "val_size" in old:
         assert found.values["data.validation"] == "10%"
         assert json.loads((run_dir / "data.json").read_text())["validation"]["rows"] > 1
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\\xff"])
+def test_a_damaged_register_of_data_sets_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset_info.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"dataset_info\.json .*correct or remove it"):
+        moved(tmp_path, FACTORY | {"dataset_dir": str(tmp_path)})
+
+
+ODD = st.sampled_from(
+    [None, True, -1, 0.5, "x", "", [], ["a"], [1], {}, {"a": 1}, [{"path": 1}], 10**30]
+)
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_odd_values_are_named_and_give_yaml_all_the_same(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    program = data.draw(st.sampled_from(PROGRAMS))
+    names = data.draw(st.lists(st.sampled_from(sorted(program.whole_table)), max_size=6))
+    old: dict[str, Any] = {}
+    for name in [*names, min(program.marks)]:
+        node = old
+        *sections, last = name.split(".")
+        for section in sections:
+            inner = node.setdefault(section, {})
+            node[section] = node = inner if isinstance(inner, dict) else {}
+        node[last] = data.draw(ODD)
+    found, text = moved(tmp_path, old)
+    assert isinstance(yaml.safe_load(text), dict)
+    assert {"model.path", "data.train", "method.kind"} <= found.values.keys()

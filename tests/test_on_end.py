@@ -10,8 +10,8 @@ from config_text import MINIMAL
 
 from finetune.config.load import load_config
 from finetune.errors import ConfigError, SpaceError
-from finetune.training import on_end
-from finetune.training.on_end import told_at_the_end
+from finetune.training.callbacks import on_end
+from finetune.training.callbacks.on_end import told_at_the_end
 
 WRITES = "import os, sys; open(sys.argv[1], 'w').write(os.environ['FINETUNE_RUN'] + ' ' + os.environ['FINETUNE_EXIT_CODE'])"
 

@@ -25,7 +25,7 @@ from finetune.planning.roofline import Ceilings
 from finetune.planning.settle import settled
 from finetune.planning.step import name_what_stays, one_step
 from finetune.planning.subjects import own, ready
-from finetune.training.throughput import Work, work_of
+from finetune.training.callbacks.throughput import Work, work_of
 
 METHODS: list[Any] = [LoraMethod(dropout=0.0), PTuningV2Method(num_virtual_tokens=8), FullMethod()]
 

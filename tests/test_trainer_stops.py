@@ -203,7 +203,7 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_learned(
 def test_weights_that_are_not_finite_are_never_saved_and_cost_no_checkpoint(
     tiny_chatglm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    from finetune.training.callbacks import Schedule
+    from finetune.training.callbacks.schedule import Schedule
 
     original = Schedule.on_step_end
 

@@ -18,7 +18,7 @@ from finetune.config.schema import EvaluationSection, LoraMethod, TrainingSectio
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, ModelError, NonFiniteError
 from finetune.training.arguments import Rates
-from finetune.training.callbacks import Schedule
+from finetune.training.callbacks.schedule import Schedule
 from finetune.training.checkpointing import check_weights
 from finetune.training.validation import preserve_rng
 

@@ -5,8 +5,6 @@ finetune migrate lora.yaml --data data/AdvertiseGen --model THUDM/glm-4-9b-chat 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import yaml
 
 from finetune.config.extras import OWNED, REFUSED, training_argument_names
+from finetune.config.migrate_sources import FILL_IN, read_register, source_of
 from finetune.config.migrate_tables import (
     AXOLOTL,
     DEMO,
@@ -31,8 +30,6 @@ from finetune.config.migrate_tables import (
 from finetune.config.schema import held_out_share
 from finetune.errors import ConfigError
 
-FILL_IN = "FILL-IN"
-"""Stands where the old file does not say something that is needed."""
 _SECTIONS = ("model", "data", "method", "training", "deepspeed", "evaluation")
 _ALWAYS = {
     "model.path": FILL_IN,
@@ -265,10 +262,9 @@ def _take(found: Migration, program: Program, name: str, value: Any) -> None:
 def _settle(found: Migration, tree: Mapping[str, Any], path: Path) -> None:
     """What depends on several old options at once."""
     values = found.values
-    if "max_input_length" in tree and "max_output_length" in tree:
-        values["data.max_length"] = (
-            int(tree["max_input_length"]) + int(tree["max_output_length"]) + 1
-        )
+    lengths = [tree.get(name) for name in ("max_input_length", "max_output_length")]
+    if all(isinstance(length, int) for length in lengths):
+        values["data.max_length"] = sum(lengths) + 1  # type: ignore[arg-type]
         found.origins["data.max_length"] = "max_input_length + max_output_length + the stop"
     if "4v" not in str(values.get("model.path")).lower() and "freezeV" in tree:
         values.pop("model.freeze", None)
@@ -278,7 +274,12 @@ def _settle(found: Migration, tree: Mapping[str, Any], path: Path) -> None:
     if values.get("data.packing"):
         values.pop("data.group_by_length", None)
     _settle_method(found)
-    _name_files(found, tree, path)
+    if found.program == "LLaMA-Factory":
+        names = {key: found.values.get(key) for key in ("data.train", "data.validation")}
+        register = read_register(str(tree.get("dataset_dir") or "data"), path.parent)
+        for key, listed in names.items():
+            if isinstance(listed, list):
+                found.values[key] = [source_of(name, register, found.left) for name in listed]
     found.commands += _other_commands(tree)
 
 
@@ -295,73 +296,6 @@ def _settle_method(found: Migration) -> None:
             del values[key]
     if kind == "full":
         values.pop("model.quantization", None)
-
-
-def _name_files(found: Migration, tree: Mapping[str, Any], path: Path) -> None:
-    """LLaMA-Factory's names of data sets -> files, by its dataset_info.json."""
-    if found.program != "LLaMA-Factory":
-        return
-    folder = Path(str(tree.get("dataset_dir") or "data"))
-    register = next(
-        (
-            f
-            for f in (folder / "dataset_info.json", path.parent / folder / "dataset_info.json")
-            if f.is_file()
-        ),
-        None,
-    )
-    known = json.loads(register.read_text(encoding="utf-8")) if register else {}
-    for key in ("data.train", "data.validation"):
-        names = found.values.get(key)
-        if isinstance(names, list):
-            found.values[key] = [_source(found, name, known.get(name), register) for name in names]
-
-
-def _source(found: Migration, name: str, entry: Any, register: Path | None) -> Any:
-    """A source for a registered data set; the name itself when it is not registered."""
-    if not isinstance(entry, Mapping) or register is None:
-        found.left[f"dataset {name}"] = "not in a dataset_info.json that is here: write its file"
-        return FILL_IN
-    if entry.get("ranking"):
-        found.left[f"dataset {name}"] = "preference data; this program does supervised fine-tuning"
-    if not entry.get("file_name"):
-        schemes = {"hf": entry.get("hf_hub_url"), "ms": entry.get("ms_hub_url")}
-        there = [f"{scheme}://{where}" for scheme, where in schemes.items() if where]
-        if not there:
-            found.left[f"dataset {name}"] = "is made by a script: write its rows into a file"
-            return FILL_IN
-        source: dict[str, Any] = {"path": there[0]}
-    else:
-        source = {"path": os.path.normpath(register.parent / str(entry["file_name"]))}
-    formatting = entry.get("formatting", "alpaca")
-    source["format"] = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}.get(
-        formatting, "auto"
-    )
-    ours = {
-        "prompt": "instruction",
-        "query": "input",
-        "response": "output",
-        "messages": "conversations",
-    }
-    columns = {
-        ours.get(theirs, theirs): column
-        for theirs, column in (entry.get("columns") or {}).items()
-        if ours.get(theirs, theirs) != column
-    }
-    if columns:
-        source["columns"] = columns
-    odd = {k: v for k, v in (entry.get("tags") or {}).items() if v not in _READ_TAGS}
-    if odd:
-        found.left[f"dataset {name}: tags"] = f"{odd} are not read; rename them in the file"
-    return source if source.keys() - {"path"} else source["path"]
-
-
-_READ_TAGS = frozenset(
-    {
-        *("role", "from", "content", "value", "user", "human", "assistant", "gpt", "system"),
-        *("observation", "tool", "function_call", "tool_call"),
-    }
-)
 
 
 def _other_commands(tree: Mapping[str, Any]) -> list[str]:

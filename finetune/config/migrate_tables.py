@@ -163,7 +163,7 @@ def zero(value: Any) -> Any:
         if "offload" in value:
             section["offload_optimizer"] = "cpu"
         return section
-    return {"config": value} if value else None
+    return {"config": value} if value and isinstance(value, str) else None
 
 
 LORA: Table = {

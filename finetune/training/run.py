@@ -25,7 +25,7 @@ from finetune.planning.settle import settled
 from finetune.storage.lock import holder, is_held
 from finetune.storage.outputs import check_not_read
 from finetune.training import resume
-from finetune.training.on_end import told_at_the_end
+from finetune.training.callbacks.on_end import told_at_the_end
 from finetune.training.run_data import RunData, load_run_data
 
 if TYPE_CHECKING:
@@ -198,15 +198,8 @@ def _train(
 ) -> tuple[FineTuner, Path | None]:
     """The program: model, checkpoint, validation, loop. Returns the trainer when it is done."""
     from finetune.distributed import processes
-    from finetune.training import (
-        batches,
-        checkpointing,
-        prepare_model,
-        progress,
-        throughput,
-        trainer,
-        validation,
-    )
+    from finetune.training import batches, checkpointing, prepare_model, trainer, validation
+    from finetune.training.callbacks import progress, throughput
 
     training = config.training
     prepared = prepare_model.prepare_model(
@@ -266,7 +259,7 @@ def _total_steps(config: RunConfig, data: RunData) -> int:
 
 def _summary(trainer: FineTuner, run_dir: Path, resumed: Path | None) -> dict[str, Any]:
     """The run in numbers; says how the scores have changed."""
-    from finetune.training import progress
+    from finetune.training.callbacks import progress
 
     state = trainer.state
     before = progress.scores_at(state.log_history, first=True)

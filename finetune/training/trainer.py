@@ -24,12 +24,12 @@ from finetune.errors import ConfigError, NonFiniteError, ProcessError
 from finetune.models.loss import for_model
 from finetune.training.arguments import set_rates, warmed_up
 from finetune.training.batches import StepLoader, TrainingData, training_loader
-from finetune.training.callbacks import MetricsFile, RunComplete, Schedule, TensorBoard
+from finetune.training.callbacks.profiling import Profiler
+from finetune.training.callbacks.progress import ProgressCallback
+from finetune.training.callbacks.schedule import MetricsFile, RunComplete, Schedule, TensorBoard
 from finetune.training.checkpointing import Saver, check_weights, explain_load_errors
 from finetune.training.objective import StepCounts, count
 from finetune.training.prepare_model import PreparedModel
-from finetune.training.profiling import Profiler
-from finetune.training.progress import ProgressCallback
 from finetune.training.validation import Validation
 
 

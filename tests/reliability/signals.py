@@ -43,8 +43,8 @@ MOMENTS: dict[str, tuple[str, str, int, int]] = {
     "the first forward pass of a step": ("finetune.training.trainer", "FineTuner.compute_loss", 3, 2),
     "the second forward pass of a step": ("finetune.training.trainer", "FineTuner.compute_loss", 4, 2),
     "before the optimizer step": ("finetune.training.trainer", "FineTuner._guard", 2, 2),
-    "the optimizer step": ("finetune.training.callbacks", "Schedule.on_step_end", 2, 2),
-    "logging": ("finetune.training.callbacks", "MetricsFile.on_log", 3, 2),
+    "the optimizer step": ("finetune.training.callbacks.schedule", "Schedule.on_step_end", 2, 2),
+    "logging": ("finetune.training.callbacks.schedule", "MetricsFile.on_log", 3, 2),
     "the validation loss": ("finetune.evaluation.loss", "row_losses", 12, 2),
     "generation": ("finetune.training.validation", GENERATION, 2, 2),
     "writing predictions": ("finetune.training.validation", "write_predictions", 2, 3),
@@ -57,7 +57,11 @@ SAVING = {
     "a rotation": ("finetune.artifacts.checkpoint", "rotate", 2, 3),
 }
 LATER = {
-    "logging of a later step": ("finetune.training.progress", "ProgressCallback.on_step_end", 2),
+    "logging of a later step": (
+        "finetune.training.callbacks.progress",
+        "ProgressCallback.on_step_end",
+        2,
+    ),
     "when the run is saved": ("finetune.training.run", "_summary", 1),
 }
 

@@ -69,7 +69,7 @@ def poisoned(bench: Bench, value: float, place: int, folder: Path) -> str:
     """Nothing is saved of it, the good checkpoint before stays although only one is kept."""
 
     def before(rank: int) -> None:
-        from finetune.training.callbacks import Schedule
+        from finetune.training.callbacks.schedule import Schedule
 
         original = Schedule.on_step_end
 

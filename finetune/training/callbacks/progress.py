@@ -14,10 +14,10 @@ from finetune.config.schema import Method, TrainingSection
 from finetune.distributed.processes import local_device, rank_and_world
 from finetune.evaluation.metrics import metric
 from finetune.planning.memory_hints import memory_gb
+from finetune.training.callbacks.throughput import Work, gpu_memory
 from finetune.training.objective import StepCounts
 from finetune.training.prepare_model import PreparedModel
 from finetune.training.run_data import RunData
-from finetune.training.throughput import Work, gpu_memory
 
 
 def announce(

@@ -1,0 +1,1 @@
+"""What happens around the steps of a run: when to evaluate and save, what is said, measured and told."""
