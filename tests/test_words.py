@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from test_metrics import pair
 
 from finetune.evaluation.metrics import numbers_of, signatures
-from finetune.evaluation.texts import script_words, without_signs
+from finetune.evaluation.texts import script_words, content_words
 
 SENTENCES = Path(__file__).parents[1] / "scripts" / "evidence" / "languages.jsonl"
 ROWS = [json.loads(line) for line in SENTENCES.read_text("utf-8").splitlines()]
@@ -26,10 +27,9 @@ def scores(reply: str, reference: str) -> list[float]:
 def test_a_sentence_shares_nothing_with_an_unrelated_one_and_all_with_itself(
     row: dict[str, str],
 ) -> None:
-    limit = 25 if row["language"] == "Japanese" else 15  # particles are words
     unrelated = scores(row["other"], row["text"])
     alike = scores(row["paraphrase"], row["text"])
-    assert max(unrelated) < limit
+    assert max(unrelated) < 15
     assert scores(row["text"], row["text"]) == pytest.approx([100.0] * 3, abs=1e-4)
     assert all(low < middle < 100 for low, middle in zip(unrelated, alike, strict=True))
 
@@ -51,11 +51,25 @@ def test_words_are_those_of_the_script_and_white_space_is_none(text: str, words:
     assert script_words(text) == words
 
 
-def test_signs_count_only_where_there_is_nothing_else() -> None:
-    assert without_signs(["a", ",", "b", "."]) == ["a", "b"]
-    assert without_signs(["+", "-"]) == ["+", "-"]
+def test_signs_and_particles_count_only_where_there_is_nothing_else() -> None:
+    assert content_words(["a", ",", "b", "."]) == ["a", "b"]
+    assert content_words(["+", "-"]) == ["+", "-"]
+    assert content_words(["彼", "は", "は"]) == ["彼"]
+    assert content_words(["は", "、"]) == ["は", "、"]
     assert scores("+", "+")[1:] == pytest.approx([100.0, 100.0], abs=1e-4)
     assert scores("+", "-") == [0.0, 0.0, 0.0]
+
+
+JAPANESE = (
+    "今日は天気がいいので、公園を散歩しましょう。", "私には彼の言うことが分からない。", "東京では雨が降っていますが、大阪は晴れです。",
+    "これは去年の夏に京都で撮った写真です。", "電車が遅れたので、会議に間に合わなかった。", "新しい法律は来年の四月から施行される。",
+    "子供たちは庭でサッカーをして遊んでいる。", "彼女とは高校からの友達でもあるし、同僚でもある。",
+)  # fmt: skip
+
+
+def test_japanese_sentences_do_not_resemble_each_other_by_their_particles() -> None:
+    found = [scores(*both)[1] for both in itertools.combinations(JAPANESE, 2)]
+    assert sum(found) / len(found) < 5  # 15 where particles are counted
 
 
 def test_random_texts_over_the_same_words_have_no_high_bleu() -> None:

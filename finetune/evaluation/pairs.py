@@ -16,7 +16,7 @@ from finetune.data.dialogue.conversation import Message
 from finetune.data.dialogue.tool_calls import tool_name
 from finetune.evaluation import texts
 from finetune.evaluation.predictions import Prediction, text
-from finetune.evaluation.texts import jieba_words, language_words, script_words, without_signs
+from finetune.evaluation.texts import jieba_words, language_words, script_words, content_words
 
 DefinitionName = Literal["default", "demo", "llamafactory"]
 REPEATED = 4
@@ -69,11 +69,11 @@ _ZERO = dict.fromkeys(("bleu-4", "rouge-1", "rouge-2", "rouge-l"), 0.0)
 
 
 def _default(pair: Compared) -> dict[str, float]:
-    """Words by script, white space never among them; ROUGE counts no signs."""
+    """Words by script, white space never among them; ROUGE counts no signs or Japanese particles."""
     one, other = pair.words
     if not one or not other:
         return dict(_ZERO)
-    return {"bleu-4": texts.bleu(one, other), **texts.rouge(*map(without_signs, (one, other)))}
+    return {"bleu-4": texts.bleu(one, other), **texts.rouge(*map(content_words, (one, other)))}
 
 
 def _demo(pair: Compared) -> dict[str, float]:
@@ -118,7 +118,7 @@ DEFINITIONS: dict[DefinitionName, Definition] = {
         script_words,
         {
             "bleu words": f"{_BY_SCRIPT}, signs among them",
-            "rouge words": f"{_BY_SCRIPT}, without signs",
+            "rouge words": f"{_BY_SCRIPT}, without signs and Japanese particles",
             "odd": "empty replies score 0",
             "words": _BY_SCRIPT,
         },

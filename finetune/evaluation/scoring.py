@@ -32,7 +32,7 @@ from finetune.evaluation.pairs import DEFINITION, DefinitionName
 from finetune.evaluation.predictions import Prediction, language, read_unscored, text
 from finetune.storage.files import json_line, whole_file
 
-FORMAT = 2
+FORMAT = 3
 """Version of what is computed; scores that were kept under another one are not used."""
 LINES_PER_PROCESS = 500
 """Starting a process costs as much as scoring some 500 replies."""

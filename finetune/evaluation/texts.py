@@ -32,6 +32,10 @@ _CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 _HAN = re.compile(rf"{_CHINESE.pattern}+")
 _KANA = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]")
 _WORD = re.compile(r"\w+|[^\w\s]")
+_PARTICLES = frozenset(
+    "は が を に で の と も へ や か し ね よ から まで より には では とは でも ので のに".split()
+)
+"""Japanese particles as ICU cuts them; Korean ones stay with their words, and these have none."""
 
 
 def is_chinese(text: str) -> bool:
@@ -77,12 +81,14 @@ def script_words(text: str) -> list[str]:
     return words + _icu()(text[end:])
 
 
-def without_signs(words: Sequence[str]) -> Sequence[str]:
-    """The words that hold a letter or a digit; all of them when none does.
+def content_words(words: Sequence[str]) -> Sequence[str]:
+    """The words that hold a letter or a digit and are no Japanese particle; all when none is.
 
-    A full stop that two texts share makes them no more alike.
+    A full stop that two texts share makes them no more alike, and は or を does not either.
     """
-    return [word for word in words if any(map(str.isalnum, word))] or words
+    return [
+        word for word in words if any(map(str.isalnum, word)) and word not in _PARTICLES
+    ] or words
 
 
 def icu_version() -> str:
