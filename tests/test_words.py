@@ -11,7 +11,7 @@ import pytest
 from test_metrics import pair
 
 from finetune.evaluation.metrics import numbers_of, signatures
-from finetune.evaluation.texts import script_words, content_words
+from finetune.evaluation.texts import content_words, script_words
 
 SENTENCES = Path(__file__).parents[1] / "scripts" / "evidence" / "languages.jsonl"
 ROWS = [json.loads(line) for line in SENTENCES.read_text("utf-8").splitlines()]

@@ -16,7 +16,7 @@ from finetune.data.dialogue.conversation import Message
 from finetune.data.dialogue.tool_calls import tool_name
 from finetune.evaluation import texts
 from finetune.evaluation.predictions import Prediction, text
-from finetune.evaluation.texts import jieba_words, language_words, script_words, content_words
+from finetune.evaluation.texts import content_words, jieba_words, language_words, script_words
 
 DefinitionName = Literal["default", "demo", "llamafactory"]
 REPEATED = 4

@@ -33,7 +33,31 @@ _HAN = re.compile(rf"{_CHINESE.pattern}+")
 _KANA = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]")
 _WORD = re.compile(r"\w+|[^\w\s]")
 _PARTICLES = frozenset(
-    "は が を に で の と も へ や か し ね よ から まで より には では とは でも ので のに".split()
+    [
+        "は",
+        "が",
+        "を",
+        "に",
+        "で",
+        "の",
+        "と",
+        "も",
+        "へ",
+        "や",
+        "か",
+        "し",
+        "ね",
+        "よ",
+        "から",
+        "まで",
+        "より",
+        "には",
+        "では",
+        "とは",
+        "でも",
+        "ので",
+        "のに",
+    ]
 )
 """Japanese particles as ICU cuts them; Korean ones stay with their words, and these have none."""
 
