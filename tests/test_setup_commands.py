@@ -11,6 +11,8 @@ import command_line
 import pytest
 
 from finetune.cli import doctor
+from finetune.distributed import hardware
+from finetune.distributed.device import Card
 
 
 def remedies(found: list[doctor.Finding]) -> dict[str, str]:
@@ -23,10 +25,10 @@ def remedies(found: list[doctor.Finding]) -> dict[str, str]:
 def test_a_card_without_bfloat16_in_hardware_is_told_its_number_format(
     major: int, minor: int, native: bool
 ) -> None:
-    card = SimpleNamespace(name="Card", total_memory=24 * 2**30, major=major, minor=minor)
+    card = Card("Card", 24 * 2**30, f"{major}.{minor}", native_bf16=native)
     finding = doctor._card(card, 0)
-    assert finding.found == f"Card, 24 GiB, capability {major}.{minor}"
-    assert ("model.dtype: float32" in finding.remedy) is not native
+    assert finding.found.startswith(f"Card, 24 GiB, capability {major}.{minor}")
+    assert ("float16 with sums in float32" in finding.found) is not native
 
 
 def test_a_library_that_is_missing_or_old_is_named_with_the_command() -> None:
@@ -56,8 +58,7 @@ def test_a_port_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_card_that_torch_cannot_use_is_not_taken_for_no_card(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr(hardware, "shown", lambda root: [hardware.MAKERS[0]])
     first = next(doctor._devices())
     assert (first.what, first.found) == ("GPU", "none that torch can use")
     assert "install a torch with CUDA" in first.remedy

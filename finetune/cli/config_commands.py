@@ -88,6 +88,9 @@ def plan(
     share: Annotated[
         float, typer.Option(metavar="SHARE", min=0.01, max=1, help="Of the peak that is reached.")
     ] = 0.4,
+    bf16: Annotated[
+        bool, typer.Option(help="Whether the GPU has bfloat16 in hardware; V100 and T4 have not.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
 ) -> None:
     """What a run will take: memory of a GPU, tokens, time and disk. Counted in seconds, on any machine.
@@ -102,7 +105,8 @@ def plan(
     from finetune.planning.plan import plan as make
 
     settings = load_config(config, overrides or [])
-    machine = Gpu(bytes=gigabytes(gpu), number=gpus, peak_flops=1e12 * peak, share=share)
+    size, flops = gigabytes(gpu), 1e12 * peak
+    machine = Gpu(size, number=gpus, peak_flops=flops, share=share, native_bf16=bf16)
     folder = local_folder(settings.model.path, settings.model.revision)
     found = make(settings, machine, folder=folder)
     if as_json:

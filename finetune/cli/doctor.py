@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune.storage.cache import default_root
+
+if TYPE_CHECKING:
+    from finetune.distributed.device import Card
 
 PORT = 29500
 """Where torchrun meets by default."""
@@ -66,41 +69,31 @@ def _library(name: str, wanted: str) -> Finding:
 
 
 def _devices() -> Iterator[Finding]:
-    import torch
+    from finetune.distributed import device
 
-    has_card = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        if has_card and built is None:
-            said = "install a torch with CUDA: https://pytorch.org/get-started/locally"
-        elif has_card:
-            said = (
-                f"torch is built for CUDA {built} and finds no GPU: see nvidia-smi and the driver"
-            )
-        else:
-            said = ""
-        yield Finding("GPU", "none that torch can use" if has_card else "none", said)
+    if not device.has_accelerator():
+        remedy = device.unused()
+        yield Finding("GPU", "none that torch can use" if remedy else "none", remedy)
         yield Finding("CPU", f"{os.cpu_count()} cores, {_memory():.0f} GB")
         return
-    for number in range(torch.cuda.device_count()):
-        yield _card(torch.cuda.get_device_properties(number), number)
-    nccl = (
-        ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-        if torch.distributed.is_nccl_available()
-        else ""
-    )
-    missing = "several GPUs need a torch with NCCL" if torch.cuda.device_count() > 1 else ""
-    yield Finding("NCCL", nccl or "none", "" if nccl else missing)
+    cards, exchange = device.cards(), device.device_backend()
+    for number, card in enumerate(cards):
+        yield _card(card, number)
+    if exchange == "nccl":
+        version = device.collective_version()
+        missing = "several GPUs need a torch with NCCL" if len(cards) > 1 else ""
+        yield Finding("NCCL", version or "none", "" if version else missing)
+    elif len(cards) > 1:
+        yield Finding("exchange between the cards", exchange)
 
 
-def _card(card: Any, number: int) -> Finding:
-    """bfloat16 in hardware needs compute capability 8.0; torch's own check counts emulation."""
-    native = card.major >= 8
-    found = (
-        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}"
-    )
-    said = "no bfloat16 in hardware: set model.dtype: float32 (or float16 for LoRA)"
-    return Finding(f"GPU {number}", found, "" if native else said)
+def _card(card: Card, number: int) -> Finding:
+    found = f"{card.name}, {card.bytes / 2**30:.0f} GiB"
+    found += f", capability {card.capability}" * bool(card.capability)
+    if not card.native_bf16:
+        # What `model.dtype: auto` takes then is right, so nothing need be done.
+        found += ", no bfloat16 in hardware: models compute in float16 with sums in float32"
+    return Finding(f"GPU {number}", found)
 
 
 def _memory() -> float:

@@ -40,7 +40,7 @@ class ModelSection(Section):
     """The hub revision (branch, tag or commit) when `path` is a hub id."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the frozen weights and of the computation; `auto` is bfloat16 on a GPU that has it, else float32."""
+    """Number format of the frozen weights and of the computation; `auto` is bfloat16 on a GPU that multiplies it in hardware, float16 with sums of layers in float32 on one that does not (V100, T4; float32 for models that see images), and float32 on a CPU."""
 
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; `auto` leaves the choice to transformers (sdpa)."""

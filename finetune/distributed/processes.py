@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune import launcher
-from finetune.errors import ConfigError, FinetuneError
+from finetune.distributed import device
+from finetune.errors import FinetuneError
 
 Result = TypeVar("Result")
 
@@ -39,13 +40,6 @@ def rank_and_world() -> tuple[int, int]:
 def is_rank0() -> bool:
     """True in the one process that writes files."""
     return rank_and_world()[0] == 0
-
-
-def local_device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", launcher.local_rank())
-    return torch.device("cpu")
 
 
 def reduce_max(values: Sequence[int]) -> list[int]:
@@ -145,16 +139,13 @@ def joined_processes(*, timeout_minutes: float = 30.0, deepspeed: bool = False) 
         # Found by itself, DeepSpeed would ask for mpi4py.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    device = local_device()
-    if device.type == "cuda":
-        _check_gpu_count(launcher.local_rank())
-        torch.cuda.set_device(device)
+    selected = device.select()
     if launcher.is_launched():
         # In training before TrainingArguments, which would not pass the timeout on to gloo.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            device.backend(),
             timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
+            device_id=selected,
         )
     yield
     # Not after an error: the others may be waiting in the middle of something.
@@ -196,15 +187,8 @@ def gather_to_rank0(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
 
 def _collective_device() -> torch.device:
     """Where numbers must lie for the process group to reduce them: beside NCCL runs gloo, on the CPU."""
-    return local_device() if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _check_gpu_count(local_rank: int) -> None:
-    if local_rank >= (count := torch.cuda.device_count()):
-        raise ConfigError(
-            f"torchrun started at least {local_rank + 1} processes on this machine, which has "
-            f"{count} GPUs; use --nproc_per_node={count}"
-        )
+    alone = dist.get_backend() in ("nccl", "hccl", "xccl")
+    return device.local_device() if alone else torch.device("cpu")
 
 
 def _free_port() -> int:

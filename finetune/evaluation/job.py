@@ -26,6 +26,7 @@ from finetune.data.examples.dataset import PreparedDataset, load_examples
 from finetune.data.reading.files import expand
 from finetune.data.reading.section import sources_of
 from finetune.data.reading.sources import SourceSpec, read_conversations
+from finetune.distributed import hardware
 from finetune.errors import NonFiniteError
 from finetune.evaluation import store
 from finetune.evaluation.harness import check_harness, run_tasks
@@ -143,7 +144,7 @@ def prepare(target: Target, settings: Settings, options: Options) -> EvaluationJ
         "reading": asdict(settings.reading),
         "asked": request(settings, options),
         "loss": [settings.loss_batch_size, settings.seed],
-        "number format": [settings_of(target.like or target.path).dtype, _device_kind()],
+        "number format": [settings_of(target.like or target.path).dtype, hardware.likely_kind()],
         "versions": versions(GENERATING),
     }
     if key["model"] is None:  # a hub id: what it stands for may change
@@ -278,11 +279,6 @@ def _examples(
 
 def _general_name(options: Options) -> str:
     return f"general-{key_of({'data': store.data_key(options.general)})[:16]}"
-
-
-def _device_kind() -> str:
-    """Where models compute, told without importing torch."""
-    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
 
 
 def build_prompts(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune import console
 from finetune.artifacts.resolve import (
     adapter_config,
     check_openable,
@@ -54,11 +55,13 @@ class Models:
     ) -> OpenedModel:
         """The model in `target`, as `open_model` opens it; in the number format of `like`, if given."""
         template = open_template(target, base=base)
-        from finetune.distributed.processes import local_device
+        from finetune.distributed import device
         from finetune.models.library_logging import quiet_libraries
         from finetune.models.load import load_model
 
         quiet_libraries()
+        if said := device.unused():
+            console.warn_once(said)
         weights = model_base(target, base)
         saved = settings_of(like or target)
         key = weights, saved.dtype, saved.attention, saved.quantization, saved.kernels
@@ -73,12 +76,12 @@ class Models:
                 quantization=saved.quantization,
                 kernels=saved.kernels,
             )
-            self._base, self._key = loaded.to(local_device()), key
+            self._base, self._key = loaded.to(device.local_device()), key
         if not is_adapter(target):
             return OpenedModel(self._base, template, "model", weights.path)
         self._method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
         adapted = self._method.code.load_adapter(self._base, Path(target))
-        self._adapted = adapted.to(local_device())
+        self._adapted = adapted.to(device.local_device())
         return OpenedModel(self._adapted, template, "adapter", weights.path)
 
     def _take_off(self) -> None:

@@ -122,9 +122,9 @@ def _rank(adapter: Path) -> int:
 
 def _dtype(target: str | Path) -> str:
     """The number format that `open_model` would take; vLLM's own `auto` is another."""
-    import torch
+    from finetune.distributed.device import has_native_bf16
 
     if (saved := settings_of(target).dtype) != "auto":
         return saved
-    capable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bfloat16" if capable else "float32"
+    # Its layers add up in the model's own format, which float16 is too narrow for.
+    return "bfloat16" if has_native_bf16() else "float32"

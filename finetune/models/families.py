@@ -59,6 +59,10 @@ class Family:
     vision: str | None = None
     """A part of the name of everything that sees images."""
 
+    def sees_images(self, config: Any) -> bool:
+        """Whether a checkpoint with this config.json has a vision tower."""
+        return bool(self.vision and config.get("vision_config"))
+
     @property
     def unquantized(self) -> Sequence[str]:
         """Modules that stay as they are: the head, whose loss runs in chunks, and the vision encoder."""

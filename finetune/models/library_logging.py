@@ -6,16 +6,15 @@ import logging
 import os
 import warnings
 
-import torch
-
 from finetune import console
+from finetune.distributed import device
 
 
 def quiet_libraries() -> None:
     """Turn down what transformers, PEFT, accelerate and DeepSpeed report about themselves."""
     # Both are read when DeepSpeed is imported, which accelerate does even for a run without it.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    if not torch.cuda.is_available():
+    if not device.has_accelerator():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as transformers_logging
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.artifacts.resolve import is_adapter, local_folder
 from finetune.artifacts.weights import tensors
+from finetune.distributed import device as devices
 from finetune.errors import ModelError, is_out_of_memory
-from finetune.models.families import family_of
+from finetune.models import wide_residual
+from finetune.models.families import Family, family_of
 from finetune.models.kernels import check, stock_layers
+from finetune.models.number_format import number_format
 from finetune.models.packed_attention import DOCUMENT_SDPA
 from finetune.models.quantization import check_widths, four_bits
 
@@ -42,7 +46,7 @@ def load_model(
     Args:
         path: A checkpoint folder, or a hub id like org/name.
         revision: The hub revision when `path` is a hub id.
-        dtype: bfloat16, float16, float32, or auto: bfloat16 on a GPU that has it, else float32.
+        dtype: bfloat16, float16, float32, or auto: see `number_format`.
         attention: sdpa, eager, flash_attention_2, or auto: transformers' own choice.
         quantization: nf4 holds the text's linear layers in 4 bits while they are loaded.
         kernels: auto uses fused kernels that are right on this GPU, torch none.
@@ -55,7 +59,8 @@ def load_model(
     family = family_of(_read_config(folder))
     config_class, model_class = family.config_class, family.model_class
     implementation = _attention(attention)
-    extra = four_bits(_dtype(dtype), family.unquantized) if quantization == "nf4" else {}
+    wanted = number_format(dtype, sees_images=family.sees_images(read_json(folder / MODEL_CONFIG)))
+    extra = four_bits(wanted, family.unquantized) if quantization == "nf4" else {}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
     try:
@@ -64,7 +69,7 @@ def load_model(
         model, report = model_class.from_pretrained(
             folder,
             config=config,
-            dtype=_dtype(dtype),
+            dtype=wanted,
             attn_implementation=implementation,
             use_safetensors=True,
             trust_remote_code=False,
@@ -88,7 +93,9 @@ def load_model(
     if quantization:
         check_widths(model)
     stock_layers.use_in(model)
-    _choose_kernels(kernels, _dtype(dtype))
+    if wanted is torch.float16:
+        wide_residual.use_in(model, first_layer(model, family))
+    _choose_kernels(kernels, wanted)
     text = model.config.get_text_config()
     if text._attn_implementation == "sdpa":
         text._attn_implementation = DOCUMENT_SDPA
@@ -97,7 +104,7 @@ def load_model(
 
 def _choose_kernels(setting: str, dtype: torch.dtype) -> None:
     """Check the kernels on this process's GPU; which of them stay out is said once."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(devices.kind())
     refused = check.choose(setting, device, dtype).refused
     if refused and device not in _told:
         _told.add(device)
@@ -122,6 +129,8 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
     with initialization.no_init_weights():
         model: PreTrainedModel = family.model_class(config)
     stock_layers.use_in(model)
+    if torch.get_default_dtype() is torch.float16:
+        wide_residual.use_in(model, first_layer(model, family))
     return model
 
 
@@ -191,18 +200,11 @@ def check_finite(model: torch.nn.Module, folder: Path) -> None:
         )
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        capable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if capable else torch.float32
-    kinds = {
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "float32": torch.float32,
-    }
-    if name not in kinds:
-        raise ModelError(f"model.dtype is {name!r}; choose auto, {', '.join(kinds)}")
-    return kinds[name]
+def first_layer(model: torch.nn.Module, family: Family) -> torch.nn.Module:
+    """Return the first layer of the model's text."""
+    attention = re.compile(family.attention)
+    name = next(name for name, _ in model.named_modules() if attention.fullmatch(name))
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _attention(name: str) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from finetune.distributed.device import local_device
 from finetune.errors import ModelError
 
 BLOCK = 64
@@ -34,8 +35,7 @@ def four_bits(dtype: torch.dtype, kept: Sequence[str]) -> dict[str, Any]:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(kept),
     )
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config, "device_map": {"": local_device()}}
 
 
 def check_widths(model: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,32 +26,23 @@ def memory_explained(config: RunConfig, longest: int) -> Iterator[None]:
         raise OutOfMemoryError(_text(config, longest, error)) from error
 
 
-def memory_gb() -> float:
-    """Peak memory of this process: on the GPU if there is one, else resident."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def planned_rows(config: RunConfig, longest: int) -> list[list[str]]:
     """What a GPU is planned to hold, for the table of a run; on a CPU nothing is planned for."""
-    from finetune.distributed.processes import is_rank0, local_device, rank_and_world
+    from finetune.distributed import device
+    from finetune.distributed.processes import is_rank0, rank_and_world
 
-    if local_device().type != "cuda" or not is_rank0():
+    card = device.card()
+    if card is None or not is_rank0():
         return []
-    import torch
-
     from finetune.artifacts.resolve import local_folder
     from finetune.planning.plan import Gpu, plan
     from finetune.planning.words import in_short
 
     folder = local_folder(config.model.path, config.model.revision)
     machine = Gpu(
-        bytes=torch.cuda.get_device_properties(local_device()).total_memory,
+        bytes=card.bytes,
         number=rank_and_world()[1],
+        native_bf16=card.native_bf16,
     )
     length = config.data.max_length if config.data.packing else longest
     found = plan(config, machine, folder=folder, length=length)
@@ -65,6 +54,8 @@ def planned_rows(config: RunConfig, longest: int) -> list[list[str]]:
 
 
 def _text(config: RunConfig, longest: int, error: Exception) -> str:
+    from finetune.distributed.device import memory_gb
+
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
     knobs = "".join(f"\n  {knob}" for knob in less_memory(config, longest))
     return (
@@ -76,15 +67,14 @@ def _text(config: RunConfig, longest: int, error: Exception) -> str:
 
 
 def _of_gpu() -> str:
-    import torch
+    from finetune.distributed import device
 
-    if not torch.cuda.is_available():
+    held = device.memory()
+    if held is None:
         return ""
-    free, total = torch.cuda.mem_get_info()
-    now, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     return (
-        f"; now {now / 1e9:.2f} GB are allocated and {held / 1e9:.2f} reserved of the GPU's "
-        f"{total / 1e9:.1f}, {free / 1e9:.2f} free (much reserved and not allocated: set "
+        f"; now {held.allocated / 1e9:.2f} GB are allocated and {held.reserved / 1e9:.2f} reserved of "
+        f"the GPU's {held.total / 1e9:.1f}, {held.free / 1e9:.2f} free (much reserved and not allocated: set "
         "PYTORCH_ALLOC_CONF=expandable_segments:True)"
     )
 

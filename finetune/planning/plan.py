@@ -16,8 +16,12 @@ import torch
 from torch import nn
 
 from finetune import methods
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.plain_files import read_json
 from finetune.config.schema import RunConfig
+from finetune.models.families import family_of
 from finetune.models.kernels import NAMES
+from finetune.models.number_format import automatic, number_format
 from finetune.planning.counting import shapes_only
 from finetune.planning.settle import settled
 from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
@@ -28,7 +32,6 @@ RUNTIME = 1_000_000_000
 """Bytes that no allocation shows: the CUDA context, libraries' work spaces, fragments."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a weight in 4 bits with double quantisation: itself and its share of the scales."""
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Gpu:
     """bf16, dense; of an H100."""
     share: float = 0.4
     """Of the peak that a step reaches, an assumption."""
+    native_bf16: bool = True
+    """Whether it multiplies bfloat16 in hardware; V100 and T4 do not."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Plan:
     """Of one forward and backward pass, of one GPU."""
     model_milliseconds: float
     """Of the same by the roofline, `planning.roofline`."""
+    dtype: str
+    """The number format of the frozen weights and of the computation."""
     steps: int | None
     """`training.max_steps`; what epochs come to depends on the data."""
     gpu: Gpu
@@ -108,6 +115,7 @@ class Plan:
             "runtime_bytes": RUNTIME,
             "gpu_bytes": self.gpu.bytes,
             "gpus": self.gpu.number,
+            "number_format": self.dtype,
             "fits": self.fits,
             "bytes_per_token": self.per_token,
             "tokens_per_step_per_gpu": self.tokens_per_step,
@@ -136,7 +144,7 @@ def plan(config: RunConfig, gpu: Gpu, *, folder: Path, length: int | None = None
     config = settled(config, gpu.number)
     length = length or config.data.max_length
     batch = config.training.batch_size
-    dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
+    dtype = _format(config, gpu, folder)
     sharded = config.deepspeed is not None
     subject = own(
         folder,
@@ -163,9 +171,19 @@ def plan(config: RunConfig, gpu: Gpu, *, folder: Path, length: int | None = None
         disk_bytes=checkpoint * (config.training.keep_checkpoints + 2),
         flops=sum(one.flops.values()),
         model_milliseconds=one.milliseconds * config.training.gradient_accumulation_steps,
+        dtype=str(dtype).removeprefix("torch."),
         steps=config.training.max_steps,
         gpu=gpu,
     )
+
+
+def _format(config: RunConfig, gpu: Gpu, folder: Path) -> torch.dtype:
+    """What `model.dtype` means on the GPU that is planned for."""
+    if config.model.dtype != "auto":
+        return number_format(config.model.dtype)
+    model = read_json(folder / MODEL_CONFIG)
+    sees_images = family_of(model).sees_images(model)
+    return automatic(native_bf16=gpu.native_bf16, sees_images=sees_images)
 
 
 @dataclass(frozen=True)

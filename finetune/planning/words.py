@@ -27,6 +27,7 @@ def rows(plan: Plan) -> list[list[str]]:
         *listed,
         ["together", f"{plan.memory_bytes / GB:.2f} GB"],
         ["besides, of the driver and libraries", f"about {RUNTIME / GB:.0f} GB"],
+        ["number format", _format(plan)],
         [f"fits into {gpu.bytes / GB:g} GB", "yes" if plan.fits else "no"],
         ["each further token of a batch", f"{plan.per_token / 1e6:.2f} MB"],
         [
@@ -75,6 +76,12 @@ def knobs(plan: Plan, advice: Sequence[str]) -> list[str]:
             "would fit; data.packing=true with data.max_length=4096 or more keeps the GPU busy"
         ]
     return []
+
+
+def _format(plan: Plan) -> str:
+    if plan.dtype == "float16":
+        return "float16, with sums of layers in float32"
+    return plan.dtype
 
 
 def _tokens(number: int) -> str:

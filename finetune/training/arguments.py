@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from finetune.config.schema import Method, TrainingSection
-from finetune.distributed.processes import is_rank0, local_device, rank_and_world
+from finetune.distributed.device import has_accelerator
+from finetune.distributed.processes import is_rank0, rank_and_world
 from finetune.errors import ConfigError
 from finetune.methods import METHODS
 
@@ -30,19 +31,6 @@ class Precision:
     """`fp16`, `bf16` or `fp32`: in what DeepSpeed keeps the weights it trains."""
     weights: torch.dtype
     """In what the model is loaded."""
-
-
-def computation_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """The number format that `model.dtype` means on `device`."""
-    if asked != "auto":
-        kinds = {
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-            "float32": torch.float32,
-        }
-        return kinds[asked]
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def mixed_precision(method: Method, dtype: torch.dtype, *, sharded: bool) -> Precision:
@@ -109,7 +97,7 @@ def training_arguments(
             "ddp_find_unused_parameters": False,
             "ddp_timeout": int(section.process_timeout_minutes * 60),
             # Without it each process would train alone, all into the same folder.
-            "use_cpu": local_device().type == "cpu",
+            "use_cpu": not has_accelerator(),
             "deepspeed": dict(deepspeed) if deepspeed else None,
             "bf16": precision.autocast == "bf16",
             "fp16": precision.autocast == "fp16",

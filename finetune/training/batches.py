@@ -22,6 +22,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.batch_plan import BLANK, BatchPlan
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import IGNORED, Example
+from finetune.distributed.device import pins_memory
 from finetune.distributed.signals import SIGNALS
 from finetune.models.chatglm.vision_cache import vision_cache
 from finetune.storage.cache import default_root
@@ -168,7 +169,7 @@ def training_loader(data: TrainingData, *, rank: int, workers: int, seconds: flo
         timeout=seconds if workers > 0 else 0,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pins_memory(),
     )
 
 

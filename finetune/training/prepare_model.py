@@ -23,15 +23,17 @@ from finetune.config.schema import (
     PTuningV2Method,
     TrainingSection,
 )
-from finetune.distributed.processes import local_device, rank_and_world
+from finetune.distributed.device import has_accelerator, local_device
+from finetune.distributed.processes import rank_and_world
 from finetune.errors import ConfigError
 from finetune.methods import BaseRecord
+from finetune.models.families import family_of
 from finetune.models.load import load_model
+from finetune.models.number_format import number_format
 from finetune.training import zero
 from finetune.training.arguments import (
     Rates,
     check_trackers,
-    computation_dtype,
     mixed_precision,
     training_arguments,
 )
@@ -73,18 +75,18 @@ def prepare_model(
     these must exist before a model is loaded, which ZeRO-3 shards meanwhile.
     """
     check_trackers(training.report_to)
-    device, (_, world) = local_device(), rank_and_world()
-    has_gpu = device.type == "cuda"
+    world = rank_and_world()[1]
     folder = local_folder(section.path, section.revision)
-    dtype = computation_dtype(section.dtype, device)
+    config = read_json(folder / MODEL_CONFIG)
+    dtype = number_format(section.dtype, sees_images=family_of(config).sees_images(config))
     precision = mixed_precision(method, dtype, sharded=deepspeed_section is not None)
     deepspeed = None
     if deepspeed_section is not None:
-        zero.prepare_libraries(has_gpu=has_gpu)
+        zero.prepare_libraries()
         setting = zero.Setting(
             training=training,
             num_processes=world,
-            hidden_size=_hidden_size(folder),
+            hidden_size=_hidden_size(config),
             precision=precision.deepspeed,
         )
         deepspeed = zero.deepspeed_config(deepspeed_section, setting)
@@ -95,7 +97,7 @@ def prepare_model(
         precision=precision,
     )
     if deepspeed is not None:
-        zero.join(has_gpu=has_gpu)
+        zero.join()
     base = BaseRecord(_lasting(section.path), section.revision, model_fingerprint(folder))
     weights = str(precision.weights).removeprefix("torch.")
     with zero.loading(arguments, weights):
@@ -106,7 +108,7 @@ def prepare_model(
             quantization=section.quantization,
             kernels=section.kernels,
         )
-    if has_gpu and isinstance(method, PTuningV2Method) and not _is_apart(model):
+    if has_accelerator() and isinstance(method, PTuningV2Method) and not _is_apart(model):
         model.to(local_device())  # a prefix starts from a forward pass: minutes on a CPU
     # Adapters start from the same numbers in every process and in every run of a seed.
     torch.manual_seed(training.seed)
@@ -171,8 +173,7 @@ def _is_apart(model: PreTrainedModel) -> bool:
     return any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def _hidden_size(folder: Path) -> int:
-    config = read_json(folder / MODEL_CONFIG)
+def _hidden_size(config: dict[str, Any]) -> int:
     return int((config.get("text_config") or config)["hidden_size"])
 
 

@@ -167,6 +167,7 @@ def _in_all_processes(
     config: RunConfig, template: ChatTemplate, data: RunData, run_dir: RunDirectory
 ) -> dict[str, Any]:
     """From here on with torch, and with the other processes."""
+    from finetune.distributed.device import refuse_unused
     from finetune.distributed.processes import joined_processes
     from finetune.distributed.signals import StopFlag
     from finetune.distributed.watchdog import watching
@@ -174,6 +175,7 @@ def _in_all_processes(
 
     begun = time.monotonic()
     quiet_libraries()
+    refuse_unused()
     minutes, stop = config.training.process_timeout_minutes, StopFlag()
     joined = joined_processes(timeout_minutes=minutes, deepspeed=config.deepspeed is not None)
     with joined, ExitStack() as at_the_end, watching(minutes, stop):

@@ -32,6 +32,13 @@ from finetune.training.objective import StepCounts, count
 from finetune.training.prepare_model import PreparedModel
 from finetune.training.validation import Validation
 
+DATA_PARALLEL = (
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+
 
 class FineTuner(Trainer):
     """The Trainer's loop; overridden is only what a law asks for."""
@@ -342,8 +349,7 @@ def _check_distribution(accelerator: Any, args: TrainingArguments) -> None:
     expected = (
         kind == DistributedType.DEEPSPEED
         if args.deepspeed
-        else kind != DistributedType.DEEPSPEED
-        and (world == 1 or kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU))
+        else kind != DistributedType.DEEPSPEED and (world == 1 or kind in DATA_PARALLEL)
     )
     if not expected or accelerator.num_processes != world:
         asked = "DeepSpeed" if args.deepspeed else "plain data parallel"

@@ -18,6 +18,7 @@ from finetune.config.schema import EvaluationSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
 from finetune.data.reading.sources import read_conversations
+from finetune.distributed import device
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.distributed.signals import StopFlag
 from finetune.errors import NonFiniteError
@@ -103,15 +104,14 @@ def preserve_rng() -> Iterator[None]:
     So a run learns the same whether or not it is evaluated on the way.
     """
     python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    on_device = device.random_state()
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(torch_cpu)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu)
+        device.set_random_state(on_device)
 
 
 def load_validation(

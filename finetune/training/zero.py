@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import DeepSpeedSection, TrainingSection
+from finetune.distributed import device
 from finetune.errors import ConfigError
 from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
 
@@ -70,9 +71,9 @@ def deepspeed_config(section: DeepSpeedSection, setting: Setting) -> dict[str, A
     return merged
 
 
-def prepare_libraries(*, has_gpu: bool) -> None:
+def prepare_libraries() -> None:
     """Tell DeepSpeed about a machine without a GPU; call it before TrainingArguments are built."""
-    if has_gpu:
+    if device.has_accelerator():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
@@ -103,7 +104,7 @@ def loading(arguments: Any, dtype: str) -> Iterator[None]:
         holder.config |= kept
 
 
-def join(*, has_gpu: bool) -> None:
+def join() -> None:
     """Let DeepSpeed use the process group; after TrainingArguments, before a model is loaded.
 
     ZeRO-3 shards a model while it is loaded and needs the group then.
@@ -111,7 +112,7 @@ def join(*, has_gpu: bool) -> None:
     import deepspeed
 
     deepspeed.init_distributed(
-        dist_backend="nccl" if has_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend=device.device_backend(), auto_mpi_discovery=False, verbose=False
     )
 
 

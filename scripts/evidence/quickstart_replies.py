@@ -17,12 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 
-import torch
 from quickstart_model import original
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+from finetune.distributed.device import local_device
 
 SMOLLM2_WIDTH = 576
 HELD_OUT = Path(__file__).resolve().parents[2] / "data" / "support_desk" / "heldout.jsonl"
@@ -61,7 +62,7 @@ def answers(
     folder: str, prompts: list[list[dict[str, Any]]], *, as_published: bool = False
 ) -> list[str]:
     """Greedy replies of the checkpoint in `folder`, its stop token left out."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = local_device()
     model, tokenizer = opened(folder, as_published=as_published)
     model = model.to(device)
     texts = []

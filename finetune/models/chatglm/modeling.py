@@ -25,6 +25,7 @@ from finetune.models.chatglm.spans import Spans, image_positions, positions
 from finetune.models.chatglm.vision import PatchEmbedding, VisionModel
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.packed_attention import document_starts, positions_in_documents
+from finetune.models.wide_residual import down_projected
 
 
 class RMSNorm(nn.Module):
@@ -139,7 +140,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [B, T, D]."""
-        return self.dense_4h_to_h(kernels.swiglu(self.dense_h_to_4h(hidden)))  # type: ignore[no-any-return]
+        return down_projected(self.dense_h_to_4h(hidden), self.dense_4h_to_h)
 
 
 class Block(GradientCheckpointingLayer):

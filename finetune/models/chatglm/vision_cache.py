@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from finetune import console
 from finetune.data.chat.image import shown
-from finetune.distributed.processes import fail_together, local_device, rank_and_world, worst
+from finetune.distributed.device import local_device
+from finetune.distributed.processes import fail_together, rank_and_world, worst
 from finetune.errors import ConfigError, DataError
 from finetune.models.chatglm.vision import VisionModel
 from finetune.storage.cache import key_of

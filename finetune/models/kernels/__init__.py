@@ -44,7 +44,9 @@ def running(names: tuple[str, ...], device: str) -> Iterator[None]:
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, rounds_first: bool = False) -> Tensor:
-    """See `torch_forms.rms_norm`."""
+    """See `torch_forms.rms_norm`; a float32 row and a float16 weight make a float16 row."""
+    if weight.dtype is torch.float16 and hidden.dtype is torch.float32:
+        return torch_forms.rms_norm(hidden, weight, eps, rounds_first).half()
     if not runs("rms_norm", hidden):
         return torch_forms.rms_norm(hidden, weight, eps, rounds_first)
     from finetune.models.kernels.operations import RmsNorm

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import console
+from finetune.distributed import device
 from finetune.storage.files import whole_file
 
 FOLDER = "profile"
@@ -52,12 +53,11 @@ class Profiler(TrainerCallback):
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        device.synchronize()
         profile.stop()
         self.folder.mkdir(exist_ok=True)
         profile.export_chrome_trace(str(self.folder / "trace.json"))
-        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        order = "self_device_time_total" if device.has_accelerator() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=order, row_limit=LISTED)
         with whole_file(self.folder / "kernels.txt") as file:
             file.write(table + "\n")

@@ -11,9 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune import console, methods
 from finetune.config.schema import Method, TrainingSection
-from finetune.distributed.processes import local_device, rank_and_world
+from finetune.distributed.device import local_device, memory_gb
+from finetune.distributed.processes import rank_and_world
 from finetune.evaluation.metrics import metric
-from finetune.planning.memory_hints import memory_gb
 from finetune.training.callbacks.throughput import Work, gpu_memory
 from finetune.training.objective import StepCounts
 from finetune.training.prepare_model import PreparedModel

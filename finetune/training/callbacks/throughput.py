@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from finetune.distributed import device
+
 # Dense bf16 TFLOP/s that the makers state, by a part of the device's name; the first that is found.
 PEAKS = {
     "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148,
@@ -58,18 +60,18 @@ def work_of(model: nn.Module, mean_length: float, devices: int) -> Work:
 
 def peak_flops() -> float | None:
     """bf16 FLOP/s of this process's GPU, if its name is known."""
-    if not torch.cuda.is_available():
+    card = device.card()
+    if card is None:
         return None
-    name = torch.cuda.get_device_name()
-    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
+    return next((1e12 * peak for part, peak in PEAKS.items() if part in card.name), None)
 
 
 def gpu_memory() -> dict[str, float]:
     """GB beyond what tensors took at most: what torch holds, and what is used of the whole device."""
-    if not torch.cuda.is_available():
+    held = device.memory()
+    if held is None:
         return {}
-    free, total = torch.cuda.mem_get_info()
     return {
-        "memory_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-        "memory_device_gb": (total - free) / 1e9,
+        "memory_reserved_gb": held.most_reserved / 1e9,
+        "memory_device_gb": (held.total - held.free) / 1e9,
     }
