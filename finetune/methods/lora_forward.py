@@ -5,18 +5,22 @@
 PEFT makes a float32 copy of x for adapters that are float32, multiplies in float32 and adds a product
 of the size of y. Here x stays as it is, A and B are cast once a step, the scale is part of the cast of
 B, and the last product is added where y lies. Weights, gradients and what is saved stay PEFT's float32
-ones; whatever is not plain LoRA (DoRA, merged, several adapters in a batch) is left to PEFT.
+ones; whatever is not plain LoRA (DoRA, merged, several adapters in a batch) is left to PEFT. W may be
+in 4 bits, see `models.quantization`.
 """
 
 from __future__ import annotations
 
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from finetune.models.quantization import FourBits
 
 _turn = 0
 
@@ -33,11 +37,20 @@ register_optimizer_step_post_hook(_weights_have_moved)
 def use_input_format(model: nn.Module) -> None:
     """Let the LoRA layers of a PEFT model compute in their input's format."""
     layer: Any
-    for layer in [module for module in model.modules() if type(module) is Linear]:
+    for layer in [module for module in model.modules() if _ours(module) is not None]:
         for low in (*layer.lora_A.values(), *layer.lora_B.values()):
             if type(low) is nn.Linear and getattr(low, "bias", None) is None:
                 low.__class__ = LowRank
-        layer.__class__ = LoraLinear
+        layer.__class__ = _ours(layer)
+
+
+def _ours(module: nn.Module) -> Any:
+    """The class that takes the place of PEFT's; None where that stays."""
+    if type(module) is Linear:
+        return LoraLinear
+    kind = type(module)
+    is_narrow = kind.__name__ == "Linear4bit" and kind.__module__ == "peft.tuners.lora.bnb"
+    return _four_bit_class() if is_narrow else None
 
 
 class LowRank(nn.Linear):
@@ -108,13 +121,13 @@ class _Attach(torch.autograd.Function):
         return torch.mul(grads[0], ctx.scale, out=wide), None, None, None
 
 
-class LoraLinear(Linear):
-    """PEFT's layer; its plain forward pass is ours."""
+class PlainForward:
+    """Goes before one of PEFT's layers, whose plain forward pass becomes ours."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return [..., out]."""
         if args or kwargs or not self._is_plain(x):
-            out: Tensor = super().forward(x, *args, **kwargs)
+            out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return out
         rows = x.flatten(
             0, -2
@@ -126,10 +139,9 @@ class LoraLinear(Linear):
                 out = self.lora_B[name](low, onto=out, scale=self.scaling[name])
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
-    def _is_plain(self, x: Tensor) -> bool:
-        base, kind = self.base_layer, x.device.type
-        weight = base.weight
-        if type(base) is not nn.Linear or weight.dtype is not x.dtype or x.dim() < 2:
+    def _is_plain(self: Any, x: Tensor) -> bool:
+        kind = x.device.type
+        if _format_of(self.base_layer) is not x.dtype or x.dim() < 2:
             return False
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype:
             return False
@@ -142,3 +154,24 @@ class LoraLinear(Linear):
             if name in downs and not (type(downs[name]) is LowRank and type(ups[name]) is LowRank):
                 return False
         return True
+
+
+def _format_of(base: Any) -> torch.dtype | None:
+    """In what a layer computes; None where that is not known."""
+    if isinstance(base, FourBits):
+        return base.wide_dtype
+    return base.weight.dtype if type(base) is nn.Linear else None
+
+
+class LoraLinear(PlainForward, Linear):
+    """PEFT's layer."""
+
+
+@cache
+def _four_bit_class() -> Any:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class LoraFourBits(PlainForward, Linear4bit):
+        """PEFT's layer around one in 4 bits."""
+
+    return LoraFourBits

@@ -25,7 +25,7 @@ from finetune.models.families import Family, family_of
 from finetune.models.kernels import check, stock_layers
 from finetune.models.number_format import number_format
 from finetune.models.packed_attention import DOCUMENT_SDPA
-from finetune.models.quantization import check_widths, four_bits
+from finetune.models.quantization import check_widths, four_bits, take_over
 
 _told: set[torch.device] = set()
 
@@ -92,6 +92,7 @@ def load_model(
         setattr(model.get_submodule(owner), leaf, buffer.clone())
     if quantization:
         check_widths(model)
+        take_over(model)
     stock_layers.use_in(model)
     if wanted is torch.float16:
         wide_residual.use_in(model, first_layer(model, family))

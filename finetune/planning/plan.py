@@ -153,6 +153,7 @@ def plan(config: RunConfig, gpu: Gpu, *, folder: Path, length: int | None = None
         dtype=dtype,
         sharded=sharded,
         kernels=NAMES if config.model.kernels == "auto" else (),
+        four_bits=config.model.quantization is not None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -235,9 +236,6 @@ def _held(config: RunConfig, sizes: _Sizes, cost: Cost, gpus: int) -> dict[str, 
     section = config.deepspeed
     if section is None:
         held = dict(cost.peak)
-        held["weights"] -= (
-            max(0, held["weights"] - sizes.frozen) if config.model.quantization else 0
-        )
         # Buckets in which DDP sums gradients, besides the gradients.
         held["gradients"] += 4 * sizes.trained if gpus > 1 else 0
         return held

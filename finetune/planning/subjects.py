@@ -15,6 +15,7 @@ from finetune import methods
 from finetune.config.schema import Method
 from finetune.models.kernels import NAMES
 from finetune.models.load import num_layers, shape_of
+from finetune.models.quantization import FourBits, know_checkpoints
 from finetune.planning.step import Subject
 
 
@@ -26,6 +27,7 @@ def own(
     dtype: torch.dtype = torch.bfloat16,
     sharded: bool = False,
     kernels: tuple[str, ...] = NAMES,
+    four_bits: bool = False,
 ) -> Subject:
     """What this project does with the model of `folder`.
 
@@ -36,6 +38,7 @@ def own(
         dtype: In what it computes.
         sharded: Whether DeepSpeed keeps the float32 originals of a model that is trained whole.
         kernels: The fused ones that run; () for `model.kernels: torch`.
+        four_bits: Whether the text's frozen layers are held so.
     """
     is_wide = methods.METHODS[method.kind].trains_the_model and not sharded
     weights = torch.float32 if is_wide else dtype
@@ -46,9 +49,54 @@ def own(
             model = shape_of(folder, layers)
         with nothing_moves():
             model = methods.attach(model, method)
+        if four_bits:
+            narrow(model)
+            know_checkpoints(model)
         return ready(model, checkpointing=checkpointing)
 
     return Subject(build, own_loss, num_layers(folder), autocast, kernels)
+
+
+class PackedLayer(FourBits):
+    """The shapes of a layer in 4 bits with double quantisation, as bitsandbytes holds it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.shape, self.dtype = layer.weight.shape, layer.weight.dtype
+        number = layer.weight.numel()
+        sizes = {"weight": (number // 2, torch.uint8), "scales": (number // 64, torch.uint8), "scales_of_scales": (number // (64 * 256), torch.float32)}  # fmt: skip
+        for name, (size, dtype) in sizes.items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype))
+        self.bias = layer.bias
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """See `FourBits`."""
+        return self.dtype
+
+    def wide(self) -> Tensor:
+        """See `FourBits`; three kernels: scales made wide, moved, and the weight with them."""
+        scales: Any = self.scales
+        found: Tensor = _made_wide(self.weight, scales.float().add_(1.0), list(self.shape), self.dtype)  # fmt: skip
+        return found
+
+
+@torch.library.custom_op("finetune_planning::made_wide", mutates_args=())
+def _made_wide(packed: Tensor, scales: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    raise RuntimeError("it only has shapes")
+
+
+@_made_wide.register_fake
+def _(packed: Tensor, scales: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def narrow(model: nn.Module, kind: type[PackedLayer] = PackedLayer) -> None:
+    """Put shapes of layers in 4 bits in the place of the text's frozen linear layers."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and ".layers." in name and ".lora_" not in name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, kind(module))
 
 
 def own_loss(model: nn.Module, ids: Tensor, labels: Tensor, supervised: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="rows")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None, help="default: both")  # fmt: skip
     parser.add_argument("--kernels", choices=["auto", "torch"], default="auto", help="of ours")
+    parser.add_argument("--four-bits", action="store_true", help="QLoRA: model.quantization nf4")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--prefix", type=int, default=128, help="virtual tokens of ptuning_v2")
@@ -98,17 +99,17 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
         for name in SUBJECTS if asked.peers else SUBJECTS[:1]:
             if name == "ours":
                 kernels = NAMES if asked.kernels == "auto" else ()
-                subject = own(asked.model, method, checkpointing=checkpointing, kernels=kernels)
+                subject = own(asked.model, method, checkpointing=checkpointing, kernels=kernels, four_bits=asked.four_bits)  # fmt: skip
             elif can(name, method, checkpointing=checkpointing):
                 liger = name == "peft_liger"
-                subject = peer(asked.model, method, checkpointing=checkpointing, liger=liger)
+                subject = peer(asked.model, method, checkpointing=checkpointing, liger=liger, four_bits=asked.four_bits)  # fmt: skip
             else:
                 continue
             cost = count_step(subject, shape, ceilings)
             found.append(
                 {
                     "subject": name,
-                    "method": kind,
+                    "method": f"{kind}, 4 bits" if asked.four_bits else kind,
                     "length": length,
                     "batch": batch,
                     "checkpointing": checkpointing,

@@ -2,7 +2,8 @@
 
 peft_trainer  transformers' own GLM class of the same sizes, PEFT's LoRA on the same matrices with
               float32 adapters under `Trainer(bf16=True)`'s autocast, logits of every token, the loss
-              in float32: what the model cards show. For `full` the weights are float32 under autocast;
+              in float32: what the model cards show. In 4 bits bitsandbytes' products, each of which makes
+              its weight wide anew. For `full` the weights are float32 under autocast;
               for `ptuning_v2` it is PEFT's prefix tuning.
 peft_liger    the same with what liger-kernel 0.8.5 patches into GLM-4 (`apply_liger_kernel_to_glm4`):
               RMSNorm, SwiGLU and the fused linear cross-entropy; it refuses to touch GLM's rotation.
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from finetune.config.schema import FullMethod, LoraMethod, Method, PTuningV2Method
 from finetune.planning.step import Subject
-from finetune.planning.subjects import made_in, nothing_moves, ready
+from finetune.planning.subjects import PackedLayer, made_in, narrow, nothing_moves, ready
 
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -54,7 +55,9 @@ def glm_config(folder: Path) -> Any:
     )
 
 
-def peer(folder: Path, method: Method, *, checkpointing: bool, liger: bool) -> Subject:
+def peer(
+    folder: Path, method: Method, *, checkpointing: bool, liger: bool, four_bits: bool = False
+) -> Subject:
     """A peer's way to train the model of `folder`."""
     import transformers
     from transformers import initialization
@@ -74,7 +77,10 @@ def peer(folder: Path, method: Method, *, checkpointing: bool, liger: bool) -> S
         if liger:
             for module in model.modules():
                 _patch(module)
-        return ready(_adapted(model, method), checkpointing=checkpointing)
+        model = _adapted(model, method)
+        if four_bits:
+            narrow(model, _WideEachTime)
+        return ready(model, checkpointing=checkpointing)
 
     loss = _fused_loss if liger else _plain_loss
     return Subject(build, loss, whole.num_hidden_layers, autocast=torch.bfloat16)
@@ -101,6 +107,10 @@ def _adapted(model: Any, method: Method) -> Any:
         )
     with nothing_moves():
         return get_peft_model(model, config)
+
+
+class _WideEachTime(PackedLayer):
+    """bitsandbytes' own layer: wide in every product, forward, recomputed and backward."""
 
 
 @contextmanager

@@ -47,6 +47,7 @@ def steps(model: Path) -> str:
             sys.argv = before
 
     found = rows("--method", "lora", "--length", "4096", "--peers")
+    found += rows("--method", "lora", "--length", "4096", "--checkpointing", "--four-bits", "--peers")  # fmt: skip
     found += rows(
         "--method", "ptuning_v2", "full", "--length", "4096", "--checkpointing", "--peers"
     )
