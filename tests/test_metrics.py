@@ -294,9 +294,10 @@ def test_what_is_no_number_is_never_the_best_and_is_beaten_by_any(name: str) -> 
 
 def test_a_score_is_counted_in_exactly_one_way() -> None:
     for one in metrics.METRICS:
-        ways = [one.per_reply, one.counts, one.of_loss]
+        ways = [one.per_reply, one.counts, one.of_loss, one.of_labels]
         assert sum(way is not None for way in ways) == 1, one.name
-        assert (one.of_loss is not None) == (one.source != "replies")
+        assert (one.of_loss is not None) == one.source.endswith("loss")
+        assert (one.of_labels is not None) == (one.source == "labels")
     names = [one.name for one in metrics.METRICS]
     assert len(set(names)) == len(names)
 

@@ -196,6 +196,23 @@ def evaluate(
     rows: Rows = None,
     json_schema: JsonSchema = None,
     require_call: RequireCall = False,
+    check_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Count the replies that are JSON under this schema."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="openai:MODEL@URL",
+            help="A model that says which of two replies is better; docs/metrics.md.",
+        ),
+    ] = None,
+    bert_score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="An encoder that tells how alike reply and reference are."
+        ),
+    ] = None,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -234,18 +251,22 @@ def evaluate(
         models = models_in(targets or ())
         from finetune.evaluation.evaluate import Options
         from finetune.evaluation.evaluate import evaluate as run
+        from finetune.evaluation.scores.added import ByModels
         from finetune.evaluation.scoring import Scoring
-        from finetune.generation.structured import read_form
+        from finetune.generation.structured import read_form, read_schema
 
+        form = read_form(json_schema, must_call=require_call)
+        schema = read_schema(check_schema, "--check-schema") if check_schema else form.schema
         options = Options(
             with_base=include_base or old_base,
             predictions=tuple(predictions or ()),
-            scoring=Scoring(definition, tuple(metric or ())),
+            scoring=Scoring(definition, tuple(metric or ()), schema),
+            by_models=ByModels(judge or "", bert_score or ""),
             general=(*(regression_data or ()), *(old_general or ())),
             tasks=tuple(tasks or ()),
             temperature=temperature,
             seed=seed,
-            form=read_form(json_schema, must_call=require_call),
+            form=form,
             overwrite=overwrite,
         )
         found = run(models, data or (), output=output, changes=changes, options=options)

@@ -17,11 +17,13 @@ from finetune.errors import ConfigError
 from finetune.evaluation import folder, job
 from finetune.evaluation.job import Options, build_prompts, predict_windows
 from finetune.evaluation.predictions import Prediction, Scores
+from finetune.evaluation.scores import added
 from finetune.evaluation.scoring import Scoring, score, user_metric
 from finetune.evaluation.statistics import ReplyTable
 from finetune.evaluation.targets import Target, find_targets
 from finetune.generation.prompts import ReplyPrompt
 from finetune.generation.settings import Settings, settings_of
+from finetune.storage.cache import default_root
 
 if TYPE_CHECKING:
     from finetune.distributed.map_batches import Poll
@@ -104,6 +106,7 @@ def evaluate(
     # What can be wrong with the request is found before torch is imported.
     whole = [target for target in found if target.kind != "predictions"]
     settings = _settings(whole, data, changes or {}) if whole else None
+    added.check(options.by_models, default_root())
     jobs = [job.prepare(target, settings, options) for target in whole] if settings else []
     place = output or _beside(found[0], settings)
     folder.check_place(place, found, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from finetune.evaluation.schema import (
     read_evaluation,
     write_evaluation,
 )
+from finetune.evaluation.scores import added
+from finetune.evaluation.scores.labels import LabelReader
 from finetune.evaluation.scoring import Scoring, versions
 from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compare
 from finetune.evaluation.targets import Target
-from finetune.storage.cache import key_of
+from finetune.storage.cache import default_root, key_of
 from finetune.storage.files import file_digest, refuse_odd, write_file
 from finetune.storage.folders import refuse_others, result_files
 from finetune.storage.outputs import is_same_file
@@ -44,18 +46,21 @@ class ScoredTarget:
     """One target with everything that is known about it."""
 
     def __init__(
-        self, target: Target, job: EvaluationJob | None, file: Path, scoring: Scoring
+        self, target: Target, job: EvaluationJob | None, file: Path, options: Options
     ) -> None:
         self.target, self.job, self.file = target, job, file
-        self.replies = ReplyTable(scoring.names)
+        self.replies = ReplyTable((*options.scoring.names, *options.by_models.names))
         self.places: list[tuple[str, int]] = []
         """What was answered, reply by reply."""
         self.slices: dict[str, list[str]] = {name: [] for name in SLICES}
+        labels = LabelReader()
         for row in rows(file):
             self.replies.add(row["where"], row["scores"], row["counts"])
+            labels.add(row["reference"], row["prediction"], row["where"])
             self.places.append((row["where"], row["message"]))
             for name, values in self.slices.items():
                 values.append(row["slices"].get(name, ""))
+        self.labels = labels.table()
         self.losses: dict[Source, LossTable] = {}
         self.tasks: dict[str, Any] = {}
         if job is not None:
@@ -78,7 +83,8 @@ class ScoredTarget:
         scores: dict[str, Any] = {}
         for losses in self.losses.values():
             scores |= losses.described()
-        scores |= self.replies.described() | self.tasks
+        scores |= self.replies.described()
+        scores |= (self.labels.described() if self.labels else {}) | self.tasks
         facts = (self.job.results.facts if self.job else None) or {}
         target = self.target
         return TargetScores(
@@ -148,9 +154,8 @@ def _write(
     options: Options,
 ) -> dict[str, Any]:
     by_name = {job.target.name: job for job in jobs}
-    scored: list[ScoredTarget] = []
-    for target in targets:
-        file = place / _file_of(target)
+    files = [(target.name, target.kind, place / _file_of(target)) for target in targets]
+    for target, (_, _, file) in zip(targets, files, strict=True):
         job = by_name.get(target.name)
         if job is not None:
             _write_predictions(job, file, options.scoring)
@@ -158,15 +163,19 @@ def _write(
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(target.path, file)
         else:
-            like = scored[0].file if scored else None
+            like = files[0][2] if target is not targets[0] else None
             scoring.score_external(Path(target.path), file, options.scoring, like=like)
-        scored.append(ScoredTarget(target, job, file, options.scoring))
         if target.run is not None:
             schema.keep_run(place, target.run)
+    signed = added.add_scores(options.by_models, files, _cache(jobs))
+    scored = [
+        ScoredTarget(target, by_name.get(target.name), file, options)
+        for target, (_, _, file) in zip(targets, files, strict=True)
+    ]
     if jobs:  # their images were checked with their data; a file of replies may name any
         shown = (image for row in rows(scored[0].file) for image in row.get("images", ()))
         schema.keep_pictures(place, shown)
-    evaluation = _evaluation(scored, options)
+    evaluation = _evaluation(scored, options, signed)
     report = evaluation.model_dump() | {"output": str(output)}
     if len(scored) == 1:
         report |= _single(scored[0], evaluation, options)
@@ -193,7 +202,15 @@ def _write_predictions(job: EvaluationJob, file: Path, how: Scoring) -> None:
     shutil.copyfile(kept, file)
 
 
-def _evaluation(scored: Sequence[ScoredTarget], options: Options) -> Evaluation:
+def _cache(jobs: Sequence[EvaluationJob]) -> Path:
+    """Where answers of a judge are kept."""
+    said = jobs[0].settings.data.cache_dir if jobs else None
+    return Path(said) if said else default_root()
+
+
+def _evaluation(
+    scored: Sequence[ScoredTarget], options: Options, signed: Mapping[str, str]
+) -> Evaluation:
     jobs = [one.job for one in scored if one.job is not None]
     files = [Path(one.target.path) for one in scored if one.job is None]
     settings = request(jobs[0].settings, options) if jobs else {}
@@ -201,12 +218,13 @@ def _evaluation(scored: Sequence[ScoredTarget], options: Options) -> Evaluation:
     return Evaluation(
         format=1,
         data=_data(scored[0], files),
-        settings=settings | asdict(options.scoring) | {"own": list(options.scoring.own)},
+        settings=settings | options.scoring.told,
         versions=versions((*GENERATING, *scoring.PACKAGES) if jobs else scoring.PACKAGES),
-        signatures=_signatures(options.scoring) | _of_tasks(scored),
+        signatures={**_signatures(options.scoring), **signed, **_of_tasks(scored)},
         targets=[one.described for one in scored],
         slices=_slices(scored) if same else {},
         comparisons=_comparisons(scored) if same else [],
+        labels={one.target.name: one.labels.report() for one in scored if one.labels},
     )
 
 
@@ -264,6 +282,7 @@ def _comparisons(scored: Sequence[ScoredTarget]) -> list[Comparison]:
     kinds: list[list[tuple[str, Measure]]] = [
         [(one.target.name, one.replies.measure()) for one in scored if len(one.replies)]
     ]
+    kinds.append([(one.target.name, one.labels.measure()) for one in scored if one.labels])
     for source in LOSSES:
         losses = [(one.target.name, one.losses.get(source)) for one in scored]
         kinds.append([(name, table.measure()) for name, table in losses if table])

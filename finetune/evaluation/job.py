@@ -31,6 +31,7 @@ from finetune.errors import NonFiniteError
 from finetune.evaluation import store
 from finetune.evaluation.harness import check_harness, run_tasks
 from finetune.evaluation.predictions import Prediction, predicted
+from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scoring import Scoring, versions
 from finetune.evaluation.store import Results
 from finetune.evaluation.targets import Target
@@ -61,6 +62,8 @@ class Options:
     predictions: tuple[str, ...] = ()
     """Files of replies made elsewhere."""
     scoring: Scoring = field(default_factory=Scoring)
+    by_models: ByModels = field(default_factory=ByModels)
+    """Scores that other models give."""
     general: tuple[str, ...] = ()
     """Files of a general set whose loss tells what was forgotten."""
     tasks: tuple[str, ...] = ()

@@ -1,8 +1,9 @@
 """The table of scores: what each is, how it is counted, which way is better, where it is shown.
 
-A score comes about in one of three ways. `per_reply`: the mean of a number that every reply has
+A score comes about in one of four ways. `per_reply`: the mean of a number that every reply has
 (0..100). `counts`: numbers per reply whose sums over all replies give the score. `of_loss`: from the
-mean loss over supervised tokens. Everything else in the house (tables, intervals, comparisons, the
+mean loss over supervised tokens. `of_labels`: from how often each label was right, wanted and given,
+where all references are labels. Everything else in the house (tables, intervals, comparisons, the
 best checkpoint, the report) reads this table; a new score is one more entry of METRICS.
 """
 
@@ -31,7 +32,7 @@ from finetune.evaluation.predictions import Prediction, Scores
 from finetune.evaluation.texts import Numbers, icu_version
 
 Better = Literal["higher", "lower", "neither"]
-Source = Literal["replies", "loss", "general_loss"]
+Source = Literal["replies", "labels", "loss", "general_loss"]
 Shown = Literal["headline", "column", "page"]
 
 
@@ -64,6 +65,8 @@ class Metric:
     per_reply: Callable[[Compared], float | None] | None = None
     counts: ReplyCounts | None = None
     of_loss: Callable[[Numbers], Numbers] | None = None
+    of_labels: Callable[[Numbers, Numbers, Numbers], Numbers] | None = None
+    """Hits, references and replies of every label, each [R, C] -> scores [R]."""
 
     @property
     def label(self) -> str:
@@ -95,9 +98,24 @@ def _stopped(pair: Compared) -> float | None:
 
 
 def _length_ratio(sums: Numbers) -> Numbers:
+    return _percent_of(sums[:, 0], sums[:, 1])
+
+
+def _accuracy(hits: Numbers, wanted: Numbers, given: Numbers) -> Numbers:
+    return _percent_of(hits.sum(axis=1), wanted.sum(axis=1))
+
+
+def _macro_f1(hits: Numbers, wanted: Numbers, given: Numbers) -> Numbers:
+    there = wanted + given > 0  # a label that a resample holds nowhere is not asked for
+    each = np.where(there, _percent_of(2 * hits, wanted + given), 0.0)
+    mean: Numbers = each.sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+    return mean
+
+
+def _percent_of(part: Numbers, whole: Numbers) -> Numbers:
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio: Numbers = 100.0 * sums[:, 0] / sums[:, 1]
-    return ratio
+        share: Numbers = 100.0 * part / whole
+    return share
 
 
 _ROUGE = "f1, {rouge words}, mean over pairs, {odd}, {text} | {jieba} {rouge-chinese}"
@@ -162,6 +180,35 @@ METRICS: tuple[Metric, ...] = (
         ),
     ),
     Metric(
+        "label_accuracy",
+        "share of right labels, where all references are labels; case and a full stop do not count",
+        shown="column",
+        source="labels",
+        of_labels=_accuracy,
+    ),
+    Metric(
+        "label_macro_f1",
+        "mean of the F1 of every label that is wanted or given, where all references are labels",
+        shown="column",
+        source="labels",
+        of_labels=_macro_f1,
+    ),
+    Metric(
+        "json_validity",
+        "share of replies that are JSON, over references that are a JSON object or list",
+        per_reply=lambda pair: pair.json["json_validity"],
+    ),
+    Metric(
+        "json_match",
+        "share of replies equal as JSON, over references that are a JSON object or list",
+        per_reply=lambda pair: pair.json["json_match"],
+    ),
+    Metric(
+        "json_schema_validity",
+        "share of replies that are JSON under the schema of --check-schema (or --json-schema)",
+        per_reply=lambda pair: pair.json["json_schema_validity"],
+    ),
+    Metric(
         "length_ratio",
         "characters of all replies in per cent of those of all references",
         better="neither",
@@ -206,7 +253,7 @@ METRICS: tuple[Metric, ...] = (
     ),
 )
 """In the order in which they are listed; headlines first."""
-CHOOSING = [one.name for one in METRICS if one.source != "general_loss"]
+CHOOSING = [one.name for one in METRICS if one.source in ("replies", "loss")]
 """Those that `evaluation.best_metric` may name: what a run can compute of its own held-out data."""
 
 
@@ -262,9 +309,15 @@ def signatures(definition: DefinitionName = DEFINITION) -> dict[str, str]:
 
 
 def numbers_of(
-    prediction: Prediction, definition: DefinitionName = DEFINITION
+    prediction: Prediction, definition: DefinitionName = DEFINITION, schema: str = ""
 ) -> tuple[Scores, dict[str, list[float]]]:
-    """The scores of one reply, whose means are a model's, and what it adds to sums over replies."""
-    pair = Compared(prediction, DEFINITIONS[definition])
+    """The scores of one reply, whose means are a model's, and what it adds to sums over replies.
+
+    Args:
+        prediction: the reply beside its reference.
+        definition: how texts are cut into words.
+        schema: the JSON schema that replies shall be valid under, as text.
+    """
+    pair = Compared(prediction, DEFINITIONS[definition], schema)
     scores = {one.name: one.per_reply(pair) for one in METRICS if one.per_reply}
     return scores, {one.name: [*one.counts.of_reply(pair)] for one in METRICS if one.counts}

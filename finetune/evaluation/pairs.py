@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from finetune.data.dialogue.conversation import Message
@@ -27,8 +27,8 @@ _NOT_JSON = object()
 class Compared:
     """A reply beside its reference, cut into words once for all scores."""
 
-    def __init__(self, prediction: Prediction, definition: Definition) -> None:
-        self.prediction, self.definition = prediction, definition
+    def __init__(self, prediction: Prediction, definition: Definition, schema: str = "") -> None:
+        self.prediction, self.definition, self.schema = prediction, definition, schema
         self.reply, self.reference = text(prediction.reply), text(prediction.reference)
 
     @cached_property
@@ -40,6 +40,12 @@ class Compared:
     def words(self) -> tuple[list[str], list[str]]:
         """Words of reply and reference without white space, by language."""
         return self.definition.words(self.reply), self.definition.words(self.reference)
+
+    @cached_property
+    def json(self) -> dict[str, float | None]:
+        """Whether a reply that is to be JSON is."""
+        is_call = bool(self.prediction.reference.metadata.strip())
+        return json_parts(self.reply, self.reference, "" if is_call else self.schema)
 
     @cached_property
     def tool_call(self) -> dict[str, float | None]:
@@ -138,6 +144,29 @@ DEFINITION: DefinitionName = "default"
 """What is used when nothing else is asked for."""
 
 
+def json_parts(reply: str, reference: str, schema: str = "") -> dict[str, float | None]:
+    """Whether a reply is JSON, the right one, and valid: 0 or 100, None where it is not in question.
+
+    JSON is in question where the reference is an object or a list, a schema wherever there is one.
+    """
+    wanted = _json(reference) if reference[:1] in ("{", "[") else _NOT_JSON
+    asked = isinstance(wanted, (dict, list))
+    value = _json(reply) if asked or schema else _NOT_JSON
+    is_same = asked and value is not _NOT_JSON and _value(reply) == _value(reference)
+    fits = bool(schema) and value is not _NOT_JSON and is_valid(value, _parsed(schema))
+    return {
+        "json_validity": _percent(value is not _NOT_JSON, asked),
+        "json_match": _percent(is_same, asked),
+        "json_schema_validity": _percent(fits, bool(schema)),
+    }
+
+
+@lru_cache(maxsize=4)
+def _parsed(schema: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(schema)
+    return found
+
+
 def tool_call_parts(prediction: Prediction) -> dict[str, float | None]:
     """Whether a call was right, part by part: 0 or 100, or None where it is not in question.
 
@@ -154,7 +183,7 @@ def tool_call_parts(prediction: Prediction) -> dict[str, float | None]:
     right = decision and (not wanted or (name and equal))
     call = _call(reply, tools)
     runs = call is not None and all(key in call[0] for key in call[1].get("required") or [])
-    fits = call is not None and _is_valid(*call)
+    fits = call is not None and is_valid(*call)
     return {
         "tool_call_validity": _percent(runs, bool(wanted) or made),
         "tool_call_accuracy": _percent(right, asked),
@@ -181,7 +210,8 @@ def _call(
     return arguments, tool["function"].get("parameters") or {}
 
 
-def _is_valid(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+def is_valid(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a value is valid under a JSON schema; True under a schema that is itself invalid."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from referencing import Registry
@@ -190,7 +220,7 @@ def _is_valid(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
     validator = Draft202012Validator(schema, registry=Registry())  # fetches nothing
     try:
         Draft202012Validator.check_schema(schema)
-        return bool(validator.is_valid(arguments))
+        return bool(validator.is_valid(value))
     except (SchemaError, Unresolvable, RecursionError):
         # A tool that is described wrongly cannot be called wrongly; its name and JSON were right.
         return True

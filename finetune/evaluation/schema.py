@@ -22,6 +22,7 @@ from finetune.artifacts.plain_files import check_plain
 from finetune.data.chat.image import ImageError, opened_image
 from finetune.errors import DataError
 from finetune.evaluation.metrics import headline_of, metric
+from finetune.evaluation.scores.labels import LabelReport
 from finetune.storage.files import whole_binary, write_file
 from finetune.storage.folders import finish_result
 
@@ -105,6 +106,8 @@ class Evaluation(_Part):
     targets: list[TargetScores]
     slices: Slices = {}
     comparisons: list[Comparison] = []
+    labels: dict[str, LabelReport] = {}
+    """By target, where the references are labels."""
 
     @property
     def metrics(self) -> list[str]:

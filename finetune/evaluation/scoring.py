@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -53,6 +54,14 @@ class Scoring:
     """How texts are cut into words."""
     own: tuple[str, ...] = ()
     """The user's metrics, each as `module:function`."""
+    schema: str = ""
+    """JSON schema that every reply shall be valid under, as text."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `evaluation.json` says of it."""
+        schema = {"schema": sha256(self.schema.encode()).hexdigest()[:8]} if self.schema else {}
+        return {"definition": self.definition, "own": [*self.own], **schema}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,7 +76,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 def score(prediction: Prediction, scoring: Scoring) -> Prediction:
     """The prediction with its scores."""
-    scores, counts = numbers_of(prediction, scoring.definition)
+    scores, counts = numbers_of(prediction, scoring.definition, scoring.schema)
     reply, reference = text(prediction.reply), text(prediction.reference)
     for name in scoring.own:
         scores[name.partition(":")[2]] = _called(name, reply, reference, prediction.where)
@@ -257,7 +266,7 @@ def _scored_lines(unscored: Path, first: int, last: int, scoring: Scoring) -> It
 def _main(words: list[str]) -> None:
     unscored, first, last, output, options = words
     said = json.loads(options)
-    scoring = Scoring(said["definition"], tuple(said["own"]))
+    scoring = Scoring(said["definition"], tuple(said["own"]), said["schema"])
     try:
         with Path(output).open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(_scored_lines(Path(unscored), int(first), int(last), scoring))

@@ -102,15 +102,18 @@ ANY_FORM = Form()
 
 def read_form(schema: Path | None, *, must_call: bool) -> Form:
     """The form that a file with a JSON schema and a flag ask for; ConfigError when it is none."""
-    if schema is None:
-        return Form(must_call=must_call)
+    return Form(read_schema(schema, "--json-schema") if schema else "", must_call)
+
+
+def read_schema(file: Path, option: str) -> str:
+    """The JSON schema in a file, as text; ConfigError when it holds none."""
     try:
-        value = strict_json.parse(schema.read_text(encoding="utf-8"))
+        value = strict_json.parse(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RowError) as error:
-        raise ConfigError(f"--json-schema {schema}: {error}") from error
+        raise ConfigError(f"{option} {file}: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"--json-schema {schema}: is {strict_json.describe(value)}, not a schema")
-    return Form(strict_json.dump(value), must_call)
+        raise ConfigError(f"{option} {file}: is {strict_json.describe(value)}, not a schema")
+    return strict_json.dump(value)
 
 
 class GrammarConstraint:

@@ -1,0 +1,1 @@
+"""Scores that need more than a reply beside its reference: a set of labels, another model, a judge."""
