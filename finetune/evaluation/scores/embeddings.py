@@ -37,7 +37,7 @@ class Embedder:
         """Opens it; ModelError when it cannot be opened."""
         from transformers import AutoModel, AutoTokenizer
 
-        from finetune.distributed.processes import local_device
+        from finetune.distributed.device import local_device
         from finetune.models.library_logging import quiet_libraries
 
         quiet_libraries()
