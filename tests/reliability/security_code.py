@@ -51,10 +51,14 @@ RULES: dict[str, tuple[Rule, str]] = {
     "trust_remote_code": (_with("trust_remote_code"), "load(x, trust_remote_code=True)"),
     "a name that others may take": (_named("tempfile.mktemp", "os.tempnam"), "tempfile.mktemp()"),
     "archives unpacked as they say": (_is("extractall", "unpack_archive"), "archive.extractall()"),
-    "addresses opened": (_is("urlopen", "urlretrieve", "requests.get", "requests.post", "httpx.get", "httpx.post"), "urllib.request.urlopen(x)"),
+    "addresses opened": (_is("urlopen", "urlretrieve", "build_opener", "requests.get", "requests.post", "httpx.get", "httpx.post"), "urllib.request.urlopen(x)"),
     "certificates not checked": (_named("ssl._create_unverified_context", "ssl.CERT_NONE"), "ssl._create_unverified_context()"),
     "XML": (_named("xml.etree.ElementTree.parse", "ElementTree.parse", "ElementTree.fromstring", "lxml.etree.parse"), "ElementTree.parse(x)"),
 }  # fmt: skip
+
+
+MEANT = {("addresses opened", "finetune/evaluation/scores/judge.py")}
+"""What is done on purpose: `--judge` asks the endpoint that the command line names."""
 
 
 def banned_calls(source: str, rule: Rule) -> list[int]:
@@ -74,6 +78,7 @@ def broken(name: str) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{line}"
         for path in SOURCES
+        if (name, path.relative_to(ROOT).as_posix()) not in MEANT
         for line in banned_calls(path.read_text(encoding="utf-8"), rule)
     ]
 

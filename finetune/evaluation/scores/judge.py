@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -124,7 +125,7 @@ class Judge:
         )  # fmt: skip
         for attempt in range(TRIES):
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                with _opener().open(request, timeout=TIMEOUT) as answer:
                     return json.loads(answer.read())
             except urllib.error.HTTPError as error:
                 said = error.read(300).decode("utf-8", "replace")
@@ -138,6 +139,18 @@ class Judge:
             f"--judge: {self.url} does not answer ({problem}); what it answered so far is kept. Is the "
             "address right up to /v1, and OPENAI_API_KEY set?"
         )
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Prompts and the key go to the address that the user named, and to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None: the redirect is an error."""
+
+
+@cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_NoRedirects)
 
 
 def both_orders(pair: Pair) -> tuple[str, str]:
