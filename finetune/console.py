@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune import launcher
+from finetune.language import sentence, width, word
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,10 +63,10 @@ def warn(text: str) -> None:
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         from rich.text import Text
 
-        line = Text.assemble(("warning: ", "bold yellow"), text)
+        line = Text.assemble((word("warning: "), "bold yellow"), sentence(text))
         _rich(stderr=True).print(line, soft_wrap=True)
     else:
-        _write(sys.stderr, f"warning: {text}")
+        _write(sys.stderr, word("warning: ") + sentence(text))
 
 
 def warn_once(text: str) -> None:
@@ -78,7 +78,7 @@ def warn_once(text: str) -> None:
 
 def error(text: str) -> None:
     """Why the program ends; on standard error, by whoever calls."""
-    _write(sys.stderr, f"error: {text}")
+    _write(sys.stderr, word("error: ") + sentence(text))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -327,17 +327,12 @@ def _rich_table(
 def _plain_table(
     headers: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]
 ) -> list[str]:
-    widths = [max(map(_width, column)) for column in zip(headers, *cells, strict=True)]
+    widths = [max(map(width, column)) for column in zip(headers, *cells, strict=True)]
     lines = []
-    for row in [headers, ["-" * width for width in widths], *cells]:
+    for row in [headers, ["-" * columns for columns in widths], *cells]:
         padded = []
-        for cell, width, right in zip(row, widths, numeric, strict=True):
-            blank = " " * (width - _width(cell))
+        for cell, columns, right in zip(row, widths, numeric, strict=True):
+            blank = " " * (columns - width(cell))
             padded.append(blank + cell if right else cell + blank)
         lines.append("  ".join(padded).rstrip())
     return lines
-
-
-def _width(text: str) -> int:
-    """Columns that a text takes on a screen: a Chinese character takes two."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

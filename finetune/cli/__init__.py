@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune import console
 from finetune.errors import (
@@ -22,6 +23,8 @@ from finetune.errors import (
     SpaceError,
     is_out_of_memory,
 )
+from finetune.language import language
+from finetune.language.help_pages import translate, usage_error
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -113,16 +116,25 @@ def _run(words: Sequence[str]) -> int:
 
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     command = typer.main.get_command(app)
+    translate(command)
     _check_demo_command(words, getattr(command, "commands", ()))
     try:
         code = command.main(_with_command(words), prog_name="finetune", standalone_mode=False)
     except usage_error as error:
         if _speaks(str(error)):
-            error.show()  # type: ignore[attr-defined]  # the class is typer's private copy of click's
+            _write_usage_error(error)
         return 2
     except typer.Abort:
         return _INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _write_usage_error(error: Any) -> None:
+    """Says it; the library's own words in English, ours in another language."""
+    if language() == "en":
+        error.show()
+    else:
+        sys.stderr.write(usage_error(error) + "\n")
 
 
 def _check_demo_command(words: Sequence[str], commands: Container[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,10 +11,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from finetune.config.schema import RunConfig
+from finetune.language import word
 
 _PREAMBLE = """# Every option of a configuration
 
-Made from `finetune/config/schema.py` by `finetune schema --markdown > docs/config.md`; a test holds the two together.
+[简体中文](config_zh.md)
+
+Made from `finetune/config/schema.py` by `finetune schema --markdown > docs/config.md`, with `FINETUNE_LANG=zh` in Chinese; a test holds them together.
 
 * A configuration is one YAML mapping with the sections below; a key that is not on this page is refused.
 * Any option can be overridden on the command line, `section.key=value`, with the value typed as in YAML:
@@ -27,6 +31,10 @@ Made from `finetune/config/schema.py` by `finetune schema --markdown > docs/conf
 """
 
 
+_WORDS = ("text", "integer", "number", "true/false", "anything", "list of {}", "mapping", "or", "required",
+    "option", "type", "default", "meaning", "It has no options of its own.")  # fmt: skip
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a configuration file."""
     schema = RunConfig.model_json_schema()
@@ -35,7 +43,7 @@ def json_schema() -> dict[str, Any]:
 
 def reference_page() -> str:
     """Every section and option as Markdown: name, type, default, meaning."""
-    parts = [_PREAMBLE]
+    parts = [word(_PREAMBLE.strip()) + "\n"]
     for name, info in RunConfig.model_fields.items():
         for model in _models_in(info.annotation):
             parts.append(_section(name, model, info))
@@ -44,20 +52,40 @@ def reference_page() -> str:
     return "\n".join(parts)
 
 
+def texts() -> Iterator[str]:
+    """What the page says in words, so that it can be said in another language."""
+    yield _PREAMBLE.strip()
+    yield from _WORDS
+    for info in RunConfig.model_fields.values():
+        for model in _models_in(info.annotation):
+            yield from _texts_of(model, info)
+            for _, inner in _inner_models(model):
+                yield from _texts_of(inner, None)
+
+
+def _texts_of(model: type[BaseModel], info: FieldInfo | None) -> Iterator[str]:
+    found = [(model.__doc__ or "").split("\n")[0], info.description if info else None]
+    for field, details in model.model_fields.items():
+        if field != "kind":
+            found.append(details.description)
+    yield from (text for text in found if text)
+
+
 def _section(name: str, model: type[BaseModel], info: FieldInfo | None) -> str:
     kind = model.model_fields.get("kind")
     title = f"`{name}`" + (f", `kind: {kind.default}`" if kind else "")
-    lines = [f"## {title}", "", (model.__doc__ or "").split("\n")[0]]
+    lines = [f"## {title}", "", word((model.__doc__ or "").split("\n")[0])]
     if info is not None and info.description:
-        lines += ["", info.description]
-    lines += ["", "| option | type | default | meaning |", "|---|---|---|---|"]
+        lines += ["", word(info.description)]
+    heads = " | ".join(word(each) for each in ("option", "type", "default", "meaning"))
+    lines += ["", f"| {heads} |", "|---|---|---|---|"]
     for field, details in model.model_fields.items():
         if field == "kind":
             continue
-        row = [f"`{field}`", _type(details), _default(details), details.description or ""]
+        row = [f"`{field}`", _type(details), _default(details), word(details.description or "")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
     if len(lines) and lines[-1].startswith("|---"):
-        lines[-2:] = ["It has no options of its own."]
+        lines[-2:] = [word("It has no options of its own.")]
     return "\n".join([*lines, ""])
 
 
@@ -98,28 +126,25 @@ def _metadata(annotation: Any, metadata: list[Any]) -> list[Any]:
 def _spelled(annotation: Any) -> str:
     names = {str: "text", int: "integer", float: "number", bool: "true/false", Any: "anything"}
     if annotation in names:
-        return names[annotation]
+        return word(names[annotation])
     if hasattr(annotation, "__metadata__"):
         return _spelled(get_args(annotation)[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
     inner = [part for part in get_args(annotation) if part is not NoneType]
     if get_origin(annotation) is Literal:
-        return " \\| ".join(f"`{value}`" for value in inner).replace("\\|", "or")
+        return f" {word('or')} ".join(f"`{value}`" for value in inner)
     if get_origin(annotation) is list:
-        return (
-            f"list of ({_spelled(inner[0])})"
-            if len(get_args(inner[0]))
-            else f"list of {_spelled(inner[0])}"
-        )
+        each = _spelled(inner[0])
+        return word("list of {}").format(f"({each})" if get_args(inner[0]) else each)
     if get_origin(annotation) is dict:
-        return "mapping"
-    return " or ".join(_spelled(part) for part in inner)
+        return word("mapping")
+    return f" {word('or')} ".join(_spelled(part) for part in inner)
 
 
 def _default(info: FieldInfo) -> str:
     if info.default is PydanticUndefined:
-        return "**required**"
+        return f"**{word('required')}**"
     if info.default is None:
         return "–"
     if isinstance(info.default, bool):
