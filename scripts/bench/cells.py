@@ -70,7 +70,7 @@ def warm_up(model: Path) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helper processes: nothing is compiled
     from finetune.training import zero
 
-    zero.prepare_libraries(has_gpu=False)
+    zero.prepare_libraries()
     import deepspeed.runtime.zero.muon.muon_optimizer
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401

@@ -70,7 +70,7 @@ def process(rank: int, port: int, family: str, tokens: int, folder: Path) -> Non
     code = 1
     try:
         dist.init_process_group("gloo")
-        zero.join(has_gpu=False)
+        zero.join()
         found = halves(family, tokens, folder)
         if rank == 0:
             print(json.dumps(found), flush=True)
