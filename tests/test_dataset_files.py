@@ -20,7 +20,7 @@ from finetune.data.examples.dataset import (
 )
 from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import DataError
-from finetune.training.run_data import load_run_data
+from finetune.training import run_data
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_held_out_examples_that_are_trained_on_are_found(template, tmp_path):
 
 @pytest.mark.parametrize("allowed", [None, 0.5, 0.4])
 def test_a_run_says_or_refuses_held_out_dialogues_in_its_training_data(
-    template, tmp_path, allowed, capsys
+    template, tmp_path, allowed, capsys, monkeypatch
 ):
     write_rows(tmp_path / "train.jsonl", 12)
     lines = (tmp_path / "train.jsonl").read_text().splitlines(True)
@@ -216,10 +216,11 @@ def test_a_run_says_or_refuses_held_out_dialogues_in_its_training_data(
             "training": {"output_dir": str(tmp_path / "run")},
         }
     )
+    monkeypatch.setattr(run_data, "load_chat_tokenizer", lambda *_: template.tokenizer)
     said = "2 of 4 held-out dialogues (50%) are in the training data too, first"
     if allowed == 0.4:
         with pytest.raises(DataError, match=r"data\.max_overlap allows 40%"):
-            load_run_data(config.data, config.training, template)
+            run_data.load_run_data(config.data, config.training, config.model)
     else:
-        load_run_data(config.data, config.training, template)
+        run_data.load_run_data(config.data, config.training, config.model)
         assert said in capsys.readouterr().err.replace("\n", " ")

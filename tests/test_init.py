@@ -15,7 +15,6 @@ from finetune.cli import init
 from finetune.config.load import load
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
-from finetune.planning import plan as planning
 from finetune.planning.plan import Gpu
 
 Fits = Callable[[RunConfig], bool]
@@ -51,10 +50,10 @@ def drafted(
 ) -> init.Draft:
     """What is written when of all ways only one fits, as `fits` says of its config."""
 
-    def plan(config: RunConfig, gpu: Gpu, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(fits=fits(config), memory_bytes=9e9, gpu=gpu)
+    def planned(config: RunConfig, gpu: Gpu) -> tuple[None, SimpleNamespace]:
+        return None, SimpleNamespace(fits=fits(config), memory_bytes=9e9, gpu=gpu)
 
-    monkeypatch.setattr(planning, "plan", plan)
+    monkeypatch.setattr(init, "planned", planned)
     return init.draft(str(rows), str(model), Gpu(bytes=10**10, number=gpus), Path("my.yaml"))
 
 

@@ -14,15 +14,14 @@ from command_line import ROOT, exit_code
 from test_counting import SIZES
 
 from finetune import methods
-from finetune.config.load import load_config
+from finetune.cli.inputs import planned as planned_of
+from finetune.config.load import load_config, settled
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method, RunConfig
 from finetune.errors import OutOfMemoryError
 from finetune.models.load import load_model, shape_of
 from finetune.planning.counting import Counting
-from finetune.planning.memory_hints import memory_explained
-from finetune.planning.plan import Gpu, Plan, plan
+from finetune.planning.plan import Gpu, Plan
 from finetune.planning.roofline import Ceilings
-from finetune.planning.settle import settled
 from finetune.planning.step import name_what_stays, one_step
 from finetune.planning.subjects import own, ready
 from finetune.training.callbacks.throughput import Work, work_of
@@ -68,7 +67,7 @@ def test_a_plan_is_within_5_percent_of_what_a_real_step_allocates(
             "training": {"output_dir": "x", "batch_size": 2, "activation_checkpointing": checkpointing},
         }
     )  # fmt: skip
-    found = plan(config, Gpu(), folder=tiny_chatglm)
+    found = planned_of(config, Gpu())[1]
     model = load_model(tiny_chatglm)
     real = really_held(
         model, method, checkpointing=checkpointing, shape=(2, 1024), folder=tiny_chatglm
@@ -101,7 +100,7 @@ def test_a_plan_is_within_5_percent_of_a_real_step_of_the_quickstarts_model(
             "training": {"output_dir": "x", "activation_checkpointing": checkpointing},
         }
     )
-    found = plan(config, Gpu(), folder=tmp_path)
+    found = planned_of(config, Gpu())[1]
     model = shape_of(tmp_path)  # its weights need to be numbers, not good ones
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02)
@@ -117,7 +116,8 @@ def nine_billion(tmp_path: Path) -> Path:
 
 
 def planned(name: str, folder: Path, gpu: Gpu, *overrides: str) -> Plan:
-    return plan(load_config(ROOT / "configs" / name, list(overrides)), gpu, folder=folder)
+    config = load_config(ROOT / "configs" / name, [f"model.path={folder}", *overrides])
+    return planned_of(config, gpu)[1]
 
 
 def test_the_shipped_lora_fills_a_24_gb_card_and_no_more(nine_billion: Path) -> None:
@@ -176,7 +176,8 @@ def test_out_of_memory_is_said_beside_what_was_planned(tiny_chatglm: Path) -> No
         }
     )
     said = r"Planned were \d+ MB for the training itself"
-    with pytest.raises(OutOfMemoryError, match=said), memory_explained(config, longest=64):
+    memory = planned_of(config, Gpu())[0]
+    with pytest.raises(OutOfMemoryError, match=said), memory.explained():
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 

@@ -109,7 +109,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
     runs.run_here(settings)
     template = ChatTemplate(load_chat_tokenizer(tiny_glm))
     config = RunConfig.model_validate(settings)
-    prepared = load_run_data(config.data, config.training, template)
+    prepared = load_run_data(config.data, config.training, config.model)
     # By hand: the fresh adapter changes nothing, so plain logits of the base give the first loss.
     model = load_model(tiny_glm)
     total = weight = 0.0

@@ -47,7 +47,7 @@ ALLOWED = {
     "serving/images.py write_bytes": IN_A_STAGE,
     "training/checkpointing.py write_text": IN_A_STAGE,
     "training/resume.py write_text": IN_A_STAGE,
-    "training/sharded_engine.py write_text": IN_A_STAGE,
+    "training/deepspeed/sharded_engine.py write_text": IN_A_STAGE,
     "models/chatglm/vision_cache.py save_file": "to a path of storage.staged_file",
     "training/vision_features.py save_file": "to a path of storage.staged_file",
 }

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
-from finetune.training.zero import MIN_BUCKET, Setting, deepspeed_config
+from finetune.training.deepspeed.zero import MIN_BUCKET, Setting, deepspeed_config
 
 
 def setting(precision: str = "fp32", hidden_size: int = 4096, **training: Any) -> Setting:
@@ -149,12 +149,12 @@ def test_two_processes_under_stage_0_and_2_equal_plain_data_parallel_and_resume_
 import os, shutil
 from finetune.training import run
 original = run.train
-def train(config, path, **options):
+def train(config, **options):
     if config.training.output_dir.endswith("again"):
         source, target = {str(tmp_path / "stage-2")!r}, {str(tmp_path / "again")!r}
         if os.environ["RANK"] == "0":
             shutil.copytree(source + "/checkpoint-2", target + "/checkpoint-2")
-    return original(config, path, **options)
+    return original(config, **options)
 run.train = train
 """
     done = runs.run_command([plain, stage_0, stage_2, again], tmp_path, processes=2, script=script)
@@ -241,7 +241,6 @@ def test_states_that_are_saved_open_without_a_type_of_deepspeed(tmp_path: Path) 
     """Python 3.11.0 to 3.11.3 pickles an enum member by `getattr`, which weights_only never allows."""
     import torch
     from deepspeed.runtime.zero.config import ZeroStageEnum
-
     from finetune.training.sharded_engine import WeightsOnlyStates
 
     file = tmp_path / "states.pt"

@@ -66,6 +66,13 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
+def pinned_revision(path: str, revision: str | None) -> str | None:
+    """The commit that a hub id stands for now; `revision` itself where there is none."""
+    if not is_hub_id(path):
+        return revision
+    return hub.commit_of(local_folder(path, revision, files=TOKENIZER_FILES)) or revision
+
+
 def is_hub_id(path: str | Path) -> bool:
     """Whether it names a repository of a hub, and nothing of that name lies here."""
     return hub.repository(path) is not None and not os.path.lexists(path)

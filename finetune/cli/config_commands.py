@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune import console
-from finetune.cli.inputs import gigabytes
+from finetune.cli.inputs import gigabytes, planned
 from finetune.errors import ConfigError
 
 config_app = typer.Typer(rich_markup_mode=None)
@@ -97,22 +97,17 @@ def plan(
 
     The model's folder needs no more than a config.json.
     """
-    from finetune.artifacts.resolve import local_folder
     from finetune.config.load import load_config
     from finetune.planning import words
-    from finetune.planning.memory_hints import less_memory
     from finetune.planning.plan import Gpu
-    from finetune.planning.plan import plan as make
 
-    settings = load_config(config, overrides or [])
     size, flops = gigabytes(gpu), 1e12 * peak
     machine = Gpu(size, number=gpus, peak_flops=flops, share=share, native_bf16=bf16)
-    folder = local_folder(settings.model.path, settings.model.revision)
-    found = make(settings, machine, folder=folder)
+    memory, found = planned(load_config(config, overrides or []), machine)
     if as_json:
         with console.json_output() as emit:
             emit(found.numbers())
         return
     console.table([str(config), f"{gpus} x {gpu}"], words.rows(found))
-    for knob in words.knobs(found, less_memory(settings, found.length)):
+    for knob in words.knobs(found, memory.less()):
         console.say(knob)

@@ -13,6 +13,7 @@ from finetune import console
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
+from finetune.cli.inputs import planned
 from finetune.config.schema import RunConfig
 from finetune.data.preview.report import SourceReport, check
 from finetune.errors import ConfigError, DataError
@@ -74,8 +75,6 @@ def draft(data: str, model: str, gpu: Gpu, output: Path) -> Draft:
         DataError: There are bad rows.
         ConfigError: Nothing fits.
     """
-    from finetune.planning.plan import plan
-
     report = check([data], model=model)
     if report.num_bad:
         raise DataError(
@@ -90,7 +89,7 @@ def draft(data: str, model: str, gpu: Gpu, output: Path) -> Draft:
     least = None
     for rung in _rungs(source, gpu.number, sees=sees):
         tree = _tree(source, model, rung, gpu.number, output)
-        found = plan(RunConfig.model_validate(tree), gpu, folder=folder)
+        _, found = planned(RunConfig.model_validate(tree), gpu)
         if found.fits:
             launch = f"finetune launch -n {gpu.number}" if gpu.number > 1 else "finetune train"
             return Draft(tree, _comments(source, rung, found), f"{launch} {output}", found)

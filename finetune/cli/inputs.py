@@ -13,7 +13,9 @@ from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
 
 if TYPE_CHECKING:
     from finetune.config.load import Loaded
-    from finetune.config.schema import DataSection
+    from finetune.config.schema import DataSection, RunConfig
+    from finetune.planning.plan import Gpu, Plan
+    from finetune.planning.run_memory import RunMemory
 
 
 Overwrite = Annotated[
@@ -78,6 +80,24 @@ def check_output_file(output: Path) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"--output: {output} cannot be written ({reason})") from error
+
+
+def planned(config: RunConfig, gpu: Gpu) -> tuple[RunMemory, Plan]:
+    """What a run holds on such GPUs; its rows are as long as `data.max_length`."""
+    from finetune.config.load import settled
+    from finetune.planning.run_memory import RunMemory
+
+    config = settled(config, gpu.number)
+    memory = RunMemory(
+        config.model,
+        config.method,
+        config.training,
+        config.deepspeed,
+        config.evaluation if config.data.validation is not None else None,
+        max_length=config.data.max_length,
+        longest=config.data.max_length,
+    )
+    return memory, memory.plan(gpu)
 
 
 def gigabytes(text: str) -> int:

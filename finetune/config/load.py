@@ -36,6 +36,7 @@ from finetune.errors import ConfigError
 
 __all__ = [
     "Loaded", "config_tree", "dump_config", "json_schema", "load", "load_config", "reference_page",
+    "settled",
 ]  # fmt: skip
 
 COMMAND_LINE = "command line"
@@ -93,6 +94,20 @@ def dump_config(config: RunConfig) -> str:
     return (
         f"# Every option of the run; paths are relative to the directory it was started in.\n{text}"
     )
+
+
+def settled(config: RunConfig, world: int) -> RunConfig:
+    """The configuration with `training.tokens_per_step` said as forward passes a step.
+
+    4 processes that each take one row of 4,096 tokens at a time need 4 passes for 65,536.
+    """
+    training = config.training
+    if training.tokens_per_step is None:
+        return config
+    at_once = training.batch_size * config.data.max_length * world
+    passes = max(1, round(training.tokens_per_step / at_once))
+    changes = {"gradient_accumulation_steps": passes, "tokens_per_step": None}
+    return config.model_copy(update={"training": training.model_copy(update=changes)})
 
 
 class _Dumper(yaml.SafeDumper):

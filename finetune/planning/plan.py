@@ -18,12 +18,11 @@ from torch import nn
 from finetune import methods
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
-from finetune.config.schema import RunConfig
+from finetune.config.schema import DeepSpeedSection, Method, ModelSection, TrainingSection
 from finetune.models.families import family_of
 from finetune.models.kernels import NAMES
 from finetune.models.number_format import automatic, number_format
 from finetune.planning.counting import shapes_only
-from finetune.planning.settle import settled
 from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
 from finetune.planning.step import Cost, Shape, count_step
 from finetune.planning.subjects import own
@@ -132,56 +131,69 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, gpu: Gpu, *, folder: Path, length: int | None = None) -> Plan:
+def plan(
+    model: ModelSection,
+    method: Method,
+    training: TrainingSection,
+    deepspeed: DeepSpeedSection | None,
+    gpu: Gpu,
+    *,
+    folder: Path,
+    length: int,
+) -> Plan:
     """The plan of a run.
 
     Args:
-        config: What is to run.
+        model: What is trained,
+        method: in which way,
+        training: in which batches; `settled`, for as many GPUs as `gpu` says,
+        deepspeed: and cut in which way.
         gpu: What on.
         folder: The model; a config.json is enough.
-        length: Tokens of the longest row, where that is known; else `data.max_length`.
+        length: Tokens of the longest row.
     """
-    config = settled(config, gpu.number)
-    length = length or config.data.max_length
-    batch = config.training.batch_size
-    dtype = _format(config, gpu, folder)
-    sharded = config.deepspeed is not None
+    batch = training.batch_size
+    dtype = _format(model, gpu, folder)
     subject = own(
         folder,
-        config.method,
-        checkpointing=config.training.activation_checkpointing,
+        method,
+        checkpointing=training.activation_checkpointing,
         dtype=dtype,
-        sharded=sharded,
-        kernels=NAMES if config.model.kernels == "auto" else (),
-        four_bits=config.model.quantization is not None,
+        sharded=deepspeed is not None,
+        kernels=NAMES if model.kernels == "auto" else (),
+        four_bits=model.quantization is not None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         one, two = (count_step(subject, Shape(batch, n)) for n in (length, 2 * length))
-        sizes = _sizes(config, folder, dtype)
-    held = _held(config, sizes, one, gpu.number)
-    checkpoint = _checkpoint(config, sizes)
+        sizes = _sizes(model, method, folder, dtype)
+    trains_all = methods.METHODS[method.kind].trains_the_model
+    if deepspeed is None:
+        memory = _whole(sizes, one, gpu.number)
+    else:
+        memory = _sharded(deepspeed, sizes, one, gpu.number, trains_all=trains_all)
+    checkpoint = _checkpoint(sizes, is_sharded=deepspeed is not None, trains_all=trains_all)
     return Plan(
-        memory=held,
+        memory=memory,
         per_token=(two.working - one.working) // (batch * length),
         batch=batch,
         length=length,
-        accumulation=config.training.gradient_accumulation_steps,
+        accumulation=training.gradient_accumulation_steps,
         checkpoint_bytes=checkpoint,
         # The newest ones, the best one, and one that is being written.
-        disk_bytes=checkpoint * (config.training.keep_checkpoints + 2),
+        disk_bytes=checkpoint * (training.keep_checkpoints + 2),
         flops=sum(one.flops.values()),
-        model_milliseconds=one.milliseconds * config.training.gradient_accumulation_steps,
+        model_milliseconds=one.milliseconds * training.gradient_accumulation_steps,
         dtype=str(dtype).removeprefix("torch."),
-        steps=config.training.max_steps,
+        steps=training.max_steps,
         gpu=gpu,
     )
 
 
-def _format(config: RunConfig, gpu: Gpu, folder: Path) -> torch.dtype:
+def _format(section: ModelSection, gpu: Gpu, folder: Path) -> torch.dtype:
     """What `model.dtype` means on the GPU that is planned for."""
-    if config.model.dtype != "auto":
-        return number_format(config.model.dtype)
+    if section.dtype != "auto":
+        return number_format(section.dtype)
     model = read_json(folder / MODEL_CONFIG)
     sees_images = family_of(model).sees_images(model)
     return automatic(native_bf16=gpu.native_bf16, sees_images=sees_images)
@@ -199,14 +211,14 @@ class _Sizes:
     """Of the largest single weight."""
 
 
-def _sizes(config: RunConfig, folder: Path, dtype: torch.dtype) -> _Sizes:
+def _sizes(model: ModelSection, method: Method, folder: Path, dtype: torch.dtype) -> _Sizes:
     """All layers are alike: what 40 of them hold follows from one and two."""
-    subject = own(folder, config.method, checkpointing=False, dtype=dtype, sharded=True)
+    subject = own(folder, method, checkpointing=False, dtype=dtype, sharded=True)
     one, two = (_sizes_with(subject.build, layers) for layers in (1, 2))
     further = subject.layers - 1
     whole = {name: one[name] + (two[name] - one[name]) * further for name in one}
     frozen, trained = whole["frozen"], whole["trained"]
-    if config.model.quantization is not None:
+    if model.quantization is not None:
         frozen -= int(whole["linear"] * (dtype.itemsize - NF4_BYTES))
     return _Sizes(frozen, trained, whole["trained bytes"], one["largest"])
 
@@ -231,17 +243,20 @@ def _sizes_with(build: Callable[[int], nn.Module], layers: int) -> dict[str, int
     }
 
 
-def _held(config: RunConfig, sizes: _Sizes, cost: Cost, gpus: int) -> dict[str, int]:
-    """Bytes by kind on one GPU where most is held: in the passes or in the optimizer's turn."""
-    section = config.deepspeed
-    if section is None:
-        held = dict(cost.peak)
-        # Buckets in which DDP sums gradients, besides the gradients.
-        held["gradients"] += 4 * sizes.trained if gpus > 1 else 0
-        return held
+def _whole(sizes: _Sizes, cost: Cost, gpus: int) -> dict[str, int]:
+    """Bytes by kind on one GPU that holds the whole model, where most is held."""
+    held = dict(cost.peak)
+    # Buckets in which DDP sums gradients, besides the gradients.
+    held["gradients"] += 4 * sizes.trained if gpus > 1 else 0
+    return held
+
+
+def _sharded(
+    section: DeepSpeedSection, sizes: _Sizes, cost: Cost, gpus: int, *, trains_all: bool
+) -> dict[str, int]:
+    """Bytes by kind under DeepSpeed where most is held: in the passes or in the optimizer's turn."""
     stage = section.zero_stage
     cut = {0: (1, 1, 1), 1: (1, 1, gpus), 2: (1, gpus, gpus), 3: (gpus, gpus, gpus)}[stage]
-    trains_all = methods.METHODS[config.method.kind].trains_the_model
     everything = sizes.frozen + (sizes.trained_bytes if trains_all else 0)
     gathered = 0
     if stage == 3 and gpus > 1:
@@ -265,9 +280,8 @@ def _held(config: RunConfig, sizes: _Sizes, cost: Cost, gpus: int) -> dict[str, 
     }
 
 
-def _checkpoint(config: RunConfig, sizes: _Sizes) -> int:
+def _checkpoint(sizes: _Sizes, *, is_sharded: bool, trains_all: bool) -> int:
     """Bytes: what was trained, and the optimizer's state (under DeepSpeed with float32 originals)."""
-    trains_all = methods.METHODS[config.method.kind].trains_the_model
-    if config.deepspeed is None:
+    if not is_sharded:
         return 12 * sizes.trained
     return (sizes.trained_bytes if trains_all else 4 * sizes.trained) + 12 * sizes.trained

@@ -1,4 +1,4 @@
-"""What ZeRO-3 is told to hold at a time; `training.zero` configures it and `planning.plan` counts it."""
+"""What ZeRO-3 is told to hold at a time; `training.deepspeed` configures it and `planning.plan` counts it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from finetune.config.schema import DataSection
-from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.batch_plan import BLANK, BatchPlan
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import IGNORED, Example
@@ -59,11 +58,9 @@ class TrainingData:
     objective: Objective
 
 
-def training_data(
-    data: RunData, template: ChatTemplate, prepared: PreparedModel, section: DataSection
-) -> TrainingData:
+def training_data(data: RunData, prepared: PreparedModel, section: DataSection) -> TrainingData:
     """The examples of a run, and how they become batches."""
-    features = None
+    template, features = data.template, None
     if section.cache_image_features and (images := data.train.images()):
         features = vision_cache(
             prepared.model,

@@ -30,7 +30,6 @@ from finetune import __version__, console, methods
 from finetune.artifacts import checkpoint
 from finetune.artifacts.names import BEST, RUN_CONFIG, TRAINER_STATE
 from finetune.config.schema import TrainingSection
-from finetune.data.chat.template import ChatTemplate
 from finetune.distributed.processes import (
     any_rank,
     fail_together,
@@ -195,16 +194,14 @@ def _by_device(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield [tensor for tensor in tensors if tensor.device == device]
 
 
-def run_record(
-    config: Mapping[str, Any], template: ChatTemplate, data: RunData, prepared: PreparedModel
-) -> dict[str, Any]:
+def run_record(config: Mapping[str, Any], data: RunData, prepared: PreparedModel) -> dict[str, Any]:
     """What a checkpoint keeps about its run: options, facts (see FACTS), library versions.
 
     ``config`` is the resolved configuration as a mapping of sections.
     """
     facts: dict[str, Any] = {
         "model": prepared.base.fingerprint,
-        "template": template.fingerprint,
+        "template": data.template.fingerprint,
         "data": data.train.fingerprint,
         "global_batch": data.plan.global_batch,
         "dtype": str(prepared.dtype).removeprefix("torch."),

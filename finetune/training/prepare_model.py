@@ -9,34 +9,31 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from finetune import console, methods
-from finetune.artifacts.base_record import check_base
+from finetune import methods
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
-from finetune.artifacts.resolve import adapter_config, find_source, local_folder
+from finetune.artifacts.resolve import local_folder
 from finetune.artifacts.weights import model_fingerprint
 from finetune.config.schema import (
     DeepSpeedSection,
-    LoraMethod,
     Method,
     ModelSection,
     PTuningV2Method,
     TrainingSection,
 )
-from finetune.distributed.device import has_accelerator, local_device
+from finetune.distributed.device import has_accelerator, local_device, refuse_unused
 from finetune.distributed.processes import rank_and_world
-from finetune.errors import ConfigError
 from finetune.methods import BaseRecord
 from finetune.models.families import family_of
 from finetune.models.load import load_model
 from finetune.models.number_format import number_format
-from finetune.training import zero
 from finetune.training.arguments import (
     Rates,
     check_trackers,
     mixed_precision,
     training_arguments,
 )
+from finetune.training.deepspeed import zero
 from finetune.training.run_data import RunData
 
 
@@ -74,6 +71,7 @@ def prepare_model(
     Order matters: DeepSpeed wants to be told about the machine before TrainingArguments exist, and
     these must exist before a model is loaded, which ZeRO-3 shards meanwhile.
     """
+    refuse_unused()
     check_trackers(training.report_to)
     world = rank_and_world()[1]
     folder = local_folder(section.path, section.revision)
@@ -108,7 +106,7 @@ def prepare_model(
             quantization=section.quantization,
             kernels=section.kernels,
         )
-    if has_accelerator() and isinstance(method, PTuningV2Method) and not _is_apart(model):
+    if has_accelerator() and isinstance(method, PTuningV2Method) and not is_apart(model):
         model.to(local_device())  # a prefix starts from a forward pass: minutes on a CPU
     # Adapters start from the same numbers in every process and in every run of a seed.
     torch.manual_seed(training.seed)
@@ -126,49 +124,7 @@ def prepare_model(
     return PreparedModel(model, base, arguments, deepspeed, dtype, rates, section, method)
 
 
-def start_from_adapter(prepared: PreparedModel, folder: Path) -> None:
-    """Put the weights of an adapter into those that the run's method has attached.
-
-    Args:
-        prepared: Its method, options and base must be the adapter's.
-        folder: An adapter, a checkpoint of one, or a run: its best checkpoint, else the newest.
-
-    Raises:
-        ConfigError: There is no adapter, or it is another method's, or one of other options.
-        ModelError: It was trained on another base, or has other weights.
-    """
-    model, method, section = prepared.model, prepared.method, prepared.section
-    if _is_apart(model):
-        raise ConfigError(
-            "model.adapter: start from an adapter without ZeRO-3 (zero_stage 2 or less)"
-        )
-    folder, remarks = find_source(folder)
-    saved = adapter_config(folder)
-    kind = methods.of_adapter(saved.get("peft_type"), folder).kind
-    if kind != method.kind:
-        raise ConfigError(f"model.adapter: {folder} is of method.kind {kind}, not {method.kind}")
-    if isinstance(method, LoraMethod):
-        now = {
-            "r": method.rank, "lora_alpha": method.alpha,
-            "use_rslora": method.use_rslora, "use_dora": method.use_dora,
-        }  # fmt: skip
-        other = [
-            f"{key} {saved.get(key)} (now {value})"
-            for key, value in now.items()
-            if saved.get(key) != value
-        ]
-        if other:
-            raise ConfigError(
-                f"model.adapter: {folder} was trained with {', '.join(other)}; set method likewise"
-            )
-    remarks += check_base(folder, local_folder(section.path, section.revision))
-    methods.restore(model, folder)
-    for remark in remarks:
-        console.say(remark)
-    console.say(f"starting from the adapter in {folder}")
-
-
-def _is_apart(model: PreTrainedModel) -> bool:
+def is_apart(model: PreTrainedModel) -> bool:
     """Whether ZeRO-3 has dealt the weights out."""
     return any(hasattr(weight, "ds_id") for weight in model.parameters())
 

@@ -306,6 +306,13 @@ def start(run_dir: Path, resume: str, now: Mapping[str, Any]) -> Start:
     return Start(folder, checkpoint.step_of(folder) or 0, anew)
 
 
+def start_together(run_dir: Path, resume: str, now: Mapping[str, Any]) -> Start:
+    """`start` as rank 0 finds it, in every process."""
+    from finetune.distributed.processes import broadcast_from_rank0
+
+    return broadcast_from_rank0(lambda: start(run_dir, resume, now))
+
+
 def check_owner(run_dir: Path, resume: str) -> None:
     """CheckpointError when a checkpoint that `training.resume` may mean has states that others wrote.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -12,8 +13,9 @@ import numpy as np
 
 from finetune import console, launcher
 from finetune.artifacts import hub
-from finetune.config.schema import DataSection, TrainingSection
+from finetune.config.schema import DataSection, ModelSection, TrainingSection
 from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.examples.batch_plan import BatchPlan
 from finetune.data.examples.dataset import (
     Example,
@@ -44,11 +46,19 @@ class RunData:
     validation_sources: tuple[SourceSpec, ...]
     reading: Reading
     """How the rows of both are read."""
+    template: ChatTemplate
+    """The model's own."""
 
     @property
     def is_packed(self) -> bool:
         """Whether a row holds several examples."""
         return self.items is not self.train
+
+    def steps(self, training: TrainingSection) -> int:
+        """Optimizer steps of the whole run."""
+        if training.max_steps is not None:
+            return training.max_steps
+        return math.ceil(training.epochs * self.plan.steps_per_epoch)
 
     def mean_attended_length(self) -> float:
         """The length of the example that a token is in, on average over tokens."""
@@ -75,10 +85,9 @@ class RunData:
         return described | ({"fetched": dict(hub.fetched)} if hub.fetched else {})
 
 
-def load_run_data(
-    section: DataSection, training: TrainingSection, template: ChatTemplate
-) -> RunData:
-    """Prepare, or find prepared, what `section` names; says what became of the rows."""
+def load_run_data(section: DataSection, training: TrainingSection, model: ModelSection) -> RunData:
+    """Prepare, or find prepared, what `section` names, for `model`; says what became of the rows."""
+    template = ChatTemplate(load_chat_tokenizer(model.path, model.revision))
     held_out = validation_sources(section)
     # What is held out comes first, as it is kept out of the training data.
     own = Selection(deduplicate=section.deduplicate)
@@ -103,7 +112,7 @@ def load_run_data(
     if validation is not None:
         _report("validation", validation.counts, len(validation))
         _check_overlap(train, validation, section.max_overlap)
-    return RunData(train, items, plan, validation, held_out, reading_of(section))
+    return RunData(train, items, plan, validation, held_out, reading_of(section), template)
 
 
 def _check_overlap(

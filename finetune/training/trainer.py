@@ -192,7 +192,7 @@ class FineTuner(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule; DeepSpeed's engine exists since a moment and has not loaded a state yet."""
         if self.is_deepspeed_enabled:
-            from finetune.training.sharded_engine import GuardedEngine
+            from finetune.training.deepspeed.sharded_engine import GuardedEngine
 
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             self.accelerator.deepspeed_engine_wrapped = GuardedEngine(engine, self._guard)
@@ -265,12 +265,14 @@ class FineTuner(Trainer):
 
     # --- the run ---------------------------------------------------------------------------------
 
-    def seed_processes(self, seed: int, step: int) -> None:
-        """Other dropout in every process, and after a resume at another number of processes.
+    def run(self, folder: Path | None, step: int) -> None:
+        """Go through the steps that are left behind `step`, of which `folder` is the checkpoint.
 
-        A resumed run gets its streams from the checkpoint, where there is one for this process.
+        Dropout is other in every process, and after a resume at another number of processes. A
+        resumed run gets its streams from the checkpoint, where there is one for this process.
         """
-        torch.manual_seed(seed + rank_and_world()[0] + (step << 32))
+        torch.manual_seed(self.saver.training.seed + rank_and_world()[0] + (step << 32))
+        self.train(str(folder) if folder else None)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Go through the steps that are left; signals wait for the end of one."""

@@ -117,7 +117,6 @@ def preserve_rng() -> Iterator[None]:
 def load_validation(
     section: EvaluationSection,
     data: RunData,
-    template: ChatTemplate,
     model: Any,
     run_dir: Path,
     stop: StopFlag,
@@ -125,6 +124,7 @@ def load_validation(
     """What the config asks to be evaluated; None without validation data."""
     if data.validation is None:
         return None
+    template = data.template
     prompts: Sequence[ReplyPrompt] = ()
     if section.generate:
         reading = data.reading.for_checkpoint(thinks=template.layout.thinking)

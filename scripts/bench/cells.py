@@ -68,7 +68,7 @@ def subject(
 def warm_up(model: Path) -> None:
     """Import and build in this process what its forks will need; it takes longer than most cells."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helper processes: nothing is compiled
-    from finetune.training import zero
+    from finetune.training.deepspeed import zero
 
     zero.prepare_libraries()
     import deepspeed.runtime.zero.muon.muon_optimizer

@@ -57,11 +57,12 @@ def steps(model: Path) -> str:
 
 def planned(folder: Path, method: dict[str, Any], **options: Any) -> Any:
     """A plan, from a configuration that says no more than this."""
+    from finetune.cli.inputs import planned
     from finetune.config.schema import RunConfig
-    from finetune.planning.plan import Gpu, plan
+    from finetune.planning.plan import Gpu
 
     section = {
-        "model": {"path": "x", "dtype": "bfloat16"} | options.get("model", {}),
+        "model": {"path": str(folder), "dtype": "bfloat16"} | options.get("model", {}),
         "data": {"train": "x", "max_length": options["length"]},
         "method": method,
         "training": {
@@ -72,7 +73,7 @@ def planned(folder: Path, method: dict[str, Any], **options: Any) -> Any:
         "deepspeed": options.get("deepspeed"),
     }
     gpu = Gpu(number=options.get("gpus", 1))
-    return plan(RunConfig.model_validate(section), gpu, folder=folder)
+    return planned(RunConfig.model_validate(section), gpu)[1]
 
 
 def needs(text: Path, image: Path) -> str:

@@ -63,7 +63,7 @@ def process(rank: int, port: int, family: str, tokens: int, folder: Path) -> Non
     """The life of a forked process."""
     import torch.distributed as dist
 
-    from finetune.training import zero
+    from finetune.training.deepspeed import zero
 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(number) for name, number in place.items()}, MASTER_ADDR="127.0.0.1")  # fmt: skip

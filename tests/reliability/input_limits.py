@@ -336,7 +336,7 @@ def cases() -> Iterator[Case]:
 
     cells.warm_up(_model())
     _data()
-    import finetune.training.sharded_engine
+    import finetune.training.deepspeed.sharded_engine
     import finetune.training.trainer  # noqa: F401
 
     yield from numbers()

@@ -35,7 +35,7 @@ GENERATION = "evaluate_model"
 # Moment -> (module, name, which call, steps that are done and saved by then). 0: nothing to save.
 MOMENTS: dict[str, tuple[str, str, int, int]] = {
     "reading the config": ("finetune.cli.inputs", "_data_problems", 1, 0),
-    "opening the tokenizer": ("finetune.training.run", "load_chat_tokenizer", 1, 0),
+    "opening the tokenizer": ("finetune.training.run_data", "load_chat_tokenizer", 1, 0),
     "tokenising": ("finetune.training.run_data", "load_examples", 1, 0),
     "loading the model": ("finetune.training.prepare_model", "prepare_model", 1, 0),
     "choosing a checkpoint": ("finetune.training.resume", "start", 1, 0),
@@ -62,7 +62,7 @@ LATER = {
         "ProgressCallback.on_step_end",
         2,
     ),
-    "when the run is saved": ("finetune.training.run", "_summary", 1),
+    "when the run is saved": ("finetune.training.callbacks.progress", "summary", 1),
 }
 
 

@@ -1,1 +1,1 @@
-"""What happens around the steps of a run: when to evaluate and save, what is said, measured and told."""
+"""What happens around the steps: when to evaluate, save and stop; what is logged, shown and profiled."""

@@ -5,30 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import console, methods
+from finetune.artifacts import checkpoint
 from finetune.config.schema import Method, TrainingSection
 from finetune.distributed.device import local_device, memory_gb
 from finetune.distributed.processes import rank_and_world
 from finetune.evaluation.metrics import metric
-from finetune.training.callbacks.throughput import Work, gpu_memory
+from finetune.training.callbacks.throughput import Work, gpu_memory, work_of
 from finetune.training.objective import StepCounts
 from finetune.training.prepare_model import PreparedModel
+from finetune.training.resume import Start
 from finetune.training.run_data import RunData
+
+if TYPE_CHECKING:
+    from finetune.training.trainer import FineTuner
 
 
 def announce(
     training: TrainingSection,
     data: RunData,
     prepared: PreparedModel,
-    total_steps: int,
+    start: Start,
     planned: Sequence[list[str]],
 ) -> None:
     """What is trained on what."""
     _, world = rank_and_world()
+    total_steps = data.steps(training)
     trained = sum(_size(p) for p in prepared.model.parameters() if p.requires_grad)
     everything = sum(_size(p) for p in prepared.model.parameters())
     per_step = training.batch_size * training.gradient_accumulation_steps * world
@@ -66,6 +74,27 @@ def announce(
             ["writes to", training.output_dir],
         ],
     )
+    if start.step >= total_steps:
+        console.say(f"no step to do: {start.folder} is the last of {total_steps} steps")
+
+
+def summary(trainer: FineTuner, run_dir: Path, resumed: Path | None) -> dict[str, Any]:
+    """The run in numbers; says how the scores have changed."""
+    state = trainer.state
+    before, after = (scores_at(state.log_history, first=first) for first in (True, False))
+    if before and after:
+        compare(before, after)
+    last, best = checkpoint.checkpoints(run_dir), checkpoint.best(run_dir)
+    return {
+        "output_dir": str(run_dir),
+        "steps": state.global_step,
+        "train_loss": trainer.mean_loss(),
+        "scores_before": before,
+        "scores": after,
+        "checkpoint": str(last[-1]) if last else None,
+        "best_checkpoint": str(best) if best else None,
+        "resumed_from": str(resumed) if resumed else None,
+    }
 
 
 def compare(before: Mapping[str, float], after: Mapping[str, float]) -> None:
@@ -224,6 +253,11 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar[0].__exit__(None, None, None)
             self._bar = None
+
+
+def progress_of(model: nn.Module, data: RunData) -> ProgressCallback:
+    """The progress of a run, which knows the FLOPs of its tokens."""
+    return ProgressCallback(work_of(model, data.mean_attended_length(), rank_and_world()[1]))
 
 
 def score_text(name: str, value: float) -> str:

@@ -1,0 +1,1 @@
+"""Runs under DeepSpeed: its configuration, its engine, and a model that is cut over processes."""
