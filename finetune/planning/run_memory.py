@@ -37,7 +37,7 @@ class RunMemory:
     max_length: int
     """`data.max_length`."""
     longest: int
-    """Tokens of its longest row."""
+    """Tokens of its longest example, or row of several."""
 
     def plan(self, gpu: Gpu, folder: Path | None = None) -> Plan:
         """What is planned for one of the GPUs."""
@@ -132,7 +132,7 @@ class RunMemory:
                 "replies were generated"
             )
         knobs.append(
-            f"data.max_length (now {self.max_length}; the longest row has {self.longest} tokens)"
+            f"data.max_length (now {self.max_length}; the longest example has {self.longest} tokens)"
         )
         return knobs
 

@@ -34,7 +34,7 @@ WITH_CONSTANTS = [  # modules whose tables hold parts of messages
 ALL_OF_IT = re.compile(  # modules whose every text is a message or a part of one, but for what is said in passing
     r"config/(load|problems|rules|yaml_text|extras)|cli/(__init__|inputs)|data/(reading|dialogue/messages|chat/template)|"
     r"data/(dialogue/formats|examples/preparation)|artifacts/|storage/|export/(folder|merge|push|convert_adapter)|models/load|"
-    r"models/chatglm/configuration|distributed/watchdog|report/requirements|training/(zero|callbacks|resume)|generation/(generate|load)"
+    r"models/chatglm/configuration|distributed/watchdog|report/requirements|training/(deepspeed|callbacks|resume)|generation/(generate|load)"
 )
 IN_PASSING = re.compile(r"(console\.(say|table|progress)|logger\.\w+|Card|warnings\.\w+)$")
 OF_TYPER = [  # typer's own words, some of which it looks up with gettext itself
