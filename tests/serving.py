@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import socket
 import threading
 import time
@@ -28,6 +29,8 @@ from finetune.generation.load import OpenedModel
 from finetune.serving import engine as engine_module
 from finetune.serving.engine import Engine
 from finetune.serving.guard import TimedProtocol
+from finetune.serving.requests.chat import AskedChat
+from finetune.serving.requests.rules import ReplyRequest, RequestRules
 from finetune.serving.serve import ServeOptions, endpoint
 
 HELLO: list[Any] = [{"role": "user", "content": "hello 你好 there"}]
@@ -156,6 +159,13 @@ def prompt_of(template: Any, *messages: Message, tools: Sequence[Any] = ()) -> l
     """The prompt after these messages, as training lays them out."""
     prompt: list[int] = template.prompt(Conversation(messages, tuple(tools)), len(messages))
     return prompt
+
+
+def read_chat(body: Any, rules: RequestRules, folder: Path) -> ReplyRequest:
+    """The one reply that a body of `/v1/chat/completions` asks for."""
+    asked = AskedChat(json.dumps(body).encode(), {rules.name: rules})
+    asked.keep_images(folder)
+    return asked.replies()[0]
 
 
 def data_url(size: tuple[int, int] = (20, 10), colour: str = "red", kind: str = "PNG") -> str:

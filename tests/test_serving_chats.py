@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from rows import TOOL
 from finetune.data.dialogue.conversation import Message
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving.errors import ApiError
-from finetune.serving.fields import UNCHANGED, ChatRequest
-from finetune.serving.request import ReplyRequest, RequestRules, read_request
+from finetune.serving.requests.fields import UNCHANGED, ChatRequest
+from finetune.serving.requests.rules import ReplyRequest, RequestRules
 
 CALL = '{"city": "北京"}'
 CALLING = Message("assistant", CALL, metadata="get_weather")
@@ -33,7 +32,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
 def read(opened: OpenedModel, folder: Path, how: str = "lenient", **fields: Any) -> ReplyRequest:
     rules = RequestRules("tiny", opened.template, None, 8, how)  # type: ignore[arg-type]
     body = {"model": "tiny", "messages": [HI]} | fields
-    return read_request(json.dumps(body).encode(), rules, folder)
+    return serving.read_chat(body, rules, folder)
 
 
 def call(arguments: Any, call_id: str | None = "c1", **more: Any) -> dict[str, Any]:

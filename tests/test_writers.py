@@ -44,7 +44,7 @@ ALLOWED = {
     "methods/ptuning_v2.py save_file": IN_A_STAGE,
     "methods/ptuning_v2.py save_pretrained": IN_A_STAGE,
     "report/plots.py savefig": "to a path of storage.staged_file",
-    "serving/images.py write_bytes": IN_A_STAGE,
+    "serving/requests/images.py write_bytes": IN_A_STAGE,
     "training/checkpointing.py write_text": IN_A_STAGE,
     "training/resume.py write_text": IN_A_STAGE,
     "training/deepspeed/sharded_engine.py write_text": IN_A_STAGE,

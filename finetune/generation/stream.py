@@ -97,6 +97,32 @@ class ReplyStream:
         return pieces
 
 
+class TextStream:
+    """Reads a text while it is written; every character comes whole, and nothing else is made of it."""
+
+    def __init__(self, template: Any) -> None:
+        self.ids: list[int] = []
+        """The text so far, without its stop."""
+        self.over = False
+        """The model ended the text with a control token."""
+        self._control = frozenset(template.tokenizer.control_ids.values()) | set(template.stop_ids)
+        self._characters = _Characters(template.tokenizer.plain)
+
+    def take(self, token: int) -> list[Piece]:
+        """What the next token adds that can be shown."""
+        if token in self._control:
+            self.over = True
+            return []
+        self.ids.append(token)
+        text = self._characters.step(token)
+        return [Piece(text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        """What is left at the end: the start of a character that never came to its end."""
+        text = self._characters.rest()
+        return [Piece(text)] if text else []
+
+
 class _Thought:
     """The text of a thinking checkpoint's reply: an empty thought goes, a call behind one is found."""
 

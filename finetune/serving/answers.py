@@ -1,13 +1,15 @@
-"""Pieces of a reply -> the JSON of OpenAI's chat completions, whole or chunk by chunk."""
+"""Pieces of a reply -> the JSON of OpenAI's completions, whole or chunk by chunk."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.generation.decoder import ScoredToken
@@ -15,30 +17,35 @@ from finetune.generation.stream import Piece
 from finetune.serving.job import FinishReason, ReplyJob
 
 
-class Answer:
+class Answer(ABC):
     """The envelope of one answer: its id, its time, its model."""
+
+    prefix: ClassVar[str]
+    whole: ClassVar[str]
+    part: ClassVar[str]
+    """What the id begins with, and what a whole answer and an event call themselves."""
 
     def __init__(self, model: str, template: ChatTemplate) -> None:
         self._template = template
         self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
         }
 
     def completion(self, replies: Sequence[tuple[ReplyJob, Iterable[Piece]]]) -> dict[str, Any]:
-        """The whole replies as one `chat.completion`."""
+        """The whole replies as one answer."""
         choices = [
             {
                 "index": index,
-                "message": _message(pieces),
-                "logprobs": self._logprobs(job, 0),
+                **self.choice(pieces),
+                "logprobs": self.logprobs(self.scored(job), 0),
                 "finish_reason": job.finish_reason,
             }
             for index, (job, pieces) in enumerate(replies)
         ]
         usage = usage_of([job for job, _ in replies])
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+        return {**self._head, "object": self.whole, "choices": choices, "usage": usage}
 
     def stream(self, job: ReplyJob, index: int) -> AnswerStream:
         """The events of one reply."""
@@ -46,18 +53,93 @@ class Answer:
 
     def usage(self, jobs: Sequence[ReplyJob]) -> str:
         """The event that says what all replies took."""
-        return event({**self._head, "object": _CHUNK, "choices": [], "usage": usage_of(jobs)})
+        return event({**self._head, "object": self.part, "choices": [], "usage": usage_of(jobs)})
 
     def chunk(self, choice: dict[str, Any]) -> str:
         """An event with one choice."""
-        return event({**self._head, "object": _CHUNK, "choices": [choice]})
+        return event({**self._head, "object": self.part, "choices": [choice]})
 
-    def _logprobs(self, job: ReplyJob, first: int) -> dict[str, Any] | None:
-        """The probabilities of a reply's tokens from number `first` on; None when nobody asked."""
+    def scored(self, job: ReplyJob, first: int = 0) -> list[dict[str, Any]] | None:
+        """A reply's tokens from number `first` on with their probabilities; None when nobody asked."""
         if job.scores is None:
             return None
-        content = [_told(scored, self._template) for scored in job.scores.tokens[first:]]
-        return {"content": content, "refusal": None}
+        return [_told(scored, self._template) for scored in job.scores.tokens[first:]]
+
+    @abstractmethod
+    def choice(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """A whole reply."""
+
+    @abstractmethod
+    def opening(self) -> dict[str, Any] | None:
+        """What the first event says, if there is one before the first token."""
+
+    @abstractmethod
+    def more(self, piece: Piece | None) -> dict[str, Any]:
+        """What the event of a piece says; None is the end."""
+
+    @abstractmethod
+    def logprobs(self, told: list[dict[str, Any]] | None, place: int) -> dict[str, Any] | None:
+        """The probabilities of tokens that stand `place` characters behind the reply's beginning."""
+
+
+class ChatAnswer(Answer):
+    """`chat.completion`."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """The message."""
+        return {"message": _message(pieces)}
+
+    def opening(self) -> dict[str, Any] | None:
+        """Who speaks."""
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def more(self, piece: Piece | None) -> dict[str, Any]:
+        """More of the text or of a call."""
+        if piece is None:
+            return {"delta": {}}
+        if piece.call is None:
+            return {"delta": {"content": piece.text}}
+        more = _call(piece) if piece.name else {"function": {"arguments": piece.text}}
+        return {"delta": {"tool_calls": [{"index": piece.call, **more}]}}
+
+    def logprobs(self, told: list[dict[str, Any]] | None, place: int) -> dict[str, Any] | None:
+        """A list of tokens."""
+        return None if told is None else {"content": told, "refusal": None}
+
+
+class TextAnswer(Answer):
+    """`text_completion`."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """The text."""
+        return {"text": "".join(piece.text for piece in pieces)}
+
+    def opening(self) -> dict[str, Any] | None:
+        """Nothing: a text has no speaker."""
+        return None
+
+    def more(self, piece: Piece | None) -> dict[str, Any]:
+        """More of the text."""
+        return {"text": piece.text if piece else ""}
+
+    def logprobs(self, told: list[dict[str, Any]] | None, place: int) -> dict[str, Any] | None:
+        """Four lists side by side."""
+        if told is None:
+            return None
+        texts = [token["token"] for token in told]
+        return {
+            "tokens": texts,
+            "token_logprobs": [token["logprob"] for token in told],
+            "top_logprobs": [
+                {one["token"]: one["logprob"] for one in [*token["top_logprobs"], token]}
+                for token in told
+            ],
+            "text_offset": list(accumulate(map(len, texts), initial=place))[:-1],
+        }
 
 
 class AnswerStream:
@@ -65,40 +147,38 @@ class AnswerStream:
 
     def __init__(self, answer: Answer, job: ReplyJob, index: int) -> None:
         self._answer, self._job, self._index = answer, job, index
-        self._told = 0
-        """Tokens whose probabilities have been told."""
+        self._told = self._place = 0
+        """Tokens whose probabilities have been told, and the characters of their text."""
 
     def opening(self) -> str:
-        """The first event: who speaks."""
-        return self._chunk({"role": "assistant", "content": ""})
+        """The first event, if there is one before the first token."""
+        said = self._answer.opening()
+        return self._chunk(said) if said is not None else ""
 
     def more(self, piece: Piece) -> str:
         """The event that brings a piece."""
-        if piece.call is None:
-            return self._chunk({"content": piece.text})
-        if piece.name:
-            return self._chunk({"tool_calls": [{"index": piece.call, **_call(piece)}]})
-        function = {"arguments": piece.text}
-        return self._chunk({"tool_calls": [{"index": piece.call, "function": function}]})
+        return self._chunk(self._answer.more(piece))
 
     def closing(self) -> str:
         """The last event: why the reply ended."""
-        return self._chunk({}, self._job.finish_reason)
+        return self._chunk(self._answer.more(None), self._job.finish_reason)
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: FinishReason | None = None) -> str:
-        logprobs = self._answer._logprobs(self._job, self._told)
-        self._told += len(logprobs["content"]) if logprobs else 0
-        choice = {"index": self._index, "delta": delta, "logprobs": logprobs}
+    def _chunk(self, said: dict[str, Any], finish_reason: FinishReason | None = None) -> str:
+        told = self._answer.scored(self._job, self._told)
+        logprobs = self._answer.logprobs(told, self._place)
+        self._told += len(told or ())
+        self._place += sum(len(token["token"]) for token in told or ())
+        choice = {"index": self._index, **said, "logprobs": logprobs}
         return self._answer.chunk({**choice, "finish_reason": finish_reason})
 
 
 DONE = "data: [DONE]\n\n"
-_CHUNK = "chat.completion.chunk"
 
 
 def usage_of(jobs: Sequence[ReplyJob]) -> dict[str, int]:
     """Tokens that a request took."""
-    prompt, reply = len(jobs[0].request.prompt), sum(job.num_tokens for job in jobs)
+    prompts = {id(job.request.prompt): len(job.request.prompt) for job in jobs}
+    prompt, reply = sum(prompts.values()), sum(job.num_tokens for job in jobs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": reply,

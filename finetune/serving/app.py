@@ -1,4 +1,4 @@
-"""The endpoint: /v1/chat/completions, /v1/models, /tokenize, /metrics and /health on one model."""
+"""The endpoint: chat and text completions, /v1/models, /tokenize, /metrics and /health."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from finetune.data.chat.template import ChatTemplate
 from finetune.generation.stream import Piece
-from finetune.serving.answers import DONE, Answer, event
+from finetune.serving.answers import DONE, Answer, ChatAnswer, TextAnswer, event
 from finetune.serving.engine import Engine, stopping
 from finetune.serving.errors import ApiError
 from finetune.serving.guard import Access, Guard
 from finetune.serving.job import ReplyJob
 from finetune.serving.metrics import CONTENT_TYPE, Metrics
-from finetune.serving.request import (
-    RequestRules,
-    read_fields,
-    read_tokens,
-    reply_requests,
-    shows_image,
-    with_images,
-)
+from finetune.serving.requests.chat import AskedChat, read_tokens
+from finetune.serving.requests.completion import AskedCompletion
+from finetune.serving.requests.rules import Asked, RequestRules, rules_of
 
 BODY_SECONDS = 30.0
 """A body must have come by then."""
@@ -48,8 +44,10 @@ class Limits:
     body_bytes: int
 
 
-def make_app(engine: Engine, rules: RequestRules, limits: Limits, access: Access) -> FastAPI:
-    """The ASGI application."""
+def make_app(
+    engine: Engine, models: Mapping[str, RequestRules], limits: Limits, access: Access
+) -> FastAPI:
+    """The ASGI application on the models of an engine, by their ids."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,24 +56,32 @@ def make_app(engine: Engine, rules: RequestRules, limits: Limits, access: Access
 
     app = FastAPI(openapi_url=None, lifespan=lifespan)  # no page that loads scripts from elsewhere
     metrics = Metrics(engine)
-    completions = Completions(engine, rules, limits, metrics)
-    app.router.routes.append(Route("/v1/chat/completions", completions, methods=["POST"]))
-    card = {"id": rules.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
+    desk = Desk(engine, models, limits, metrics)
+    for path, kind in KINDS.items():
+        app.router.routes.append(Route(path, Completions(desk, kind), methods=["POST"]))
+    created = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "local",
+            "max_model_len": models[name].context,
+        }
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(name) for name in models]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != rules.name:
-            raise ApiError(404, f"the model {name!r} is not served here", code="model_not_found")
-        return card
+        return card(rules_of(name, models).name)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await _body(request, limits.body_bytes)
-        tokens = await asyncio.to_thread(read_tokens, body, rules)
+        tokens, rules = await asyncio.to_thread(read_tokens, body, models)
         return {"count": len(tokens), "max_model_len": rules.context, "tokens": tokens}
 
     @app.get("/metrics")
@@ -95,55 +101,42 @@ def make_app(engine: Engine, rules: RequestRules, limits: Limits, access: Access
     return app
 
 
-class Completions:
-    """`POST /v1/chat/completions`."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is asked at an address, and how it is answered."""
+
+    asked: Callable[[bytes, Mapping[str, RequestRules]], Asked]
+    answer: Callable[[str, ChatTemplate], Answer]
+
+
+KINDS = {
+    "/v1/chat/completions": Kind(AskedChat, ChatAnswer),
+    "/v1/completions": Kind(AskedCompletion, TextAnswer),
+}
+
+
+class Desk:
+    """What all addresses share: the engine, its limits, and the places for requests in work."""
 
     def __init__(
-        self, engine: Engine, rules: RequestRules, limits: Limits, metrics: Metrics
+        self,
+        engine: Engine,
+        models: Mapping[str, RequestRules],
+        limits: Limits,
+        metrics: Metrics,
     ) -> None:
-        self._metrics = metrics
-        self._engine = engine
-        self._rules = rules
-        self._limits = limits
+        self.engine = engine
+        self.models = models
+        self.limits = limits
+        self.metrics = metrics
+        self.decoding = asyncio.Lock()
+        """Held while images are read: one request's at a time, as a decoded image is large."""
         self._in_work = 0
-        self._decoding = asyncio.Lock()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request; however it ends, its place is free then."""
-        with self._place():
-            request = Request(scope, receive)
-            body = await _body(request, self._limits.body_bytes)
-            jobs = await self._jobs(body)
-            watching = asyncio.create_task(_cancel_when_gone(receive, jobs))
-            try:
-                response = await self._answer(jobs)
-                await response(scope, receive, send)
-            finally:
-                watching.cancel()
-                self._metrics.count_replies(jobs)
-                for job in jobs:
-                    job.cancel()
-
-    async def _jobs(self, body: bytes) -> list[ReplyJob]:
-        """The replies in the model's queue; images are kept until the model has done with all."""
-        folder = tempfile.TemporaryDirectory(prefix="finetune-serve-", ignore_cleanup_errors=True)
-        try:
-            fields = await asyncio.to_thread(read_fields, body, self._rules)
-            # One at a time, and only those: a decoded image is large.
-            async with self._decoding if shows_image(fields) else nullcontext():
-                fields = await asyncio.to_thread(with_images, fields, Path(folder.name))
-            requests = await asyncio.to_thread(reply_requests, fields, self._rules)
-            release = Countdown(len(requests), folder.cleanup)
-            jobs = [ReplyJob(request, self._rules.template, release) for request in requests]
-            self._engine.submit(jobs)
-        except BaseException:
-            folder.cleanup()
-            raise
-        return jobs
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self._in_work >= self._limits.requests:
+    def place(self) -> Iterator[None]:
+        """A place among the requests in work; ApiError when all are taken."""
+        if self._in_work >= self.limits.requests:
             raise ApiError(
                 429,
                 f"{self._in_work} requests are in work already; try again later",
@@ -155,27 +148,70 @@ class Completions:
         finally:
             self._in_work -= 1
 
-    async def _answer(self, jobs: Sequence[ReplyJob]) -> Response:
-        answer = Answer(self._rules.name, self._rules.template)
-        if not jobs[0].request.stream:
-            said = [(job, [piece async for piece in job.pieces()]) for job in jobs]
-            if jobs[0].cancelled:
-                return Response(status_code=499)  # for the log; nobody reads it
-            return JSONResponse(answer.completion(said))
-        events = _events(answer, jobs)
-        # What fails before the first token still has an HTTP status of its own.
-        first = await anext(events)
 
-        async def told() -> AsyncIterator[str]:
+class Completions:
+    """One of the addresses that write replies."""
+
+    def __init__(self, desk: Desk, kind: Kind) -> None:
+        self._desk = desk
+        self._kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request; however it ends, its place is free then."""
+        with self._desk.place():
+            request = Request(scope, receive)
+            body = await _body(request, self._desk.limits.body_bytes)
+            asked = await asyncio.to_thread(self._kind.asked, body, self._desk.models)
+            jobs = await self._jobs(asked)
+            watching = asyncio.create_task(_cancel_when_gone(receive, jobs))
             try:
-                yield first
-                async for text in events:
-                    yield text
-            except ApiError as error:
-                yield event(error.body)
+                answer = self._kind.answer(asked.rules.name, asked.rules.template)
+                response = await _response(answer, jobs)
+                await response(scope, receive, send)
+            finally:
+                watching.cancel()
+                self._desk.metrics.count_replies(jobs)
+                for job in jobs:
+                    job.cancel()
 
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(told(), media_type="text/event-stream", headers=headers)
+    async def _jobs(self, asked: Asked) -> list[ReplyJob]:
+        """The replies in the model's queue; images are kept until the model has done with all."""
+        folder = tempfile.TemporaryDirectory(prefix="finetune-serve-", ignore_cleanup_errors=True)
+        try:
+            if asked.shows_image:
+                async with self._desk.decoding:
+                    await asyncio.to_thread(asked.keep_images, Path(folder.name))
+            requests = await asyncio.to_thread(asked.replies)
+            release = Countdown(len(requests), folder.cleanup)
+            jobs = [ReplyJob(request, asked.rules.template, release) for request in requests]
+            self._desk.engine.submit(jobs)
+        except BaseException:
+            folder.cleanup()
+            raise
+        return jobs
+
+
+async def _response(answer: Answer, jobs: Sequence[ReplyJob]) -> Response:
+    """The replies whole, or their first event with the others to come."""
+    if not jobs[0].request.stream:
+        said = [(job, [piece async for piece in job.pieces()]) for job in jobs]
+        if jobs[0].cancelled:
+            return Response(status_code=499)  # for the log; nobody reads it
+        return JSONResponse(answer.completion(said))
+    events = _events(answer, jobs)
+    # What fails before the first token still has an HTTP status of its own.
+    first = await anext(events)
+
+    async def told() -> AsyncIterator[str]:
+        try:
+            yield first
+            async for text in events:
+                yield text
+        except ApiError as error:
+            yield event(error.body)
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(told(), media_type="text/event-stream", headers=headers)
 
 
 class Countdown:
@@ -201,7 +237,8 @@ async def _events(answer: Answer, jobs: Sequence[ReplyJob]) -> AsyncIterator[str
     async for index, piece in _side_by_side(jobs):
         if not is_open:
             for stream in streams:
-                yield stream.opening()
+                if opening := stream.opening():
+                    yield opening
         is_open = True
         yield streams[index].closing() if piece is None else streams[index].more(piece)
     if jobs[0].request.include_usage:

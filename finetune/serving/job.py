@@ -9,9 +9,9 @@ from typing import Literal, TypeAlias
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.generation.decoder import Request, Scores
-from finetune.generation.stream import Piece, ReplyStream
+from finetune.generation.stream import Piece, ReplyStream, TextStream
 from finetune.serving.errors import ApiError
-from finetune.serving.request import ReplyRequest
+from finetune.serving.requests.rules import ReplyRequest
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 
@@ -34,7 +34,9 @@ class ReplyJob:
         self.seconds_to_first: float | None = None
         """From the queue to the first token, once it has come."""
         self._begun = time.monotonic()
-        self._reply = ReplyStream(template, request.tools)
+        self._reply = (
+            TextStream(template) if request.is_text else ReplyStream(template, request.tools)
+        )
         self._text = StopStrings(request.stops)
         self._num_calls = 0
         self._loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from finetune.serving.answers import usage_of
 from finetune.serving.engine import Engine
 from finetune.serving.job import ReplyJob
 
@@ -28,8 +29,9 @@ class Metrics:
 
     def count_replies(self, jobs: Sequence[ReplyJob]) -> None:
         """Replies to one request have ended, or nobody waits for them any more."""
-        self._prompt_tokens += len(jobs[0].request.prompt)
-        self._reply_tokens += sum(job.num_tokens for job in jobs)
+        used = usage_of(jobs)
+        self._prompt_tokens += used["prompt_tokens"]
+        self._reply_tokens += used["completion_tokens"]
         waited = [job.seconds_to_first for job in jobs if job.seconds_to_first is not None]
         self._first_tokens += len(waited)
         self._seconds_to_first += sum(waited)

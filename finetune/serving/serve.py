@@ -90,7 +90,7 @@ def endpoint(
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access
-    from finetune.serving.request import RequestRules
+    from finetune.serving.requests.rules import RequestRules
 
     contexts = [n for n in (options.context, context_length(opened.model)) if n is not None]
     context = min(contexts, default=None)
@@ -100,7 +100,7 @@ def endpoint(
     engine = Engine(opened.model, opened.template, batch_size=options.batch_size)
     limits = Limits(options.max_requests, options.max_request_mb << 20)
     hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
-    return make_app(engine, rules, limits, Access(hosts, key)), engine
+    return make_app(engine, {name: rules}, limits, Access(hosts, key)), engine
 
 
 def _check_installed() -> None:

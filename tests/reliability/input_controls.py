@@ -168,7 +168,8 @@ def history(text: str, folder: Path) -> None:
 
 def endpoint(text: str, folder: Path) -> None:
     """Sent to the served model in every field of a request that reaches the prompt."""
-    from finetune.serving.request import RequestRules, read_request
+    from finetune.serving.requests.chat import AskedChat
+    from finetune.serving.requests.rules import RequestRules
 
     rules = RequestRules("m", _template(), None, 8)
 
@@ -183,7 +184,7 @@ def endpoint(text: str, folder: Path) -> None:
             {"role": "tool", "tool_call_id": said, "content": said, "name": f"f{said}"},
         ]  # fmt: skip
         body = {"model": "m", "messages": messages, "tools": [_tool(said)], "stop": said, "user": said}  # fmt: skip
-        return read_request(json.dumps(body).encode(), rules, folder).prompt
+        return AskedChat(json.dumps(body).encode(), {"m": rules}).replies()[0].prompt
 
     _compare(ids_of, text)
 
@@ -196,7 +197,7 @@ def cases() -> Iterator[Case]:
     _template()
     import finetune.chat.terminal
     import finetune.data.reading.sources
-    import finetune.serving.request  # noqa: F401
+    import finetune.serving.requests.chat  # noqa: F401
 
     for route, check in ROUTES.items():
         for text in CONTROL_STRINGS:

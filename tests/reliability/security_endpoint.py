@@ -40,13 +40,13 @@ def _client(key: str | None = None, **limits: int) -> Any:
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access
-    from finetune.serving.request import RequestRules
+    from finetune.serving.requests.rules import RequestRules
 
     engine = Engine(_Model(), _template(), batch_size=1)
     rules = RequestRules("m", _template(), 512, 8)
     bounds = Limits(limits.get("requests", 4), limits.get("body_bytes", 1 << 20))
     access = Access({"localhost"}, key.encode() if key else None)
-    app = make_app(engine, rules, bounds, access)
+    app = make_app(engine, {"m": rules}, bounds, access)
     return TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
 
 

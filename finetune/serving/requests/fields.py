@@ -8,7 +8,7 @@ about the reply (`user`, `metadata` ...) are accepted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -34,9 +34,21 @@ def _stops(value: Any) -> Any:
     return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
 
 
+def _prompts(value: Any) -> Any:
+    """A list of prompts; one text or one list of ids is one prompt."""
+    is_one = isinstance(value, str) or (
+        isinstance(value, list) and value and isinstance(value[0], int)
+    )
+    return [value] if is_one else value
+
+
 Tokens = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Stops = Annotated[list[Stop], Field(max_length=4), BeforeValidator(_stops)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[
+    list[str] | list[Ids], Field(min_length=1, max_length=64), BeforeValidator(_prompts)
+]
 MAX_TOOLS = 128
 
 UNCHANGED: dict[str, tuple[Any, ...]] = {
@@ -48,6 +60,7 @@ UNCHANGED: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (False,),
     "skip_special_tokens": (True,),
     "echo": (False,),
+    "suffix": ("",),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "min_tokens": (0,),
@@ -113,22 +126,13 @@ class NamedTool(_Fields):
     function: NamedFunction
 
 
-class ChatRequest(_Fields):
-    """The fields of `/v1/chat/completions`."""
+class Sampling(_Fields):
+    """The fields of every request for a reply."""
 
     model: str
-    messages: list[Any]
-    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool = True
-    response_format: ResponseFormat | None = None
     n: Annotated[int, Field(ge=1, le=8), BeforeValidator(_whole)] = 1
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] = 0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0), BeforeValidator(_top_k)] = 0
@@ -149,11 +153,36 @@ class ChatRequest(_Fields):
     prompt_cache_retention: Any = None
 
 
-def parse(body: bytes) -> ChatRequest:
+class ChatRequest(Sampling):
+    """The fields of `/v1/chat/completions`."""
+
+    messages: list[Any]
+    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] = 0
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+
+
+class CompletionRequest(Sampling):
+    """The fields of `/v1/completions`."""
+
+    prompt: Prompts
+    max_tokens: Tokens = 16
+    logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] | None = None
+
+
+AnyRequest = TypeVar("AnyRequest", bound=Sampling)
+
+
+def parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
     """The fields of a body; ApiError with the reason when there are other ones."""
     value = read_json(body)
     try:
-        return ChatRequest.model_validate(_said(value))
+        return kind.model_validate(_said(value))
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         fields = [_named(one["loc"]) for one in found]

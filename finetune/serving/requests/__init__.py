@@ -1,0 +1,1 @@
+"""Bodies of requests -> prompts with what is wanted of their replies."""

@@ -1,0 +1,126 @@
+"""What is asked of a model: its limits, and one reply with its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from finetune.generation.decoder import Constraint, Decoding
+from finetune.serving.errors import ApiError, bad_request
+from finetune.serving.requests.fields import Sampling
+
+if TYPE_CHECKING:
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.generation.structured import Structures
+
+
+@dataclass(frozen=True)
+class RequestRules:
+    """What a request is measured against."""
+
+    name: str
+    """The model's id."""
+    template: ChatTemplate
+    context: int | None
+    """Prompt and reply have at most this many tokens together."""
+    max_new_tokens: int
+    """Longest reply of a request that names no length."""
+    history: Literal["lenient", "strict"] = "lenient"
+    """Whether dialogues are taken that training data could not hold."""
+
+    @cached_property
+    def structures(self) -> Structures:
+        """What compiles structured output; ConfigError when its library is missing."""
+        from finetune.generation.structured import Structures
+
+        return Structures(self.template)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyRequest:
+    """One reply that is asked for."""
+
+    prompt: list[int]
+    decoding: Decoding
+    tools: tuple[Mapping[str, Any], ...]
+    stops: tuple[str, ...]
+    model: str
+    """The id of the model that writes it."""
+    many_calls: bool
+    """The reply may hold more than one call."""
+    stream: bool
+    include_usage: bool
+    is_text: bool = False
+    """The reply is text as it comes, without the layout of a dialogue."""
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens are told beside each token; None: no probabilities at all."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and the longest reply."""
+        return len(self.prompt) + self.decoding.max_new_tokens
+
+
+class Asked(Protocol):
+    """A request whose fields are read and whose work is not yet begun."""
+
+    rules: RequestRules
+    shows_image: bool
+    """There are images to be read, one request at a time."""
+
+    def keep_images(self, folder: Path) -> None:
+        """Writes its images into `folder`; ApiError for paths, addresses and what is no image."""
+
+    def replies(self) -> list[ReplyRequest]:
+        """What is asked for, with seeds that follow each other; ApiError when it cannot be answered."""
+
+
+def decoding(fields: Sampling, prompt: int, rules: RequestRules, *, wanted: int | None) -> Decoding:
+    """How a reply to `prompt` tokens is chosen; a length that does not fit is lowered.
+
+    Args:
+        fields: what the client said.
+        prompt: tokens of it.
+        rules: the model's limits.
+        wanted: the longest reply that was asked for; None: as long as the server's rule says.
+    """
+    length = rules.max_new_tokens if wanted is None else wanted
+    if rules.context is not None:
+        room = rules.context - prompt
+        if room < 1:
+            raise bad_request(
+                f"{prompt} tokens of the prompt leave no room for a reply among the "
+                f"{rules.context} that fit; shorten the messages",
+                "messages",
+                "context_length_exceeded",
+            )
+        length = min(length, room)
+    return Decoding(
+        length,
+        fields.temperature,
+        fields.top_p,
+        fields.seed,
+        top_k=fields.top_k,
+        min_p=fields.min_p,
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        repetition_penalty=fields.repetition_penalty,
+    )
+
+
+def rules_of(model: str, models: Mapping[str, RequestRules]) -> RequestRules:
+    """The rules of a model by its id; ApiError for one that is not served."""
+    if model in models:
+        return models[model]
+    served = " and ".join(repr(name) for name in models)
+    verb = "is" if len(models) == 1 else "are"
+    raise ApiError(
+        404,
+        f"the model {model!r} is not served here, {served} {verb}",
+        param="model",
+        code="model_not_found",
+    )
