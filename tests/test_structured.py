@@ -129,6 +129,41 @@ def test_openais_parser_reads_the_reply(server: serving.Served) -> None:
     assert isinstance(parsed.choices[0].message.parsed, Answer)
 
 
+NAMED = {"properties": {"a": {"type": "boolean"}}}
+AB = {"properties": {"b": {"type": "null"}}}
+OTHERS = '{"z": 1}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "others"),
+    [
+        ({"type": "object"}, True),
+        ({"type": "object", **NAMED}, False),
+        ({"type": "object", **NAMED, "additionalProperties": True}, True),
+        ({"type": "object", **NAMED, "patternProperties": {"^z$": {}}}, True),
+        ({"anyOf": [{"type": "object", **NAMED}, {"type": "null"}]}, False),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "object", **NAMED}}}, False),
+        ({"type": "object", "allOf": [NAMED, AB]}, True),
+        ({"type": "object", **NAMED, "anyOf": [AB, {"required": ["z"]}]}, True),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_an_object_with_named_properties_has_no_others_unless_the_schema_speaks_of_others(
+    opened: OpenedModel, schema: Any, others: bool
+) -> None:
+    jsonschema.validate(json.loads(OTHERS), schema)
+    plain = opened.template.tokenizer.plain
+
+    def taken(reply: str) -> bool:
+        matcher = Structures(opened.template).constraint(Structure(schema))._matcher
+        ids = plain.encode(f"\n{reply}", add_special_tokens=False).ids
+        return all(matcher.consume_token(i) for i in ids) and matcher.is_accepting()
+
+    assert taken(OTHERS) == others
+    if "anyOf" not in schema:
+        assert taken('{"a": true}')
+
+
 NO_SCHEMAS: list[tuple[Any, str]] = [
     ({"type": "frobnicate"}, "Invalid type"),
     ({"type": "object", "properties": []}, "must be an object"),

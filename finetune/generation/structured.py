@@ -241,4 +241,52 @@ def _call_rule(tool: Mapping[str, Any], strict: bool) -> str:
 
 def _json_rule(schema: Mapping[str, Any], strict: bool) -> str:
     options = {**_SPELLING, "lenient": not strict}
-    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+    return "%json " + json.dumps({**closed(schema), "x-guidance": options}, ensure_ascii=False)
+
+
+_COMBINING = frozenset(
+    [
+        "$ref",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "not",
+        "if",
+        "dependentSchemas",
+        "patternProperties",
+        "propertyNames",
+        "additionalProperties",
+        "unevaluatedProperties",
+    ]
+)
+"""Beside one of these, what an object may hold is said in more than one place."""
+
+
+def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema under which objects with named properties hold no others, unless it speaks of others.
+
+    JSON schema allows any others, which a client hardly means when it names the ones that it reads.
+    """
+    text = json.dumps(schema)
+    if '"allOf"' in text or '"unevaluatedProperties"' in text:
+        return schema
+    made: Mapping[str, Any] = _closed(schema)
+    return made
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(made.get(key), Mapping):
+            made[key] = {name: _closed(value) for name, value in made[key].items()}
+    if "properties" not in made:
+        for key in ("anyOf", "oneOf", "prefixItems"):
+            if isinstance(made.get(key), list):
+                made[key] = [_closed(value) for value in made[key]]
+    if "items" in made:
+        made["items"] = _closed(made["items"])
+    if made.get("properties") and not _COMBINING & made.keys():
+        made["additionalProperties"] = False
+    return made

@@ -56,7 +56,9 @@ class Access:
         given = given.strip() if scheme.lower() == "bearer" else ""
         # A header arrives as bytes, which Starlette shows as latin-1.
         if self.key is not None and not hmac.compare_digest(given.encode("latin-1"), self.key):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+            # litellm tells it from other errors by OpenAI's first words.
+            message = "Incorrect API key provided: it is missing or wrong"
+            raise ApiError(401, message, code="invalid_api_key")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != "application/json":
             # A web page can send other kinds from anywhere without asking; this one not.

@@ -1,0 +1,142 @@
+"""openai: sync, async, streaming, tools, structured output, texts, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import openai
+import pytest
+from asked import KEY, MODEL, QUESTION, Owner, Pet
+
+ASK: Any = [{"role": "user", "content": QUESTION}]
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+CLOCK: Any = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def client(url: str, **more: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, **{"api_key": KEY, "max_retries": 0} | more)
+
+
+def test_a_reply_whole_streamed_and_asynchronous(random: str) -> None:
+    asked: Any = {"model": MODEL, "messages": ASK, "max_tokens": 8}
+    whole = client(random).chat.completions.create(**asked).choices[0].message.content
+    assert whole
+    chunks = list(client(random).chat.completions.create(**asked, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole
+
+    async def ask() -> Any:
+        async with openai.AsyncOpenAI(base_url=random, api_key=KEY, max_retries=0) as other:
+            replies = [other.chat.completions.create(**asked) for _ in range(3)]
+            return [one.choices[0].message.content for one in await asyncio.gather(*replies)]
+
+    assert asyncio.run(ask()) == [whole] * 3
+
+
+def test_models_and_texts(random: str) -> None:
+    assert [model.id for model in client(random).models.list()] == [MODEL]
+    assert client(random).models.retrieve(MODEL).id == MODEL
+    made = client(random).completions.create(model=MODEL, prompt=["a", "b"], max_tokens=4)
+    assert len(made.choices) == 2
+    parts = client(random).completions.create(model=MODEL, prompt="a", max_tokens=4, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == made.choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_its_result_and_the_answer(obedient: str, stream: bool) -> None:
+    asked: Any = {"model": MODEL, "tools": [WEATHER]}
+    if stream:
+        with client(obedient).chat.completions.stream(**asked, messages=ASK) as events:
+            message = events.get_final_completion().choices[0].message
+    else:
+        message = client(obedient).chat.completions.create(**asked, messages=ASK).choices[0].message
+    [call] = message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "上海"}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "error: no such city"}
+    messages = [*ASK, message, result]
+    said = client(obedient).chat.completions.create(**asked, messages=messages)
+    assert said.choices[0].message.content == "I was told: error: no such city"
+    again = [*messages, said.choices[0].message, {"role": "user", "content": "and now?"}]
+    assert client(obedient).chat.completions.create(**asked, messages=again).choices
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "clock"}}]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_must_come_comes(random: str, choice: Any, stream: bool) -> None:
+    asked: Any = {"model": MODEL, "messages": ASK, "tools": [WEATHER, CLOCK], "tool_choice": choice}
+    if stream:
+        with client(random).chat.completions.stream(**asked) as events:
+            made = events.get_final_completion()
+    else:
+        made = client(random).chat.completions.create(**asked, parallel_tool_calls=False)
+    call = made.choices[0].message.tool_calls[0]
+    assert call.function.name in ("get_weather", "clock")
+    assert isinstance(json.loads(call.function.arguments), dict)
+    assert choice == "required" or call.function.name == "clock"
+
+
+@pytest.mark.parametrize("kind", [Pet, Owner])
+def test_parse_gives_the_class(random: str, kind: Any) -> None:
+    chats = client(random).chat.completions
+    made = chats.parse(model=MODEL, messages=ASK, response_format=kind)
+    assert isinstance(made.choices[0].message.parsed, kind)
+    with chats.stream(model=MODEL, messages=ASK, response_format=kind) as events:
+        assert isinstance(events.get_final_completion().choices[0].message.parsed, kind)
+    tool = openai.pydantic_function_tool(kind)
+    made = chats.parse(model=MODEL, messages=ASK, tools=[tool], tool_choice="required")
+    call = made.choices[0].message.tool_calls[0]
+    assert isinstance(call.function.parsed_arguments, kind)
+
+
+def test_an_object_of_any_kind(random: str) -> None:
+    made = client(random).chat.completions.create(
+        model=MODEL, messages=ASK, response_format={"type": "json_object"}
+    )
+    assert isinstance(json.loads(made.choices[0].message.content), dict)
+
+
+def test_errors_are_the_librarys_own(random: str) -> None:
+    ask = client(random).chat.completions.create
+    with pytest.raises(openai.NotFoundError, match="'gpt-4o' is not served here"):
+        ask(model="gpt-4o", messages=ASK)
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(model=MODEL, messages=ASK, temperature=9)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.AuthenticationError):
+        client(random, api_key="another").chat.completions.create(model=MODEL, messages=ASK)
+    with pytest.raises(openai.NotFoundError):
+        client(random).embeddings.create(model=MODEL, input="a")
+
+
+def test_what_an_agent_sends_back_when_things_went_wrong(random: str) -> None:
+    broken = {"id": "a", "type": "function", "function": {"name": "clock", "arguments": '{"x'}}
+    history: list[Any] = [
+        {"role": "developer", "content": "be brief"},
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [broken]},
+        {"role": "tool", "tool_call_id": "a", "content": "invalid JSON"},
+        {"role": "user", "content": "try again"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": [{"type": "text", "text": "and again"}]},
+    ]
+    made = client(random).chat.completions.create(
+        model=MODEL, messages=history, tools=[CLOCK], tool_choice="required"
+    )
+    assert made.choices[0].message.tool_calls
