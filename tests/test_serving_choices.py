@@ -141,3 +141,23 @@ def test_tokens_are_those_of_the_prompt(server: serving.Served, opened: OpenedMo
     assert tokens(prompt="a <|user|> b")["tokens"] == plain
     assert "should be a text" in tokens(prompt=5)["error"]["message"]
     assert "'gpt' is not served here" in tokens(model="gpt", messages=HELLO)["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_field_that_nobody_knows_is_named_in_a_header_or_refused(
+    server: serving.Served, opened: OpenedModel, stream: bool
+) -> None:
+    odd = {"colour": "red", "a\r\nSet-Cookie: x": 1, "你好": [], "nothing": None}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 2, "stream": stream} | odd
+
+    def post(url: str) -> httpx.Response:
+        return httpx.post(f"{url}/v1/chat/completions", json=body)
+
+    answer = post(server.url)
+    assert answer.status_code == 200
+    assert answer.headers["X-Ignored-Fields"] == "colour, a\\r\\nSet-Cookie: x, \\u4f60\\u597d"
+    assert "Set-Cookie" not in answer.headers
+    with serving.served(opened, strict=True) as strict:
+        refused = post(strict.url)
+    assert refused.status_code == 400
+    assert "colour: is not supported here" in refused.json()["error"]["message"]

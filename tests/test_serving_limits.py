@@ -70,7 +70,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"extra_body": {"top_k": -2}}, "top_k", "greater than or equal to 0"),
     ({"extra_body": {"best_of": 2}}, "best_of", "not supported here, except 1"),
     ({"extra_body": {"ignore_eos": 0}}, "ignore_eos", "not supported here, except False"),
-    ({"extra_body": {"colour": "red"}}, "colour", "not supported here"),
+    ({"extra_body": {"prompt": "red"}}, "prompt", "not supported here"),
     ({"messages": []}, "messages", "nothing to answer"),
     ({"messages": [{"role": "system", "content": "x"}]}, "messages", "nothing to answer"),
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages", "'robot' is not one of"),

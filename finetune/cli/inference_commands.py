@@ -135,8 +135,11 @@ def serve(
         Literal["lenient", "strict"],
         typer.Option(help="strict refuses dialogues that training data could not hold."),
     ] = "lenient",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse fields that nobody knows.")
+    ] = False,
 ) -> None:
-    """Answer OpenAI's chat completions over HTTP."""
+    """Answer OpenAI's completions over HTTP."""
     folder = model_in(target)
     from finetune.serving.serve import ServeOptions
     from finetune.serving.serve import serve as run
@@ -153,5 +156,6 @@ def serve(
         max_requests=max_requests,
         max_request_mb=max_request_mb,
         history=history,
+        strict=strict,
     )
     run(folder, shown_as=target, base=base, options=options)

@@ -31,6 +31,8 @@ from finetune.serving.requests.chat import AskedChat, read_tokens
 from finetune.serving.requests.completion import AskedCompletion
 from finetune.serving.requests.rules import Asked, RequestRules, rules_of
 
+IGNORED = "X-Ignored-Fields"
+"""The header that names what was left out of a request."""
 BODY_SECONDS = 30.0
 """A body must have come by then."""
 
@@ -167,6 +169,10 @@ class Completions:
             try:
                 answer = self._kind.answer(asked.rules.name, asked.rules.template)
                 response = await _response(answer, jobs)
+                if asked.unknown:
+                    response.headers[IGNORED] = ", ".join(
+                        ascii(n)[1:-1][:40] for n in asked.unknown[:20]
+                    )
                 await response(scope, receive, send)
             finally:
                 watching.cancel()

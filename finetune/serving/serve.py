@@ -50,6 +50,8 @@ class ServeOptions:
     max_request_mb: int = 16
     history: Literal["lenient", "strict"] = "lenient"
     """`strict` refuses dialogues that training data could not hold."""
+    strict: bool = False
+    """Fields that nobody knows are refused, not left out."""
 
 
 def serve(
@@ -94,7 +96,14 @@ def endpoint(
 
     contexts = [n for n in (options.context, context_length(opened.model)) if n is not None]
     context = min(contexts, default=None)
-    rules = RequestRules(name, opened.template, context, options.max_new_tokens, options.history)
+    rules = RequestRules(
+        name,
+        opened.template,
+        context,
+        options.max_new_tokens,
+        options.history,
+        strict_fields=options.strict,
+    )
     if importlib.util.find_spec("llguidance") is not None:
         _ = rules.structures  # two seconds for GLM-4's vocabulary, which no request shall wait for
     engine = Engine(opened.model, opened.template, batch_size=options.batch_size)

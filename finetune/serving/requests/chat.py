@@ -30,8 +30,9 @@ class AskedChat:
     """A request of `/v1/chat/completions`; ApiError for those of too much work, which is not begun."""
 
     def __init__(self, body: bytes, models: Mapping[str, RequestRules]) -> None:
-        self._request = parse(body, ChatRequest)
+        self._request, self.unknown = parse(body, ChatRequest)
         self.rules = rules_of(self._request.model, models)
+        self.rules.check_unknown(self.unknown)
         messages = self._request.messages
         check_sources(messages)
         sizes = history.sizes(messages)

@@ -22,8 +22,9 @@ class AskedCompletion:
     shows_image = False
 
     def __init__(self, body: bytes, models: Mapping[str, RequestRules]) -> None:
-        self._request = parse(body, CompletionRequest)
+        self._request, self.unknown = parse(body, CompletionRequest)
         self.rules = rules_of(self._request.model, models)
+        self.rules.check_unknown(self.unknown)
         if len(self._request.prompt) * self._request.n > MAX_REPLIES:
             raise bad_request(f"more than {MAX_REPLIES} replies are asked for", "prompt")
 

@@ -1,8 +1,8 @@
 """The fields of a request, as OpenAI's clients send them.
 
-None is as good as absent in every field, also in one that is not known. A field that cannot be done is
-refused by name, never left out in silence, unless its value changes nothing; fields that say nothing
-about the reply (`user`, `metadata` ...) are accepted.
+None is as good as absent in every field. A field that is known and cannot be done is refused by name,
+unless its value changes nothing; one that nobody knows is left out and named in the answer's header.
+Fields that say nothing about the reply (`user`, `metadata` ...) are accepted.
 """
 
 from __future__ import annotations
@@ -175,14 +175,20 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] | None = None
 
 
+KNOWN_ELSEWHERE = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+"""Such as `messages` beside a `prompt`: a mistake, which is refused."""
 AnyRequest = TypeVar("AnyRequest", bound=Sampling)
 
 
-def parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    """The fields of a body; ApiError with the reason when there are other ones."""
-    value = read_json(body)
+def parse(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, list[str]]:
+    """The fields of a body and the names of unknown ones; ApiError for what cannot be done."""
+    said, unknown = _said(read_json(body)), list[str]()
+    if isinstance(said, dict):
+        known = KNOWN_ELSEWHERE | UNCHANGED.keys() | kind.model_fields.keys()
+        unknown = [key for key in said if key not in known]
+        said = {key: item for key, item in said.items() if key in known}
     try:
-        return kind.model_validate(_said(value))
+        return kind.model_validate(said), unknown
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         fields = [_named(one["loc"]) for one in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,15 @@ class RequestRules:
     """Longest reply of a request that names no length."""
     history: Literal["lenient", "strict"] = "lenient"
     """Whether dialogues are taken that training data could not hold."""
+
+    strict_fields: bool = False
+    """Whether fields that nobody knows are refused."""
+
+    def check_unknown(self, names: Sequence[str]) -> None:
+        """Raises ApiError for the names of unknown fields where they are refused."""
+        if names and self.strict_fields:
+            reasons = [f"{name[:60]}: is not supported here" for name in names[:5]]
+            raise bad_request("; ".join(reasons), names[0][:60])
 
     @cached_property
     def structures(self) -> Structures:
@@ -68,9 +77,17 @@ class ReplyRequest:
 class Asked(Protocol):
     """A request whose fields are read and whose work is not yet begun."""
 
-    rules: RequestRules
-    shows_image: bool
-    """There are images to be read, one request at a time."""
+    @property
+    def rules(self) -> RequestRules:
+        """The model that is asked, and its limits."""
+
+    @property
+    def unknown(self) -> Sequence[str]:
+        """Names of fields that are left out, as nobody knows them."""
+
+    @property
+    def shows_image(self) -> bool:
+        """There are images to be read, one request at a time."""
 
     def keep_images(self, folder: Path) -> None:
         """Writes its images into `folder`; ApiError for paths, addresses and what is no image."""
