@@ -7,7 +7,7 @@ environment variables are never expanded, so that a saved configuration holds no
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,8 +35,8 @@ from finetune.config.yaml_text import (
 from finetune.errors import ConfigError
 
 __all__ = [
-    "Loaded", "config_tree", "dump_config", "json_schema", "load", "load_config", "reference_page",
-    "settled",
+    "Loaded", "config_tree", "dump_config", "json_schema", "load", "load_config", "load_mapping",
+    "reference_page", "settled",
 ]  # fmt: skip
 
 COMMAND_LINE = "command line"
@@ -65,7 +65,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     path = Path(path)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
         raise ConfigError(_not_there(path))
-    document = parse_file(path)
+    return _loaded(parse_file(path), overrides)
+
+
+def load_mapping(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Loaded:
+    """`load` of sections that are a mapping already, as a file of them would be read."""
+    text = yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return _loaded(parse(text, "config"), overrides)
+
+
+def _loaded(document: Document, overrides: Sequence[str]) -> Loaded:
     if not document.whole:
         raise _error(document.problems)
     notes = _apply(document, overrides)

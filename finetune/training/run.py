@@ -6,6 +6,7 @@ What a user can get wrong in config and data is found in `train`, before torch i
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from finetune.training import resume, session
 from finetune.training.run_data import RunData, load_run_data
 
 
-def train(config: RunConfig, *, trust_checkpoint: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig, *, trust_checkpoint: bool = False, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
     """Run what `config` says; a run that was interrupted goes on where it stopped.
 
     Returns:
@@ -34,7 +37,7 @@ def train(config: RunConfig, *, trust_checkpoint: bool = False) -> dict[str, Any
         config = config.model_copy(update={"model": session.pinned(config.model)})
         data = load_run_data(config.data, config.training, config.model)
         with memory_of(config, data).explained():
-            return _train(config, data, run_dir)
+            return _train(config, data, run_dir, callbacks)
 
 
 def dry_run(config: RunConfig, *, trust_checkpoint: bool = False) -> dict[str, Any]:
@@ -71,11 +74,13 @@ def memory_of(config: RunConfig, data: RunData) -> RunMemory:
     )
 
 
-def _train(config: RunConfig, data: RunData, run_dir: Path) -> dict[str, Any]:
+def _train(
+    config: RunConfig, data: RunData, run_dir: Path, callbacks: Sequence[Any]
+) -> dict[str, Any]:
     """The program, with torch and the other processes: model, checkpoint, validation, loop."""
     from finetune.training import batches, checkpointing, trainer, validation
     from finetune.training.adapter_start import start_from_adapter
-    from finetune.training.callbacks import progress
+    from finetune.training.callbacks import progress, schedule
     from finetune.training.prepare_model import prepare_model
 
     begun = time.monotonic()
@@ -104,6 +109,8 @@ def _train(config: RunConfig, data: RunData, run_dir: Path) -> dict[str, Any]:
                 progress=bar,
                 compares_anew=start.compares_anew,
             )  # fmt: skip
+            for callback in (*callbacks, schedule.StoppedIsSaved()):
+                fine_tuner.add_callback(callback)
             fine_tuner.run(start.folder, start.step)
         return progress.summary(fine_tuner, run_dir, start.folder) | {
             "seconds": round(time.monotonic() - begun, 3)

@@ -106,7 +106,7 @@ def show(
         conversation = _at_index(stream, path, index or 0)
     else:
         conversation = _at_line(stream, path, line)
-    return _shown(conversation, template, list(stream.formats.values())[-1])
+    return shown(conversation, template, list(stream.formats.values())[-1])
 
 
 def tokens(
@@ -174,7 +174,8 @@ def _at_line(stream: ConversationStream, path: str, line: int) -> Conversation:
     raise DataError(f"{path} has no row that begins on line {line}")
 
 
-def _shown(conversation: Conversation, template: ChatTemplate, layout: str) -> ShowResult:
+def shown(conversation: Conversation, template: ChatTemplate, layout: str) -> ShowResult:
+    """The dialogue's tokens under a template; DataError when no reply carries loss."""
     examples = template.examples([conversation], "every_reply")[0]
     if not examples:
         raise DataError(f"{conversation.where}: no reply carries loss, so there is nothing to show")

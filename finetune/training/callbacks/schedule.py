@@ -110,6 +110,15 @@ class Schedule(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+class StoppedIsSaved(TrainerCallback):
+    """Stands behind a user's callbacks: a run that they end is saved first."""
+
+    def _save(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        control.should_save |= control.should_training_stop
+
+    on_step_end = on_log = on_evaluate = _save
+
+
 class RunComplete(BaseException):
     """No step is left to do; leaves the Trainer's loop before the first one."""
 
