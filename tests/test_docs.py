@@ -61,7 +61,9 @@ def calls(page: Path) -> list[tuple[str, set[str]]]:
     found = []
     for code in code_of(page):
         for part in re.split(r"\s(?:&&|\|)\s", code):
-            match = re.search(r"(?:^|(?<!from)[\s/])finetune(?:\.py)? ((?:data )?[a-z]+)(?= |$)(.*)", part)
+            match = re.search(
+                r"(?:^|(?<!from)[\s/])finetune(?:\.py)? ((?:data )?[a-z]+)(?= |$)(.*)", part
+            )
             if match:
                 words = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", match[2]))
                 found.append((match[1], words))
