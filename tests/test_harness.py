@@ -11,8 +11,10 @@ import pytest
 from rows import turns, write_rows
 
 from finetune.errors import ConfigError
-from finetune.evaluation import harness
 from finetune.evaluation.evaluate import Options, evaluate
+from finetune.evaluation.schema import read_evaluation
+from finetune.evaluation.tasks import harness, plan
+from finetune.evaluation.tasks.plan import Task
 
 
 def test_without_the_harness_the_extra_is_named_before_a_model_is_opened(
@@ -36,16 +38,63 @@ def test_tasks_are_asked_in_one_process_and_their_files_are_there(
         harness.check_harness(("ceval",))
 
 
-def test_scores_of_tasks_are_read_with_their_errors() -> None:
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+needs_harness = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed")
+
+
+def test_words_of_tasks_mean_tasks_presets_texts_and_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    asked = plan.read_tasks(["mmlu,gsm8k", "text:mmlu", "calls:some,where", "mmlu"])
+    assert asked == [
+        Task("mmlu", "chat"),
+        Task("gsm8k", "chat"),
+        Task("mmlu", "text"),
+        Task("some,where", "calls"),
+    ]
+    base = plan.read_tasks(["glm4-base"])
+    assert {task.kind for task in base} == {"text"}
+    assert "gsm8k" in {task.name for task in base}
+    assert plan.left_out(["glm4-base"]) == ["humaneval"]  # it runs what the model writes
+    figures = {one.score: one.value for one in plan.published(["glm4-chat,multilingual"])}
+    assert figures["mmlu/acc"] == 72.4
+    assert figures["xcopa/acc"] == 80.1
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert plan.left_out(["glm4-chat"]) == []
+
+
+@needs_harness
+def test_the_harness_has_every_task_of_the_presets() -> None:
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    assert [task.name for task in plan.read_tasks([*plan.PRESETS]) if task.name not in known] == []
+
+
+def test_scores_of_tasks_are_means_over_questions_or_the_harness_own() -> None:
+    rows = [{"doc_id": n, "filter": "none", "acc": n % 2, "f1": (1, n)} for n in range(4)]
     found = {
-        "results": {"own": {"alias": "own", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,x": 0.2,
-                            "f1_stderr,x": "N/A"}},
+        "results": {
+            "own": {"alias": "own", "acc,none": 0.5, "f1,none": 0.2, "f1_stderr,none": 0.1},
+            "group": {"acc,none": 0.5},
+            "second": {"acc,none": 0.5},
+        },
+        "group_subtasks": {"group": ["own", "second"]},
+        "samples": {"own": rows, "second": rows},
         "n-samples": {"own": {"original": 9, "effective": 4}},
     }  # fmt: skip
-    assert harness._scores(found) == {
-        "own/acc": {"value": 0.5, "low": 0.5 - 0.196, "high": 0.5 + 0.196, "n": 4},
-        "own/f1": {"value": 0.2, "low": None, "high": None, "n": 4},
+    by_name = dict(harness._scores(found, "own", "chat template"))
+    assert by_name["own/acc"].values == (0.0, 100.0, 0.0, 100.0)
+    assert by_name["own/acc"].ids[1] == "own:1"
+    assert by_name["own/f1"].described("own/f1") == {
+        "value": 0.2,
+        "low": pytest.approx(0.2 - 0.196),
+        "high": pytest.approx(0.2 + 0.196),
+        "n": 4,
     }
+    [(name, score)] = harness._scores(found, "group", "plain text")
+    assert (name, len(score.ids)) == ("group/acc", 8)
 
 
 def task(folder: Path) -> Path:
@@ -65,7 +114,7 @@ def task(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+@needs_harness
 def test_a_task_of_ones_own_is_asked_and_kept(
     tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,15 +125,93 @@ def test_a_task_of_ones_own_is_asked_and_kept(
     score = report["targets"][0]["scores"]["even_or_odd/acc"]
     assert score["n"] == 6
     assert score["low"] < score["value"] < score["high"]
-    assert "harness" in report["signatures"]["even_or_odd/acc"]
+    assert "0-shot, chat template" in report["signatures"]["even_or_odd/acc"]
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr("finetune.evaluation.job.run_tasks", refuse)
+    monkeypatch.setattr(harness, "run_tasks", refuse)
     again = evaluate(str(tiny_glm), [str(data)], output=tmp_path / "b", changes=changes, options=options)  # fmt: skip
     assert again["targets"] == report["targets"]
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="no nonsense_task"):
         evaluate(str(tiny_glm), [str(data)], changes=changes, options=Options(tasks=("nonsense_task",)))  # fmt: skip
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text("utf-8"))["slices"] == {}
+
+
+@needs_harness
+def test_tasks_alone_need_no_data_and_models_are_compared_question_by_question(
+    tiny_glm: Path, tmp_path: Path
+) -> None:
+    file = task(tmp_path)
+    options = Options(tasks=(str(file), f"text:{file}"), tasks_data=str(tmp_path))
+    evaluate([str(tiny_glm)], output=tmp_path / "a", options=options)
+    found = read_evaluation(tmp_path / "a")
+    assert found.metrics == ["even_or_odd/acc"]
+    assert found.targets[0].scores["even_or_odd/acc"].n == 6
+    assert found.data == []
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_glm: Path) -> Any:
+    from finetune.generation.load import Models
+
+    return Models().open(str(tiny_glm))
+
+
+@needs_harness
+def test_continuations_have_the_probability_that_the_model_gives_them(
+    opened: Any,
+) -> None:
+    import torch
+    from lm_eval.api.instance import Instance
+
+    from finetune.evaluation.tasks.language_model import OpenLanguageModel
+
+    model, template = opened.model, opened.template
+    asked = OpenLanguageModel(model, template, batch_size=3)
+    shown = asked.apply_chat_template([{"role": "user", "content": "Which?"}])
+    pairs = [(shown, " A"), (shown, " B"), (shown, "a longer one"), ("Once upon ", "a time"), ("x", "y")]  # fmt: skip
+    instances = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    found = asked.loglikelihood(instances)
+
+    def alone(context: list[int], continuation: list[int]) -> float:
+        ids = torch.tensor([context + continuation])
+        with torch.no_grad():
+            logprobs = model(input_ids=ids).logits[0].float().log_softmax(-1)
+        places = range(len(context) - 1, ids.shape[1] - 1)
+        return sum(float(logprobs[at, token]) for at, token in zip(places, continuation, strict=True))  # fmt: skip
+
+    plain = template.tokenizer.plain
+    encode = lambda text: list(plain.encode(text, add_special_tokens=False).ids)  # noqa: E731
+    from finetune.data.dialogue.conversation import Conversation, Message
+
+    chat = list(template.prompt(Conversation((Message("user", "Which?"),)), 1))
+    prefix = chat[: chat.index(template.user_id)]
+    expected = [
+        *(alone(chat, encode(f"\n{text}")) for text in ("A", "B", "a longer one")),
+        alone(prefix + encode("Once upon"), encode("Once upon a time")[len(encode("Once upon")) :]),
+        alone(prefix + encode("x"), encode("xy")[len(encode("x")) :]),
+    ]
+    assert [value for value, _ in found] == pytest.approx(expected, abs=1e-3)
+
+
+@needs_harness
+def test_a_generated_answer_ends_where_the_task_says(opened: Any) -> None:
+    from lm_eval.api.instance import Instance
+
+    from finetune.evaluation.tasks.language_model import OpenLanguageModel
+
+    asked = OpenLanguageModel(opened.model, opened.template, batch_size=2)
+    shown = asked.apply_chat_template([{"role": "user", "content": "Tell"}])
+
+    def answers(until: list[str]) -> list[str]:
+        options = {"until": until, "max_gen_toks": 12}
+        requests = [Instance("generate_until", {}, (text, options), n) for n, text in enumerate((shown, "Once"))]  # fmt: skip
+        return asked.generate_until(requests)
+
+    whole = answers([])
+    assert all(whole)
+    ends = [text[len(text) // 2] for text in whole]
+    cut = answers(ends)
+    assert [min(text.find(end) for end in ends if end in text) for text in whole] == list(map(len, cut))  # fmt: skip

@@ -42,6 +42,18 @@ def test_a_comparison_with_the_base_goes_by_its_verdict(kind: str, verdict: str)
     assert met(f"{kind} than base on rouge-l", verdict) is (verdict in wanted)
 
 
+@pytest.mark.parametrize("verdict", ["no real difference", "worse"])
+def test_a_public_task_is_named_by_itself_where_it_has_one_score(verdict: str) -> None:
+    pair = compared("one", "base", -0.5, verdict, metric="mmlu/acc")
+    found = evaluation(pair, metric="mmlu/acc", base=70.5, one=70.0)
+    rules = read_requirements(["not worse than base on mmlu"])
+    if verdict == "worse":
+        with pytest.raises(RequirementError, match="worse than base in mmlu/acc"):
+            check_requirements(found, rules)
+    else:
+        assert check_requirements(found, rules)
+
+
 def test_a_rule_that_cannot_be_told_is_not_met_and_says_why() -> None:
     alone = evaluation(one=45.0)
     with pytest.raises(RequirementError, match="add --include-base"):

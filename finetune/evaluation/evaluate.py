@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ def evaluate(
         user_metric(name)
     # What can be wrong with the request is found before torch is imported.
     whole = [target for target in found if target.kind != "predictions"]
-    settings = _settings(whole, data, changes or {}) if whole else None
+    settings = _settings(whole, data, changes or {}, options) if whole else None
     added.check(options.by_models, default_root())
     jobs = [job.prepare(target, settings, options) for target in whole] if settings else []
     place = output or _beside(found[0], settings)
@@ -116,10 +116,19 @@ def evaluate(
     return folder.write(place, found, jobs, options)
 
 
-def _settings(targets: Sequence[Target], data: Sequence[str], changes: Mapping[str, Any]) -> Settings:  # fmt: skip
-    """Those of the run of the first checkpoint among the targets, for all of them."""
+def _settings(
+    targets: Sequence[Target], data: Sequence[str], changes: Mapping[str, Any], options: Options
+) -> Settings:
+    """Those of the run of the first checkpoint among the targets, for all of them.
+
+    Tasks alone ask no held-out data, unless it is named too.
+    """
     tuned = [target for target in targets if target.kind != "base"] or targets
-    return settings_of(tuned[0].path).with_changes(data, changes)
+    saved = settings_of(tuned[0].path)
+    found = saved.with_changes(data, changes, needs_data=not options.tasks)
+    if options.tasks and not data:
+        found = replace(found, data=found.data.model_copy(update={"validation": None}))
+    return found
 
 
 def _beside(target: Target, settings: Settings | None) -> Path:
@@ -128,5 +137,6 @@ def _beside(target: Target, settings: Settings | None) -> Path:
     if target.kind == "predictions":
         return path.absolute().parent / f"evaluation-{path.stem}"
     place = path.absolute() if path.is_dir() else Path(path.name).absolute()
-    data = Path(settings.sources[0].path).stem if settings else "data"
+    sources = settings.sources if settings else ()
+    data = Path(sources[0].path).stem if sources else "tasks" if settings else "data"
     return place.parent / f"evaluation-{place.name}-{data}"

@@ -14,7 +14,7 @@ import numpy as np
 from finetune import console
 from finetune.artifacts.names import EVALUATION
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation import harness, metrics, schema, scoring
+from finetune.evaluation import metrics, schema, scoring
 from finetune.evaluation.job import GENERATING, EvaluationJob, Options, request
 from finetune.evaluation.metrics import Source
 from finetune.evaluation.predictions import SLICES
@@ -22,6 +22,7 @@ from finetune.evaluation.schema import (
     Comparison,
     DataFile,
     Evaluation,
+    Published,
     Score,
     Slices,
     TargetScores,
@@ -33,6 +34,8 @@ from finetune.evaluation.scores.labels import LabelReader
 from finetune.evaluation.scoring import Scoring, versions
 from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compare
 from finetune.evaluation.targets import Target
+from finetune.evaluation.tasks import plan
+from finetune.evaluation.tasks.table import TaskTable
 from finetune.storage.cache import default_root, key_of
 from finetune.storage.files import file_digest, refuse_odd, write_file
 from finetune.storage.folders import refuse_others, result_files
@@ -62,7 +65,7 @@ class ScoredTarget:
                 values.append(row["slices"].get(name, ""))
         self.labels = labels.table()
         self.losses: dict[Source, LossTable] = {}
-        self.tasks: dict[str, Any] = {}
+        self.tasks = TaskTable()
         if job is not None:
             self._read_measures(job)
 
@@ -75,7 +78,7 @@ class ScoredTarget:
             if name in job.losses and (found := job.results.losses(name)) is not None:
                 self.losses[source] = LossTable(*found, source=source)
         if job.options.tasks:
-            self.tasks = job.results.note(job.tasks_name) or {}
+            self.tasks = TaskTable.of(job.results.note(job.tasks_name))
 
     @property
     def described(self) -> TargetScores:
@@ -84,7 +87,8 @@ class ScoredTarget:
         for losses in self.losses.values():
             scores |= losses.described()
         scores |= self.replies.described()
-        scores |= (self.labels.described() if self.labels else {}) | self.tasks
+        scores |= self.labels.described() if self.labels else {}
+        scores |= self.tasks.described()
         facts = (self.job.results.facts if self.job else None) or {}
         target = self.target
         return TargetScores(
@@ -224,6 +228,7 @@ def _evaluation(
         targets=[one.described for one in scored],
         slices=_slices(scored) if same else {},
         comparisons=_comparisons(scored) if same else [],
+        published=[Published(**asdict(one)) for one in plan.published(options.tasks)],
         labels={one.target.name: one.labels.report() for one in scored if one.labels},
     )
 
@@ -283,6 +288,7 @@ def _comparisons(scored: Sequence[ScoredTarget]) -> list[Comparison]:
         [(one.target.name, one.replies.measure()) for one in scored if len(one.replies)]
     ]
     kinds.append([(one.target.name, one.labels.measure()) for one in scored if one.labels])
+    kinds += _compared_tasks(scored)
     for source in LOSSES:
         losses = [(one.target.name, one.losses.get(source)) for one in scored]
         kinds.append([(name, table.measure()) for name, table in losses if table])
@@ -321,7 +327,16 @@ def _signatures(how: Scoring) -> dict[str, str]:
 
 
 def _of_tasks(scored: Sequence[ScoredTarget]) -> dict[str, str]:
-    return {name: harness.signature() for one in scored for name in one.tasks}
+    return {name: said for one in scored for name, said in one.tasks.signatures.items()}
+
+
+def _compared_tasks(scored: Sequence[ScoredTarget]) -> Iterator[list[tuple[str, Measure]]]:
+    """For every score of a task the measures of the targets that were asked the same questions."""
+    asked: dict[tuple[str, tuple[str, ...]], list[tuple[str, Measure]]] = {}
+    for one in scored:
+        for name, questions, measure in one.tasks.measures():
+            asked.setdefault((name, questions), []).append((one.target.name, measure))
+    yield from asked.values()
 
 
 def rows(file: Path) -> Iterator[dict[str, Any]]:

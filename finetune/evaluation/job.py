@@ -29,12 +29,13 @@ from finetune.data.reading.sources import SourceSpec, read_conversations
 from finetune.distributed import hardware
 from finetune.errors import NonFiniteError
 from finetune.evaluation import store
-from finetune.evaluation.harness import check_harness, run_tasks
 from finetune.evaluation.predictions import Prediction, predicted
 from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scoring import Scoring, versions
 from finetune.evaluation.store import Results
 from finetune.evaluation.targets import Target
+from finetune.evaluation.tasks import harness, plan
+from finetune.evaluation.tasks.table import TaskTable
 from finetune.generation.prompts import PromptCounts, PromptStream, ReplyPrompt, ReplyPrompts
 from finetune.generation.settings import Settings, settings_of
 from finetune.generation.structured import ANY_FORM, Form
@@ -67,7 +68,9 @@ class Options:
     general: tuple[str, ...] = ()
     """Files of a general set whose loss tells what was forgotten."""
     tasks: tuple[str, ...] = ()
-    """What lm-evaluation-harness asks."""
+    """Public tasks, as `finetune.evaluation.tasks.plan` spells them."""
+    tasks_data: str | None = None
+    """A folder with the data sets of tasks."""
     temperature: float = 0.0
     """0 always takes the likeliest token."""
     seed: int = 0
@@ -112,7 +115,9 @@ class EvaluationJob:
     @property
     def tasks_name(self) -> str:
         """The name under which the scores of tasks are kept."""
-        return f"tasks-{key_of({'tasks': self.options.tasks})[:16]}"
+        names = [asdict(task) for task in plan.read_tasks(self.options.tasks)]
+        asked = {"tasks": names, "most": self.settings.evaluation.max_samples, "format": 2}
+        return f"tasks-{key_of(asked)[:16]}"
 
     @property
     def is_done(self) -> bool:
@@ -130,11 +135,12 @@ def prepare(target: Target, settings: Settings, options: Options) -> EvaluationJ
     """
     from finetune.generation.load import open_template
 
-    check_harness(options.tasks)
+    harness.check_harness(options.tasks)
     template = open_template(target.path, base=target.base)
     options.form.check(template)
     root = Path(settings.data.cache_dir) if settings.data.cache_dir else None
-    losses = {"loss": _examples(settings.sources, template, settings)}
+    sources = settings.sources
+    losses = {"loss": _examples(sources, template, settings)} if sources else {}
     if options.general:
         general = sources_of(settings.data, options.general)
         losses[_general_name(options)] = _examples(general, template, settings)
@@ -197,7 +203,7 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
             opened = models.open(job.target.path, base=job.target.base, like=job.target.like)
             console.say(f"{job.target.name}: {job.target.path}")
             with job.results.locked() if leads else nullcontext():
-                _run_tasks(job, opened.model)
+                _ask_tasks(job, opened.model)
                 _measure_losses(job, opened.model, leads)
                 _generate_replies(job, opened.model, leads)
 
@@ -241,7 +247,7 @@ def _generate_replies(job: EvaluationJob, model: Any, leads: bool) -> None:
         constraint_at = options.form.constraint_at(job.template, tools)
         return Extras(sampling, results.log(begin + first), constraint_at)
 
-    if section.generate:
+    if section.generate and job.settings.sources:
         reading = job.settings.reading.for_checkpoint(thinks=job.template.layout.thinking)
         dialogues = read_conversations(job.settings.sources, reading)
         prompts = prompt_stream(dialogues, job.template, section, context_length(model))
@@ -259,12 +265,24 @@ def _generate_replies(job: EvaluationJob, model: Any, leads: bool) -> None:
         results.finish({"seconds": seconds, "dtype": str(model.dtype), "replies": number})
 
 
-def _run_tasks(job: EvaluationJob, model: Any) -> None:
-    tasks = job.options.tasks
-    if not tasks or job.results.note(job.tasks_name) is not None:
+def _ask_tasks(job: EvaluationJob, model: Any) -> None:
+    if not job.options.tasks or job.results.note(job.tasks_name) is not None:
         return
-    size = job.settings.evaluation.batch_size
-    job.results.write_note(job.tasks_name, run_tasks(model, job.base, tasks, batch_size=size))
+    from finetune.evaluation.tasks import calls
+
+    section, tasks = job.settings.evaluation, plan.read_tasks(job.options.tasks)
+    asking = harness.Asking(section.batch_size, section.max_samples, job.options.tasks_data)
+    scores = harness.run_tasks(model, job.template, tasks, asking)
+    for task in tasks:
+        if task.kind == "calls":
+            scores |= calls.ask(
+                model,
+                job.template,
+                Path(task.name),
+                batch_size=section.batch_size,
+                max_samples=section.max_samples,
+            )
+    job.results.write_note(job.tasks_name, TaskTable(scores).note)
 
 
 def _examples(

@@ -257,9 +257,17 @@ CHOOSING = [one.name for one in METRICS if one.source in ("replies", "loss")]
 """Those that `evaluation.best_metric` may name: what a run can compute of its own held-out data."""
 
 
+_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+
+
 def metric(name: str) -> Metric:
-    """The score of that name; one of a user's own or of a public task is better when higher."""
-    return _by_name().get(name) or Metric(name)
+    """The score of that name; one of a user's own or of a public task is better when higher.
+
+    But for a task's perplexities and the like, which its harness names alike everywhere.
+    """
+    known = _by_name().get(name)
+    is_lower = name.rpartition("/")[2].startswith(_LOWER)
+    return known or Metric(name, better="lower" if is_lower and "/" in name else "higher")
 
 
 @cache

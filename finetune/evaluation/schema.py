@@ -91,6 +91,14 @@ class DataFile(_Part):
     samples: Count = 0
 
 
+class Published(_Part):
+    """A figure that a model's makers published, beside which a score may stand."""
+
+    score: str
+    value: Number
+    model: str
+
+
 Slices = dict[str, dict[str, dict[str, dict[str, Score]]]]
 """Slice -> value -> target -> metric -> score."""
 
@@ -106,6 +114,8 @@ class Evaluation(_Part):
     targets: list[TargetScores]
     slices: Slices = {}
     comparisons: list[Comparison] = []
+    published: list[Published] = []
+    """Figures of the presets of `--tasks`."""
     labels: dict[str, LabelReport] = {}
     """By target, where the references are labels."""
 

@@ -35,11 +35,14 @@ class Settings:
     """Examples per forward pass for the loss."""
     seed: int = 0
 
-    def with_changes(self, data: Sequence[str], changes: Mapping[str, Any]) -> Settings:
+    def with_changes(
+        self, data: Sequence[str], changes: Mapping[str, Any], *, needs_data: bool = True
+    ) -> Settings:
         """The same with other held-out files, if any, and changed options of evaluation or rows.
 
         Raises:
-            ConfigError: an option cannot have that value, or there are no held-out files.
+            ConfigError: an option cannot have that value, or there are no held-out files although
+                there is nothing else to ask.
         """
         said = {name: value for name, value in changes.items() if value is not None}
         rows = {name: said.pop(name) for name in ROWS if name in said}
@@ -50,7 +53,7 @@ class Settings:
             raise ConfigError(f"evaluation options: {found}") from error
         section = with_rows(self.data, **rows)
         section = section.model_copy(update={"validation": list(data)} if data else {})
-        if not section.validation:
+        if needs_data and not section.validation:
             raise ConfigError("there is nothing to evaluate on; give held-out files with --data")
         return replace(self, data=section, evaluation=evaluation)
 

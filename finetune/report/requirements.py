@@ -4,6 +4,7 @@ rouge-l >= 45                      the best tuned model's score
 bleu-4 >= 40 surely                the lower end of its interval
 not worse than base on rouge-l     no real difference from the base, or better
 better than base on rouge-l        really better than the base
+not worse than base on mmlu        of a public task, where it has one score; else `gsm8k/exact_match:…`
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.errors import ConfigError, RequirementError
 from finetune.evaluation.metrics import metric
@@ -76,6 +77,7 @@ def check_requirements(evaluation: Evaluation, requirements: Sequence[Requiremen
 
 
 def _check(evaluation: Evaluation, one: Requirement) -> tuple[bool, str]:
+    one = replace(one, metric=_named(evaluation, one.metric))
     best = evaluation.best(one.metric)
     score = best.scores.get(one.metric, Score())
     if score.value is None:
@@ -92,6 +94,12 @@ def _check(evaluation: Evaluation, one: Requirement) -> tuple[bool, str]:
     if found is None:
         return False, f"{one.text}: {best.name} and {base.name} cannot be compared in it"
     return found.verdict in one.verdicts, f"{one.text}: {sentences.verdict(found)}"
+
+
+def _named(evaluation: Evaluation, name: str) -> str:
+    """The score that is meant: `mmlu` is `mmlu/acc` where that is the task's only score."""
+    of_task = [score for score in evaluation.metrics if score.startswith(f"{name}/")]
+    return of_task[0] if name not in evaluation.metrics and len(of_task) == 1 else name
 
 
 def _check_limit(one: Requirement, name: str, score: Score) -> tuple[bool, str]:

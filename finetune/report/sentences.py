@@ -110,7 +110,40 @@ def conclusion(evaluation: Evaluation, name: str) -> list[str]:
         worse := [other for other, said in verdicts_of.items() if said == "better"]
     ):
         lines.append(f"It is really better than {listed(worse)}.")
-    return [*lines, *weakness(evaluation, name)]
+    return [*lines, *forgotten(evaluation, name), *weakness(evaluation, name)]
+
+
+def forgotten(evaluation: Evaluation, name: str) -> list[str]:
+    """Whether the best target lost something of the base's on public tasks and general data."""
+    best, base = evaluation.best(name), evaluation.base
+    if base is None or best is base:
+        return []
+    asked = [one for one in evaluation.metrics if "/" in one or one == "general_loss"]
+    found = [evaluation.comparison(best.name, base.name, one) for one in asked]
+    told = [one for one in found if one is not None]
+    worse = [verdict(one) for one in told if one.verdict == "worse"]
+    if not told or worse:
+        return worse
+    which = "its score" if len(told) == 1 else f"none of its {len(told)} scores"
+    return [
+        f"{best.name} forgot nothing that can be told: {which} on public tasks and general data is "
+        f"{'not ' if len(told) == 1 else ''}really worse than the base's."
+    ]
+
+
+def beside_published(evaluation: Evaluation) -> list[str]:
+    """Scores of public tasks beside the figures that the model's makers published."""
+    lines = []
+    for figure in evaluation.published:
+        given = [
+            f"{target.name} {number(figure.score, score.value)} ({interval(figure.score, score)})"
+            for target in evaluation.targets
+            if (score := target.scores.get(figure.score)) is not None
+        ]
+        if given:
+            said = number(figure.score, figure.value)
+            lines.append(f"{figure.score}: {', '.join(given)}; {figure.model} is published with {said}.")  # fmt: skip
+    return lines
 
 
 def weakness(evaluation: Evaluation, name: str) -> list[str]:

@@ -34,12 +34,15 @@ def show(folder: Path) -> None:
     best = evaluation.best(evaluation.headline)
     columns = (one.name for one in METRICS if one.shown != "page")
     chosen = [name for name in columns if name in evaluation.metrics]
+    chosen += [name for name in evaluation.metrics if "/" in name]  # of public tasks
     metrics = list(dict.fromkeys([evaluation.headline, *chosen]))
     console.table(
         ["model", *(metric(name).label for name in metrics)],
         [_row(evaluation, target, metrics) for target in evaluation.targets],
     )
     for sentence in sentences.conclusion(evaluation, evaluation.headline):
+        console.say(sentence)
+    for sentence in sentences.beside_published(evaluation):
         console.say(sentence)
     for name in metrics:
         if name in evaluation.signatures:

@@ -1,0 +1,1 @@
+"""Public tasks: which are meant, how a model is asked, and what every question scored."""
