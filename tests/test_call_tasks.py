@@ -13,7 +13,7 @@ from finetune.errors import ConfigError, DataError
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.schema import read_evaluation
 from finetune.evaluation.tasks import calls
-from finetune.evaluation.tasks.calls import Call, CallQuestion, read_questions
+from finetune.evaluation.tasks.calls import MadeCall, CallQuestion, read_questions
 
 AREA = {
     "name": "math.area",
@@ -71,34 +71,34 @@ def test_a_call_is_right_when_every_value_is_allowed_and_none_is_made_up(
     arguments: dict[str, Any] | None, right: bool
 ) -> None:
     one = wanted({"area": {"base": [10], "unit": ["cm", "Square cm", ""]}})
-    assert one.is_right([Call("area", arguments)]) is right
-    assert not one.is_right([Call("volume", arguments)])
+    assert one.is_right([MadeCall("area", arguments)]) is right
+    assert not one.is_right([MadeCall("volume", arguments)])
     assert not one.is_right([])
 
 
 def test_lists_and_objects_are_compared_inside() -> None:
     answer = {"find": {"box": [[1, 2.5]], "where": [{"city": ["Rome", "rome, italy"], "zip": [1, ""]}]}}  # fmt: skip
     one = wanted(answer)
-    assert one.is_right([Call("find", {"box": [1.0, 2.5], "where": {"city": "ROME"}})])
-    assert one.is_right([Call("find", {"box": [1, 2.5], "where": {"city": "Rome Italy", "zip": 1}})])  # fmt: skip
-    assert not one.is_right([Call("find", {"box": [1], "where": {"city": "Rome"}})])
-    assert not one.is_right([Call("find", {"box": [1, 2.5], "where": {"city": "Paris"}})])
-    assert not one.is_right([Call("find", {"box": [1, 2.5], "where": {"city": "Rome", "x": 1}})])
+    assert one.is_right([MadeCall("find", {"box": [1.0, 2.5], "where": {"city": "ROME"}})])
+    assert one.is_right([MadeCall("find", {"box": [1, 2.5], "where": {"city": "Rome Italy", "zip": 1}})])  # fmt: skip
+    assert not one.is_right([MadeCall("find", {"box": [1], "where": {"city": "Rome"}})])
+    assert not one.is_right([MadeCall("find", {"box": [1, 2.5], "where": {"city": "Paris"}})])
+    assert not one.is_right([MadeCall("find", {"box": [1, 2.5], "where": {"city": "Rome", "x": 1}})])
 
 
 def test_parallel_calls_may_come_in_any_order_and_each_answers_for_one() -> None:
     first, second = {"f": {"x": [1, 2]}}, {"f": {"x": [1]}}
     one = wanted(first, second, category="parallel")
-    assert one.is_right([Call("f", {"x": 1}), Call("f", {"x": 2})])
-    assert one.is_right([Call("f", {"x": 2}), Call("f", {"x": 1})])
-    assert not one.is_right([Call("f", {"x": 2}), Call("f", {"x": 2})])
-    assert not one.is_right([Call("f", {"x": 1})])
+    assert one.is_right([MadeCall("f", {"x": 1}), MadeCall("f", {"x": 2})])
+    assert one.is_right([MadeCall("f", {"x": 2}), MadeCall("f", {"x": 1})])
+    assert not one.is_right([MadeCall("f", {"x": 2}), MadeCall("f", {"x": 2})])
+    assert not one.is_right([MadeCall("f", {"x": 1})])
 
 
 def test_where_no_function_fits_no_call_is_right() -> None:
     assert wanted(category="irrelevance").is_right([])
-    assert not wanted(category="live_irrelevance").is_right([Call("f", {})])
-    assert wanted(category="live_relevance").is_right([Call("f", {})])
+    assert not wanted(category="live_irrelevance").is_right([MadeCall("f", {})])
+    assert wanted(category="live_relevance").is_right([MadeCall("f", {})])
 
 
 def test_the_files_of_the_leaderboard_are_read_with_their_types_as_json_schema(

@@ -125,7 +125,7 @@ def test_a_task_of_ones_own_is_asked_and_kept(
     score = report["targets"][0]["scores"]["even_or_odd/acc"]
     assert score["n"] == 6
     assert score["low"] < score["value"] < score["high"]
-    assert "0-shot, chat template" in report["signatures"]["even_or_odd/acc"]
+    assert "chat template, 0-shot" in report["signatures"]["even_or_odd/acc"]
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("asked again")

@@ -91,8 +91,14 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="A task of lm-evaluation-harness, or its YAML; repeatable."
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness, or glm4-base, glm4-chat, multilingual, "
+            "calls:FOLDER; docs/evaluation.md.",
         ),
+    ] = None,
+    tasks_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where data sets of tasks lie, as OWNER/NAME."),
     ] = None,
     temperature: Annotated[
         float, typer.Option(metavar="X", min=0, help="Above 0 tokens are drawn, with --seed.")
@@ -175,6 +181,7 @@ def evaluate(
             by_models=ByModels(judge or "", bert_score or ""),
             general=(*(regression_data or ()), *(old_general or ())),
             tasks=tuple(tasks or ()),
+            tasks_data=str(tasks_data) if tasks_data else None,
             temperature=temperature,
             seed=seed,
             form=form,

@@ -34,7 +34,7 @@ _TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None, "S
 _SIGNS = re.compile(r"[ ,./\-_*^'\"]")
 
 
-class Call(NamedTuple):
+class MadeCall(NamedTuple):
     """A call that a model made."""
 
     name: str
@@ -57,7 +57,7 @@ class CallQuestion:
         """The category without `live_`."""
         return self.category.removeprefix("live_")
 
-    def is_right(self, calls: Sequence[Call]) -> bool:
+    def is_right(self, calls: Sequence[MadeCall]) -> bool:
         """Whether a reply's calls are those that are wanted, in any order."""
         if self.group == "irrelevance":
             return not calls
@@ -115,7 +115,7 @@ def ask(
     return found
 
 
-def calls_of(template: ChatTemplate, ids: Sequence[int]) -> list[Call]:
+def calls_of(template: ChatTemplate, ids: Sequence[int]) -> list[MadeCall]:
     """The calls of a reply: runs between `<|assistant|>`, each a name, a line break and JSON."""
     header = template.tokenizer.control_ids["<|assistant|>"]
     runs: list[list[int]] = [[]]
@@ -125,7 +125,7 @@ def calls_of(template: ChatTemplate, ids: Sequence[int]) -> list[Call]:
         else:
             runs[-1].append(token)
     messages = (template.parse(run) for run in runs)
-    return [Call(m.metadata.strip(), _arguments(m.content)) for m in messages if m.metadata.strip()]
+    return [MadeCall(m.metadata.strip(), _arguments(m.content)) for m in messages if m.metadata.strip()]
 
 
 def _arguments(text: str) -> dict[str, Any] | None:
@@ -136,7 +136,7 @@ def _arguments(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _fits(call: Call, wanted: Mapping[str, Mapping[str, Sequence[Any]]]) -> bool:
+def _fits(call: MadeCall, wanted: Mapping[str, Mapping[str, Sequence[Any]]]) -> bool:
     [(name, allowed)] = wanted.items()
     if call.name != name or call.arguments is None or not call.arguments.keys() <= allowed.keys():
         return False

@@ -113,7 +113,7 @@ def _asked(
             "its YAML names"
         ) from error
     found["group_subtasks"] |= {name: _tagged(manager, name) for name in names if name in manager.all_tags}  # fmt: skip
-    how = "chat template" if is_chat else "plain text"
+    how = f"lm-evaluation-harness {version('lm-eval')}, " + ("chat template" if is_chat else "plain text")  # fmt: skip
     return {name: score for task in names for name, score in _scores(found, task, how)}
 
 
@@ -154,7 +154,7 @@ def _scores(found: Mapping[str, Any], task: str, how: str) -> Iterator[tuple[str
         if metric.endswith("_stderr") or not by:
             continue
         name = f"{task}/{metric}" + (f":{by}" if by != "none" else "")
-        said = f"lm-evaluation-harness {version('lm-eval')}, {shots}-shot, {how}"
+        said = f"{how}, {shots}-shot"
         items = [one for leaf in leaves for one in _items(found, leaf, metric, by)]
         if items:
             share = all(0 <= value <= 1 for _, value in items)
