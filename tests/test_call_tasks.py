@@ -13,7 +13,7 @@ from finetune.errors import ConfigError, DataError
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.schema import read_evaluation
 from finetune.evaluation.tasks import calls
-from finetune.evaluation.tasks.calls import MadeCall, CallQuestion, read_questions
+from finetune.evaluation.tasks.calls import CallQuestion, MadeCall, read_questions
 
 AREA = {
     "name": "math.area",
@@ -83,7 +83,9 @@ def test_lists_and_objects_are_compared_inside() -> None:
     assert one.is_right([MadeCall("find", {"box": [1, 2.5], "where": {"city": "Rome Italy", "zip": 1}})])  # fmt: skip
     assert not one.is_right([MadeCall("find", {"box": [1], "where": {"city": "Rome"}})])
     assert not one.is_right([MadeCall("find", {"box": [1, 2.5], "where": {"city": "Paris"}})])
-    assert not one.is_right([MadeCall("find", {"box": [1, 2.5], "where": {"city": "Rome", "x": 1}})])
+    assert not one.is_right(
+        [MadeCall("find", {"box": [1, 2.5], "where": {"city": "Rome", "x": 1}})]
+    )
 
 
 def test_parallel_calls_may_come_in_any_order_and_each_answers_for_one() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from finetune import console
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation.schema import Evaluation, Published, read_evaluation
+from finetune.evaluation.schema import Evaluation, read_evaluation
 from finetune.report import charts, page, page_data, plots, sentences
 from finetune.report.page import write_page
 from finetune.report.runs import differences, find_runs, read_run
@@ -378,25 +378,3 @@ def test_one_checkpoint_has_no_curves_of_one_dot(tmp_path: Path) -> None:
     found = read_evaluation(made)
     drawn = page.panels(found, page.runs_of(made, found), page.colours_of(found))
     assert [title for title, _ in drawn] == [page.LOSS]
-
-
-def test_what_was_forgotten_is_said_of_public_tasks_and_general_data() -> None:
-    level = compared("one", "base", -0.5, "no real difference", metric="mmlu/acc")
-    found = evaluation(level, metric="mmlu/acc", base=70.5, one=70.0)
-    assert sentences.forgotten(found, "mmlu/acc") == [
-        "one forgot nothing that can be told: its score on public tasks and general data is not really worse than the base's."
-    ]
-    worse = compared("one", "base", -9.0, "worse", metric="mmlu/acc")
-    [said] = sentences.forgotten(
-        evaluation(worse, metric="mmlu/acc", base=70.5, one=61.5), "mmlu/acc"
-    )
-    assert said.startswith("one is worse than base in mmlu/acc")
-    assert sentences.forgotten(evaluation(base=1.0, one=2.0), "rouge-l") == []
-
-
-def test_a_published_figure_stands_beside_the_scores() -> None:
-    found = evaluation(metric="mmlu/acc", base=70.5, one=70.0)
-    figures = [Published(score=name, value=74.7, model="GLM-4-9B") for name in ("mmlu/acc", "x/y")]
-    assert sentences.beside_published(found.model_copy(update={"published": figures})) == [
-        "mmlu/acc: base 70.5 (69.5 to 71.5), one 70.0 (69.0 to 71.0); GLM-4-9B is published with 74.7."
-    ]

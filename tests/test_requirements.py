@@ -10,6 +10,8 @@ from rows import write_rows
 from test_report_words import compared, evaluation
 
 from finetune.errors import ConfigError, RequirementError
+from finetune.evaluation.schema import Published
+from finetune.report import sentences
 from finetune.report.requirements import check_requirements, read_requirements
 
 
@@ -80,3 +82,25 @@ def test_the_command_ends_with_8_and_the_reason(
         assert command_line.exit_code(*words, "--require", rule) == code
         assert rule in "".join(capfd.readouterr())
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_what_was_forgotten_is_said_of_public_tasks_and_general_data() -> None:
+    level = compared("one", "base", -0.5, "no real difference", metric="mmlu/acc")
+    found = evaluation(level, metric="mmlu/acc", base=70.5, one=70.0)
+    assert sentences.forgotten(found, "mmlu/acc") == [
+        "one forgot nothing that can be told: its score on public tasks and general data is not really worse than the base's."
+    ]
+    worse = compared("one", "base", -9.0, "worse", metric="mmlu/acc")
+    [said] = sentences.forgotten(
+        evaluation(worse, metric="mmlu/acc", base=70.5, one=61.5), "mmlu/acc"
+    )
+    assert said.startswith("one is worse than base in mmlu/acc")
+    assert sentences.forgotten(evaluation(base=1.0, one=2.0), "rouge-l") == []
+
+
+def test_a_published_figure_stands_beside_the_scores() -> None:
+    found = evaluation(metric="mmlu/acc", base=70.5, one=70.0)
+    figures = [Published(score=name, value=74.7, model="GLM-4-9B") for name in ("mmlu/acc", "x/y")]
+    assert sentences.beside_published(found.model_copy(update={"published": figures})) == [
+        "mmlu/acc: base 70.5 (69.5 to 71.5), one 70.0 (69.0 to 71.0); GLM-4-9B is published with 74.7."
+    ]

@@ -125,7 +125,9 @@ def calls_of(template: ChatTemplate, ids: Sequence[int]) -> list[MadeCall]:
         else:
             runs[-1].append(token)
     messages = (template.parse(run) for run in runs)
-    return [MadeCall(m.metadata.strip(), _arguments(m.content)) for m in messages if m.metadata.strip()]
+    return [
+        MadeCall(m.metadata.strip(), _arguments(m.content)) for m in messages if m.metadata.strip()
+    ]
 
 
 def _arguments(text: str) -> dict[str, Any] | None:
