@@ -16,7 +16,7 @@ from finetune.errors import ConfigError
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("{optim: muon}", "is no optimizer of this version of transformers: 'muon'"),
+        ("{optim: muon}", "is set by training.optimizer: muon; use that"),
         ("{optim: adamw_torc}", "did you mean adamw_torch?"),
         ("{optim: 3}", "must be text, got 3"),
         ("{adam_beta2: high}", "must be a number, got 'high'"),

@@ -142,7 +142,7 @@ def test_merging_and_predicting_files_name_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_every_entry_of_a_table_names_an_option_that_exists(program: Any) -> None:
-    known = {"deepspeed"} | {f"training.extra.{name}" for name in ("optim", "tf32")}
+    known = {"deepspeed", "training"} | {f"training.extra.{name}" for name in ("optim", "tf32")}
     for section, info in RunConfig.model_fields.items():
         model = info.annotation if hasattr(info.annotation, "model_fields") else None
         known |= {f"{section}.{name}" for name in model.model_fields} if model else set()

@@ -194,8 +194,9 @@ def test_a_plan_in_four_bits_is_within_5_percent_of_what_a_real_step_allocates(
 ) -> None:
     from test_plan import really_held
 
+    from finetune.cli.inputs import planned
     from finetune.config.schema import RunConfig
-    from finetune.planning.plan import Gpu, plan
+    from finetune.planning.plan import Gpu
 
     # A wide MLP: torch's attention on a CPU holds a copy of its output, that on a GPU does not.
     sizes = WIDE["glm"] | {"intermediate_size": 512}
@@ -216,4 +217,4 @@ def test_a_plan_in_four_bits_is_within_5_percent_of_what_a_real_step_allocates(
     )
     model = load_model(folder, dtype="float32", quantization="nf4")
     real = really_held(model, method, checkpointing=checkpointing, shape=(1, 256), folder=folder)
-    assert plan(config, Gpu(), folder=folder).memory_bytes == pytest.approx(real, rel=0.05)
+    assert planned(config, Gpu())[1].memory_bytes == pytest.approx(real, rel=0.05)

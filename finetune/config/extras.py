@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.yaml_text import shown
+from finetune.errors import ConfigError
 
 OWNED: dict[str, str] = {
     "output_dir": "training.output_dir",
@@ -107,6 +108,24 @@ REFUSED: dict[str, str] = {
 }
 """Fields that would break a promise of this program, and the promise."""
 
+
+OPTIMIZERS: dict[str, str] = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "muon": "adamw_torch_fused",
+}
+"""`training.optimizer` -> what transformers calls it; of muon the part that is no Muon."""
+
+NAMED_OPTIMIZERS: dict[str, str] = {
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "muon": "muon",
+}
+"""Names in `training.extra.optim` that `training.optimizer` says."""
 
 BY_LIBRARY: dict[str, tuple[str, ...]] = {
     "bitsandbytes": ("bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_"),
@@ -210,7 +229,18 @@ def _wrong_value(name: str, value: Any) -> str | None:
     return _wrong_optimizer(value) if name == "optim" else None
 
 
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError where `training.optimizer` needs what is not installed."""
+    if ("8bit" in name or "paged" in name) and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"training.optimizer: {name} needs bitsandbytes, which is not installed; "
+            "pip install 'glm4-finetune[qlora]', or leave training.optimizer out"
+        )
+
+
 def _wrong_optimizer(name: str) -> str | None:
+    if name in NAMED_OPTIMIZERS:
+        return f"is set by training.optimizer: {NAMED_OPTIMIZERS[name]}; use that"
     names = optimizer_names()
     if name not in names:
         meant = get_close_matches(name, names, n=1)

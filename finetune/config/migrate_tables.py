@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.config.extras import NAMED_OPTIMIZERS
+
 
 def _same(value: Any) -> Any:
     return value
@@ -101,6 +103,15 @@ def _attention(value: Any) -> Any:
     )
 
 
+def _optimizer(value: Any) -> dict[str, Any] | None:
+    """Ours where it has a name here, else transformers' own."""
+    if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf"):
+        return None
+    ours = NAMED_OPTIMIZERS.get(value)
+    return {"extra.optim": value} if ours is None else {"optimizer": ours}
+
+
+OPTIMIZER = Option("training", _optimizer, "AdamW, torch's fused one, is the default")
 ATTENTION = Option("model.attention", _attention)
 FLASH = Option("model.attention", _if_true("flash_attention_2"))
 FOUR_BITS = Option("model.quantization", _if_true("nf4"), "4 bits, nf4")
@@ -119,6 +130,7 @@ TRAINING_ARGUMENTS: Table = {
     "warmup_steps": Option("training.warmup_steps", number),
     "warmup_ratio": Option("training.warmup_steps", number, "below 1 it is a share of all steps"),
     "weight_decay": Option("training.weight_decay", number),
+    "optim": OPTIMIZER,
     "max_grad_norm": Option("training.max_grad_norm", number),
     "gradient_checkpointing": CHECKPOINTING,
     "gradient_checkpointing_kwargs": Nothing("not needed: recomputation is always non-reentrant"),
@@ -289,7 +301,7 @@ AXOLOTL: Table = {
     "micro_batch_size": "training.batch_size",
     "eval_batch_size": "evaluation.batch_size",
     "num_epochs": Option("training.num_epochs", number),
-    "optimizer": Option("training.extra.optim"),
+    "optimizer": OPTIMIZER,
     "lr_scheduler": Option("training.lr_schedule", _schedule),
     "flash_attention": FLASH,
     "sdp_attention": Option("model.attention", _if_true("sdpa")),

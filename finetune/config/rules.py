@@ -90,6 +90,7 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
             ("training", "warmup_steps"),
             f"must be whole from 1 on (a share below 1), got {warmup}",
         )
+    yield from _optimizer(values)
     yield from _on_end(values.raw("training", "on_end"))
     extra = values.raw("training", "extra")
     if isinstance(extra, dict):
@@ -101,6 +102,27 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
             re.compile(pattern)
         except re.error as error:
             yield ("method", "target_modules"), f"is not a regular expression: {error}"
+
+
+def _optimizer(values: _Values) -> Iterator[tuple[Key, str]]:
+    """All but AdamW see whole weights, which DeepSpeed cuts into flat parts."""
+    name, key = values("training", "optimizer"), ("training", "optimizer")
+    if name == "adamw":
+        return
+    if isinstance(values.tree.get("deepspeed"), dict):
+        yield (
+            key,
+            f"{name} does not run under DeepSpeed: leave the section deepspeed out, or take adamw",
+        )
+    extra = values.raw("training", "extra")
+    if isinstance(extra, dict) and "optim" in extra:
+        yield key, "contradicts training.extra.optim: give one of the two"
+    is_plain_prefix = values.raw("method", "kind") == "ptuning_v2" and not values.raw("method", "prefix_projection")  # fmt: skip
+    if name == "muon" and is_plain_prefix:
+        yield (
+            key,
+            "muon updates matrices, and a prefix without prefix_projection has none: take adamw",
+        )
 
 
 def _on_end(command: Any) -> Iterator[tuple[Key, str]]:

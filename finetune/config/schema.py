@@ -266,6 +266,9 @@ class TrainingSection(Section):
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
     """Linear warm-up: a number of steps, or a share of all steps when below 1; the first step learns too."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = "adamw"
+    """`adamw` is torch's fused one. `adamw_8bit` holds its state in a quarter, the `paged_` ones move it to the CPU's memory while the GPU's is short: of bitsandbytes, the extra `qlora`. `muon` is torch's Muon for matrices with AdamW for the rest, at the same learning rate. All but `adamw` without `deepspeed`. Others: `extra.optim`."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay on matrices (never on norms and biases)."""
 

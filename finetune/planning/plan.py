@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from finetune import methods
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.config.schema import DeepSpeedSection, Method, ModelSection, TrainingSection
+from finetune.methods.optimizers import STATE_BYTES
 from finetune.models.families import family_of
 from finetune.models.kernels import NAMES
 from finetune.models.number_format import automatic, number_format
@@ -163,16 +164,19 @@ def plan(
         kernels=NAMES if model.kernels == "auto" else (),
         four_bits=model.quantization is not None,
     )
+    subject = replace(subject, optimizer=training.optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         one, two = (count_step(subject, Shape(batch, n)) for n in (length, 2 * length))
         sizes = _sizes(model, method, folder, dtype)
     trains_all = methods.METHODS[method.kind].trains_the_model
     if deepspeed is None:
-        memory = _whole(sizes, one, gpu.number)
+        memory = _whole(sizes, one, gpu.number, training.optimizer)
     else:
         memory = _sharded(deepspeed, sizes, one, gpu.number, trains_all=trains_all)
-    checkpoint = _checkpoint(sizes, is_sharded=deepspeed is not None, trains_all=trains_all)
+    state = _state_bytes(training.optimizer, sizes, one)
+    written = sizes.trained_bytes if trains_all and deepspeed is not None else 4 * sizes.trained
+    checkpoint = written + (12 * sizes.trained if deepspeed is not None else state)
     return Plan(
         memory=memory,
         per_token=(two.working - one.working) // (batch * length),
@@ -243,9 +247,11 @@ def _sizes_with(build: Callable[[int], nn.Module], layers: int) -> dict[str, int
     }
 
 
-def _whole(sizes: _Sizes, cost: Cost, gpus: int) -> dict[str, int]:
+def _whole(sizes: _Sizes, cost: Cost, gpus: int, optimizer: str) -> dict[str, int]:
     """Bytes by kind on one GPU that holds the whole model, where most is held."""
     held = dict(cost.peak)
+    if (size := STATE_BYTES.get(optimizer)) is not None:
+        held["optimizer"] = int(size * sizes.trained)
     # Buckets in which DDP sums gradients, besides the gradients.
     held["gradients"] += 4 * sizes.trained if gpus > 1 else 0
     return held
@@ -280,8 +286,8 @@ def _sharded(
     }
 
 
-def _checkpoint(sizes: _Sizes, *, is_sharded: bool, trains_all: bool) -> int:
-    """Bytes: what was trained, and the optimizer's state (under DeepSpeed with float32 originals)."""
-    if not is_sharded:
-        return 12 * sizes.trained
-    return (sizes.trained_bytes if trains_all else 4 * sizes.trained) + 12 * sizes.trained
+def _state_bytes(optimizer: str, sizes: _Sizes, cost: Cost) -> int:
+    """Bytes of the optimizer's state as a checkpoint holds it, in whichever memory it is else."""
+    if "8bit" in optimizer:
+        return int(STATE_BYTES["adamw_8bit"] * sizes.trained)
+    return cost.peak["optimizer"]

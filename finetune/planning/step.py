@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.methods.lora_forward import LowRank
+from finetune.methods.optimizers import for_counting
 from finetune.models.kernels import running
 from finetune.planning.counting import KINDS, Counting, counting, shapes_only
 from finetune.planning.roofline import Ceilings
@@ -52,6 +53,8 @@ class Subject:
     """In what float32 weights compute."""
     kernels: tuple[str, ...] = ()
     """Fused kernels that run, see `models.kernels`."""
+    optimizer: str = "adamw"
+    """`training.optimizer`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ def counted(subject: Subject, shape: Shape, ceilings: Ceilings, layers: int) -> 
     with shapes_only(), running(subject.kernels, "cpu"):
         model = subject.build(layers)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        optimizer = for_counting(model, subject.optimizer)
         for weight in trained:
             weight.grad = torch.empty_like(weight)
         optimizer.step()

@@ -14,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
+from finetune.config.extras import OPTIMIZERS
 from finetune.config.schema import Method, TrainingSection
 from finetune.distributed.device import has_accelerator
 from finetune.distributed.processes import is_rank0, rank_and_world
@@ -79,7 +80,7 @@ def training_arguments(
             "activation_checkpointing": section.activation_checkpointing,
             "activation_checkpointing_kwargs": {"use_reentrant": False},
             "seed": section.seed,
-            "optim": "adamw_torch_fused",
+            "optim": OPTIMIZERS[section.optimizer],
             # Our callbacks decide when to evaluate and save.
             "eval_strategy": "no",
             "save_strategy": "no",
@@ -180,5 +181,8 @@ def set_rates(scheduler: Any) -> None:
         for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     scheduler._last_lr = rates

@@ -97,6 +97,7 @@ RULES: dict[str, Rule] = {
     # The optimizer's saved state holds rate and decay: a new value would have no effect.
     "training.learning_rate": Rule.MATCH,
     "training.learning_rates": Rule.MATCH,
+    "training.optimizer": Rule.MATCH,
     "training.weight_decay": Rule.MATCH,
     "training.lr_schedule": Rule.MATCH,
     "training.warmup_steps": Rule.MATCH,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import console, launcher
 from finetune.artifacts.resolve import pinned_revision
 from finetune.artifacts.run_dir import LOCK, RunDirectory
+from finetune.config.extras import check_optimizer
 from finetune.config.schema import DataSection, ModelSection, TrainingSection
 from finetune.data.reading.section import training_sources, validation_sources
 from finetune.errors import RunDirectoryInUseError
@@ -63,6 +64,7 @@ def would_start(training: TrainingSection, data: DataSection, *, trust: bool) ->
 
 
 def _check_beside(training: TrainingSection, data: DataSection) -> None:
+    check_optimizer(training.optimizer)
     sources = (*training_sources(data), *validation_sources(data))
     paths = dict.fromkeys(source.path for source in sources)
     check_not_read(Path(training.output_dir), paths, "training.output_dir")

@@ -21,6 +21,7 @@ from finetune.data.examples.batch_plan import BLANK
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, NonFiniteError, ProcessError
+from finetune.methods.optimizers import MUON, MuonWithAdamW, matrices
 from finetune.models.loss import for_model
 from finetune.training.arguments import set_rates, warmed_up
 from finetune.training.batches import StepLoader, TrainingData, training_loader
@@ -165,28 +166,32 @@ class FineTuner(Trainer):
     # --- optimizer ---------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """AdamW; with a group of its own for the weights of every learning rate."""
-        rates = self.rates
-        if rates.is_one or self.optimizer is not None:
+        """With a group of its own for the weights of every learning rate, and for Muon's."""
+        rates, is_muon = self.rates, self.saver.training.optimizer == MUON
+        if (rates.is_one and not is_muon) or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         decayed = set(self.get_decay_parameter_names(self.model))
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         rates.check(trained)
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        chosen = matrices(self.model) if is_muon else set()
+        groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in trained.items():
-            groups.setdefault((rates.of(name), name in decayed), []).append(parameter)
-        self.optimizer = kind(
-            [
-                {
-                    "params": parameters,
-                    "lr": rate,
-                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                }
-                for (rate, is_decayed), parameters in groups.items()
-            ],
-            **options,
-        )
+            key = rates.of(name), name in decayed, name in chosen
+            groups.setdefault(key, []).append(parameter)
+        listed = [
+            {
+                "params": parameters,
+                "lr": rate,
+                "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+            }
+            | ({"muon": of_muon} if is_muon else {})
+            for (rate, is_decayed, of_muon), parameters in groups.items()
+        ]
+        if is_muon:
+            self.optimizer = MuonWithAdamW(listed, betas=options["betas"], eps=options["eps"])
+        else:
+            self.optimizer = kind(listed, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

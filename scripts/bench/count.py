@@ -19,6 +19,7 @@ the stated ceilings. What counts as a kernel: finetune/planning/counting.py; the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -45,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None, help="default: both")  # fmt: skip
     parser.add_argument("--kernels", choices=["auto", "torch"], default="auto", help="of ours")
     parser.add_argument("--four-bits", action="store_true", help="QLoRA: model.quantization nf4")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="of ours")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--prefix", type=int, default=128, help="virtual tokens of ptuning_v2")
@@ -100,6 +102,7 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
             if name == "ours":
                 kernels = NAMES if asked.kernels == "auto" else ()
                 subject = own(asked.model, method, checkpointing=checkpointing, kernels=kernels, four_bits=asked.four_bits)  # fmt: skip
+                subject = dataclasses.replace(subject, optimizer=asked.optimizer)
             elif can(name, method, checkpointing=checkpointing):
                 liger = name == "peft_liger"
                 subject = peer(asked.model, method, checkpointing=checkpointing, liger=liger, four_bits=asked.four_bits)  # fmt: skip
