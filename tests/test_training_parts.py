@@ -156,7 +156,8 @@ def test_a_run_of_one_step_learns_something(tiny_chatglm: Path, tmp_path: Path) 
 def schedule(**options: Any) -> Schedule:
     return Schedule(
         EvaluationSection(every_steps=2, **options),
-        save_every=100, stop=StopFlag(), evaluate=dict, save_scores=lambda: None,
+        training=TrainingSection(output_dir="x", save_every_steps=100), stop=StopFlag(),
+        evaluate=dict, save_scores=lambda: None, save_weights=lambda: None,
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ IN_A_STAGE = (
     "writes into a staged folder or a folder for temporary files, which storage/ made or sealed"
 )
 ALLOWED = {
-    "artifacts/base_record.py write_text": IN_A_STAGE,
     "cli/doctor.py NamedTemporaryFile": "looks whether a folder can be written",
     "cli/__init__.py touch": "a mark in torchrun's own folder: which process speaks",
     "console.py fdopen": "standard output",
@@ -35,19 +34,9 @@ ALLOWED = {
     "export/folder.py write_text": IN_A_STAGE,
     "export/push.py write_text": IN_A_STAGE,
     "export/shards.py os.open": IN_A_STAGE,
-    "methods/full.py copyfile": IN_A_STAGE,
-    "methods/full.py save_file": IN_A_STAGE,
-    "methods/full.py save_pretrained": IN_A_STAGE,
-    "methods/full.py write_text": IN_A_STAGE,
-    "methods/lora.py save_file": IN_A_STAGE,
-    "methods/lora.py save_pretrained": IN_A_STAGE,
-    "methods/ptuning_v2.py save_file": IN_A_STAGE,
-    "methods/ptuning_v2.py save_pretrained": IN_A_STAGE,
+    "methods/tensor_file.py save_pretrained": "into a folder for temporary files",
     "report/plots.py savefig": "to a path of storage.staged_file",
     "serving/requests/images.py write_bytes": IN_A_STAGE,
-    "training/checkpointing.py write_text": IN_A_STAGE,
-    "training/resume.py write_text": IN_A_STAGE,
-    "training/deepspeed/sharded_engine.py write_text": IN_A_STAGE,
     "models/chatglm/vision_cache.py save_file": "to a path of storage.staged_file",
     "training/vision_features.py save_file": "to a path of storage.staged_file",
 }

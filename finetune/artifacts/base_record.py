@@ -10,6 +10,7 @@ from finetune.artifacts.names import ADAPTER_CONFIG, BASE_RECORD
 from finetune.artifacts.plain_files import read_json, read_json_if_there
 from finetune.artifacts.weights import model_fingerprint
 from finetune.errors import ModelError
+from finetune.storage.hashed import hashed_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class BaseRecord:
         """Write `finetune.json` into `folder`."""
         record = {"format": 1, "method": method, "base": asdict(self)}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (folder / BASE_RECORD).write_text(text, encoding="utf-8")
+        hashed_text(folder / BASE_RECORD, text)
 
 
 def read_base_record(folder: Path) -> BaseRecord | None:

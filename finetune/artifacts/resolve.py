@@ -214,7 +214,12 @@ def models_in(targets: Sequence[str]) -> list[str]:
         if not folders or is_model_or_adapter(target):
             found.append(model_in(target))
             continue
+        steps = {
+            checkpoint.step_of(folder) for folder in folders if checkpoint.is_resumable(folder)
+        }
         for folder in folders:
+            if not checkpoint.is_resumable(folder) and checkpoint.step_of(folder) in steps:
+                continue  # the same weights
             if problems := verify(folder):
                 console.say(f"passed over {folder.name}: {'; '.join(problems)}")
             else:

@@ -92,7 +92,7 @@ REFUSED: dict[str, str] = {
     "eval_accumulation_steps": "evaluation is made by this program",
     "include_for_metrics": "evaluation is made by this program",
     "batch_eval_metrics": "evaluation is made by this program",
-    "save_only_model": "checkpoints are always whole, so that they can be resumed",
+    "save_only_model": "training.save: weights is its name here",
     "save_on_each_node": "checkpoints are written by one process",
     "enable_jit_checkpoint": "a signal always saves a checkpoint",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",

@@ -141,7 +141,7 @@ TRAINING_ARGUMENTS: Table = {
     "save_steps": Option("training.save_every_steps", lambda value: int(value) if value >= 1 else None),
     "save_strategy": Nothing("training.save_every_steps counts steps; one is always written at the end"),
     "save_total_limit": "training.keep_checkpoints",
-    "save_only_model": Nothing("a checkpoint is always whole, so that it can be resumed"),
+    "save_only_model": Option("training.save", _if_true("weights")),
     "resume_from_checkpoint": Nothing("training.resume is auto: the same command goes on"),
     "report_to": Option("training.report_to", _trackers),
     "ddp_timeout": Option("training.process_timeout_minutes", lambda value: min(number(value) / 60, 1440), "minutes here"),

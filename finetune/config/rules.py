@@ -91,6 +91,7 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
             f"must be whole from 1 on (a share below 1), got {warmup}",
         )
     yield from _optimizer(values)
+    yield from _saves(values)
     yield from _on_end(values.raw("training", "on_end"))
     extra = values.raw("training", "extra")
     if isinstance(extra, dict):
@@ -123,6 +124,15 @@ def _optimizer(values: _Values) -> Iterator[tuple[Key, str]]:
             key,
             "muon updates matrices, and a prefix without prefix_projection has none: take adamw",
         )
+
+
+def _saves(values: _Values) -> Iterator[tuple[Key, str]]:
+    if (
+        values.given("training", "save_weights_every_steps")
+        and values("training", "save") == "weights"
+    ):
+        said = "training.save is weights already: set training.save_every_steps"
+        yield ("training", "save_weights_every_steps"), said
 
 
 def _on_end(command: Any) -> Iterator[tuple[Key, str]]:

@@ -287,8 +287,17 @@ class TrainingSection(Section):
     save_every_steps: Positive = 500
     """Optimizer steps between two checkpoints; one is always written at the end."""
 
+    save: Literal["resumable", "weights"] = "resumable"
+    """What a checkpoint holds: all that a run goes on from (`checkpoint-STEP`; full tuning of a 9B model 132 GB), or `weights` alone (`weights-STEP`; 19 GB), from which no run can be resumed."""
+
+    save_weights_every_steps: Positive | None = None
+    """Beside the resumable checkpoints, what was trained alone, as `weights-STEP`, after every so many steps and at the end."""
+
+    async_save: bool = False
+    """Checkpoints are copied to the host's memory and written from there while training goes on; the next save and the end of the run wait for the one before. A process needs host memory for its part of a checkpoint."""
+
     keep_checkpoints: Positive = 3
-    """How many of the newest checkpoints stay; the best one stays besides."""
+    """How many of the newest checkpoints stay (and as many folders of weights alone); the best one stays besides."""
 
     on_full_disk: Literal["continue", "stop"] = "continue"
     """When there is no room for a checkpoint: `continue` warns and tries again at the next save, `stop` ends the run with exit code 6. The last one of a run is missed only with that code."""

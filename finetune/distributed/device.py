@@ -214,6 +214,19 @@ def random_state() -> torch.Tensor | None:
     return _module(kind()).get_rng_state() if has_accelerator() else None
 
 
+def random_states(*, everywhere: bool) -> dict[str, Any]:
+    """The streams as a checkpoint holds them, by the kind of device; nothing on a CPU.
+
+    With `everywhere` those of all accelerators of the machine, as transformers reads them in a run
+    of several processes.
+    """
+    if not has_accelerator():
+        return {}
+    module = _module(kind())
+    several = everywhere and hasattr(module, "get_rng_state_all")
+    return {kind(): module.get_rng_state_all() if several else module.get_rng_state()}
+
+
 def set_random_state(state: torch.Tensor | None) -> None:
     """Put back what `random_state` gave."""
     if state is not None:

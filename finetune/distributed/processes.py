@@ -29,6 +29,10 @@ from finetune.errors import FinetuneError
 
 Result = TypeVar("Result")
 
+PATIENCE = timedelta(hours=12)
+"""How long the processes wait for one that reads or writes a disk; it gives signs of life meanwhile."""
+_patient: dict[Any, Any] = {}
+
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank, and the number of processes that have joined."""
@@ -42,12 +46,12 @@ def is_rank0() -> bool:
     return rank_and_world()[0] == 0
 
 
-def reduce_max(values: Sequence[int]) -> list[int]:
+def reduce_max(values: Sequence[int], group: Any = None) -> list[int]:
     """The largest of each number over all processes."""
     if rank_and_world()[1] == 1:
         return list(values)
-    tensor = torch.tensor(values, dtype=torch.int64, device=_collective_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    tensor = torch.tensor(values, dtype=torch.int64, device=_collective_device(group))
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return [int(value) for value in tensor.tolist()]
 
 
@@ -60,27 +64,27 @@ def reduce_sum(values: Sequence[float]) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def worst(outcome: int) -> int:
+def worst(outcome: int, group: Any = None) -> int:
     """The largest `outcome` of all processes; also a barrier."""
-    return reduce_max([outcome])[0]
+    return reduce_max([outcome], group)[0]
 
 
-def any_rank(flag: bool) -> bool:
+def any_rank(flag: bool, group: Any = None) -> bool:
     """Whether `flag` is true on any process."""
-    return bool(worst(flag))
+    return bool(worst(flag, group))
 
 
-def gather_objects(value: Result) -> list[Result]:
+def gather_objects(value: Result, group: Any = None) -> list[Result]:
     """The `value` of every process, by rank, on every process."""
     world = rank_and_world()[1]
     if world == 1:
         return [value]
     values: list[Any] = [None] * world
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast_from_rank0(work: Callable[[], Result]) -> Result:
+def broadcast_from_rank0(work: Callable[[], Result], group: Any = None) -> Result:
     """What `work` returns on rank 0, on every process; nobody else calls it.
 
     When it raises, every process raises.
@@ -89,16 +93,16 @@ def broadcast_from_rank0(work: Callable[[], Result]) -> Result:
     if world == 1:
         return work()
     box: list[Any] = [None]
-    with fail_together():
+    with fail_together(group):
         if rank == 0:
             box = [work()]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group)
     result: Result = box[0]
     return result
 
 
 @contextmanager
-def fail_together() -> Iterator[None]:
+def fail_together(group: Any = None) -> Iterator[None]:
     """Leave the block with an error in every process when it fails in one of them.
 
     The block must not hold collective operations that a failing process would skip.
@@ -108,22 +112,22 @@ def fail_together() -> Iterator[None]:
         yield
     except BaseException as error:
         problem = error
-    first = _first_problem(problem)
+    first = _first_problem(problem, group)
     if problem is not None:
         raise problem
     if first is not None:
         raise first
 
 
-def _first_problem(problem: BaseException | None) -> FinetuneError | None:
+def _first_problem(problem: BaseException | None, group: Any) -> FinetuneError | None:
     """What the lowest rank with a problem says; None when all is well everywhere."""
     rank, world = rank_and_world()
-    if world == 1 or not any_rank(problem is not None):
+    if world == 1 or not any_rank(problem is not None, group):
         return None
     mine = problem
     if mine is not None and not isinstance(mine, FinetuneError):
         mine = FinetuneError(f"process {rank} failed: {type(mine).__name__}: {mine}")
-    return next(error for error in gather_objects(mine) if error is not None)
+    return next(error for error in gather_objects(mine, group) if error is not None)
 
 
 @contextmanager
@@ -157,6 +161,21 @@ def joined_processes(*, timeout_minutes: float = 30.0, deepspeed: bool = False) 
             dist.destroy_process_group()
 
 
+def patient_group() -> Any:
+    """A group of all processes on gloo whose waits may take PATIENCE; every process asks for it at once.
+
+    For waiting while one of them reads or writes a disk: in NCCL that would hold the GPUs and end
+    after `training.process_timeout_minutes`.
+    """
+    if rank_and_world()[1] == 1:
+        return None
+    world = dist.group.WORLD
+    if world not in _patient:
+        _patient.clear()  # those of a world that is no more
+        _patient[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient[world]
+
+
 def is_sharded(model: nn.Module) -> bool:
     """True under ZeRO-3, where every process must take part in a forward pass."""
     return rank_and_world()[1] > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
@@ -185,9 +204,9 @@ def gather_to_rank0(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
     return gathered
 
 
-def _collective_device() -> torch.device:
+def _collective_device(group: Any = None) -> torch.device:
     """Where numbers must lie for the process group to reduce them: beside NCCL runs gloo, on the CPU."""
-    alone = dist.get_backend() in ("nccl", "hccl", "xccl")
+    alone = dist.get_backend(group) in ("nccl", "hccl", "xccl")
     return device.local_device() if alone else torch.device("cpu")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import MethodSection
     from finetune.methods.full import Gather
 
-__all__ = ["METHODS", "BaseRecord", "Method", "attach", "of_adapter", "rate_scale", "restore", "save", "trained_modules"]  # fmt: skip
+__all__ = ["METHODS", "BaseRecord", "Method", "attach", "of_adapter", "rate_scale", "restore", "save", "saved_names", "trained_modules"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,17 @@ def save(
     if method.trains_the_model:
         method.code.save(model, folder, base=base, gather=gather)
         return
-    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    if state := gather(names):
+    if state := gather(saved_names(model)):
         method.code.save(model, folder, base=base, state_dict=state)
+
+
+def saved_names(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that `save` asks its `gather` for."""
+    method = _attached(model)
+    if method.trains_the_model:
+        names: list[str] = method.code.saved_names(model)
+        return names
+    return [name for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 def restore(model: PreTrainedModel, folder: Path) -> None:

@@ -8,12 +8,11 @@ trained weights themselves are float32 and every operation casts (`training.prep
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,8 @@ from finetune.artifacts.resolve import local_folder
 from finetune.artifacts.weights import weight_files
 from finetune.config.schema import FullMethod
 from finetune.errors import ConfigError, ModelError
+from finetune.methods.tensor_file import save_config, save_tensors
+from finetune.storage.hashed import hashed_copy, hashed_text
 
 Gather: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Weights by name; in a process that does not write, nothing."""
@@ -86,11 +87,11 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else MODEL_WEIGHTS
         index |= dict.fromkeys(names, file)
-        tensors = {name: tensor.contiguous() for name, tensor in gather(names).items()}
+        tensors = gather(names)
         writes = bool(tensors)
         if tensors and problem is None:
             try:
-                save_file(tensors, folder / file, metadata={"format": "pt"})
+                save_tensors(tensors, folder / file)
             except Exception as error:
                 problem = error  # the others are still to gather the shards after this one
         del tensors  # before the next ones are gathered
@@ -101,13 +102,18 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     if shards[1:]:
         size = sum(_num_bytes(tensor) for tensor in _state(model).values())
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
-        (folder / WEIGHTS_INDEX).write_text(text + "\n", encoding="utf-8")
-    model.config.save_pretrained(folder)
+        hashed_text(folder / WEIGHTS_INDEX, text + "\n")
+    save_config(model.config, folder)
     source = local_folder(base.path, base.revision)
     for pattern in CARRIED_OVER:
         for carried in source.glob(pattern):
-            shutil.copyfile(carried, folder / carried.name)
+            hashed_copy(carried, folder / carried.name)
     base.write(folder, method="full")
+
+
+def saved_names(model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that `save` writes."""
+    return list(_state(model))
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +30,7 @@ from finetune.artifacts.names import ADAPTER_WEIGHTS
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.methods.lora_forward import use_input_format
+from finetune.methods.tensor_file import save_config, save_tensors
 from finetune.models.families import family_of
 
 _ADAPTED = (nn.Linear, nn.Embedding, nn.Conv2d)
@@ -101,18 +102,14 @@ def save(
 ) -> None:
     """Write the adapter as PEFT, vLLM and the published code read it, and its base's record."""
     weights = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-        folder / ADAPTER_WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    save_tensors(weights, folder / ADAPTER_WEIGHTS)
     config = copy.deepcopy(model.peft_config["default"])
     config.base_model_name_or_path = hub.known_to_peft(base.path)
     config.revision = base.revision
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
-    config.save_pretrained(folder)
+    save_config(config, folder)
     base.write(folder, method="lora")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from peft import PrefixTuningConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
@@ -38,6 +38,7 @@ from finetune.artifacts.weights import FLOATS, read_shard
 from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import prefix_init
+from finetune.methods.tensor_file import save_config, save_tensors
 from finetune.models.families import family_of
 from finetune.models.packed_attention import DOCUMENT_SDPA, grouped_sdpa, in_documents
 
@@ -165,15 +166,14 @@ def save(
     state = {k: v.detach().cpu().float() for k, v in (state_dict or model.state_dict()).items() if _is_trained(k)}  # fmt: skip
     units = {k: v.cpu().float() for k, v in model.named_buffers() if k.endswith(UNIT)}
     if units:
-        save_file(units, folder / PREFIX_UNITS, metadata={"format": "pt"})
+        save_tensors(units, folder / PREFIX_UNITS)
     state |= units
     flat = _fold(state, list(_attention_layers(model)), *_key_value_shape(model))
-    save_file({PREFIX_TENSOR: flat}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors({PREFIX_TENSOR: flat}, folder / ADAPTER_WEIGHTS)
     if any(name.startswith("prefix_encoder.") for name in state):
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / PREFIX_ENCODER, metadata={"format": "pt"})
+        save_tensors(state, folder / PREFIX_ENCODER)
     heads, head_dim = _key_value_shape(model)
-    PrefixTuningConfig(
+    config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=flat.shape[0],
         num_layers=len(_attention_layers(model)),
@@ -183,7 +183,8 @@ def save(
         inference_mode=True,
         base_model_name_or_path=hub.known_to_peft(base.path),
         revision=base.revision,
-    ).save_pretrained(folder)
+    )
+    save_config(config, folder)
     base.write(folder, method="ptuning_v2")
 
 

@@ -120,7 +120,7 @@ def read_run(folder: Path) -> Run:
     if document.problems:
         raise ConfigError("\n".join(map(str, document.problems)))
     best = checkpoint.best(folder)
-    steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]
+    steps = dict.fromkeys(map(checkpoint.step_of, checkpoint.checkpoints(folder)))
     return Run(
         path=folder,
         config=dict(_flat(document.value)),
@@ -144,7 +144,7 @@ def find_runs(folder: Path) -> list[Run]:
             for name in names
             if depth < DEEPEST
             and EVALUATION not in files  # it keeps copies of the runs' records
-            and not name.startswith((".", "checkpoint-"))
+            and not name.startswith((".", "checkpoint-", "weights-"))
         )  # fmt: skip
         if RUN_CONFIG in files and (RUN_METRICS in files or checkpoint.checkpoints(Path(place))):
             found.append(Path(place))

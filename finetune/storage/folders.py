@@ -30,6 +30,7 @@ from finetune.storage.disk import is_disk_error, is_out_of_space
 from finetune.storage.files import STAGING, file_digest, fsync_folder, refuse_odd
 from finetune.storage.lock import Lock, is_held, try_lock
 from finetune.storage.manifest import MANIFEST as MANIFEST
+from finetune.storage.manifest import Files as Files
 from finetune.storage.manifest import noted_files, recorded, walk
 from finetune.storage.manifest import seal as seal
 from finetune.storage.manifest import verify as verify
@@ -47,6 +48,7 @@ def staged(
     leader: bool = True,
     worst: Callable[[int], int] = int,
     replace: bool = False,
+    known: Files | None = None,
 ) -> Iterator[Path]:
     """The staging folder of ``final``: committed when the block ends, removed when it fails.
 
@@ -54,6 +56,7 @@ def staged(
     ``worst(outcome)`` waits for all and gives the largest outcome: a save fails everywhere or
     nowhere, and for want of space everywhere alike.
     ``replace`` allows a folder of that name to be there already.
+    ``known`` is filled in the block with size and SHA-256 of files that need not be read again.
     """
     stage = stage_path(final)
     lock: Lock | None = None
@@ -71,7 +74,7 @@ def staged(
                 yield stage
         with together(worst, final):
             if leader:
-                commit(stage, final, replace=replace)
+                commit(stage, final, replace=replace, known=known)
     except BaseException as error:
         reason = _space_error(error, final, stage)
         if lock is not None:
@@ -143,7 +146,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def commit(stage: Path, final: Path, *, replace: bool = False) -> None:
+def commit(stage: Path, final: Path, *, replace: bool = False, known: Files | None = None) -> None:
     """Make ``stage`` whole (fsync, manifest last) and visible as ``final`` by one rename.
 
     A writer that knows the hashes of its files may have sealed it already.
@@ -151,7 +154,7 @@ def commit(stage: Path, final: Path, *, replace: bool = False) -> None:
     renames is undone by ``clean``.
     """
     if not (stage / MANIFEST).exists():
-        seal(stage)
+        seal(stage, known)
     aside = final.parent / f"{REPLACED}{final.name}"
     if os.path.lexists(final):
         if not replace:

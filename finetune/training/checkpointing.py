@@ -8,6 +8,9 @@ checkpoint-<step>/
     trainer_state.json          steps, epoch, everything that was logged
     config.yaml, run.json       the resolved config; what a resume must match
     manifest.json               sizes and SHA-256 of all of it, written last
+
+weights-<step>/ holds the first two lines, trainer_state.json and config.yaml: `training.save: weights`, or
+beside the checkpoints with `training.save_weights_every_steps`.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ from transformers.trainer_callback import ExportableState
 
 from finetune import __version__, console, methods
 from finetune.artifacts import checkpoint
-from finetune.artifacts.names import BEST, RUN_CONFIG, TRAINER_STATE
+from finetune.artifacts.names import BEST, RUN_CONFIG, RUN_RECORD, TRAINER_STATE
 from finetune.config.schema import TrainingSection
+from finetune.distributed.background import Background
 from finetune.distributed.processes import (
     any_rank,
     fail_together,
-    gather_to_rank0,
+    gather_objects,
     is_rank0,
+    patient_group,
     worst,
 )
 from finetune.errors import (
@@ -47,9 +52,11 @@ from finetune.errors import (
 from finetune.methods import BaseRecord
 from finetune.storage import folders
 from finetune.storage.disk import BestEffort, is_disk_error
+from finetune.storage.hashed import hashing
 from finetune.training import resume
 from finetune.training.prepare_model import PreparedModel
 from finetune.training.run_data import RunData
+from finetune.training.snapshot import Snapshot, take
 
 
 @dataclass(frozen=True)
@@ -67,85 +74,127 @@ class Saver:
     noting: BestEffort = field(
         default_factory=lambda: BestEffort(BEST, "the next save tries again")
     )
+    group: Any = field(default_factory=patient_group)
+    """The processes wait for the disk in it, however long a save takes."""
+    beside: Background = field(default_factory=lambda: Background("save"))
+    """The save that goes on beside training, with `training.async_save`."""
+    written: set[Path] = field(default_factory=set)
+    """Folders that this run has sealed: nobody need read them to know that they are whole."""
 
     def save(self, trainer: Any) -> None:
-        """Write `checkpoint-<step>`, whole or not at all; every process takes part.
+        """Write the checkpoint of this step, whole or not at all; every process takes part.
+
+        With `training.async_save` it is being written when this returns, and what goes wrong is
+        raised by the next `save` or `finish`.
 
         Raises:
             NonFiniteError: What was trained is not finite; older checkpoints stay.
             SpaceError: There is no room, and the run stops for it or has no later save.
         """
-        check_weights(trainer.model, trainer.state.global_step)
-        final = self.run_dir / f"checkpoint-{trainer.state.global_step}"
+        self._begin(trainer, resumable=self.training.save == "resumable")
+
+    def save_only_weights(self, trainer: Any) -> None:
+        """The same, of what was trained alone: nothing can be resumed from it."""
+        self._begin(trainer, resumable=False)
+
+    def finish(self) -> None:
+        """Return when no save is under way; raises what `save` would."""
+        self.beside.wait()
+
+    def _begin(self, trainer: Any, *, resumable: bool) -> None:
+        step = trainer.state.global_step
+        check_weights(trainer.model, step)
+        self.finish()
+        final = self.run_dir / checkpoint.folder_name(step, resumable=resumable)
+        texts = {TRAINER_STATE: _state_text(trainer), RUN_CONFIG: self.config_text}
+        if resumable:
+            texts[RUN_RECORD] = resume.text_of(self.record)
+        copied = self.training.async_save
+        snapshot = take(trainer, texts, resumable=resumable, copied=copied)
+        if copied:
+            self.beside.start(partial(self._save, snapshot, final))
+        else:
+            self._save(snapshot, final)
+
+    def _save(self, snapshot: Snapshot, final: Path) -> None:
+        """Every process takes part, in its main thread or in one beside it."""
         try:
-            if not final.exists() or folders.verify(final):
-                self._write(trainer, final)
+            if not self._is_there(final):
+                self._write(snapshot, final)
+                self.written.add(final)
         except SpaceError as error:
-            if self.training.on_full_disk == "stop" or trainer.control.should_training_stop:
+            if self.training.on_full_disk == "stop" or snapshot.is_last:
                 raise
             console.warn(f"{error}. Training goes on; the next save is tried as planned")
             return
-        self._saved(trainer, final)
+        self._saved(snapshot.state, final)
+
+    def _is_there(self, final: Path) -> bool:
+        return final in self.written or (final.exists() and not folders.verify(final))
 
     def save_scores(self, trainer: Any) -> None:
         """Keep the scores of an evaluation that was repeated after a resume; every process takes part.
 
         After the last step no later checkpoint would hold them, so the one resumed from gets them.
         """
+        self.finish()
         state = trainer.state
-        final = self.run_dir / f"checkpoint-{state.global_step}"
+        final = self.run_dir / checkpoint.folder_name(state.global_step)
         if not final.exists():
             return  # resumed from one that lies elsewhere
-        with fail_together():
+        with fail_together(self.group):
             if is_rank0() and state.global_step >= state.max_steps:
                 folders.amend(final, TRAINER_STATE, _state_text(trainer))
-        self._saved(trainer, final)
+        self._saved(state, final)
 
-    def _saved(self, trainer: Any, final: Path) -> None:
+    def _saved(self, state: Any, final: Path) -> None:
         """Note a new best, and delete what is too old."""
-        with fail_together():
+        with fail_together(self.group):
             if is_rank0():
                 with self.noting():
-                    self._note_best(trainer.state)
-                    self._rotate(trainer.state)
+                    self._note_best(state)
+                    self._rotate(state, final)
 
     def _note_best(self, state: Any) -> None:
         """Also the best of an earlier step, which the disk may not have let be noted then."""
-        best = self.run_dir / f"checkpoint-{state.best_global_step}"
-        if best.is_dir() and checkpoint.best(self.run_dir) != best:
+        best = self._best_of(state)
+        if best is not None and checkpoint.best(self.run_dir) != best:
             checkpoint.set_best(self.run_dir, best, self.metric, state.best_metric)
 
-    def _write(self, trainer: Any, final: Path) -> None:
-        leader = is_rank0()
-        with folders.staged(final, leader=leader, worst=worst, replace=True) as stage:
-            # Each gathers what is sharded first: one that cannot write must not leave the others there.
-            with folders.together(worst, final):
-                self.save_weights(trainer.model, stage)
-            with folders.together(worst, final):
-                trainer._save_optimizer_and_scheduler(str(stage))
-            trainer._save_scaler(str(stage))
-            trainer._save_rng_state(str(stage))
-            if leader:
-                (stage / TRAINER_STATE).write_text(_state_text(trainer), encoding="utf-8")
-                (stage / RUN_CONFIG).write_text(self.config_text, encoding="utf-8")
-                resume.write(stage, self.record)
+    def _best_of(self, state: Any) -> Path | None:
+        step = state.best_global_step
+        return None if step is None else checkpoint.of_step(self.run_dir, step)
 
-    def save_weights(self, model: nn.Module, folder: Path) -> None:
+    def _write(self, snapshot: Snapshot, final: Path) -> None:
+        hashes: dict[str, tuple[int, str]] = {}
+        agreed = partial(worst, group=self.group)
+        with folders.staged(
+            final, leader=is_rank0(), worst=agreed, replace=True, known=hashes
+        ) as stage:
+            with hashing(stage) as written:
+                # Each gathers what is sharded first: one that cannot write must not leave the others there.
+                with folders.together(agreed, final):
+                    self.save_weights(snapshot, stage)
+                with folders.together(agreed, final):
+                    snapshot.write_states(stage)
+            for part in gather_objects(written, self.group):
+                hashes |= part
+
+    def save_weights(self, snapshot: Snapshot, folder: Path) -> None:
         """Write what was trained; every process takes part, the leader writes."""
-        pieces = partial(gather_to_rank0, model)
-        methods.save(model, folder, base=self.base, gather=pieces)
+        methods.save(snapshot.model, folder, base=self.base, gather=snapshot.gather)
 
     def load_weights(self, model: nn.Module, folder: Path) -> None:
         """Put back what `save_weights` wrote."""
         methods.restore(model, folder)
 
-    def _rotate(self, state: Any) -> None:
-        best = [
-            checkpoint.best(self.run_dir),
-            self.run_dir / f"checkpoint-{state.best_global_step}",
-        ]
+    def _rotate(self, state: Any, newest: Path) -> None:
+        best = [checkpoint.best(self.run_dir), self._best_of(state)]
         rotation = checkpoint.rotate(
-            self.run_dir, self.training.keep_checkpoints, protect=[b for b in best if b]
+            self.run_dir,
+            self.training.keep_checkpoints,
+            protect=[b for b in best if b],
+            whole=newest if newest in self.written else None,
         )
         if rotation.problem:
             console.warn(f"older checkpoints are kept: {rotation.problem}")

@@ -106,6 +106,9 @@ RULES: dict[str, Rule] = {
     "training.seed": Rule.MATCH,
     "training.log_every_steps": Rule.FREE,
     "training.save_every_steps": Rule.FREE,
+    "training.save": Rule.FREE,
+    "training.save_weights_every_steps": Rule.FREE,
+    "training.async_save": Rule.FREE,
     "training.keep_checkpoints": Rule.FREE,
     "training.on_full_disk": Rule.FREE,
     "training.on_end": Rule.FREE,
@@ -163,10 +166,9 @@ def record(
     }
 
 
-def write(folder: Path, saved: Mapping[str, Any]) -> None:
-    """Put the record into a checkpoint's staging folder."""
-    text = json.dumps(saved, ensure_ascii=False, indent=1, default=str)
-    (folder / RUN_RECORD).write_text(text + "\n", encoding="utf-8")
+def text_of(saved: Mapping[str, Any]) -> str:
+    """The record as a checkpoint holds it."""
+    return json.dumps(saved, ensure_ascii=False, indent=1, default=str) + "\n"
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -246,7 +248,7 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[tuple[Path, st
     the run has checkpoints. A path: that one or CheckpointError, never another in its place.
     """
     if resume == "auto":
-        return newest_good(run_dir)
+        return newest_good(run_dir, resumable=True)
     if resume == "never":
         present = checkpoints(run_dir)
         if present:
@@ -259,6 +261,11 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[tuple[Path, st
     if not folder.is_dir():
         raise CheckpointError(
             f"training.resume must be auto, never or a checkpoint directory; got {resume!r}"
+        )
+    if not checkpoint.is_resumable(folder):
+        raise CheckpointError(
+            f"{folder} holds weights only, and nothing can be resumed from it; start another run with "
+            "model.adapter (or model.path, if it is a whole model) set to it"
         )
     problems = verify(folder)
     if problems:
@@ -293,6 +300,7 @@ def start(run_dir: Path, resume: str, now: Mapping[str, Any]) -> Start:
     for damaged, reason in skipped:
         console.warn(f"{damaged} is passed over: {reason}")
     if folder is None:
+        _refuse_other_weights(run_dir, now)
         return Start()
     changes = check(folder, now)
     console.say(f"resuming from {folder}")
@@ -309,9 +317,19 @@ def start(run_dir: Path, resume: str, now: Mapping[str, Any]) -> Start:
 
 def start_together(run_dir: Path, resume: str, now: Mapping[str, Any]) -> Start:
     """`start` as rank 0 finds it, in every process."""
-    from finetune.distributed.processes import broadcast_from_rank0
+    from finetune.distributed.processes import broadcast_from_rank0, patient_group
 
-    return broadcast_from_rank0(lambda: start(run_dir, resume, now))
+    return broadcast_from_rank0(lambda: start(run_dir, resume, now), patient_group())
+
+
+def _refuse_other_weights(run_dir: Path, now: Mapping[str, Any]) -> None:
+    """A run that only keeps weights must not add to those of an earlier one."""
+    present = checkpoints(run_dir)
+    if present and now["config"].get("training.save") == "weights":
+        raise CheckpointError(
+            f"{run_dir} holds {present[-1].name} of an earlier run, and with training.save: weights no "
+            "run can be resumed; choose another training.output_dir, or remove them"
+        )
 
 
 def check_owner(run_dir: Path, resume: str) -> None:
@@ -323,7 +341,7 @@ def check_owner(run_dir: Path, resume: str) -> None:
     if resume == "never":
         return
     folders = checkpoint.checkpoints(run_dir) if resume == "auto" else [Path(resume)]
-    for folder in folders:
+    for folder in filter(checkpoint.is_resumable, folders):
         if folder.is_dir() and any(folder.glob(f"{SHARDS}*")):
             _refuse_others(folder, [folder, *(folder / name for name in walk(folder)[0])])
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from finetune.data.examples.batch_plan import BLANK
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
-from finetune.errors import ConfigError, NonFiniteError, ProcessError
+from finetune.errors import ConfigError, FinetuneError, NonFiniteError, ProcessError
 from finetune.methods.optimizers import MUON, MuonWithAdamW, matrices
 from finetune.models.loss import for_model
 from finetune.training.arguments import set_rates, warmed_up
@@ -74,10 +74,11 @@ class FineTuner(Trainer):
         self._loader: StepLoader | None = None
         schedule = Schedule(
             validation.section if validation else None,
-            save_every=saver.training.save_every_steps,
+            training=saver.training,
             stop=stop,
             evaluate=self.evaluate,
             save_scores=lambda: saver.save_scores(self),
+            save_weights=lambda: self._save_with(saver.save_only_weights),
             compares_anew=compares_anew,
         )
         steps = saver.training.profile
@@ -288,6 +289,7 @@ class FineTuner(Trainer):
         except RunComplete:
             result = None
         except BaseException as error:
+            self._let_a_save_end(error)
             for worker in active_children():
                 worker.kill()  # one that hangs would keep this process from ending
             if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
@@ -298,9 +300,16 @@ class FineTuner(Trainer):
             raise
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)
+        self.saver.finish()
         if self._loader is not None:
             self._loader.close()
         return result
+
+    def _let_a_save_end(self, error: BaseException) -> None:
+        """What all processes found wrong together must not cut a save short that they began."""
+        if isinstance(error, FinetuneError) and not isinstance(error, ProcessError):
+            with suppress(FinetuneError):  # the run ends for the first error
+                self.saver.finish()
 
     # --- state -------------------------------------------------------------------------------
 
@@ -332,8 +341,11 @@ class FineTuner(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._save_with(self.saver.save)
+
+    def _save_with(self, save: Callable[[Any], None]) -> None:
         with self.progress.throughput.paused():
-            self.saver.save(self)
+            save(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.saver.load_weights(self.model, Path(resume_from_checkpoint))

@@ -11,7 +11,7 @@ from transformers.integrations import TensorBoardCallback
 
 from finetune import console
 from finetune.artifacts.names import RUN_METRICS
-from finetune.config.schema import EvaluationSection
+from finetune.config.schema import EvaluationSection, TrainingSection
 from finetune.distributed.signals import StopFlag
 from finetune.evaluation.metrics import is_better
 from finetune.storage import journal
@@ -26,20 +26,24 @@ class Schedule(TrainerCallback):
         self,
         evaluation: EvaluationSection | None,
         *,
-        save_every: int,
+        training: TrainingSection,
         stop: StopFlag,
         evaluate: Callable[[], dict[str, float]],
         save_scores: Callable[[], None],
+        save_weights: Callable[[], None],
         compares_anew: bool = False,
     ) -> None:
         self.evaluation = evaluation
         """None when there is nothing to evaluate on."""
-        self.save_every = save_every
+        self.save_every = training.save_every_steps
+        self.save_weights_every = training.save_weights_every_steps
         self.stop = stop
         self.evaluate = evaluate
         """The Trainer's."""
         self.save_scores = save_scores
         """Puts the scores of the step that was resumed from into its checkpoint."""
+        self.save_weights = save_weights
+        """Writes what was trained alone."""
         self.compares_anew = compares_anew
         """Whether what the scores compare has changed since the checkpoint that is resumed."""
 
@@ -82,6 +86,9 @@ class Schedule(TrainerCallback):
         is_last = state.global_step >= state.max_steps
         control.should_save = is_last or state.global_step % self.save_every == 0
         control.should_evaluate = self.evaluation is not None and self._evaluates_after(state)
+        every = self.save_weights_every
+        if every is not None and (is_last or state.global_step % every == 0):
+            self.save_weights()
         if self.stop.is_set:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False

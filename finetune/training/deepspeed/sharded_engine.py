@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-from functools import partial, wraps
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,22 +65,11 @@ class GuardedEngine(DeepSpeedEngineWrapper):
 
 
 def _make_saves_safe(engine: Any) -> None:
-    """A process that cannot write comes through DeepSpeed's barriers all the same, and fails then."""
-    states = engine.checkpoint_engine = WeightsOnlyStates()
+    """Saving hands the states over instead of writing them: processes wait for nobody's disk in it."""
+    engine.checkpoint_engine = TakenStates()
     # DeepSpeed's converters open pickles; what was trained is there as safetensors.
     engine._copy_recovery_script = lambda folder: None
-    save = engine.save_checkpoint
-
-    @wraps(save)
-    def save_checkpoint(folder: str, **options: Any) -> None:
-        save(folder, **options | {"save_latest": False})
-        if problem := states.problem:
-            states.problem = None
-            raise problem
-        if engine.global_rank == 0:
-            (Path(folder) / "latest").write_text(f"global_step{engine.global_steps}")
-
-    engine.save_checkpoint = save_checkpoint
+    engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
 
 
 def _leave_frozen_weights_out(engine: Any) -> None:
@@ -95,20 +83,21 @@ def _leave_frozen_weights_out(engine: Any) -> None:
     engine.load_checkpoint = load_checkpoint
 
 
-class WeightsOnlyStates(TorchCheckpointEngine):
-    """Reads DeepSpeed's own optimizer states without running what a pickle may say."""
+class TakenStates(TorchCheckpointEngine):
+    """Keeps the states of a save for whoever writes them; reads them without running what a pickle may say."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.problem: Exception | None = None
-        """Why a state could not be written."""
+        self._states: dict[str, Any] = {}
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write a state to `path`."""
-        try:
-            super().save(_without_enums(state_dict), path)
-        except (OSError, RuntimeError) as error:
-            self.problem = self.problem or error
+        """Keep a state that belongs to `path`."""
+        self._states[path] = _without_enums(state_dict)
+
+    def taken(self) -> dict[str, Any]:
+        """The states by path, once."""
+        states, self._states = self._states, {}
+        return states
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state in `path`."""
