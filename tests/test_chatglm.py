@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import finetune.models  # noqa: F401 - registers chatglm
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
-from finetune.models.chatglm.modeling import RMSNorm
+from finetune.models.chatglm.layers import RMSNorm
 
 LAYERS = "transformer.encoder.layers.{}."
 

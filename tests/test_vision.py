@@ -214,7 +214,7 @@ def test_bfloat16_moves_the_logits_less_from_the_published_ones_than_those_from_
 
 
 def test_both_auto_classes_open_the_folder(folder: Path) -> None:
-    assert AutoConfig.from_pretrained(folder).vision_config["image_size"] == 112
+    assert AutoConfig.from_pretrained(folder).vision_config.image_size == 112
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         opened = auto.from_pretrained(folder, trust_remote_code=False)
         assert type(opened) is ChatGLMForConditionalGeneration

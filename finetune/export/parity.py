@@ -81,7 +81,7 @@ def _prompts(config: Any) -> list[Inputs]:
         text[text == getattr(config, "image_token_id", -1)] = 0
     prompts = [{"input_ids": text} for text in ids]
     if getattr(config, "image_patches", 0):
-        size, pad = config.vision_config["image_size"], config.pad_token_id or 0
+        size, pad = config.vision_config.image_size, config.pad_token_id or 0
         span = [config.boi_token_id, *[pad] * config.image_patches, config.eoi_token_id]
         pixels = torch.randn(1, 3, size, size, generator=generator)
         seen = torch.cat([torch.tensor([span]), ids[0]], dim=1)

@@ -90,7 +90,7 @@ class Glm4vForConditionalGeneration(SupervisedLoss, transformers.Glm4vForConditi
         image_grid_thw: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return logits, or with labels [B, T] the loss alone; see `SupervisedLoss`."""
+        """Return logits, or with labels [B, T] the loss; see `SupervisedLoss`."""
         return super().forward(
             input_ids,
             attention_mask,

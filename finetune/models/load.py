@@ -21,6 +21,7 @@ from finetune.artifacts.weights import tensors
 from finetune.distributed import device as devices
 from finetune.errors import ModelError, is_out_of_memory
 from finetune.models import wide_residual
+from finetune.models.chatglm.configuration import ChatGLMVisionConfig
 from finetune.models.families import Family, family_of
 from finetune.models.kernels import check, stock_layers
 from finetune.models.number_format import number_format
@@ -162,9 +163,9 @@ def _check_size(folder: Path, config: Any) -> None:
     attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * head
     asked = text.num_hidden_layers * text.hidden_size * (attention + 3 * text.intermediate_size)
     asked += text.vocab_size * text.hidden_size
-    if isinstance(vision, dict):
-        wide = vision["hidden_size"] * (4 * vision["hidden_size"] + 2 * vision["intermediate_size"])
-        asked += vision["num_hidden_layers"] * wide
+    if isinstance(vision, ChatGLMVisionConfig):
+        wide = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+        asked += vision.num_hidden_layers * wide
     elif vision is not None:
         asked += (
             vision.depth

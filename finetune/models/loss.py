@@ -8,6 +8,8 @@ hooks around it (DeepSpeed ZeRO-3 gathers the weight there) see an ordinary modu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,9 +198,9 @@ def supervised_loss(
 ) -> Tensor:
     """Return sum(w · ce) / num_items, or / sum(w) when that is None; 0 when nothing is supervised.
 
-    `hidden` is [B, T, D]; `labels` [B, T] hold -100 where nothing is learnt; `loss_weights` [B, T]
-    belong to the labels. `supervised` is `supervised_places` of the labels: who knows it already
-    saves a GPU the wait for it.
+    `hidden` is [B, T, D]; `labels` [B, T] hold -100 where nothing is learnt, or are one more
+    [B, T + 1] where the last place predicts too; `loss_weights` are the labels'. `supervised` is
+    `supervised_places` of the labels: who knows it already saves a GPU the wait for it.
     """
     if supervised is None:
         supervised = supervised_places(labels)
@@ -206,6 +208,8 @@ def supervised_loss(
     weights = None
     if loss_weights is not None:
         weights = loss_weights.flatten().index_select(0, supervised + 1).detach()
+    if missing := labels.shape[1] - hidden.shape[1]:
+        hidden = F.pad(hidden, (0, 0, 0, missing))
     chosen = hidden.flatten(0, 1).index_select(0, supervised)
     if isinstance(head, SupervisedHead):
         total: Tensor = head(chosen, targets=targets, weights=weights)
@@ -217,6 +221,31 @@ def supervised_loss(
         return total / (num_items or 1.0)
     divisor = torch.as_tensor(num_items, dtype=torch.float32, device=total.device)
     return total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+
+
+def _unshifted(shift_labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return labels and weights [B, T + 1] whose next ones are these [B, T], also of the last place."""
+    return (
+        F.pad(shift_labels, (1, 0), value=IGNORED),
+        None if weights is None else F.pad(weights, (1, 0)),
+    )
+
+
+def _within(documents: Documents, labels: Tensor) -> Tensor:
+    """Return the labels without each document's first token, which no other document predicts."""
+    more = labels.shape[1] - documents.starts.shape[1]
+    return labels.masked_fill(F.pad(documents.starts, (0, more)), IGNORED)
+
+
+def _logits(head: nn.Module, hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """Return [B, T, V] of the last `keep` places (0: all), or of those that it names."""
+    logits: Tensor = head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep, :])
+    return logits
+
+
+def _is_evaluated(model: nn.Module, supervised: Tensor | None) -> bool:
+    """Whether a loop of others evaluates: ours knows the places of the loss and wants no logits."""
+    return supervised is None and not model.training and not torch.is_grad_enabled()
 
 
 def _say_documents(model: Any, documents: Documents, kwargs: dict[str, Any]) -> Tensor | None:
@@ -241,8 +270,15 @@ def _without_packing(
     return torch.arange(ids.shape[1], device=ids.device)[None], whole_rows(ids)
 
 
+@dataclass
+class HiddenOutput(CausalLMOutputWithPast):
+    """What a language model says, and what it says it from."""
+
+    last_hidden_state: Tensor | None = None
+
+
 class SupervisedLoss:
-    """The causal-LM `forward` of every family here: with labels a loss and no logits.
+    """The causal-LM `forward` of every family here: in training a loss and no logits.
 
     Mixed into a transformers model that has `base_model` (ids to last hidden state) and
     `get_output_embeddings` (the head).
@@ -250,6 +286,8 @@ class SupervisedLoss:
 
     looks_at_positions = False
     """Whether `base_model` looks for documents in positions, and makes a mask, by itself."""
+    shows_hidden = False
+    """Whether outputs with logits have a `last_hidden_state` too."""
 
     def forward(  # noqa: PLR0913 - the signature of transformers' causal models
         self,
@@ -267,10 +305,13 @@ class SupervisedLoss:
         supervised: Tensor | None = None,
         documents: Documents | None = None,
         head_loss: HeadLoss | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return logits, or with labels [B, T] the loss alone; see `supervised_loss`.
+        """Return logits, or with labels [B, T] the loss; see `supervised_loss`.
 
+        In eval mode without gradients labels get both, as evaluation loops of others expect.
+        `shift_labels` [B, T] in the place of labels are what each position itself predicts.
         `head_loss(head, hidden [B, T, D])` is any other loss; it is called in here because DDP and
         ZeRO must see every use of a weight inside the forward pass.
         Without a mask, positions that restart at 0 are packed documents, which do not see each other.
@@ -280,11 +321,12 @@ class SupervisedLoss:
         if documents is None:
             starts = document_starts(position_ids, attention_mask, past_key_values)
             documents = None if starts is None else Documents.of(starts)
-        if documents is not None:
-            if use_cache:
-                raise ValueError("packed documents have no cache; pass use_cache=False")
-            if labels is not None:
-                labels = labels.masked_fill(documents.starts, IGNORED)
+        if documents is not None and use_cache:
+            raise ValueError("packed documents have no cache; pass use_cache=False")
+        if shift_labels is not None:
+            labels, loss_weights = _unshifted(shift_labels, loss_weights)
+        if documents is not None and labels is not None:
+            labels = _within(documents, labels)
         is_training = labels is not None or head_loss is not None
         if documents is None and is_training and self.looks_at_positions and attention_mask is None:
             position_ids, documents = _without_packing(model, input_ids, position_ids)
@@ -304,23 +346,17 @@ class SupervisedLoss:
             **kwargs,
         )
         hidden, head = outputs.last_hidden_state, model.get_output_embeddings()
-        loss = logits = None
-        if head_loss is not None:
-            loss = head_loss(head, hidden)
-        elif labels is None:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = head(hidden[:, keep, :])
-        else:
-            loss = supervised_loss(
-                head,
-                hidden,
-                labels,
+        asked = head_loss is None and (labels is None or _is_evaluated(model, supervised))
+        if head_loss is None and labels is not None:
+            head_loss = partial(
+                supervised_loss,
+                labels=labels,
                 loss_weights=loss_weights,
                 num_items=num_items_in_batch,
                 supervised=supervised,
             )
+        loss = None if head_loss is None else head_loss(head, hidden)
+        logits = _logits(head, hidden, logits_to_keep) if asked else None
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -328,4 +364,6 @@ class SupervisedLoss:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        if self.shows_hidden and logits is not None:
+            result = HiddenOutput(**result, last_hidden_state=hidden)
         return result.to_tuple() if return_dict is False else result

@@ -7,6 +7,7 @@ import json
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 
 from finetune.errors import ModelError
 
@@ -22,10 +23,44 @@ _REQUIRED: dict[str, bool] = {
 # What a config may say, as long as it switches nothing on.
 _REFUSED_WHEN_SET = ("fp32_residual_connection", "quantization_bit", "pre_seq_len")
 _CHATGLM3_VOCABULARY = 65024
+_READ_BY_PEFT = ("num_key_value_heads", "head_dim")
 _ADVICE = (
     "supported are GLM-4-9B, GLM-4-9B-Chat, LongWriter-glm4-9b and GLM-4V-9B in this layout "
     "(model_type chatglm), the -hf conversions (glm) and the 0414 models (glm4)"
 )
+
+
+class ChatGLMVisionConfig(PreTrainedConfig):
+    """The sizes of GLM-4V's tower under their published names; the defaults are GLM-4V-9B's."""
+
+    model_type = "chatglm_vision"
+    base_config_key = "vision_config"
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+
+    hidden_size: int = 1792
+    num_hidden_layers: int = 63
+    num_heads: int = 16
+    intermediate_size: int = 15360
+    layer_norm_eps: float = 1e-06
+    hidden_act: str = "gelu"
+    dropout_prob: float | int = 0.0
+    in_channels: int = 3
+    patch_size: int = 14
+    image_size: int = 1120
+    num_positions: int = 6401
+    scaling_factor: float | int = 8
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a value by its name, as the published code reads it."""
+        return getattr(self, key)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what describes the tower, and nothing of what transformers keeps beside it."""
+        values: dict[str, Any] = super().to_dict()
+        beside = PreTrainedConfig.__dataclass_fields__.keys() | {"model_type", "output_attentions"}
+        beside -= {"transformers_version"}  # the config around this one takes it out itself
+        kept = (key for key in values if key not in beside and not key.startswith("_"))
+        return {key: values[key] for key in kept}
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -33,6 +68,9 @@ class ChatGLMConfig(PreTrainedConfig):
 
     model_type = "chatglm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "vision_config": SubConfigSpec(ChatGLMVisionConfig, optional=True)
+    }
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",
         "vocab_size": "padded_vocab_size",
@@ -66,18 +104,19 @@ class ChatGLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    vision_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | ChatGLMVisionConfig | None = None
     boi_token_id: int | None = None
     eoi_token_id: int | None = None
 
     @property
     def image_patches(self) -> int:
         """Tokens that an image takes between its boi and eoi: 1600 in GLM-4V-9B, 0 without vision."""
-        if self.vision_config is None:
+        if not isinstance(self.vision_config, ChatGLMVisionConfig):
             return 0
-        side = int(self.vision_config["image_size"] // self.vision_config["patch_size"] // 2)
+        side = int(self.vision_config.image_size // self.vision_config.patch_size // 2)
         return side * side
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -102,11 +141,14 @@ class ChatGLMConfig(PreTrainedConfig):
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values, under every name under which the source file had them."""
+        """Return all values, under every name under which the source file had them.
+
+        And what PEFT sizes a prefix by, which it reads here and nowhere else.
+        """
         values: dict[str, Any] = super().to_dict()
         published: dict[str, Any] = values.pop("_published", {})
         for alias, name in self.attribute_map.items():
-            if alias in published:
+            if alias in published or alias in _READ_BY_PEFT:
                 values[alias] = values[name]
         if "torch_dtype" in published:
             values["torch_dtype"] = values.pop("dtype", None) or published["torch_dtype"]
@@ -126,13 +168,31 @@ class ChatGLMConfig(PreTrainedConfig):
         if not published:
             return str(super().to_json_string(use_diff=use_diff))
         now = self.to_dict()
+        if isinstance(self.vision_config, ChatGLMVisionConfig):
+            now["vision_config"] = _in_order(now["vision_config"], published.get("vision_config"))
         defaults = type(self)().to_dict()
         added = {key for key, value in now.items() if value != defaults.get(key, not value)}
         ordered = {key: now.get(key, value) for key, value in published.items()}
         added |= {"tie_word_embeddings"}  # vLLM's ChatGLM does not open a config without it
-        added -= published.keys() | {"_name_or_path"}  # where it lay here concerns nobody else
+        # Where it lay here concerns nobody else, and an alias says nothing new.
+        added -= published.keys() | {"_name_or_path"} | self.attribute_map.keys()
         ordered.update({key: now[key] for key in sorted(added)})
         return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what a config.json without a published one as its model holds."""
+        values: dict[str, Any] = super().to_diff_dict()
+        if isinstance(self.vision_config, ChatGLMVisionConfig):
+            values["vision_config"] = _in_order(self.vision_config.to_dict(), None)
+        return {key: values[key] for key in values if key not in self.attribute_map}
+
+
+def _in_order(vision: dict[str, Any], published: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the tower's values in the order of the source file, then what it did not say."""
+    defaults = ChatGLMVisionConfig().to_dict() if published else {}
+    ordered = {key: vision[key] for key in published or {} if key in vision}
+    more = (key for key, value in vision.items() if value != defaults.get(key, not value))
+    return ordered | {key: vision[key] for key in more if key != "transformers_version"}
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
@@ -161,6 +221,8 @@ def _problems(values: dict[str, Any]) -> list[str]:
 def _vision_problems(values: dict[str, Any]) -> list[str]:
     """Return what in these config values is not GLM-4V's vision, one line each."""
     vision = values["vision_config"]
+    if isinstance(vision, ChatGLMVisionConfig):
+        vision = vision.to_dict()
     needed = (
         *("hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "layer_norm_eps"),
         *("patch_size", "image_size", "in_channels", "num_positions", "scaling_factor"),

@@ -1,6 +1,6 @@
-"""GLM-4 in the published layout: parameter names, arithmetic and order of operations.
+"""GLM-4 and GLM-4V in the published layout: token ids, and images, to logits or a loss.
 
-Legend: B rows, T tokens, D hidden size, H heads, G key/value groups, C channels per head.
+Legend: B rows, T tokens, D hidden size, N images, P patches of an image.
 """
 
 from __future__ import annotations
@@ -8,175 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, initialization
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from finetune.models import kernels
 from finetune.models.chatglm.configuration import ChatGLMConfig
-from finetune.models.chatglm.spans import Spans, image_positions, positions
+from finetune.models.chatglm.layers import (
+    Block,
+    Embedding,
+    Encoder,
+    RotaryEmbedding,
+    SelfAttention,
+)
+from finetune.models.chatglm.spans import Spans, positions, remember
 from finetune.models.chatglm.vision import PatchEmbedding, VisionModel
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.packed_attention import document_starts, positions_in_documents
-from finetune.models.wide_residual import down_projected
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm; weight multiplied in fp32, then the cast, as published."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the normalised [..., D] in the input's dtype."""
-        return kernels.rms_norm(hidden, self.weight, self.eps)
-
-
-class RotaryEmbedding(nn.Module):
-    """Rotation angles of the first half of each head's channels."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.channels = config.kv_channels // 2
-        self.base = 10000.0 * config.rope_ratio
-        # Checkpoints hold this buffer (in bf16, without rope_ratio) and nothing reads it.
-        self.register_buffer("inv_freq", self.published_frequencies())
-
-    def published_frequencies(self) -> Tensor:
-        """Return what a checkpoint holds as `inv_freq` [C / 4]."""
-        return 1.0 / 10000.0 ** (torch.arange(0, self.channels, 2).float() / self.channels)
-
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [B, 1, T, C / 4] of positions [B, T]."""
-        steps = torch.arange(0, self.channels, 2, device=position_ids.device).float()
-        frequencies = 1.0 / self.base ** (steps / self.channels)
-        angles = position_ids[:, None, :, None].float() * frequencies
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def eager_attention(
-    module: SelfAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return [B, T, H, C] and the attention weights; softmax in fp32."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query attention with one projection whose rows are [q | k | v]."""
-
-    is_causal = True
-
-    def __init__(self, config: ChatGLMConfig, layer: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer
-        self.head_dim = config.kv_channels
-        self.num_key_value_groups = config.num_attention_heads // config.multi_query_group_num
-        self.scaling = self.head_dim**-0.5
-        width = config.num_attention_heads * self.head_dim
-        group = config.multi_query_group_num * self.head_dim
-        self.widths = (width, group, group)
-        self.query_key_value = nn.Linear(config.hidden_size, sum(self.widths), config.add_qkv_bias)
-        self.dense = nn.Linear(width, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended [B, T, D] and, from eager attention, its weights."""
-        shape = (*hidden.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            part.reshape(shape).transpose(1, 2)
-            for part in self.query_key_value(hidden).split(self.widths, dim=-1)
-        )
-        query, key = (kernels.rotate(states, *rotation) for states in (query, key))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        dropout = self.config.attention_dropout if self.training else 0.0
-        context, weights = attend(
-            self, query, key, value, attention_mask,
-            scaling=self.scaling, dropout=dropout, **kwargs,
-        )  # fmt: skip
-        return self.dense(context.flatten(2)), weights
-
-
-class MLP(nn.Module):
-    """SwiGLU with one projection whose rows are [gate | up]."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return [B, T, D]."""
-        return down_projected(self.dense_h_to_4h(hidden), self.dense_4h_to_h)
-
-
-class Block(GradientCheckpointingLayer):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ChatGLMConfig, layer: int) -> None:
-        super().__init__()
-        self.hidden_dropout = config.hidden_dropout
-        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.self_attention = SelfAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.mlp = MLP(config)
-
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        """Return [B, T, D]."""
-        attended, _ = self.self_attention(self.input_layernorm(hidden), **kwargs)
-        hidden = hidden + F.dropout(attended, self.hidden_dropout, self.training)
-        transformed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + F.dropout(transformed, self.hidden_dropout, self.training)
-
-
-class Embedding(nn.Module):
-    """Holds the table under its published name."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-
-
-class Encoder(nn.Module):
-    """The layers and the final norm, under their published names."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -203,6 +54,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, VisionModel):
             initialization.zeros_(module.boi)
             initialization.zeros_(module.eoi)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Return what sees images, or this model: `encoder` is the published name of a decoder."""
+        tower = getattr(self.base_model, "vision", None) if modality == "image" else None
+        return self if tower is None else tower
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -247,21 +103,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        begins = past_key_values is None or past_key_values.get_seq_length() == 0
         spans = None
+        if self._may_show(input_ids, past_key_values, (pixel_values, image_features)):
+            spans = self.image_spans(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            assert input_ids is not None
             inputs_embeds = self.embedding.word_embeddings(input_ids)
-            if self.vision is not None and begins:
-                spans = Spans(input_ids, self.config)
-                inputs_embeds = self._with_images(
-                    inputs_embeds, pixel_values, image_features, spans
-                )
+        if spans is not None:
+            inputs_embeds = self._with_images(inputs_embeds, pixel_values, image_features, spans)
         starts = document_starts(position_ids, attention_mask, past_key_values)
         if use_cache and past_key_values is None and starts is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = positions(inputs_embeds, attention_mask, past_key_values, spans)
+        if past_key_values is not None and spans is not None and len(spans):
+            remember(past_key_values, spans)
         # Positions only turn queries and keys. What a token may see follows from the mask or from
         # the documents: transformers would take an image's repeated positions for packing.
         mask = create_causal_mask(
@@ -284,6 +139,32 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden = self.encoder.final_layernorm(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
+    def image_spans(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Spans:
+        """Return where images lie in token ids [B, T], or in what the token table made of them."""
+        if input_ids is not None:
+            return Spans.of_ids(input_ids, self.config)
+        assert inputs_embeds is not None
+        return Spans.of_embeds(inputs_embeds, self.embedding.word_embeddings, self.config)
+
+    def _may_show(
+        self, input_ids: Tensor | None, past_key_values: Any, images: tuple[Tensor | None, ...]
+    ) -> bool:
+        """Whether images are looked for: whenever some are given, and in all ids but a reply's next.
+
+        Who makes embeddings without images may have put his own rows there.
+        """
+        if self.vision is None:
+            return False
+        if any(given is not None for given in images):
+            return True
+        if input_ids is None:
+            return False
+        return (
+            input_ids.shape[1] > 1
+            or past_key_values is None
+            or past_key_values.get_seq_length() == 0
+        )
+
     def _with_images(
         self,
         embeds: Tensor,
@@ -293,6 +174,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> Tensor:
         """Return [B, T, D] with the images in their spans' places."""
         vision: VisionModel = self.vision  # type: ignore[assignment]
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("pass either pixel_values or image_features")
         if pixel_values is not None and pixel_values.shape[0]:
             return spans.splice(embeds, vision.features(pixel_values))
         if image_features is not None:
@@ -307,6 +190,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, GenerationMixin):
     """The language model, under its published class name."""
+
+    shows_hidden = True  # AutoModel gives this class, as published, where others give a base model
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -329,7 +214,7 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
         image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return logits, or with labels [B, T] the loss alone; see `SupervisedLoss`.
+        """Return logits, or with labels [B, T] the loss; see `SupervisedLoss`.
 
         `pixel_values` [N, 3, H, W] are the images of the spans (boi, patches, eoi) in `input_ids`;
         `image_features` [N, P + 2, D] are what a frozen tower made of them.
@@ -354,26 +239,57 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return a step's inputs; the images go in with the prompt only."""
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            kwargs.pop("pixel_values", None)
+        """Return a step's inputs; images go in with the part of the prompt that shows them."""
+        shown = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        shown = {name: tensor for name, tensor in shown.items() if tensor is not None}
+        if next_sequence_length is not None and inputs_embeds is None:
+            shown = self._unseen(shown, input_ids, input_ids.shape[1] - next_sequence_length)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            shown = {}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, **kwargs
+            input_ids,
+            next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        return inputs
+        return inputs | shown
+
+    def _unseen(self, shown: dict[str, Tensor], ids: Tensor, cached: int) -> dict[str, Tensor]:
+        """Return the images of a whole dialogue that its cached beginning does not show."""
+        if not shown or not cached or self.config.vision_config is None:
+            return shown
+        unseen = Spans.of_ids(ids, self.config).unseen(cached)
+        if any(len(tensor) != len(unseen) for tensor in shown.values()):
+            return shown  # of the new part alone, or wrong: the model counts
+        kept = {name: tensor[unseen.to(tensor.device)] for name, tensor in shown.items()}
+        return {name: tensor for name, tensor in kept.items() if len(tensor)}
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        if self.config.vision_config is not None and not inputs_tensor.is_floating_point():
-            spans = Spans(inputs_tensor, self.config)
-            if len(spans):
-                mask = model_kwargs.get("attention_mask")
-                return image_positions(inputs_tensor.shape[1], mask, spans)
         counted: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return counted
+        if self.config.vision_config is None:
+            return counted
+        ids, embeds = model_kwargs.get("input_ids"), None
+        if ids is None or not ids.shape[1]:
+            is_ids = not inputs_tensor.is_floating_point()
+            ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
+        spans = self.transformer.image_spans(ids, embeds)
+        mask, past = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        tokens = inputs_tensor if ids is None else ids
+        if mask is not None and mask.shape[1] == tokens.shape[1]:
+            past = None  # these are all tokens, those of the cache too
+        if not len(spans) and getattr(past, "standing_patches", None) is None:
+            return counted
+        return positions(tokens, mask, past, spans)
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output layer."""

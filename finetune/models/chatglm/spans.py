@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from finetune.models.chatglm.configuration import ChatGLMConfig
@@ -20,14 +21,26 @@ class Spans:
     Never found by the placeholder between them, which is also the padding.
     """
 
-    def __init__(self, input_ids: Tensor, config: ChatGLMConfig) -> None:
-        self.shape = input_ids.shape
-        self.patches = config.image_patches
-        last = self.patches + 1
-        begins = input_ids.eq(config.boi_token_id or 0)
+    def __init__(self, begins: Tensor, ends: Tensor, patches: int) -> None:
+        """Take bool [B, T] tensors that are true at each boi and at each eoi."""
+        self.shape = begins.shape
+        self.patches = patches
+        last = patches + 1
         begins[:, max(0, begins.shape[1] - last) :] = False
-        ends = input_ids.eq(config.eoi_token_id or 0).roll(-last, dims=1)
-        self.rows, self.columns = (begins & ends).nonzero(as_tuple=True)
+        self.rows, self.columns = (begins & ends.roll(-last, dims=1)).nonzero(as_tuple=True)
+
+    @classmethod
+    def of_ids(cls, input_ids: Tensor, config: ChatGLMConfig) -> Spans:
+        """Return the spans in token ids [B, T]."""
+        begins, ends = (input_ids.eq(marker) for marker in markers(config))
+        return cls(begins, ends, config.image_patches)
+
+    @classmethod
+    def of_embeds(cls, embeds: Tensor, table: nn.Module, config: ChatGLMConfig) -> Spans:
+        """Return the spans in [B, T, D] that `table` made of token ids."""
+        wanted = table(torch.tensor(markers(config), device=embeds.device)).detach()
+        begins, ends = (embeds.detach().eq(row.to(embeds.dtype)).all(-1) for row in wanted)
+        return cls(begins, ends, config.image_patches)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,33 +63,60 @@ class Spans:
         still[self.rows[:, None].expand_as(columns), columns] = True
         return still
 
+    def unseen(self, cached: int) -> Tensor:
+        """Return bool [N]: which images lie behind the first `cached` tokens; none may lie across."""
+        if bool(((self.columns < cached) & (self.columns + self.patches + 2 > cached)).any()):
+            raise ValueError(
+                f"the cache ends inside an image, behind {cached} tokens; crop it to before the image"
+            )
+        return self.columns >= cached
 
-def image_positions(length: int, attention_mask: Tensor | None, spans: Spans) -> Tensor:
-    """Return int64 [B, T]: boi p, every patch p + 1, eoi p + 2; padding 0 and not counted."""
-    steps = ~spans.standing()
-    if attention_mask is None:
-        return steps.long().cumsum(-1) - 1
-    seen = attention_mask[:, -length:].bool()
-    return ((steps & seen).long().cumsum(-1) - 1).masked_fill(~seen, 0)
+
+def markers(config: ChatGLMConfig) -> list[int]:
+    """Return the ids of boi and eoi."""
+    return [config.boi_token_id or 0, config.eoi_token_id or 0]
 
 
 def positions(
-    embeds: Tensor, attention_mask: Tensor | None, past_key_values: Any, spans: Spans | None
+    tokens: Tensor, attention_mask: Tensor | None, past_key_values: Any, spans: Spans | None
 ) -> Tensor:
-    """Return int64 [B, T] of embeddings [B, T, D], for a caller who gave none.
+    """Return int64 [B, T] of tokens [B, T, ...]: boi p, every patch p + 1, eoi p + 2; padding 0.
 
-    Counted over the mask's ones as `generate` does, else over all tokens. The cache remembers how
-    far the places of a row's tokens are ahead of their positions.
+    Counted over the mask's ones as `generate` does, else over all tokens, and on from the cache.
     """
-    length = embeds.shape[1]
+    length = tokens.shape[1]
     mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
+    still: Tensor | int = _standing_before(past_key_values, tokens.shape[0])
     if spans is not None and len(spans):
-        if past_key_values is not None:
-            past_key_values.image_lead = spans.standing().sum(1, keepdim=True)
-        return image_positions(length, mask, spans)
-    lead = getattr(past_key_values, "image_lead", 0)
+        still = still + spans.standing().long().cumsum(-1)
     if mask is not None:
-        counted = mask.long().cumsum(-1) - 1 - lead
-        return counted.masked_fill(mask == 0, 0)[:, -length:]
+        counted = mask.long().cumsum(-1)[:, -length:] - 1 - still
+        return counted.masked_fill(mask[:, -length:] == 0, 0)
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return (torch.arange(length, device=embeds.device) + seen).unsqueeze(0) - lead
+    return (torch.arange(length, device=tokens.device) + seen).unsqueeze(0) - still
+
+
+def remember(past_key_values: Any, spans: Spans) -> None:
+    """Note on the cache, before its tokens are in it, where patches keep their position."""
+    before, known = past_key_values.get_seq_length(), _noted(past_key_values)
+    still = spans.standing()
+    if known is None:
+        known = still[:, :0]
+    past_key_values.standing_patches = torch.cat(
+        [F.pad(known[:, :before], (0, before - min(before, known.shape[1]))), still], dim=1
+    )
+
+
+def _standing_before(past_key_values: Any, rows: int) -> Tensor | int:
+    """How far the places of the cached tokens are ahead of their positions: [B, 1], or 0."""
+    noted = _noted(past_key_values)
+    if noted is None:
+        return 0
+    ahead = noted[:, : past_key_values.get_seq_length()].sum(1, keepdim=True)
+    # Of a cache whose rows were multiplied, for beams or several replies.
+    return ahead.repeat_interleave(max(1, rows // ahead.shape[0]), dim=0)
+
+
+def _noted(past_key_values: Any) -> Tensor | None:
+    noted: Tensor | None = getattr(past_key_values, "standing_patches", None)
+    return noted

@@ -9,7 +9,7 @@ class token (6401), W width of the tower, D hidden size of the text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 if TYPE_CHECKING:
-    from finetune.models.chatglm.configuration import ChatGLMConfig
+    from finetune.models.chatglm.configuration import ChatGLMConfig, ChatGLMVisionConfig
 
 
 class PatchEmbedding(nn.Module):
     """Pixels to patches, with a class token in front and learned positions."""
 
-    def __init__(self, vision: dict[str, Any]) -> None:
+    def __init__(self, vision: ChatGLMVisionConfig) -> None:
         super().__init__()
-        width, patch = vision["hidden_size"], vision["patch_size"]
-        self.proj = nn.Conv2d(vision["in_channels"], width, kernel_size=patch, stride=patch)
+        width, patch = vision.hidden_size, vision.patch_size
+        self.proj = nn.Conv2d(vision.in_channels, width, kernel_size=patch, stride=patch)
         self.cls_embedding = nn.Parameter(torch.zeros(1, width))
-        self.position_embedding = nn.Embedding(vision["num_positions"], width)
+        self.position_embedding = nn.Embedding(vision.num_positions, width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return [N, S, W] for pixels [N, 3, H, W]."""
@@ -42,13 +42,13 @@ class PatchEmbedding(nn.Module):
 class VisionAttention(nn.Module):
     """Every patch sees every patch; one projection whose rows are [3, heads, channels]."""
 
-    def __init__(self, vision: dict[str, Any]) -> None:
+    def __init__(self, vision: ChatGLMVisionConfig) -> None:
         super().__init__()
-        width = vision["hidden_size"]
-        self.num_heads = vision["num_heads"]
+        width = vision.hidden_size
+        self.num_heads = vision.num_heads
         self.query_key_value = nn.Linear(width, 3 * width)
         self.dense = nn.Linear(width, width)
-        self.dropout = vision.get("dropout_prob", 0.0)
+        self.dropout = vision.dropout_prob
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [N, S, W]."""
@@ -64,10 +64,10 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """Two layers with an exact GELU between them."""
 
-    def __init__(self, vision: dict[str, Any]) -> None:
+    def __init__(self, vision: ChatGLMVisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(vision["hidden_size"], vision["intermediate_size"])
-        self.fc2 = nn.Linear(vision["intermediate_size"], vision["hidden_size"])
+        self.fc1 = nn.Linear(vision.hidden_size, vision.intermediate_size)
+        self.fc2 = nn.Linear(vision.intermediate_size, vision.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [N, S, W]."""
@@ -77,9 +77,9 @@ class VisionMLP(nn.Module):
 class VisionBlock(GradientCheckpointingLayer):
     """x + norm(attention(x)), then x + norm(mlp(x))."""
 
-    def __init__(self, vision: dict[str, Any]) -> None:
+    def __init__(self, vision: ChatGLMVisionConfig) -> None:
         super().__init__()
-        width, eps = vision["hidden_size"], vision["layer_norm_eps"]
+        width, eps = vision.hidden_size, vision.layer_norm_eps
         self.input_layernorm = nn.LayerNorm(width, eps=eps)
         self.attention = VisionAttention(vision)
         self.mlp = VisionMLP(vision)
@@ -94,9 +94,9 @@ class VisionBlock(GradientCheckpointingLayer):
 class VisionTransformer(nn.Module):
     """The blocks, under their published name."""
 
-    def __init__(self, vision: dict[str, Any]) -> None:
+    def __init__(self, vision: ChatGLMVisionConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(VisionBlock(vision) for _ in range(vision["num_hidden_layers"]))
+        self.layers = nn.ModuleList(VisionBlock(vision) for _ in range(vision.num_hidden_layers))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [N, S, W]."""
@@ -129,15 +129,15 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        vision: dict[str, Any] = config.vision_config or {}
+        vision: ChatGLMVisionConfig = config.vision_config  # type: ignore[assignment]
         self.patch_embedding = PatchEmbedding(vision)
         self.transformer = VisionTransformer(vision)
-        self.conv = nn.Conv2d(vision["hidden_size"], config.hidden_size, kernel_size=2, stride=2)
+        self.conv = nn.Conv2d(vision.hidden_size, config.hidden_size, kernel_size=2, stride=2)
         self.linear_proj = ImageAdapter(config)
         self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.scaling_factor = vision["scaling_factor"]
-        self.smallest = 2 * vision["patch_size"]
+        self.scaling_factor = vision.scaling_factor
+        self.smallest = 2 * vision.patch_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return [N, P + 2, D] for pixels [N, 3, H, W]."""
@@ -149,7 +149,7 @@ class VisionModel(nn.Module):
         rows = torch.cat(
             (self.boi.expand(count, -1, -1), rows, self.eoi.expand(count, -1, -1)), dim=1
         )
-        return rows / self.scaling_factor  # type: ignore[no-any-return]
+        return rows / self.scaling_factor
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Return what `forward` does; without a graph when nothing here is trained."""
