@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.artifacts.names import SENTENCEPIECE, TOKENIZER
 from finetune.data.chat.tokenizer import BUILT_IN_TEMPLATE, tokenizer_file
+from finetune.models.processor import ChatGLM4VImageProcessor, ChatGLM4VProcessor, shows_image
 
 
 class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
@@ -20,6 +21,25 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     }
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Return what transformers' method does; with pictures, pixels too.
+
+        Raises:
+            ValueError: There is a picture, and this tokenizer's checkpoint takes none.
+        """
+        if not shows_image(conversation):
+            return super().apply_chat_template(conversation, **kwargs)
+        images = ChatGLM4VImageProcessor.of_checkpoint(self.name_or_path)
+        if images is None:
+            raise ValueError(
+                f"there is a picture in the conversation, and the checkpoint of this tokenizer "
+                f"({self.name_or_path}) takes none; use AutoProcessor on the folder of GLM-4V"
+            )
+        defaults = {"tokenize": True, "return_dict": True}
+        return ChatGLM4VProcessor(images, self).apply_chat_template(
+            conversation, **defaults | kwargs
+        )
 
     @classmethod
     def convert_to_native_format(

@@ -137,10 +137,15 @@ def pixels_of(image: Image, size: int) -> npt.NDArray[np.float32]:
 
 def read_image(path: str | Path) -> Image:
     """An image file as RGB: turned as its EXIF says, transparency on white, first frame."""
+    with opened_image(path) as image:
+        return rgb_of(image)
+
+
+def rgb_of(image: Image) -> Image:
+    """An image as RGB: turned as its EXIF says, transparency on white."""
     from PIL import ImageOps
 
-    with opened_image(path) as image:
-        return _rgb(ImageOps.exif_transpose(image))
+    return _rgb(ImageOps.exif_transpose(image))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

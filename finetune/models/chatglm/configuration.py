@@ -67,7 +67,8 @@ class ChatGLMConfig(PreTrainedConfig):
     """The published keys under their published names; transformers' names are aliases of them."""
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # What transformers' Trainer does not take for predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "last_hidden_state"]
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": SubConfigSpec(ChatGLMVisionConfig, optional=True)
     }

@@ -94,12 +94,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the normalised hidden states [B, T, D] and the cache, if one was asked for.
 
         `pixel_values` [N, 3, H, W], or what the tower made of them, `image_features` [N, P + 2, D],
-        belong to the image spans of `input_ids` in reading order.
+        belong to the image spans of `input_ids` in reading order. The decorators read
+        `output_attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -212,6 +214,7 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
         num_items_in_batch: Tensor | float | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with labels [B, T] the loss; see `SupervisedLoss`.
@@ -224,6 +227,8 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
         if shown and self.config.vision_config is None:
             raise ValueError(f"this model has no vision part; leave {' and '.join(shown)} out")
         kwargs |= shown
+        if output_attentions is not None:
+            kwargs["output_attentions"] = output_attentions
         return super().forward(
             input_ids,
             attention_mask,
@@ -271,6 +276,18 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
             return shown  # of the new part alone, or wrong: the model counts
         kept = {name: tensor[unseen.to(tensor.device)] for name, tensor in shown.items()}
         return {name: tensor for name, tensor in kept.items() if len(tensor)}
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Return the mask of who gave none: the placeholders of images are no padding."""
+        mask: Tensor = super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, model_kwargs
+        )
+        if self.config.vision_config is None or inputs_tensor.is_floating_point():
+            return mask
+        spans = Spans.of_ids(inputs_tensor, self.config)
+        return mask.masked_fill(spans.covered(), 1) if len(spans) else mask
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]

@@ -56,12 +56,20 @@ class Spans:
         places = (self.rows[:, None].expand_as(columns), columns)
         return embeds.index_put(places, features.to(embeds.dtype))
 
+    def covered(self) -> Tensor:
+        """Return bool [B, T]: true in every span."""
+        return self._at(0, self.patches + 2)
+
     def standing(self) -> Tensor:
         """Return bool [B, T]: true at a patch that keeps the position of the patch before it."""
-        still = torch.zeros(self.shape, dtype=torch.bool, device=self.rows.device)
-        columns = self.columns[:, None] + torch.arange(2, self.patches + 1, device=self.rows.device)
-        still[self.rows[:, None].expand_as(columns), columns] = True
-        return still
+        return self._at(2, self.patches + 1)
+
+    def _at(self, first: int, last: int) -> Tensor:
+        """Return bool [B, T]: true from each span's `first` token to before its `last`."""
+        chosen = torch.zeros(self.shape, dtype=torch.bool, device=self.rows.device)
+        columns = self.columns[:, None] + torch.arange(first, last, device=self.rows.device)
+        chosen[self.rows[:, None].expand_as(columns), columns] = True
+        return chosen
 
     def unseen(self, cached: int) -> Tensor:
         """Return bool [N]: which images lie behind the first `cached` tokens; none may lie across."""

@@ -1,0 +1,154 @@
+"""The published model's snippet: a dialogue with a picture, by processor or tokenizer, to a reply."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pictures
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+from finetune.data.chat.image import pixels
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.models.processor import ChatGLM4VProcessor
+
+QUESTION = "what is this"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = pictures.save_model(tmp_path_factory.mktemp("glm4v") / "model", tiktoken=True)
+    values = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+    Image.fromarray(values).save(place.parent / "x.png")
+    return place
+
+
+@pytest.fixture
+def image(folder: Path) -> Image.Image:
+    with Image.open(folder.parent / "x.png") as opened:
+        opened.load()
+    return opened
+
+
+SNIPPET = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt", "return_dict": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("opened", [AutoProcessor, AutoTokenizer])
+def test_the_published_snippet_gives_the_ids_and_pixels_of_training(
+    folder: Path, image: Image.Image, opened: Any
+) -> None:
+    processor = opened.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "image": image, "content": QUESTION}], **SNIPPET
+    )
+    template = ChatTemplate(load_chat_tokenizer(folder))
+    path = str(folder.parent / "x.png")
+    asked = Conversation(
+        (Message("user", QUESTION, image=path), Message("assistant", "it is a picture"))
+    )
+    assert inputs["input_ids"].tolist() == [list(template.prompt(asked, 1))]
+    assert np.array_equal(inputs["pixel_values"][0].numpy(), pixels(path, pictures.SIZE))
+    assert inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    outputs = model.generate(**inputs.to("cpu"), **options)
+    assert outputs.shape == (1, inputs["input_ids"].shape[1] + 4)
+    with torch.no_grad():
+        seen = model(**inputs).logits
+        blank = model(**dict(inputs) | {"pixel_values": torch.zeros_like(inputs["pixel_values"])})
+    assert (seen - blank.logits)[:, -1].abs().max() > 0.01
+
+
+def test_every_way_to_name_a_picture_shows_the_same(folder: Path, image: Image.Image) -> None:
+    processor = AutoProcessor.from_pretrained(
+        folder, trust_remote_code=True
+    )  # there is none to run
+    assert type(processor) is ChatGLM4VProcessor
+    path = folder.parent / "x.png"
+    coded = base64.b64encode(path.read_bytes()).decode()
+    text = {"type": "text", "text": QUESTION}
+    shapes: list[Any] = [
+        [{"type": "image", "image": image}, text],
+        [text, {"type": "image", "image": np.asarray(image)}],
+        [{"type": "image", "path": str(path)}, text],
+        [{"type": "image", "base64": coded}, text],
+        [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded}"}}, text],
+        [{"type": "image_url", "image_url": f"data:image/png;base64,{coded}"}, text],
+    ]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "image": image, "content": QUESTION}], **SNIPPET
+    )
+    for content in shapes:
+        made = processor.apply_chat_template([{"role": "user", "content": content}], **SNIPPET)
+        assert made["input_ids"].equal(expected["input_ids"])
+        assert made["pixel_values"].equal(expected["pixel_values"])
+
+
+def test_a_batch_may_mix_pictures_and_text(folder: Path, image: Image.Image) -> None:
+    processor = AutoProcessor.from_pretrained(folder)
+    rows = [
+        [{"role": "user", "content": "hello"}],
+        [{"role": "system", "content": "hi"}, {"role": "user", "image": image, "content": ""}],
+    ]
+    inputs = processor.apply_chat_template(rows, processor_kwargs={"padding": True}, **SNIPPET)
+    assert inputs["input_ids"].shape[0] == 2
+    assert inputs["pixel_values"].shape == (1, 3, pictures.SIZE, pictures.SIZE)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    replies = model.generate(**inputs, **options)[:, -3:]
+    for row, reply in zip(rows, replies, strict=True):
+        alone = processor.apply_chat_template(row, **SNIPPET)
+        assert model.generate(**alone, **options)[0, -3:].equal(reply)
+
+
+def test_a_saved_processor_opens_again_and_tokens_that_are_cut_are_refused(
+    folder: Path, image: Image.Image, tmp_path: Path
+) -> None:
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    asked = [{"role": "user", "image": image, "content": QUESTION}]
+    for key, tensor in processor.apply_chat_template(asked, **SNIPPET).items():
+        assert again.apply_chat_template(asked, **SNIPPET)[key].equal(tensor)
+    short = {"truncation": True, "max_length": 6}
+    with pytest.raises(ValueError, match="an image's tokens were cut off"):
+        processor.apply_chat_template(asked, processor_kwargs=short, **SNIPPET)
+    with pytest.raises(ValueError, match="one image in a conversation"):
+        processor.apply_chat_template([*asked, *asked], **SNIPPET)
+
+
+def test_a_picture_is_never_dropped_in_silence(
+    folder: Path, image: Image.Image, tmp_path: Path
+) -> None:
+    text = tiny.save_model(tmp_path / "text", "chatglm", tiktoken=True)
+    asked = [{"role": "user", "image": image, "content": QUESTION}]
+    tokenizer = AutoProcessor.from_pretrained(text)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)  # as transformers does for text models
+    with pytest.raises(ValueError, match="takes none; use AutoProcessor on the folder of GLM-4V"):
+        tokenizer.apply_chat_template(asked)
+    plain = [{"role": "user", "content": QUESTION}]
+    assert tokenizer.apply_chat_template(plain)["input_ids"]
+
+
+def test_the_pipeline_for_images_and_text_writes_a_reply(folder: Path, image: Image.Image) -> None:
+    talk = pipeline("image-text-to-text", model=str(folder))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    said = talk(
+        text=[{"role": "user", "content": content}],
+        generate_kwargs={"max_new_tokens": 3, "do_sample": False},
+    )
+    assert said[0]["generated_text"][-1]["role"] == "assistant"
