@@ -43,10 +43,14 @@ def test_every_stage_has_a_time_limit_and_a_line_in_the_help() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "ptuning_v2"])
-def test_a_step_waits_for_the_gpu_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "stage"), [("lora", None), ("ptuning_v2", None), ("lora", 2), ("full", 3)]
+)
+def test_a_step_waits_for_the_gpu_once(
+    method: str, stage: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts/bench"))
     from count_syncs import count
 
-    found = count(method, packing=True, stage=None)
+    found = count(method, packing=True, stage=stage)
     assert found["syncs_per_step"] == 1, found["sites"]

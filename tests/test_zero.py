@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import runs
+import torch
 from closeness import SMOOTH_STEPS, additions, assert_trained_alike, rounding
 from transformers import AutoConfig
 
 from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.errors import ConfigError
+from finetune.training.deepspeed import zero
 from finetune.training.deepspeed.zero import MIN_BUCKET, Setting, deepspeed_config
 
 
@@ -59,6 +61,21 @@ def test_offloading_never_asks_for_a_kernel_to_be_compiled() -> None:
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
     assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_an_optimizer_on_the_cpu_gets_the_cores_that_torchrun_leaves_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(zero.device, "has_accelerator", lambda: True)
+    monkeypatch.setattr(zero.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    zero.prepare_libraries(DeepSpeedSection(zero_stage=2))
+    assert asked == []
+    zero.prepare_libraries(DeepSpeedSection(zero_stage=2, offload_optimizer="cpu"))
+    assert asked == [8]
 
 
 def test_a_json_file_keeps_what_it_says_and_gets_numbers_for_auto(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def prepare_model(
     precision = mixed_precision(method, dtype, sharded=deepspeed_section is not None)
     deepspeed = None
     if deepspeed_section is not None:
-        zero.prepare_libraries()
+        zero.prepare_libraries(deepspeed_section)
         setting = zero.Setting(
             training=training,
             num_processes=world,

@@ -59,6 +59,8 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="instead: waits for the GPU a step, by call site, of a tiny run on this CPU",
     )
+    parser.add_argument("--zero-stage", nargs="+", type=int, choices=range(4), help="with --syncs")
+    parser.add_argument("--offload", action="store_true", help="with --zero-stage: the optimizer on the CPU")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     asked = parser.parse_args()
     if not asked.syncs and asked.model is None:
@@ -170,8 +172,9 @@ def main() -> None:
     if asked.syncs:
         from count_syncs import count
 
-        for method in asked.method:
-            print(json.dumps(count(method, packing=True, stage=None)))
+        for method, stage in itertools.product(asked.method, asked.zero_stage or [None]):
+            offload = asked.offload and stage is not None
+            print(json.dumps(count(method, packing=True, stage=stage, offload=offload)))
         return
     found = rows(asked)
     print(json.dumps(found, indent=2) if asked.json else table(found))

@@ -21,7 +21,9 @@ ON_THE_CPU = {"for_model", "get_batch_samples", "_maybe_log_save_evaluate", "_lo
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def count(method: str, *, packing: bool, stage: int | None) -> dict[str, Any]:
+def count(
+    method: str, *, packing: bool, stage: int | None, offload: bool = False
+) -> dict[str, Any]:
     """Waits of a step by call site, and in all."""
     import torch
 
@@ -34,6 +36,7 @@ def count(method: str, *, packing: bool, stage: int | None) -> dict[str, Any]:
     options: dict[str, Any] = {"training__max_steps": 6, "training__activation_checkpointing": True, "data__packing": packing, "training__report_to": [], "training__log_every_steps": 100}  # fmt: skip
     if stage is not None:
         options["deepspeed__zero_stage"] = stage
+        options["deepspeed__offload_optimizer"] = "cpu" if offload else "none"
     config = runs.config(model, data, folder / "run", **options)
     if method != "lora":
         config["method"] = {"kind": method} | ({"num_virtual_tokens": 4} if method == "ptuning_v2" else {})  # fmt: skip
@@ -53,7 +56,7 @@ def count(method: str, *, packing: bool, stage: int | None) -> dict[str, Any]:
         finally:
             FineTuner.get_batch_samples = begin  # type: ignore[method-assign]
     sites = {site: number / 3 for site, number in found.most_common()}
-    return {"method": method, "packing": packing, "zero_stage": stage, "syncs_per_step": sum(sites.values()), "sites": sites}  # fmt: skip
+    return {"method": method, "packing": packing, "zero_stage": stage, "offload": offload, "syncs_per_step": sum(sites.values()), "sites": sites}  # fmt: skip
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -12,9 +13,11 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+LOOK = "is_invalid_grad_norm"
 # All that a saved optimizer state holds besides tensors and plain containers.
 KNOWN_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
@@ -43,8 +46,10 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **kwargs)
         if sync_gradients:
-            self._guard(self._gradient_norm())
-            self.engine.step()
+            norm = self._gradient_norm()
+            self._guard(norm)
+            with _norm_looked_at() if norm is not None else nullcontext():
+                self.engine.step()
 
     def get_global_grad_norm(self) -> Any:
         """The norm before clipping; in stage 0 DeepSpeed does not tell it."""
@@ -62,6 +67,24 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         if whole and not sharded:
             self._norm = norm
         return norm
+
+
+@contextmanager
+def _norm_looked_at() -> Iterator[None]:
+    """DeepSpeed does not wait for the norm to see whether it is a number: the guard just did.
+
+    It would once in a step, and under ZeRO-2 once more for every group of weights.
+    """
+    before = {
+        zero: zero.is_invalid_grad_norm for zero in (stage_1_and_2, stage3) if hasattr(zero, LOOK)
+    }
+    for zero in before:
+        setattr(zero, LOOK, lambda norm: False)
+    try:
+        yield
+    finally:
+        for zero, look in before.items():
+            setattr(zero, LOOK, look)
 
 
 def _make_saves_safe(engine: Any) -> None:

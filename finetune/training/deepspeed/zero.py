@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.distributed import device
 from finetune.errors import ConfigError
@@ -71,9 +73,13 @@ def deepspeed_config(section: DeepSpeedSection, setting: Setting) -> dict[str, A
     return merged
 
 
-def prepare_libraries() -> None:
+def prepare_libraries(section: DeepSpeedSection) -> None:
     """Tell DeepSpeed about a machine without a GPU; call it before TrainingArguments are built."""
     if device.has_accelerator():
+        if section.offload_optimizer == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            # torchrun gives a process one thread; the optimizer on the CPU can use its share of them.
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
