@@ -46,6 +46,7 @@ def test_every_stage_has_a_time_limit_and_a_line_in_the_help() -> None:
 @pytest.mark.parametrize(
     ("method", "stage"), [("lora", None), ("ptuning_v2", None), ("lora", 2), ("full", 3)]
 )
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # DeepSpeed, when it is imported
 def test_a_step_waits_for_the_gpu_once(
     method: str, stage: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
