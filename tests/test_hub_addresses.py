@@ -159,8 +159,9 @@ def test_models_and_data_come_from_a_mirror(scheme: str, tmp_path: Path) -> None
     assert {"config.json", "model.safetensors"} <= set(names)
     assert not {"evil.py", "model.bin"} & set(names)
     assert (rows, num_files) == (1, 1)
-    if scheme == "hf":
-        assert fetched == {"huggingface:owner/name": download_hubs.COMMIT}
-    else:
-        assert list(fetched) == ["modelscope:owner/name"]
+    hub_name = {"hf": "huggingface", "ms": "modelscope"}[scheme]
+    assert fetched == {f"{hub_name}:owner/name": download_hubs.COMMIT}
+    if scheme == "ms":
         assert any("/api/v1/" in request for request in there.requests)
+        asked = [r for r in there.requests if "FilePath" in r]
+        assert asked and all(f"Revision={download_hubs.COMMIT}" in r for r in asked)

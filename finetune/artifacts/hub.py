@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from finetune import console
+from finetune.artifacts import remote_files
+from finetune.artifacts.remote_files import COMMIT, Content, Hub, Listing
 from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
-
-Hub = Literal["huggingface", "modelscope"]
-Content = Literal["model", "dataset"]
 
 CHOICE = "FINETUNE_HUB"
 """The environment variable that names the hub of a plain `owner/name`."""
@@ -30,7 +30,6 @@ _ADDRESS = re.compile(
     r"(?P<scheme>hf|ms):/{1,2}(?:datasets/|models/)?(?P<name>\w[\w.-]*/\w[\w.-]*)"
     r"(?:@(?P<revision>[\w.-]+))?(?:/(?P<files>.+))?"
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 fetched: dict[str, str] = {}
@@ -109,10 +108,48 @@ def fetch(
 
 @lru_cache(maxsize=64)
 def _fetched(found: Repository, content: Content, files: tuple[str, ...]) -> Path:
+    with _explained(found, content):
+        folder = _DOWNLOADS[found.hub](found, content, list(files))
+    commit = commit_of(folder) or found.revision or "the newest"
+    _note(found, content, commit, str(folder))
+    return folder
+
+
+@lru_cache(maxsize=64)
+def listed(found: Repository) -> Listing:
+    """The files of a data set at the commit that its name stands for now, which is noted.
+
+    Raises:
+        DataError: The hub does not answer, or has no such data set.
+    """
+    with _explained(found, "dataset"):
+        there = remote_files.listing(found.hub, found.name, "dataset", found.revision)
+    _note(found, "dataset", there.commit or found.revision or "the newest", "read file by file")
+    return there
+
+
+def fetch_file(found: Repository, path: str, folder: Path) -> Path:
+    """One file of a data set, under `folder`; DataError when it cannot be fetched."""
+    with _explained(found, "dataset"):
+        return remote_files.fetch_file(
+            found.hub, found.name, "dataset", found.revision, path, folder
+        )
+
+
+def _note(found: Repository, content: Content, commit: str, where: str) -> None:
+    said = f"{found.hub}:{found.name}"
+    if fetched.get(said) != commit:
+        fetched[said] = commit
+        console.say(f"{content} {found.name} of {found.hub}, revision {commit}: {where}")
+
+
+@contextmanager
+def _explained(found: Repository, content: Content) -> Iterator[None]:
+    """The errors of the hubs' libraries, with how else to get the repository."""
     kind: type[FinetuneError] = ModelError if content == "model" else DataError
     shown = f"{found.name}" + (f" at {found.revision}" if found.revision else "")
     try:
-        folder = _DOWNLOADS[found.hub](found, content, list(files))
+        yield
     except ImportError:
         raise kind(
             f'{shown}: ModelScope needs its library: pip install "glm4-finetune[modelscope]"; or '
@@ -125,17 +162,11 @@ def _fetched(found: Repository, content: Content, files: tuple[str, ...]) -> Pat
             f"{shown}: no such folder here, and it cannot be fetched from {found.hub} "
             f"({type(error).__name__}: {reason}); {how_to_get(found, content)}"
         ) from error
-    commit = commit_of(folder) or found.revision or "the newest"
-    said = f"{found.hub}:{found.name}"
-    if fetched.get(said) != commit:
-        fetched[said] = commit
-        console.say(f"{content} {found.name} of {found.hub}, revision {commit}: {folder}")
-    return folder
 
 
 def commit_of(folder: Path) -> str | None:
     """The commit that a fetched folder holds, where the hub's library names folders by them."""
-    return folder.name if _COMMIT.fullmatch(folder.name) else None
+    return folder.name if COMMIT.fullmatch(folder.name) else None
 
 
 def _from_huggingface(found: Repository, content: Content, files: list[str]) -> Path:
@@ -151,6 +182,8 @@ def _from_huggingface(found: Repository, content: Content, files: list[str]) -> 
 def _from_modelscope(found: Repository, content: Content, files: list[str]) -> Path:
     from modelscope import dataset_snapshot_download, snapshot_download
 
+    commit = remote_files.modelscope_commit(found.name, content, found.revision)
+    found = found._replace(revision=commit or found.revision)
     download = snapshot_download if content == "model" else dataset_snapshot_download
     return Path(download(found.name, revision=found.revision, allow_patterns=files))
 
