@@ -13,7 +13,7 @@ import download_hubs
 import pytest
 
 from finetune import cli
-from finetune.artifacts import hub
+from finetune.artifacts import hub, remote_files
 from finetune.artifacts.hub import Repository
 from finetune.artifacts.resolve import is_hub_id, local_folder
 from finetune.data.reading.files import expand
@@ -67,6 +67,35 @@ def test_an_adapter_names_its_base_as_peft_looks_it_up() -> None:
         ("hf://a/b", "a/b"), ("ms://a/b", "ms://a/b"), ("a/b", "a/b"), ("/models/m", "/models/m")
     ):  # fmt: skip
         assert hub.known_to_peft(path) == known
+
+
+def entries(**commits: tuple[str, int]) -> dict[str, dict[str, Any]]:
+    return {
+        path: {"Size": 1, "Sha256": path, "Revision": commit * 40, "CommittedDate": date}
+        for path, (commit, date) in commits.items()
+    }
+
+
+def test_a_branch_of_modelscope_is_the_newest_commit_of_its_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def commit_of(there: dict[str, dict[str, dict[str, Any]]], revision: str | None) -> str | None:
+        monkeypatch.setattr(
+            remote_files, "_modelscope_entries", lambda name, content, asked: there[asked]
+        )
+        return remote_files.modelscope_commit("a/b", "dataset", revision)
+
+    branch = entries(one=("a", 1), two=("b", 3), three=("c", 2))
+    assert commit_of({"master": branch, "b" * 40: branch}, None) == "b" * 40
+    assert commit_of({"v1": branch, "b" * 40: branch}, "v1") == "b" * 40
+    assert commit_of({}, "f" * 40) == "f" * 40
+    # Of two commits of the same second the one that has all files.
+    same = entries(one=("a", 3), two=("b", 3))
+    there = {"master": same, "a" * 40: entries(one=("a", 3)), "b" * 40: same}
+    assert commit_of(there, None) == "b" * 40
+    # Nothing is claimed that the hub does not confirm.
+    assert commit_of({"master": branch, "b" * 40: entries(one=("a", 1))}, None) is None
+    assert commit_of({"master": {"one": {"Size": 1}}}, None) is None
 
 
 def fail(*_: Any) -> Path:
@@ -135,6 +164,21 @@ print(json.dumps([found, hub.fetched]))
 """
 
 
+def run_with_hub(program: str, there: download_hubs.Hub, folder: Path) -> Any:
+    """What a program prints last, as JSON, with both hubs on loopback."""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": there.address,
+            "HF_HOME": str(folder / "hf"), "MODELSCOPE_ENDPOINT": there.address,
+            "MODELSCOPE_CACHE": str(folder / "ms"), "HF_HUB_OFFLINE": "0",
+        },
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("scheme", ["hf", "ms"])
 def test_models_and_data_come_from_a_mirror(scheme: str, tmp_path: Path) -> None:
     if scheme == "ms":
@@ -144,17 +188,8 @@ def test_models_and_data_come_from_a_mirror(scheme: str, tmp_path: Path) -> None
         "model.safetensors": b"1",
     }  # fmt: skip
     with download_hubs.downloads(files) as there:
-        run = subprocess.run(
-            [sys.executable, "-c", f"ADDRESSES = ['{scheme}://owner/name']{_PROGRAM}"],
-            env={
-                **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": there.address,
-                "HF_HOME": str(tmp_path / "hf"), "MODELSCOPE_ENDPOINT": there.address,
-                "MODELSCOPE_CACHE": str(tmp_path / "ms"), "HF_HUB_OFFLINE": "0",
-            },
-            capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    found, fetched = json.loads(run.stdout.splitlines()[-1])
+        program = f"ADDRESSES = ['{scheme}://owner/name']{_PROGRAM}"
+        found, fetched = run_with_hub(program, there, tmp_path)
     names, rows, num_files = found[f"{scheme}://owner/name"]
     assert {"config.json", "model.safetensors"} <= set(names)
     assert not {"evil.py", "model.bin"} & set(names)
@@ -164,4 +199,52 @@ def test_models_and_data_come_from_a_mirror(scheme: str, tmp_path: Path) -> None
     if scheme == "ms":
         assert any("/api/v1/" in request for request in there.requests)
         asked = [r for r in there.requests if "FilePath" in r]
-        assert asked and all(f"Revision={download_hubs.COMMIT}" in r for r in asked)
+        assert asked
+        assert all(f"Revision={download_hubs.COMMIT}" in r for r in asked)
+
+
+_STREAM = """
+import json, sys
+from pathlib import Path
+from finetune.artifacts import hub
+from finetune.data.reading.blocks import BlockOptions, Blocks
+from finetune.data.reading.shards import ShardReader, shards_of
+from finetune.data.reading.sources import AS_IS, SourceSpec
+sources = [SourceSpec(sys.argv[1])]
+root = Path(sys.argv[2])
+shards = shards_of(sources)
+def blocks(**start):
+    reader = ShardReader(shards, sources, AS_IS, root)
+    return Blocks(shards, range(len(shards)), sources, reader, BlockOptions(0, 10), **start)
+def lying():
+    return sum(path.suffix == ".jsonl" and path.stat().st_nlink > 0 for path in root.rglob("*@*/**/*"))
+stream, seen, most, places = blocks(), [], 0, []
+while block := stream.next():
+    places.append((stream.cursors, stream.opened))
+    seen.append([placed.row.where for placed in block])
+    most = max(most, lying())
+again = blocks(cursors=places[1][0], opened=places[1][1])
+resumed = [placed.row.where for placed in again.next()]
+left = [path.name for path in (root / "streams").rglob("*.jsonl")]
+print(json.dumps([seen, most, resumed, hub.fetched, len(shards), left]))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_shards_of_a_hub_lie_here_only_while_they_are_read(scheme: str, tmp_path: Path) -> None:
+    if scheme == "ms":
+        pytest.importorskip("modelscope", reason="the extra `modelscope` is not installed")
+    files = {f"data/{number:02}.jsonl": ROW * 7 for number in range(12)} | {
+        "README.md": b"Read me."
+    }
+    with download_hubs.downloads(files) as there:
+        program = _STREAM.replace("sys.argv[1]", repr(f"{scheme}://owner/name"))
+        program = program.replace("sys.argv[2]", repr(str(tmp_path / "cache")))
+        seen, most, resumed, fetched, shards, left = run_with_hub(program, there, tmp_path)
+    assert (shards, sum(map(len, seen))) == (12, 84)
+    assert len({where for block in seen for where in block}) == 84
+    assert seen[0][0] == f"{scheme}://owner/name@{download_hubs.COMMIT}/data/00.jsonl:1"
+    assert most <= 4
+    assert resumed == seen[2]
+    assert list(fetched.values()) == [download_hubs.COMMIT]
+    assert len(left) <= 8  # those that the second, unfinished reading has open

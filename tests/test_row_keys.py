@@ -21,6 +21,7 @@ from finetune.data.dialogue.formats import (
     to_conversation,
 )
 from finetune.data.preview.report import check
+from scripts.evidence import data_keys
 
 CITY = '{"city": "Oslo"}'
 READ, MERGE = RowRules(calls_in_text="read"), RowRules(turns="merge")
@@ -363,3 +364,10 @@ def test_the_table_of_keys_is_in_the_reference() -> None:
     text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
     for names, answer in keys.table():
         assert f"| {names} | {answer} |" in text
+
+
+@pytest.mark.parametrize("page", data_keys.PAGES)
+def test_the_table_of_keys_is_what_the_code_says(page: str) -> None:
+    text = (data_keys.ROOT / page).read_text(encoding="utf-8")
+    assert data_keys.BEGIN in text
+    assert data_keys.with_table(page) == text

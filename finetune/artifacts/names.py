@@ -33,6 +33,8 @@ PREFIX_UNITS = "prefix_units.safetensors"
 TRAINER_STATE = "trainer_state.json"
 RUN_RECORD = "run.json"
 """The options, versions and data of the run that saved the checkpoint."""
+STREAM = "stream.json"
+"""Where the stream of training rows is (`data.streaming`)."""
 
 # A run directory
 RUN_CONFIG = "config.yaml"

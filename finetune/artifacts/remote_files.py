@@ -48,9 +48,7 @@ def fetch_file(
         return Path(api.download_file(name, content, path, revision=revision, local_dir=folder))
     from huggingface_hub import hf_hub_download
 
-    return Path(
-        hf_hub_download(name, path, repo_type=content, revision=revision, local_dir=folder)
-    )
+    return Path(hf_hub_download(name, path, repo_type=content, revision=revision, local_dir=folder))
 
 
 def modelscope_commit(name: str, content: Content, revision: str | None) -> str | None:

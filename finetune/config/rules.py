@@ -46,6 +46,8 @@ def broken_rules(tree: Any) -> Iterator[tuple[Key, str]]:
     yield from _deepspeed(values)
     yield from _evaluation(values)
     yield from _data(values)
+    if values("data", "streaming") is True:
+        yield from _streaming(values)
 
 
 def without_effect(tree: Any) -> Iterator[tuple[Key, str]]:
@@ -53,6 +55,12 @@ def without_effect(tree: Any) -> Iterator[tuple[Key, str]]:
     values = _Values(tree)
     if values.given("data", "max_bad_rows") and values("data", "on_bad_row") == "error":
         yield ("data", "max_bad_rows"), "has no effect: data.on_bad_row is error"
+    streaming = values("data", "streaming") is True
+    if values.given("data", "shuffle_buffer") and not streaming:
+        yield ("data", "shuffle_buffer"), "has no effect: data.streaming is false"
+    for name in ("group_by_length", "max_overlap", "cache_image_features"):
+        if values.raw("data", name) not in (None, False) and streaming:
+            yield ("data", name), "has no effect: data.streaming is true"
     if values.raw("data", "group_by_length") is True and values("data", "packing") is True:
         yield ("data", "group_by_length"), "has no effect: data.packing is true"
     if not values.given("data", "validation"):
@@ -191,3 +199,34 @@ def _data(values: _Values) -> Iterator[tuple[Key, str]]:
     if values.given("data", "columns") and row_format not in ("auto", "pairs"):
         said = f"are names for prompt/response rows, but data.format is {row_format}"
         yield ("data", "columns"), said
+
+
+def _streaming(values: _Values) -> Iterator[tuple[Key, str]]:
+    """What needs all rows, of which a stream knows only those that it has read."""
+    if not values.given("training", "max_steps"):
+        said = (
+            "is needed with data.streaming: how many rows a stream has is not known before its end"
+        )
+        yield ("training", "max_steps"), said
+    if values.given("training", "num_epochs"):
+        yield (
+            ("training", "num_epochs"),
+            "cannot be counted with data.streaming: give training.max_steps",
+        )
+    held_out = values.raw("data", "validation")
+    if isinstance(held_out, str) and held_out.endswith("%"):
+        said = (
+            "cannot be a share with data.streaming: give files (`finetune data split` makes them)"
+        )
+        yield ("data", "validation"), said
+    for name, remedy in (
+        ("deduplicate", "deduplicate the files first; what is held out is left out in any case"),
+        ("stop", "without it a weight says how often rows are seen in a pass"),
+    ):
+        if values.given("data", name):
+            yield ("data", name), f"needs all rows, and data.streaming never has them: {remedy}"
+    sources = values.raw("data", "train")
+    for number, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict) and source.get("max_rows") is not None:
+            said = "cannot be kept with data.streaming: name fewer files"
+            yield ("data", "train", number, "max_rows"), said

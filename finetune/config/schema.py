@@ -96,6 +96,12 @@ class DataSection(Section):
     validation: str | list[str | Source] | None = None
     """Held-out files, for the validation loss and for generation; same forms as `train`. Or a share such as `5%` that is held out of `train`, whole groups at a time."""
 
+    streaming: bool = False
+    """Training rows are read and tokenised while the model trains, shard by shard, and are nowhere kept: for sets larger than the disk. Needs `training.max_steps`; held-out files are prepared as ever."""
+
+    shuffle_buffer: Positive = 10_000
+    """With `streaming`: rows that are shuffled together, and held in memory (at most about 32 million characters of text)."""
+
     group_by: str | None = None
     """With a share for `validation`: the column whose value makes a group, such as a customer or a document. By default dialogues that ask the same are a group."""
 

@@ -106,6 +106,21 @@ def whole_binary(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def second_name(file: Path, name: Path) -> bool:
+    """Give a file another name, under which it stays when the first one goes.
+
+    False where the disk cannot; FileNotFoundError when the file has gone.
+    """
+    name.unlink(missing_ok=True)
+    try:
+        os.link(file, name)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 def write_file(path: Path, text: str) -> None:
     """`path` with `text`, whole or as it was before, even through a crash."""
     with whole_file(path) as file:

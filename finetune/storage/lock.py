@@ -194,6 +194,11 @@ def _lives(owner: Path) -> bool:
     return host != socket.gethostname() or _started(int(number)) == started
 
 
+def is_running(process: int) -> bool:
+    """Whether a process of this machine lives."""
+    return bool(_started(process))
+
+
 def _started(process: int) -> str:
     """When a process began, in the kernel's ticks; empty for one that is gone."""
     try:

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from finetune.storage.cache import default_root
 from finetune.training.objective import Objective, SupervisedTokens
 from finetune.training.prepare_model import PreparedModel
 from finetune.training.run_data import RunData
+
+if TYPE_CHECKING:
+    from finetune.training.stream_loader import StreamFeed
 
 Item: TypeAlias = "Example | Sequence[Example]"
 Collate: TypeAlias = Callable[[Sequence[Item]], dict[str, torch.Tensor]]
@@ -56,6 +59,8 @@ class TrainingData:
     plan: BatchPlan
     collate: Collate
     objective: Objective
+    feed: StreamFeed | None = None
+    """Where the examples come from if they are streamed."""
 
 
 def training_data(data: RunData, prepared: PreparedModel, section: DataSection) -> TrainingData:
@@ -164,13 +169,13 @@ def training_loader(data: TrainingData, *, rank: int, workers: int, seconds: flo
         num_workers=workers,
         persistent_workers=workers > 0,
         timeout=seconds if workers > 0 else 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),
         pin_memory=pins_memory(),
     )
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """A signal to the whole group is the trainer's affair, which needs the workers for its step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -7,6 +7,7 @@ checkpoint-<step>/
     rng_state[_<rank>].pth      random streams, one file per process
     trainer_state.json          steps, epoch, everything that was logged
     config.yaml, run.json       the resolved config; what a resume must match
+    stream.json                 where the stream of training rows is, with data.streaming
     manifest.json               sizes and SHA-256 of all of it, written last
 
 weights-<step>/ holds the first two lines, trainer_state.json and config.yaml: `training.save: weights`, or
@@ -31,7 +32,7 @@ from transformers.trainer_callback import ExportableState
 
 from finetune import __version__, console, methods
 from finetune.artifacts import checkpoint
-from finetune.artifacts.names import BEST, RUN_CONFIG, RUN_RECORD, TRAINER_STATE
+from finetune.artifacts.names import BEST, RUN_CONFIG, RUN_RECORD, STREAM, TRAINER_STATE
 from finetune.config.schema import TrainingSection
 from finetune.distributed.background import Background
 from finetune.distributed.processes import (
@@ -109,6 +110,8 @@ class Saver:
         texts = {TRAINER_STATE: _state_text(trainer), RUN_CONFIG: self.config_text}
         if resumable:
             texts[RUN_RECORD] = resume.text_of(self.record)
+            if (feed := trainer.data.feed) is not None:
+                texts[STREAM] = json.dumps(feed.position.as_json(), ensure_ascii=False) + "\n"
         copied = self.training.async_save
         snapshot = take(trainer, texts, resumable=resumable, copied=copied)
         if copied:

@@ -31,9 +31,9 @@ def foreseen(
         [
             ["train", f"{memory.method.kind} on {section.path}"],
             ["open", f"{number:,} tensors" if number else "the model, fetched from its hub first"],
-            ["learn from", f"{len(data.train):,} examples"],
+            ["learn from", data.size() if data.stream else f"{data.size()} examples"],
             ["measure on", "nothing" if validation is None else f"{validation:,} examples"],
-            ["do", f"{steps:,} steps ({data.plan.steps_per_epoch:,} an epoch)"],
+            ["do", f"{steps:,} steps{data.an_epoch()}"],
             ["start from", str(start) if start else "the beginning"],
             ["hold", f"about {held / 1e9:.1f} GB on each GPU, besides the driver's own"],
             ["write to", training.output_dir],
@@ -42,7 +42,7 @@ def foreseen(
     return {
         "output_dir": training.output_dir,
         "steps": steps,
-        "examples": len(data.train),
+        "examples": None if data.stream else len(data.train),
         "validation_examples": validation,
         "resumes_from": str(start) if start else None,
         "model_tensors": number,

@@ -73,6 +73,8 @@ RULES: dict[str, Rule] = {
     "data.turns": Rule.FREE,  # the fact "data" is compared
     "data.calls_in_text": Rule.FREE,
     "data.reasoning": Rule.FREE,
+    "data.streaming": Rule.MATCH,
+    "data.shuffle_buffer": Rule.MATCH,
     "data.group_by": Rule.FREE,  # the fact "data" is compared
     "data.stop": Rule.FREE,
     "data.temperature": Rule.FREE,

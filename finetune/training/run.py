@@ -70,7 +70,7 @@ def memory_of(config: RunConfig, data: RunData) -> RunMemory:
         config.deepspeed,
         config.evaluation if data.validation is not None else None,
         max_length=config.data.max_length,
-        longest=int(data.items.lengths.max()),
+        longest=data.longest,
     )
 
 
@@ -78,7 +78,7 @@ def _train(
     config: RunConfig, data: RunData, run_dir: Path, callbacks: Sequence[Any]
 ) -> dict[str, Any]:
     """The program, with torch and the other processes: model, checkpoint, validation, loop."""
-    from finetune.training import batches, checkpointing, trainer, validation
+    from finetune.training import batches, checkpointing, stream_loader, trainer, validation
     from finetune.training.adapter_start import start_from_adapter
     from finetune.training.callbacks import progress, schedule
     from finetune.training.prepare_model import prepare_model
@@ -97,7 +97,9 @@ def _train(
         with progress.progress_of(prepared.model, data) as bar:
             fine_tuner = trainer.FineTuner(
                 prepared,
-                data=batches.training_data(data, prepared, config.data),
+                data=stream_loader.from_checkpoint(
+                    batches.training_data(data, prepared, config.data), data, start.folder
+                ),
                 saver=checkpointing.Saver(
                     run_dir, dump_config(config), record, prepared.base,
                     config.evaluation.best_metric, config.training,

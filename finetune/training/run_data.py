@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from finetune.artifacts import hub
 from finetune.config.schema import DataSection, ModelSection, TrainingSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
-from finetune.data.examples.batch_plan import BatchPlan
+from finetune.data.examples.batch_plan import BatchPlan, Lengths
 from finetune.data.examples.dataset import (
     Example,
     ExampleCounts,
@@ -26,9 +26,14 @@ from finetune.data.examples.dataset import (
 )
 from finetune.data.examples.packing import PackedDataset, pack
 from finetune.data.examples.selection import Selection
+from finetune.data.examples.stream import ExampleStream, StreamSample, StreamSettings
 from finetune.data.reading.section import reading_of, training_sources, validation_sources
+from finetune.data.reading.shards import shards_of
 from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from finetune.training.stream_loader import StreamFeed
 
 BINS = 24
 """Of the lengths of examples, as data.json has them."""
@@ -38,8 +43,9 @@ BINS = 24
 class RunData:
     """Examples to learn from and to be measured on."""
 
-    train: PreparedDataset
-    items: PreparedDataset | PackedDataset[Example]
+    train: PreparedDataset | StreamSample
+    """The training examples; of a stream the first ones."""
+    items: PreparedDataset | PackedDataset[Example] | StreamSample
     """The training examples, or rows of several of them."""
     plan: BatchPlan
     validation: PreparedDataset | None
@@ -48,11 +54,31 @@ class RunData:
     """How the rows of both are read."""
     template: ChatTemplate
     """The model's own."""
+    max_length: int
+    """The longest that an example may be."""
+    stream: ExampleStream | None = None
+    """Where training examples come from if they are not prepared."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest item, or as many as it may have."""
+        return self.max_length if self.stream else int(self.items.lengths.max())
 
     @property
     def is_packed(self) -> bool:
         """Whether a row holds several examples."""
-        return self.items is not self.train
+        return self.items is not self.train or bool(self.stream and self.stream.settings.packed)
+
+    def size(self) -> str:
+        """How much there is to learn from, in words."""
+        if self.stream is None:
+            return f"{len(self.train):,}"
+        shards = self.stream.shards
+        return f"a stream of {len(shards):,} files, {sum(s.size for s in shards) / 1e9:,.3g} GB"
+
+    def an_epoch(self) -> str:
+        """How many steps an epoch has, to stand behind a number of steps; empty for a stream."""
+        return "" if self.stream else f" ({self.plan.steps_per_epoch:,} an epoch)"
 
     def steps(self, training: TrainingSection) -> int:
         """Optimizer steps of the whole run."""
@@ -78,10 +104,26 @@ class RunData:
             found += [] if example.image else example.input_ids.tolist()
         return list(islice(cycle(found), count))
 
-    def described(self) -> dict[str, Any]:
-        """Counts, fingerprint and lengths of both kinds, for data.json in the run directory."""
+    def described(self, feed: StreamFeed | None = None) -> dict[str, Any]:
+        """Counts, fingerprint and lengths of both kinds, for data.json in the run directory.
+
+        Of a stream, what `feed` has read of it.
+        """
         kinds = {"train": self.train, "validation": self.validation}
-        described = {name: _described(kind) for name, kind in kinds.items() if kind is not None}
+        described = {
+            name: _described(kind)
+            for name, kind in kinds.items()
+            if isinstance(kind, PreparedDataset)
+        }
+        if self.stream is not None:
+            counts = feed.read if feed else ExampleCounts()
+            described["train"] = {
+                "examples": counts.kept,
+                **asdict(counts),
+                "passes": feed.position.number_of_pass if feed else 0,
+                "fingerprint": self.stream.fingerprint,
+                "shards": [shard.name for shard in self.stream.shards],
+            }
         return described | ({"fetched": dict(hub.fetched)} if hub.fetched else {})
 
 
@@ -92,27 +134,72 @@ def load_run_data(section: DataSection, training: TrainingSection, model: ModelS
     # What is held out comes first, as it is kept out of the training data.
     own = Selection(deduplicate=section.deduplicate)
     validation = _examples(section, held_out, template, training.seed, own) if held_out else None
+    if section.streaming:
+        return _streamed(section, training, template, validation, held_out)
     selection = Selection(section.stop, section.temperature, section.deduplicate, validation)
     train = _examples(section, training_sources(section), template, training.seed, selection)
     _report("training", train.counts, len(train))
+    _check_packing(section, template)
+    items = _items(train, section, training.seed)
+    plan = _plan(items.lengths, section, training)
+    console.say(f"padding: {100 * plan.padding():.1f} % of the tokens of an epoch")
+    if validation is not None:
+        _report("validation", validation.counts, len(validation))
+        _check_overlap(train, validation, section.max_overlap)
+    return RunData(
+        train, items, plan, validation, held_out, reading_of(section), template, section.max_length
+    )
+
+
+def _streamed(
+    section: DataSection,
+    training: TrainingSection,
+    template: ChatTemplate,
+    validation: PreparedDataset | None,
+    held_out: tuple[SourceSpec, ...],
+) -> RunData:
+    """A stream of training examples, of which the first are read now."""
+    _check_packing(section, template)
+    sources, reading = training_sources(section), reading_of(section)
+    policy = LengthPolicy(section.max_length, section.train_on, section.on_too_long)
+    stream = ExampleStream(
+        shards_of(sources),
+        sources,
+        template,
+        StreamSettings(policy, reading, training.seed, section.shuffle_buffer, section.packing),
+        held_out=None if validation is None else validation.stored.digests(),
+        cache_root=Path(section.cache_dir) if section.cache_dir else None,
+    )
+    sample = StreamSample(stream)
+    plan = _plan(sample.lengths, section, training)
+    data = RunData(
+        sample, sample, plan, validation, held_out, reading, template, section.max_length, stream
+    )
+    console.say(
+        f"training data: {data.size()}; of its first {len(sample):,} examples the longest has "
+        f"{int(sample.lengths.max()):,} tokens, {sample.lengths.mean():,.0f} on average"
+    )
+    if validation is not None:
+        _report("validation", validation.counts, len(validation))
+    return data
+
+
+def _check_packing(section: DataSection, template: ChatTemplate) -> None:
     if section.packing and template.image is not None and not template.image.can_pack:
         raise ConfigError(
             "data.packing: this checkpoint's positions of images do not tell documents apart; leave it out"
         )
-    items = _items(train, section, training.seed)
-    plan = BatchPlan(
-        items.lengths,
+
+
+def _plan(lengths: Lengths, section: DataSection, training: TrainingSection) -> BatchPlan:
+    return BatchPlan(
+        np.asarray(lengths),
         training.batch_size,
         training.gradient_accumulation_steps,
         launcher.world_size(),
         training.seed,
         group_by_length=section.group_by_length and not section.packing,
     )
-    console.say(f"padding: {100 * plan.padding():.1f} % of the tokens of an epoch")
-    if validation is not None:
-        _report("validation", validation.counts, len(validation))
-        _check_overlap(train, validation, section.max_overlap)
-    return RunData(train, items, plan, validation, held_out, reading_of(section), template)
 
 
 def _check_overlap(

@@ -27,10 +27,17 @@ from finetune.training.arguments import set_rates, warmed_up
 from finetune.training.batches import StepLoader, TrainingData, training_loader
 from finetune.training.callbacks.profiling import Profiler
 from finetune.training.callbacks.progress import ProgressCallback
-from finetune.training.callbacks.schedule import MetricsFile, RunComplete, Schedule, TensorBoard
+from finetune.training.callbacks.schedule import (
+    DataJson,
+    MetricsFile,
+    RunComplete,
+    Schedule,
+    TensorBoard,
+)
 from finetune.training.checkpointing import Saver, check_weights, explain_load_errors
 from finetune.training.objective import StepCounts, count
 from finetune.training.prepare_model import PreparedModel
+from finetune.training.stream_loader import stream_loader
 from finetune.training.validation import Validation
 
 DATA_PARALLEL = (
@@ -81,6 +88,9 @@ class FineTuner(Trainer):
             save_weights=lambda: self._save_with(saver.save_only_weights),
             compares_anew=compares_anew,
         )
+        # A stream goes on where the checkpoint says; nothing of it is read to be skipped.
+        prepared.arguments.ignore_data_skip = data.feed is not None
+        described = [] if data.feed is None else [DataJson(saver.run_dir, data.feed.described)]
         steps = saver.training.profile
         profiler = [] if steps is None else [Profiler(saver.run_dir, steps)]
         super().__init__(
@@ -88,7 +98,7 @@ class FineTuner(Trainer):
             args=prepared.arguments,
             data_collator=data.collate,
             train_dataset=data.items,
-            callbacks=[schedule, progress, MetricsFile(saver.run_dir), *profiler],
+            callbacks=[schedule, progress, MetricsFile(saver.run_dir), *described, *profiler],
         )
         self.remove_callback(PrinterCallback)
         if self.pop_callback(TensorBoardCallback) is not None:
@@ -100,11 +110,15 @@ class FineTuner(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """This process's micro-batches; accelerate would repeat examples to make ranks even."""
-        self._loader = training_loader(
-            self.data,
-            workers=self.args.dataloader_num_workers,
-            seconds=self.args.ddp_timeout,
-            rank=rank_and_world()[0],
+        options: dict[str, Any] = {
+            "workers": self.args.dataloader_num_workers,
+            "seconds": self.args.ddp_timeout,
+            "rank": rank_and_world()[0],
+        }
+        self._loader = (
+            training_loader(self.data, **options)
+            if self.data.feed is None
+            else stream_loader(self.data, self.data.feed, **options)
         )
         return self._loader
 
@@ -155,6 +169,8 @@ class FineTuner(Trainer):
         """With speed, padding and memory beside a loss; without the Trainer's own closing summary."""
         if "train_runtime" in logs:
             return
+        if self.data.feed is not None:
+            self.state.epoch = None  # of a stream the Trainer knows none
         super().log(
             logs | self.progress.throughput.numbers() if "loss" in logs else logs, start_time
         )
@@ -290,6 +306,8 @@ class FineTuner(Trainer):
             result = None
         except BaseException as error:
             self._let_a_save_end(error)
+            if isinstance(error, FinetuneError) and self._loader is not None:
+                self._loader.close()
             for worker in active_children():
                 worker.kill()  # one that hangs would keep this process from ending
             if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):

@@ -137,11 +137,11 @@ def as_text(result: dict[str, Any]) -> str:
     )
 
 
-def run(*command: object) -> dict[str, Any]:
-    """What a child of this file prints as JSON, with its CPU seconds and peak memory."""
+def run(*command: object, program: str = __file__) -> dict[str, Any]:
+    """What a child of this file, or of another `program`, prints as JSON, with its CPU seconds and peak memory."""
     with tempfile.TemporaryFile() as out:
         child = subprocess.Popen(
-            [sys.executable, __file__, *map(str, command)], stdout=out, cwd=ROOT
+            [sys.executable, program, *map(str, command)], stdout=out, cwd=ROOT
         )
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)

@@ -51,15 +51,18 @@ def main() -> None:
     """Print the table, or write it between its marks in a page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--definition", default="default", choices=("default", "demo"))
-    parser.add_argument("--write", type=Path, help="the page that holds the table")
+    parser.add_argument(
+        "--write", type=Path, help="the page that holds the table; its Chinese twin gets it too"
+    )
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     made = table(options.definition)
     print(made)
     if options.write:
-        text = options.write.read_text(encoding="utf-8")
         marked = f"{BEGIN}\n{made}\n{END}"
-        options.write.write_text(re.sub(f"{BEGIN}.*{END}", marked, text, flags=re.DOTALL), "utf-8")
+        for page in (options.write, options.write.with_stem(f"{options.write.stem}_zh")):
+            text = re.sub(f"{BEGIN}.*{END}", marked, page.read_text("utf-8"), flags=re.DOTALL)
+            page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -69,16 +69,14 @@ def finetune(*words: str) -> None:
 
 
 def document(folder: Path, docs: Path) -> None:
-    """Pictures of the page into docs/images, the table into docs/report.md."""
+    """Pictures of the page into docs/images, the table into docs/report.md and its Chinese twin."""
     (docs / "images").mkdir(exist_ok=True)
     pictures(ROOT / folder / "report.html", docs / "images")
-    page = docs / "report.md"
-    if page.exists():
+    made = f"{BEGIN}\n{table(ROOT / folder)}\n{END}"
+    for page in filter(Path.exists, (docs / "report.md", docs / "report_zh.md")):
         text = page.read_text(encoding="utf-8")
-        made = f"{BEGIN}\n{table(ROOT / folder)}\n{END}"
-        page.write_text(
-            re.sub(f"{BEGIN}.*?{END}", lambda _: made, text, flags=re.DOTALL), encoding="utf-8"
-        )
+        text = re.sub(f"{BEGIN}.*?{END}", lambda _: made, text, flags=re.DOTALL)
+        page.write_text(text, encoding="utf-8")
     print(f"wrote {docs}")
 
 

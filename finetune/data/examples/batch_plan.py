@@ -93,6 +93,24 @@ def _longest_first(batches: Indices, lengths: npt.NDArray[np.integer]) -> Indice
     return batches
 
 
+def deal(step: Indices, number: int, batch_size: int, world: int) -> Iterator[list[Indices]]:
+    """The micro-batches of every forward pass of step `number`, by process.
+
+    Args:
+        step: The examples, longest first.
+        number: Turns the first process, step by step.
+        batch_size: Examples per process and forward pass.
+        world: The number of processes.
+    """
+    per_pass = batch_size * world
+    for turn, first in enumerate(range(0, len(step), per_pass)):
+        # An incomplete pass in equal parts: with 5 for 2 processes 3 and 2, not 4 and 1.
+        parts = np.array_split(step[first : first + per_pass], world)
+        parts = parts if turn % 2 == 0 else parts[::-1]
+        begin = number % world
+        yield [*parts[-begin:], *parts[:-begin]] if begin else parts
+
+
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
     """The batches of a run: who gets which examples when."""
@@ -140,13 +158,7 @@ class BatchPlan:
     def dealt(self, epoch: int) -> Iterator[list[Indices]]:
         """The micro-batches of every forward pass, by process."""
         for number, step in enumerate(self.steps(epoch)):
-            per_pass = self.batch_size * self.world_size
-            for turn, first in enumerate(range(0, len(step), per_pass)):
-                # An incomplete pass in equal parts: with 5 for 2 processes 3 and 2, not 4 and 1.
-                parts = np.array_split(step[first : first + per_pass], self.world_size)
-                parts = parts if turn % 2 == 0 else parts[::-1]
-                begin = number % self.world_size
-                yield [*parts[-begin:], *parts[:-begin]] if begin else parts
+            yield from deal(step, number, self.batch_size, self.world_size)
 
     def micro_batches(self, epoch: int, rank: int) -> Iterator[list[int]]:
         """What one process gets, forward pass after forward pass; empty where nothing is left for it."""

@@ -63,6 +63,25 @@ class Example:
     """Path of the image that it shows, or empty."""
 
 
+def example_of(
+    input_ids: npt.NDArray[np.int32],
+    spans: Iterable[tuple[int, int, float]],
+    *,
+    index: int,
+    where: str,
+    image: str,
+) -> Example:
+    """The example of some ids, learned inside `spans` with their weights."""
+    labels = np.full(len(input_ids), IGNORED, dtype=np.int64)
+    weights = np.zeros(len(labels), np.float32)
+    is_plain = True
+    for start, end, weight in spans:
+        labels[start:end] = input_ids[start:end]
+        weights[start:end] = weight
+        is_plain = is_plain and weight == 1.0
+    return Example(input_ids, labels, None if is_plain else weights, index, where, image)
+
+
 class PreparedDataset:
     """Examples by index over a memory-mapped file.
 
@@ -103,15 +122,9 @@ class PreparedDataset:
                 f"{self.stored.where(row)}: image {stored.image} was replaced since this run "
                 "began; what it learns from must stay as it was"
             )
-        labels = np.full(len(stored.input_ids), IGNORED, dtype=np.int64)
-        weights = None if (stored.weights == 1.0).all() else np.zeros(len(labels), np.float32)
-        for start, end, weight in zip(stored.starts, stored.ends, stored.weights, strict=True):
-            labels[start:end] = stored.input_ids[start:end]
-            if weights is not None:
-                weights[start:end] = weight
-        return Example(
-            stored.input_ids, labels, weights, index, self.stored.where(row), stored.image
-        )
+        spans = zip(stored.starts, stored.ends, stored.weights, strict=True)
+        where = self.stored.where(row)
+        return example_of(stored.input_ids, spans, index=index, where=where, image=stored.image)
 
     def where(self, index: int) -> str:
         """The `file:line` of an example."""

@@ -85,6 +85,27 @@ class ExampleCounts:
         return notes_of(self.unread, self.doubts) + thought_notes(self.turns, self.without_thought)
 
 
+def total(before: ExampleCounts, more: ExampleCounts) -> ExampleCounts:
+    """Both together; of named rows the first ones."""
+    numbers = {
+        name: getattr(before, name) + getattr(more, name)
+        for name in ("rows", "bad", "duplicates", "text_blocks", "turns", "without_thought", "truncated",
+                     "messages_removed", "kept", "tokens", "supervised_tokens")
+    }  # fmt: skip
+    return ExampleCounts(
+        **numbers,
+        dropped=_added(before.dropped, more.dropped),
+        unread=_added(before.unread, more.unread),
+        doubts=_added(before.doubts, more.doubts),
+        named=(*before.named, *more.named)[:_LISTED],
+        longest=max(before.longest, more.longest),
+    )
+
+
+def _added(before: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    return dict(Counter(before) + Counter(more))
+
+
 def thought_notes(turns: int, without: int) -> list[str]:
     """A sentence about the turns that a thinking checkpoint is taught without reasoning."""
     if not without:
@@ -113,15 +134,15 @@ def write_examples(
     num_sources: int = 1,
 ) -> dict[str, Any]:
     """Writes the examples of (source, dialogue) into a new `file`; returns what was counted."""
-    tally = _Tally()
+    tally = Tally()
     with (
         ExampleWriter(file) as writer,
         console.progress(None, "tokenising dialogues") as meter,
         _collecting_by_hand(),
     ):
         for batch in _batches(numbered):
-            kept = list(_examples(batch, template, policy, tally))
-            columns = [[getattr(k, name) for k in kept] for name in _Kept._fields]
+            kept = list(examples_of(batch, template, policy, tally))
+            columns = [[getattr(k, name) for k in kept] for name in Kept._fields]
             writer.append(*columns)
             meter.advance(len(batch))
             del batch, kept
@@ -162,19 +183,21 @@ def _collecting_by_hand() -> Iterator[None]:
             gc.enable()
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
+    """What is kept of an example: its ids, the spans that carry loss, its place and image."""
+
     ids: npt.NDArray[np.int32]
     spans: Sequence[Span]
     where: str
     image: str
 
 
-def _examples(
+def examples_of(
     batch: Sequence[tuple[int, Conversation]],
     template: ChatTemplate,
     policy: LengthPolicy,
-    tally: _Tally,
-) -> Iterator[_Kept]:
+    tally: Tally,
+) -> Iterator[Kept]:
     """The examples that the dialogues of a batch give; what they do not give goes into `tally`."""
     dialogues = [conversation for _, conversation in batch]
     for (source, whole), taught in zip(
@@ -189,7 +212,7 @@ def _examples(
                 spans = template.trained_spans(block, whole, policy.train_on)
                 tally.keep(source, len(block.input_ids), spans[0].end - spans[0].start)
                 tally.keep_block()
-                yield _Kept(block.input_ids, spans, whole.where, "")
+                yield Kept(block.input_ids, spans, whole.where, "")
             continue
         for conversation, rendered in taught:
             kept = _kept(source, conversation, rendered, template, policy, tally)
@@ -203,8 +226,8 @@ def _kept(
     rendered: Rendered,
     template: ChatTemplate,
     policy: LengthPolicy,
-    tally: _Tally,
-) -> _Kept | None:
+    tally: Tally,
+) -> Kept | None:
     """What is stored of an example; None after noting why there is nothing."""
     fitting: Rendered | None = rendered
     if len(rendered.input_ids) > policy.max_length:
@@ -220,7 +243,7 @@ def _kept(
     tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
     if template.layout.thinking:
         tally.keep_turn(with_thought=has_thought(conversation))
-    return _Kept(fitting.input_ids, spans, conversation.where, _image(conversation, template))
+    return Kept(fitting.input_ids, spans, conversation.where, _image(conversation, template))
 
 
 def _image(conversation: Conversation, template: ChatTemplate) -> str:
@@ -239,7 +262,7 @@ def _fit(
     conversation: Conversation,
     template: ChatTemplate,
     policy: LengthPolicy,
-    tally: _Tally,
+    tally: Tally,
 ) -> Rendered | None:
     """A shorter rendering, or None after noting why there is none."""
     length = len(rendered.input_ids)
@@ -255,7 +278,7 @@ def _fit(
     return fitting
 
 
-class _Tally:
+class Tally:
     """Counts while examples are made."""
 
     def __init__(self) -> None:
@@ -269,33 +292,40 @@ class _Tally:
         self._num_refused = 0
 
     def keep(self, source: int, tokens: int, supervised: int) -> None:
+        """One example."""
         self._kept_per_source[source] += 1
         self._totals["tokens"] += tokens
         self._totals["supervised_tokens"] += supervised
         self._longest = max(self._longest, tokens)
 
     def keep_block(self) -> None:
+        """One of them is a block of plain text."""
         self._totals["text_blocks"] += 1
 
     def keep_turn(self, *, with_thought: bool) -> None:
+        """One of them is a turn of a dialogue of a thinking checkpoint."""
         self._totals["turns"] += 1
         self._totals["without_thought"] += not with_thought
 
     def truncate(self, num_messages: int) -> None:
+        """A dialogue lost its oldest turns."""
         self._totals["truncated"] += 1
         self._totals["messages_removed"] += num_messages
 
     def drop(self, where: str, reason: str, detail: str = "") -> None:
+        """A dialogue gives no example."""
         self._dropped[reason] += 1
         if self._dropped[reason] <= NAMED:
             self._named.append(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
 
     def refuse(self, problem: str) -> None:
+        """A dialogue is too long, and that is an error."""
         self._num_refused += 1
         if len(self._refused) < _LISTED:
             self._refused.append(problem)
 
     def raise_if_refused(self, max_length: int) -> None:
+        """DataError with those that are too long."""
         if not self._num_refused:
             return
         more = self._num_refused - len(self._refused)
@@ -306,6 +336,7 @@ class _Tally:
         )
 
     def raise_if_nothing_is_left(self) -> None:
+        """DataError when there is no example."""
         if self._kept_per_source:
             return
         raise DataError(

@@ -10,8 +10,9 @@ import difflib
 import glob
 import json
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path, PurePath
 
 from finetune import console
 from finetune.artifacts import hub
@@ -95,18 +96,17 @@ def _of_a_hub(path: str) -> str:
     return f"; a data set of a hub is named hf://{path} or ms://{path}"
 
 
+def data_files(paths: Iterable[PurePath]) -> list[PurePath]:
+    """Those of the files of a folder, by their paths in it, that hold data; sorted."""
+    shown = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
+    found = [p for p in shown if p.name.lower().endswith(_ALL_SUFFIXES) and p.name not in _NO_DATA]
+    return sorted(found or (p for p in shown if p.name.lower().endswith(_TEXTS)))
+
+
 def _files_in(folder: Path) -> list[Path]:
     _refuse_register(folder)
-    found = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.name.lower().endswith(_ALL_SUFFIXES)
-        and p.name not in _NO_DATA
-        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        and not p.is_dir()
-    )
-    if not found:
-        found = sorted(p for p in folder.rglob("*") if _is_text(p, folder))
+    there = (p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir())
+    found = [folder / p for p in data_files(there)]
     _say_splits(folder, found)
     odd = next((p for p in found if not p.is_file()), None)
     if odd:
@@ -127,12 +127,6 @@ def _say_splits(folder: Path, files: Sequence[Path]) -> None:
             f"{folder} holds files of several splits ({', '.join(found)}) and all are read; name the "
             "files that are meant if it should be one"
         )
-
-
-def _is_text(path: Path, folder: Path) -> bool:
-    """Whether a file of a folder without data files is plain text."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.name.lower().endswith(_TEXTS) and not hidden and not path.is_dir()
 
 
 def _refuse_register(folder: Path) -> None:
@@ -165,12 +159,15 @@ def _near_name(target: Path) -> str:
     return f"; did you mean {target.parent / near[0]}?" if near else seen_from
 
 
-def read_rows(path: Path) -> Iterator[Row | BadRow]:
-    """Each row of one file in order. The layout is told from the first bytes; CSV by its name."""
+def read_rows(path: Path, skip: int = 0) -> Iterator[Row | BadRow]:
+    """Each row of one file in order, behind the first `skip`.
+
+    The layout is told from the first bytes; CSV by its name.
+    """
     last = f"{path}:1"
-    empty = True
+    empty = not skip
     try:
-        for item in _open_rows(path):
+        for item in _open_rows(path, skip):
             empty = False
             last = item.where
             yield item
@@ -183,15 +180,15 @@ def read_rows(path: Path) -> Iterator[Row | BadRow]:
             yield BadRow(last, "the file is empty: it holds no rows", fatal=True)
 
 
-def _open_rows(path: Path) -> Iterator[Row | BadRow]:
+def _open_rows(path: Path, skip: int) -> Iterator[Row | BadRow]:
     with open_stream(path) as stream:
         if stream.layout == "parquet":
-            yield from read_parquet(path)
+            yield from read_parquet(path, skip)
         elif stream.layout == "arrow":
-            yield from read_arrow(path)
+            yield from islice(read_arrow(path), skip, None)
         elif stream.layout == "csv":
-            yield from read_csv(stream.file, str(path))
+            yield from islice(read_csv(stream.file, str(path)), skip, None)
         elif stream.layout == "text":
-            yield from read_text(stream.file, str(path))
+            yield from islice(read_text(stream.file, str(path)), skip, None)
         else:
-            yield from read_json(stream.file, str(path))
+            yield from read_json(stream.file, str(path), skip)

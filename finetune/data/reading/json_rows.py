@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, BinaryIO
 
 from finetune.data.dialogue import strict_json
@@ -17,8 +17,11 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _TOO_LONG = f"the row is longer than {MAX_ROW >> 20} MiB"
 
 
-def read_json(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
-    """Rows of a JSONL file or of a JSON array; the first character tells which it is."""
+def read_json(file: BinaryIO, name: str, skip: int = 0) -> Iterator[Row | BadRow]:
+    """Rows of a JSONL file or of a JSON array; the first character tells which it is.
+
+    The first `skip` rows are passed over, those of a JSONL file without parsing them.
+    """
     source: Iterator[bytes] = text_chunks(file)
     head = b""
     for chunk in source:
@@ -27,21 +30,25 @@ def read_json(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
             break
     source = chain([head], source)
     if head.lstrip().startswith(b"["):
-        yield from _Array(source, name).rows()
+        yield from islice(_Array(source, name).rows(), skip, None)
     else:
-        yield from _read_lines(source, name)
+        yield from _read_lines(source, name, skip)
 
 
-def _read_lines(source: Iterator[bytes], name: str) -> Iterator[Row | BadRow]:
+def _read_lines(source: Iterator[bytes], name: str, skip: int) -> Iterator[Row | BadRow]:
     parse = strict_json.parse
     first = True
     for number, raw in lines(source):
         where = f"{name}:{number}"
+        raw = raw if raw is None else raw.strip()
+        if raw == b"":
+            continue
+        if skip:
+            skip -= 1
+            first = False
+            continue
         if raw is None:
             yield BadRow(where, _TOO_LONG)
-            continue
-        raw = raw.strip()
-        if not raw:
             continue
         if first and raw == b"{":
             yield BadRow(where, "an object over several lines; write one per line", fatal=True)

@@ -80,6 +80,73 @@ AS_IS = Reading()
 """The defaults."""
 
 
+class FileRows(Iterator["Row | BadRow"]):
+    """The rows of one file, and what dialogue each of them is.
+
+    The layout is the source's, or told from the file's first rows; where that cannot be told, there
+    are no rows, and `unknown` says why.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source: SourceSpec,
+        reading: Reading,
+        purpose: Purpose,
+        images: ImageFiles,
+        *,
+        skip: int = 0,
+    ) -> None:
+        self.format = source.format
+        """One of `formats.FORMATS`."""
+        self.unknown: list[BadRow] = []
+        """Why the layout is unknown, and what else is wrong with the first rows."""
+        self.num_unknown = 0
+        """The rows that were looked at in vain."""
+        self._source, self._reading, self._purpose = source, reading, purpose
+        self._images, self._folder = images, path.parent
+        self._items = _renamed(read_rows(path, skip), source.columns)
+        if self.format == "auto":
+            self._tell(path, again=bool(skip))
+
+    def _tell(self, path: Path, *, again: bool) -> None:
+        """Tell the layout by the first rows, which are then still to come."""
+        rows = _renamed(read_rows(path), self._source.columns) if again else self._items
+        sample = list(islice(rows, _SAMPLE))
+        if not again:
+            self._items = chain(sample, self._items)
+        good = [item.value for item in sample if isinstance(item, Row)]
+        if not good:
+            return
+        try:
+            self.format = detect(good, self._reading.columns)
+        except RowError as error:
+            unread = BadRow(f"{path}:1", str(error), fatal=True)
+            self.unknown = [unread, *(item for item in sample if isinstance(item, BadRow))]
+            self.num_unknown = len(sample)
+            self._items = iter(())
+
+    def __next__(self) -> Row | BadRow:
+        """The next row."""
+        return next(self._items)
+
+    def conversation(self, row: Row) -> Conversation | None:
+        """The dialogue of a row; None when it belongs to the other part of the source, RowError if bad."""
+        conversation = to_conversation(
+            row.value, self.format, where=row.where, columns=self._reading.columns, purpose=self._purpose,
+            rules=self._reading.rules,
+        )  # fmt: skip
+        part = self._source.part
+        if part is not None and not part.takes(row.value, conversation):
+            return None
+        return self._images.placed(conversation, self._folder)
+
+    def unread(self, conversation: Conversation) -> list[str]:
+        """Columns and keys of its row whose text was not read."""
+        grouped = self._source.part.group_by if self._source.part else ""
+        return [name for name in conversation.unread if name != grouped]
+
+
 class ConversationStream(Iterator[Conversation]):
     """Valid conversations in order; at the end DataError if too many rows were bad.
 
@@ -149,45 +216,31 @@ class ConversationStream(Iterator[Conversation]):
 
     def _file(self, path: Path, source: SourceSpec) -> Iterator[Conversation]:
         """The good rows of one file; the bad ones are noted."""
-        fmt = source.format
-        items = _renamed(read_rows(path), source.columns)
-        if fmt == "auto":
-            sample = list(islice(items, _SAMPLE))
-            items = chain(sample, items)
-            rows = [item.value for item in sample if isinstance(item, Row)]
-            try:
-                fmt = detect(rows, self._reading.columns) if rows else "auto"
-            except RowError as error:
-                unread = BadRow(f"{path}:1", str(error), fatal=True)
-                for bad in [unread, *(item for item in sample if isinstance(item, BadRow))]:
-                    self._bad(bad)
-                self.rows += len(sample)
-                return
-        self.formats[str(path)] = fmt
-        folder = path.parent
-        for item in items:
+        file = FileRows(path, source, self._reading, self._purpose, self._images)
+        if file.unknown:
+            for bad in file.unknown:
+                self._bad(bad)
+            self.rows += file.num_unknown
+            return
+        self.formats[str(path)] = file.format
+        for item in file:
             self.rows += 1
             if isinstance(item, BadRow):
                 self._bad(item)
                 continue
             try:
-                conversation = to_conversation(
-                    item.value, fmt, where=item.where, columns=self._reading.columns, purpose=self._purpose,
-                    rules=self._reading.rules,
-                )  # fmt: skip
-                if source.part is not None and not source.part.takes(item.value, conversation):
-                    self.elsewhere += 1
-                    continue
-                conversation = self._images.placed(conversation, folder)
+                conversation = file.conversation(item)
             except RowError as error:
                 self._bad(BadRow(item.where, str(error)))
-            else:
-                if conversation.unread or conversation.doubts:
-                    grouped = source.part.group_by if source.part else ""
-                    self.unread.update(name for name in conversation.unread if name != grouped)
-                    self.doubts.update(conversation.doubts)
-                self.row = item.value
-                yield conversation
+                continue
+            if conversation is None:
+                self.elsewhere += 1
+                continue
+            if conversation.unread or conversation.doubts:
+                self.unread.update(file.unread(conversation))
+                self.doubts.update(conversation.doubts)
+            self.row = item.value
+            yield conversation
 
     def _bad(self, row: BadRow) -> None:
         self.num_bad += 1

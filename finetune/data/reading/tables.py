@@ -16,8 +16,8 @@ _ROWS_AT_ONCE = 256
 _LINES_TO_TELL_GBK = 1000
 
 
-def read_parquet(path: Path) -> Iterator[Row | BadRow]:
-    """Rows of a Parquet file, numbered from 1.
+def read_parquet(path: Path, skip: int = 0) -> Iterator[Row | BadRow]:
+    """Rows of a Parquet file behind the first `skip`, numbered from 1 in the file.
 
     A column of structs holds a null for every field that a row does not have; those are left out.
     """
@@ -25,9 +25,17 @@ def read_parquet(path: Path) -> Iterator[Row | BadRow]:
 
     def batches() -> Iterator[Any]:
         with parquet.ParquetFile(path, pre_buffer=False) as reader:
-            yield from reader.iter_batches(batch_size=_ROWS_AT_ONCE)
+            left = skip
+            for group in range(reader.num_row_groups):
+                size = reader.metadata.row_group(group).num_rows
+                if left >= size:
+                    left -= size
+                    continue
+                for batch in reader.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group]):
+                    yield batch.slice(left)
+                    left = max(0, left - batch.num_rows)
 
-    yield from _rows_of(batches(), path, "Parquet")
+    yield from _rows_of(batches(), path, "Parquet", skip)
 
 
 def read_arrow(path: Path) -> Iterator[Row | BadRow]:
@@ -48,10 +56,11 @@ def read_arrow(path: Path) -> Iterator[Row | BadRow]:
     yield from _rows_of(batches(), path, "Arrow")
 
 
-def _rows_of(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row | BadRow]:
+def _rows_of(
+    batches: Iterator[Any], path: Path, kind: str, number: int = 0
+) -> Iterator[Row | BadRow]:
     import pyarrow
 
-    number = 0
     try:
         for batch in batches:
             for value in _values(batch):

@@ -63,13 +63,13 @@ def announce(
                 for pattern, count in methods.trained_modules(prepared.model).items()
             ],
             ["processes", f"{world} on {local_device().type}, {sharding}"],
-            ["examples", f"{len(data.train):,}"],
+            ["examples", data.size()],
             [
                 "a step",
                 f"{per_step} {what} ({training.batch_size} x {training.gradient_accumulation_steps} "
                 f"x {world} processes), about {tokens:,} tokens",
             ],
-            ["steps", f"{total_steps:,} ({data.plan.steps_per_epoch:,} an epoch)"],
+            ["steps", f"{total_steps:,}{data.an_epoch()}"],
             *planned,
             ["writes to", training.output_dir],
         ],

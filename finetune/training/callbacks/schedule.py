@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers.integrations import TensorBoardCallback
 
 from finetune import console
 from finetune.artifacts.names import RUN_METRICS
+from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.schema import EvaluationSection, TrainingSection
 from finetune.distributed.signals import StopFlag
 from finetune.evaluation.metrics import is_better
@@ -183,6 +184,23 @@ class MetricsFile(TrainerCallback):
             else:
                 journal.append(self.path, self._unwritten, durable=False)
             self._unwritten, self._anew = [], False
+
+
+class DataJson(TrainerCallback):
+    """data.json in the run directory, written anew with every checkpoint, as a stream is read on."""
+
+    def __init__(self, run_dir: Path, described: Callable[[], Mapping[str, Any]]) -> None:
+        self._run_dir = RunDirectory(run_dir)
+        self._described = described
+        self._writing = BestEffort("data.json", "the next checkpoint writes it again")
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """What was read so far."""
+        if state.is_world_process_zero:
+            with self._writing():
+                self._run_dir.write_data(self._described())
 
 
 def _record(entry: dict[str, Any]) -> dict[str, Any]:
