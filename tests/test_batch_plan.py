@@ -13,7 +13,7 @@ from test_packing import advertisegen_lengths
 from finetune.data.examples.batch_plan import BLANK, BatchPlan
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import Example
-from finetune.training.batches import TrainingData, training_loader
+from finetune.training.loading.batches import TrainingData, training_loader
 from finetune.training.objective import StepCounts, SupervisedTokens, count
 
 SPLITS = [(1, 8, 1), (8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8)]

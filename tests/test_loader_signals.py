@@ -14,7 +14,7 @@ import pytest
 import runs
 
 from finetune.data.examples.batch_plan import BatchPlan
-from finetune.training import batches
+from finetune.training.loading import batches
 from finetune.training.objective import SupervisedTokens
 
 

@@ -249,7 +249,7 @@ def test_one_number_that_is_not_finite_is_found_in_any_trained_weight(
 def test_any_objective_trains_through_the_model_s_own_forward_pass(
     tiny_chatglm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.training import batches
+    from finetune.training.loading import batches
 
     class Margin:
         """The first token's hidden state, squared: no labels, its own normaliser."""

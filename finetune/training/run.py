@@ -78,9 +78,10 @@ def _train(
     config: RunConfig, data: RunData, run_dir: Path, callbacks: Sequence[Any]
 ) -> dict[str, Any]:
     """The program, with torch and the other processes: model, checkpoint, validation, loop."""
-    from finetune.training import batches, checkpointing, stream_loader, trainer, validation
+    from finetune.training import checkpointing, trainer, validation
     from finetune.training.adapter_start import start_from_adapter
     from finetune.training.callbacks import progress, schedule
+    from finetune.training.loading import batches, streams
     from finetune.training.prepare_model import prepare_model
 
     begun = time.monotonic()
@@ -97,7 +98,7 @@ def _train(
         with progress.progress_of(prepared.model, data) as bar:
             fine_tuner = trainer.FineTuner(
                 prepared,
-                data=stream_loader.from_checkpoint(
+                data=streams.from_checkpoint(
                     batches.training_data(data, prepared, config.data), data, start.folder
                 ),
                 saver=checkpointing.Saver(

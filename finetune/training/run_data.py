@@ -33,7 +33,7 @@ from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from finetune.training.stream_loader import StreamFeed
+    from finetune.training.loading.streams import StreamFeed
 
 BINS = 24
 """Of the lengths of examples, as data.json has them."""

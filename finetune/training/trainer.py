@@ -24,7 +24,6 @@ from finetune.errors import ConfigError, FinetuneError, NonFiniteError, ProcessE
 from finetune.methods.optimizers import MUON, MuonWithAdamW, matrices
 from finetune.models.loss import for_model
 from finetune.training.arguments import set_rates, warmed_up
-from finetune.training.batches import StepLoader, TrainingData, training_loader
 from finetune.training.callbacks.profiling import Profiler
 from finetune.training.callbacks.progress import ProgressCallback
 from finetune.training.callbacks.schedule import (
@@ -35,9 +34,10 @@ from finetune.training.callbacks.schedule import (
     TensorBoard,
 )
 from finetune.training.checkpointing import Saver, check_weights, explain_load_errors
+from finetune.training.loading.batches import StepLoader, TrainingData, training_loader
+from finetune.training.loading.streams import stream_loader
 from finetune.training.objective import StepCounts, count
 from finetune.training.prepare_model import PreparedModel
-from finetune.training.stream_loader import stream_loader
 from finetune.training.validation import Validation
 
 DATA_PARALLEL = (

@@ -124,7 +124,7 @@ def broken_loader(bench: Bench, processes: int, fault: str, folder: Path) -> str
     def before(here: int) -> None:
         from torch.utils.data import get_worker_info
 
-        from finetune.training.batches import WithBlanks
+        from finetune.training.loading.batches import WithBlanks
 
         get, calls = WithBlanks.__getitem__, [0]
 

@@ -30,7 +30,7 @@ from finetune.training.prepare_model import PreparedModel
 from finetune.training.run_data import RunData
 
 if TYPE_CHECKING:
-    from finetune.training.stream_loader import StreamFeed
+    from finetune.training.loading.streams import StreamFeed
 
 Item: TypeAlias = "Example | Sequence[Example]"
 Collate: TypeAlias = Callable[[Sequence[Item]], dict[str, torch.Tensor]]

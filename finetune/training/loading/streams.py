@@ -25,7 +25,7 @@ from finetune.data.examples.preparation import ExampleCounts
 from finetune.data.examples.stream import START, ExampleStream, Item, Position, position_of
 from finetune.distributed.device import pins_memory
 from finetune.errors import CheckpointError, DataError, FinetuneError
-from finetune.training.batches import StepLoader, TrainingData, blanked, ignore_signals
+from finetune.training.loading.batches import StepLoader, TrainingData, blanked, ignore_signals
 from finetune.training.run_data import RunData
 
 

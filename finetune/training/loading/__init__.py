@@ -1,0 +1,1 @@
+"""Examples, prepared or streamed -> one process's micro-batches."""
