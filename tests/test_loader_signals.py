@@ -35,7 +35,7 @@ class Numbers:
 def test_a_loader_process_outlives_a_signal(
     monkeypatch: pytest.MonkeyPatch, number: int, moment: str
 ) -> None:
-    ignore = batches._ignore_signals
+    ignore = batches.ignore_signals
 
     def signalled(worker: int) -> None:
         if moment == "before it ignores signals":
@@ -46,7 +46,7 @@ def test_a_loader_process_outlives_a_signal(
             ignore(worker)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(batches, "_ignore_signals", signalled)
+    monkeypatch.setattr(batches, "ignore_signals", signalled)
     items: Any = Numbers()
     plan, collate = BatchPlan(items.lengths, 4, 2, seed=42), cast(Any, sorted)
     loader = batches.training_loader(
