@@ -179,7 +179,7 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_a_run(
     metric: str,
     values: list[float],
 ) -> None:
-    from finetune.training.validation import Validation
+    from finetune.training.measuring.validation import Validation
 
     monkeypatch.setattr(Validation, "scores", lambda self, model, step: {metric: values[step]})
     summary = runs.run_here(

@@ -20,7 +20,7 @@ from finetune.errors import ConfigError, ModelError, NonFiniteError
 from finetune.training.arguments import Rates
 from finetune.training.callbacks.schedule import Schedule
 from finetune.training.checkpointing import check_weights
-from finetune.training.validation import preserve_rng
+from finetune.training.measuring.validation import preserve_rng
 
 # --- learning rates ------------------------------------------------------------------------------
 

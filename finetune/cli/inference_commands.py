@@ -80,6 +80,47 @@ def predict(
 
 
 @using_app.command()
+def replay(
+    model: Annotated[str, typer.Argument(help="The untuned model that a run starts from.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the replies to this file.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Your prompts in place of ours; repeatable."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Let a model answer the prompts of data.replay.
+
+    Training does it by itself and then finds the replies in the cache.
+    """
+    with console.json_output(as_json) as emit:
+        if output is not None:
+            check_output_file(output)
+        from finetune.config.forgetting import ReplaySection
+        from finetune.generation.replay import replay_of, write_replay
+
+        section = ReplaySection(prompts=prompts, max_new_tokens=max_new_tokens)
+        files = replay_of(section, model, None)
+        console.say(
+            f"{files.replies} replies, {files.cut} left out that did not end: {files.train.parent}"
+        )
+        if output is not None:
+            write_replay(files, output, overwrite=overwrite)
+        emit(
+            {
+                "train": str(files.train),
+                "held_out": str(files.held_out),
+                "replies": files.replies,
+                "cut": files.cut,
+            }
+        )
+
+
+@using_app.command()
 def chat(
     target: Target,
     base: Base = None,

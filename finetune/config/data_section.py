@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune.config.forgetting import ReplaySection
 from finetune.config.row_formats import RowFormat
 from finetune.config.section import NonNegative, Positive, Section, Share
 
@@ -44,6 +45,9 @@ class DataSection(Section):
 
     train: str | list[str | Source]
     """Training files: a path, a glob, a folder, a data set of a hub (`hf://owner/name`, `ms://owner/name`, with `@revision` and `/files` behind it), or a list of these or of `{path, weight, format}`."""
+
+    replay: ReplaySection | None = None
+    """Mix in replies of the untuned model to general prompts, generated once before the first step and kept in the cache; `{}` takes the defaults."""
 
     validation: str | list[str | Source] | None = None
     """Held-out files, for the validation loss and for generation; same forms as `train`. Or a share such as `5%` that is held out of `train`, whole groups at a time."""

@@ -175,12 +175,27 @@ def _evaluation(values: _Values) -> Iterator[tuple[Key, str]]:
             yield key, f"{metric} needs generated replies, but evaluation.generate is false"
         if not held_out:
             yield key, f"{metric} needs held-out dialogues: give data.validation"
+    yield from _keeping(values, held_out=held_out)
     if values.given("evaluation", "patience"):
         key = ("evaluation", "patience")
         if not held_out:
             yield key, "needs held-out dialogues: give data.validation"
         if not values.given("evaluation", "every_steps"):
             yield key, "needs more than one evaluation: give evaluation.every_steps"
+
+
+def _keeping(values: _Values, *, held_out: bool) -> Iterator[tuple[Key, str]]:
+    keep = values.raw("evaluation", "keep")
+    if keep is None:
+        if values("evaluation", "choose") != "best_metric":
+            yield ("evaluation", "choose"), "needs what must not be forgotten: give evaluation.keep"
+        return
+    key: Key = ("evaluation", "keep")
+    if not held_out:
+        yield key, "is measured beside held-out dialogues: give data.validation"
+    given = keep if isinstance(keep, dict) else {}
+    if not given.get("data") and not given.get("tasks") and not values.given("data", "replay"):
+        yield key, "has nothing to measure: give its data or tasks, or data.replay"
 
 
 def _data(values: _Values) -> Iterator[tuple[Key, str]]:
@@ -193,6 +208,9 @@ def _data(values: _Values) -> Iterator[tuple[Key, str]]:
             ("data", "group_by"),
             "groups a held-out share: set data.validation to one, such as 5%",
         )
+    if values("data", "streaming") is True and values.given("data", "replay"):
+        said = "does not go into a stream: `finetune replay MODEL --output FILE`, and list it in data.train"
+        yield ("data", "replay"), said
     if values.given("data", "temperature") and not values.given("data", "stop"):
         yield ("data", "temperature"), "needs data.stop: first or all, where an epoch ends"
     row_format = values("data", "format")

@@ -14,6 +14,7 @@ from finetune.config.data_section import Columns as Columns
 from finetune.config.data_section import DataSection as DataSection
 from finetune.config.data_section import Source as Source
 from finetune.config.data_section import held_out_share as held_out_share
+from finetune.config.forgetting import KeepSection
 from finetune.config.section import NotEmpty, Positive, Section, Share
 
 
@@ -250,6 +251,12 @@ class EvaluationSection(Section):
 
     best_metric: NotEmpty = "loss"
     """The score that chooses the best checkpoint: `loss`, or any other of docs/metrics.md but `general_loss`; each in the direction in which it is better."""
+
+    keep: KeepSection | None = None
+    """What the model did well before; `{}` measures it on replies that `data.replay` holds out."""
+
+    choose: Literal["best_metric", "domain_without_forgetting"] = "best_metric"
+    """Which checkpoint is the best one: that with the best `best_metric`, or the newest whose `best_metric` is really better than the untuned model's while nothing of `keep` is worse by its margin (a non-inferiority test, p < 0.05 after Holm's correction)."""
 
     patience: Positive | None = None
     """Stop after this many evaluations without a better `best_metric`."""

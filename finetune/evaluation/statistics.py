@@ -216,7 +216,7 @@ def _or_none(value: float) -> float | None:
 
 def intervals(measure: Measure, *, seed: int = 0, resamples: int = RESAMPLES) -> list[tuple[float, float]]:  # fmt: skip
     """The 95 % interval of every score [M], by percentiles; NaN where a score does not exist."""
-    [drawn] = _drawn([measure], seed, resamples)
+    [drawn] = resampled([measure], seed, resamples)
     return _percentiles(drawn)
 
 
@@ -235,7 +235,7 @@ def compare(
         return []
     names = measures[0].names
     observed = [one.scores(one.units.sum(axis=0, keepdims=True))[0] for one in measures]
-    drawn = _drawn(measures, seed, resamples)
+    drawn = resampled(measures, seed, resamples)
     chances = _chances(measures, observed, seed, permutations)
     found = []
     for column, name in enumerate(names):
@@ -274,7 +274,7 @@ def _verdict(name: str, difference: float, p: float) -> Verdict:
     return "better" if (difference < 0) == metric(name).lower_is_better else "worse"
 
 
-def _drawn(measures: Sequence[Measure], seed: int, resamples: int) -> list[Numbers]:
+def resampled(measures: Sequence[Measure], seed: int, resamples: int) -> list[Numbers]:
     """Scores [R, M] of every model on the same resamples of its units, drawn with replacement."""
     chance = np.random.default_rng(seed)
     units = len(measures[0].units)

@@ -48,7 +48,12 @@ FACTS = {
 # These may differ; the difference is said.
 LISTED_FACTS = {"validation": "the held-out examples"}
 
-COMPARED = ("evaluation.best_metric", LISTED_FACTS["validation"])
+COMPARED = (
+    "evaluation.best_metric",
+    "evaluation.choose",
+    "evaluation.keep",
+    LISTED_FACTS["validation"],
+)
 """What a score is judged against: when it changes, the best score so far says nothing any more."""
 COMPARED_REPLIES = ("evaluation.replies", "evaluation.max_new_tokens", "evaluation.max_samples")
 """The same for scores of generated replies."""
@@ -63,6 +68,7 @@ RULES: dict[str, Rule] = {
     "model.freeze": Rule.MATCH,
     "model.kernels": Rule.CHANGE,
     "data.train": Rule.FREE,  # the fact "data" is compared
+    "data.replay": Rule.FREE,  # the fact "data" is compared
     "data.validation": Rule.CHANGE,
     "data.format": Rule.FREE,
     "data.columns": Rule.FREE,
@@ -131,6 +137,8 @@ RULES: dict[str, Rule] = {
     "evaluation.batch_size": Rule.FREE,
     "evaluation.best_metric": Rule.CHANGE,
     "evaluation.patience": Rule.CHANGE,
+    "evaluation.keep": Rule.CHANGE,
+    "evaluation.choose": Rule.CHANGE,
 }
 
 

@@ -35,7 +35,7 @@ def train(
     config = settled(config, launcher.world_size())
     with session.run_directory(config.training, config.data, trust=trust_checkpoint) as run_dir:
         config = config.model_copy(update={"model": session.pinned(config.model)})
-        data = load_run_data(config.data, config.training, config.model)
+        data = load_run_data(config.data, config.training, config.model, config.evaluation.keep)
         with memory_of(config, data).explained():
             return _train(config, data, run_dir, callbacks)
 
@@ -57,7 +57,7 @@ def dry_run(config: RunConfig, *, trust_checkpoint: bool = False) -> dict[str, A
 
     config = settled(config, launcher.world_size())
     start = session.would_start(config.training, config.data, trust=trust_checkpoint)
-    data = load_run_data(config.data, config.training, config.model)
+    data = load_run_data(config.data, config.training, config.model, config.evaluation.keep)
     return foreseen(config.training, data, memory_of(config, data), start)
 
 
@@ -78,7 +78,8 @@ def _train(
     config: RunConfig, data: RunData, run_dir: Path, callbacks: Sequence[Any]
 ) -> dict[str, Any]:
     """The program, with torch and the other processes: model, checkpoint, validation, loop."""
-    from finetune.training import checkpointing, trainer, validation
+    from finetune.training import checkpointing, trainer
+    from finetune.training.measuring import validation
     from finetune.training.adapter_start import start_from_adapter
     from finetune.training.callbacks import progress, schedule
     from finetune.training.loading import batches, streams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from finetune import console, launcher
 from finetune.artifacts import hub
+from finetune.config.forgetting import KeepSection
 from finetune.config.schema import DataSection, ModelSection, TrainingSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
@@ -27,10 +28,16 @@ from finetune.data.examples.dataset import (
 from finetune.data.examples.packing import PackedDataset, pack
 from finetune.data.examples.selection import Selection
 from finetune.data.examples.stream import ExampleStream, StreamSample, StreamSettings
-from finetune.data.reading.section import reading_of, training_sources, validation_sources
+from finetune.data.reading.section import (
+    reading_of,
+    sources_of,
+    training_sources,
+    validation_sources,
+)
 from finetune.data.reading.shards import shards_of
 from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import ConfigError, DataError
+from finetune.generation.replay import replay_of
 
 if TYPE_CHECKING:
     from finetune.training.loading.streams import StreamFeed
@@ -58,6 +65,9 @@ class RunData:
     """The longest that an example may be."""
     stream: ExampleStream | None = None
     """Where training examples come from if they are not prepared."""
+    kept: PreparedDataset | None = None
+    """General examples, whose loss tells what is forgotten."""
+    kept_sources: tuple[SourceSpec, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -127,17 +137,29 @@ class RunData:
         return described | ({"fetched": dict(hub.fetched)} if hub.fetched else {})
 
 
-def load_run_data(section: DataSection, training: TrainingSection, model: ModelSection) -> RunData:
-    """Prepare, or find prepared, what `section` names, for `model`; says what became of the rows."""
+def load_run_data(
+    section: DataSection,
+    training: TrainingSection,
+    model: ModelSection,
+    keep: KeepSection | None = None,
+) -> RunData:
+    """Prepare, or find prepared, what `section` names, for `model`; says what became of the rows.
+
+    Replies that `data.replay` asks for are generated first, unless they are kept already.
+    """
     template = ChatTemplate(load_chat_tokenizer(model.path, model.revision))
     held_out = validation_sources(section)
     # What is held out comes first, as it is kept out of the training data.
     own = Selection(deduplicate=section.deduplicate)
     validation = _examples(section, held_out, template, training.seed, own) if held_out else None
+    replay, general = _replay(section, model, keep)
+    kept = _examples(section, general, template, training.seed, own) if general else None
     if section.streaming:
-        return _streamed(section, training, template, validation, held_out)
+        data = _streamed(section, training, template, validation, held_out)
+        return replace(data, kept=kept, kept_sources=general)
     selection = Selection(section.stop, section.temperature, section.deduplicate, validation)
-    train = _examples(section, training_sources(section), template, training.seed, selection)
+    sources = (*training_sources(section), *replay)
+    train = _examples(section, sources, template, training.seed, selection)
     _report("training", train.counts, len(train))
     _check_packing(section, template)
     items = _items(train, section, training.seed)
@@ -147,8 +169,25 @@ def load_run_data(section: DataSection, training: TrainingSection, model: ModelS
         _report("validation", validation.counts, len(validation))
         _check_overlap(train, validation, section.max_overlap)
     return RunData(
-        train, items, plan, validation, held_out, reading_of(section), template, section.max_length
+        train, items, plan, validation, held_out, reading_of(section), template, section.max_length,
+        kept=kept, kept_sources=general,
+    )  # fmt: skip
+
+
+def _replay(
+    section: DataSection, model: ModelSection, keep: KeepSection | None
+) -> tuple[tuple[SourceSpec, ...], tuple[SourceSpec, ...]]:
+    """The untuned model's replies that are trained, and the dialogues that must not be forgotten."""
+    general = sources_of(section, keep.data) if keep and keep.data else ()
+    if section.replay is None:
+        return (), general
+    files = replay_of(section.replay, model.path, model.revision, section.cache_dir)
+    console.say(
+        f"data.replay: {files.replies} replies of the untuned model, {files.cut} left out that did not end"
     )
+    if keep is not None and not general:
+        general = (SourceSpec(str(files.held_out), format="messages"),)
+    return (SourceSpec(str(files.train), section.replay.weight, "messages"),), general
 
 
 def _streamed(

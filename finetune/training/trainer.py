@@ -38,7 +38,7 @@ from finetune.training.loading.batches import StepLoader, TrainingData, training
 from finetune.training.loading.streams import stream_loader
 from finetune.training.objective import StepCounts, count
 from finetune.training.prepare_model import PreparedModel
-from finetune.training.validation import Validation
+from finetune.training.measuring.validation import Validation
 
 DATA_PARALLEL = (
     DistributedType.MULTI_CPU,

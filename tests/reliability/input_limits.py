@@ -191,7 +191,8 @@ def _raises(error: Callable[[], BaseException], where: str) -> Break:
     """Let the third call of a part of the run end with an error."""
 
     def breaks() -> None:
-        from finetune.training import prepare_model, trainer, validation
+        from finetune.training import prepare_model, trainer
+        from finetune.training.measuring import validation
 
         homes: dict[str, tuple[Any, str]] = {
             "loading the model": (prepare_model, "prepare_model"),

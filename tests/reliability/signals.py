@@ -46,9 +46,9 @@ MOMENTS: dict[str, tuple[str, str, int, int]] = {
     "the optimizer step": ("finetune.training.callbacks.schedule", "Schedule.on_step_end", 2, 2),
     "logging": ("finetune.training.callbacks.schedule", "MetricsFile.on_log", 3, 2),
     "the validation loss": ("finetune.evaluation.loss", "row_losses", 12, 2),
-    "generation": ("finetune.training.validation", GENERATION, 2, 2),
-    "writing predictions": ("finetune.training.validation", "write_predictions", 2, 3),
-    "the evaluation after the last step": ("finetune.training.validation", GENERATION, 3, 4),
+    "generation": ("finetune.training.measuring.validation", GENERATION, 2, 2),
+    "writing predictions": ("finetune.training.measuring.validation", "write_predictions", 2, 3),
+    "the evaluation after the last step": ("finetune.training.measuring.validation", GENERATION, 3, 4),
 }  # fmt: skip
 SAVING = {
     "a save": ("finetune.training.checkpointing", "Saver._write", 2, 3),
@@ -89,7 +89,7 @@ def act_at(module: str, name: str, call: int, act: Callable[[], object], **optio
     if name != GENERATION:
         at(module, name, call, act, **options)
         return
-    from finetune.training import validation
+    from finetune.training.measuring import validation
 
     evaluate, calls = validation.evaluate_model, [0]
 

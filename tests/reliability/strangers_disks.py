@@ -174,7 +174,7 @@ def train_goes_on(what: str, number: int, folder: Path) -> None:
     elif what == "best.json":
         faults.at("finetune.artifacts.checkpoint", "set_best", 1, fail)
     else:
-        faults.at("finetune.training.validation", "write_predictions", 1, fail)
+        faults.at("finetune.training.measuring.validation", "write_predictions", 1, fail)
     if what in ("best.json", "predictions"):
         changes |= {"data__validation": str(dialogues_file()),
                     "evaluation__every_steps": 1, "evaluation__max_new_tokens": 2}  # fmt: skip

@@ -18,6 +18,7 @@ from finetune.distributed.device import local_device, memory_gb
 from finetune.distributed.processes import rank_and_world
 from finetune.evaluation.metrics import metric
 from finetune.training.callbacks.throughput import Work, gpu_memory, work_of
+from finetune.training.measuring.keeping import conclusion
 from finetune.training.objective import StepCounts
 from finetune.training.prepare_model import PreparedModel
 from finetune.training.resume import Start
@@ -84,6 +85,8 @@ def summary(trainer: FineTuner, run_dir: Path, resumed: Path | None) -> dict[str
     before, after = (scores_at(state.log_history, first=first) for first in (True, False))
     if before and after:
         compare(before, after)
+    if said := conclusion(run_dir):
+        console.say(said)
     last, best = checkpoint.checkpoints(run_dir), checkpoint.best(run_dir)
     return {
         "output_dir": str(run_dir),

@@ -18,6 +18,7 @@ from finetune.evaluation.metrics import is_better
 from finetune.storage import journal
 from finetune.storage.disk import BestEffort
 from finetune.storage.files import json_line, write_file
+from finetune.training.measuring.keeping import CHOSEN
 
 
 class Schedule(TrainerCallback):
@@ -71,7 +72,9 @@ class Schedule(TrainerCallback):
         """Whether the step that was done last should have been evaluated and was not."""
         if self.evaluation is None or state.global_step in _scored_steps(state):
             return False
-        return self.evaluation.at_start if state.global_step == 0 else self._evaluates_after(state)
+        compares = self.evaluation.choose != "best_metric"
+        first = self.evaluation.at_start or compares
+        return first if state.global_step == 0 else self._evaluates_after(state)
 
     def _evaluates_after(self, state: TrainerState) -> bool:
         """Every so many steps, and after the last one."""
@@ -109,7 +112,11 @@ class Schedule(TrainerCallback):
             return
         name = self.evaluation.best_metric
         value = metrics.get(f"eval_{name}")
-        if value is not None and is_better(name, value, state.best_metric):
+        if self.evaluation.choose != "best_metric":
+            is_best = value is not None and metrics.get(f"eval_{CHOSEN}") == 1.0
+        else:
+            is_best = value is not None and is_better(name, value, state.best_metric)
+        if is_best:
             state.best_metric, state.best_global_step = value, state.global_step
             control.should_save = True
         patience = self.evaluation.patience

@@ -25,9 +25,11 @@ from finetune.errors import NonFiniteError
 from finetune.evaluation.evaluate import build_prompts, evaluate_model
 from finetune.evaluation.loss import Examples, validation_loss
 from finetune.evaluation.predictions import write_predictions
+from finetune.evaluation.statistics import LossTable, ReplyTable
 from finetune.generation.generate import context_length
 from finetune.generation.prompts import ReplyPrompt
 from finetune.storage.disk import BestEffort
+from finetune.training.measuring.keeping import CHOSEN, Chooser, Kept
 from finetune.training.run_data import RunData
 
 
@@ -45,6 +47,10 @@ class Validation:
     """Examples per forward pass for the loss."""
     run_dir: Path
     stop: StopFlag
+    kept: Kept | None = None
+    """What must not be lost."""
+    chooser: Chooser | None = None
+    """Chooses the best checkpoint, unless `best_metric` does it alone."""
     writing: BestEffort = field(
         default_factory=lambda: BestEffort("predictions", "their scores are kept")
     )
@@ -56,45 +62,62 @@ class Validation:
         """
         try:
             with preserve_rng():
-                return self._loss(model) | self._generated(model, step)
+                return self._measured(model, step)
         except EvaluationStoppedError:
             console.say(f"step {step}  evaluation aborted: stop requested")
             return None
 
-    def _loss(self, model: Any) -> dict[str, float]:
+    def _measured(self, model: Any, step: int) -> dict[str, float]:
+        """The domain's scores, those of what must not be lost, and whether the step is chosen."""
+        losses = self._losses(model)
+        scores, replies = self._generated(model, step)
+        scores = {name: losses.scores[name] for name in ("loss", self.section.best_metric) if name in losses.scores} | scores  # fmt: skip
+        if self.kept is None:
+            return scores
+        kept = self.kept.measures(model, self._should_stop)
+        scores |= {name: float(one.scores(one.units.sum(axis=0, keepdims=True))[0][0]) for name, one in kept.items()}  # fmt: skip
+        if self.chooser is not None:
+            domain = self.section.best_metric
+            measure = losses.measure() if domain in losses.names else replies.measure()
+            scores[CHOSEN] = float(self.chooser.chosen(step, {domain: measure, **kept}))
+        return scores
+
+    def _should_stop(self) -> bool:
+        return self.stop.local_signal is not None
+
+    def _losses(self, model: Any) -> LossTable:
         found = validation_loss(
             model,
             self.examples,
             self.collate,
             batch_size=self.batch_size,
-            should_stop=lambda: self.stop.local_signal is not None,
+            should_stop=self._should_stop,
         )
         if not math.isfinite(found.loss):
             raise NonFiniteError(
                 f"the validation loss is {found.loss}: the weights are not finite; lower "
                 "training.learning_rate and resume from the last checkpoint"
             )
-        return {
-            name: found.scores[name]
-            for name in ("loss", self.section.best_metric)
-            if name in found.scores
-        }
+        return found
 
-    def _generated(self, model: Any, step: int) -> dict[str, float]:
+    def _generated(self, model: Any, step: int) -> tuple[dict[str, float], ReplyTable]:
+        table = ReplyTable()
         if not self.prompts:
-            return {}
+            return {}, table
         result = evaluate_model(
             model,
             self.template,
             self.prompts,
             max_new_tokens=self.section.max_new_tokens,
             batch_size=self.section.batch_size,
-            should_stop=lambda: self.stop.local_signal is not None,
+            should_stop=self._should_stop,
         )
         if console.is_main():
             with self.writing():
                 write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)
-        return {name: value for name, value in result.scores.items() if value is not None}
+        for one in result.predictions:
+            table.add(one.where, one.scores, one.counts)
+        return {name: value for name, value in result.scores.items() if value is not None}, table
 
 
 @contextmanager
@@ -131,6 +154,7 @@ def load_validation(
         dialogues = read_conversations(data.validation_sources, reading)
         positions = context_length(model)
         prompts = build_prompts(dialogues, template, section, positions=positions)
+    kept = _kept(section, data, model)
     return Validation(
         section=section,
         template=template,
@@ -140,4 +164,18 @@ def load_validation(
         batch_size=data.plan.batch_size,
         run_dir=run_dir,
         stop=stop,
+        kept=kept,
+        chooser=Chooser(run_dir, kept) if kept and section.choose != "best_metric" else None,
     )
+
+
+def _kept(section: EvaluationSection, data: RunData, model: Any) -> Kept | None:
+    """What the config asks to be kept."""
+    if section.keep is None:
+        return None
+    reading = data.reading.for_checkpoint(thinks=data.template.layout.thinking)
+    dialogues = (one for one in read_conversations(data.kept_sources, reading) if one.tools)
+    prompts: Sequence[ReplyPrompt] = ()
+    if data.kept_sources and section.generate:
+        prompts = build_prompts(dialogues, data.template, section, positions=context_length(model))
+    return Kept(section.keep, data.template, data.kept, prompts, data.plan.batch_size, section)
