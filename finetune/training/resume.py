@@ -48,12 +48,7 @@ FACTS = {
 # These may differ; the difference is said.
 LISTED_FACTS = {"validation": "the held-out examples"}
 
-COMPARED = (
-    "evaluation.best_metric",
-    "evaluation.choose",
-    "evaluation.keep",
-    LISTED_FACTS["validation"],
-)
+COMPARED = ("evaluation.best_metric", "evaluation.choose", "evaluation.keep", LISTED_FACTS["validation"])  # fmt: skip
 """What a score is judged against: when it changes, the best score so far says nothing any more."""
 COMPARED_REPLIES = ("evaluation.replies", "evaluation.max_new_tokens", "evaluation.max_samples")
 """The same for scores of generated replies."""
@@ -136,9 +131,7 @@ RULES: dict[str, Rule] = {
     "evaluation.max_samples": Rule.CHANGE,
     "evaluation.batch_size": Rule.FREE,
     "evaluation.best_metric": Rule.CHANGE,
-    "evaluation.patience": Rule.CHANGE,
-    "evaluation.keep": Rule.CHANGE,
-    "evaluation.choose": Rule.CHANGE,
+    **dict.fromkeys(("evaluation.patience", "evaluation.keep", "evaluation.choose"), Rule.CHANGE),
 }
 
 

@@ -79,10 +79,10 @@ def _train(
 ) -> dict[str, Any]:
     """The program, with torch and the other processes: model, checkpoint, validation, loop."""
     from finetune.training import checkpointing, trainer
-    from finetune.training.measuring import validation
     from finetune.training.adapter_start import start_from_adapter
     from finetune.training.callbacks import progress, schedule
     from finetune.training.loading import batches, streams
+    from finetune.training.measuring import validation
     from finetune.training.prepare_model import prepare_model
 
     begun = time.monotonic()

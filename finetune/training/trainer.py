@@ -36,9 +36,9 @@ from finetune.training.callbacks.schedule import (
 from finetune.training.checkpointing import Saver, check_weights, explain_load_errors
 from finetune.training.loading.batches import StepLoader, TrainingData, training_loader
 from finetune.training.loading.streams import stream_loader
+from finetune.training.measuring.validation import Validation
 from finetune.training.objective import StepCounts, count
 from finetune.training.prepare_model import PreparedModel
-from finetune.training.measuring.validation import Validation
 
 DATA_PARALLEL = (
     DistributedType.MULTI_CPU,
