@@ -19,6 +19,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """How many processes were started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
 def world_size() -> int:
     """How many processes were started, on all machines together."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -16,6 +16,7 @@ import pytest
 from finetune.artifacts import checkpoint
 from finetune.errors import CheckpointError, OutputInUseError, SpaceError
 from finetune.storage import folders
+from finetune.storage.manifest import is_untouched
 
 CONTENT = {
     "model.safetensors": b"weights " * 500,
@@ -356,3 +357,21 @@ def test_rotation_never_empties_a_run(run: Path) -> None:
     for keep in (1, 0):
         assert checkpoint.rotate(run, keep).removed == ()
     assert folders.verify(run / "checkpoint-1") == []
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "halved", "one bit flipped", "appended"])
+def test_a_checkpoint_that_was_sealed_just_now_is_not_read_but_must_be_untouched(
+    run: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = save(run, 1), save(run, 2)
+    assert is_untouched(new)
+    later = (new / "manifest.json").stat().st_mtime_ns + 10_000_000
+    damage(new, "model.safetensors", how, old)
+    if how != "deleted":
+        os.utime(new / "model.safetensors", ns=(later, later))
+    assert not is_untouched(new)
+    assert checkpoint.rotate(run, 1, whole=new).problem is not None
+    assert old.exists()
+    again = save(run, 3)
+    monkeypatch.setattr("finetune.storage.manifest._hash", lambda *_, **__: pytest.fail("read"))
+    assert set(checkpoint.rotate(run, 1, whole=again).removed) == {old, new}

@@ -13,7 +13,7 @@ from finetune.artifacts.plain_files import check_plain
 from finetune.errors import CheckpointError
 from finetune.storage.files import write_file
 from finetune.storage.folders import delete
-from finetune.storage.manifest import verify
+from finetune.storage.manifest import is_untouched, verify
 
 RESUMABLE, WEIGHTS = "checkpoint", "weights"
 """How the folders are called: with the states of the run, or with what was trained alone."""
@@ -84,7 +84,7 @@ def rotate(
     """Delete all but the newest ``keep`` checkpoints of either kind and the protected ones.
 
     Nothing is deleted unless the newest verifies, so a good one always remains; ``whole`` is one that
-    was sealed just now, and is not read to know that.
+    was sealed just now: it is not read again, but nobody may have touched it since.
     """
     kept = {path.resolve() for path in protect}
     surplus: list[Path] = []
@@ -92,7 +92,10 @@ def rotate(
         folders = [path for path in checkpoints(run_dir) if is_resumable(path) is with_states]
         kept |= {path.resolve() for path in folders[-max(keep, 1) :]}
         older = [path for path in folders if path.resolve() not in kept]
-        if older and folders[-1] != whole and (problems := verify(folders[-1])):
+        if not older or (folders[-1] == whole and is_untouched(whole)):
+            surplus += older
+            continue
+        if problems := verify(folders[-1]):
             return Rotation(problem=f"{folders[-1]} is damaged ({'; '.join(problems)})")
         surplus += older
     for folder in surplus:

@@ -6,6 +6,7 @@ are used; what else torch may know is not, and said to be there. `FINETUNE_DEVIC
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from finetune import launcher
-from finetune.distributed import hardware
+from finetune.distributed import hardware, position
 from finetune.errors import ConfigError
 
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl", "mps": "gloo", "cpu": "gloo"}
@@ -192,6 +193,20 @@ def memory() -> Memory | None:
     )
 
 
+def free_bytes() -> int:
+    """What this process can still take: of its accelerator, or its share of the machine's memory."""
+    if (held := memory()) is not None:
+        return held.free + held.reserved - held.allocated
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = 1024 * int(
+            next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        )
+    except (OSError, StopIteration):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free // launcher.local_world_size()
+
+
 def memory_gb() -> float:
     """Peak memory of this process: on its accelerator if there is one, else resident."""
     if (held := memory()) is not None:
@@ -201,6 +216,13 @@ def memory_gb() -> float:
 
 
 # --- work -------------------------------------------------------------------------------------------
+
+
+def numbers(tensor: torch.Tensor) -> list[Any]:
+    """The tensor's numbers; the accelerator is waited for, and with it what other processes send."""
+    with position.waiting_for_device():
+        found: list[Any] = tensor.tolist()
+    return found
 
 
 def synchronize() -> None:

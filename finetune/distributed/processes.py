@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune import launcher
-from finetune.distributed import device
+from finetune.distributed import device, position
 from finetune.errors import FinetuneError
 
 Result = TypeVar("Result")
@@ -50,6 +50,7 @@ def reduce_max(values: Sequence[int], group: Any = None) -> list[int]:
     """The largest of each number over all processes."""
     if rank_and_world()[1] == 1:
         return list(values)
+    position.advance()
     tensor = torch.tensor(values, dtype=torch.int64, device=_collective_device(group))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return [int(value) for value in tensor.tolist()]
@@ -59,6 +60,7 @@ def reduce_sum(values: Sequence[float]) -> list[float]:
     """The sum of each number over all processes, in float64."""
     if rank_and_world()[1] == 1:
         return list(values)
+    position.advance()
     tensor = torch.tensor(values, dtype=torch.float64, device=_collective_device())
     dist.all_reduce(tensor)
     return [float(value) for value in tensor.tolist()]
@@ -79,6 +81,7 @@ def gather_objects(value: Result, group: Any = None) -> list[Result]:
     world = rank_and_world()[1]
     if world == 1:
         return [value]
+    position.advance()
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value, group=group)
     return values
@@ -177,8 +180,14 @@ def patient_group() -> Any:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """True under ZeRO-3, where every process must take part in a forward pass."""
-    return rank_and_world()[1] > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
+    """True under ZeRO-3 while weights lie apart: every process must take part in a forward pass."""
+    return rank_and_world()[1] > 1 and any(map(is_apart, model.parameters()))
+
+
+def is_apart(weight: Tensor) -> bool:
+    """Whether ZeRO-3 has left this process only a part of a weight."""
+    status = getattr(weight, "ds_status", None)
+    return status is not None and status.name != "AVAILABLE"
 
 
 def gather_to_rank0(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

@@ -4,6 +4,10 @@ Every process gives a sign of life each second, in a thread, through the store b
 found each other. A process that fails says why there, and the others stop waiting for it. When one
 is gone without a word, the others find out who is silent; when one hangs, who did not come to where
 the others waited for `training.process_timeout_minutes`.
+
+Who waits on gloo is told by an exception that something is wrong. NCCL gives none: a process waits for
+its accelerator for ever. So the threads watch by themselves, each the process with the next number, and
+how long their own process has waited for its accelerator; they end it when it does not end by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from finetune import console
+from finetune.distributed import position
 from finetune.distributed.processes import rank_and_world
 from finetune.distributed.signals import StopFlag
 from finetune.errors import FinetuneError, ProcessError
@@ -27,6 +33,14 @@ BEAT = 1.0
 """Seconds between two signs of life."""
 SILENCE = 5.0
 """Without one for so long a process is gone; it is also how long the others get to end by themselves."""
+
+QUIET = 60.0
+"""Seconds without a sign of life after which the thread of another process says that one is gone.
+
+Longer than SILENCE: work that holds Python's lock keeps a thread from giving signs, too.
+"""
+SHARE = 0.9
+"""Of the process timeout: after the whole of it torch's own watchdog ends processes without a reason."""
 
 LOST = ("gloo", "pair closure", "closed by peer", "reset by peer")
 """How gloo words a connection that is no more; who waits on one closed already is not told by whom."""
@@ -73,6 +87,11 @@ class Watch:
                 timeout=timedelta(seconds=2 * SILENCE),
             ),
         )
+        self._has_said = False
+        """Whether the process ends with its reason anyway."""
+        self._next = (self._rank + 1) % world
+        self._heard_of = 0, time.monotonic()
+        """Signs of life of the next process, and since when there were as many."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -84,6 +103,7 @@ class Watch:
 
     def reason_for(self, error: BaseException) -> BaseException:
         """Why the run ends: `error` itself, or what another process said or became first."""
+        self._has_said = True
         try:
             if getattr(error, "is_echo", False):
                 return self._heard(SILENCE) or error
@@ -110,13 +130,25 @@ class Watch:
             time.sleep(BEAT / 4)
         return ProcessError(*json.loads(self._store.get("failed"))) if there else None
 
-    def _who_is_missing(self) -> str:
+    def _who_is_gone(self) -> str:
         before = {rank: self._store.add(f"beat/{rank}", 0) for rank in self._others}
-        time.sleep(SILENCE)
+        until = time.monotonic() + SILENCE
+        while time.monotonic() < until:  # the thread that looks must not fall silent itself
+            self._store.add(f"beat/{self._rank}", 1)
+            time.sleep(BEAT)
         gone = [rank for rank in self._others if self._store.add(f"beat/{rank}", 0) == before[rank]]
-        if gone:
-            return f"{_named(gone)} gone without a word: killed (by a lack of memory?), or the machine is down"  # fmt: skip
-        absent = [rank for rank in self._others if not self._store.check([f"waiting/{rank}"])]
+        if not gone:
+            return ""
+        return f"{_named(gone)} gone without a word: killed (by a lack of memory?), or the machine is down"  # fmt: skip
+
+    def _who_is_missing(self) -> str:
+        if found := self._who_is_gone():
+            return found
+        return self._hanging(
+            [rank for rank in self._others if not self._store.check([f"waiting/{rank}"])]
+        )
+
+    def _hanging(self, absent: list[int]) -> str:
         return (
             f"{_named(absent)} hanging: the others have waited {self._minutes:g} minutes "
             "(training.process_timeout_minutes)"
@@ -124,19 +156,53 @@ class Watch:
             else "the connection between the processes was lost, though all of them are there"
         )
 
+    def _look_after_others(self) -> None:
+        """Report what no exception will say: a process that is gone, one that hangs."""
+        beats, since = self._heard_of
+        now = self._store.add(f"beat/{self._next}", 0)
+        if now != beats or not now:
+            self._heard_of = now, time.monotonic()
+        elif time.monotonic() - since > min(QUIET, 60 * self._minutes):
+            if found := self._who_is_gone():
+                self._report(found, 1)
+            self._heard_of = beats, time.monotonic()
+        if position.waited() > SHARE * 60 * self._minutes:
+            keys = [f"passed/{rank}" for rank in self._others]
+            places = [int(value) for value in self._store.multi_get(keys)]
+            behind = [
+                rank
+                for rank, place in zip(self._others, places, strict=True)
+                if place < position.passed()
+            ]
+            self._report(self._who_is_gone() or self._hanging(behind), 1)
+
     def _look(self) -> None:
         """The thread: gives signs of life, and ends a process that does not end by itself."""
         while not self._done.wait(BEAT):
             try:
                 self._store.add(f"beat/{self._rank}", 1)
+                self._store.set(f"passed/{self._rank}", str(position.passed()))
                 failed = self._store.check(["failed"])
+                if not failed:
+                    self._look_after_others()
             except dist.DistNetworkError:
                 return self._left_alone()
             except dist.DistStoreError:
                 continue  # busy
-            if failed and not self._done.wait(3 * SILENCE):
-                os._exit(json.loads(self._store.get("failed"))[1])  # those who waited have said why
+            if failed:
+                report = json.loads(self._store.get("failed"))
+                # Process 0 may keep the store, from which the others read.
+                if self._done.wait((3 if self._rank else 4) * SILENCE):
+                    return None
+                self._end(*report)
         return None
+
+    def _end(self, text: str, code: int) -> None:
+        """End a process that waits where nothing will come; whoever reads its output is told why."""
+        if not self._has_said:
+            console.error(text)
+        console.flush_at_exit()
+        os._exit(code)
 
     def _left_alone(self) -> None:
         """The store is gone: without a launcher nobody would end this process, so it saves and goes."""
@@ -145,7 +211,7 @@ class Watch:
         ):  # else it does so already, and a second signal would cut it short
             os.kill(os.getpid(), signal.SIGTERM)
         if not self._done.wait(60 * self._minutes):
-            os._exit(128 + signal.SIGTERM)
+            self._end("process 0 is gone, or the launcher is", 128 + signal.SIGTERM)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

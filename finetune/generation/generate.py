@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from finetune.distributed.map_batches import Poll, evaluating, longest_first, map_batches
+from finetune.distributed.processes import is_sharded
 from finetune.errors import DataError
 from finetune.generation.batch import Prompt, SharedPrefix, head_size
 from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
@@ -128,7 +129,8 @@ def generate(
                 model,
                 template.stop_ids,
                 [extras.request(prompts[index], index, max_new_tokens) for index in group],
-                slots=max(1, min(batch_size, room)),
+                # Weights that are gathered layer by layer are gathered for as many rows as have room.
+                slots=max(1, room if is_sharded(model) else min(batch_size, room)),
                 prefix=prefix,
                 should_stop=should_stop,
             )

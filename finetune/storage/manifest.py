@@ -98,6 +98,31 @@ def verify(folder: Path, *, others_allowed: bool = False) -> list[str]:
     return problems
 
 
+def is_untouched(folder: Path) -> bool:
+    """Whether nobody has changed a committed folder since its manifest was written, its last file.
+
+    By names, sizes and times; nothing is read but the manifest. What a disk does to content by itself
+    only `verify` finds.
+    """
+    manifest = _read(folder)
+    if isinstance(manifest, str):
+        return False
+    try:
+        files, _, odd = walk(folder)
+        found = {name: (folder / name).stat() for name in files}
+    except OSError:
+        return False
+    sealed = found.pop(MANIFEST).st_mtime_ns
+    return (
+        not odd
+        and found.keys() == manifest.files.keys()
+        and all(
+            said.st_size == manifest.files[name][0] and said.st_mtime_ns <= sealed
+            for name, said in found.items()
+        )
+    )
+
+
 def walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """Relative names of files, of folders (deepest first), and of anything else (links, devices)."""
     files, folders, odd = [], [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from finetune.data.examples.batch_plan import BLANK
+from finetune.distributed import device
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, FinetuneError, NonFiniteError, ProcessError
@@ -263,7 +264,7 @@ class FineTuner(Trainer):
             NonFiniteError: In every process, naming the examples.
         """
         looked_at = self._losses if norm is None else [*self._losses, norm.to(self._losses[0])]
-        is_finite = torch.isfinite(torch.stack(looked_at)).tolist()
+        is_finite = device.numbers(torch.isfinite(torch.stack(looked_at)))
         gradient_is_finite = norm is None or is_finite.pop()
         if self.stop.sync(not (gradient_is_finite and all(is_finite))):
             with fail_together():
@@ -345,7 +346,7 @@ class FineTuner(Trainer):
         scores: dict[str, float] | None = {}
         if self.validation:
             check_weights(self.model, step)
-            with self.progress.silent():
+            with self.progress.silent(), self._whole_weights():
                 scores = self.validation.scores(self.model, step)
         if scores is None:  # every process knows, so every process comes here
             self.stop.sync()
@@ -357,6 +358,13 @@ class FineTuner(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        if not self.is_deepspeed_enabled:
+            return nullcontext()
+        from finetune.training.deepspeed.gathered import whole_weights
+
+        return whole_weights(self.model_wrapped)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._save_with(self.saver.save)

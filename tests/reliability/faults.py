@@ -122,10 +122,11 @@ def limited_files(owner: Any, method: str, size: int, *, kill: bool) -> None:
     The write fails as on a full disk, or the kernel ends the process in the middle of the file.
     """
     original = getattr(owner, method)
+    # Here and not below, which may run in a thread.
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill else signal.SIG_IGN)
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill else signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
         try:

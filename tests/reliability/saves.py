@@ -29,7 +29,11 @@ def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
     bench = Bench(folder)
     kinds = STOCK if stock else KINDS
     if subset:
-        kinds = {name: kinds[name] for name in ("lora", "full", "lora on 2") if name in kinds}
+        kinds = {
+            name: kinds[name]
+            for name in ("lora", "full", "full beside training", "lora on 2")
+            if name in kinds
+        }
     found = [
         *crashes(bench, kinds, subset),
         *space(bench, kinds, subset),
@@ -86,7 +90,10 @@ def saving(kind: Kind) -> tuple[Any, str]:
 
     from finetune.training.checkpointing import Saver
 
-    return (Trainer, "_save_checkpoint") if kind.stock else (Saver, "save")
+    if kind.stock:
+        return Trainer, "_save_checkpoint"
+    # Beside training it is the thread that changes the disk.
+    return Saver, "_save" if "training__async_save" in kind.changes else "save"
 
 
 def writing(kind: Kind) -> tuple[Any, str]:

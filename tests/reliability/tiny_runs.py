@@ -42,6 +42,7 @@ KINDS = {
         Kind("lora", LORA),
         Kind("prefix", PREFIX),
         Kind("full", FULL),
+        Kind("full beside training", FULL, changes={"training__async_save": True}),
         Kind("lora on 2", LORA, 2),
         Kind("full on 2, ZeRO-2", FULL, 2, 2),
         Kind("lora on 2, ZeRO-3", LORA, 2, 3),

@@ -1,0 +1,212 @@
+"""Runs of several processes over gloo, whose outcome tests look at: one JSON object.
+
+    python tests/rank_runs.py FOLDER
+
+Processes are forks, so torch is imported once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "bench"))
+
+import cells
+
+
+class Bench:
+    """A tiny model and its data."""
+
+    def __init__(self, folder: Path) -> None:
+        import runs
+        import tiny
+
+        self.folder = folder
+        self.model = tiny.save_model(folder / "model", "glm")
+        self.data = runs.write_dialogues(folder / "train.jsonl", 9)
+        self.held_out = runs.write_dialogues(folder / "heldout.jsonl", 6, seed=1)
+        cells.warm_up(self.model)
+
+    def run(
+        self,
+        name: str,
+        processes: int,
+        before: Callable[[int], object] | None = None,
+        sections: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> dict[str, Any]:
+        """Exit codes and what all processes said."""
+        import runs
+
+        settings = runs.config(self.model, self.data, self.folder / name, **changes)
+        settings |= sections or {}
+        cell = cells.Cell(name, settings, processes, before=before)
+        codes = cells.exit_codes(cell, self.folder, grace=40)
+        logs = [self.folder / f"{name}.{rank}.log" for rank in range(processes)]
+        said = [log.read_text("utf-8", "replace")[-3000:] for log in logs]
+        return {"codes": codes, "said": said}
+
+
+# --- evaluation under ZeRO-3 ----------------------------------------------------------------------------
+
+
+def gathers_counted(file: Path, *, fits: bool) -> Callable[[int], object]:
+    """Notes how often weights are gathered while replies are generated, and how many tokens come."""
+
+    def before(rank: int) -> None:
+        import torch.distributed as dist
+
+        from finetune.distributed import device
+        from finetune.evaluation import evaluate
+        from finetune.training import validation
+        from finetune.training.trainer import FineTuner
+
+        counts = {"gathers": 0, "around": 0, "tokens": 0}
+        inside = {"evaluation": False, "replies": False}
+
+        def counted(name: str) -> None:
+            original = getattr(dist, name)
+
+            def gather(*arguments: Any, **options: Any) -> Any:
+                counts["gathers"] += inside["replies"]
+                counts["around"] += inside["evaluation"] and not inside["replies"]
+                return original(*arguments, **options)
+
+            setattr(dist, name, gather)
+
+        for name in ("all_gather_into_tensor", "_all_gather_base", "all_gather"):
+            if hasattr(dist, name):
+                counted(name)
+        if not fits:
+            device.free_bytes = lambda: 0
+        evaluates, replies = FineTuner.evaluate, evaluate.evaluate_model
+
+        def evaluating(self: Any, *arguments: Any, **options: Any) -> Any:
+            inside["evaluation"] = True
+            try:
+                return evaluates(self, *arguments, **options)
+            finally:
+                inside["evaluation"] = False
+
+        def generating(*arguments: Any, **options: Any) -> Any:
+            inside["replies"] = True
+            try:
+                result = replies(*arguments, **options)
+            finally:
+                inside["replies"] = False
+            counts["tokens"] += sum(len(p.reply.content.split()) for p in result.predictions)
+            file.with_suffix(f".{rank}").write_text(json.dumps(counts))
+            return result
+
+        FineTuner.evaluate = evaluating  # type: ignore[method-assign]
+        validation.evaluate_model = generating
+
+    return before
+
+
+def gathers(bench: Bench) -> dict[str, Any]:
+    """A run under ZeRO-3 whose evaluations have room for the whole model, and one that has none."""
+    found = {}
+    for name, stage, fits in (("whole", 3, True), ("in parts", 3, False), ("stage 2", 2, True)):
+        file = bench.folder / f"gathers {name}"
+        outcome = bench.run(
+            f"zero3 {name}", 2, gathers_counted(file, fits=fits),
+            {"method": {"kind": "full"}, "deepspeed": {"zero_stage": stage}},
+            training__max_steps=4, training__learning_rate=1e-3, evaluation__every_steps=2,
+            data__validation=str(bench.held_out), evaluation__batch_size=2,
+        )  # fmt: skip
+        metrics = bench.folder / f"zero3 {name}" / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []  # fmt: skip
+        found[name] = outcome | {
+            "counts": [json.loads(file.with_suffix(f".{r}").read_text()) for r in range(2)],
+            "scores": [{k: v for k, v in row.items() if k.startswith("eval_")} for row in rows if "eval_loss" in row],
+            "losses": [row["loss"] for row in rows if "loss" in row],
+        }  # fmt: skip
+    return found
+
+
+# --- failures on a backend that never says so ------------------------------------------------------------
+
+
+def blocking(rank: int, fault: str, world: int) -> Callable[[int], object]:
+    """In the second step a process meets its fault, and the others wait for their device for ever.
+
+    As with NCCL: the collective is on its way, no exception comes, and the first look at a number
+    waits for it.
+    """
+
+    def before(here: int) -> None:
+        import signal
+        import threading
+        import time
+
+        import torch
+
+        from finetune.distributed import device, position, watchdog
+        from finetune.training.trainer import FineTuner
+
+        watchdog.SILENCE, watchdog.BEAT = 1.5, 0.25  # a test need not wait for so long
+        step, steps = FineTuner.training_step, [0]
+
+        def stepping(self: Any, *arguments: Any, **options: Any) -> Any:
+            steps[0] += 1
+            if steps[0] < 2:
+                return step(self, *arguments, **options)
+            if here != rank:
+                self._losses.append(torch.zeros(()))
+                return torch.zeros(())
+            if fault == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "raises":
+                raise ValueError("broken on purpose")
+            time.sleep(600)
+            return None
+
+        numbers = device.numbers
+
+        def waiting(tensor: Any) -> Any:
+            if steps[0] < 2:
+                return numbers(tensor)
+            with position.waiting_for_device():
+                threading.Event().wait()
+            return None
+
+        FineTuner.training_step, device.numbers = stepping, waiting  # type: ignore[method-assign]
+
+    return before
+
+
+def failures(bench: Bench, world: int = 2) -> dict[str, Any]:
+    """Every fault of the last process."""
+    return {
+        fault: bench.run(
+            f"blocking {fault} {world}", world, blocking(world - 1, fault, world),
+            training__process_timeout_minutes=0.05,
+        )
+        for fault in ("is killed", "raises", "hangs")
+    }  # fmt: skip
+
+
+PARTS = {
+    "gathers": gathers,
+    "failures": failures,
+    "failures of 4": lambda bench: failures(bench, 4),
+}
+
+
+def main() -> None:
+    """Every part, or those that are named."""
+    bench = Bench(Path(sys.argv[1]))
+    asked = sys.argv[2:] or ["gathers", "failures"]
+    print(json.dumps({name: PARTS[name](bench) for name in asked}))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
