@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
@@ -20,6 +21,13 @@ from finetune.distributed.device import has_accelerator
 from finetune.distributed.processes import is_rank0, rank_and_world
 from finetune.errors import ConfigError
 from finetune.methods import METHODS
+
+DATA_PARALLEL = (
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,3 +194,20 @@ def set_rates(scheduler: Any) -> None:
         else:
             group["lr"] = rate
     scheduler._last_lr = rates
+
+
+def check_distribution(accelerator: Any, args: TrainingArguments) -> None:
+    """Refuse to train apart: several processes without gradients in common would go unnoticed."""
+    kind, (_, world) = accelerator.distributed_type, rank_and_world()
+    expected = (
+        kind == DistributedType.DEEPSPEED
+        if args.deepspeed
+        else kind != DistributedType.DEEPSPEED and (world == 1 or kind in DATA_PARALLEL)
+    )
+    if not expected or accelerator.num_processes != world:
+        asked = "DeepSpeed" if args.deepspeed else "plain data parallel"
+        raise ConfigError(
+            f"{world} processes with {asked} were asked for, but accelerate has set up "
+            f"{accelerator.num_processes} with {kind}; unset ACCELERATE_* environment variables and "
+            "start with torchrun"
+        )

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -21,10 +20,10 @@ from finetune.data.examples.batch_plan import BLANK
 from finetune.distributed import device
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
-from finetune.errors import ConfigError, FinetuneError, NonFiniteError, ProcessError
+from finetune.errors import FinetuneError, NonFiniteError, ProcessError
 from finetune.methods.optimizers import MUON, MuonWithAdamW, matrices
 from finetune.models.loss import for_model
-from finetune.training.arguments import set_rates, warmed_up
+from finetune.training.arguments import check_distribution, set_rates, warmed_up
 from finetune.training.callbacks.profiling import Profiler
 from finetune.training.callbacks.progress import ProgressCallback
 from finetune.training.callbacks.schedule import (
@@ -40,13 +39,6 @@ from finetune.training.loading.streams import stream_loader
 from finetune.training.measuring.validation import Validation
 from finetune.training.objective import StepCounts, count
 from finetune.training.prepare_model import PreparedModel
-
-DATA_PARALLEL = (
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_NPU,
-    DistributedType.MULTI_XPU,
-)
 
 
 class FineTuner(Trainer):
@@ -105,7 +97,7 @@ class FineTuner(Trainer):
         if self.pop_callback(TensorBoardCallback) is not None:
             self.add_callback(TensorBoard())
         self.model_accepts_loss_kwargs = True
-        _check_distribution(self.accelerator, prepared.arguments)
+        check_distribution(self.accelerator, prepared.arguments)
 
     # --- data and loss -----------------------------------------------------------------------
 
@@ -386,20 +378,3 @@ def _already_training(model: Any) -> Iterator[None]:
         yield
     finally:
         model.__dict__.pop("train", None)
-
-
-def _check_distribution(accelerator: Any, args: TrainingArguments) -> None:
-    """Refuse to train apart: several processes without gradients in common would go unnoticed."""
-    kind, (_, world) = accelerator.distributed_type, rank_and_world()
-    expected = (
-        kind == DistributedType.DEEPSPEED
-        if args.deepspeed
-        else kind != DistributedType.DEEPSPEED and (world == 1 or kind in DATA_PARALLEL)
-    )
-    if not expected or accelerator.num_processes != world:
-        asked = "DeepSpeed" if args.deepspeed else "plain data parallel"
-        raise ConfigError(
-            f"{world} processes with {asked} were asked for, but accelerate has set up "
-            f"{accelerator.num_processes} with {kind}; unset ACCELERATE_* environment variables and "
-            "start with torchrun"
-        )
