@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM=false
 
 say "1/4 The model: $model"
 TQDM_DISABLE=1 python scripts/fixtures/quickstart_model.py "$model" ${1:-}
-rm -rf "$run" "$run-merged"    # this script's own output, made anew
+rm -rf "$run" "$run-merged" "$run-report"    # this script's own output, made anew
 
 say "2/4 Train LoRA under ZeRO-2 in $processes processes, scored before and after"
 torchrun --standalone --nproc_per_node="$processes" finetune.py configs/quickstart.yaml ${options[@]+"${options[@]}"}
@@ -33,6 +33,12 @@ python finetune.py merge "$run" --output "$run-merged"
 
 say "4/4 Reopen it with plain transformers: replies of the base and of the tuned model"
 TQDM_DISABLE=1 python scripts/evidence/quickstart_replies.py "$model" "$run-merged"
+
+say "What it learned"
+python finetune.py status "$run"
+python finetune.py compare "$run" --output "$run-report" >/dev/null
+echo
+echo "report: $PWD/$run-report/report.html"
 
 say "Done. Next:"
 cat <<END

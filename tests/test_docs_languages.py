@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATED_IN_ONE_LANGUAGE: set[str] = set()
 ENGLISH = sorted(  # the changelog is kept in one language
     page
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")]
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md")]
     if not page.stem.endswith("_zh")
     and page.name != "CHANGELOG.md"
     and page.relative_to(ROOT).as_posix() not in GENERATED_IN_ONE_LANGUAGE

@@ -113,7 +113,12 @@ def _run(words: Sequence[str]) -> int:
     import typer
 
     from finetune.cli.commands import app
+    from finetune.cli.setup_commands import COMPLETION
 
+    if COMPLETION in os.environ:
+        from typer.completion import completion_init  # type: ignore[attr-defined]
+
+        completion_init()
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     command = typer.main.get_command(app)
     translate(command)

@@ -14,7 +14,7 @@ from finetune.cli.evaluation_commands import evaluation_app
 from finetune.cli.export_commands import export_app
 from finetune.cli.floors import check_versions
 from finetune.cli.inference_commands import using_app
-from finetune.cli.inputs import check_inputs
+from finetune.cli.inputs import check_inputs, option_names
 from finetune.cli.report_commands import report_app
 from finetune.cli.setup_commands import setup_app
 
@@ -69,7 +69,11 @@ def train(
     config: Annotated[Path, typer.Argument(help="The YAML file of the run.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Options that win over the file's."),
+        typer.Argument(
+            metavar="[section.key=value]...",
+            help="Options that win over the file's.",
+            autocompletion=option_names,
+        ),
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every option's value, and stop there.")

@@ -24,6 +24,13 @@ Overwrite = Annotated[
 ]
 
 
+def option_names(incomplete: str) -> list[str]:
+    """`section.key=` of every option that begins like this, for a shell's completion."""
+    from finetune.config.reference import option_keys
+
+    return [f"{key}=" for key in option_keys() if key.startswith(incomplete)]
+
+
 def check_inputs(loaded: Loaded) -> None:
     """Raises one error that names every path that leads nowhere, and a score that does not exist."""
     config = loaded.config

@@ -9,7 +9,7 @@ import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json
-from finetune.cli.inputs import Overwrite
+from finetune.cli.inputs import Overwrite, check_output_file
 from finetune.errors import ConfigError
 
 report_app = typer.Typer()
@@ -61,17 +61,61 @@ def status(
 
     From its files alone: step, loss, speed, newest and best checkpoint, and which process is at it.
     """
+    from finetune.report.runs import read_run
     from finetune.report.status import read_status
+    from finetune.report.terminal import curve
 
     with console.json_output(as_json) as emit:
         found = read_status(run)
         console.table(["", str(run)], found.rows())
+        drawn = curve(read_run(run).curve("loss"))
+        if drawn:
+            console.say("\n".join(["", "loss over steps", *drawn]))
         emit(found)
 
 
 @report_app.command()
+def board(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUNS", help="Where to look, also in folders below.")
+    ] = Path("runs"),
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.")
+    ] = 8100,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="How often the page is renewed.")
+    ] = 5.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the page as it is now, and serve nothing."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Watch runs in a browser.
+
+    Loss, learning rate, tokens a second, memory, scores and replies of all runs, in one page that
+    renews itself. It is served to this machine only.
+    """
+    from finetune.report import board as pages
+
+    if output is None:
+        pages.serve(folder, port=port, every=every)
+        return
+    from finetune.storage.files import write_file
+
+    check_output_file(output)
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists already; choose another --output, or say --overwrite")
+    write_file(output, pages.page(folder))
+    console.say(f"board: {output}")
+
+
+@report_app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Two or more runs.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Runs; one is compared with its own base and steps."),
+    ],
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="For evaluation.json, predictions/ and the page.")
     ] = Path("comparison"),
@@ -87,8 +131,6 @@ def compare(
     from finetune.report.runs import read_run
     from finetune.report.terminal import show_differences
 
-    if len(runs) < 2:
-        raise ConfigError("name two or more runs to compare; `finetune runs` lists them")
     with console.json_output(as_json) as emit:
         found = [read_run(path) for path in runs]
         show_differences(found)

@@ -1,10 +1,10 @@
-"""`finetune init | doctor | launch`: a first configuration, is the machine ready, a run on all of it."""
+"""`finetune init | doctor | launch | help | completion`: a first configuration, is the machine ready, a run on all of it."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,9 @@ from finetune.cli.inputs import check_output_file, gigabytes
 from finetune.errors import ConfigError
 
 setup_app = typer.Typer(rich_markup_mode=None)
+
+COMPLETION = "_FINETUNE_COMPLETE"
+"""The variable by which a shell asks how a line may go on."""
 
 
 @setup_app.command()
@@ -104,3 +107,58 @@ def launch(
     from finetune.cli.launch import launch as run
 
     raise typer.Exit(run(processes, context.args))
+
+
+@setup_app.command("help")
+def help_topic(
+    topic: Annotated[
+        str | None, typer.Argument(metavar="TOPIC", help="A page, or a command; none lists them.")
+    ] = None,
+) -> None:
+    """Show a page of the documentation.
+
+    `finetune help masks`, `finetune help exit_codes`; of a command, `finetune help "data check"`.
+    """
+    from finetune.language import pages
+
+    if topic is None:
+        console.table(["topic", ""], [[name, title] for name, title in pages.topics().items()])
+        return
+    text = pages.topic(topic)
+    if text is None:
+        from finetune.cli import main
+
+        _check_topic(topic)
+        main([*topic.split(), "--help"])
+    console.say(text or "")
+
+
+def _check_topic(topic: str) -> None:
+    """ConfigError unless the words are a command's."""
+    from difflib import get_close_matches
+
+    from finetune.cli.commands import app
+    from finetune.language import pages
+
+    command: Any = typer.main.get_command(app)
+    for word in topic.split():
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            near = get_close_matches(topic, pages.topics(), n=1)
+            said = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"there is no topic {topic!r}{said}; `finetune help` lists them")
+
+
+@setup_app.command()
+def completion(
+    shell: Annotated[
+        Literal["bash", "zsh", "fish", "powershell"], typer.Argument(help="Which shell.")
+    ],
+) -> None:
+    """Print a script for completion by TAB.
+
+    Bash: `finetune completion bash >> ~/.bashrc`; commands, options and `section.key=` are completed.
+    """
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
+
+    console.say(get_completion_script(prog_name="finetune", complete_var=COMPLETION, shell=shell))

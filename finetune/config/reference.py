@@ -63,6 +63,17 @@ def texts() -> Iterator[str]:
                 yield from _texts_of(inner, None)
 
 
+def option_keys() -> list[str]:
+    """`section.key` of every option, of all methods."""
+    found = [
+        f"{name}.{field}"
+        for name, info in RunConfig.model_fields.items()
+        for model in _models_in(info.annotation)
+        for field in model.model_fields
+    ]
+    return list(dict.fromkeys(found))
+
+
 def _texts_of(model: type[BaseModel], info: FieldInfo | None) -> Iterator[str]:
     found = [(model.__doc__ or "").split("\n")[0], info.description if info else None]
     for field, details in model.model_fields.items():

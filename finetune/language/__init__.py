@@ -6,18 +6,16 @@ catalogue of `zh/LC_MESSAGES/finetune.po`: a text, or the template of one with `
 
 from __future__ import annotations
 
-import gettext
+import json
 import os
 import re
-import struct
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
-DOMAIN = "finetune"
-FOLDER = Path(__file__).resolve().parent
+CATALOGUE = Path(__file__).resolve().parent / "zh/LC_MESSAGES/finetune.po"
 _PLACE = re.compile(r"\{(\d*)\}")
 
 
@@ -26,14 +24,6 @@ def language() -> str:
     names = ("FINETUNE_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
     wanted = next((os.environ[name] for name in names if os.environ.get(name)), "")
     return "zh" if wanted.lower().startswith("zh") else "en"
-
-
-def bind() -> None:
-    """Words that the library of the command line looks up itself are found in our catalogue, too."""
-    if language() == "zh":
-        os.environ["LANGUAGE"] = "zh"
-        gettext.bindtextdomain(DOMAIN, str(FOLDER))
-    gettext.textdomain(DOMAIN if language() == "zh" else "messages")
 
 
 def word(text: str) -> str:
@@ -100,17 +90,21 @@ def _filled(template: str, values: list[str]) -> str:
 
 @cache
 def _catalogue() -> dict[str, str]:
-    """English -> Chinese, from the compiled catalogue (GNU's .mo: two tables of lengths and offsets)."""
-    data = (FOLDER / "zh/LC_MESSAGES" / f"{DOMAIN}.mo").read_bytes()
-    _, _, number, *tables = struct.unpack("<5I", data[:20])
-
-    def read(table: int, index: int) -> str:
-        length, offset = struct.unpack_from("<2I", data, table + 8 * index)
-        return data[offset : offset + length].decode()
-
-    first, second = tables
-    found = {read(first, index): read(second, index) for index in range(number)}
-    return {text: other for text, other in found.items() if text}
+    """English -> Chinese, from the catalogue in gettext's form: msgid and msgstr, each of quoted lines."""
+    found: dict[str, str] = {}
+    texts = {"msgid": "", "msgstr": ""}
+    field = "msgid"
+    for line in (*CATALOGUE.read_text(encoding="utf-8").splitlines(), "msgid"):
+        name, _, rest = line.partition(" ")
+        if name == "msgid":
+            found[texts["msgid"]] = texts["msgstr"]
+            texts = {"msgid": "", "msgstr": ""}
+        if name in texts:
+            field = name
+        quoted = line if line.startswith('"') else rest if name in texts else ""
+        if quoted:
+            texts[field] += json.loads(quoted)
+    return {text: other for text, other in found.items() if text and other}
 
 
 @cache

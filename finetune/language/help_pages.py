@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from finetune.language import bind, language, sentence, width, word
+from finetune.language import language, sentence, width, word
 
 
 def translate(command: Any) -> None:
     """Puts the help of a command, its options and inner commands into the user's language."""
-    bind()
     context = command.context_class
     english = getattr(context.formatter_class, "english", context.formatter_class)
     context.formatter_class = english if language() == "en" else _chinese(english)
@@ -52,11 +51,14 @@ def _chinese(formatter: type) -> type:
         def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
             super().write_usage(prog, args, word("Usage: {}").replace("{}", " "))
 
+        def write_heading(self, heading: str) -> None:
+            super().write_heading(word(heading))
+
         def write_dl(self, rows: Sequence[tuple[str, str]], *rest: Any, **named: Any) -> None:
             column = min(max((width(term) for term, _ in rows), default=0), 32) + 2
             indent = " " * self.current_indent
             for term, said in rows:
-                lines = wrapped(word(said), self.width - self.current_indent - column)
+                lines = wrapped(_extras(word(said)), self.width - self.current_indent - column)
                 first = f"{term}{' ' * (column - width(term))}" if width(term) < column else ""
                 if not first:
                     self.write(f"{indent}{term}\n")
@@ -65,6 +67,12 @@ def _chinese(formatter: type) -> type:
                     first = ""
 
     return Formatter
+
+
+def _extras(text: str) -> str:
+    """What the library puts behind an option's help."""
+    found = re.sub(r"\[default: ", f"[{word('default: {default}').partition('{')[0]}", text)
+    return re.sub(r"\brequired\]$", f"{word('required')}]", found)
 
 
 def wrapped(text: str, columns: int) -> list[str]:

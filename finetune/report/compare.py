@@ -28,6 +28,11 @@ def compare(runs: Sequence[Run], output: Path, *, overwrite: bool = False) -> di
             "trained; `finetune evaluate RUN RUN --include-base --data FILE` asks its checkpoints now"
         )
     targets = targets_of(runs)
+    if len(targets) < 2:
+        raise ConfigError(
+            "name two or more runs to compare, or one that was evaluated more than once "
+            "(evaluation.every_steps, evaluation.at_start); `finetune runs` lists them"
+        )
     asked = {target.name: _asked(Path(target.path)) for target in targets}
     first = targets[0].name
     odd = [name for name, questions in asked.items() if questions != asked[first]]

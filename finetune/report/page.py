@@ -64,9 +64,9 @@ def runs_of(folder: Path, evaluation: Evaluation) -> dict[str, Run]:
 def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> str:
     """The page's text."""
     colours = colours_of(evaluation)
-    style, script = _asset("page.css"), "\n".join(map(_asset, SCRIPTS))
+    style, script = asset("page.css"), "\n".join(map(asset, SCRIPTS))
     headline = evaluation.headline
-    template = _environment().get_template("page.html")
+    template = environment().get_template("page.html")
     return template.render(
         title=_title(evaluation, content),
         files=evaluation.data,
@@ -96,8 +96,8 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         version=__version__,
         style=Markup(style),
         script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=hashed(style),
+        script_hash=hashed(script),
         data=page_data(evaluation, content, colours),
     )  # fmt: skip
 
@@ -292,7 +292,8 @@ def _run_name(run: str) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of the pages; what is put into them is escaped."""
     return Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -302,10 +303,11 @@ def _environment() -> Environment:
     )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a style sheet or a script."""
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def hashed(text: str) -> str:
     """What the page's policy names, so that no other script or style runs."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,3 +149,35 @@ def _text(value: Any) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+"""Bits of a braille character: four rows of two dots."""
+
+
+def curve(points: Sequence[tuple[float, float]], *, columns: int = 60, rows: int = 8) -> list[str]:
+    """Lines of text that draw values over steps, the axes' ends beside them; none for fewer than two points."""
+    if len(points) < 2:
+        return []
+    steps, values = zip(*points, strict=True)
+    low, high = min(values), max(values)
+    cells = [[0] * columns for _ in range(rows)]
+    for step, value in _between(points, 2 * columns):
+        x = round((step - steps[0]) / (steps[-1] - steps[0] or 1) * (2 * columns - 1))
+        y = round((high - value) / (high - low or 1) * (4 * rows - 1))
+        cells[y // 4][x // 2] |= DOTS[y % 4][x % 2]
+    names = [f"{high:.4g}", *[""] * (rows - 2), f"{low:.4g}"]
+    drawn = [f"{name:>8} \u2502{''.join(chr(0x2800 + bits) for bits in line)}" for name, line in zip(names, cells, strict=True)]  # fmt: skip
+    ends = f"{steps[0]:g}".ljust(columns - len(f"{steps[-1]:g}")) + f"{steps[-1]:g}"
+    return [
+        *(line.rstrip() for line in drawn),
+        f"{'':>8} \u2514{chr(0x2500) * columns}",
+        f"{'':>10}{ends}",
+    ]
+
+
+def _between(points: Sequence[tuple[float, float]], number: int) -> Iterator[tuple[float, float]]:
+    """The points of straight lines from each to the next."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        for part in range(number + 1):
+            yield x0 + (x1 - x0) * part / number, y0 + (y1 - y0) * part / number

@@ -1,4 +1,4 @@
-"""The Chinese catalogue: `python scripts/docs/messages.py` gathers what it has to say and compiles it.
+"""The Chinese catalogue: `python scripts/docs/messages.py` gathers what it has to say.
 
 Messages are collected from the code (what is raised, warned and collected as a problem), help texts from the
 commands, descriptions of options from the schema. New ones are added to `finetune.po` without a translation,
@@ -62,7 +62,6 @@ def main() -> None:
     missing = [str(message.id) for message in new if message.id and not message.string]
     if not asked.check:
         CATALOGUE.write_bytes(written(new))
-        CATALOGUE.with_suffix(".mo").write_bytes(compiled(new))
     for text in missing:
         print(f"not translated: {text!r}")
     print(f"{len(new)} texts, {len(missing)} not translated")
@@ -89,15 +88,6 @@ def written(made: Any) -> bytes:
     file = io.BytesIO()
     pofile.write_po(file, made, width=0, omit_header=False)
     return re.sub(rb'"(POT-Creation-Date|PO-Revision-Date|Generated-By)[^\n]*\n', b"", file.getvalue())  # fmt: skip
-
-
-def compiled(made: Any) -> bytes:
-    """The catalogue as a .mo file; the same bytes for the same texts."""
-    from babel.messages import mofile, pofile
-
-    file = io.BytesIO()
-    mofile.write_mo(file, pofile.read_po(io.BytesIO(written(made)), locale="zh"))
-    return re.sub(rb"(POT-Creation-Date|PO-Revision-Date): \d{4}-\d\d-\d\d \d\d:\d\d", lambda m: m[1] + b": 2000-01-01 00:00", file.getvalue())  # fmt: skip
 
 
 def texts() -> dict[str, list[str]]:
