@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune import methods
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
+from finetune.generation.batch import Batch, SharedPrefix
 from finetune.methods import ptuning_v2
 from finetune.models import kernels
 from finetune.models.load import load_model, shape_of
@@ -126,6 +127,42 @@ def test_nothing_as_large_as_the_square_of_a_long_row_is_ever_made(
             model(**given, use_cache=False).loss.backward()
     largest = max(size for _, size, _ in counter.ledger.events)
     assert largest < LONG * LONG / 50
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("method", [LoraMethod(), PTuningV2Method(), FullMethod()], ids=lambda m: m.kind)  # fmt: skip
+def test_prompts_of_any_length_are_read_without_such_a_square(
+    method: Any, kind: str, tmp_path: Path
+) -> None:
+    folder = small(tmp_path, kind)
+    common = [1] * 20  # a prefix that all share is read first
+    prompts = [common + [2] * (LONG - 20), common + [3] * (LONG - 3000)]
+    with shapes_only(), torch.no_grad():
+        model = shape_of(folder)
+        with nothing_moves():
+            model = methods.attach(model, method).eval()
+        with counting(Ceilings()) as counter:
+            batch = Batch(model, SharedPrefix(model, prompts))
+            assert batch.prefill(prompts).shape == (2, 64)
+            assert batch.step([1, 1]).shape == (2, 64)
+    largest = max(size for _, size, _ in counter.ledger.events)
+    assert largest < LONG * LONG / 50
+
+
+def test_prompts_of_mixed_lengths_are_read_as_if_each_were_alone(base: Path) -> None:
+    model = load_model(base).eval()
+    drawn = torch.Generator().manual_seed(0)
+    for common in (0, 20):
+        head = torch.randint(0, 370, (common,), generator=drawn).tolist()
+        prompts = [head + torch.randint(0, 370, (n,), generator=drawn).tolist() for n in (3, 9, 6)]
+        with torch.inference_mode():
+            batch = Batch(model, SharedPrefix(model, prompts))
+            found = [batch.prefill(prompts[:2]), batch.prefill(prompts[2:]), batch.step([7, 8, 9])]
+            for number, prompt in enumerate(prompts):
+                alone = model(input_ids=torch.tensor([[*prompt, 7 + number]])).logits[0, -2:]
+                read = torch.cat(found[:2])[number]
+                torch.testing.assert_close(read, alone[0], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(found[2][number], alone[1], atol=2e-5, rtol=1e-4)
 
 
 def by_documents(

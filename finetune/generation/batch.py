@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from finetune.data.chat.image import ImagePrompt
+from finetune.models.packed_attention import whole_rows
 
 Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
 
@@ -45,7 +46,7 @@ class SharedPrefix:
         cache = _new_cache(model)
         ids = torch.tensor([self.ids], device=model.device)
         positions = torch.arange(len(self.ids), device=model.device)[None]
-        _forward(model, cache, ids, torch.ones_like(ids), positions)
+        _forward(model, cache, ids, None, positions)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
 
     def cache(self, model: Any, rows: int) -> Cache:
@@ -76,18 +77,27 @@ class Batch:
         device, common = self._model.device, len(self._prefix.ids)
         rests = [list(prompt[common:]) for prompt in prompts]
         width = max(map(len, rests))
-        ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
         lengths = torch.tensor([len(rest) for rest in rests], device=device)
         own = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # [B, width]
         mask = torch.cat([own.new_ones(len(rests), common), own], dim=1)
-        positions = (own.cumsum(1) - 1).clamp(min=0) + common
+        cache = self._prefix.cache(self._model, len(rests))
         images = image_inputs(prompts, device)
         if images:
+            ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
             positions = _image_positions(self._model, ids, mask, images)
-        cache = self._prefix.cache(self._model, len(rests))
-        logits = _forward(self._model, cache, ids, mask, positions, images)
-        last = positions[..., -1]  # [B], of GLM-4.1V [3, B]: text counts on from the greatest
-        last = last if last.dim() == 1 else last.amax(0)
+            even = min(map(len, rests)) == width
+            logits = _forward(self._model, cache, ids, None if even else mask, positions, images)
+            last = positions[..., -1]  # [B], of GLM-4.1V [3, B]: text counts on from the greatest
+            last = last if last.dim() == 1 else last.amax(0)
+        else:
+            # Padded on the right, where causal attention needs no mask, and moved to the right after it.
+            ids = torch.tensor([rest + [0] * (width - len(rest)) for rest in rests], device=device)
+            positions = torch.arange(common, common + width, device=device).expand_as(ids)
+            last = common + lengths - 1
+            at = lengths[:, None] - 1
+            logits = _forward(self._model, cache, ids, None, positions, last=at)
+            if min(map(len, rests)) < width:
+                _move_right(cache, common, lengths)
         self.is_lost = True  # until all layers are joined
         if len(self):
             cache = _joined(self._cache, cache)
@@ -129,9 +139,8 @@ class Batch:
         """A forward pass like that of `prefill` for processes that share their weights with this one."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self._model.device)
         common = len(self._prefix.ids)
-        mask = torch.ones(1, common + 2, dtype=torch.long, device=self._model.device)
         positions = torch.arange(common, common + 2, device=self._model.device)[None]
-        _forward(self._model, self._prefix.cache(self._model, 1), ids, mask, positions)
+        _forward(self._model, self._prefix.cache(self._model, 1), ids, None, positions)
 
     def attend_step(self) -> None:
         """The same like that of `step`: one token behind a cache that is not empty."""
@@ -227,22 +236,46 @@ def _image_positions(model: Any, ids: Tensor, mask: Tensor, images: dict[str, Te
     return positions if positions.dim() == 2 else positions[-3:]
 
 
+def _move_right(cache: Any, common: int, lengths: Tensor) -> None:
+    """Let every row of a cache end at its last column; the first `common` columns stay."""
+    for layer in cache.layers:
+        width = layer.keys.shape[2] - common
+        columns = (
+            torch.arange(width, device=lengths.device) - width + lengths[:, None]
+        )  # [B, width]
+        source = (columns.clamp(min=0) + common)[:, None, :, None]
+
+        def moved(held: Tensor, source: Tensor = source) -> Tensor:
+            own = held.gather(2, source.expand(-1, held.shape[1], -1, held.shape[3]))
+            return torch.cat([held[:, :, :common], own], dim=2) if common else own
+
+        layer.hold(moved(layer.keys), moved(layer.values))
+
+
 def _forward(
     model: Any,
     cache: Cache,
     ids: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     positions: Tensor,
     images: dict[str, Tensor] | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B, V] behind the last of `ids`."""
+    """Logits [B, V] behind the last of `ids`, or behind each row's own, `last` [B, 1].
+
+    Without a mask attention is causal, and no mask of the new tokens times all is made.
+    """
+    known: dict[str, Any] = {}
+    if mask is None and str(model.config.get_text_config()._attn_implementation).startswith("document"):  # fmt: skip
+        known["documents"] = whole_rows(ids)
     output = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=1 if last is None else last,
+        **known,
         **(images or {}),
     )
     logits: Tensor = output.logits[:, -1].float()

@@ -238,8 +238,14 @@ def _within(documents: Documents, labels: Tensor) -> Tensor:
 
 
 def _logits(head: nn.Module, hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """Return [B, T, V] of the last `keep` places (0: all), or of those that it names."""
-    logits: Tensor = head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep, :])
+    """Return [B, K, V] of the last `keep` places (0: all), of those at [K], or of each row's own [B, K]."""
+    if isinstance(keep, int):
+        chosen = hidden[:, slice(-keep, None)]
+    elif keep.dim() == 1:
+        chosen = hidden[:, keep]
+    else:
+        chosen = hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))
+    logits: Tensor = head(chosen)
     return logits
 
 
@@ -321,7 +327,7 @@ class SupervisedLoss:
         if documents is None:
             starts = document_starts(position_ids, attention_mask, past_key_values)
             documents = None if starts is None else Documents.of(starts)
-        if documents is not None and use_cache:
+        if documents is not None and documents.pieces and use_cache:
             raise ValueError("packed documents have no cache; pass use_cache=False")
         if shift_labels is not None:
             labels, loss_weights = _unshifted(shift_labels, loss_weights)
