@@ -55,9 +55,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     original = tensors._forward
 
-    def watched(model: Any, cache: Any, ids: torch.Tensor, *rest: Any) -> Any:
+    def watched(model: Any, cache: Any, ids: torch.Tensor, *rest: Any, **more: Any) -> Any:
         seen.append(tuple(ids.shape))
-        return original(model, cache, ids, *rest)
+        return original(model, cache, ids, *rest, **more)
 
     monkeypatch.setattr(tensors, "_forward", watched)
     return seen
