@@ -1,0 +1,234 @@
+"""What a CPU spends here beside plain transformers and beside the least that the work takes.
+
+    python scripts/bench/cpu.py [depth full generate launch] [--rounds 3] [--json]
+
+depth      LoRA on all linear layers of 40 thin ones, CPU seconds a step: the Trainer's own Python
+full       full tuning of a model that is 96 % vocabulary, 4 x 512 tokens: peak memory, CPU seconds;
+           the floor is a bare loop over the same batches with the same loss and a fused AdamW
+generate   32 replies of 64 tokens with an adapter, at the default batch; the floor is transformers'
+           generate on all of them at once
+launch     from the start of Python to the end of the first step, CPU seconds
+
+Every variant runs in a process of its own, in turns; medians of the rounds. Preparing has its own
+script, prepare.py. Bars: depth 0.85 of the plain Trainer, full's memory and generate 1.05 of the floor,
+launch 1.0 of the plain Trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
+
+from alternation import compare, report
+
+REFERENCE = {"depth": "plain Trainer", "full": "bare loop", "generate": "transformers", "launch": "plain Trainer"}  # fmt: skip
+BARS = {
+    "depth": {"cpu_s": 0.85}, "full": {"peak_mib": 1.05}, "generate": {"cpu_s": 1.05},
+    "launch": {"cpu_s": 1.0},
+}  # fmt: skip
+WIDE = {
+    "vocab_size": 151552, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+STEPS = {"depth": 14, "full": 5, "launch": 2}
+
+
+class Clock:
+    """CPU seconds at which each step of a Trainer began."""
+
+    def __init__(self) -> None:
+        from transformers import Trainer
+
+        self.ticks: list[float] = []
+        step = Trainer.training_step
+
+        def timed(trainer: Any, *given: Any, **options: Any) -> Any:
+            self.ticks.append(time.process_time())
+            return step(trainer, *given, **options)
+
+        Trainer.training_step = timed
+
+    def per_step(self) -> float:
+        """The median, without the first two."""
+        return statistics.median(b - a for a, b in pairwise(self.ticks[2:]))
+
+
+def inputs(work: str, folder: Path) -> tuple[Path, Path]:
+    """A model and the dialogues that it learns."""
+    import runs
+    import tiny
+
+    sizes = {"depth": {"num_hidden_layers": 40}, "launch": {}}.get(work, WIDE)
+    model = tiny.save_model(folder / "model", "glm", **sizes)
+    if work != "full":
+        return model, runs.write_dialogues(folder / "train.jsonl", 60)
+    rows = [
+        [{"role": "user", "content": f"{n} {'the order ' * 40}"}, {"role": "assistant", "content": "the lazy dog " * 120}]
+        for n in range(40)
+    ]  # fmt: skip
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return model, data
+
+
+def ours(work: str, folder: Path) -> float:
+    """Through the product; what the work is measured by."""
+    import runs
+
+    model, data = inputs(work, folder)
+    steps = STEPS[work]
+    config = runs.config(
+        model, data, folder / "run", training__max_steps=steps, training__log_every_steps=10,
+        training__batch_size=4 if work == "full" else 2, data__max_length=512 if work == "full" else 256,
+        data__on_too_long="drop_oldest_turns",
+    )  # fmt: skip
+    lora = {"kind": "lora", "rank": 8, "dropout": 0.1, "target_modules": "all-linear"}
+    config["method"] = {"kind": "full"} if work == "full" else lora
+    clock = Clock()
+    runs.run_here(config)
+    return clock.ticks[1] if work == "launch" else clock.per_step()
+
+
+def plain(work: str, folder: Path) -> float:
+    """The Trainer of transformers and PEFT, as their documentation shows it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    model, data = inputs(work, folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
+    ids = [tokenizer.apply_chat_template(row, tokenize=True, return_dict=False) for row in rows]
+
+    def collate(batch: list[list[int]]) -> dict[str, Any]:
+        width = max(map(len, batch))
+        padded = torch.tensor([row + [0] * (width - len(row)) for row in batch])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+        return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}  # fmt: skip
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")  # fmt: skip
+    arguments = TrainingArguments(
+        str(folder / "run"), max_steps=STEPS[work], per_device_train_batch_size=2, use_cpu=True,
+        logging_steps=10, report_to=[], disable_tqdm=True, save_strategy="no", learning_rate=1e-3,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    clock = Clock()
+    Trainer(get_peft_model(base, lora), arguments, collate, ids).train()
+    return clock.ticks[1] if work == "launch" else clock.per_step()
+
+
+def bare_loop(work: str, folder: Path) -> float:
+    """The same batches, loss and optimizer with nothing around them."""
+    import torch
+
+    from finetune import methods
+    from finetune.config.schema import FullMethod
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.data.chat.tokenizer import load_chat_tokenizer
+    from finetune.data.examples.collate import Collator
+    from finetune.data.examples.dataset import LengthPolicy, load_examples
+    from finetune.data.reading.sources import SourceSpec
+    from finetune.models.load import load_model
+    from finetune.models.loss import for_model
+
+    model, data = inputs(work, folder)
+    template = ChatTemplate(load_chat_tokenizer(model))
+    policy = LengthPolicy(512, "every_reply", "drop_oldest_turns")
+    examples = load_examples([SourceSpec(str(data))], template, policy)
+    tuned = methods.attach(load_model(model), FullMethod()).train()
+    weights = list(tuned.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+    collate, spent = Collator(template.pad_id), []
+    for step in range(STEPS[work]):
+        spent.append(time.process_time())
+        batch = collate([examples[4 * step + place] for place in range(4)])
+        del batch["sample_ids"]
+        tuned(**for_model(batch, torch.device("cpu")), use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return statistics.median(b - a for a, b in pairwise(spent[2:]))
+
+
+def replies(by: str, folder: Path) -> float:
+    """CPU seconds of 32 replies of 64 tokens."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from finetune import methods
+    from finetune.config.schema import EvaluationSection, LoraMethod
+    from finetune.generation.generate import generate
+    from finetune.models.load import load_model
+
+    model = methods.attach(load_model(inputs("generate", folder)[0]), LoraMethod()).eval()
+    drawn = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 300, (40 + n,), generator=drawn).tolist() for n in range(32)]
+    begun = time.process_time()
+    if by == "ours":
+        template: Any = SimpleNamespace(stop_ids=(), pad_id=0)
+        size = EvaluationSection().batch_size
+        generate(model, template, prompts, max_new_tokens=64, batch_size=size)
+    else:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        with torch.inference_mode():
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, min_new_tokens=64, do_sample=False)  # fmt: skip
+    return time.process_time() - begun
+
+
+def run(work: str, variant: str) -> dict[str, float]:
+    """One variant in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    ways: dict[str, Callable[[], float]]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        ways = {
+            "ours": lambda: replies("ours", folder) if work == "generate" else ours(work, folder),
+            "plain Trainer": lambda: plain(work, folder),
+            "bare loop": lambda: bare_loop(work, folder),
+            "transformers": lambda: replies("transformers", folder),
+        }
+        spent = ways[variant]()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"cpu_s": spent, "wall_s": spent, "peak_mib": peak, "above_mib": peak, "loss": 0.0}
+
+
+def main() -> int:
+    """Measure in turns and print; 1 when a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("work", nargs="*", choices=[*BARS, []], help="all of them by default")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--variant", help="only this one, in this process")
+    asked = parser.parse_args()
+    if asked.variant:
+        print(json.dumps(run(asked.work[0], asked.variant)))
+        return 0
+    missed = 0
+    for work in asked.work or list(BARS):
+        print(f"{work}:", flush=True)
+        found = compare(__file__, (REFERENCE[work], "ours"), rounds=asked.rounds, arguments=[work])
+        missed |= report(found, {"ours": BARS[work]}, as_json=asked.json)
+    return missed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
