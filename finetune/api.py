@@ -149,8 +149,8 @@ class Chat:
             seed: Of drawn tokens.
             batch_size: Dialogues answered at once.
         """
-        from finetune.generation.generate import Extras, Sampling, generate
-        from finetune.generation.predict import message_json, reply_messages
+        from finetune.generation.generate import Extras, SeededSampling, generate
+        from finetune.generation.messages import message_json, reply_messages
 
         asked = [_conversation(row, "predict") for row in rows]
         written = generate(
@@ -159,7 +159,7 @@ class Chat:
             self.template.prompts([(each, len(each.messages)) for each in asked]),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            extras=Extras(sampling=Sampling(temperature, seed) if temperature else None),
+            extras=Extras(sampling=SeededSampling(temperature, seed) if temperature else None),
         )
         return [
             message_json(reply_messages(reply.ids, self.template, each.tools)[0])

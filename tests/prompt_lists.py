@@ -7,7 +7,15 @@ from typing import Any
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation
-from finetune.generation.prompts import PromptStream, ReplyPrompts
+from finetune.generation.prompts import PromptCounts, PromptStream, ReplyPrompt
+
+
+class ReplyPrompts(list[ReplyPrompt]):
+    """Prompts in the order of the data, with their counts."""
+
+    def __init__(self, prompts: Iterable[ReplyPrompt], counts: PromptCounts) -> None:
+        super().__init__(prompts)
+        self.counts = counts
 
 
 def reply_prompts(

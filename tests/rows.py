@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,18 @@ def answering(
 
     from finetune.generation import generate as generation
 
-    def fake(model: Any, template: Any, prompts: Any, **_: Any) -> list[generation.Reply]:
-        answers = [text_of(index) for index in range(len(prompts))]
-        return [
-            generation.Reply(i, tuple(ids), stopped) for i, (ids, stopped) in enumerate(answers)
-        ]
+    def fake(generator: Any, windows: Any, **_: Any) -> Iterator[list[generation.Reply]]:
+        first = 0
+        for window in windows:
+            answers = [text_of(first + index) for index in range(len(window.prompts))]
+            first += len(answers)
+            yield [
+                generation.Reply(i, tuple(ids), stopped) for i, (ids, stopped) in enumerate(answers)
+            ]
 
-    monkeypatch.setattr(generation, "generate", fake)
+    monkeypatch.setattr(generation.Generator, "replies", fake)
     monkeypatch.setattr(generation, "check_context", lambda *_, **__: None)
+    monkeypatch.setattr(generation, "context_length", lambda _: None)
 
 
 def spoken(template: ChatTemplate, message: Message) -> list[int]:

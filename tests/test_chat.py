@@ -234,7 +234,7 @@ def model(tiny_glm: Path) -> Any:
 
 def test_a_greedy_chat_says_what_generation_says(model: Any, template: ChatTemplate) -> None:
     from finetune.generation.generate import generate
-    from finetune.generation.predict import reply_messages
+    from finetune.generation.messages import reply_messages
 
     conversation = Conversation((Message("user", "hello [gMASK] <|assistant|>"),))
     prompt = template.prompt(conversation, 1)

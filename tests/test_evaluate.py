@@ -23,13 +23,14 @@ from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
 from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
-from finetune.evaluation.evaluate import build_prompts, evaluate, evaluate_model
+from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.job import Options, prepare
 from finetune.evaluation.loss import validation_loss
+from finetune.evaluation.model_scores import evaluate_model
 from finetune.evaluation.predictions import Prediction, write_predictions
 from finetune.evaluation.targets import find_targets
 from finetune.generation.load import open_model
-from finetune.generation.prompts import ReplyPrompts
+from finetune.generation.prompts import ReplyPrompt, prompts_of
 from finetune.generation.settings import Settings, settings_of
 
 
@@ -134,7 +135,7 @@ def test_scores_come_with_what_they_depend_on(tiny_glm: Path, data: Path, tmp_pa
 # --- the parts of an evaluation ----------------------------------------------------------------
 
 
-def asked(template: ChatTemplate) -> ReplyPrompts:
+def asked(template: ChatTemplate) -> list[ReplyPrompt]:
     return reply_prompts(_conversations(held_out()), template)
 
 
@@ -154,7 +155,7 @@ def test_replies_equal_to_their_references_score_100_everywhere(
 ) -> None:
     prompts = asked(template)
     answering(monkeypatch, lambda i: (spoken(template, prompts[i].reference), True))
-    result = evaluate_model(None, template, prompts, max_new_tokens=9, batch_size=2)
+    result = evaluate_model(None, prompts, max_new_tokens=9, batch_size=2)
     found = {name: value for name, value in result.scores.items() if not name.startswith("json_")}
     scores = {name: round(value or 0, 4) for name, value in found.items()}  # nothing is JSON
     # Replies of fewer than four words have no BLEU-4, and none repeats itself.
@@ -171,7 +172,7 @@ def test_what_follows_a_control_token_in_a_reply_is_not_scored(
     prompts = asked(template)
     extra = [tiny.CONTROL_IDS["<|assistant|>"], *spoken(template, Message("assistant", "more"))]
     answering(monkeypatch, lambda i: (spoken(template, prompts[i].reference) + extra, False))
-    result = evaluate_model(None, template, prompts, max_new_tokens=9, batch_size=2)
+    result = evaluate_model(None, prompts, max_new_tokens=9, batch_size=2)
     assert result.scores["exact_match"] == 100.0
     assert result.scores["stop_rate"] == 0.0
 
@@ -181,9 +182,7 @@ def test_no_prompt_contains_its_reference(
 ) -> None:
     rows = [{"messages": turns("ask", f"first{n}", "again", f"second{n}")} for n in range(3)]
     prompts = reply_prompts(_conversations(rows), template)
-    result = evaluate_model(
-        open_model(tiny_glm4).model, template, prompts, max_new_tokens=2, batch_size=4
-    )
+    result = evaluate_model(open_model(tiny_glm4).model, prompts, max_new_tokens=2, batch_size=4)
     assert len(result.predictions) == 6
     for one in result.predictions:
         assert one.reference.content not in one.prompt
@@ -197,15 +196,13 @@ def test_prompts_leave_room_for_a_reply_and_what_is_left_out_is_said(
     long = "€" * 250  # three tokens each
     rows = [*held_out(), {"messages": turns(long, "a", "b", "c")}, {"messages": turns(long, "a")}]
     section = EvaluationSection(max_new_tokens=20, max_samples=None)
-    prompts = build_prompts(_conversations(rows), template, section, positions=620)
+    prompts = prompts_of(_conversations(rows), template, section, 620)
     assert max(len(prompt.prompt_ids) for prompt in prompts) <= 600
     said = capsys.readouterr()
     assert "1 prompts lost their oldest turns" in said.out
     assert f"dev.jsonl:{len(rows)}" in said.err
-    few = build_prompts(
-        _conversations(rows), template, EvaluationSection(max_samples=3, max_new_tokens=20),
-        positions=None,
-    )  # fmt: skip
+    section = EvaluationSection(max_samples=3, max_new_tokens=20)
+    few = prompts_of(_conversations(rows), template, section, None)
     assert len(few) == 3
     assert "generating 3 of 12 replies" in capsys.readouterr().out
 

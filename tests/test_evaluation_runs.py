@@ -20,10 +20,13 @@ from rows import Rows, read_rows, turns, write_rows
 from transformers import AutoConfig
 
 from finetune.errors import ConfigError, DataError, ModelError, OutputInUseError
-from finetune.evaluation import job, store
+from finetune.evaluation import compute
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.targets import find_targets
+from finetune.generation import prompts
 from finetune.generation.load import Models, open_model
+from finetune.storage.files import file_digest
+from finetune.storage.journal import Journal
 
 
 def held_out(count: int = 30) -> Rows:
@@ -126,7 +129,7 @@ def test_an_evaluation_says_slices_and_what_differs(place: Path, tmp_path: Path)
     assert report["data"] == [
         {
             "path": str(place / "dev.jsonl"),
-            "fingerprint": store.file_digest(place / "dev.jsonl"),
+            "fingerprint": file_digest(place / "dev.jsonl"),
             "samples": 40,
         }
     ]
@@ -194,17 +197,17 @@ def test_a_second_evaluation_generates_nothing_and_says_the_same(
 
 KILLED = """
 import os, signal
-from finetune.evaluation import evaluate, job, store
-from finetune.generation import generate
-job.BATCHES_PER_WINDOW = 4
-generate.BATCHES_PER_GROUP = 1
-note, noted = store.WindowLog.note, []
-def counted(self, number, group):
-    note(self, number, group)
+from finetune.evaluation import evaluate
+from finetune.generation import prompts
+from finetune.storage.journal import Journal
+prompts.BATCHES_PER_WINDOW = 4
+note, noted = Journal.note, []
+def counted(self, number, rows):
+    note(self, number, rows)
     noted.append(number)
     if len(noted) == 6:  # in the middle of the second window
         os.kill(os.getpid(), signal.SIGKILL)
-store.WindowLog.note = counted
+Journal.note = counted
 evaluate.evaluate(TARGET, output=None, changes={"generate": True})
 """
 
@@ -212,11 +215,8 @@ evaluate.evaluate(TARGET, output=None, changes={"generate": True})
 def test_a_killed_evaluation_goes_on_where_it_was(
     place: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.generation import generate
-
     target = checkpoints(place)[0]
-    monkeypatch.setattr(job, "BATCHES_PER_WINDOW", 4)
-    monkeypatch.setattr(generate, "BATCHES_PER_GROUP", 1)
+    monkeypatch.setattr(prompts, "BATCHES_PER_WINDOW", 4)
     script = tmp_path / "killed.py"
     script.write_text(f"TARGET = {target!r}\n{KILLED}", encoding="utf-8")
     done = subprocess.run(
@@ -227,11 +227,11 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     [kept] = (cache / "evaluations").iterdir()
     assert len(read_rows(kept / "answers.jsonl.part")) == 16
     noted: list[int] = []
-    original = store.WindowLog.note
-    monkeypatch.setattr(store.WindowLog, "note", lambda self, n, g: (noted.append(n), original(self, n, g))[1])  # fmt: skip
+    original = Journal.note
+    monkeypatch.setattr(Journal, "note", lambda self, n, rows: (noted.append(n), original(self, n, rows))[1])  # fmt: skip
     evaluate(target, output=tmp_path / "resumed", changes=GENERATE)
-    assert noted == [2, 3, 0, 1]  # 40 replies are 10 groups; 6 were there
-    assert not list(kept.glob("window-*"))
+    assert noted == [2, 3, 0, 1]  # 40 replies are 10 batches; 6 were there
+    assert not list(kept.glob("*.batches"))
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "other"))
     evaluate(target, output=tmp_path / "whole", changes=GENERATE)
     names = ("predictions.jsonl",)
@@ -264,7 +264,7 @@ def test_one_process_evaluates_a_model_at_a_time(
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(job, "_measure_losses", refuse)
+    monkeypatch.setattr(compute, "_measure_losses", refuse)
     with pytest.raises(RuntimeError):
         evaluate(checkpoints(place)[0], output=tmp_path, changes=GENERATE)
     [kept] = (cache / "evaluations").iterdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,32 +13,34 @@ from finetune.evaluation import store
 from finetune.evaluation.predictions import Prediction
 
 
+def line(where: str) -> dict[str, Any]:
+    said = Message("assistant", "yes")
+    return Prediction(said, said, where=where).unscored_row
+
+
 @pytest.mark.parametrize(("window", "kept"), [(1, 5), (2, 4), (4, 4)])
 def test_what_a_kill_tore_of_kept_replies_is_cut_off(
     tmp_path: Path, window: int, kept: int
 ) -> None:
-    said = Message("assistant", "yes")
     results = store.Results(tmp_path, "key")
     with results.locked():
-        results.append(Prediction(said, said, where=f"a.jsonl:{n}") for n in range(1, 6))
+        results.journal(1).append(line(f"a.jsonl:{n}") for n in range(1, 6))
     part = results.folder / "answers.jsonl.part"
     lines = part.read_text("utf-8").splitlines(keepends=True)
     part.write_text("".join(lines) + lines[0][:20], "utf-8")
-    assert results.num_kept(window) == kept
+    assert results.num_kept(results.journal(window)) == kept
     assert part.read_text("utf-8") == "".join(lines[:kept])
 
 
 @pytest.mark.parametrize("name", ["answers.jsonl", "done.json", "loss.npz", "scored-k.jsonl"])
 def test_kept_results_that_are_not_what_was_kept_are_made_again(tmp_path: Path, name: str) -> None:
-    said = Message("assistant", "yes")
-
     def score(unscored: Path, output: Path) -> None:
         output.write_bytes(unscored.read_bytes())
 
     def fill() -> store.Results:
         results = store.Results(tmp_path, "key")
         with results.locked():
-            results.append(Prediction(said, said, where=f"a.jsonl:{n}") for n in range(3))
+            results.journal(1).append(line(f"a.jsonl:{n}") for n in range(3))
             results.write_losses("loss", np.ones(3), np.ones(3))
             results.finish({"replies": 3})
             results.scored("k", score)

@@ -16,7 +16,7 @@ from finetune.config.load import load
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation.scores import forgetting
 from finetune.evaluation.scores.forgetting import Criterion, gain, not_worse, qualifies
-from finetune.evaluation.statistics import Measure
+from finetune.evaluation.scores.statistics import Measure
 from finetune.generation import replay
 
 

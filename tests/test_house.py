@@ -83,7 +83,7 @@ def test_no_exception_is_swallowed() -> None:
 @pytest.mark.parametrize(
     "module",
     ["finetune.cli", "finetune.config.schema", "finetune.config.load", "finetune.console", "finetune.data.preview.report",
-     "finetune.data.examples.dataset", "finetune.data.chat.template", "finetune.evaluation.metrics", "finetune.report.compare",
+     "finetune.data.examples.dataset", "finetune.data.chat.template", "finetune.evaluation.scores.metrics", "finetune.report.compare",
      "finetune.report.plots", "finetune.report.terminal", "finetune.report.page"],
 )  # fmt: skip
 def test_light_rooms_import_nothing_heavy(module: str) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dialogue.conversation import Message
-from finetune.evaluation import metrics, texts
-from finetune.evaluation.pairs import DEFINITIONS, Compared, tool_call_parts
 from finetune.evaluation.predictions import Prediction, Scores, text
-from finetune.evaluation.statistics import ReplyTable
+from finetune.evaluation.scores import metrics, texts
+from finetune.evaluation.scores.pairs import DEFINITIONS, Compared, tool_call_parts
+from finetune.evaluation.scores.statistics import ReplyTable
 
 WEATHER = {
     "type": "function",
@@ -239,7 +239,7 @@ def test_replies_of_thousands_of_words_are_scored_in_seconds() -> None:
 def test_scoring_says_nothing_leaves_nothing_and_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, warnings; warnings.simplefilter('error')\n"
-        "from finetune.evaluation import metrics, texts\n"
+        "from finetune.evaluation.scores import metrics, texts\n"
         "assert texts.jieba_words('今天天气很好') == ['今天天气', '很', '好']\n"
         "assert texts.bleu(['好'], ['好']) > 0\n"
         "assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)\n"

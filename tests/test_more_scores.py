@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 from finetune.cli.commands import app
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation.evaluate import Options, evaluate
-from finetune.evaluation.metrics import numbers_of
 from finetune.evaluation.schema import read_evaluation
 from finetune.evaluation.scores import judge
 from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scores.judge import Judge
 from finetune.evaluation.scores.labels import LabelReader, LabelTable
+from finetune.evaluation.scores.metrics import numbers_of
 from finetune.evaluation.scoring import Scoring
 
 

@@ -53,7 +53,7 @@ def test_a_score_is_one_entry_of_one_table(copy: Path) -> None:
     Metric("shouting", "share of replies that end so", better="lower", shown="headline",
            per_reply=lambda pair: 100.0 * pair.reply.endswith("!")),
 """
-    edit(copy, "evaluation/metrics.py", ("METRICS: tuple[Metric, ...] = (\n", toy))
+    edit(copy, "evaluation/scores/metrics.py", ("METRICS: tuple[Metric, ...] = (\n", toy))
     replies = [{"predict": "no!", "label": "no"}, {"predict": "yes", "label": "yes"}]
     calm = [{"predict": "no", "label": "no"}, {"predict": "yes", "label": "yes"}]
     for name, rows in (("loud", replies), ("calm", calm)):

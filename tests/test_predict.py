@@ -25,10 +25,12 @@ from finetune.data.examples.dataset import LengthPolicy, load_examples
 from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.generation import generate as generation
-from finetune.generation import predict as prediction
+from finetune.generation import prompts
+from finetune.generation.dialogues import Dialogues, RowOptions
 from finetune.generation.load import open_model
-from finetune.generation.predict import PredictOptions, as_reply, predict, reply_messages
-from finetune.storage.journal import ResumableOutput
+from finetune.generation.messages import as_reply, reply_messages
+from finetune.generation.predict import PredictOptions, predict
+from finetune.storage.journal import Journal, ResumableOutput
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +77,16 @@ def test_every_dialogue_gets_its_reply_in_order_and_references_are_ignored(
 
 
 def fail_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """Let `generate` fail once, at that call; the prompts of every call are noted."""
-    original, questions = generation.generate, list[list[list[int]]]()
+    """Let generation fail once, at that batch; the prompts of every batch are noted."""
+    original, questions = generation.write_replies, list[list[list[int]]]()
 
-    def failing(model: Any, template: Any, prompts: Any, **rest: Any) -> Any:
-        questions.append([list(prompt) for prompt in prompts])
+    def failing(model: Any, stop_ids: Any, requests: Any, **rest: Any) -> Any:
+        questions.append([list(request.prompt) for request in requests])
         if len(questions) == number:
             raise RuntimeError("out of memory")
-        return original(model, template, prompts, **rest)
+        return original(model, stop_ids, requests, **rest)
 
-    monkeypatch.setattr(generation, "generate", failing)
+    monkeypatch.setattr(generation, "write_replies", failing)
     return questions
 
 
@@ -93,7 +95,7 @@ def test_after_a_crash_answered_dialogues_are_kept_and_not_asked_again(
 ) -> None:
     source = write_rows(tmp_path / "in.jsonl", dialogues(7))
     out = tmp_path / "out.jsonl"
-    monkeypatch.setattr(prediction, "BATCHES_PER_WINDOW", 1)
+    monkeypatch.setattr(prompts, "BATCHES_PER_WINDOW", 1)
     predict(str(tiny_glm), [str(source)], tmp_path / "whole.jsonl", options=OPTIONS)
     questions = fail_at_call(3, monkeypatch)
     with pytest.raises(RuntimeError):
@@ -114,21 +116,21 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
 ) -> None:
     source = write_rows(tmp_path / "in.jsonl", dialogues(11))
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    monkeypatch.setattr(prediction, "BATCHES_PER_WINDOW", 1)
+    monkeypatch.setattr(prompts, "BATCHES_PER_WINDOW", 1)
     predict(str(tiny_glm), [str(source)], tmp_path / "whole.jsonl", options=OPTIONS)
 
     def num_lines() -> int:
         return part.read_bytes().count(b"\n") if part.exists() else 0
 
-    append = ResumableOutput.append
+    append = Journal.append
 
-    def slow_append(journal: ResumableOutput, rows: Any) -> None:
+    def slow_append(journal: Journal, rows: Any) -> None:
         append(journal, rows)
         time.sleep(0.2)
 
     for lines in (2, 4, 8):
         if (child := os.fork()) == 0:
-            monkeypatch.setattr(ResumableOutput, "append", slow_append)
+            monkeypatch.setattr(Journal, "append", slow_append)
             predict(str(tiny_glm), [str(source)], out, options=OPTIONS)
             os._exit(0)
         while num_lines() < lines:
@@ -137,16 +139,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         assert not out.exists()
-    kept, original, asked = num_lines(), generation.generate, []
-
-    def counting(model: Any, template: Any, prompts: Any, **rest: Any) -> Any:
-        asked.extend(prompts)
-        return original(model, template, prompts, **rest)
-
-    monkeypatch.setattr(generation, "generate", counting)
+    kept, asked = num_lines(), fail_at_call(0, monkeypatch)
     predict(str(tiny_glm), [str(source)], out, options=OPTIONS)
     assert kept >= 8
-    assert len(asked) == 11 - kept
+    assert sum(map(len, asked)) <= 11 - kept  # a batch of the next window may have been kept, too
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -166,7 +162,7 @@ class FakeVllm(ModuleType):
             self.requests.append(lora_request)
             replies = generation.generate(
                 model, template, [one["prompt_token_ids"] for one in asked],
-                max_new_tokens=sampling.max_tokens, batch_size=1,
+                max_new_tokens=sampling.max_tokens, batch_size=len(asked),
             )  # fmt: skip
             return [SimpleNamespace(outputs=[self._output(reply, template)]) for reply in replies]
 
@@ -205,8 +201,8 @@ def test_vllm_is_asked_with_ids_and_its_replies_are_written_like_ours(
         assert fake.opened["model"] == str(tiny_glm)
         assert fake.opened["skip_tokenizer_init"] is True
         assert fake.opened["dtype"] == "float32"
-        asked = list(prediction._questions([str(source)], prediction._rows("m", options)))
-        longest = max(map(len, template.prompts(asked)))
+        asked = Dialogues([str(source)], options.rows.section("m")).prompts(template)
+        longest = max(len(prompt.prompt_ids) for prompt in asked)
         assert fake.opened["max_model_len"] == longest + 5
     assert fake.opened["max_lora_rank"] == 16
     assert fake.requests[0] == ("adapter", 1, str(adapter))
@@ -217,7 +213,7 @@ def test_after_a_crash_of_vllm_answered_dialogues_are_kept_and_not_asked_again(
 ) -> None:
     source = write_rows(tmp_path / "in.jsonl", dialogues(7))
     out, options = tmp_path / "out.jsonl", replace(OPTIONS, backend="vllm")
-    monkeypatch.setattr(prediction, "BATCHES_PER_WINDOW", 1)
+    monkeypatch.setattr(prompts, "BATCHES_PER_WINDOW", 1)
     predict(str(tiny_glm), [str(source)], tmp_path / "whole.jsonl", options=OPTIONS)
     fake = FakeVllm(open_model(tiny_glm).model, template)
     fake.install(monkeypatch)
@@ -269,7 +265,7 @@ def test_lines_of_another_request_are_not_kept(
 ) -> None:
     source = write_rows(tmp_path / "in.jsonl", dialogues(4))
     out = tmp_path / "out.jsonl"
-    monkeypatch.setattr(prediction, "BATCHES_PER_WINDOW", 1)
+    monkeypatch.setattr(prompts, "BATCHES_PER_WINDOW", 1)
     monkeypatch.setattr(ResumableOutput, "finish", lambda journal: None)
     predict(str(tiny_glm), [str(source)], out, options=OPTIONS)
     first = read_rows(tmp_path / "out.jsonl.part")
@@ -286,7 +282,7 @@ def test_lines_of_another_request_are_not_kept(
 def test_bad_rows_and_dialogues_without_room_are_named_before_anything_is_generated(
     tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "generate", lambda *_, **__: pytest.fail("generated"))
+    monkeypatch.setattr(generation, "write_replies", lambda *_, **__: pytest.fail("generated"))
     bad = write_rows(tmp_path / "bad.jsonl", [*dialogues(2), {"messages": turns("")}])
     with pytest.raises(DataError, match=r"bad\.jsonl:3"):
         predict(str(tiny_glm), [str(bad)], tmp_path / "out.jsonl")
@@ -343,22 +339,23 @@ def test_a_first_line_is_a_function_only_where_functions_are_offered(
 
 
 @pytest.mark.parametrize("said_by", ["the command", "the run"])
-def test_columns_that_only_the_user_knows_are_read(tmp_path: Path, said_by: str) -> None:
+def test_columns_that_only_the_user_knows_are_read(
+    tmp_path: Path, said_by: str, template: ChatTemplate
+) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"ask": "Q", "tell": "A"}\n')
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
-    options = PredictOptions(columns=("ask", "tell"))
+    options = RowOptions(columns=("ask", "tell"))
     if said_by == "the run":
-        options = PredictOptions()
+        options = RowOptions()
         (checkpoint / "finetune.json").write_text("{}")
         (checkpoint / "config.yaml").write_text(
             "model: {path: m}\nmethod: {kind: lora}\ntraining: {output_dir: o}\n"
             "data: {train: x.jsonl, columns: {prompt: ask, response: tell}}\n"
         )
-    rows = prediction._rows(str(checkpoint), options)
-    (question,) = prediction._questions([str(file)], rows)
-    assert [m.content for m in question.conversation.messages] == ["Q", "A"]
-    assert question.reply == 1
+    (prompt,) = Dialogues([str(file)], options.section(str(checkpoint))).prompts(template)
+    assert [m.content for m in prompt.conversation.messages] == ["Q", "A"]
+    assert prompt.index == 1
     with pytest.raises(DataError, match="not known by its columns"):
-        list(prediction._questions([str(file)], prediction._rows("m", PredictOptions())))
+        list(Dialogues([str(file)], RowOptions().section("m")).prompts(template))

@@ -15,9 +15,10 @@ from rows import read_rows, write_rows
 
 from finetune.data.dialogue.conversation import Message
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation import metrics, pairs, scoring, texts
+from finetune.evaluation import scoring
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.predictions import Prediction
+from finetune.evaluation.scores import metrics, pairs, texts
 from finetune.evaluation.scoring import Scoring, score_file
 from finetune.storage.files import json_line
 

@@ -20,7 +20,7 @@ from finetune.data.dialogue.conversation import Message
 from finetune.export.merge import merge
 from finetune.generation.generate import generate
 from finetune.generation.load import OpenedModel, open_model
-from finetune.generation.predict import reply_messages
+from finetune.generation.messages import reply_messages
 from finetune.generation.stream import Piece, ReplyStream
 from finetune.serving.job import StopStrings
 

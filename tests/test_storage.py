@@ -295,14 +295,14 @@ def start(output: Path, identity: str = "this", **options: bool) -> journal.Resu
 def test_an_output_goes_on_behind_the_lines_of_the_same_command_only(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     first = start(output)
-    first.append(ROWS)
+    first.journal.append(ROWS)
     first.close()
     again = start(output)
     assert again.before == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
     again.close()
     other = start(output, "that")
     assert other.before == []  # type: ignore[attr-defined]
-    other.append(ROWS[:1])
+    other.journal.append(ROWS[:1])
     other.finish()
     assert list(journal.rows(output)) == ROWS[:1]
     assert names(tmp_path) == {"out.jsonl"}
@@ -329,8 +329,8 @@ def test_somebody_elses_part_file_is_not_emptied(tmp_path: Path) -> None:
 
 def write_all(output: Path) -> None:
     work = start(output)
-    work.append(ROWS[:3])
-    work.append(ROWS[3:])
+    work.journal.append(ROWS[:3])
+    work.journal.append(ROWS[3:])
     work.finish()
 
 
@@ -341,7 +341,7 @@ def test_killed_at_any_change_an_output_has_all_lines_once(tmp_path: Path) -> No
         output = folder / "out.jsonl"
         code = ended_at(last, partial(write_all, output))
         work = start(output)
-        work.append(ROWS[len(work.before) :])  # type: ignore[attr-defined]
+        work.journal.append(ROWS[len(work.before) :])  # type: ignore[attr-defined]
         work.finish()
         files.sweep(folder)
         assert list(journal.rows(output)) == ROWS

@@ -15,12 +15,12 @@ from torch import nn
 
 from finetune import methods
 from finetune.config.schema import EvaluationSection, LoraMethod, TrainingSection
+from finetune.distributed.device import preserve_rng
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, ModelError, NonFiniteError
 from finetune.training.arguments import Rates
 from finetune.training.callbacks.schedule import Schedule
 from finetune.training.checkpointing import check_weights
-from finetune.training.measuring.validation import preserve_rng
 
 # --- learning rates ------------------------------------------------------------------------------
 

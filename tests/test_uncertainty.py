@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.evaluation import statistics, texts
-from finetune.evaluation.statistics import LossTable, Measure, ReplyTable, compare, holm, intervals
+from finetune.evaluation.scores import statistics, texts
+from finetune.evaluation.scores.statistics import (
+    LossTable,
+    Measure,
+    ReplyTable,
+    compare,
+    holm,
+    intervals,
+)
 
 
 def means(values: np.ndarray, *names: str) -> Measure:

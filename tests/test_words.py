@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_metrics import pair
 
-from finetune.evaluation.metrics import numbers_of, signatures
-from finetune.evaluation.texts import content_words, script_words
+from finetune.evaluation.scores.metrics import numbers_of, signatures
+from finetune.evaluation.scores.texts import content_words, script_words
 
 SENTENCES = Path(__file__).parents[1] / "scripts" / "evidence" / "languages.jsonl"
 ROWS = [json.loads(line) for line in SENTENCES.read_text("utf-8").splitlines()]
@@ -80,7 +80,7 @@ def test_random_texts_over_the_same_words_have_no_high_bleu() -> None:
 
 
 def test_one_word_labels_have_a_corpus_bleu() -> None:
-    from finetune.evaluation.statistics import ReplyTable
+    from finetune.evaluation.scores.statistics import ReplyTable
 
     table = ReplyTable()
     for number, (reply, label) in enumerate([("yes", "yes"), ("no", "no"), ("no", "yes")]):

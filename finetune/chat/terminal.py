@@ -110,7 +110,7 @@ class Voice:
         """The messages of the reply: one, or several calls. Ctrl-C ends it where it is."""
         from finetune.distributed.map_batches import evaluating
         from finetune.generation.decoder import Decoding, Request, write_replies
-        from finetune.generation.predict import reply_messages
+        from finetune.generation.messages import reply_messages
 
         prompt = self.template.prompt(conversation, len(conversation.messages))
         speech = Speech(self.template, conversation.tools, show)

@@ -26,7 +26,7 @@ def schema(
     if markdown:
         console.say(reference_page().rstrip())
         return
-    from finetune.evaluation.metrics import CHOOSING
+    from finetune.evaluation.scores.metrics import CHOOSING
 
     found = json_schema()
     found["$defs"]["EvaluationSection"]["properties"]["best_metric"]["enum"] = CHOOSING

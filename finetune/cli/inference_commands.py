@@ -62,6 +62,7 @@ def predict(
     with console.json_output(as_json) as emit:
         check_output_file(output)
         target = model_in(target)
+        from finetune.generation.dialogues import RowOptions
         from finetune.generation.predict import PredictOptions
         from finetune.generation.predict import predict as run
         from finetune.generation.structured import read_form
@@ -70,10 +71,7 @@ def predict(
             max_new_tokens,
             batch_size,
             backend,
-            columns=columns,
-            format=format,
-            image_root=image_root,
-            rows=tuple(rows or ()),
+            RowOptions(columns, format, image_root, tuple(rows or ())),
             form=read_form(json_schema, must_call=require_call),
         )
         emit(run(target, data, output, base=base, options=options, overwrite=overwrite))

@@ -49,7 +49,7 @@ def check_inputs(loaded: Loaded) -> None:
         said = f"{deepspeed} is not a file (seen from {Path.cwd()})"
         problems.append(loaded.problem(("deepspeed", "config"), said))
         kinds.append(ConfigError)
-    from finetune.evaluation.metrics import best_metric_problem
+    from finetune.evaluation.scores.metrics import best_metric_problem
 
     if reason := best_metric_problem(config.evaluation.best_metric):
         problems.append(loaded.problem(("evaluation", "best_metric"), reason))
@@ -81,7 +81,7 @@ def check_output_file(output: Path) -> None:
         if output.is_dir():
             raise ConfigError(f"--output: {output} is a folder; name a file")
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_name(f"{output.name}.part.json").exists()  # its name may be too long
+        output.with_name(f"{output.name}.part.batches").exists()  # its name may be too long
         if not os.access(output.parent, os.W_OK | os.X_OK):
             raise ConfigError(f"--output: {output} cannot be written (its folder is read-only)")
     except (OSError, ValueError) as error:

@@ -7,13 +7,16 @@ are used; what else torch may know is not, and said to be there. `FINETUNE_DEVIC
 from __future__ import annotations
 
 import os
+import random
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune import launcher
@@ -270,3 +273,20 @@ def collective_version() -> str | None:
 def _module(found: str) -> Any:
     """torch.cuda, torch.npu, torch.xpu or torch.mps."""
     return getattr(torch, found)
+
+
+@contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Random streams go on afterwards as if nothing had happened.
+
+    So a run learns the same whether or not it is evaluated on the way.
+    """
+    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_device = random_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_cpu)
+        set_random_state(on_device)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from finetune.distributed import device, position
 from finetune.errors import FinetuneError
 
 Result = TypeVar("Result")
+_STORES = count()
 
 PATIENCE = timedelta(hours=12)
 """How long the processes wait for one that reads or writes a disk; it gives signs of life meanwhile."""
@@ -85,6 +87,17 @@ def gather_objects(value: Result, group: Any = None) -> list[Result]:
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def shared_store(purpose: str) -> Any:
+    """A key-value store of the process group, empty and for one purpose; None for a single process.
+
+    Every process calls it at the same points.
+    """
+    if rank_and_world()[1] == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"finetune/{purpose}/{next(_STORES)}", store)  # type: ignore[attr-defined]
 
 
 def broadcast_from_rank0(work: Callable[[], Result], group: Any = None) -> Result:

@@ -1,70 +1,26 @@
-"""Models and held-out dialogues -> loss, scores, comparisons and every prediction.
-
-`evaluate_model` serves training, `evaluate` is the command; both generate and score in the same way.
-"""
+"""Models and held-out dialogues -> loss, scores, comparisons and every prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.config.schema import EvaluationSection
-from finetune.data.chat.template import ChatTemplate
 from finetune.errors import ConfigError
-from finetune.evaluation import folder, job
-from finetune.evaluation.job import Options, build_prompts, predict_windows
-from finetune.evaluation.predictions import Prediction, Scores
+from finetune.evaluation import compute, folder, job
+from finetune.evaluation.options import Options
 from finetune.evaluation.scores import added
-from finetune.evaluation.scoring import Scoring, score, user_metric
-from finetune.evaluation.statistics import ReplyTable
+from finetune.evaluation.scoring import user_metric
 from finetune.evaluation.targets import Target, find_targets
-from finetune.generation.prompts import ReplyPrompt
 from finetune.generation.settings import Settings, settings_of
 from finetune.storage.cache import default_root
 
 if TYPE_CHECKING:
-    from finetune.distributed.map_batches import Poll
+    pass
 
-__all__ = ["EvaluationResult", "Options", "build_prompts", "evaluate", "evaluate_model"]
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationResult:
-    """What a model scores on a list of prompts."""
-
-    scores: Scores
-    predictions: list[Prediction]
-    """In the order of the prompts."""
-
-
-def evaluate_model(
-    model: Any,
-    template: ChatTemplate,
-    prompts: Sequence[ReplyPrompt],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    should_stop: Poll | None = None,
-) -> EvaluationResult:
-    """Scores of the greedy replies to `prompts`; the same on every process, and for any number of them.
-
-    Replies are generated and scored as `evaluate` does it (law 10).
-
-    Raises:
-        DataError: a prompt leaves no room for `max_new_tokens`; names it.
-        EvaluationStoppedError: `should_stop` returned True.
-    """
-    table, predictions = ReplyTable(), []
-    section = EvaluationSection(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    for window in predict_windows(model, template, iter(prompts), section, should_stop=should_stop):
-        for prediction in window:
-            one = score(prediction, Scoring())
-            table.add(one.where, one.scores, one.counts)
-            predictions.append(one)
-    return EvaluationResult(table.scores(), predictions)
+__all__ = ["Options", "evaluate"]
 
 
 def evaluate(
@@ -110,7 +66,7 @@ def evaluate(
     jobs = [job.prepare(target, settings, options) for target in whole] if settings else []
     place = output or _beside(found[0], settings)
     folder.check_place(place, found, options)
-    job.run(jobs)
+    compute.run(jobs)
     if not console.is_main():
         return {}
     return folder.write(place, found, jobs, options)

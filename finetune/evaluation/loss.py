@@ -11,7 +11,7 @@ import torch
 
 from finetune.data.examples.dataset import IGNORED, Example
 from finetune.distributed.map_batches import Poll, longest_first, map_batches
-from finetune.evaluation.statistics import LossTable
+from finetune.evaluation.scores.statistics import LossTable
 from finetune.models.loss import supervised_loss
 
 

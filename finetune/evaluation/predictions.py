@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finetune.data.dialogue.conversation import Message
-from finetune.evaluation.texts import is_chinese
+from finetune.evaluation.scores.texts import is_chinese
 from finetune.storage.files import json_line, whole_file
 
 if TYPE_CHECKING:
-    from finetune.data.chat.template import ChatTemplate
     from finetune.generation.prompts import ReplyPrompt
 
 Scores: TypeAlias = dict[str, float | None]
@@ -105,12 +104,10 @@ def read_unscored(row: Mapping[str, Any]) -> Prediction:
     )
 
 
-def predicted(
-    prompt: ReplyPrompt, ids: tuple[int, ...], stopped: bool, template: ChatTemplate
-) -> Prediction:
+def predicted(prompt: ReplyPrompt, ids: tuple[int, ...], stopped: bool) -> Prediction:
     """The prediction that a model's new tokens are."""
     return Prediction(
-        reply=template.parse(ids),
+        reply=prompt.template.parse(ids),
         reference=prompt.reference,
         stopped=stopped,
         tools=tuple(prompt.tools),

@@ -21,8 +21,8 @@ from finetune.artifacts.names import EVALUATION, RUN_CONFIG, RUN_DATA, RUN_METRI
 from finetune.artifacts.plain_files import check_plain
 from finetune.data.chat.image import ImageError, opened_image
 from finetune.errors import DataError
-from finetune.evaluation.metrics import headline_of, metric
 from finetune.evaluation.scores.labels import LabelReport
+from finetune.evaluation.scores.metrics import headline_of, metric
 from finetune.storage.files import whole_binary, write_file
 from finetune.storage.folders import finish_result
 
@@ -67,6 +67,8 @@ class TargetScores(_Part):
     predictions: str
     scores: dict[str, Score]
     seconds: Number = None
+    prompts_per_rank: list[Count] = []
+    """How many prompts each process answered when it was last generated."""
 
 
 class Comparison(_Part):

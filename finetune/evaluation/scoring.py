@@ -28,9 +28,9 @@ from typing import Any
 from finetune.data.dialogue.conversation import Message
 from finetune.data.reading.files import BadRow, read_rows
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation.metrics import METRICS, numbers_of
-from finetune.evaluation.pairs import DEFINITION, DefinitionName
 from finetune.evaluation.predictions import Prediction, language, read_unscored, text
+from finetune.evaluation.scores.metrics import METRICS, numbers_of
+from finetune.evaluation.scores.pairs import DEFINITION, DefinitionName
 from finetune.storage.files import json_line, whole_file
 
 FORMAT = 3

@@ -176,7 +176,7 @@ def _scores(folder: Path, state: Mapping[str, Any]) -> str:
     logged = [entry for entry in state.get("log_history") or () if "eval_loss" in entry]
     if not logged or logged[-1].get("step") != state.get("global_step"):
         return ""
-    from finetune.evaluation.metrics import signatures
+    from finetune.evaluation.scores.metrics import signatures
 
     scores = {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith("eval_")}
     text = "\n### Scores on the held-out data in training\n\n"

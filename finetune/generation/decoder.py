@@ -249,8 +249,8 @@ class Decoder:
 
     @property
     def is_sparse(self) -> bool:
-        """At most half of the rows that are computed have not ended."""
-        return 2 * len(self.active) <= len(self._rows)
+        """So many of the rows that are computed have ended that dropping them pays."""
+        return 4 * len(self.active) <= 3 * len(self._rows)
 
     def _append(self, rows: Sequence[DecodingRow], logits: Tensor) -> None:
         likeliest = logits.argmax(dim=-1).tolist()

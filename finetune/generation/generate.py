@@ -1,19 +1,31 @@
-"""A list of prompts -> their replies: in groups, shared out over the processes."""
+"""Windows of prompts -> their replies: in batches of like length, which the processes take in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Protocol, TypeAlias
 
-from finetune.distributed.map_batches import Poll, evaluating, longest_first, map_batches
-from finetune.distributed.processes import is_sharded
+from finetune import console
+from finetune.distributed.map_batches import Collected, Deal, Poll, evaluating, longest_first
+from finetune.distributed.processes import (
+    broadcast_from_rank0,
+    is_rank0,
+    is_sharded,
+    rank_and_world,
+)
 from finetune.errors import DataError
 from finetune.generation.batch import Prompt, SharedPrefix, head_size
 from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
+from finetune.generation.prompts import window_size
 
-BATCHES_PER_GROUP = 2
-"""A group is the work of one process at a time: large enough for refilled rows to pay."""
+Row: TypeAlias = "list[Any]"
+"""A reply as JSON holds it: index, ids, whether it stopped."""
+
+POSITIONS = ("max_position_embeddings", "seq_length")
+"""What a config calls them."""
 CACHE_BYTES = 4 << 30
 """Keys and values that a batch may hold."""
 
@@ -43,7 +55,7 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SeededSampling:
     """Tokens drawn by their probability; a reply depends on its prompt's number and the seed alone."""
 
     temperature: float
@@ -58,25 +70,22 @@ class Sampling:
         return Decoding(max_new_tokens, self.temperature, seed=seed)
 
 
-class GroupLog(Protocol):
-    """Keeps finished groups of one list of prompts, so that they are not generated again."""
-
-    def known(self) -> dict[int, list[Reply]]:
-        """Groups that are there already, by number; the same on every process."""
-
-    def note(self, number: int, group: list[Reply]) -> None:
-        """Keeps a group that this process finished."""
-
-
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What most callers of `generate` do without."""
+    """What most callers do without."""
 
-    sampling: Sampling | None = None
+    sampling: SeededSampling | None = None
     """Without it a reply is greedy."""
-    log: GroupLog | None = None
     constraint_at: Callable[[int], Constraint | None] | None = None
     """What the reply to a prompt may be, by the prompt's number in the list."""
+
+    def behind(self, first: int) -> Extras:
+        """The same for a list that begins with prompt `first` of this one's."""
+        sampling, constraint_at = self.sampling, self.constraint_at
+        if sampling is not None:
+            sampling = replace(sampling, first=sampling.first + first)
+        at = None if constraint_at is None else (lambda number: constraint_at(first + number))
+        return Extras(sampling, at)
 
     def request(self, prompt: Prompt, number: int, max_new_tokens: int) -> Request:
         """What is asked of prompt `number`."""
@@ -85,6 +94,172 @@ class Extras:
             decoding = self.sampling.decoding(max_new_tokens, number)
         constraint = self.constraint_at(number) if self.constraint_at is not None else None
         return Request(prompt, decoding, constraint=constraint)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Prompts that are sorted by length together."""
+
+    prompts: Sequence[Prompt]
+    extras: Extras = Extras()
+    known: Mapping[int, list[Row]] = field(default_factory=dict)
+    """Batches whose replies are there already, by number."""
+
+
+class Generator:
+    """A model that answers windows of prompts, computed by all processes together.
+
+    What a batch is, and so every tensor, does not depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        template: StopTokens,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        should_stop: Poll | None = None,
+    ) -> None:
+        self._model = model
+        self._stop_ids = template.stop_ids
+        self._max_new_tokens = max_new_tokens
+        self._batch_size = batch_size
+        self._should_stop = should_stop
+        self.prompts_per_rank = [0] * rank_and_world()[1]
+        """How many prompts each process has answered; known on rank 0."""
+
+    def replies(
+        self,
+        windows: Iterable[Window],
+        *,
+        note: Callable[[int, list[Row]], object] = lambda *_: None,
+        total: int | None = None,
+    ) -> Iterator[list[Reply]]:
+        """The replies to each window's prompts, in their order; on rank 0, nothing elsewhere.
+
+        All processes call this together, with equal windows, and go through it to the end.
+
+        Args:
+            windows: what is asked.
+            note: told of every batch of the window that comes next, as soon as rank 0 has it.
+            total: of prompts, if it is known.
+        """
+        done: list[Reply] = []
+        with evaluating(self._model), console.progress(total, "replies") as bar:
+            for batch, rows in self._answered(windows):
+                if batch.known is None:
+                    note(batch.number, rows)
+                done += [Reply(index, tuple(ids), stopped) for index, ids, stopped in rows]
+                bar.advance(len(rows))
+                if batch.is_last:
+                    yield sorted(done, key=lambda reply: reply.index)
+                    done = []
+
+    def _answered(self, windows: Iterable[Window]) -> Iterator[tuple[_Batch, list[Row]]]:
+        """Every batch with its replies, in their order, on rank 0 as they come."""
+        queue = _Queue(self.prompts_per_rank)
+        deal: Deal[_Batch] = Deal(in_step=is_sharded(self._model), should_stop=self._should_stop)
+        for batches in self._cut(windows):
+            queue.expect(batches)
+            for batch, counts in deal.window([one for one in batches if one.known is None]):
+                rows = self._write(batch)
+                if counts and len(rows) == len(batch.indices):
+                    queue.put(batch, rows)
+                yield from queue.arrived()
+            if deal.stopped:
+                break
+        deal.finish()
+        yield from queue.arrived()
+
+    def _cut(self, windows: Iterable[Window]) -> Iterator[list[_Batch]]:
+        keys = count()
+        for window in windows:
+            opened = _OpenWindow(window)
+            plan = plan_batches([len(prompt) for prompt in window.prompts], self._batch_size)
+            yield [
+                _Batch(opened, number, indices, next(keys), is_last=number == len(plan) - 1)
+                for number, indices in enumerate(plan)
+            ]
+
+    def _write(self, batch: _Batch) -> list[Row]:
+        """The replies of one batch; fewer when `should_stop` returned True."""
+        prompts, extras = batch.window.of.prompts, batch.window.of.extras
+        longest = max(len(prompts[index]) for index in batch.indices) + self._max_new_tokens
+        rows = write_replies(
+            self._model,
+            self._stop_ids,
+            [extras.request(prompts[i], i, self._max_new_tokens) for i in batch.indices],
+            slots=max(1, cache_tokens(self._model) // longest),
+            prefix=batch.window.prefix(self._model),
+            should_stop=self._should_stop,
+        )
+        return [
+            [index, row.ids, row.stopped] for index, row in zip(batch.indices, rows, strict=False)
+        ]
+
+
+class _OpenWindow:
+    """A window, and what its prompts begin with once that is computed."""
+
+    def __init__(self, window: Window) -> None:
+        self.of = window
+        self._prefix: SharedPrefix | None = None
+
+    def prefix(self, model: Any) -> SharedPrefix:
+        if self._prefix is None:
+            self._prefix = SharedPrefix(model, self.of.prompts)
+        return self._prefix
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What one process computes at a time."""
+
+    window: _OpenWindow
+    number: int
+    """In its window."""
+    indices: list[int]
+    key: int
+    """Number among the batches of all windows."""
+    is_last: bool
+    """Of its window."""
+
+    @property
+    def known(self) -> list[Row] | None:
+        return self.window.of.known.get(self.number)
+
+
+class _Queue:
+    """Batches on their way: rank 0 gets them with their replies, in their order."""
+
+    def __init__(self, prompts_per_rank: list[int]) -> None:
+        self._collected = Collected()
+        self._prompts_per_rank = prompts_per_rank
+        self._leads = is_rank0()
+        self._waiting = deque[_Batch]()
+
+    def expect(self, batches: Iterable[_Batch]) -> None:
+        """What comes next."""
+        if self._leads:
+            self._waiting.extend(batches)
+
+    def put(self, batch: _Batch, rows: list[Row]) -> None:
+        """The replies of a batch that this process computed."""
+        self._collected.put(batch.key, rows)
+
+    def arrived(self) -> Iterator[tuple[_Batch, list[Row]]]:
+        """On rank 0 the batches that come next and are there."""
+        while self._waiting:
+            batch = self._waiting[0]
+            rows = batch.known
+            if rows is None:
+                found = self._collected.take(batch.key)
+                if found is None:
+                    return
+                rank, rows = found
+                self._prompts_per_rank[rank] += len(rows)
+            yield self._waiting.popleft(), rows
 
 
 def generate(
@@ -99,8 +274,7 @@ def generate(
 ) -> list[Reply]:
     """The reply to every prompt, in the order of `prompts`, on every process.
 
-    All processes call this together with the same arguments. Groups of prompts are dealt out to them;
-    what a group is, and so every tensor, does not depend on the number of processes.
+    All processes call this together with the same arguments.
 
     Args:
         model: a causal language model, PEFT or not, not wrapped by DDP or DeepSpeed.
@@ -108,44 +282,28 @@ def generate(
         prompts: token ids, each ending where a reply begins.
         max_new_tokens: N; a reply that is cut here has not stopped.
         batch_size: prompts at once; fewer where their cache would take more than `CACHE_BYTES`.
-        should_stop: polled at every new token and, by all processes together, after every group.
-        extras: sampling, and a log of finished groups.
+        should_stop: polled at every new token and behind every batch.
+        extras: sampling, and what replies may be.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens` in the model's context.
         EvaluationStoppedError: `should_stop` returned True on some process.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    check_context(model, lengths, max_new_tokens)
-    groups = plan_batches(lengths, batch_size * BATCHES_PER_GROUP)
-    known = extras.log.known() if extras.log else {}
-    numbers = {group[0]: number for number, group in enumerate(groups) if number not in known}
-    with evaluating(model):
-        prefix = SharedPrefix(model, prompts if numbers else [])
-
-        def work(group: list[int]) -> list[Reply]:
-            room = cache_tokens(model) // (lengths[group[0]] + max_new_tokens)
-            rows = write_replies(
-                model,
-                template.stop_ids,
-                [extras.request(prompts[index], index, max_new_tokens) for index in group],
-                # Weights that are gathered layer by layer are gathered for as many rows as have room.
-                slots=max(1, room if is_sharded(model) else min(batch_size, room)),
-                prefix=prefix,
-                should_stop=should_stop,
-            )
-            replies = [
-                Reply(index, tuple(row.ids), row.stopped)
-                for index, row in zip(group, rows, strict=False)
-            ]
-            if extras.log and len(replies) == len(group):
-                extras.log.note(numbers[group[0]], replies)
-            return replies
-
-        missing = [groups[number] for number in numbers.values()]
-        parts = map_batches(model, missing, work, label="replies", should_stop=should_stop)
-    everything = [reply for part in (*known.values(), *parts) for reply in part]
-    return sorted(everything, key=lambda reply: reply.index)
+    check_context(context_length(model), [len(prompt) for prompt in prompts], max_new_tokens)
+    size = window_size(batch_size)
+    firsts = range(0, len(prompts), size)
+    windows = (Window(prompts[first : first + size], extras.behind(first)) for first in firsts)
+    generator = Generator(
+        model, template,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, should_stop=should_stop,
+    )  # fmt: skip
+    answered = list(generator.replies(windows, total=len(prompts)))  # to its end, everywhere
+    found = [
+        replace(reply, index=first + reply.index)
+        for first, replies in zip(firsts, answered, strict=False)
+        for reply in replies
+    ]
+    return broadcast_from_rank0(lambda: found)
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -168,13 +326,12 @@ def cache_tokens(model: Any) -> int:
 
 
 def check_context(
-    model: Any,
+    limit: int | None,
     lengths: Sequence[int],
     max_new_tokens: int,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Raises DataError naming the prompts that leave no room for `max_new_tokens`."""
-    limit = context_length(model)
+    """Raises DataError naming the prompts that leave no room for `max_new_tokens` in `limit` positions."""
     too_long = [i for i, length in enumerate(lengths) if limit and length + max_new_tokens > limit]
     if not too_long:
         return
@@ -192,8 +349,5 @@ def check_context(
 
 def context_length(model: Any) -> int | None:
     """Positions that the model was made for, when its config says so."""
-    config = model.config
-    for name in ("max_position_embeddings", "seq_length"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return None
+    found = (getattr(model.config, name, None) for name in POSITIONS)
+    return next((value for value in found if isinstance(value, int)), None)

@@ -1,4 +1,4 @@
-"""Dialogues to prompts whose replies are known: what an evaluation asks the model.
+"""Dialogues -> prompts: for the replies that they hold, as an evaluation asks, or for the one that comes next.
 
 A prompt is the dialogue before the reply, so it never contains its reference.
 """
@@ -16,16 +16,34 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from finetune import console
+from finetune.config.schema import EvaluationSection
 from finetune.data.chat.image import ImagePrompt
 from finetune.data.dialogue.conversation import Conversation, Message
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
 
+Replies = Literal["every_reply", "last_reply", "next_reply"]
+BATCHES_PER_WINDOW = 64
+"""Batches whose prompts are sorted by length together, and whose replies are kept together."""
 _SAMPLE_SEED = 0
 """The sample of replies is the same in every run, whatever its training seed."""
 _NAMED = 5
 _BATCH = 256
+
+
+def window_size(batch_size: int) -> int:
+    """Prompts of a window."""
+    return batch_size * BATCHES_PER_WINDOW
+
+
+class Question(NamedTuple):
+    """A dialogue and the place of the reply that is asked for."""
+
+    conversation: Conversation
+    reply: int
+    """Number of messages before it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,15 +52,39 @@ class ReplyPrompt:
 
     prompt_ids: npt.NDArray[np.int32] | ImagePrompt
     """int32 [T]; ends where the reply begins."""
-    reference: Message
-    tools: tuple[Mapping[str, Any], ...]
-    where: str
-    """`file:line` of the dialogue."""
+    conversation: Conversation
     index: int
     """Place of the reply among the dialogue's messages."""
-    turns: int
-    """User messages of the dialogue before the reply, also those that did not fit."""
     template: ChatTemplate = field(repr=False)
+
+    @property
+    def where(self) -> str:
+        """`file:line` of the dialogue."""
+        return self.conversation.where
+
+    @property
+    def name(self) -> str:
+        """The prompt in messages."""
+        return f"{self.where} message {self.index + 1}"
+
+    @property
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """What the dialogue offers."""
+        return self.conversation.tools
+
+    @property
+    def reference(self) -> Message:
+        """The reply that the dialogue has there; a call is compared without its thought."""
+        reference = self.conversation.messages[self.index]
+        if not reference.metadata:
+            return reference
+        return replace(reference, content=self.template.visible(reference))
+
+    @property
+    def turns(self) -> int:
+        """User messages of the dialogue before the reply, also those that did not fit."""
+        before = self.conversation.messages[: self.index]
+        return sum(message.role == "user" for message in before)
 
     @property
     def text(self) -> str:
@@ -70,23 +112,23 @@ class PromptCounts:
     named: tuple[str, ...]
     """The first of those left out, as `file:line: reason`."""
 
-
-class ReplyPrompts(list[ReplyPrompt]):
-    """Prompts in the order of the data, with their counts."""
-
-    def __init__(self, prompts: Iterable[ReplyPrompt], counts: PromptCounts) -> None:
-        super().__init__(prompts)
-        self.counts = counts
-
-
-class _Question(NamedTuple):
-    conversation: Conversation
-    reply: int
+    def say(self) -> None:
+        """What was left out, and why."""
+        if self.sampled < self.replies:
+            console.say(
+                f"generating {self.sampled} of {self.replies} replies, always the same ones"
+            )
+        if self.shortened:
+            console.say(f"{self.shortened} prompts lost their oldest turns to fit into the context")
+        if self.dropped:
+            named = "".join(f"\n  {line}" for line in self.named)
+            console.warn(f"{self.dropped} prompts do not fit into the context, left out:{named}")
 
 
 class PromptStream(Iterator[ReplyPrompt]):
     """A prompt for every reply of the dialogues, or for a fixed random `max_samples` of them.
 
+    `next_reply` asks for the one at a dialogue's end, before a reply that is there; it has no reference.
     Earlier turns come from the dialogue itself. A prompt over `max_prompt` tokens loses whole
     oldest turns. Replies with `train: false` are not asked for: they are no references.
     """
@@ -96,7 +138,7 @@ class PromptStream(Iterator[ReplyPrompt]):
         conversations: Iterable[Conversation],
         template: ChatTemplate,
         *,
-        replies: Literal["every_reply", "last_reply"] = "every_reply",
+        replies: Replies = "every_reply",
         max_prompt: int | None = None,
         max_samples: int | None = None,
     ) -> None:
@@ -106,6 +148,31 @@ class PromptStream(Iterator[ReplyPrompt]):
         self._max_prompt = max_prompt
         questions = _counted(_questions(conversations, replies), self._tally)
         self._items = self._run(questions, max_samples)
+
+    @classmethod
+    def of(
+        cls,
+        conversations: Iterable[Conversation],
+        template: ChatTemplate,
+        section: EvaluationSection,
+        positions: int | None,
+    ) -> PromptStream:
+        """The prompts that `section` asks for, the same in training and afterwards.
+
+        Args:
+            conversations: the held-out dialogues.
+            template: the checkpoint's.
+            section: which replies, how many, and how long they may be.
+            positions: `context_length(model)`; a prompt that leaves no room for a reply loses its
+                oldest turns.
+        """
+        return cls(
+            conversations,
+            template,
+            replies=section.replies,
+            max_prompt=None if positions is None else positions - section.max_new_tokens,
+            max_samples=section.max_samples,
+        )
 
     def __next__(self) -> ReplyPrompt:
         """The next prompt."""
@@ -123,9 +190,7 @@ class PromptStream(Iterator[ReplyPrompt]):
             named=tuple(self._named),
         )
 
-    def _run(
-        self, questions: Iterator[_Question], max_samples: int | None
-    ) -> Iterator[ReplyPrompt]:
+    def _run(self, questions: Iterator[Question], max_samples: int | None) -> Iterator[ReplyPrompt]:
         if max_samples is not None:
             questions = iter(_sample(questions, max_samples))
         template, tally = self._template, self._tally
@@ -142,32 +207,50 @@ class PromptStream(Iterator[ReplyPrompt]):
                 yield _prompt(question, ids, template)
 
 
-def _questions(
-    conversations: Iterable[Conversation], replies: Literal["every_reply", "last_reply"]
-) -> Iterator[_Question]:
+def prompts_of(
+    conversations: Iterable[Conversation],
+    template: ChatTemplate,
+    section: EvaluationSection,
+    positions: int | None,
+) -> list[ReplyPrompt]:
+    """All of `PromptStream.of`; says what is left out."""
+    stream = PromptStream.of(conversations, template, section, positions)
+    prompts = list(stream)
+    stream.counts.say()
+    return prompts
+
+
+def _questions(conversations: Iterable[Conversation], replies: Replies) -> Iterator[Question]:
     for conversation in conversations:
+        messages = conversation.messages
+        if replies == "next_reply":
+            end = len(messages)
+            while end and messages[end - 1].role == "assistant":
+                end -= 1
+            yield Question(conversation, end)
+            continue
         asked = [
             index
-            for index, message in enumerate(conversation.messages)
+            for index, message in enumerate(messages)
             if message.role == "assistant" and message.train is not False
         ]
         for index in asked if replies == "every_reply" else asked[-1:]:
-            yield _Question(conversation, index)
+            yield Question(conversation, index)
 
 
-def _counted(questions: Iterator[_Question], tally: Counter[str]) -> Iterator[_Question]:
+def _counted(questions: Iterator[Question], tally: Counter[str]) -> Iterator[Question]:
     for question in questions:
         tally["replies"] += 1
         yield question
 
 
-def _sample(questions: Iterator[_Question], count: int) -> list[_Question]:
+def _sample(questions: Iterator[Question], count: int) -> list[Question]:
     """`count` of the questions in their order, each as likely; memory holds no others.
 
     Vitter's reservoir (Algorithm R).
     """
     chooser = random.Random(_SAMPLE_SEED)
-    chosen: list[tuple[int, _Question]] = []
+    chosen: list[tuple[int, Question]] = []
     for place, question in enumerate(questions):
         if place < count:
             chosen.append((place, question))
@@ -177,7 +260,7 @@ def _sample(questions: Iterator[_Question], count: int) -> list[_Question]:
 
 
 def _shortened(
-    question: _Question, full: list[int], template: ChatTemplate, max_prompt: int | None
+    question: Question, full: list[int], template: ChatTemplate, max_prompt: int | None
 ) -> list[int] | None:
     """The prompt with as many turns as fit, or None when not even its last turn does.
 
@@ -206,21 +289,10 @@ def _shortened(
     return fitting
 
 
-def _prompt(question: _Question, ids: list[int], template: ChatTemplate) -> ReplyPrompt:
-    conversation, reply = question
-    reference = conversation.messages[reply]
-    if reference.metadata:  # a call is compared without its thought
-        reference = replace(reference, content=template.visible(reference))
-    return ReplyPrompt(
-        prompt_ids=ids if isinstance(ids, ImagePrompt) else np.array(ids, dtype=np.int32),
-        reference=reference,
-        tools=conversation.tools,
-        where=conversation.where,
-        index=reply,
-        turns=sum(message.role == "user" for message in conversation.messages[:reply]),
-        template=template,
-    )
+def _prompt(question: Question, ids: list[int], template: ChatTemplate) -> ReplyPrompt:
+    prompt_ids = ids if isinstance(ids, ImagePrompt) else np.array(ids, dtype=np.int32)
+    return ReplyPrompt(prompt_ids, question.conversation, question.reply, template)
 
 
-def _too_long(question: _Question) -> str:
+def _too_long(question: Question) -> str:
     return f"{question.conversation.where}: the prompt of message {question.reply + 1} is too long"

@@ -7,78 +7,107 @@ docs/serving.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune import launcher
 from finetune.artifacts.adapter import read_lora
-from finetune.artifacts.resolve import adapter_config, is_adapter, model_base
+from finetune.artifacts.model_config import read_model_config
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.plain_files import read_json
+from finetune.artifacts.resolve import (
+    TOKENIZER_FILES,
+    adapter_config,
+    is_adapter,
+    is_folder,
+    local_folder,
+    model_base,
+)
 from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
 from finetune.errors import ConfigError, DataError, ModelError
-from finetune.generation.batch import Prompt
-from finetune.generation.generate import Reply
+from finetune.generation.generate import POSITIONS, Reply, Row, Window
 from finetune.generation.settings import settings_of
 from finetune.methods import of_adapter
 
-Answer = Callable[[Sequence[Prompt]], list[Reply]]
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` may be."""
 
 
-def open_vllm(
-    target: str | Path,
-    template: ChatTemplate,
-    *,
-    base: str | None,
-    max_length: int,
-    max_new_tokens: int,
-) -> Answer:
-    """A function that answers prompts as `generate` would, by vLLM.
-
-    Args:
-        target: a base or merged model, or a LoRA adapter.
-        template: gives the stop ids.
-        base: the adapter's base where its own record is out of date.
-        max_length: tokens of the longest prompt and its reply together.
-        max_new_tokens: a reply that is cut here has not stopped.
-
-    Raises:
-        ConfigError: vLLM is not installed, or torchrun started several processes.
-        ModelError: vLLM cannot open such an adapter.
-    """
-    vllm = _import_vllm()
+def context_of(target: str | Path, base: str | None) -> int | None:
+    """Positions that the model was made for, by its config.json."""
     weights = model_base(target, base)
-    options: dict[str, Any] = {}
-    request = None
-    if is_adapter(target):
-        options = {"enable_lora": True, "max_lora_rank": _rank(Path(target))}
-        request = vllm.lora.request.LoRARequest("adapter", 1, str(Path(target).resolve()))
-    model = vllm.LLM(
-        model=weights.path,
-        revision=weights.revision,
-        dtype=_dtype(target),
-        max_model_len=max_length,
-        skip_tokenizer_init=True,
-        trust_remote_code=False,
-        **options,
-    )
-    sampling = vllm.SamplingParams(
-        temperature=0,
-        max_tokens=max_new_tokens,
-        stop_token_ids=list(template.stop_ids),
-        detokenize=False,
-    )
+    folder = local_folder(weights.path, weights.revision, files=TOKENIZER_FILES)
+    is_here = is_folder(weights.path)  # of a hub id only the small files are
+    values = read_model_config(folder) if is_here else read_json(folder / MODEL_CONFIG)
+    return next((found for name in POSITIONS if isinstance(found := values.get(name), int)), None)
 
-    def answer(prompts: Sequence[Prompt]) -> list[Reply]:
-        if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
-            raise DataError("images go with --backend transformers, not with vllm")
-        asked = [{"prompt_token_ids": [int(i) for i in prompt]} for prompt in prompts]
-        outputs = model.generate(asked, sampling, use_tqdm=False, lora_request=request)
-        return [_reply(place, output.outputs[0]) for place, output in enumerate(outputs)]
 
-    return answer
+class VllmGenerator:
+    """Answers prompts as `generate.Generator` would."""
+
+    def __init__(
+        self,
+        target: str | Path,
+        template: ChatTemplate,
+        *,
+        base: str | None,
+        max_length: int,
+        max_new_tokens: int,
+    ) -> None:
+        """Opens the model.
+
+        Args:
+            target: a base or merged model, or a LoRA adapter.
+            template: gives the stop ids.
+            base: the adapter's base where its own record is out of date.
+            max_length: tokens of the longest prompt and its reply together.
+            max_new_tokens: a reply that is cut here has not stopped.
+
+        Raises:
+            ConfigError: vLLM is not installed, or torchrun started several processes.
+            ModelError: vLLM cannot open such an adapter.
+        """
+        vllm = _import_vllm()
+        weights = model_base(target, base)
+        options: dict[str, Any] = {}
+        self._request = None
+        if is_adapter(target):
+            options = {"enable_lora": True, "max_lora_rank": _rank(Path(target))}
+            self._request = vllm.lora.request.LoRARequest("adapter", 1, str(Path(target).resolve()))
+        self._model = vllm.LLM(
+            model=weights.path,
+            revision=weights.revision,
+            dtype=_dtype(target),
+            max_model_len=max_length,
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            **options,
+        )
+        self._sampling = vllm.SamplingParams(
+            temperature=0,
+            max_tokens=max_new_tokens,
+            stop_token_ids=list(template.stop_ids),
+            detokenize=False,
+        )
+
+    def replies(
+        self,
+        windows: Iterable[Window],
+        *,
+        note: Callable[[int, list[Row]], object] = lambda *_: None,
+        total: int | None = None,
+    ) -> Iterator[list[Reply]]:
+        """The replies to each window's prompts, in their order; vLLM makes batches of its own."""
+        for window in windows:
+            if any(isinstance(prompt, ImagePrompt) for prompt in window.prompts):
+                raise DataError("images go with --backend transformers, not with vllm")
+            asked = [{"prompt_token_ids": [int(i) for i in prompt]} for prompt in window.prompts]
+            outputs = self._model.generate(
+                asked, self._sampling, use_tqdm=False, lora_request=self._request
+            )
+            yield [_reply(place, output.outputs[0]) for place, output in enumerate(outputs)]
 
 
 def _reply(index: int, output: Any) -> Reply:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation import folder as evaluation_folder
+from finetune.evaluation.compared import rows
 from finetune.evaluation.evaluate import Options
+from finetune.evaluation.folder import write
 from finetune.evaluation.targets import Target
 from finetune.methods import METHODS
 from finetune.report.runs import Run
@@ -41,7 +42,7 @@ def compare(runs: Sequence[Run], output: Path, *, overwrite: bool = False) -> di
             f"{', '.join(odd)}: asked other questions than {first} (data.validation or "
             "evaluation.max_samples differ); `finetune evaluate RUN RUN --data FILE` asks all the same"
         )
-    return evaluation_folder.write(output, targets, [], Options(overwrite=overwrite))
+    return write(output, targets, [], Options(overwrite=overwrite))
 
 
 def targets_of(runs: Sequence[Run]) -> list[Target]:
@@ -68,4 +69,4 @@ def _name(run: Run, runs: Sequence[Run]) -> str:
 
 
 def _asked(file: Path) -> list[tuple[Any, Any]]:
-    return [(row["where"], row["reference"]) for row in evaluation_folder.rows(file)]
+    return [(row["where"], row["reference"]) for row in rows(file)]

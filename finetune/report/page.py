@@ -14,7 +14,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__, console
-from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import (
     Evaluation,
     Score,
@@ -23,6 +22,7 @@ from finetune.evaluation.schema import (
     read_evaluation,
     run_copy,
 )
+from finetune.evaluation.scores.metrics import metric
 from finetune.report import sentences
 from finetune.report.charts import Point, Series, histogram, lines
 from finetune.report.page_data import Content, page_data, read_content

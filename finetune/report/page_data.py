@@ -12,7 +12,6 @@ from typing import Any
 from markupsafe import Markup
 
 from finetune.errors import DataError
-from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.schema import (
     PICTURE_BYTES,
     Evaluation,
@@ -21,6 +20,7 @@ from finetune.evaluation.schema import (
     picture,
     samples,
 )
+from finetune.evaluation.scores.metrics import METRICS
 from finetune.report.sentences import verdict
 
 MOST_SAMPLES = 5000

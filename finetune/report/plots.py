@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.errors import ConfigError
-from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import Evaluation, read_evaluation
+from finetune.evaluation.scores.metrics import metric
 from finetune.report.charts import Series
 from finetune.report.page import colours_of, edges_of, loss_curves, metric_series, runs_of
 from finetune.report.page_data import Content, read_content

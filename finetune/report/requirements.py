@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from finetune.errors import ConfigError, RequirementError
-from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import Evaluation, Score
+from finetune.evaluation.scores.metrics import metric
 from finetune.report import sentences
 
 _LIMIT = re.compile(r"(?P<metric>\S+)\s*(?P<sign>>=|<=|>|<)\s*(?P<value>[-+.\deE]+)(?P<surely>\s+surely)?")  # fmt: skip

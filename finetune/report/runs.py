@@ -25,8 +25,8 @@ from finetune.artifacts.names import EVALUATION, RUN_CONFIG, RUN_DATA, RUN_METRI
 from finetune.artifacts.plain_files import check_plain
 from finetune.config.yaml_text import parse_file
 from finetune.errors import ConfigError
-from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import LARGEST
+from finetune.evaluation.scores.metrics import metric
 
 DEEPEST = 4
 """Folders below the one asked for in which runs are looked for."""

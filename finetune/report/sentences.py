@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.metrics import metric
 from finetune.evaluation.schema import Comparison, Evaluation, Score, TargetScores, goodness
+from finetune.evaluation.scores.metrics import metric
 
 MINUS = "−"
 FEWEST = 10

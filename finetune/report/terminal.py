@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.evaluation.metrics import METRICS, headline_of, metric
 from finetune.evaluation.schema import (
     Evaluation,
     Score,
@@ -18,6 +17,7 @@ from finetune.evaluation.schema import (
     predictions_of,
     read_evaluation,
 )
+from finetune.evaluation.scores.metrics import METRICS, headline_of, metric
 from finetune.report import sentences
 from finetune.report.runs import Run, differences
 

@@ -85,15 +85,84 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield len(line), row
 
 
+class Journal:
+    """Rows that grow in a file window by window; batches of the next window lie in `<file>.batches`.
+
+    A window is a number of rows that are made together; the last one may have fewer.
+    """
+
+    def __init__(self, path: Path, window: int = 1) -> None:
+        self.path = path
+        self._window = window
+        self._batches = path.with_name(f"{path.name}.batches")
+        self._number = 0
+
+    def open(self, of: Callable[[Any], T]) -> list[T]:
+        """`of(row)` of the rows of whole windows; all that follows is cut off."""
+        found = recover(self.path, of, multiple=self._window)
+        self._number = len(found)
+        return found
+
+    def batches(self) -> dict[int, Any]:
+        """What `note` kept of the window that comes next, by number."""
+        noted = [row for row in rows(self._batches) if row.get("behind") == self._number]
+        return {row["batch"]: row["rows"] for row in noted}
+
+    def note(self, batch: int, found: Any) -> None:
+        """Keeps a batch of the window that comes next; it is on the disk when this returns."""
+        self._add(self._batches, [{"behind": self._number, "batch": batch, "rows": found}])
+
+    def append(self, window: Iterable[Mapping[str, Any]]) -> None:
+        """Adds a window; it is on the disk when this returns.
+
+        Raises:
+            SpaceError: the disk is full or fails; the rows before are kept.
+        """
+        self._number += self._add(self.path, window)
+        self._batches.unlink(missing_ok=True)
+
+    def finish(self, output: Path) -> None:
+        """Gives the file its name."""
+        self.path.touch()
+        self.path.replace(output)
+        self.discard()
+
+    def restart(self) -> None:
+        """Forgets every row."""
+        os.truncate(self.path, 0)
+        self._batches.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Removes the file, if it is there, and what lies beside it."""
+        self.path.unlink(missing_ok=True)
+        self._batches.unlink(missing_ok=True)
+
+    def _add(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
+        listed = list(lines)
+        try:
+            append(path, listed)
+        except OSError as error:
+            if not is_disk_error(error):
+                raise
+            raise SpaceError(
+                f"{path} cannot be written ({error.strerror}); what was written before is kept, "
+                "and the same command goes on behind it when there is room"
+            ) from error
+        return len(listed)
+
+
 class ResumableOutput:
     """A JSONL file that grows in `<output>.part`, locked, and takes its name when all is there.
 
     `<output>.part.json` says which command its lines belong to: the same one goes on behind them.
     """
 
-    def __init__(self, output: Path, identity: str, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, output: Path, identity: str, *, window: int = 1, overwrite: bool = False
+    ) -> None:
         self.output = output
         self.part = output.with_name(output.name + ".part")
+        self.journal = Journal(self.part, window)
         self._label = output.with_name(output.name + ".part.json")
         self._identity = identity
         self._overwrite = overwrite
@@ -121,31 +190,15 @@ class ResumableOutput:
             return []
         if label.get("sha256") and not self.part.stat().st_size:  # ended before it tidied up
             self._is_done = self.output.is_file() and file_digest(self.output) == label["sha256"]
-        return recover(self.output if self._is_done else self.part, of)
-
-    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds lines; they are on the disk when this returns.
-
-        Raises:
-            SpaceError: the disk is full or fails; the lines before are kept.
-        """
-        try:
-            append(self.part, rows)
-        except OSError as error:
-            if not is_disk_error(error):
-                raise
-            raise SpaceError(
-                f"{self.part} cannot be written ({error.strerror}); what was written before is kept, "
-                "and the same command goes on behind it when there is room"
-            ) from error
+        return recover(self.output, of) if self._is_done else self.journal.open(of)
 
     def finish(self) -> None:
         """Gives the file its name."""
         if self._is_done:
-            self.part.unlink(missing_ok=True)
+            self.journal.discard()
         else:
             self._write_label({"sha256": file_digest(self.part)})
-            self.part.replace(self.output)
+            self.journal.finish(self.output)
             fsync_folder(self.output.parent)
         self._label.unlink(missing_ok=True)
         self.close()
@@ -163,7 +216,7 @@ class ResumableOutput:
                 f"{self.part} is there, and this program did not write it; move it away, choose "
                 "another --output, or say --overwrite"
             )
-        os.truncate(self.part, 0)
+        self.journal.restart()
         self._write_label({})
 
     def _read_label(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def warm_up(model: Path) -> None:
 
     import finetune.training.run
     import finetune.training.trainer  # noqa: F401
-    from finetune.evaluation.texts import jieba_words as words
+    from finetune.evaluation.scores.texts import jieba_words as words
     from finetune.generation.load import open_model
 
     words("warm up")

@@ -23,8 +23,8 @@ BEGIN, END = "<!-- languages -->", "<!-- end of languages -->"
 def scores_of(reply: str, reference: str, definition: str = "default") -> dict[str, float]:
     """The scores of a pair of texts."""
     from finetune.data.dialogue.conversation import Message
-    from finetune.evaluation.metrics import numbers_of
     from finetune.evaluation.predictions import Prediction
+    from finetune.evaluation.scores.metrics import numbers_of
 
     one, other = Message("assistant", reply), Message("assistant", reference)
     scores, _ = numbers_of(Prediction(one, other), definition)

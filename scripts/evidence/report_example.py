@@ -83,8 +83,8 @@ def document(folder: Path, docs: Path) -> None:
 def table(folder: Path) -> str:
     """The scores in Markdown, and the answer in words."""
     sys.path.insert(0, str(ROOT))
-    from finetune.evaluation.metrics import METRICS, metric
     from finetune.evaluation.schema import Score, read_evaluation
+    from finetune.evaluation.scores.metrics import METRICS, metric
     from finetune.report import sentences
 
     evaluation = read_evaluation(folder)

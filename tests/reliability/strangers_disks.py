@@ -50,7 +50,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def changed_meanwhile(change: Callable[[Path], object], folder: Path) -> None:
     """Replies to rows that were not there, or are there no longer, are not handed over in silence."""
     data = ask(folder, 4)
-    faults.at("finetune.storage.journal", "ResumableOutput.append", 1, lambda: change(data))
+    faults.at("finetune.storage.journal", "Journal.append", 1, lambda: change(data))
     code, said = predict(data, folder / "out.jsonl")
     refused(code, said, "ask.jsonl")
     assert not (folder / "out.jsonl").exists()
@@ -58,12 +58,12 @@ def changed_meanwhile(change: Callable[[Path], object], folder: Path) -> None:
 
 def changed_between(change: Callable[[Path], object], folder: Path) -> None:
     """After a kill and a change nothing of the earlier replies is used."""
-    from finetune.generation import predict as prediction
+    from finetune.generation import prompts
 
     data, output = ask(folder, 4), folder / "out.jsonl"
-    prediction.BATCHES_PER_WINDOW = 1
+    prompts.BATCHES_PER_WINDOW = 1
     if (child := os.fork()) == 0:
-        faults.at("finetune.storage.journal", "ResumableOutput.append", 3, lambda: os._exit(9))
+        faults.at("finetune.storage.journal", "Journal.append", 3, lambda: os._exit(9))
         predict(data, output)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

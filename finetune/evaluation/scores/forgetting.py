@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.evaluation.metrics import metric
-from finetune.evaluation.statistics import LEVEL, Measure, compare, holm, resampled
+from finetune.evaluation.scores.metrics import metric
+from finetune.evaluation.scores.statistics import LEVEL, Measure, compare, holm, resampled
 
 RESAMPLES = 4999
 

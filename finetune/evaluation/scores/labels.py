@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from finetune.evaluation.metrics import of_source
-from finetune.evaluation.statistics import Measure, Score, described, intervals
-from finetune.evaluation.texts import Numbers
+from finetune.evaluation.scores.metrics import of_source
+from finetune.evaluation.scores.statistics import Measure, Score, described, intervals
+from finetune.evaluation.scores.texts import Numbers
 
 MOST = 50
 """Labels of a set; more are answers of another kind."""

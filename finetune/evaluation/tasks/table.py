@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.evaluation.statistics import Measure, Score, described, intervals
-from finetune.evaluation.texts import Numbers
+from finetune.evaluation.scores.statistics import Measure, Score, described, intervals
+from finetune.evaluation.scores.texts import Numbers
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from finetune.artifacts import checkpoint
 from finetune.config.schema import Method, TrainingSection
 from finetune.distributed.device import local_device, memory_gb
 from finetune.distributed.processes import rank_and_world
-from finetune.evaluation.metrics import metric
+from finetune.evaluation.scores.metrics import metric
 from finetune.training.callbacks.throughput import Work, gpu_memory, work_of
 from finetune.training.measuring.keeping import conclusion
 from finetune.training.objective import StepCounts

@@ -14,7 +14,7 @@ from finetune.artifacts.names import RUN_METRICS
 from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.schema import EvaluationSection, TrainingSection
 from finetune.distributed.signals import StopFlag
-from finetune.evaluation.metrics import is_better
+from finetune.evaluation.scores.metrics import is_better
 from finetune.storage import journal
 from finetune.storage.disk import BestEffort
 from finetune.storage.files import json_line, write_file

@@ -17,12 +17,13 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import PreparedDataset
 from finetune.distributed.map_batches import Poll
-from finetune.evaluation.evaluate import evaluate_model
 from finetune.evaluation.loss import validation_loss
+from finetune.evaluation.model_scores import evaluate_model
 from finetune.evaluation.scores import forgetting
 from finetune.evaluation.scores.forgetting import Criterion
-from finetune.evaluation.statistics import Measure
-from finetune.evaluation.tasks import calls, harness, plan
+from finetune.evaluation.scores.statistics import Measure
+from finetune.evaluation.tasks.ask import ask
+from finetune.evaluation.tasks.harness import Asking
 from finetune.generation.prompts import ReplyPrompt
 from finetune.storage import journal
 from finetune.storage.disk import BestEffort
@@ -63,7 +64,6 @@ class Kept:
         if self.prompts:
             replies = evaluate_model(
                 model,
-                self.template,
                 self.prompts,
                 max_new_tokens=self.evaluation.max_new_tokens,
                 batch_size=self.evaluation.batch_size,
@@ -76,12 +76,7 @@ class Kept:
         return found | self._tasks(model)
 
     def _tasks(self, model: Any) -> dict[str, Measure]:
-        tasks, size = plan.read_tasks(self.section.tasks), self.evaluation.batch_size
-        scores = harness.run_tasks(model, self.template, tasks, harness.Asking(size))
-        for task in tasks:
-            if task.kind == "calls":
-                folder = Path(task.name)
-                scores |= calls.ask(model, self.template, folder, batch_size=size, max_samples=None)
+        scores = ask(model, self.template, self.section.tasks, Asking(self.evaluation.batch_size))
         return {name: score.measure(name) for name, score in scores.items() if score.ids}
 
 

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from finetune import console
 from finetune.config.schema import EvaluationSection
-from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples.collate import Collator
 from finetune.data.reading.sources import read_conversations
 from finetune.distributed import device
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.distributed.signals import StopFlag
 from finetune.errors import NonFiniteError
-from finetune.evaluation.evaluate import build_prompts, evaluate_model
 from finetune.evaluation.loss import Examples, validation_loss
+from finetune.evaluation.model_scores import evaluate_model
 from finetune.evaluation.predictions import write_predictions
-from finetune.evaluation.statistics import LossTable, ReplyTable
+from finetune.evaluation.scores.statistics import LossTable, ReplyTable
 from finetune.generation.generate import context_length
-from finetune.generation.prompts import ReplyPrompt
+from finetune.generation.prompts import ReplyPrompt, prompts_of
 from finetune.storage.disk import BestEffort
 from finetune.training.measuring.keeping import CHOSEN, Chooser, Kept
 from finetune.training.run_data import RunData
@@ -38,7 +32,6 @@ class Validation:
     """The held-out data, and how the model is asked about it."""
 
     section: EvaluationSection
-    template: ChatTemplate
     examples: Examples
     prompts: Sequence[ReplyPrompt]
     """Empty when only the loss is wanted."""
@@ -61,7 +54,7 @@ class Validation:
         None when the run was asked to stop meanwhile. Writes `predictions-<step>.jsonl`.
         """
         try:
-            with preserve_rng():
+            with device.preserve_rng():
                 return self._measured(model, step)
         except EvaluationStoppedError:
             console.say(f"step {step}  evaluation aborted: stop requested")
@@ -106,7 +99,6 @@ class Validation:
             return {}, table
         result = evaluate_model(
             model,
-            self.template,
             self.prompts,
             max_new_tokens=self.section.max_new_tokens,
             batch_size=self.section.batch_size,
@@ -118,23 +110,6 @@ class Validation:
         for one in result.predictions:
             table.add(one.where, one.scores, one.counts)
         return {name: value for name, value in result.scores.items() if value is not None}, table
-
-
-@contextmanager
-def preserve_rng() -> Iterator[None]:
-    """Random streams go on afterwards as if nothing had happened.
-
-    So a run learns the same whether or not it is evaluated on the way.
-    """
-    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_device = device.random_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_cpu)
-        device.set_random_state(on_device)
 
 
 def load_validation(
@@ -152,12 +127,10 @@ def load_validation(
     if section.generate:
         reading = data.reading.for_checkpoint(thinks=template.layout.thinking)
         dialogues = read_conversations(data.validation_sources, reading)
-        positions = context_length(model)
-        prompts = build_prompts(dialogues, template, section, positions=positions)
+        prompts = prompts_of(dialogues, template, section, context_length(model))
     kept = _kept(section, data, model)
     return Validation(
         section=section,
-        template=template,
         examples=data.validation,
         prompts=prompts,
         collate=Collator(template.pad_id, image=template.image),
@@ -177,5 +150,5 @@ def _kept(section: EvaluationSection, data: RunData, model: Any) -> Kept | None:
     dialogues = (one for one in read_conversations(data.kept_sources, reading) if one.tools)
     prompts: Sequence[ReplyPrompt] = ()
     if data.kept_sources and section.generate:
-        prompts = build_prompts(dialogues, data.template, section, positions=context_length(model))
+        prompts = prompts_of(dialogues, data.template, section, context_length(model))
     return Kept(section.keep, data.template, data.kept, prompts, data.plan.batch_size, section)

@@ -19,8 +19,9 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.evaluation import texts
-from finetune.evaluation.pairs import (
+from finetune.evaluation.predictions import Prediction, Scores
+from finetune.evaluation.scores import texts
+from finetune.evaluation.scores.pairs import (
     DEFINITION,
     DEFINITIONS,
     REPEATED,
@@ -28,8 +29,7 @@ from finetune.evaluation.pairs import (
     DefinitionName,
     repetition_rate,
 )
-from finetune.evaluation.predictions import Prediction, Scores
-from finetune.evaluation.texts import Numbers, icu_version
+from finetune.evaluation.scores.texts import Numbers, icu_version
 
 Better = Literal["higher", "lower", "neither"]
 Source = Literal["replies", "labels", "loss", "general_loss"]

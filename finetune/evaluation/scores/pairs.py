@@ -14,9 +14,14 @@ from typing import Any, Literal
 
 from finetune.data.dialogue.conversation import Message
 from finetune.data.dialogue.tool_calls import tool_name
-from finetune.evaluation import texts
 from finetune.evaluation.predictions import Prediction, text
-from finetune.evaluation.texts import content_words, jieba_words, language_words, script_words
+from finetune.evaluation.scores import texts
+from finetune.evaluation.scores.texts import (
+    content_words,
+    jieba_words,
+    language_words,
+    script_words,
+)
 
 DefinitionName = Literal["default", "demo", "llamafactory"]
 REPEATED = 4

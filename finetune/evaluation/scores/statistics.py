@@ -19,9 +19,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from finetune.evaluation.metrics import METRICS, Source, metric, of_source
 from finetune.evaluation.predictions import Scores
-from finetune.evaluation.texts import Numbers
+from finetune.evaluation.scores.metrics import METRICS, Source, metric, of_source
+from finetune.evaluation.scores.texts import Numbers
 
 Score = dict[str, float | int | None]
 """value, low, high, n."""

@@ -1,0 +1,77 @@
+"""What tells one result from another, by content: nothing depends on where things lie."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from finetune.artifacts.base_record import recorded_base
+from finetune.artifacts.names import ADAPTER_CONFIG
+from finetune.artifacts.resolve import is_adapter
+from finetune.artifacts.weights import model_fingerprint
+from finetune.data.reading.files import expand
+from finetune.distributed import hardware
+from finetune.evaluation.options import GENERATING, Options, request
+from finetune.evaluation.scoring import versions
+from finetune.evaluation.targets import Target
+from finetune.evaluation.tasks import plan
+from finetune.generation.settings import Settings, settings_of
+from finetune.storage.cache import key_of
+from finetune.storage.files import file_digest
+from finetune.storage.seen import SeenFiles
+
+FORMAT = 3
+"""Version of how replies are generated; results of another one are not used."""
+
+
+def evaluation_key(target: Target, settings: Settings, options: Options, seen: SeenFiles) -> str:
+    """Changes with whatever decides the replies and losses of a model."""
+    key: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model_key(target.path, target.base),
+        "data": [(str(file), digest) for file, (_, digest) in seen.states.items()],
+        "sources": [asdict(source) for source in settings.sources],
+        "reading": asdict(settings.reading),
+        "asked": request(settings, options),
+        "loss": [settings.loss_batch_size, settings.seed],
+        "number format": [settings_of(target.like or target.path).dtype, hardware.likely_kind()],
+        "versions": versions(GENERATING),
+    }
+    if key["model"] is None:  # a hub id: what it stands for may change
+        key["process"] = time.time_ns()
+    return key_of(key)
+
+
+def model_key(path: str, base: str | None) -> dict[str, Any] | None:
+    """What tells one model from another by content; None for one that is not on this disk."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    key: dict[str, Any] = {"texts": _texts(folder)}
+    if not is_adapter(folder):
+        return key | {"weights": model_fingerprint(folder)}
+    key["weights"] = {f.name: file_digest(f) for f in sorted(folder.glob("adapter_model*"))}
+    recorded, _ = recorded_base(folder)
+    inner = model_key(base or recorded or "", None)
+    return key | {"base": inner} if inner else None
+
+
+def tasks_key(names: Sequence[str], most: int | None) -> str:
+    """Changes with the tasks that are asked and the number of their questions."""
+    tasks = [asdict(task) for task in plan.read_tasks(names)]
+    return f"tasks-{key_of({'tasks': tasks, 'most': most, 'format': 2})[:16]}"
+
+
+def data_key(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Every file with the hash of its bytes."""
+    return [(str(file), file_digest(file)) for path in paths for file in expand(path)]
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    """The tokenizer, the chat template and an adapter's options, by the hash of their bytes."""
+    patterns = ("tokenizer*", "chat_template*", ADAPTER_CONFIG)
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    return {file.name: file_digest(file) for file in files}

@@ -1,0 +1,60 @@
+"""What an evaluation is asked for, besides which models and which data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from finetune.evaluation.scores.added import ByModels
+from finetune.evaluation.scoring import Scoring
+from finetune.generation.settings import Settings
+from finetune.generation.structured import ANY_FORM, Form
+
+GENERATING = ("torch", "transformers", "peft", "tokenizers")
+"""Packages that decide a model's replies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an evaluation does besides asking the models for replies."""
+
+    with_base: bool = False
+    """Score the untuned model too."""
+    predictions: tuple[str, ...] = ()
+    """Files of replies made elsewhere."""
+    scoring: Scoring = field(default_factory=Scoring)
+    by_models: ByModels = field(default_factory=ByModels)
+    """Scores that other models give."""
+    general: tuple[str, ...] = ()
+    """Files of a general set whose loss tells what was forgotten."""
+    tasks: tuple[str, ...] = ()
+    """Public tasks, as `finetune.evaluation.tasks.plan` spells them."""
+    tasks_data: str | None = None
+    """A folder with the data sets of tasks."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    seed: int = 0
+    """Of sampled replies."""
+    form: Form = ANY_FORM
+    """What every reply must be."""
+    overwrite: bool = False
+    """Replace files in the output folder that this program did not write, too."""
+
+    @property
+    def decoding(self) -> str:
+        """How tokens are chosen, in words."""
+        sampled = f"temperature {self.temperature}, seed {self.seed}"
+        words = [sampled if self.temperature else "greedy", str(self.form)]
+        return ", ".join(filter(None, words))
+
+
+def request(settings: Settings, options: Options) -> dict[str, Any]:
+    """What decides the replies and losses of given weights."""
+    section = settings.evaluation
+    names = ("generate", "replies", "max_new_tokens", "max_samples", "batch_size")
+    return {
+        "data": [source.path for source in settings.sources],
+        "decoding": options.decoding,
+        **{name: getattr(section, name) for name in names},
+        **asdict(settings.policy),
+    }

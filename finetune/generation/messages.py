@@ -1,0 +1,72 @@
+"""Generated ids -> messages, and the rows that `predict` writes them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.dialogue.conversation import Message
+from finetune.generation.stream import FUNCTION_NAME
+
+if TYPE_CHECKING:
+    from finetune.data.chat.template import ChatTemplate
+    from finetune.generation.generate import Reply
+    from finetune.generation.prompts import ReplyPrompt
+
+
+def as_reply(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
+    """The message, its first line a function's name only where a function can be meant.
+
+    Without tools, or where the line is no name, the whole reply is text.
+    """
+    if not message.metadata or (tools and FUNCTION_NAME.fullmatch(message.metadata)):
+        return message
+    return Message("assistant", f"{message.metadata}\n{message.content}")
+
+
+def reply_messages(
+    ids: Sequence[int], template: ChatTemplate, tools: Sequence[Mapping[str, Any]]
+) -> list[Message]:
+    """The messages that generated ids hold: one, or several calls of one turn."""
+    assistant = template.tokenizer.control_ids["<|assistant|>"]
+    messages: list[Message] = []
+    rest = list(ids)
+    while not messages or (rest and messages[-1].metadata):
+        end = rest.index(assistant) if assistant in rest else len(rest)
+        messages.append(as_reply(template.parse(rest[:end]), tools))
+        rest = rest[end + 1 :]
+    return messages
+
+
+def message_json(message: Message) -> dict[str, Any]:
+    """The message as rows of the `messages` layout hold it."""
+    plain: dict[str, Any] = {"role": message.role}
+    if message.metadata:
+        plain["metadata"] = message.metadata
+    plain["content"] = message.content
+    if message.image:
+        plain["image"] = message.image
+    return plain
+
+
+def reply_row(prompt: ReplyPrompt, reply: Reply) -> dict[str, Any]:
+    """The line that `predict` writes: the dialogue and the reply behind it."""
+    conversation = prompt.conversation
+    new = reply_messages(reply.ids, prompt.template, conversation.tools)
+    messages = [*conversation.messages[: prompt.index], *new]
+    row: dict[str, Any] = {
+        "where": conversation.where,
+        "messages": [message_json(message) for message in messages],
+    }
+    if conversation.tools:
+        row["tools"] = list(conversation.tools)
+    if calls := [message for message in new if message.metadata]:
+        row["tool_calls"] = [
+            {
+                "id": f"call_{number}",
+                "type": "function",
+                "function": {"name": call.metadata, "arguments": call.content},
+            }
+            for number, call in enumerate(calls)
+        ]
+    return row | {"stopped": reply.stopped}
