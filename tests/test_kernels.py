@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels run in Triton's interpreter: pip install triton")
 
-from finetune.models import kernels
+from finetune.models import kernels, load
 from finetune.models.kernels import check, torch_forms
 from finetune.models.kernels.operations import RmsNorm, Rotate, Swiglu
 from finetune.models.load import load_model
@@ -111,3 +114,36 @@ def test_outside_of_running_nothing_has_changed() -> None:
     with kernels.running(("rotate",), "cpu"):
         assert kernels.runs("rotate", torch.empty(1))
     assert not kernels.runs("rotate", torch.empty(1))
+
+
+@pytest.mark.parametrize(("shift", "said"), [(0.0, None), (0.1, "differs from torch by"), (None, "RuntimeError: no kernel image")])  # fmt: skip
+def test_flash_attention_is_compared_document_by_document_before_it_is_used(
+    shift: float | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(module, query, key, value, mask, *, scaling, cu_seq_lens_q, max_length_q, **_):  # type: ignore[no-untyped-def]
+        """What flash-attn computes from the lengths that it is told; one of these is wrong."""
+        if shift is None:
+            raise RuntimeError("no kernel image\nfor this device")
+        assert (mask, max_length_q) == (None, 40)
+        flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+        parts = []
+        for first, end in pairwise(cu_seq_lens_q.tolist()):
+            q, k, v = (t[first:end].transpose(0, 1) for t in flat)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)  # fmt: skip
+            parts.append(out.transpose(0, 1) * (1 + shift))
+        return torch.cat(parts).view(*query.transpose(1, 2).shape), None
+
+    monkeypatch.setitem(check.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", attend)
+    found = check.flash_problem.__wrapped__("flash_attention_2", CPU, torch.bfloat16)
+    assert found is None if said is None else said in str(found)
+
+
+def test_a_model_goes_on_with_torch_where_flash_attention_is_wrong(
+    tiny_glm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(tiny_glm)
+    model.config._attn_implementation = "flash_attention_2"
+    monkeypatch.setattr(check, "flash_problem", lambda *_: "differs from torch by 1.0e-01")
+    load._check_flash(model.config, torch.bfloat16)
+    assert model.config._attn_implementation == "document_sdpa"
+    assert "flash_attention_2 is not used here, but sdpa: differs" in capfd.readouterr().err

@@ -30,8 +30,8 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the frozen weights and of the computation; `auto` is bfloat16 on a GPU that multiplies it in hardware, float16 with sums of layers in float32 on one that does not (V100, T4; float32 for models that see images), and float32 on a CPU."""
 
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; `auto` leaves the choice to transformers (sdpa)."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention implementation; `auto` leaves the choice to transformers (sdpa). The flash ones need the package flash-attn or flash-attn-3, are compared with torch when the model is loaded, and give way to sdpa where they differ."""
 
     kernels: Literal["auto", "torch"] = "auto"
     """Fused kernels on a GPU; `auto` uses each one that gives torch's numbers on this GPU when the model is loaded, `torch` none."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel, initialization
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from finetune import console
 from finetune.artifacts.model_config import read_model_config
@@ -48,7 +48,7 @@ def load_model(
         path: A checkpoint folder, or a hub id like org/name.
         revision: The hub revision when `path` is a hub id.
         dtype: bfloat16, float16, float32, or auto: see `number_format`.
-        attention: sdpa, eager, flash_attention_2, or auto: transformers' own choice.
+        attention: sdpa, eager, flash_attention_2, flash_attention_3, or auto: transformers' own choice.
         quantization: nf4 holds the text's linear layers in 4 bits while they are loaded.
         kernels: auto uses fused kernels that are right on this GPU, torch none.
 
@@ -101,7 +101,17 @@ def load_model(
     text = model.config.get_text_config()
     if text._attn_implementation == "sdpa":
         text._attn_implementation = DOCUMENT_SDPA
+    elif str(text._attn_implementation).startswith("flash"):
+        _check_flash(text, wanted)
     return model.eval()
+
+
+def _check_flash(text: Any, dtype: torch.dtype) -> None:
+    """Take torch's own attention where flash-attn is wrong on this GPU, or does not run."""
+    name = text._attn_implementation
+    if problem := check.flash_problem(name, torch.device(devices.kind()), dtype):
+        console.warn(f"model.attention {name} is not used here, but sdpa: {problem}")
+        text._attn_implementation = DOCUMENT_SDPA
 
 
 def _choose_kernels(setting: str, dtype: torch.dtype) -> None:
@@ -212,10 +222,15 @@ def first_layer(model: torch.nn.Module, family: Family) -> torch.nn.Module:
 def _attention(name: str) -> str | None:
     if name == "auto":
         return None
-    if name == "flash_attention_2" and not is_flash_attn_2_available():
+    needs = {
+        "flash_attention_2": ("flash-attn", is_flash_attn_2_available),
+        "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available),
+    }
+    package, is_there = needs.get(name, ("", lambda: True))
+    if not is_there():
         raise ModelError(
-            "model.attention is flash_attention_2, but the package flash-attn or its GPU is not "
-            "there; install flash-attn, or choose model.attention: sdpa"
+            f"model.attention is {name}, but the package {package} or its GPU is not "
+            f"there; install {package}, or choose model.attention: sdpa"
         )
     return name
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.models import kernels
 from finetune.models.kernels import torch_forms
-from finetune.models.packed_attention import Documents, varlen_attention
+from finetune.models.packed_attention import Documents, flash_arguments, varlen_attention
+
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values."""
 
 # Largest relative deviation of an output or a gradient, as norms: some roundings of the format.
 BANDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -31,18 +37,38 @@ def compare(device: torch.device, dtype: torch.dtype) -> Verdict:
     """Which kernels are right here; compiles each once, seconds in all."""
     used, refused = [], {}
     for name, work in _cases(device, dtype).items():
-        try:
-            found = work()
-        except Exception as error:  # whatever a compiler may raise: the run goes on without it
-            first = (str(error).splitlines() or [""])[0]
-            refused[name] = f"{type(error).__name__}: {first[:200]}"
-            continue
-        worst, band = max(found), BANDS[_format_of(name, dtype)]
-        if worst <= band:
+        problem = _problem(work, BANDS[_format_of(name, dtype)])
+        if problem is None:
             used.append(name)
         else:
-            refused[name] = f"differs from torch by {worst:.1e}, more than {band:.1e}"
+            refused[name] = problem
     return Verdict(tuple(used), refused)
+
+
+def _problem(work: Callable[[], list[float]], band: float) -> str | None:
+    """Why something is not used; None where all it deviates by lies within the band."""
+    try:
+        worst = max(work())
+    except Exception as error:  # whatever a compiler may raise: the run goes on without it
+        first = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first[:200]}"
+    return None if worst <= band else f"differs from torch by {worst:.1e}, more than {band:.1e}"
+
+
+@cache
+def flash_problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-attn, under this name of transformers', is not used for documents here; None where it is."""
+
+    def random(*shape: int) -> Tensor:
+        return _random(*shape).to(device, _format_of("varlen_attention", dtype))
+
+    def attend(parts: Parts, documents: Documents) -> Tensor:
+        asked: Any = SimpleNamespace(is_causal=True)
+        given = flash_arguments(documents)
+        out: Tensor = ALL_ATTENTION_FUNCTIONS[name](asked, *parts, None, scaling=0.1, **given)[0]
+        return out
+
+    return _problem(lambda: _varlen(random, attend), BANDS[random(1).dtype])
 
 
 def _format_of(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -60,10 +86,14 @@ def choose(setting: str, device: torch.device, dtype: torch.dtype) -> Verdict:
     return verdict
 
 
+def _random(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape) + sum(shape))
+    return torch.randn(*shape, generator=generator)
+
+
 def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], list[float]]]:
     def random(*shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(len(shape) + sum(shape))
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return _random(*shape).to(device, dtype)
 
     def narrow(*shape: int) -> Tensor:
         return random(*shape).to(_format_of("varlen_attention", dtype))
@@ -88,7 +118,9 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], l
             random(2, 37, 3, 32).transpose(1, 2),
         ),
         "cross_entropy": lambda: _cross_entropy(random(37, 5000)),
-        "varlen_attention": lambda: _varlen(narrow),
+        "varlen_attention": lambda: _varlen(
+            narrow, lambda parts, documents: varlen_attention(parts, documents, 0.1)
+        ),
     }
 
 
@@ -105,7 +137,9 @@ def _deviations(
     return [_relative(a, b) for a, b in zip((out, *found), (expected, *exact), strict=True)]
 
 
-def _varlen(random: Callable[..., Tensor]) -> list[float]:
+def _varlen(
+    random: Callable[..., Tensor], attend: Callable[[Parts, Documents], Tensor]
+) -> list[float]:
     """Three documents in two rows, two heads for each key, beside attention document by document."""
     query, (key, value) = random(2, 4, 40, 64), (random(2, 2, 40, n + 63)[..., n - 1 :] for n in (1, 2))  # fmt: skip
     starts = torch.zeros(2, 40, dtype=torch.bool)
@@ -123,9 +157,7 @@ def _varlen(random: Callable[..., Tensor]) -> list[float]:
             parts.append(out.transpose(1, 2))
         return torch.cat([torch.cat(parts[:2], dim=1), parts[2]])
 
-    return _deviations(
-        lambda *parts: varlen_attention(parts, documents, 0.1), by_one, query, key, value
-    )
+    return _deviations(lambda *parts: attend(parts, documents), by_one, query, key, value)
 
 
 def _cross_entropy(logits: Tensor) -> list[float]:
