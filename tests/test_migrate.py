@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
 import runs
 import yaml
@@ -125,6 +126,8 @@ def test_registered_data_sets_become_their_files_and_columns(tmp_path: Path) -> 
         FILL_IN,
     ]  # fmt: skip
     assert "speaker" in found.left["dataset talks: tags"]
+    limited = moved(tmp_path, old | {"dataset": "mine", "max_samples": 7})[0].values["data.train"]
+    assert [source["max_rows"] for source in limited] == [7]
     assert "preference" in moved(tmp_path, old | {"dataset": "wanted"})[0].left["dataset wanted"]
 
 
@@ -177,30 +180,75 @@ def test_anothers_configuration_given_to_train_is_told_the_command(
     assert "finetune migrate" in capsys.readouterr().err
 
 
+ZERO_3 = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo lora", "demo ptuning_v2", "demo sft", "LLaMA-Factory lora"])
+@pytest.mark.parametrize(
+    "name",
+    ["demo lora", "demo ptuning_v2", "demo sft", "demo vision lora", "demo swanlab", "LLaMA-Factory lora", "LLaMA-Factory full"],
+)  # fmt: skip
 def test_a_migrated_configuration_trains(
-    name: str, tiny_chatglm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_chatglm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    """Each of the demo's files and LLaMA-Factory's, as it comes out, but for ZeRO-3 and trackers."""
+    model = tiny_chatglm
     for file in ("train.jsonl", "dev.jsonl"):
         runs.write_dialogues(tmp_path / file, 40)
-    old = FILES[name]
-    if "training_args" in old:
-        arguments = {
-            k: v for k, v in old["training_args"].items() if k not in ("deepspeed", "bf16")
-        }
-        old = old | {"training_args": arguments | {"report_to": []}}
-    found, _ = moved(tmp_path, old, model=str(tiny_chatglm), data=str(tmp_path))
+    if "vision" in name:
+        model = pictures.save_model(tmp_path / "glm-4v-tiny")
+        rows = pictures.write_dialogues(tmp_path, 8, every=1).read_text()
+        for file in ("train.jsonl", "dev.jsonl"):
+            (tmp_path / file).write_text(rows)
+    found, _ = moved(tmp_path, FILES[name], model=str(model), data=str(tmp_path))
     if found.values["data.train"] == str(tmp_path):
         found.values["data.train"] = str(tmp_path / "train.jsonl")
     (tmp_path / "new.yaml").write_text(found.text(), encoding="utf-8")
+    if sharded := found.values.get("deepspeed.config"):  # the JSON is taken as it is
+        (tmp_path / sharded).parent.mkdir(parents=True)
+        (tmp_path / sharded).write_text(json.dumps(ZERO_3), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    runs.run_here(load_config(tmp_path / "new.yaml", ["training.report_to=[]"]).model_dump())
+    assert load_config(tmp_path / "new.yaml").deepspeed is None or sharded
+    said = ["training.report_to=[]", "deepspeed=null"]
+    runs.run_here(load_config(tmp_path / "new.yaml", said).model_dump())
     run_dir = Path(found.values["training.output_dir"])
     assert (run_dir / "checkpoint-2").is_dir()
-    if "val_size" in old:
+    if "val_size" in FILES[name]:
         assert found.values["data.validation"] == "10%"
         assert json.loads((run_dir / "data.json").read_text())["validation"]["rows"] > 1
+    if name == "LLaMA-Factory lora":
+        _merge_predict_and_train_on(tmp_path, model, run_dir)
+
+
+def _merge_predict_and_train_on(folder: Path, model: Path, run_dir: Path) -> None:
+    """The commands that LLaMA-Factory's other files become, on what was just trained."""
+    old = {
+        "model_name_or_path": str(model),
+        "adapter_name_or_path": str(run_dir),
+        "template": "glm4",
+    }
+    merge = old | {
+        "export_dir": "merged",
+        "export_size": 5,
+        "export_device": "cpu",
+        "export_legacy_format": False,
+    }
+    assert run_command(moved(folder, merge)[0].commands[0]) == 0
+    assert (folder / "merged/config.json").is_file()
+    predict = FACTORY | old | {"do_train": False, "do_predict": True, "predict_with_generate": True}
+    command = moved(folder, predict)[0].commands[0].replace("FILE", "dev.jsonl")
+    assert run_command(command, "--output", "scores", "--max-new-tokens", "4") == 0
+    assert (folder / "scores/evaluation.json").is_file()
+    found, _ = moved(folder, FACTORY | old, model=str(model), data="train.jsonl")
+    assert found.values["model.adapter"] == str(run_dir)
+
+
+def run_command(sentence: str, *more: str) -> int:
+    """The exit code of the command behind "that is: finetune"."""
+    return exit_code(*sentence.partition(": finetune ")[2].split(), *more)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\\xff"])

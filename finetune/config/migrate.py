@@ -268,7 +268,9 @@ def _settle(found: Migration, tree: Mapping[str, Any], path: Path) -> None:
         found.origins["data.max_length"] = "max_input_length + max_output_length + the stop"
     if "4v" not in str(values.get("model.path")).lower() and "freezeV" in tree:
         values.pop("model.freeze", None)
-        found.left["freezeV"] = "for GLM-4V; the text models have no vision encoder"
+        found.left["freezeV"] = (
+            "of GLM-4V, where it is model.freeze: [vision]; text models have no vision encoder"
+        )
     if "training.max_steps" in values:
         values.pop("training.num_epochs", None)
     if values.get("data.packing"):
@@ -280,7 +282,22 @@ def _settle(found: Migration, tree: Mapping[str, Any], path: Path) -> None:
         for key, listed in names.items():
             if isinstance(listed, list):
                 found.values[key] = [source_of(name, register, found.left) for name in listed]
+        _limit_rows(found, tree.get("max_samples"))
     found.commands += _other_commands(tree)
+    if found.commands and values.pop("model.adapter", None):
+        found.left["adapter_name_or_path"] = "named in the command above"
+
+
+def _limit_rows(found: Migration, rows: Any) -> None:
+    """LLaMA-Factory's `max_samples` for the training sources that the file names."""
+    sources = found.values.get("data.train")
+    if not isinstance(rows, int) or not isinstance(sources, list) or FILL_IN in sources:
+        return
+    found.values["data.train"] = [
+        {**(source if isinstance(source, dict) else {"path": source}), "max_rows": rows}
+        for source in sources
+    ]
+    found.left["max_samples"] = "max_rows of each source in data.train; validation is used whole"
 
 
 def _settle_method(found: Migration) -> None:
