@@ -111,12 +111,9 @@ def render(row: Row | Sequence[Row], model: str | Path) -> ShowResult:
         row: A row as a data file holds it, or its messages alone.
         model: A folder with a tokenizer, or a hub id; no weights are needed.
     """
-    from finetune.data.chat.template import ChatTemplate
-    from finetune.data.chat.tokenizer import load_chat_tokenizer
-    from finetune.data.preview.show import shown
+    from finetune.data.preview.show import shown, template_of
 
-    template = ChatTemplate(load_chat_tokenizer(str(model)))
-    return shown(_conversation(row, "train"), template, "python")
+    return shown(_conversation(row, "train"), template_of(str(model)), "python")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from finetune.data.examples.dataset import (
 )
 from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import DataError
-from finetune.training import run_data
+from finetune.training.loading import prepare_data
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +216,11 @@ def test_a_run_says_or_refuses_held_out_dialogues_in_its_training_data(
             "training": {"output_dir": str(tmp_path / "run")},
         }
     )
-    monkeypatch.setattr(run_data, "load_chat_tokenizer", lambda *_: template.tokenizer)
+    monkeypatch.setattr(prepare_data, "load_chat_tokenizer", lambda *_: template.tokenizer)
     said = "2 of 4 held-out dialogues (50%) are in the training data too, first"
     if allowed == 0.4:
         with pytest.raises(DataError, match=r"data\.max_overlap allows 40%"):
-            run_data.load_run_data(config.data, config.training, config.model)
+            prepare_data.load_run_data(config.data, config.training, config.model)
     else:
-        run_data.load_run_data(config.data, config.training, config.model)
+        prepare_data.load_run_data(config.data, config.training, config.model)
         assert said in capsys.readouterr().err.replace("\n", " ")

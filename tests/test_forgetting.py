@@ -144,7 +144,7 @@ def test_replies_join_the_training_data_by_weight_and_the_rest_is_what_must_be_k
     tiny_glm: Path, tmp_path: Path, predicted: Predicted
 ) -> None:
     from finetune.config.schema import DataSection, ModelSection, TrainingSection
-    from finetune.training.run_data import load_run_data
+    from finetune.training.loading.prepare_data import load_run_data
 
     train = write_rows(tmp_path / "train.jsonl", [{"messages": turns(f"q{n}", "a")} for n in range(5)])  # fmt: skip
     section = DataSection(
@@ -182,7 +182,8 @@ def test_the_newest_checkpoint_that_forgot_nothing_is_chosen_over_interruptions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from finetune.config.schema import EvaluationSection
-    from finetune.training.measuring.keeping import Chooser, Kept, conclusion
+    from finetune.training.measuring.choosing import Chooser, conclusion
+    from finetune.training.measuring.keeping import Kept
 
     kept = Kept(KeepSection(), Any, None, (), 1, EvaluationSection())  # type: ignore[arg-type]
     chance = np.random.default_rng(0)
@@ -213,7 +214,8 @@ def test_the_newest_checkpoint_that_forgot_nothing_is_chosen_over_interruptions(
 
 def test_when_no_checkpoint_qualifies_it_is_said(tmp_path: Path) -> None:
     from finetune.config.schema import EvaluationSection
-    from finetune.training.measuring.keeping import Chooser, Kept, conclusion
+    from finetune.training.measuring.choosing import Chooser, conclusion
+    from finetune.training.measuring.keeping import Kept
 
     kept = Kept(KeepSection(), Any, None, (), 1, EvaluationSection())  # type: ignore[arg-type]
     values = np.random.default_rng(0).normal(2, 0.3, 60)

@@ -47,6 +47,29 @@ def test_nothing_opens_pickles_runs_shells_or_evaluates_text(rule: str) -> None:
     assert broken(rule) == []
 
 
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a module imports, inside functions too."""
+    modules = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in SOURCES
+    }
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "finetune":
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            found |= names & modules
+            found |= {str(node.module)} if names - modules else set()
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names} & modules
+    return found
+
+
+def test_no_module_imports_more_than_15_of_ours() -> None:
+    fan_out = {p.relative_to(ROOT).as_posix(): len(imported(p)) for p in SOURCES}
+    assert fan_out["finetune/training/run.py"] > 10
+    assert {path: number for path, number in fan_out.items() if number > 15} == {}
+
+
 def test_no_room_has_more_than_14_modules() -> None:
     rooms = Counter(
         p.parent.relative_to(ROOT).as_posix() for p in SOURCES if p.name != "__init__.py"

@@ -100,7 +100,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_its_supervised_tokens(
     from finetune.data.chat.tokenizer import load_chat_tokenizer
     from finetune.data.examples.collate import Collator
     from finetune.models.load import load_model
-    from finetune.training.run_data import load_run_data
+    from finetune.training.loading.prepare_data import load_run_data
 
     settings = runs.config(
         tiny_glm, weighted_data, tmp_path / "run", method__dropout=0.0, training__max_steps=1,

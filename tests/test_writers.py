@@ -38,7 +38,7 @@ ALLOWED = {
     "report/plots.py savefig": "to a path of storage.staged_file",
     "serving/requests/images.py write_bytes": IN_A_STAGE,
     "models/chatglm/vision_cache.py save_file": "to a path of storage.staged_file",
-    "training/measuring/keeping.py savez": "into a file of storage.whole_binary",
+    "training/measuring/choosing.py savez": "into a file of storage.whole_binary",
     "training/vision_features.py save_file": "to a path of storage.staged_file",
 }
 

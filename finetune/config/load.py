@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from finetune import launcher
 from finetune.config.migrate import Program, program_of
 from finetune.config.problems import METHODS, findings
 from finetune.config.reference import json_schema, reference_page
@@ -105,7 +106,7 @@ def dump_config(config: RunConfig) -> str:
     )
 
 
-def settled(config: RunConfig, world: int) -> RunConfig:
+def settled(config: RunConfig, world: int | None = None) -> RunConfig:
     """The configuration with `training.tokens_per_step` said as forward passes a step.
 
     4 processes that each take one row of 4,096 tokens at a time need 4 passes for 65,536.
@@ -113,6 +114,7 @@ def settled(config: RunConfig, world: int) -> RunConfig:
     training = config.training
     if training.tokens_per_step is None:
         return config
+    world = launcher.world_size() if world is None else world
     at_once = training.batch_size * config.data.max_length * world
     passes = max(1, round(training.tokens_per_step / at_once))
     changes = {"gradient_accumulation_steps": passes, "tokens_per_step": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from finetune.artifacts.model_config import read_model_config
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.artifacts.resolve import is_adapter, local_folder
-from finetune.artifacts.weights import tensors
 from finetune.distributed import device as devices
 from finetune.errors import ModelError, is_out_of_memory
 from finetune.models import wide_residual
-from finetune.models.chatglm.configuration import ChatGLMVisionConfig
 from finetune.models.families import Family, family_of
 from finetune.models.kernels import check, stock_layers
+from finetune.models.model_size import check_size
 from finetune.models.number_format import number_format
 from finetune.models.packed_attention import DOCUMENT_SDPA
 from finetune.models.quantization import check_widths, four_bits, take_over
@@ -66,7 +64,7 @@ def load_model(
     transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
     try:
         config = config_class.from_pretrained(folder)
-        _check_size(folder, config)
+        check_size(folder, config)
         model, report = model_class.from_pretrained(
             folder,
             config=config,
@@ -164,30 +162,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise ModelError(f"{folder} is quantised; give the unquantised checkpoint")
     return read_model_config(folder)
-
-
-def _check_size(folder: Path, config: Any) -> None:
-    """Refuse a config that asks for far more numbers than the folder has, before they are allocated."""
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * head
-    asked = text.num_hidden_layers * text.hidden_size * (attention + 3 * text.intermediate_size)
-    asked += text.vocab_size * text.hidden_size
-    if isinstance(vision, ChatGLMVisionConfig):
-        wide = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
-        asked += vision.num_hidden_layers * wide
-    elif vision is not None:
-        asked += (
-            vision.depth
-            * vision.hidden_size
-            * (4 * vision.hidden_size + 3 * vision.out_hidden_size)
-        )
-    held = sum(math.prod(tensor.shape) for tensor in tensors(folder).values())
-    if asked > 2 * held + 1_000_000:
-        raise ModelError(
-            f"{folder}: its {MODEL_CONFIG} asks for about {asked:,} numbers and its weights hold "
-            f"{held:,}; copy the checkpoint again, or use the config.json that belongs to it"
-        )
 
 
 def check_finite(model: torch.nn.Module, folder: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from finetune.config.extras import OPTIMIZERS
@@ -168,32 +167,6 @@ class Rates:
                 problems.append(f"{pattern!r} is not a regex: {error}")
         if problems:
             raise ConfigError("\n".join(f"training.learning_rates: {p}" for p in problems))
-
-
-def warmed_up(plain: Callable[[int], float], warmup: int, step: int) -> float:
-    """The share of the peak rate at `step` (from 0): `plain`'s but for the warm-up.
-
-    transformers' warm-up of 3 steps begins at 0, where a step learns nothing: 0, 1/3, 2/3, 1. Ours
-    is 1/4, 2/4, 3/4, 1.
-    """
-    return (step + 1) / (warmup + 1) if step < warmup else plain(step)
-
-
-def set_rates(scheduler: Any) -> None:
-    """The optimizer's rates are what the schedule says of the step that it has come to."""
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    if not isinstance(scheduler, LambdaLR):
-        return
-    rates = [
-        base * share(scheduler.last_epoch)
-        for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def check_distribution(accelerator: Any, args: TrainingArguments) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
-from finetune import __version__, console, methods
+from finetune import console, methods
 from finetune.artifacts import checkpoint
 from finetune.artifacts.names import BEST, RUN_CONFIG, RUN_RECORD, STREAM, TRAINER_STATE
 from finetune.config.schema import TrainingSection
@@ -267,7 +267,7 @@ def run_record(config: Mapping[str, Any], data: RunData, prepared: PreparedModel
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
     if prepared.deepspeed is not None:
         versions["deepspeed"] = version("deepspeed")
-    return resume.record(config, facts, versions | {"finetune": __version__})
+    return resume.record(config, facts, versions)
 
 
 def _sharding(deepspeed: Mapping[str, Any] | None) -> str:

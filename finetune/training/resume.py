@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from finetune import console
+from finetune import __version__, console
 from finetune.artifacts import checkpoint
 from finetune.artifacts.checkpoint import checkpoints, newest_good
 from finetune.artifacts.names import RUN_RECORD
@@ -165,7 +165,7 @@ def record(
         "format": 1,
         "config": options_of(config),
         "facts": dict(facts),
-        "versions": dict(versions),
+        "versions": {**versions, "finetune": __version__},
     }
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import launcher
 from finetune.config.load import dump_config, settled
 from finetune.config.schema import RunConfig
 from finetune.planning.run_memory import RunMemory
 from finetune.training import resume, session
-from finetune.training.run_data import RunData, load_run_data
+from finetune.training.loading.prepare_data import load_run_data
+from finetune.training.run_data import RunData
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
         SystemExit: 128 + n after signal n, with a checkpoint written. Before the first step there is
             nothing to save, and a signal ends the process as it would any other.
     """
-    config = settled(config, launcher.world_size())
+    config = settled(config)
     with session.run_directory(config.training, config.data, trust=trust_checkpoint) as run_dir:
         config = config.model_copy(update={"model": session.pinned(config.model)})
         data = load_run_data(config.data, config.training, config.model, config.evaluation.keep)
@@ -55,7 +55,7 @@ def dry_run(config: RunConfig, *, trust_checkpoint: bool = False) -> dict[str, A
     """
     from finetune.training.dry_run import foreseen
 
-    config = settled(config, launcher.world_size())
+    config = settled(config)
     start = session.would_start(config.training, config.data, trust=trust_checkpoint)
     data = load_run_data(config.data, config.training, config.model, config.evaluation.keep)
     return foreseen(config.training, data, memory_of(config, data), start)
@@ -80,9 +80,9 @@ def _train(
     """The program, with torch and the other processes: model, checkpoint, validation, loop."""
     from finetune.training import checkpointing, trainer
     from finetune.training.adapter_start import start_from_adapter
-    from finetune.training.callbacks import progress, schedule
-    from finetune.training.loading import batches, streams
-    from finetune.training.measuring import validation
+    from finetune.training.callbacks import progress
+    from finetune.training.loading import batches
+    from finetune.training.measuring.load import load_validation
     from finetune.training.prepare_model import prepare_model
 
     begun = time.monotonic()
@@ -99,21 +99,19 @@ def _train(
         with progress.progress_of(prepared.model, data) as bar:
             fine_tuner = trainer.FineTuner(
                 prepared,
-                data=streams.from_checkpoint(
-                    batches.training_data(data, prepared, config.data), data, start.folder
-                ),
+                data=batches.training_data(data, prepared, config.data, start.folder),
                 saver=checkpointing.Saver(
                     run_dir, dump_config(config), record, prepared.base,
                     config.evaluation.best_metric, config.training,
                 ),
                 stop=stop,
-                validation=validation.load_validation(
+                validation=load_validation(
                     config.evaluation, data, prepared.model, run_dir, stop
                 ),
                 progress=bar,
                 compares_anew=start.compares_anew,
             )  # fmt: skip
-            for callback in (*callbacks, schedule.StoppedIsSaved()):
+            for callback in callbacks:
                 fine_tuner.add_callback(callback)
             fine_tuner.run(start.folder, start.step)
         return progress.summary(fine_tuner, run_dir, start.folder) | {

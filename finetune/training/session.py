@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import console, launcher
+from finetune import console
 from finetune.artifacts.resolve import pinned_revision
 from finetune.artifacts.run_dir import LOCK, RunDirectory
 from finetune.config.extras import check_optimizer
@@ -38,7 +38,7 @@ def run_directory(training: TrainingSection, data: DataSection, *, trust: bool) 
     _check_beside(training, data)
     with (
         told_at_the_end(training.on_end, training.output_dir),
-        RunDirectory.open(training.output_dir, leader=launcher.rank() == 0) as run_dir,
+        RunDirectory.open(training.output_dir, leader=console.is_main()) as run_dir,
     ):
         for line in run_dir.cleaned:
             console.say(line)

@@ -4,40 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from finetune.data.examples.batch_plan import BLANK
 from finetune.distributed import device
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
 from finetune.distributed.signals import StopFlag
 from finetune.errors import FinetuneError, NonFiniteError, ProcessError
-from finetune.methods.optimizers import MUON, MuonWithAdamW, matrices
 from finetune.models.loss import for_model
-from finetune.training.arguments import check_distribution, set_rates, warmed_up
-from finetune.training.callbacks.profiling import Profiler
+from finetune.training.arguments import check_distribution
 from finetune.training.callbacks.progress import ProgressCallback
 from finetune.training.callbacks.schedule import (
-    DataJson,
-    MetricsFile,
     RunComplete,
     Schedule,
+    StoppedIsSaved,
     TensorBoard,
+    writers,
 )
 from finetune.training.checkpointing import Saver, check_weights, explain_load_errors
-from finetune.training.loading.batches import StepLoader, TrainingData, training_loader
-from finetune.training.loading.streams import stream_loader
+from finetune.training.loading.batches import StepLoader, TrainingData
 from finetune.training.measuring.validation import Validation
 from finetune.training.objective import StepCounts, count
+from finetune.training.optimizer import MUON, groups_of, guard_engine, muon, set_rates, warm_up
 from finetune.training.prepare_model import PreparedModel
 
 
@@ -83,15 +78,16 @@ class FineTuner(Trainer):
         )
         # A stream goes on where the checkpoint says; nothing of it is read to be skipped.
         prepared.arguments.ignore_data_skip = data.feed is not None
-        described = [] if data.feed is None else [DataJson(saver.run_dir, data.feed.described)]
-        steps = saver.training.profile
-        profiler = [] if steps is None else [Profiler(saver.run_dir, steps)]
         super().__init__(
             model=prepared.model,
             args=prepared.arguments,
             data_collator=data.collate,
             train_dataset=data.items,
-            callbacks=[schedule, progress, MetricsFile(saver.run_dir), *described, *profiler],
+            callbacks=[
+                schedule,
+                progress,
+                *writers(saver.run_dir, saver.training.profile, data.feed),
+            ],
         )
         self.remove_callback(PrinterCallback)
         if self.pop_callback(TensorBoardCallback) is not None:
@@ -103,15 +99,10 @@ class FineTuner(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """This process's micro-batches; accelerate would repeat examples to make ranks even."""
-        options: dict[str, Any] = {
-            "workers": self.args.dataloader_num_workers,
-            "seconds": self.args.ddp_timeout,
-            "rank": rank_and_world()[0],
-        }
-        self._loader = (
-            training_loader(self.data, **options)
-            if self.data.feed is None
-            else stream_loader(self.data, self.data.feed, **options)
+        self._loader = self.data.loader(
+            rank=rank_and_world()[0],
+            workers=self.args.dataloader_num_workers,
+            seconds=self.args.ddp_timeout,
         )
         return self._loader
 
@@ -177,45 +168,23 @@ class FineTuner(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """With a group of its own for the weights of every learning rate, and for Muon's."""
-        rates, is_muon = self.rates, self.saver.training.optimizer == MUON
-        if (rates.is_one and not is_muon) or self.optimizer is not None:
+        is_muon = self.saver.training.optimizer == MUON
+        if (self.rates.is_one and not is_muon) or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         decayed = set(self.get_decay_parameter_names(self.model))
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        rates.check(trained)
-        chosen = matrices(self.model) if is_muon else set()
-        groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in trained.items():
-            key = rates.of(name), name in decayed, name in chosen
-            groups.setdefault(key, []).append(parameter)
-        listed = [
-            {
-                "params": parameters,
-                "lr": rate,
-                "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-            }
-            | ({"muon": of_muon} if is_muon else {})
-            for (rate, is_decayed, of_muon), parameters in groups.items()
-        ]
-        if is_muon:
-            self.optimizer = MuonWithAdamW(listed, betas=options["betas"], eps=options["eps"])
-        else:
-            self.optimizer = kind(listed, **options)
+        groups = groups_of(
+            self.model, self.rates, self.args.weight_decay, decayed, for_muon=is_muon
+        )
+        self.optimizer = muon(groups, options) if is_muon else kind(groups, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule; DeepSpeed's engine exists since a moment and has not loaded a state yet."""
         if self.is_deepspeed_enabled:
-            from finetune.training.deepspeed.sharded_engine import GuardedEngine
-
-            engine = self.accelerator.deepspeed_engine_wrapped.engine
-            self.accelerator.deepspeed_engine_wrapped = GuardedEngine(engine, self._guard)
+            guard_engine(self.accelerator, self._guard)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        if warmup and isinstance(scheduler, LambdaLR):
-            plain = scheduler.lr_lambdas
-            scheduler.lr_lambdas = [partial(warmed_up, share, warmup) for share in plain]
+        warm_up(scheduler, self.args.get_warmup_steps(num_training_steps))
         set_rates(scheduler)
         return scheduler
 
@@ -266,15 +235,12 @@ class FineTuner(Trainer):
         losses = [i for i, fine in enumerate(is_finite) if not fine]
         if not losses and gradient_is_finite:
             return  # another process has found it
-        named = losses or range(len(self._samples))
-        examples = [int(s) for i in named for s in self._samples[i] if s != BLANK]
-        places = "\n  ".join(self.data.where(example) for example in examples[:20])
+        places = self.data.places(self._samples[i] for i in losses or range(len(self._samples)))
         what = "the loss" if losses else "the gradient"
-        more = f"\n  and {len(examples) - 20} more" if len(examples) > 20 else ""
         raise NonFiniteError(
             f"{what} of step {self.state.global_step + 1} is not a finite number; nothing was "
             f"learned from it and no checkpoint written. Examples in this forward pass:\n  {places}"
-            f"{more}\nLook at these, lower training.learning_rate, or use model.dtype: bfloat16 or "
+            f"\nLook at these, lower training.learning_rate, or use model.dtype: bfloat16 or "
             "float32 instead of float16; then resume from the last checkpoint"
         )
 
@@ -286,6 +252,7 @@ class FineTuner(Trainer):
         Dropout is other in every process, and after a resume at another number of processes. A
         resumed run gets its streams from the checkpoint, where there is one for this process.
         """
+        self.add_callback(StoppedIsSaved())  # behind the user's
         torch.manual_seed(self.saver.training.seed + rank_and_world()[0] + (step << 32))
         self.train(str(folder) if folder else None)
 

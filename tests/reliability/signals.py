@@ -35,8 +35,8 @@ GENERATION = "evaluate_model"
 # Moment -> (module, name, which call, steps that are done and saved by then). 0: nothing to save.
 MOMENTS: dict[str, tuple[str, str, int, int]] = {
     "reading the config": ("finetune.cli.inputs", "_data_problems", 1, 0),
-    "opening the tokenizer": ("finetune.training.run_data", "load_chat_tokenizer", 1, 0),
-    "tokenising": ("finetune.training.run_data", "load_examples", 1, 0),
+    "opening the tokenizer": ("finetune.training.loading.prepare_data", "load_chat_tokenizer", 1, 0),
+    "tokenising": ("finetune.training.loading.prepare_data", "load_examples", 1, 0),
     "loading the model": ("finetune.training.prepare_model", "prepare_model", 1, 0),
     "choosing a checkpoint": ("finetune.training.resume", "start", 1, 0),
     "the evaluation before the first step": ("finetune.evaluation.loss", "row_losses", 1, 0),

@@ -16,7 +16,7 @@ from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import Conversation, Message, calls_in_words, kind
 from finetune.data.dialogue.tool_calls import tool_name
 from finetune.data.examples.preparation import notes_of, thought_notes
-from finetune.data.preview.show import ShowResult, show, tokens
+from finetune.data.preview.show import ShowResult, show, template_of, tokens
 from finetune.data.reading.files import BadRow
 from finetune.data.reading.section import AS_DEFAULT, reading_of, sources_of, with_rows
 from finetune.data.reading.sources import KEPT_REASONS, ConversationStream, read_conversations
@@ -162,7 +162,7 @@ def check(
     Raises:
         DataError: When a path means no file.
     """
-    template = _template(model) if model is not None else None
+    template = template_of(model) if model is not None else None
     section = with_rows(AS_DEFAULT, **rows)
     reading = replace(reading_of(section), on_bad_row="collect")
     reading = replace(reading, images=replace(reading.images, check=True))
@@ -180,13 +180,6 @@ def check(
         earlier |= census.digests
         bad += stream.bad_rows[:KEPT_REASONS]
     return CheckReport(tuple(reports), tuple(bad), max_length)
-
-
-def _template(model: str | Path) -> ChatTemplate:
-    from finetune.data.chat.template import ChatTemplate
-    from finetune.data.chat.tokenizer import load_chat_tokenizer
-
-    return ChatTemplate(load_chat_tokenizer(model))
 
 
 @dataclass

@@ -97,7 +97,7 @@ def show(
     Raises:
         DataError: When there is no such dialogue, or its row is bad.
     """
-    template = _template(model)
+    template = template_of(model)
     section = with_rows(AS_DEFAULT, **rows)
     reading = replace(reading_of(section), on_bad_row="collect")
     reading = reading.for_checkpoint(thinks=template.layout.thinking)
@@ -122,7 +122,7 @@ def tokens(
     Raises:
         DataError: At the end, naming every bad row.
     """
-    template = _template(model)
+    template = template_of(model)
     section = with_rows(AS_DEFAULT, **rows)
     reading = reading_of(section).for_checkpoint(thinks=template.layout.thinking)
     stream = read_conversations(sources_of(section, path), reading)
@@ -146,7 +146,8 @@ def merged(spans: Iterator[tuple[int, int]]) -> list[list[int]]:
     return joined
 
 
-def _template(model: str | Path) -> ChatTemplate:
+def template_of(model: str | Path) -> ChatTemplate:
+    """The chat template of a model's folder or hub id."""
     from finetune.data.chat.template import ChatTemplate
     from finetune.data.chat.tokenizer import load_chat_tokenizer
 

@@ -18,7 +18,7 @@ from finetune.distributed.device import local_device, memory_gb
 from finetune.distributed.processes import rank_and_world
 from finetune.evaluation.scores.metrics import metric
 from finetune.training.callbacks.throughput import Work, gpu_memory, work_of
-from finetune.training.measuring.keeping import conclusion
+from finetune.training.measuring.choosing import conclusion
 from finetune.training.objective import StepCounts
 from finetune.training.prepare_model import PreparedModel
 from finetune.training.resume import Start

@@ -18,7 +18,7 @@ from finetune.evaluation.scores.metrics import is_better
 from finetune.storage import journal
 from finetune.storage.disk import BestEffort
 from finetune.storage.files import json_line, write_file
-from finetune.training.measuring.keeping import CHOSEN
+from finetune.training.measuring.choosing import CHOSEN
 
 
 class Schedule(TrainerCallback):
@@ -244,3 +244,11 @@ class TensorBoard(TensorBoardCallback):
         self._has_given_up = self._writing.failed
         if self._has_given_up:
             self.tb_writer = None  # its thread has ended
+
+
+def writers(run_dir: Path, profile: int | None, feed: Any) -> list[TrainerCallback]:
+    """What writes into the run directory: metrics, what was read of a stream, a profile."""
+    from finetune.training.callbacks.profiling import Profiler
+
+    described = [] if feed is None else [DataJson(run_dir, feed.described)]
+    return [MetricsFile(run_dir), *described, *([Profiler(run_dir, profile)] if profile else [])]

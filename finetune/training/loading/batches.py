@@ -7,7 +7,7 @@ is learned, so that every process runs as often as the others and no example is 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -62,9 +62,25 @@ class TrainingData:
     feed: StreamFeed | None = None
     """Where the examples come from if they are streamed."""
 
+    def places(self, samples: Iterable[Iterable[Any]]) -> str:
+        """Where the documents of micro-batches stand, the first 20 line by line."""
+        examples = [int(sample) for batch in samples for sample in batch if sample != BLANK]
+        more = f"\n  and {len(examples) - 20} more" if len(examples) > 20 else ""
+        return "\n  ".join(self.where(example) for example in examples[:20]) + more
 
-def training_data(data: RunData, prepared: PreparedModel, section: DataSection) -> TrainingData:
-    """The examples of a run, and how they become batches."""
+    def loader(self, *, rank: int, workers: int, seconds: float) -> StepLoader:
+        """The loader of process `rank`; see `training_loader`."""
+        if self.feed is None:
+            return training_loader(self, rank=rank, workers=workers, seconds=seconds)
+        from finetune.training.loading.streams import stream_loader
+
+        return stream_loader(self, self.feed, rank=rank, workers=workers, seconds=seconds)
+
+
+def training_data(
+    data: RunData, prepared: PreparedModel, section: DataSection, checkpoint: Path | None
+) -> TrainingData:
+    """The examples of a run, and how they become batches; a stream goes on where `checkpoint` says."""
     template, features = data.template, None
     if section.cache_image_features and (images := data.train.images()):
         features = vision_cache(
@@ -78,7 +94,12 @@ def training_data(data: RunData, prepared: PreparedModel, section: DataSection) 
         )
     collate = Collator(template.pad_id, image=template.image, features=features)
     train, objective = data.train, SupervisedTokens()
-    return TrainingData(data.items, train.lengths, train.where, data.plan, collate, objective)
+    found = TrainingData(data.items, train.lengths, train.where, data.plan, collate, objective)
+    if data.stream is None:
+        return found
+    from finetune.training.loading.streams import from_checkpoint
+
+    return from_checkpoint(found, data, checkpoint)
 
 
 class RankBatches(Sampler[list[int]]):

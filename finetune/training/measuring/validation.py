@@ -11,7 +11,6 @@ from typing import Any
 from finetune import console
 from finetune.config.schema import EvaluationSection
 from finetune.data.examples.collate import Collator
-from finetune.data.reading.sources import read_conversations
 from finetune.distributed import device
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.distributed.signals import StopFlag
@@ -20,11 +19,10 @@ from finetune.evaluation.loss import Examples, validation_loss
 from finetune.evaluation.model_scores import evaluate_model
 from finetune.evaluation.predictions import write_predictions
 from finetune.evaluation.scores.statistics import LossTable, ReplyTable
-from finetune.generation.generate import context_length
-from finetune.generation.prompts import ReplyPrompt, prompts_of
+from finetune.generation.prompts import ReplyPrompt
 from finetune.storage.disk import BestEffort
-from finetune.training.measuring.keeping import CHOSEN, Chooser, Kept
-from finetune.training.run_data import RunData
+from finetune.training.measuring.choosing import CHOSEN, Chooser
+from finetune.training.measuring.keeping import Kept
 
 
 @dataclass(frozen=True)
@@ -110,45 +108,3 @@ class Validation:
         for one in result.predictions:
             table.add(one.where, one.scores, one.counts)
         return {name: value for name, value in result.scores.items() if value is not None}, table
-
-
-def load_validation(
-    section: EvaluationSection,
-    data: RunData,
-    model: Any,
-    run_dir: Path,
-    stop: StopFlag,
-) -> Validation | None:
-    """What the config asks to be evaluated; None without validation data."""
-    if data.validation is None:
-        return None
-    template = data.template
-    prompts: Sequence[ReplyPrompt] = ()
-    if section.generate:
-        reading = data.reading.for_checkpoint(thinks=template.layout.thinking)
-        dialogues = read_conversations(data.validation_sources, reading)
-        prompts = prompts_of(dialogues, template, section, context_length(model))
-    kept = _kept(section, data, model)
-    return Validation(
-        section=section,
-        examples=data.validation,
-        prompts=prompts,
-        collate=Collator(template.pad_id, image=template.image),
-        batch_size=data.plan.batch_size,
-        run_dir=run_dir,
-        stop=stop,
-        kept=kept,
-        chooser=Chooser(run_dir, kept) if kept and section.choose != "best_metric" else None,
-    )
-
-
-def _kept(section: EvaluationSection, data: RunData, model: Any) -> Kept | None:
-    """What the config asks to be kept."""
-    if section.keep is None:
-        return None
-    reading = data.reading.for_checkpoint(thinks=data.template.layout.thinking)
-    dialogues = (one for one in read_conversations(data.kept_sources, reading) if one.tools)
-    prompts: Sequence[ReplyPrompt] = ()
-    if data.kept_sources and section.generate:
-        prompts = prompts_of(dialogues, data.template, section, context_length(model))
-    return Kept(section.keep, data.template, data.kept, prompts, data.plan.batch_size, section)
