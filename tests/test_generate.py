@@ -278,6 +278,22 @@ def test_the_cache_of_a_batch_stays_within_its_bytes(
     assert max(rows for rows, _ in batches) == 2
 
 
+def test_an_automatic_batch_fills_half_of_the_free_memory(
+    glm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = 256 * (40 + 24)  # bytes of a prompt and its reply
+    for free, rows in (
+        (2 * 20 * row, 16),
+        (2 * 31 * row, 16),
+        (2 * 32 * row, 32),
+        (0, 1),
+        (10**15, 128),
+    ):
+        monkeypatch.setattr(generation, "free_bytes", lambda free=free: free)
+        assert generation.rows_at_once(glm, "auto", 64) == rows
+    assert generation.rows_at_once(glm, 7, 64) == 7
+
+
 def test_no_prompts_have_no_replies(glm: Any) -> None:
     assert generate(glm, Stops(), [], max_new_tokens=4, batch_size=4) == []
 

@@ -72,7 +72,7 @@ def evaluate(
         typer.Option(metavar="N", min=1, help="At most N replies, the same ones each time."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Prompts generated at once.")
+        str | None, typer.Option(metavar="N", help="Prompts generated at once, or `auto`.")
     ] = None,
     definition: Annotated[
         Definition, typer.Option(help="How BLEU and ROUGE are computed; docs/metrics.md.")
@@ -154,7 +154,7 @@ def evaluate(
         "replies": replies,
         "max_new_tokens": max_new_tokens,
         "max_samples": max_samples,
-        "batch_size": batch_size,
+        "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
         "columns": columns,
         "format": format,
         "image_root": image_root,

@@ -246,8 +246,8 @@ class EvaluationSection(Section):
     max_samples: Positive | None = None
     """At most this many replies are generated, a seeded sample that is the same every time; the log says so."""
 
-    batch_size: Positive = 64
-    """Prompts generated at once, per process: fewer where their keys and values would take more than 4 GB, with images at most 16."""
+    batch_size: Positive | Literal["auto"] = 64
+    """Prompts generated at once, per process: fewer where their keys and values would take more than 4 GB, with images at most 16. `auto`: as many as half of the free memory has room for, a power of two, at most 128."""
 
     best_metric: NotEmpty = "loss"
     """The score that chooses the best checkpoint: `loss`, or any other of docs/metrics.md but `general_loss`; each in the direction in which it is better."""

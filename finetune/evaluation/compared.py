@@ -93,6 +93,7 @@ class ScoredTarget:
             predictions=f"predictions/{self.file.name}",
             scores={name: Score(**score) for name, score in scores.items()},
             seconds=float(facts.get("seconds", 0.0)),
+            batch_size=facts.get("batch_size"),
             prompts_per_rank=facts.get("prompts_per_rank", []),
         )
 

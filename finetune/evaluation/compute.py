@@ -41,9 +41,26 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
             opened = models.open(job.target.path, base=job.target.base, like=job.target.like)
             console.say(f"{job.target.name}: {job.target.path}")
             with job.results.locked() if leads else nullcontext():
-                _ask_tasks(job, opened.model)
+                rows = _rows_at_once(job, opened.model, leads)
+                _ask_tasks(job, opened.model, rows)
                 _measure_losses(job, opened.model, leads)
-                _generate_replies(job, opened.model, leads)
+                _generate_replies(job, opened.model, rows)
+
+
+def _rows_at_once(job: EvaluationJob, model: Any, leads: bool) -> int:
+    """The batch size, of an evaluation that goes on the one that it began with."""
+    from finetune.distributed.processes import broadcast_from_rank0
+    from finetune.generation.generate import rows_at_once
+
+    kept: int | None = broadcast_from_rank0(lambda: job.results.note("batch_size"))
+    if kept is not None:
+        return kept
+    section = job.settings.evaluation
+    longest = job.settings.policy.max_length + section.max_new_tokens
+    rows = rows_at_once(model, section.batch_size, longest)
+    if leads:
+        job.results.write_note("batch_size", rows)
+    return rows
 
 
 def _measure_losses(job: EvaluationJob, model: Any, leads: bool) -> None:
@@ -65,15 +82,15 @@ def _measure_losses(job: EvaluationJob, model: Any, leads: bool) -> None:
             job.results.write_losses(name, found.losses, found.weights)
 
 
-def _generate_replies(job: EvaluationJob, model: Any, leads: bool) -> None:
-    from finetune.distributed.processes import broadcast_from_rank0
+def _generate_replies(job: EvaluationJob, model: Any, rows: int) -> None:
+    from finetune.distributed.processes import broadcast_from_rank0, is_rank0
     from finetune.generation.generate import Generator, context_length
 
     section, results, options = job.settings.evaluation, job.results, job.options
     begun = time.perf_counter()
     if broadcast_from_rank0(lambda: results.facts) is not None:
         return
-    journal = results.journal(window_size(section.batch_size))
+    journal = results.journal(window_size(rows))
     number = broadcast_from_rank0(partial(results.num_kept, journal))
     if number:
         console.say(f"{number} replies are there already; going on behind them")
@@ -81,14 +98,14 @@ def _generate_replies(job: EvaluationJob, model: Any, leads: bool) -> None:
         model,
         job.template,
         max_new_tokens=section.max_new_tokens,
-        batch_size=section.batch_size,
+        batch_size=rows,
     )
     if section.generate and job.settings.sources:
         reading = job.settings.reading.for_checkpoint(thinks=job.template.layout.thinking)
         dialogues = read_conversations(job.settings.sources, reading)
         prompts = PromptStream.of(dialogues, job.template, section, context_length(model))
         how = Answering(
-            job.template, section.batch_size, journal,
+            job.template, rows, journal,
             options.temperature, options.seed, options.form,
         )  # fmt: skip
         for window in answered(generator, prompts, how, behind=number):
@@ -96,17 +113,18 @@ def _generate_replies(job: EvaluationJob, model: Any, leads: bool) -> None:
             journal.append(one.unscored_row for one in pairs)
             number += len(window)
         prompts.counts.say()
-    if leads:
+    if is_rank0():
         seconds = time.perf_counter() - begun
         job.seen.check(held_out_files(job.settings, job.template), "they were evaluated")
-        facts = {"seconds": seconds, "dtype": str(model.dtype), "replies": number}
-        results.finish(facts | {"prompts_per_rank": generator.prompts_per_rank})
+        facts: dict[str, Any] = {"seconds": seconds, "dtype": str(model.dtype), "replies": number}
+        facts |= {"prompts_per_rank": generator.prompts_per_rank, "batch_size": rows}
+        results.finish(facts)
 
 
-def _ask_tasks(job: EvaluationJob, model: Any) -> None:
+def _ask_tasks(job: EvaluationJob, model: Any, rows: int) -> None:
     if not job.options.tasks or job.results.note(job.tasks_name) is not None:
         return
     section = job.settings.evaluation
-    how = Asking(section.batch_size, section.max_samples, job.options.tasks_data)
+    how = Asking(rows, section.max_samples, job.options.tasks_data)
     scores = ask(model, job.template, job.options.tasks, how)
     job.results.write_note(job.tasks_name, TaskTable(scores).note)

@@ -67,6 +67,8 @@ class TargetScores(_Part):
     predictions: str
     scores: dict[str, Score]
     seconds: Number = None
+    batch_size: Count | None = None
+    """How many prompts were generated at once."""
     prompts_per_rank: list[Count] = []
     """How many prompts each process answered when it was last generated."""
 

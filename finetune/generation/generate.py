@@ -6,15 +6,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from finetune import console
+from finetune.distributed.device import free_bytes
 from finetune.distributed.map_batches import Collected, Deal, Poll, evaluating, longest_first
 from finetune.distributed.processes import (
     broadcast_from_rank0,
     is_rank0,
     is_sharded,
     rank_and_world,
+    reduce_max,
 )
 from finetune.errors import DataError
 from finetune.generation.batch import Prompt, SharedPrefix, head_size
@@ -26,6 +28,8 @@ Row: TypeAlias = "list[Any]"
 
 POSITIONS = ("max_position_embeddings", "seq_length")
 """What a config calls them."""
+MOST_ROWS = 128
+"""Of `evaluation.batch_size: auto`: more gain little, and leave processes without a batch."""
 CACHE_BYTES = 4 << 30
 """Keys and values that a batch may hold."""
 
@@ -318,11 +322,26 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
-def cache_tokens(model: Any) -> int:
-    """Tokens whose keys and values fit into `CACHE_BYTES`."""
+def rows_at_once(model: Any, asked: int | Literal["auto"], longest: int) -> int:
+    """`evaluation.batch_size` as a number, the same in every process.
+
+    Args:
+        model: on its device.
+        asked: `auto` is a power of two whose rows take half of what is free where least is.
+        longest: tokens of a prompt and its reply.
+    """
+    if asked != "auto":
+        return asked
+    free = -reduce_max([-free_bytes()])[0]
+    rows = min(MOST_ROWS, cache_tokens(model, free // 2) // longest)
+    return 1 << max(0, rows.bit_length() - 1)
+
+
+def cache_tokens(model: Any, size: int | None = None) -> int:
+    """Tokens whose keys and values fit into `size` bytes, by default `CACHE_BYTES`."""
     config = model.config.get_text_config()
     heads = config.num_hidden_layers * config.num_key_value_heads
-    return int(CACHE_BYTES // (2 * heads * head_size(config) * model.dtype.itemsize))
+    return int((size or CACHE_BYTES) // (2 * heads * head_size(config) * model.dtype.itemsize))
 
 
 def check_context(

@@ -55,7 +55,7 @@ class Kept:
                 model,
                 self.prompts,
                 max_new_tokens=self.evaluation.max_new_tokens,
-                batch_size=self.evaluation.batch_size,
+                batch_size=int(self.evaluation.batch_size),
                 should_stop=should_stop,
             ).predictions
             right = [one.scores["tool_call_accuracy"] for one in replies]
@@ -65,5 +65,7 @@ class Kept:
         return found | self._tasks(model)
 
     def _tasks(self, model: Any) -> dict[str, Measure]:
-        scores = ask(model, self.template, self.section.tasks, Asking(self.evaluation.batch_size))
+        scores = ask(
+            model, self.template, self.section.tasks, Asking(int(self.evaluation.batch_size))
+        )
         return {name: score.measure(name) for name, score in scores.items() if score.ids}

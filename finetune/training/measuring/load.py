@@ -10,7 +10,7 @@ from finetune.config.schema import EvaluationSection
 from finetune.data.examples.collate import Collator
 from finetune.data.reading.sources import read_conversations
 from finetune.distributed.signals import StopFlag
-from finetune.generation.generate import context_length
+from finetune.generation.generate import context_length, rows_at_once
 from finetune.generation.prompts import ReplyPrompt, prompts_of
 from finetune.training.measuring.choosing import Chooser
 from finetune.training.measuring.keeping import Kept
@@ -29,6 +29,8 @@ def load_validation(
     if data.validation is None:
         return None
     template = data.template
+    rows = rows_at_once(model, section.batch_size, data.max_length + section.max_new_tokens)
+    section = section.model_copy(update={"batch_size": rows})
     prompts: Sequence[ReplyPrompt] = ()
     if section.generate:
         reading = data.reading.for_checkpoint(thinks=template.layout.thinking)

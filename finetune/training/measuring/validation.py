@@ -99,7 +99,7 @@ class Validation:
             model,
             self.prompts,
             max_new_tokens=self.section.max_new_tokens,
-            batch_size=self.section.batch_size,
+            batch_size=int(self.section.batch_size),
             should_stop=self._should_stop,
         )
         if console.is_main():
