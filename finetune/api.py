@@ -179,7 +179,7 @@ def _conversation(row: Row | Sequence[Row], purpose: Any) -> Conversation:
 
     whole = dict(row) if isinstance(row, Mapping) else {"messages": list(row)}
     try:
-        return to_conversation(whole, where="row", purpose=purpose)
+        return to_conversation(whole, location="row", purpose=purpose)
     except RowError as error:
         raise DataError(f"the row is no dialogue: {error}") from error
 

@@ -34,7 +34,7 @@ def dialogue(*turns: tuple[Any, ...], tools: Iterable[Any] = ()) -> Conversation
     """(role, content[, metadata]) per message; `call`, `tool` and `reply` for short."""
     roles = {"call": "assistant", "reply": "assistant", "tool": "observation"}
     messages = tuple(Message(roles.get(role, role), *rest) for role, *rest in turns)
-    return Conversation(messages, tuple(tools), where="file.jsonl:1")
+    return Conversation(messages, tuple(tools), location="file.jsonl:1")
 
 
 _typed = st.sampled_from([*CONTROL_STRINGS, "\n", "\n\n", " ", "<|", "|>"])

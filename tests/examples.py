@@ -21,11 +21,11 @@ def tiny_template(folder: Path) -> ChatTemplate:
     return ChatTemplate(load_chat_tokenizer(folder))
 
 
-def dialogue(turns: int = 1, where: str = "f:1", word: str = "answer", **reply) -> Conversation:
+def dialogue(turns: int = 1, location: str = "f:1", word: str = "answer", **reply) -> Conversation:
     messages = []
     for turn in range(turns):
         messages += [
             Message("user", f"question {turn}"),
             Message("assistant", f"{word} {turn}", **reply),
         ]
-    return Conversation(tuple(messages), where=where)
+    return Conversation(tuple(messages), location=location)

@@ -185,11 +185,11 @@ def test_a_regex_without_end_is_given_up(
 
 def test_a_pattern_matches_as_re_does() -> None:
     names = ["model.layers.0.q_proj", "model.layers.10.q_proj", "lm_head"]
-    found = match_names([r".*\.\d\.q_proj", "lm_head", "nothing"], names, where="x")
+    found = match_names([r".*\.\d\.q_proj", "lm_head", "nothing"], names, location="x")
     assert found == {
         r".*\.\d\.q_proj": {names[0]}, "lm_head": {"lm_head"}, "nothing": frozenset()
     }  # fmt: skip
-    assert match_names(["lm.head"], names, where="x") == {"lm.head": {"lm_head"}}
+    assert match_names(["lm.head"], names, location="x") == {"lm.head": {"lm_head"}}
 
 
 @pytest.mark.parametrize(

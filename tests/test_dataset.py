@@ -52,7 +52,7 @@ def test_an_example_has_the_rendered_ids_and_labels_on_replies_with_their_stops(
     assert supervised_text(template, dataset) == "\nanswer 0<|user|>\nanswer 1<|user|>"
     assert (example.input_ids.dtype, example.labels.dtype) == (np.int32, np.int64)
     assert example.loss_weights is None
-    assert (example.index, example.where) == (0, "f:1")
+    assert (example.index, example.location) == (0, "f:1")
 
 
 def test_only_the_last_reply_carries_loss_when_the_policy_says_so(template, tmp_path):
@@ -80,13 +80,13 @@ def test_a_reply_that_weighs_other_than_one_brings_weights(template, tmp_path):
 
 
 def test_examples_of_several_batches_keep_their_order_and_place(template, tmp_path):
-    talks = [dialogue(where=f"f:{line}", word=f"word{line}") for line in range(2_500)]
+    talks = [dialogue(location=f"f:{line}", word=f"word{line}") for line in range(2_500)]
     dataset = prepare(iter(talks), template, LONG, key="k", cache_root=tmp_path)
     assert len(dataset) == 2_500
     assert dataset.lengths.tolist() == [len(dataset[i].input_ids) for i in range(2_500)]
     for index in (0, 999, 1000, 1999, 2000, 2499):
         assert supervised_text(template, dataset, index) == f"\nword{index} 0<|user|>"
-        assert dataset[index].where == dataset.where(index) == f"f:{index}"
+        assert dataset[index].location == dataset.location(index) == f"f:{index}"
         assert dataset[index].index == index
 
 
@@ -160,7 +160,7 @@ def test_long_dialogues_can_be_an_error_that_lists_them(template, tmp_path):
 
 
 def test_a_dialogue_with_nothing_trained_is_dropped_by_name(template, tmp_path):
-    talks = [dialogue(where="f:1", train=False), dialogue(where="f:2")]
+    talks = [dialogue(location="f:1", train=False), dialogue(location="f:2")]
     dataset = prepare(talks, template, LONG, key="k", cache_root=tmp_path)
     assert len(dataset) == 1
     assert dataset.counts.dropped == {"no reply that is trained": 1}
@@ -176,11 +176,11 @@ def test_shortening_never_leaves_a_dialogue_without_a_trained_reply(template, tm
             Message("user", "c"),
             Message("assistant", "d", train=False),
         ),
-        where="f:7",
+        location="f:7",
     )
-    talks = [talk, dialogue(where="f:8")]
+    talks = [talk, dialogue(location="f:8")]
     dataset = prepare(talks, template, LengthPolicy(40), key="k", cache_root=tmp_path)
-    assert [example.where for example in dataset] == ["f:8"]
+    assert [example.location for example in dataset] == ["f:8"]
     assert dataset.counts.dropped == {"no trained reply fits": 1}
 
 
@@ -196,7 +196,7 @@ def test_counts_add_up(template, tmp_path):
 
 
 def test_at_most_five_rows_are_named_per_reason(template, tmp_path):
-    talks = [dialogue(), *(dialogue(where=f"f:{i}", train=False) for i in range(20))]
+    talks = [dialogue(), *(dialogue(location=f"f:{i}", train=False) for i in range(20))]
     counts = prepare(talks, template, LONG, key="k", cache_root=tmp_path).counts
     assert counts.dropped == {"no reply that is trained": 20}
     assert len(counts.named) == 5
@@ -220,14 +220,14 @@ def test_rows_read_back_as_they_were_written(tmp_path):
             writer.append(
                 [np.array(ids, np.int32) for ids, _, _ in chunk],
                 [spans for _, spans, _ in chunk],
-                [where for _, _, where in chunk],
+                [location for _, _, location in chunk],
             )
     file = ExampleFile(tmp_path / "f.arrow")
-    for index, (ids, spans, where) in enumerate(rows):
+    for index, (ids, spans, location) in enumerate(rows):
         row = file[index]
         assert row.input_ids.tolist() == ids
         assert list(zip(row.starts, row.ends, row.weights, strict=True)) == spans
-        assert file.where(index) == where
+        assert file.location(index) == location
     assert file.lengths().tolist() == [3, 1, 2]
 
 

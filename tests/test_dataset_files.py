@@ -50,7 +50,7 @@ def test_files_become_examples_in_their_order(template, tmp_path):
     sources = SourceSpec(str(tmp_path / "*.jsonl")), SourceSpec(str(tmp_path / "a.jsonl"))
     dataset = load(*sources, template=template, root=tmp_path)
     assert replies(template, dataset) == ["first 0", "first 1", "second 0", "first 0", "first 1"]
-    assert dataset.where(1) == f"{tmp_path}/a.jsonl:2"
+    assert dataset.location(1) == f"{tmp_path}/a.jsonl:2"
 
 
 def test_a_source_of_weight_two_is_seen_twice_and_of_half_by_half(template, tmp_path):
@@ -136,7 +136,7 @@ def test_a_copy_elsewhere_has_the_same_fingerprint_and_its_own_places(template, 
         load(SourceSpec(str(path)), template=template, root=tmp_path) for path in (first, second)
     )
     assert one.fingerprint == two.fingerprint
-    assert two.where(0) == f"{second}:1"
+    assert two.location(0) == f"{second}:1"
 
 
 @pytest.mark.parametrize("changes", [{"weight": 2.0}, {"format": "pairs"}])

@@ -163,7 +163,7 @@ def test_replies_equal_to_their_references_score_100_everywhere(
     assert scores["repetition_rate"] == 0.0
     assert [one.message for one in result.predictions] == [1, 1, 1, 1, 1, 1, 3, 1, 3]
     assert result.predictions[7].row["reference"] == f"get_weather\n{CALL}"
-    assert result.predictions[7].where == "dev.jsonl:7"
+    assert result.predictions[7].location == "dev.jsonl:7"
 
 
 def test_what_follows_a_control_token_in_a_reply_is_not_scored(

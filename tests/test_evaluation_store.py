@@ -13,9 +13,9 @@ from finetune.evaluation import store
 from finetune.evaluation.predictions import Prediction
 
 
-def line(where: str) -> dict[str, Any]:
+def line(location: str) -> dict[str, Any]:
     said = Message("assistant", "yes")
-    return Prediction(said, said, where=where).unscored_row
+    return Prediction(said, said, location=location).unscored_row
 
 
 @pytest.mark.parametrize(("window", "kept"), [(1, 5), (2, 4), (4, 4)])

@@ -33,7 +33,7 @@ def values(path: Path) -> list[Any]:
 
 
 def lines_of(path: Path) -> list[int]:
-    return [int(row.where.rpartition(":")[2]) for row in read_rows(path)]
+    return [int(row.location.rpartition(":")[2]) for row in read_rows(path)]
 
 
 @pytest.mark.parametrize("name", BENIGN)
@@ -56,7 +56,7 @@ def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, name: str) -> Non
     path = write(tmp_path, name, content)
     rows = list(read_rows(path))
     bad = [row for row in rows if isinstance(row, BadRow)]
-    assert [row.where for row in bad] == [f"{path}:{line}"]
+    assert [row.location for row in bad] == [f"{path}:{line}"]
     assert reason in bad[0].reason
     assert not bad[0].fatal
     assert isinstance(rows[0], Row)
@@ -79,7 +79,7 @@ def test_where_a_file_cannot_be_read_on_the_last_row_says_so(tmp_path: Path, nam
     *_, last = read_rows(path)
     assert isinstance(last, BadRow)
     assert last.fatal
-    assert (last.where, reason in last.reason) == (f"{path}:{line}", True), last
+    assert (last.location, reason in last.reason) == (f"{path}:{line}", True), last
 
 
 def test_a_row_of_20_mb_is_refused_without_holding_it(tmp_path: Path) -> None:

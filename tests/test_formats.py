@@ -97,7 +97,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_all_spellings_of_a_tool_call_are_one_conversation(spelling: str) -> None:
-    assert to_conversation(SPELLINGS[spelling], where="x:1") == Conversation(
+    assert to_conversation(SPELLINGS[spelling], location="x:1") == Conversation(
         (
             Message("user", "天气？"),
             Message("assistant", CITY, metadata="get_weather"),

@@ -221,10 +221,10 @@ def lying():
 stream, seen, most, places = blocks(), [], 0, []
 while block := stream.next():
     places.append((stream.cursors, stream.opened))
-    seen.append([placed.row.where for placed in block])
+    seen.append([placed.row.location for placed in block])
     most = max(most, lying())
 again = blocks(cursors=places[1][0], opened=places[1][1])
-resumed = [placed.row.where for placed in again.next()]
+resumed = [placed.row.location for placed in again.next()]
 left = [path.name for path in (root / "streams").rglob("*.jsonl")]
 print(json.dumps([seen, most, resumed, hub.fetched, len(shards), left]))
 """
@@ -242,7 +242,7 @@ def test_shards_of_a_hub_lie_here_only_while_they_are_read(scheme: str, tmp_path
         program = program.replace("sys.argv[2]", repr(str(tmp_path / "cache")))
         seen, most, resumed, fetched, shards, left = run_with_hub(program, there, tmp_path)
     assert (shards, sum(map(len, seen))) == (12, 84)
-    assert len({where for block in seen for where in block}) == 84
+    assert len({location for block in seen for location in block}) == 84
     assert seen[0][0] == f"{scheme}://owner/name@{download_hubs.COMMIT}/data/00.jsonl:1"
     assert most <= 4
     assert resumed == seen[2]

@@ -51,7 +51,7 @@ def conversation(turns: int, *, image: str | None = "x.png", words: int = 3) -> 
         text = "hello " * words + str(turn)
         messages.append(Message("user", text, image=image if turn == 0 else None))
         messages.append(Message("assistant", f"answer {turn}"))
-    return Conversation(tuple(messages), where="f:1")
+    return Conversation(tuple(messages), location="f:1")
 
 
 def examples(path: Path, template: ChatTemplate, folder: Path, **policy: Any) -> PreparedDataset:

@@ -148,7 +148,7 @@ def test_shares_of_the_mixture_say_how_often_rows_are_seen(
 
 
 def counted(data: PreparedDataset) -> Counter[str]:
-    return Counter(Path(data.where(n)).name.partition(".")[0] for n in range(len(data)))
+    return Counter(Path(data.location(n)).name.partition(".")[0] for n in range(len(data)))
 
 
 def test_an_epoch_of_mixed_and_capped_sources(template: ChatTemplate, tmp_path: Path) -> None:
@@ -184,11 +184,11 @@ def test_repeats_of_earlier_and_of_held_out_examples_are_left_out(
     held_out = load(held, Selection(deduplicate="exact"))
     assert (len(held_out), held_out.counts.duplicates) == (1, 1)
     data = load(train, Selection(deduplicate="exact", held_out=held_out))
-    assert [data.where(n).rpartition(":")[2] for n in range(len(data))] == ["1", "4"]
+    assert [data.location(n).rpartition(":")[2] for n in range(len(data))] == ["1", "4"]
     assert data.counts.duplicates == 2
     assert held_out.shared_with(data) == []
-    (where,) = held_out.shared_with(load(train, Selection()))  # of two that are stored
-    assert where.endswith("held.jsonl:1")
+    (location,) = held_out.shared_with(load(train, Selection()))  # of two that are stored
+    assert location.endswith("held.jsonl:1")
     fingerprints = {load(train, s).fingerprint for s in (
         Selection(), Selection(deduplicate="exact"),
         Selection(deduplicate="exact", held_out=held_out),
@@ -211,4 +211,4 @@ def test_near_duplicates_are_left_out_and_other_questions_under_the_same_system_
         selection=Selection(deduplicate="near"),
         cache_root=tmp_path / "cache",
     )
-    assert [data.where(n).rpartition(":")[2] for n in range(len(data))] == ["1", "3"]
+    assert [data.location(n).rpartition(":")[2] for n in range(len(data))] == ["1", "3"]

@@ -124,17 +124,17 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("where", ["touched", "copied"])
+@pytest.mark.parametrize("location", ["touched", "copied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_base_that_is_not_finite_is_not_merged_into(
-    tmp_path: Path, where: str, dtype: torch.dtype
+    tmp_path: Path, location: str, dtype: torch.dtype
 ) -> None:
     base = make_base(tmp_path / "base", dtype, shards=1)
     adapter = make_adapter(tmp_path / "adapter", base)
     (adapter / "finetune.json").unlink()  # of the base before
     file = base / "model-00001-of-00001.safetensors"
     stored = load_file(file)
-    name = "model.layers.1.mlp.down_proj.weight" if where == "touched" else "model.norm.weight"
+    name = "model.layers.1.mlp.down_proj.weight" if location == "touched" else "model.norm.weight"
     stored[name].view(-1)[-1] = float("nan")
     save_file(stored, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="not finite") as caught:

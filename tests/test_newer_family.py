@@ -53,7 +53,7 @@ def settings(folder: Path, run_dir: Path, method: str, **changes: Any) -> dict[s
 
 
 def asking(image: str | None) -> Conversation:
-    return Conversation((Message("user", "what is this", image=image),), where="here")
+    return Conversation((Message("user", "what is this", image=image),), location="here")
 
 
 def test_a_prompt_is_what_transformers_own_pieces_make(folder: Path) -> None:

@@ -22,14 +22,14 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
     return ChatTemplate(load_chat_tokenizer(folder))
 
 
-def dialogue(turns: int, where: str = "f:1", **reply: object) -> Conversation:
+def dialogue(turns: int, location: str = "f:1", **reply: object) -> Conversation:
     messages = [Message("system", "be brief")]
     for turn in range(turns):
         messages += [
             Message("user", f"question {turn}"),
             Message("assistant", f"answer {turn}", **reply),  # type: ignore[arg-type]
         ]
-    return Conversation(tuple(messages), where=where)
+    return Conversation(tuple(messages), location=location)
 
 
 CALL = Conversation(
@@ -40,7 +40,7 @@ CALL = Conversation(
         Message("assistant", "20 degrees"),
     ),
     tools=({"type": "function", "function": {"name": "get_weather", "parameters": {}}},),
-    where="f:9",
+    location="f:9",
 )
 
 
@@ -53,7 +53,7 @@ def test_every_reply_has_a_prompt_that_ends_where_it_begins(template):
     ]
     assert [prompt.reference.content for prompt in prompts] == ["answer 0", "answer 1"]
     assert [prompt.index for prompt in prompts] == [2, 4]
-    assert {prompt.where for prompt in prompts} == {"f:1"}
+    assert {prompt.location for prompt in prompts} == {"f:1"}
 
 
 def test_a_prompt_never_contains_its_reference(template):
@@ -70,7 +70,7 @@ def test_a_prompt_is_a_prefix_of_the_rendered_example(template):
 
 def test_the_last_reply_alone_can_be_asked_for(template):
     prompts = reply_prompts([dialogue(3), CALL], template, replies="last_reply")
-    assert [(p.where, p.index) for p in prompts] == [("f:1", 6), ("f:9", 3)]
+    assert [(p.location, p.index) for p in prompts] == [("f:1", 6), ("f:9", 3)]
     assert prompts.counts.replies == 2
 
 
@@ -136,8 +136,8 @@ def test_a_sample_is_the_same_every_time_and_in_order(template):
     data = [dialogue(2, f"f:{line}") for line in range(1, 301)]
     first = reply_prompts(iter(data), template, max_samples=20)
     second = reply_prompts(iter(data), template, max_samples=20)
-    places = [(int(p.where[2:]), p.index) for p in first]
-    assert places == [(int(p.where[2:]), p.index) for p in second]
+    places = [(int(p.location[2:]), p.index) for p in first]
+    assert places == [(int(p.location[2:]), p.index) for p in second]
     assert places == sorted(places)
     assert len(set(places)) == 20
     assert places[-1][0] > 150

@@ -141,11 +141,11 @@ def test_a_public_repository_is_filled_only_when_public_is_said(merged: Path, th
     assert there.files
 
 
-@pytest.mark.parametrize("where", ["create", "lfs/", "/commit/"])
+@pytest.mark.parametrize("location", ["create", "lfs/", "/commit/"])
 def test_a_hub_that_refuses_is_told_without_a_traceback_and_without_the_token(
-    merged: Path, there: Hub, where: str
+    merged: Path, there: Hub, location: str
 ) -> None:
-    there.refuse = where
+    there.refuse = location
     done = push(there, merged, "--repo", "me/tuned", "--yes")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

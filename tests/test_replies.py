@@ -105,7 +105,7 @@ def test_a_prompt_that_ends_in_a_line_break_is_a_prefix_of_every_plain_reply(
 def test_text_that_is_no_unicode_is_named(template: ChatTemplate) -> None:
     fine, broken = dialogue(("user", "q")), dialogue(("user", "q"), ("reply", "a\ud83d"))
     with pytest.raises(DataError, match=r"file\.jsonl:1: message 2 \(assistant\) is not valid"):
-        template.render([fine, replace(broken, where="file.jsonl:1")])
+        template.render([fine, replace(broken, location="file.jsonl:1")])
 
 
 def test_an_empty_message_or_a_name_of_two_lines_is_refused(template: ChatTemplate) -> None:

@@ -134,7 +134,7 @@ def test_show_marks_what_carries_loss(tmp_path: Path, tiny_chatglm: Path) -> Non
         "<|user|>\nagain<|assistant|>«\nhi again<|user|>»"
     )
     assert shown.prompt == shown.plain().partition("«")[0]
-    assert (shown.stop, shown.where, shown.format) == ("<|user|>", f"{path}:1", "messages")
+    assert (shown.stop, shown.location, shown.format) == ("<|user|>", f"{path}:1", "messages")
     assert shown.num_tokens == sum(len(token.ids) for token in shown.tokens)
     assert shown.num_supervised == sum(len(t.ids) for t in shown.tokens if t.supervised)
     assert shown.text().plain.replace("⏎", "") == shown.plain().replace("«", "").replace("»", "")

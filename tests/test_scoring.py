@@ -287,7 +287,7 @@ def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     module = f"late_{tmp_path.name.replace('-', '_')}"
     Path(f"{module}.py").write_text("def late(reply, reference):\n    return 1 / (reply != '3')\n")
-    replies = [Prediction(call(str(n), ""), TEXT, True, where=f"a:{n}") for n in range(4)]
+    replies = [Prediction(call(str(n), ""), TEXT, True, location=f"a:{n}") for n in range(4)]
     lines = "".join(json_line(one.unscored_row) for one in replies)
     (tmp_path / "unscored").write_text(lines, "utf-8")
     monkeypatch.setattr(scoring, "LINES_PER_PROCESS", 2)

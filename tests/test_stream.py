@@ -71,7 +71,7 @@ def stream_of(
 
 
 def key(item: Item) -> list[tuple[int, str, bytes, bytes]]:
-    return [(e.index, e.where, e.input_ids.tobytes(), e.labels.tobytes()) for e in item.examples]
+    return [(e.index, e.location, e.input_ids.tobytes(), e.labels.tobytes()) for e in item.examples]
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,13 @@ def a_pass(stream: ExampleStream) -> list[Item]:
 
 
 def test_a_pass_holds_every_row_once_in_a_seeded_order(files: Path, template: ChatTemplate) -> None:
-    given = [e.where for item in a_pass(stream_of(files, template)) for e in item.examples]
-    dialogues = [where for where in given if "e.jsonl" not in where]
+    given = [e.location for item in a_pass(stream_of(files, template)) for e in item.examples]
+    dialogues = [location for location in given if "e.jsonl" not in location]
     assert len(dialogues) == len(set(dialogues)) == 112
-    assert len({where for where in given if "e.jsonl" in where}) == 8
-    other = [e.where for item in a_pass(stream_of(files, template, seed=1)) for e in item.examples]
+    assert len({location for location in given if "e.jsonl" in location}) == 8
+    other = [
+        e.location for item in a_pass(stream_of(files, template, seed=1)) for e in item.examples
+    ]
     assert sorted(other) == sorted(given)
     moved = sum(abs(a - b) for a, b in zip(map(given.index, other), range(len(given)), strict=True))
     assert moved > 112 * 5

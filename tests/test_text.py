@@ -69,7 +69,7 @@ def test_blocks_hold_every_token_once_and_all_but_the_prefix_is_learned(
 def test_the_blocks_of_a_document_are_examples(template: ChatTemplate, tmp_path: Path) -> None:
     data = load(template, tmp_path, 20, rows(tmp_path / "a.jsonl", {"text": "word " * 30}))
     assert data.counts.text_blocks == data.counts.kept == len(data) > 1
-    assert {data.where(n).rpartition(":")[2] for n in range(len(data))} == {"1"}
+    assert {data.location(n).rpartition(":")[2] for n in range(len(data))} == {"1"}
     for n in range(len(data)):
         example = data[n]
         assert example.labels.tolist() == [-100, -100, *example.input_ids[2:].tolist()]
@@ -130,7 +130,7 @@ def test_files_of_text_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "\n".join(row.value["text"] for row in pieces).split() == (
         (tmp_path / "a.txt").read_text().split()
     )
-    assert [row.where.rpartition(":")[2] for row in pieces] == ["1", "2", "5", "6"]
+    assert [row.location.rpartition(":")[2] for row in pieces] == ["1", "2", "5", "6"]
 
 
 def test_json_under_the_name_of_a_text_is_rows(tmp_path: Path) -> None:

@@ -170,9 +170,9 @@ def test_other_data_and_another_base_are_refused(
 # --- when something is wrong -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("location", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_ends_the_run_before_it_is_learned(
-    tiny_chatglm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    tiny_chatglm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
 ) -> None:
     from finetune.training.trainer import FineTuner
 
@@ -180,15 +180,15 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_learned(
 
     def poisoned(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = original(self, model, inputs, *args, **kwargs)
-        if self.state.global_step == 3 and where == "loss":
+        if self.state.global_step == 3 and location == "loss":
             self._losses[-1] = self._losses[-1] * float("nan")
-        if self.state.global_step == 3 and where == "gradient":
+        if self.state.global_step == 3 and location == "gradient":
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
     monkeypatch.setattr(FineTuner, "compute_loss", poisoned)
     settings = runs.config(tiny_chatglm, data, tmp_path / "run", training__save_every_steps=1)
-    with pytest.raises(NonFiniteError, match=f"the {where} of step 4") as caught:
+    with pytest.raises(NonFiniteError, match=f"the {location} of step 4") as caught:
         runs.run_here(settings)
     assert caught.value.exit_code == 4
     assert str(caught.value).count(f"{data}:") == 2  # a batch of two examples

@@ -67,8 +67,8 @@ def test_replies_of_one_dialogue_are_resampled_together() -> None:
         table = ReplyTable()
         for dialogue, value in enumerate(chance.random(40)):
             for turn in range(10):
-                where = f"{dialogue}-{turn}" if apart else str(dialogue)
-                table.add(where, {"exact_match": 100.0 * value}, NO_COUNTS)
+                location = f"{dialogue}-{turn}" if apart else str(dialogue)
+                table.add(location, {"exact_match": 100.0 * value}, NO_COUNTS)
         whole = table.measure()
         column = whole.names.index("exact_match")
         return Measure(("exact_match",), whole.units, lambda sums: whole.scores(sums)[:, [column]])

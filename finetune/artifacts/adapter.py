@@ -87,13 +87,13 @@ def read_lora(folder: Path) -> LoraFiles:
     """
     config = check_config(folder)
     file = weights_file(folder)
-    where = str(folder / ADAPTER_CONFIG)
+    location = str(folder / ADAPTER_CONFIG)
     modules, whole, problems = _by_module(file, config)
     for entry in config.get("modules_to_save") or ():
         if not any(_ends_with(name.rpartition(".")[0], entry) for name in whole):
             problems.append(f"modules_to_save names {entry}, and there is no tensor of it")
-    ranks = _by_pattern(config, "rank_pattern", "r", modules, where)
-    alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", modules, where)
+    ranks = _by_pattern(config, "rank_pattern", "r", modules, location)
+    alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", modules, location)
     for module, parts in modules.items():
         problems += _part_problems(module, parts, config, ranks[module])
     largest = max(ranks.values(), default=0)
@@ -240,24 +240,24 @@ def _ends_with(module: str, entry: str) -> bool:
 
 
 def _by_pattern(
-    config: Mapping[str, Any], key: str, otherwise: str, modules: Collection[str], where: str
+    config: Mapping[str, Any], key: str, otherwise: str, modules: Collection[str], location: str
 ) -> dict[str, Any]:
     """PEFT's rule: the first pattern that matches the end of a module's name, else the default."""
     patterns = {rf"(.*\.)?({pattern})": v for pattern, v in (config.get(key) or {}).items()}
-    matched = match_names(list(patterns), list(modules), where=f"{where}: {key}")
+    matched = match_names(list(patterns), list(modules), location=f"{location}: {key}")
     values = dict.fromkeys(modules, config.get(otherwise, 8))
     for pattern, value in reversed(patterns.items()):
         values |= dict.fromkeys(matched[pattern], value)
     return values
 
 
-def _targets(config: Mapping[str, Any], names: list[str], where: str) -> set[str]:
+def _targets(config: Mapping[str, Any], names: list[str], location: str) -> set[str]:
     """Those of `names` that the config adapts; none where only PEFT can tell (`all-linear`)."""
     if config["target_modules"] == ALL_LINEAR:
         return set()
-    found = _chosen(config["target_modules"], names, f"{where}: target_modules")
+    found = _chosen(config["target_modules"], names, f"{location}: target_modules")
     if exclude := config.get("exclude_modules"):
-        found -= _chosen(exclude, names, f"{where}: exclude_modules")
+        found -= _chosen(exclude, names, f"{location}: exclude_modules")
     layers = config.get("layers_to_transform")
     if layers is None:
         return found
@@ -265,9 +265,9 @@ def _targets(config: Mapping[str, Any], names: list[str], where: str) -> set[str
     return {n for n in found if (m := _LAYER.match(n)) and int(m[1]) in wanted}
 
 
-def _chosen(entry: str | list[str], names: list[str], where: str) -> set[str]:
+def _chosen(entry: str | list[str], names: list[str], location: str) -> set[str]:
     if isinstance(entry, str):
-        return set(match_names([entry], names, where=where)[entry])
+        return set(match_names([entry], names, location=location)[entry])
     return {name for name in names if any(_ends_with(name, end) for end in entry)}
 
 

@@ -136,11 +136,11 @@ def fetch_file(found: Repository, path: str, folder: Path) -> Path:
         )
 
 
-def _note(found: Repository, content: Content, commit: str, where: str) -> None:
+def _note(found: Repository, content: Content, commit: str, location: str) -> None:
     said = f"{found.hub}:{found.name}"
     if fetched.get(said) != commit:
         fetched[said] = commit
-        console.say(f"{content} {found.name} of {found.hub}, revision {commit}: {where}")
+        console.say(f"{content} {found.name} of {found.hub}, revision {commit}: {location}")
 
 
 @contextmanager

@@ -30,14 +30,14 @@ json.dump(found, sys.stdout)
 
 
 def match_names(
-    patterns: Sequence[str], names: Sequence[str], *, where: str
+    patterns: Sequence[str], names: Sequence[str], *, location: str
 ) -> dict[str, frozenset[str]]:
     """Those of `names` that each of `patterns` matches from end to end.
 
     Args:
         patterns: Regexes that somebody else wrote.
         names: Of modules.
-        where: The file and key that hold the patterns, for the message.
+        location: The file and key that hold the patterns, for the message.
 
     Raises:
         ModelError: A pattern is no regex, or takes too long.
@@ -48,7 +48,7 @@ def match_names(
                 raise ValueError(f"longer than {LONGEST} characters")
             re.compile(pattern)
         except (re.error, ValueError, RecursionError, OverflowError) as error:
-            raise ModelError(f"{where}: {pattern[:200]!r} is not a regex ({error})") from error
+            raise ModelError(f"{location}: {pattern[:200]!r} is not a regex ({error})") from error
     simple = not any(_BACKTRACKS.search(pattern) for pattern in patterns)
     if simple:
         return {p: frozenset(n for n in names if re.fullmatch(p, n)) for p in patterns}
@@ -64,7 +64,7 @@ def match_names(
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         shown = ", ".join(repr(pattern[:80]) for pattern in patterns[:3])
         raise ModelError(
-            f"{where}: matching {shown} with the names of this model takes more than {SECONDS:g} s "
+            f"{location}: matching {shown} with the names of this model takes more than {SECONDS:g} s "
             "or 1 GiB; write the module names out"
         ) from error
     places = json.loads(done.stdout)

@@ -82,10 +82,10 @@ def _disk_error(error: Exception) -> SpaceError | None:
 
     if not is_disk_error(error):
         return None
-    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    location = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     said = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
     return SpaceError(
-        f"{where}the disk cannot be written or read ({said}); free some space or repair it, and give the "
+        f"{location}the disk cannot be written or read ({said}); free some space or repair it, and give the "
         "same command again"
     )
 

@@ -84,7 +84,7 @@ def check(
             console.warn(note)
         emit(report.as_dict())
         if report.num_bad:
-            listed = "".join(f"\n  {row.where}: {row.reason}" for row in report.bad_rows)
+            listed = "".join(f"\n  {row.location}: {row.reason}" for row in report.bad_rows)
             more = report.num_bad - len(report.bad_rows)
             listed += f"\n  and {more} more" if more > 0 else ""
             raise DataError(f"{report.num_bad} bad rows:{listed}")
@@ -123,7 +123,7 @@ def show(
             options=rows or (),
         )
         console.say(
-            f"{shown.where} ({shown.format}): {shown.num_tokens} tokens, "
+            f"{shown.location} ({shown.format}): {shown.num_tokens} tokens, "
             f"{shown.num_supervised} of them carry loss\n"
         )
         if shown.num_examples > 1:

@@ -57,9 +57,9 @@ def merge(
         from finetune.export.merge import merge as run
 
         sources = [_weighted(adapter) for adapter in adapters]
-        where = Path(base) if base else None
+        location = Path(base) if base else None
         chosen = "none" if no_check else check
-        report = run(sources, output, base=where, dtype=dtype, force=force, check=chosen)
+        report = run(sources, output, base=location, dtype=dtype, force=force, check=chosen)
         for note in report.notes:
             console.say(f"note: {note}")
         named = " + ".join(

@@ -78,7 +78,7 @@ def draft(data: str, model: str, gpu: Gpu, output: Path) -> Draft:
     report = check([data], model=model)
     if report.num_bad:
         raise DataError(
-            f"{report.num_bad} bad rows, first {report.bad_rows[0].where}: {report.bad_rows[0].reason}; "
+            f"{report.num_bad} bad rows, first {report.bad_rows[0].location}: {report.bad_rows[0].reason}; "
             f"`finetune data check {data}` lists them"
         )
     for note in report.notes():

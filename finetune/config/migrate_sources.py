@@ -56,7 +56,7 @@ def source_of(name: str, register: Register, left: dict[str, str]) -> Any:
         left[f"dataset {name}"] = "preference data; this program does supervised fine-tuning"
     if not entry.get("file_name"):
         schemes = {"hf": entry.get("hf_hub_url"), "ms": entry.get("ms_hub_url")}
-        there = [f"{scheme}://{where}" for scheme, where in schemes.items() if where]
+        there = [f"{scheme}://{location}" for scheme, location in schemes.items() if location]
         if not there:
             left[f"dataset {name}"] = "is made by a script: write its rows into a file"
             return FILL_IN

@@ -54,6 +54,6 @@ def evaluate_model(
     table, predictions = ReplyTable(), []
     for prompt, reply in zip(prompts, replies, strict=True):
         one = score(predicted(prompt, reply.ids, reply.stopped), Scoring())
-        table.add(one.where, one.scores, one.counts)
+        table.add(one.location, one.scores, one.counts)
         predictions.append(one)
     return EvaluationResult(table.scores(), predictions)

@@ -33,7 +33,7 @@ class Prediction:
     """A stop token ended the reply; otherwise it was cut at `max_new_tokens`. None: not known."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """The tools that the dialogue offers."""
-    where: str = ""
+    location: str = ""
     """`file:line` of the dialogue."""
     message: int = 0
     """Which message of the dialogue is the reference."""
@@ -51,7 +51,7 @@ class Prediction:
     def unscored_row(self) -> dict[str, Any]:
         """The line under which it is kept until it is scored; `read_unscored` takes it back."""
         return {
-            "where": self.where,
+            "where": self.location,
             "message": self.message,
             "prompt": self.prompt,
             "reply": [self.reply.metadata, self.reply.content],
@@ -66,7 +66,7 @@ class Prediction:
     def row(self) -> dict[str, Any]:
         """The line of a file of predictions: texts as they are compared, and scores."""
         row = {
-            "where": self.where,
+            "where": self.location,
             "message": self.message,
             "prompt": self.prompt,
             "reference": text(self.reference),
@@ -96,7 +96,7 @@ def read_unscored(row: Mapping[str, Any]) -> Prediction:
         reference=reference,
         stopped=row["stopped"],
         tools=tuple(row["tools"]),
-        where=row["where"],
+        location=row["where"],
         message=row["message"],
         prompt=row["prompt"],
         slices=row["slices"],
@@ -111,7 +111,7 @@ def predicted(prompt: ReplyPrompt, ids: tuple[int, ...], stopped: bool) -> Predi
         reference=prompt.reference,
         stopped=stopped,
         tools=tuple(prompt.tools),
-        where=prompt.where,
+        location=prompt.location,
         message=prompt.index,
         prompt=prompt.text,
         slices=slices_of(prompt),
@@ -129,7 +129,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 def slices_of(prompt: ReplyPrompt) -> dict[str, str]:
     """The value of every slice for one reply."""
     return {
-        "source": prompt.where.rpartition(":")[0],
+        "source": prompt.location.rpartition(":")[0],
         "turns": f"{_MOST_TURNS} or more" if prompt.turns >= _MOST_TURNS else str(prompt.turns),
         "prompt_length": _length(len(prompt.prompt_ids)),
         "kind": "tool" if prompt.tools or prompt.reference.metadata else "plain",

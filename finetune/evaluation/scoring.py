@@ -79,7 +79,7 @@ def score(prediction: Prediction, scoring: Scoring) -> Prediction:
     scores, counts = numbers_of(prediction, scoring.definition, scoring.schema)
     reply, reference = text(prediction.reply), text(prediction.reference)
     for name in scoring.own:
-        scores[name.partition(":")[2]] = _called(name, reply, reference, prediction.where)
+        scores[name.partition(":")[2]] = _called(name, reply, reference, prediction.location)
     return replace(prediction, scores=scores, counts=counts)
 
 
@@ -160,22 +160,24 @@ def score_external(source: Path, output: Path, scoring: Scoring, *, like: Path |
 def _external(source: Path) -> Iterator[Prediction]:
     for row in read_rows(source):
         if isinstance(row, BadRow):
-            raise DataError(f"{row.where}: {row.reason}")
-        yield _prediction(row.value, row.where)
+            raise DataError(f"{row.location}: {row.reason}")
+        yield _prediction(row.value, row.location)
 
 
-def _prediction(row: Any, where: str) -> Prediction:
+def _prediction(row: Any, location: str) -> Prediction:
     names = next((names for names in LAYOUTS if isinstance(row, dict) and set(names) <= set(row)), None)  # fmt: skip
     if names is None:
         wanted = " or ".join(f'{{"{reply}", "{reference}"}}' for reply, reference in LAYOUTS)
-        raise DataError(f"{where}: not a prediction; a row holds {wanted}, and perhaps the prompt")
+        raise DataError(
+            f"{location}: not a prediction; a row holds {wanted}, and perhaps the prompt"
+        )
     reply, reference = (row[name] for name in names)
     if not isinstance(reply, str) or not isinstance(reference, str):
-        raise DataError(f"{where}: {names[0]} and {names[1]} must be text")
+        raise DataError(f"{location}: {names[0]} and {names[1]} must be text")
     stopped = row.get("stopped")
     slices = row.get("slices")
     return Prediction(
-        where=str(row.get("where", where)),
+        location=str(row.get("where", location)),
         message=row["message"] if isinstance(row.get("message"), int) else 0,
         prompt=str(row.get("prompt", "")),
         reply=Message("assistant", reply),
@@ -200,7 +202,7 @@ def _placed(source: Path, replies: Iterator[Prediction], like: Path) -> Iterator
                 )
             yield replace(
                 one,
-                where=other["where"],
+                location=other["where"],
                 message=other["message"],
                 prompt=other["prompt"],
                 slices=other["slices"],
@@ -208,17 +210,17 @@ def _placed(source: Path, replies: Iterator[Prediction], like: Path) -> Iterator
             )
 
 
-def _called(name: str, reply: str, reference: str, where: str) -> float | None:
+def _called(name: str, reply: str, reference: str, location: str) -> float | None:
     try:
         value = user_metric(name)(reply, reference)
         number = None if value is None else float(value)
     except Exception as error:
         raise ConfigError(
-            f"metric {name!r} failed at {where} with {type(error).__name__}: {error}; it takes the "
+            f"metric {name!r} failed at {location} with {type(error).__name__}: {error}; it takes the "
             "texts of reply and reference and returns a number, or None where it does not apply"
         ) from error
     if number is not None and not math.isfinite(number):
-        raise ConfigError(f"metric {name!r} returned {number} at {where}; return None instead")
+        raise ConfigError(f"metric {name!r} returned {number} at {location}; return None instead")
     return number
 
 

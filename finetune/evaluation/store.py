@@ -111,4 +111,4 @@ class Results:
 
 def _is_whole(row: Any) -> bool:
     """True for a prediction; KeyError or TypeError for anything else."""
-    return bool(read_unscored(row).where)
+    return bool(read_unscored(row).location)

@@ -85,8 +85,8 @@ def export(
 
     folder, notes = find_source(Path(source) if is_folder(source) else local_folder(source))
     if is_adapter(folder):
-        where = Path(base) if base else None
-        report = export_adapter(folder, out, layout=layout, base=where, new_base=new_base)
+        location = Path(base) if base else None
+        report = export_adapter(folder, out, layout=layout, base=location, new_base=new_base)
     elif base or new_base:
         raise ConfigError(f"--base and --new-base do not apply: {folder} is a whole model")
     else:

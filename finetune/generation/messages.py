@@ -55,7 +55,7 @@ def reply_row(prompt: ReplyPrompt, reply: Reply) -> dict[str, Any]:
     new = reply_messages(reply.ids, prompt.template, conversation.tools)
     messages = [*conversation.messages[: prompt.index], *new]
     row: dict[str, Any] = {
-        "where": conversation.where,
+        "where": conversation.location,
         "messages": [message_json(message) for message in messages],
     }
     if conversation.tools:

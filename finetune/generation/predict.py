@@ -140,7 +140,7 @@ def _check_context(limit: int | None, work: _Work) -> None:
     try:
         check_context(limit, work.measured.lengths, work.options.max_new_tokens)
     except DataError:
-        names = [prompt.where for prompt in work.dialogues.prompts(work.template)]
+        names = [prompt.location for prompt in work.dialogues.prompts(work.template)]
         check_context(limit, work.measured.lengths, work.options.max_new_tokens, names)
 
 

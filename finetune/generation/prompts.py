@@ -58,14 +58,14 @@ class ReplyPrompt:
     template: ChatTemplate = field(repr=False)
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """`file:line` of the dialogue."""
-        return self.conversation.where
+        return self.conversation.location
 
     @property
     def name(self) -> str:
         """The prompt in messages."""
-        return f"{self.where} message {self.index + 1}"
+        return f"{self.location} message {self.index + 1}"
 
     @property
     def tools(self) -> tuple[Mapping[str, Any], ...]:
@@ -295,4 +295,6 @@ def _prompt(question: Question, ids: list[int], template: ChatTemplate) -> Reply
 
 
 def _too_long(question: Question) -> str:
-    return f"{question.conversation.where}: the prompt of message {question.reply + 1} is too long"
+    return (
+        f"{question.conversation.location}: the prompt of message {question.reply + 1} is too long"
+    )

@@ -121,7 +121,7 @@ def _rows(files: list[Path], template: ChatTemplate) -> Iterator[dict[str, Any]]
     for file in files:
         for row in read_rows(file):
             if isinstance(row, BadRow):
-                raise DataError(f"{row.where}: {row.reason}")
+                raise DataError(f"{row.location}: {row.reason}")
             if template.takes_tools or not row.value.get("tools"):
                 yield row.value
 

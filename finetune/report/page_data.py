@@ -112,10 +112,10 @@ def _packed(number: int, sample: Sample, pictures: _Pictures) -> dict[str, Any]:
     row = sample.row
     message = row.get("message")
     slices = row.get("slices")
-    where = str(row.get("where", "")) + (f" message {message + 1}" if isinstance(message, int) else "")  # fmt: skip
+    location = str(row.get("where", "")) + (f" message {message + 1}" if isinstance(message, int) else "")  # fmt: skip
     packed: dict[str, Any] = {
         "number": number + 1,
-        "where": where,
+        "where": location,
         "prompt": str(row.get("prompt", "")),
         "reference": str(row.get("reference", "")),
         "replies": list(sample.replies),

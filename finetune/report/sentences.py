@@ -44,9 +44,9 @@ def arrow(evaluation: Evaluation, target: TargetScores, name: str) -> str:
 def verdict(one: Comparison) -> str:
     """One comparison as a sentence."""
     name = metric(one.metric).label
-    where = f"{interval(one.metric, one)}"
+    location = f"{interval(one.metric, one)}"
     p = chance(one.p_holm if one.p_holm is not None else one.p)
-    inside = "; ".join(part for part in (where, p) if part)
+    inside = "; ".join(part for part in (location, p) if part)
     told = f" ({inside})" if inside else ""
     by = number(one.metric, one.difference, signed=True)
     if one.verdict == "no real difference":
@@ -166,9 +166,9 @@ def weakness(evaluation: Evaluation, name: str) -> list[str]:
     ]
     if not found:
         return []
-    score, where = min(found, key=lambda pair: goodness(name, pair[0]))
+    score, location = min(found, key=lambda pair: goodness(name, pair[0]))
     told = f"{number(name, score.value)} ({interval(name, score)}), {score.n} replies"
-    return [f"{best.name} is weakest on {where}: {told}."]
+    return [f"{best.name} is weakest on {location}: {told}."]
 
 
 def number_of(evaluation: Evaluation, *, tuned: bool = False) -> str:

@@ -73,7 +73,7 @@ def scoring(data: Path, folder: Path) -> dict[str, float]:
             reply = rows[(number + 1) % total][1]["content"]
             prediction = Prediction(
                 Message("assistant", reply), Message("assistant", reference["content"]), True,
-                where=f"dev.jsonl:{number + 1}", message=1, prompt=user["content"],
+                location=f"dev.jsonl:{number + 1}", message=1, prompt=user["content"],
             )  # fmt: skip
             file.write(json_line(prediction.unscored_row))
     for shift, path in files.items():

@@ -50,13 +50,13 @@ def _commands(group: Any, path: str, words: dict[str, str]) -> Iterator[str]:
     for name, command in sorted(group.commands.items()):
         if command.hidden:
             continue
-        where = f"{path} {name}"
+        location = f"{path} {name}"
         if hasattr(command, "commands"):
-            yield from _commands(command, where, words)
+            yield from _commands(command, location, words)
             continue
         context = command.make_context(name, [], resilient_parsing=True)
         pieces = " ".join(command.collect_usage_pieces(context))
-        yield f"\n## `{where}`\n\n{' '.join(command.help.split())}\n\n```text\n{where} {pieces}\n```\n"
+        yield f"\n## `{location}`\n\n{' '.join(command.help.split())}\n\n```text\n{location} {pieces}\n```\n"
         yield f"{words['table']}\n|---|---|---|"
         yield from (_row(each, context, words) for each in command.params if _is_shown(each))
 

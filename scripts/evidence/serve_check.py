@@ -286,7 +286,7 @@ def compare(case: Case, address: str, name: str) -> list[str]:
         if not line and mine.calls != other.calls:
             line = f"calls: ours {mine.calls}, vLLM's {other.calls}"
         if line:
-            lines.append(f"{request[0].where} ({number}): {line}")
+            lines.append(f"{request[0].location} ({number}): {line}")
     words = sum(len(answer.reply) for answer in ours)
     calls = sum(map(bool, (answer.calls for answer in ours)))
     stopped = sum(answer.stopped for answer in ours)

@@ -78,6 +78,6 @@ def test_errors_are_the_librarys_own(random: str) -> None:
 
 
 def test_the_router_passes_on(random: str) -> None:
-    where = {"model": f"openai/{MODEL}", "api_base": random, "api_key": KEY}
-    router = litellm.Router([{"model_name": "mine", "litellm_params": where}])
+    location = {"model": f"openai/{MODEL}", "api_base": random, "api_key": KEY}
+    router = litellm.Router([{"model_name": "mine", "litellm_params": location}])
     assert router.completion(model="mine", messages=ASK, max_tokens=4).choices[0].message.content

@@ -147,7 +147,7 @@ def goes_on_from_before(folder: Path) -> None:
     FineTuner.compute_loss = original  # type: ignore[method-assign]
     (folder / "whole").mkdir()
     assert _train(folder)[0] == _train(folder / "whole")[0] == 0
-    hashes = {runs.adapter_hash(folder / where / "run", 6) for where in ("", "whole")}
+    hashes = {runs.adapter_hash(folder / location / "run", 6) for location in ("", "whole")}
     assert len(hashes) == 1
 
 
@@ -187,7 +187,7 @@ def numbers() -> Iterator[Case]:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def _raises(error: Callable[[], BaseException], where: str) -> Break:
+def _raises(error: Callable[[], BaseException], location: str) -> Break:
     """Let the third call of a part of the run end with an error."""
 
     def breaks() -> None:
@@ -201,12 +201,12 @@ def _raises(error: Callable[[], BaseException], where: str) -> Break:
             "evaluation": (validation.Validation, "scores"),
             "saving": (trainer.FineTuner, "_save_optimizer_and_scheduler"),
         }
-        home, name = homes[where]
+        home, name = homes[location]
         original = getattr(home, name)
         calls = iter(range(100))
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == (2 if where in ("a step", "saving") else 0):
+            if next(calls) == (2 if location in ("a step", "saving") else 0):
                 raise error()
             return original(*args, **kwargs)
 
@@ -324,8 +324,8 @@ def memory() -> Iterator[Case]:
     """Every library's words for it, every part of a run, and a limit that is real."""
     for name, error in ERRORS.items():
         yield Case(f"memory: {name} in a step", partial(no_memory, _raises(error, "a step")))
-    for where in ("loading the model", "the optimizer", "evaluation", "saving"):
-        yield Case(f"memory: in {where}", partial(no_memory, _raises(MemoryError, where)))
+    for location in ("loading the model", "the optimizer", "evaluation", "saving"):
+        yield Case(f"memory: in {location}", partial(no_memory, _raises(MemoryError, location)))
     yield Case("memory: a limit of the process", a_real_limit)
     yield Case("memory: only knobs that are not turned yet", knobs_that_are_turned)
     yield Case("memory: other commands", other_commands)

@@ -65,7 +65,7 @@ def broken_jsonl_is_named(folder: Path) -> None:
         path.write_bytes(whole[:at] + put + whole[at + cut :])
         for row in _rows(path):
             assert isinstance(row, Row | BadRow)
-            assert row.where.startswith(f"{path}:")
+            assert row.location.startswith(f"{path}:")
             if isinstance(row, Row):
                 json.dumps(row.value, ensure_ascii=False, allow_nan=False).encode()
             else:

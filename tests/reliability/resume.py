@@ -192,14 +192,14 @@ def other_world(bench: Bench, before: int, now: int, folder: Path) -> str:
     ended = bench.start(new, folder)
     if not ended.well:
         return f"{ended.codes}: {ended.said[-400:]}"
-    seen = [steps_of(cells.Cell("run", {}, kind.processes), where) for kind, where in ((old, whole.parent), (new, folder))]  # fmt: skip
+    seen = [steps_of(cells.Cell("run", {}, kind.processes), location) for kind, location in ((old, whole.parent), (new, folder))]  # fmt: skip
     if seen[0][2:] != seen[1]:
         return f"other samples: {seen[0][2:]} and {seen[1]}"
     import closeness
     import runs
     from transformers import AutoConfig
 
-    losses = [runs.history(where) for where in (whole, folder / "run")]
+    losses = [runs.history(location) for location in (whole, folder / "run")]
     worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
     allowed = closeness.loss_rounding(AutoConfig.from_pretrained(bench.model), 256)
     return "" if worst < allowed else f"losses differ by {worst}"

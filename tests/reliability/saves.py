@@ -56,10 +56,10 @@ def crashes(bench: Bench, kinds: dict[str, Kind], subset: bool) -> Iterator[Case
             points = changes(bench, kind, rank)
             every = 1 if name == "lora" else 5 if kind.processes == 1 else 9 - 6 * rank
             for last in range(0, len(points), every * 6 if subset else every):
-                where = f"{last + 1} ({points[last]})" + (f" of process {rank}" if rank else "")
+                location = f"{last + 1} ({points[last]})" + (f" of process {rank}" if rank else "")
                 group = "crash" if kind.processes == 1 else "crash_on_2"
                 run = partial(crash, bench, kind, rank, last)
-                yield Case(f"{group}: {name}, change {where}", run)
+                yield Case(f"{group}: {name}, change {location}", run)
         if kind.processes == 1:
             for size in (1, 300, 1_000, 3_000, 6_000, 12_000)[:: 3 if subset else 1]:
                 run = partial(killed_by_kernel, bench, kind, size)
@@ -178,8 +178,8 @@ def space(bench: Bench, kinds: dict[str, Kind], subset: bool) -> Iterator[Case]:
         sizes = (0, 100, 1_000, 3_000, 6_000, 12_000) if kind.processes == 1 else (0, 2_000)
         for size in sizes[:: 3 if subset else 1]:
             for rank in range(kind.processes):
-                where = f"{name}, {size} bytes a file" + (f" in process {rank}" if kind.processes > 1 else "")  # fmt: skip
-                yield Case(f"space: {where}", partial(full_disk, bench, kind, rank, size))
+                location = f"{name}, {size} bytes a file" + (f" in process {rank}" if kind.processes > 1 else "")  # fmt: skip
+                yield Case(f"space: {location}", partial(full_disk, bench, kind, rank, size))
     if not kinds["lora"].stock:
         yield Case("space: the last save", partial(full_at_the_end, bench, "continue"))
         yield Case("space: by choice the run stops", partial(full_at_the_end, bench, "stop"))

@@ -87,8 +87,8 @@ def _crash(folder: Path) -> None:
 
 def is_absent(name: str, pattern: str, folder: Path) -> None:
     """No file of the sink has the secret; there are files to look at."""
-    where = shared("secrets")
-    files = [path for path in where.glob(pattern) if path.is_file()]
+    location = shared("secrets")
+    files = [path for path in location.glob(pattern) if path.is_file()]
     assert files, f"nothing matches {pattern}"
     secret = SECRETS[name].encode()
     assert [str(path) for path in files if secret in path.read_bytes()] == []

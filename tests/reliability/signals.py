@@ -235,9 +235,9 @@ def one_of_two(bench: Bench) -> Iterator[Case]:
         for rank in (0, 1):
             for moment in ("before the optimizer step", "the optimizer step", "generation"):
                 if stage is None or (rank, moment) == (stage % 2, "the optimizer step"):
-                    where = "plain" if stage is None else f"ZeRO-{stage}"
+                    location = "plain" if stage is None else f"ZeRO-{stage}"
                     run = partial(to_one, bench, stage, {rank: moment})
-                    yield Case(f"signal_on_2: process {rank} ({where}), {moment}", run)
+                    yield Case(f"signal_on_2: process {rank} ({location}), {moment}", run)
     unlike = {0: "the optimizer step", 1: "logging of a later step"}
     yield Case("signal_on_2: both, at unlike moments", partial(to_one, bench, None, unlike))
     late = {0: "the optimizer step", 1: "when the run is saved"}

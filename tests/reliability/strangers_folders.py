@@ -153,22 +153,22 @@ def cases() -> Iterator[Case]:
             yield Case(f"links: {what} as {file}", partial(odd_file, odd, file, in_adapter=True))
         for file in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
             yield Case(f"links: {what} as {file}", partial(odd_file, odd, file, in_adapter=False))
-    for where in ("the file", "its folder"):
-        yield Case(f"links: an image, {where} leads out", partial(image_link, where))
+    for location in ("the file", "its folder"):
+        yield Case(f"links: an image, {location} leads out", partial(image_link, location))
 
 
-def image_link(where: str, folder: Path) -> None:
+def image_link(location: str, folder: Path) -> None:
     """A row's image that is a link, or lies in one, out of the data's folder."""
     from PIL import Image
 
     (folder / "private").mkdir()
     (folder / "data").mkdir()
     Image.new("RGB", (2, 2)).save(folder / "private/x.png")
-    if where == "the file":
+    if location == "the file":
         (folder / "data/x.png").symlink_to("../private/x.png")
     else:
         (folder / "data/in").symlink_to("../private")
-    image = "x.png" if where == "the file" else "in/x.png"
+    image = "x.png" if location == "the file" else "in/x.png"
     messages = [
         {"role": "user", "content": "Q", "image": image},
         {"role": "assistant", "content": "A"},

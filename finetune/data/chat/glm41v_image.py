@@ -51,11 +51,11 @@ class GridSpec:
     def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
         """`pixel_values` [patches of all, C] and `image_grid_thw` [N, 3] of (path, who shows it)."""
         opened = []
-        for path, where in images:
+        for path, location in images:
             try:
                 opened.append(read_image(path))
             except ImageError as error:
-                raise DataError(f"{where}: image {path}: {error}") from error
+                raise DataError(f"{location}: image {path}: {error}") from error
         made = _processor(self.folder)(images=opened, return_tensors="np")
         return {
             "pixel_values": made["pixel_values"].astype(np.float32),

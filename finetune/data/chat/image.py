@@ -179,12 +179,12 @@ class ImagePrompt(list[int]):
         return self.spec.arrays([(self.path, "a prompt")])
 
 
-def shown(path: str, size: int, where: str) -> npt.NDArray[np.float32]:
-    """`pixels` of an image that `where` shows; DataError naming both."""
+def shown(path: str, size: int, location: str) -> npt.NDArray[np.float32]:
+    """`pixels` of an image that `location` shows; DataError naming both."""
     try:
         return pixels(path, size)
     except ImageError as error:
-        raise DataError(f"{where}: image {path}: {error}") from error
+        raise DataError(f"{location}: image {path}: {error}") from error
 
 
 @contextmanager

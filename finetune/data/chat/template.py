@@ -296,7 +296,7 @@ class ChatTemplate:
             problem = "this checkpoint's chat template does not know the role"
         if problem:
             raise DataError(
-                f"{conversation.where}: message {index + 1} ({role}): {problem}; correct or remove it"
+                f"{conversation.location}: message {index + 1} ({role}): {problem}; correct or remove it"
             )
         return name, self.layout.clean[role](content)
 
@@ -319,14 +319,14 @@ class ChatTemplate:
     def _tools(self, conversation: Conversation) -> str:
         if not self.takes_tools:
             raise DataError(
-                f"{conversation.where}: the dialogue has tools, but this checkpoint's chat template "
+                f"{conversation.location}: the dialogue has tools, but this checkpoint's chat template "
                 "has no place for them; use a chat checkpoint or leave the tools out"
             )
         # As JSON: a key by value, and plain values for the template to work on.
         try:
             return self._tools_text(json.dumps(conversation.tools, ensure_ascii=False))
         except DataError as error:
-            raise DataError(f"{conversation.where}: {error}") from error
+            raise DataError(f"{conversation.location}: {error}") from error
 
     def _render_tools(self, tools_json: str) -> str:
         return tools_text(self._jinja, self.layout, json.loads(tools_json))
@@ -394,7 +394,7 @@ def _broken_text(conversations: Iterable[Conversation]) -> DataError:
                 f"{message.metadata}{message.content}".encode()
             except UnicodeEncodeError as error:
                 return DataError(
-                    f"{conversation.where}: message {index + 1} ({message.role}) is not valid Unicode "
+                    f"{conversation.location}: message {index + 1} ({message.role}) is not valid Unicode "
                     f"({error.reason} at character {error.start}); repair or remove the row"
                 )
     return DataError("a tool definition is not valid Unicode; repair or remove its row")

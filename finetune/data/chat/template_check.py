@@ -34,7 +34,7 @@ _PROBE = Conversation(
         Message("assistant", " 再见！"),
     ),
     tools=_PROBE_TOOLS,
-    where="probe",
+    location="probe",
 )
 
 

@@ -39,7 +39,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     """Tool definitions as `{"type": "function", "function": {...}}` or `{"type": "python"}`."""
-    where: str = ""
+    location: str = ""
     """`file:line` for reports."""
     unread: tuple[str, ...] = ()
     """Columns and message keys of the row whose text was not read."""

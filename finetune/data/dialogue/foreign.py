@@ -47,7 +47,7 @@ def is_document(row: Row) -> bool:
     )
 
 
-def document(row: Row, where: str, unread: tuple[str, ...], purpose: Purpose) -> Conversation:
+def document(row: Row, location: str, unread: tuple[str, ...], purpose: Purpose) -> Conversation:
     """A row of plain text; RowError when it has none, or a reply is to be written to it."""
     text = row.get("text")
     if not isinstance(text, str):
@@ -59,7 +59,7 @@ def document(row: Row, where: str, unread: tuple[str, ...], purpose: Purpose) ->
     if purpose == "predict":
         raise RowError("is plain text, and replies are written to dialogues")
     doubts = (DIALOGUE_IN_TEXT,) if _WRITTEN_DIALOGUE.search(text) else ()
-    return Conversation((), where=where, unread=unread, doubts=doubts, text=text)
+    return Conversation((), location=location, unread=unread, doubts=doubts, text=text)
 
 
 def from_chatml(row: Row) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def to_conversation(
     row: Row,
     fmt: str = "auto",
     *,
-    where: str = "",
+    location: str = "",
     columns: Columns | None = None,
     purpose: Purpose = "train",
     rules: RowRules = PLAIN,
@@ -176,7 +176,7 @@ def to_conversation(
     Args:
         row: One row of a file.
         fmt: One of FORMATS, or `auto`.
-        where: `file:line`, kept for reports.
+        location: `file:line`, kept for reports.
         columns: Names of the prompt and response columns for `pairs`.
         purpose: For `predict` the reply may be missing.
         rules: What is done about rows that can be read in more than one way.
@@ -188,7 +188,7 @@ def to_conversation(
     layout = _BY_NAME[fmt]
     unread = check_columns(row, _read_by(layout, columns)) if len(row) > 1 else ()
     if fmt == "text":
-        return foreign.document(row, where, unread, purpose)
+        return foreign.document(row, location, unread, purpose)
     if layout.as_messages is not None:
         if not layout.fits(row):
             have = ", ".join(map(repr, row))
@@ -206,7 +206,7 @@ def to_conversation(
     if reader.unread:
         unread = (*unread, *(f"{key} of messages" for key in sorted(reader.unread)))
     messages, positions, doubts = _settled(messages, reader, rules)
-    conversation = Conversation(tuple(messages), reader.tools, where, unread, doubts)
+    conversation = Conversation(tuple(messages), reader.tools, location, unread, doubts)
     return validate(conversation, purpose, positions, lenient=rules.turns == "merge")
 
 

@@ -131,7 +131,7 @@ def _without_absent(name: str, arguments: dict[str, Any], tools: Tools) -> dict[
 
 def arguments_text(name: str, arguments: Any, position: int) -> str:
     """Arguments as JSON text in one spelling, whether they came as an object or as JSON text."""
-    where = f"message {position}: the arguments of {name!r}"
+    location = f"message {position}: the arguments of {name!r}"
     try:
         if isinstance(arguments, str):
             if name in BUILT_IN:
@@ -143,7 +143,7 @@ def arguments_text(name: str, arguments: Any, position: int) -> str:
             raise RowError(f"are {strict_json.describe(arguments)}, not a JSON object")
         return strict_json.dump(arguments)
     except RowError as error:
-        raise RowError(f"{where}: {error}") from None
+        raise RowError(f"{location}: {error}") from None
 
 
 def call_in_text(text: str) -> Any:

@@ -71,7 +71,7 @@ class Collator:
             arrays["loss_weights"] = self._padded([[_weights(e) for e in row] for row in rows], 0.0)
         images = [e for row in rows for e in row if e.image] if self.image else []
         if self.image is not None and images and self.features is None:
-            arrays |= self.image.arrays([(example.image, example.where) for example in images])
+            arrays |= self.image.arrays([(example.image, example.location) for example in images])
         arrays["sample_ids"] = np.array([e.index for row in rows for e in row], dtype=np.int64)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if images and self.features is not None:

@@ -57,7 +57,7 @@ class Example:
     """[T], 0 where nothing is learned; None when all supervised tokens weigh 1."""
     index: int
     """Its place in the dataset."""
-    where: str
+    location: str
     """`file:line`."""
     image: str = ""
     """Path of the image that it shows, or empty."""
@@ -68,7 +68,7 @@ def example_of(
     spans: Iterable[tuple[int, int, float]],
     *,
     index: int,
-    where: str,
+    location: str,
     image: str,
 ) -> Example:
     """The example of some ids, learned inside `spans` with their weights."""
@@ -79,7 +79,7 @@ def example_of(
         labels[start:end] = input_ids[start:end]
         weights[start:end] = weight
         is_plain = is_plain and weight == 1.0
-    return Example(input_ids, labels, None if is_plain else weights, index, where, image)
+    return Example(input_ids, labels, None if is_plain else weights, index, location, image)
 
 
 class PreparedDataset:
@@ -119,16 +119,18 @@ class PreparedDataset:
         # One that is gone is named by whoever opens it.
         if known is not None and state_of(Path(stored.image)) not in (known, None):
             raise DataError(
-                f"{self.stored.where(row)}: image {stored.image} was replaced since this run "
+                f"{self.stored.location(row)}: image {stored.image} was replaced since this run "
                 "began; what it learns from must stay as it was"
             )
         spans = zip(stored.starts, stored.ends, stored.weights, strict=True)
-        where = self.stored.where(row)
-        return example_of(stored.input_ids, spans, index=index, where=where, image=stored.image)
+        location = self.stored.location(row)
+        return example_of(
+            stored.input_ids, spans, index=index, location=location, image=stored.image
+        )
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """The `file:line` of an example."""
-        return self.stored.where(self._row(index))
+        return self.stored.location(self._row(index))
 
     def images(self) -> list[str]:
         """Paths of all images that examples show, each once."""
@@ -140,7 +142,7 @@ class PreparedDataset:
         both = np.isin(mine, others if other._view is None else others[other._view])
         if self._view is not None:
             both &= np.isin(np.arange(len(mine)), self._view)
-        return [self.stored.where(int(row)) for row in np.flatnonzero(both)]
+        return [self.stored.location(int(row)) for row in np.flatnonzero(both)]
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -198,7 +200,7 @@ def load_examples(
             numbered, template, policy, folder / EXAMPLES_FILE, num_sources=len(sources)
         )
         seen.check(listed, "they were read")
-        bad = [f"{row.where}: {row.reason}" for row in stream.bad_rows[:NAMED]]
+        bad = [f"{row.location}: {row.reason}" for row in stream.bad_rows[:NAMED]]
         counts = facts["counts"]
         counts |= {
             "rows": stream.rows - stream.elsewhere,

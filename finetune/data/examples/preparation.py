@@ -188,7 +188,7 @@ class Kept(NamedTuple):
 
     ids: npt.NDArray[np.int32]
     spans: Sequence[Span]
-    where: str
+    location: str
     image: str
 
 
@@ -205,14 +205,14 @@ def examples_of(
     ):
         tally.rows += 1
         if not taught:
-            tally.drop(whole.where, "no reply that is trained")
+            tally.drop(whole.location, "no reply that is trained")
         if whole.text:
             ((_, rendered),) = taught
             for block in blocks(rendered, policy.max_length):
                 spans = template.trained_spans(block, whole, policy.train_on)
                 tally.keep(source, len(block.input_ids), spans[0].end - spans[0].start)
                 tally.keep_block()
-                yield Kept(block.input_ids, spans, whole.where, "")
+                yield Kept(block.input_ids, spans, whole.location, "")
             continue
         for conversation, rendered in taught:
             kept = _kept(source, conversation, rendered, template, policy, tally)
@@ -236,14 +236,14 @@ def _kept(
         return None
     spans = template.trained_spans(fitting, conversation, policy.train_on)
     if not spans:
-        tally.drop(conversation.where, "no reply that is trained")
+        tally.drop(conversation.location, "no reply that is trained")
         return None
     if fitting is not rendered:
         tally.truncate(len(rendered.runs) - len(fitting.runs))
     tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
     if template.layout.thinking:
         tally.keep_turn(with_thought=has_thought(conversation))
-    return Kept(fitting.input_ids, spans, conversation.where, _image(conversation, template))
+    return Kept(fitting.input_ids, spans, conversation.location, _image(conversation, template))
 
 
 def _image(conversation: Conversation, template: ChatTemplate) -> str:
@@ -251,7 +251,7 @@ def _image(conversation: Conversation, template: ChatTemplate) -> str:
     paths = [message.image for message in conversation.messages if message.image]
     if paths and template.image is None:
         raise DataError(
-            f"{conversation.where}: shows an image, but this checkpoint takes none (its config.json "
+            f"{conversation.location}: shows an image, but this checkpoint takes none (its config.json "
             "has no vision_config of GLM-4V); use GLM-4V-9B, or leave such rows out"
         )
     return paths[0] if paths else ""
@@ -267,14 +267,14 @@ def _fit(
     """A shorter rendering, or None after noting why there is none."""
     length = len(rendered.input_ids)
     if policy.on_too_long == "error":
-        tally.refuse(f"{conversation.where}: {length} tokens")
+        tally.refuse(f"{conversation.location}: {length} tokens")
         return None
     if policy.on_too_long == "drop":
-        tally.drop(conversation.where, "too long", f"{length} tokens")
+        tally.drop(conversation.location, "too long", f"{length} tokens")
         return None
     fitting = template.shorten(rendered, conversation, policy.max_length, policy.train_on)
     if fitting is None:
-        tally.drop(conversation.where, "no trained reply fits", f"{length} tokens")
+        tally.drop(conversation.location, "no trained reply fits", f"{length} tokens")
     return fitting
 
 
@@ -312,11 +312,11 @@ class Tally:
         self._totals["truncated"] += 1
         self._totals["messages_removed"] += num_messages
 
-    def drop(self, where: str, reason: str, detail: str = "") -> None:
+    def drop(self, location: str, reason: str, detail: str = "") -> None:
         """A dialogue gives no example."""
         self._dropped[reason] += 1
         if self._dropped[reason] <= NAMED:
-            self._named.append(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
+            self._named.append(f"{location}: {reason}" + (f" ({detail})" if detail else ""))
 
     def refuse(self, problem: str) -> None:
         """A dialogue is too long, and that is an error."""

@@ -67,7 +67,7 @@ class ExampleWriter:
         self,
         input_ids: Sequence[npt.NDArray[np.int32]],
         spans: Sequence[Sequence[Span]],
-        where: Sequence[str],
+        location: Sequence[str],
         images: Sequence[str] | None = None,
     ) -> None:
         """Writes some examples: their ids, spans, the `file:line` of each and the image it shows."""
@@ -88,8 +88,8 @@ class ExampleWriter:
                 pa.ListArray.from_arrays(_values(span_ends, np.int32), v)
                 for v in (starts, ends, weights)
             ),
-            _texts(where),
-            _texts(images or [""] * len(where)),
+            _texts(location),
+            _texts(images or [""] * len(location)),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
 
@@ -103,7 +103,7 @@ class ExampleFile:
         self._path = path
         with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
             self._batches = [_Batch(batch) for batch in stream]
-        sizes = [len(batch.where) for batch in self._batches]
+        sizes = [len(batch.location) for batch in self._batches]
         self._first = ends_of(sizes)[:-1]
         self._count = sum(sizes)
 
@@ -130,10 +130,10 @@ class ExampleFile:
         shown = (path for b in self._batches if b.has_images for path in b.images.to_pylist())
         return [path for path in dict.fromkeys(shown) if path]
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """The `file:line` of a row."""
         batch, row = self._find(index)
-        return str(batch.where[row].as_py())
+        return str(batch.location[row].as_py())
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of every row, int32 [rows]."""
@@ -156,7 +156,7 @@ class _Batch:
     """The columns of one record batch as arrays over the mapped file."""
 
     def __init__(self, batch: Any) -> None:
-        ids, starts, ends, weights, self.where, self.images = batch.columns
+        ids, starts, ends, weights, self.location, self.images = batch.columns
         self.token_ends = _numbers(ids.offsets, np.int32)
         self.span_ends = _numbers(starts.offsets, np.int32)
         self.input_ids = _numbers(ids.values, np.int32)

@@ -267,7 +267,7 @@ class ExampleStream:
             try:
                 conversation = file.conversation(row)
             except RowError as error:
-                bad.append(BadRow(row.where, str(error)))
+                bad.append(BadRow(row.location, str(error)))
                 continue
             assert conversation is not None, "a stream has no held-out part"
             unread.update(file.unread(conversation))
@@ -279,7 +279,7 @@ class ExampleStream:
         kept, left_out = self._without_held_out(given)
         counts = ExampleCounts(**tally.facts(len(self.sources))["counts"])
         if left_out:
-            named = tuple(f"{k.where}: {HELD_OUT}" for k in left_out[:NAMED])
+            named = tuple(f"{k.location}: {HELD_OUT}" for k in left_out[:NAMED])
             counts = replace(
                 counts,
                 dropped={**counts.dropped, HELD_OUT: len(left_out)},
@@ -288,7 +288,7 @@ class ExampleStream:
                 tokens=sum(len(k.ids) for k in kept),
                 supervised_tokens=sum(end - start for k in kept for start, end, _ in k.spans),
             )
-        named_bad = (f"{row.where}: {row.reason}" for row in bad[:NAMED])
+        named_bad = (f"{row.location}: {row.reason}" for row in bad[:NAMED])
         counts = replace(
             counts, rows=len(piece), bad=len(bad), named=(*named_bad, *counts.named),
             unread=dict(unread), doubts=dict(doubts),
@@ -302,7 +302,7 @@ class ExampleStream:
         reading = self.settings.reading
         if not bad:
             return
-        listed = "\n".join(f"  {row.where}: {row.reason}" for row in bad[:LISTED])
+        listed = "\n".join(f"  {row.location}: {row.reason}" for row in bad[:LISTED])
         more = f"\n  … and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
         fatal = any(row.fatal for row in bad)
         if fatal or reading.on_bad_row == "error":
@@ -338,7 +338,9 @@ class ExampleStream:
     def _arranged(self, kept: Sequence[Kept], begun: Position) -> list[Item]:
         """The items of a piece: its examples in order, or packed rows of them in a seeded order."""
         examples = [
-            example_of(k.ids, k.spans, index=begun.examples + number, where=k.where, image=k.image)
+            example_of(
+                k.ids, k.spans, index=begun.examples + number, location=k.location, image=k.image
+            )
             for number, k in enumerate(kept)
         ]
         if not self.settings.packed:
@@ -371,9 +373,9 @@ class StreamSample:
     def __getitem__(self, index: int) -> Example:
         return self._examples[index]
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """The `file:line` of an example."""
-        return self._examples[index].where
+        return self._examples[index].location
 
     def images(self) -> list[str]:
         """None that could be known of all."""

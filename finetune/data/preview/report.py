@@ -123,7 +123,10 @@ class CheckReport:
         """Plain values for JSON."""
         return {
             "sources": [asdict(source) for source in self.sources],
-            "bad_rows": [row._asdict() for row in self.bad_rows],
+            "bad_rows": [
+                {"where": row.location, "reason": row.reason, "fatal": row.fatal}
+                for row in self.bad_rows
+            ],
             "num_bad": self.num_bad,
             "max_length": self.max_length,
         }

@@ -36,7 +36,7 @@ class ShownToken:
 class ShowResult:
     """The answer of `show`."""
 
-    where: str
+    location: str
     """`file:line`."""
     format: str
     num_examples: int
@@ -51,7 +51,8 @@ class ShowResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        values = asdict(self)
+        return {"where": values.pop("location"), **values}
 
     def plain(self) -> str:
         """The dialogue's text with « » around what carries loss."""
@@ -167,11 +168,11 @@ def _at_index(stream: ConversationStream, path: str, index: int) -> Conversation
 
 def _at_line(stream: ConversationStream, path: str, line: int) -> Conversation:
     for conversation in stream:
-        if conversation.where.endswith(f":{line}"):
+        if conversation.location.endswith(f":{line}"):
             return conversation
     for row in stream.bad_rows:
-        if row.where.endswith(f":{line}"):
-            raise DataError(f"{row.where}: {row.reason}")
+        if row.location.endswith(f":{line}"):
+            raise DataError(f"{row.location}: {row.reason}")
     raise DataError(f"{path} has no row that begins on line {line}")
 
 
@@ -179,7 +180,9 @@ def shown(conversation: Conversation, template: ChatTemplate, layout: str) -> Sh
     """The dialogue's tokens under a template; DataError when no reply carries loss."""
     examples = template.examples([conversation], "every_reply")[0]
     if not examples:
-        raise DataError(f"{conversation.where}: no reply carries loss, so there is nothing to show")
+        raise DataError(
+            f"{conversation.location}: no reply carries loss, so there is nothing to show"
+        )
     conversation, rendered = examples[-1]
     ids: list[int] = rendered.input_ids.tolist()
     spans = template.trained_spans(rendered, conversation, "every_reply")
@@ -193,7 +196,7 @@ def shown(conversation: Conversation, template: ChatTemplate, layout: str) -> Sh
         prompt = template.decode(template.prompt(conversation, last.message))
         stop = ids[last.end - 1 : last.end]
     return ShowResult(
-        where=conversation.where,
+        location=conversation.location,
         format=layout,
         num_examples=len(examples),
         num_tokens=len(ids),

@@ -86,7 +86,9 @@ class Blocks:
                 if isinstance(item, Row):
                     size += copies * characters(item.value)
                 if shard.repository is not None:
-                    item = item._replace(where=f"{shard.name}:{item.where.rpartition(':')[2]}")
+                    item = item._replace(
+                        location=f"{shard.name}:{item.location.rpartition(':')[2]}"
+                    )
                 rows += [PlacedRow(item, file, shard.source)] * copies
         return rows
 
@@ -101,7 +103,7 @@ class Blocks:
         file = self._reader.open(self._order[place], row)
         if file.unknown:
             raise DataError(
-                "\n".join(f"{bad.where}: {bad.reason}" for bad in file.unknown[:LISTED])
+                "\n".join(f"{bad.location}: {bad.reason}" for bad in file.unknown[:LISTED])
             )
         self._files.append((place, file))
         self._rows[place] = row

@@ -169,7 +169,7 @@ def read_rows(path: Path, skip: int = 0) -> Iterator[Row | BadRow]:
     try:
         for item in _open_rows(path, skip):
             empty = False
-            last = item.where
+            last = item.location
             yield item
     except StreamError as error:
         yield BadRow(last, str(error), fatal=True)

@@ -39,7 +39,7 @@ def _read_lines(source: Iterator[bytes], name: str, skip: int) -> Iterator[Row |
     parse = strict_json.parse
     first = True
     for number, raw in lines(source):
-        where = f"{name}:{number}"
+        location = f"{name}:{number}"
         raw = raw if raw is None else raw.strip()
         if raw == b"":
             continue
@@ -48,27 +48,27 @@ def _read_lines(source: Iterator[bytes], name: str, skip: int) -> Iterator[Row |
             first = False
             continue
         if raw is None:
-            yield BadRow(where, _TOO_LONG)
+            yield BadRow(location, _TOO_LONG)
             continue
         if first and raw == b"{":
-            yield BadRow(where, "an object over several lines; write one per line", fatal=True)
+            yield BadRow(location, "an object over several lines; write one per line", fatal=True)
             return
         first = False
         try:
             value = parse(raw.decode())
         except UnicodeDecodeError as error:
-            yield BadRow(where, _not_utf8(raw[error.start], error.start))
+            yield BadRow(location, _not_utf8(raw[error.start], error.start))
         except RowError as error:
-            yield BadRow(where, str(error))
+            yield BadRow(location, str(error))
         else:
-            yield as_row(value, where)
+            yield as_row(value, location)
 
 
-def as_row(value: Any, where: str) -> Row | BadRow:
+def as_row(value: Any, location: str) -> Row | BadRow:
     """A row if the value is an object."""
     if type(value) is dict:
-        return Row(value, where)
-    return BadRow(where, f"the row is {strict_json.describe(value)}, not an object")
+        return Row(value, location)
+    return BadRow(location, f"the row is {strict_json.describe(value)}, not an object")
 
 
 def _not_utf8(byte: int, offset: int) -> str:
@@ -115,7 +115,7 @@ class _Array:
 
     def _element(self) -> Row | BadRow:
         """The value at the window's position, which moves behind it."""
-        where = self._where()
+        location = self._where()
         reason = ""
         try:
             try:
@@ -125,21 +125,21 @@ class _Array:
                 value, source = self._decode(strict_json.LENIENT)
         except json.JSONDecodeError as error:
             if len(self._text) - self._at > MAX_ROW:
-                return BadRow(where, _TOO_LONG, fatal=True)
+                return BadRow(location, _TOO_LONG, fatal=True)
             return BadRow(self._where(error.pos), strict_json.syntax_reason(error), fatal=True)
         except RecursionError:
-            return BadRow(where, f"nested more than {strict_json.MAX_DEPTH} deep", fatal=True)
+            return BadRow(location, f"nested more than {strict_json.MAX_DEPTH} deep", fatal=True)
         except ValueError as error:  # an integer of more than 4,300 digits
-            return BadRow(where, f"not JSON that can be read: {error}", fatal=True)
+            return BadRow(location, f"not JSON that can be read: {error}", fatal=True)
         try:
             strict_json.check_value(source, value)
             source.encode()
         except UnicodeEncodeError as error:
             byte = ord(source[error.start]) - 0xDC00
-            return BadRow(where, _not_utf8(byte, error.start))
+            return BadRow(location, _not_utf8(byte, error.start))
         except RowError as error:
-            return BadRow(where, str(error))
-        return BadRow(where, reason) if reason else as_row(value, where)
+            return BadRow(location, str(error))
+        return BadRow(location, reason) if reason else as_row(value, location)
 
     def _decode(self, decoder: json.JSONDecoder) -> tuple[Any, str]:
         """The next value and its text, reading on while it may only be incomplete."""

@@ -133,7 +133,7 @@ class FileRows(Iterator["Row | BadRow"]):
     def conversation(self, row: Row) -> Conversation | None:
         """The dialogue of a row; None when it belongs to the other part of the source, RowError if bad."""
         conversation = to_conversation(
-            row.value, self.format, where=row.where, columns=self._reading.columns, purpose=self._purpose,
+            row.value, self.format, location=row.location, columns=self._reading.columns, purpose=self._purpose,
             rules=self._reading.rules,
         )  # fmt: skip
         part = self._source.part
@@ -231,7 +231,7 @@ class ConversationStream(Iterator[Conversation]):
             try:
                 conversation = file.conversation(item)
             except RowError as error:
-                self._bad(BadRow(item.where, str(error)))
+                self._bad(BadRow(item.location, str(error)))
                 continue
             if conversation is None:
                 self.elsewhere += 1
@@ -251,7 +251,7 @@ class ConversationStream(Iterator[Conversation]):
 
     def report(self) -> str:
         """What is wrong with the rows, as an error message says it."""
-        listed = [f"  {row.where}: {row.reason}" for row in self.bad_rows[:LISTED]]
+        listed = [f"  {row.location}: {row.reason}" for row in self.bad_rows[:LISTED]]
         if self.num_bad > len(listed):
             listed.append(f"  … and {self.num_bad - len(listed)} more")
         return "\n".join(

@@ -65,7 +65,7 @@ def split(
             try:
                 side = int(part.takes(stream.row, conversation))
             except RowError as error:
-                raise DataError(f"{conversation.where}: {error}") from None
+                raise DataError(f"{conversation.location}: {error}") from None
             text = json.dumps(stream.row, ensure_ascii=False, default=_as_json)
             (train, held_out)[side].write(text + "\n")
             counts[side] += 1

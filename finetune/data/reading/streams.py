@@ -30,14 +30,14 @@ class Row(NamedTuple):
     """One row as it was read."""
 
     value: dict[str, Any]
-    where: str
+    location: str
     """`file:line`; for Parquet `file:row`, counted from 1."""
 
 
 class BadRow(NamedTuple):
     """A row that cannot be used, and why."""
 
-    where: str
+    location: str
     reason: str
     fatal: bool = False
     """What follows in the file cannot be read either, so `on_bad_row: skip` does not apply."""

@@ -65,11 +65,11 @@ def _rows_of(
         for batch in batches:
             for value in _values(batch):
                 number += 1
-                where = f"{path}:{number}"
+                location = f"{path}:{number}"
                 if value is None:
-                    yield BadRow(where, "a text column is not UTF-8")
+                    yield BadRow(location, "a text column is not UTF-8")
                 else:
-                    yield Row(_without_nulls(value), where)
+                    yield Row(_without_nulls(value), location)
     except (pyarrow.ArrowException, OSError) as error:
         reason = f"the {kind} file is damaged: {str(error).splitlines()[0]}"
         yield BadRow(f"{path}:{number + 1}", reason, fatal=True)
@@ -159,15 +159,15 @@ def _is_gbk(line: bytes) -> bool:
     return False
 
 
-def _csv_row(header: list[str], cells: list[str], where: str) -> Row | BadRow:
+def _csv_row(header: list[str], cells: list[str], location: str) -> Row | BadRow:
     if len(cells) != len(header):
-        return BadRow(where, f"the row has {len(cells)} cells, the header has {len(header)}")
+        return BadRow(location, f"the row has {len(cells)} cells, the header has {len(header)}")
     joined = "".join(cells)
     try:
         joined.encode()
     except UnicodeEncodeError as error:
         byte = ord(joined[error.start]) - 0xDC00
         if not byte:
-            return BadRow(where, "the text contains a NUL character")
-        return BadRow(where, f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8")
-    return Row(dict(zip(header, cells, strict=True)), where)
+            return BadRow(location, "the text contains a NUL character")
+        return BadRow(location, f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8")
+    return Row(dict(zip(header, cells, strict=True)), location)

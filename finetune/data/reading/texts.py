@@ -44,15 +44,15 @@ def _pieces(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
         yield _row(held, f"{name}:{begin}")
 
 
-def _row(lines: list[str], where: str) -> Row | BadRow:
+def _row(lines: list[str], location: str) -> Row | BadRow:
     text = "".join(lines).replace("\r\n", "\n").replace("\r", "\n").strip("\n")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) - 0xDC00
-        line = int(where.rpartition(":")[2]) + text.count("\n", 0, error.start)
+        line = int(location.rpartition(":")[2]) + text.count("\n", 0, error.start)
         reason = (
             "the text contains a NUL character" if not byte else f"byte 0x{byte:02x} is not UTF-8"
         )
-        return BadRow(where, f"line {line}: {reason}; save the file as UTF-8 text")
-    return Row({"text": text}, where)
+        return BadRow(location, f"line {line}: {reason}; save the file as UTF-8 text")
+    return Row({"text": text}, location)

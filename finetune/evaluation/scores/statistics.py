@@ -83,13 +83,16 @@ class ReplyTable:
         return len(self._units)
 
     def add(
-        self, where: str, scores: Mapping[str, float | None], counts: Mapping[str, Sequence[float]]
+        self,
+        location: str,
+        scores: Mapping[str, float | None],
+        counts: Mapping[str, Sequence[float]],
     ) -> None:
         """One more reply; those of one dialogue come one after another."""
         first = self._dialogue is None
-        begins = first or where != self._dialogue
+        begins = first or location != self._dialogue
         self._units.append((-1 if first else self._units[-1]) + begins)
-        self._dialogue = where
+        self._dialogue = location
         values = (scores.get(name) for name in self.means)
         self._numbers.extend(np.nan if value is None else value for value in values)
         for name, _ in self._counts:

@@ -204,18 +204,18 @@ def _questions(category: str, file: Path) -> Iterator[CallQuestion]:
     answers: dict[str, Any] = {}
     if needs_answers:
         answers = {row["id"]: row["ground_truth"] for _, row in _rows(file.parent / "possible_answer" / file.name, ("id", "ground_truth"))}  # fmt: skip
-    for where, row in _rows(file, ("id", "question", "function")):
+    for location, row in _rows(file, ("id", "question", "function")):
         if needs_answers and row["id"] not in answers:
-            raise DataError(f"{where}: possible_answer has no answer to {row['id']}")
+            raise DataError(f"{location}: possible_answer has no answer to {row['id']}")
         try:
             [turn] = row["question"]
             messages = tuple(Message(one["role"], one["content"]) for one in turn)
             tools = read_tools([_described(one) for one in row["function"]])
         except (KeyError, TypeError, ValueError, RowError) as error:
             raise DataError(
-                f"{where}: not a question of one turn as the leaderboard writes it ({type(error).__name__}: {error})"
+                f"{location}: not a question of one turn as the leaderboard writes it ({type(error).__name__}: {error})"
             ) from error
-        yield CallQuestion(row["id"], category, Conversation(messages, tools, where), answers.get(row["id"], ()))  # fmt: skip
+        yield CallQuestion(row["id"], category, Conversation(messages, tools, location), answers.get(row["id"], ()))  # fmt: skip
 
 
 def _rows(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -64,7 +64,7 @@ class OpenLanguageModel(LM):
         last = messages[-1] if messages else None
         begun = "" if add_generation_prompt or last is None else last.content
         asked = messages if add_generation_prompt else messages[:-1]
-        ids = [int(i) for i in self._template.prompt(Conversation(asked, where="a task"), len(asked))]  # fmt: skip
+        ids = [int(i) for i in self._template.prompt(Conversation(asked, location="a task"), len(asked))]  # fmt: skip
         if begun:
             ids += self._encode(f"{self._break}{begun}")
         shown = str(self._template.decode(ids))

@@ -133,8 +133,10 @@ class ChatGLMConfig(PreTrainedConfig):
         """Return the config of a parsed config.json; every key it has is kept for saving."""
         missing = [f"`{key}` is missing" for key in _REQUIRED if key not in config_dict]
         if missing:
-            where = str(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "config")
-            raise ModelError(_refusal(where, missing + _problems(config_dict)))
+            location = str(
+                kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "config"
+            )
+            raise ModelError(_refusal(location, missing + _problems(config_dict)))
         published = copy.deepcopy(config_dict)
         made = super().from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
@@ -245,5 +247,5 @@ def _vision_problems(values: dict[str, Any]) -> list[str]:
     return found
 
 
-def _refusal(where: str, problems: list[str]) -> str:
-    return f"{where}: not a GLM-4 model: {'; '.join(problems)}. What to do: {_ADVICE}."
+def _refusal(location: str, problems: list[str]) -> str:
+    return f"{location}: not a GLM-4 model: {'; '.join(problems)}. What to do: {_ADVICE}."

@@ -38,7 +38,7 @@ _NOT_TEXT = ("refusal", "audio", "annotations", "reasoning_content", "reasoning"
 def strict(messages: Sequence[Any], tools: Any) -> Conversation:
     """The dialogue as training data would be read; RowError with the reason when it is none."""
     row = {"messages": list(messages), "tools": tools}
-    conversation = to_conversation(row, "openai", where="messages", purpose="predict")
+    conversation = to_conversation(row, "openai", location="messages", purpose="predict")
     if conversation.messages[-1].role == "assistant":
         raise RowError("messages must end with a user or tool message")
     return conversation

@@ -37,26 +37,26 @@ def with_image_files(messages: Sequence[Any], folder: Path) -> list[Any]:
     ]
 
 
-def _message(message: Any, where: str, folder: Path) -> Any:
+def _message(message: Any, location: str, folder: Path) -> Any:
     if not isinstance(message, dict):
         return message
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    parts = [_part(part, f"{where}.content.{at}", folder) for at, part in enumerate(content)]
+    parts = [_part(part, f"{location}.content.{at}", folder) for at, part in enumerate(content)]
     return {**message, "content": parts}
 
 
-def _part(part: Any, where: str, folder: Path) -> Any:
+def _part(part: Any, location: str, folder: Path) -> Any:
     if not _is_image(part):
         return part
-    url = _url_of(part, where)
+    url = _url_of(part, location)
     path = folder / f"{len(list(folder.iterdir()))}"
-    path.write_bytes(_bytes_of(url, where))
+    path.write_bytes(_bytes_of(url, location))
     try:
         check_image(path, max_pixels=MAX_PIXELS)
     except ImageError as error:
-        raise bad_request(f"the image cannot be shown: {error}", where) from error
+        raise bad_request(f"the image cannot be shown: {error}", location) from error
     return {"type": "image", "image": str(path)}
 
 
@@ -64,22 +64,22 @@ def _is_image(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") in ("image", "image_url")
 
 
-def _url_of(part: Any, where: str) -> str:
+def _url_of(part: Any, location: str) -> str:
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
     if part["type"] == "image" or not isinstance(url, str) or not url.startswith("data:"):
-        raise bad_request(f"an image comes as an image_url part, {_ONLY}", where)
+        raise bad_request(f"an image comes as an image_url part, {_ONLY}", location)
     return url
 
 
 _ONLY = "its url a data URL (data:image/png;base64,...): no address is fetched, no path is read"
 
 
-def _bytes_of(url: str, where: str) -> bytes:
+def _bytes_of(url: str, location: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise bad_request("the data URL is not data:image/...;base64,...", where)
+        raise bad_request("the data URL is not data:image/...;base64,...", location)
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise bad_request(f"the data URL holds no base64: {error}", where) from error
+        raise bad_request(f"the data URL holds no base64: {error}", location) from error

@@ -54,7 +54,7 @@ class TrainingData:
     """Examples, or packed rows of examples."""
     lengths: Any
     """Tokens of every document, by the index that `sample_ids` hold; int32 [documents]."""
-    where: Callable[[int], str]
+    location: Callable[[int], str]
     """The `file:line` of a document."""
     plan: BatchPlan
     collate: Collate
@@ -66,7 +66,7 @@ class TrainingData:
         """Where the documents of micro-batches stand, the first 20 line by line."""
         examples = [int(sample) for batch in samples for sample in batch if sample != BLANK]
         more = f"\n  and {len(examples) - 20} more" if len(examples) > 20 else ""
-        return "\n  ".join(self.where(example) for example in examples[:20]) + more
+        return "\n  ".join(self.location(example) for example in examples[:20]) + more
 
     def loader(self, *, rank: int, workers: int, seconds: float) -> StepLoader:
         """The loader of process `rank`; see `training_loader`."""
@@ -94,7 +94,7 @@ def training_data(
         )
     collate = Collator(template.pad_id, image=template.image, features=features)
     train, objective = data.train, SupervisedTokens()
-    found = TrainingData(data.items, train.lengths, train.where, data.plan, collate, objective)
+    found = TrainingData(data.items, train.lengths, train.location, data.plan, collate, objective)
     if data.stream is None:
         return found
     from finetune.training.loading.streams import from_checkpoint

@@ -94,7 +94,7 @@ class StreamBatches(IterableDataset[Any]):
     ) -> tuple[dict[str, Any], _Passed]:
         values = [item.value for item in items] or [blanked(step[-1].value)]
         documents = {
-            example.index: (len(example.input_ids), example.where)
+            example.index: (len(example.input_ids), example.location)
             for item in items
             for example in item.examples
         }
@@ -156,7 +156,7 @@ class StreamFeed:
         """Tokens of documents of the step at hand."""
         return np.array([self._documents[int(i)][0] for i in indices], dtype=np.int64)
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """The `file:line` of a document of the step at hand."""
         return self._documents[index][1] if index != BLANK else "a blank"
 
@@ -193,7 +193,7 @@ def from_checkpoint(data: TrainingData, run: RunData, checkpoint: Path | None) -
                 f"{checkpoint / STREAM}: does not say where the stream of training rows was ({error})"
             ) from error
     feed = StreamFeed(run, run.stream, start)
-    return replace(data, lengths=feed, where=feed.where, feed=feed)
+    return replace(data, lengths=feed, location=feed.location, feed=feed)
 
 
 def stream_loader(

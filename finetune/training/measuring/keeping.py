@@ -59,7 +59,7 @@ class Kept:
                 should_stop=should_stop,
             ).predictions
             right = [one.scores["tool_call_accuracy"] for one in replies]
-            calls_made = forgetting.as_mean(CALLS, right, [one.where for one in replies])
+            calls_made = forgetting.as_mean(CALLS, right, [one.location for one in replies])
             if calls_made is not None:
                 found[CALLS] = calls_made
         return found | self._tasks(model)

@@ -106,5 +106,5 @@ class Validation:
             with self.writing():
                 write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)
         for one in result.predictions:
-            table.add(one.where, one.scores, one.counts)
+            table.add(one.location, one.scores, one.counts)
         return {name: value for name, value in result.scores.items() if value is not None}, table
