@@ -63,12 +63,16 @@ class LowRank(nn.Linear):
 
     def forward(self, rows: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Return rows [T, in] times scale x weightᵀ; with `onto` [T, out] added to it, in its place."""
-        weight = self.cast(rows.dtype, scale)
+        own = self.weight
+        if own.dtype is rows.dtype and onto is not None:
+            weight, alpha = own, scale  # nothing to cast: the scale is part of the product
+        else:
+            weight, alpha = self.cast(rows.dtype, scale), 1.0
         if onto is None:
             return nn.functional.linear(rows, weight)
-        if hasattr(self.weight, "ds_id"):  # DeepSpeed's hooks under ZeRO-3 return views
-            return torch.addmm(onto, rows, weight.T)
-        return onto.addmm_(rows, weight.T)
+        if hasattr(own, "ds_id"):  # DeepSpeed's hooks under ZeRO-3 return views
+            return torch.addmm(onto, rows, weight.T, alpha=alpha)
+        return onto.addmm_(rows, weight.T, alpha=alpha)
 
     def cast(self, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """Return scale x weight in `dtype`, cast once for all passes of a step."""
@@ -147,9 +151,9 @@ class PlainForward:
             return False
         if self.disable_adapters or self.merged:
             return False
-        downs, ups = self.lora_A, self.lora_B
+        downs, ups, variants = self.lora_A, self.lora_B, self.lora_variant
         for name in self.active_adapters:
-            if name in self.lora_variant:
+            if name in variants:
                 return False
             if name in downs and not (type(downs[name]) is LowRank and type(ups[name]) is LowRank):
                 return False

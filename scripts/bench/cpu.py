@@ -75,7 +75,7 @@ def inputs(work: str, folder: Path) -> tuple[Path, Path]:
     if work != "full":
         return model, runs.write_dialogues(folder / "train.jsonl", 60)
     rows = [
-        [{"role": "user", "content": f"{n} {'the order ' * 40}"}, {"role": "assistant", "content": "the lazy dog " * 120}]
+        [{"role": "user", "content": f"{n} {'the order ' * 25}"}, {"role": "assistant", "content": "the lazy dog " * 85}]
         for n in range(40)
     ]  # fmt: skip
     data = folder / "train.jsonl"
