@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from torch import nn
+from transformers import masking_utils
 
 from finetune import methods
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
@@ -147,6 +149,25 @@ def test_prompts_of_any_length_are_read_without_such_a_square(
             assert batch.step([1, 1]).shape == (2, 64)
     largest = max(size for _, size, _ in counter.ledger.events)
     assert largest < LONG * LONG / 50
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("method", [LoraMethod(), PTuningV2Method(), FullMethod()], ids=lambda m: m.kind)  # fmt: skip
+def test_the_loss_of_held_out_rows_makes_no_such_square(
+    method: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small(tmp_path, kind)
+    ids = torch.ones(2, LONG, dtype=torch.long)
+    # It looks at numbers, to find that positions from 0 on are no packed documents.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
+    with shapes_only(), torch.no_grad():
+        model = shape_of(folder)
+        with nothing_moves():
+            model = methods.attach(model, method).eval()
+        with counting(Ceilings()) as counter:
+            inner = model.get_base_model() if isinstance(model, PeftModel) else model
+            inner.base_model(input_ids=ids, use_cache=False)
+    assert max(size for _, size, _ in counter.ledger.events) < LONG * LONG / 50
 
 
 def test_prompts_of_mixed_lengths_are_read_as_if_each_were_alone(base: Path) -> None:
