@@ -6,7 +6,8 @@
 #
 # FOLDER needs no more than GLM-4-9B's config.json: weights are drawn on the device. --rehearse runs the
 # same stages at tiny size on a CPU. A machine that is lent for minutes takes two calls, 300 s each at most:
-# `gpu.sh ... ceilings kernels correct attention train`, then `gpu.sh ... step generate`. --wheels names a folder with what the machine lacks; nothing is fetched.
+# `gpu.sh ... ceilings kernels correct attention train`, then `gpu.sh ... step generate`.
+# --wheels names a folder with what the machine lacks; nothing is fetched.
 set -u
 python=${PYTHON:-python}
 here=$(cd "$(dirname "$0")/../.." && pwd)
@@ -17,7 +18,7 @@ while [ $# -gt 0 ]; do
     --model) model=$2; shift ;;
     --answers) answers=$2; shift ;;
     --wheels) wheels=$2; shift ;;
-    -h|--help) sed -n '2,11p' "$0" | cut -c3-; exit 0 ;;
+    -h|--help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "$1: unknown option; see --help" >&2; exit 2 ;;
     *) stages="$stages $1" ;;
   esac
