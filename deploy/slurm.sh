@@ -13,7 +13,7 @@
 set -euo pipefail
 
 export MASTER OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 srun bash -c 'exec torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${GPUS:-8}" \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$MASTER:${PORT:-29400}" \
     finetune.py "$@"' finetune "$@"

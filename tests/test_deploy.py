@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,47 @@ def test_the_cloud_job_runs_ours() -> None:
     program, *words = shlex.split(SKY["run"])
     assert program == "finetune"
     check(words)
+
+
+def test_the_slurm_script_starts_ours_and_saves_before_the_time_is_up(tmp_path: Path) -> None:
+    """In a shell where srun and scontrol are what they do: the words of torchrun are looked at."""
+    script = ROOT / "deploy/slurm.sh"
+    for name, text in {
+        "scontrol": "echo node0; echo node1",
+        "srun": 'exec "$@"',
+        "torchrun": 'printf "%s\\n" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(script), "configs/sft.yaml", "training.seed=1"],
+        capture_output=True, text=True, check=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]"},
+    )  # fmt: skip
+    words = done.stdout.splitlines()
+    assert words == [
+        "--nnodes=2", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_id=7", "--rdzv_endpoint=node0:29400",
+        "finetune.py", "configs/sft.yaml", "training.seed=1",
+    ]  # fmt: skip
+    assert "#SBATCH --signal=TERM@" in script.read_text(encoding="utf-8")
+
+
+def test_the_job_of_kubernetes_is_that_of_the_page_and_complete() -> None:
+    job = yaml.safe_load((ROOT / "deploy/pytorchjob.yaml").read_text(encoding="utf-8"))
+    spec = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = spec["containers"]
+    program, processes, script, config, *overrides = container["command"]
+    assert (program, processes, script) == ("torchrun", "--nproc_per_node=8", "finetune.py")
+    load_config(ROOT / config, overrides)
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in spec["volumes"]}
+    assert job["spec"]["elasticPolicy"]["minReplicas"] == job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]  # fmt: skip
+
+
+def test_compose_has_train_tensorboard_and_serve_of_one_image() -> None:
+    assert COMPOSE["services"].keys() == {"train", "tensorboard", "serve"}
+    assert {service["image"] for service in COMPOSE["services"].values()} == {"glm4-finetune"}
+    volumes = {v.split(":")[0] for s in COMPOSE["services"].values() for v in s["volumes"]}
+    assert {v for v in volumes if not v.startswith(".")} == COMPOSE["volumes"].keys()
+    used = {name for s in COMPOSE["services"].values() for name in s.get("secrets", [])}
+    assert used == COMPOSE["secrets"].keys()

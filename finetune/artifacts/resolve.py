@@ -183,7 +183,10 @@ def find_source(path: Path) -> tuple[Path, list[str]]:
     newest, skipped = checkpoint.newest_good(path)
     if newest is None:
         listed = "".join(f"\n  {folder.name}: {reason}" for folder, reason in skipped)
-        raise CheckpointError(f"{path} holds no adapter, model or good checkpoint{listed}")
+        raise CheckpointError(
+            f"{path} holds no adapter, model or good checkpoint; `finetune status {path}` says how far a "
+            f"run is{listed}"
+        )
     notes = [f"passed over {folder.name}: {reason}" for folder, reason in skipped]
     return newest, [*notes, f"took {newest.name}, the newest good one of {path}"]
 

@@ -23,11 +23,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ("PIP_", "UV_", "SSL_", "REQUESTS_CA", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")  # fmt: skip
 """Variables of the machine's network; all others are left out."""
-REMEDY = re.compile(r"hf download|modelscope download|pip install|choose another|give a run|run scripts/|not a directory|does not exist")  # fmt: skip
+REMEDY = re.compile(r"hf download|modelscope download|pip install|choose another|give a run|run scripts/|finetune status|not a directory|does not exist")  # fmt: skip
 LONGEST_ERROR = 12
 STANDS_IN = [
     ("THUDM/glm-4-9b-chat", "runs/tiny-model"),
-    ("--nproc_per_node=8", "--nproc_per_node=2"),
+    ("finetune launch", "finetune launch --processes 2"),
     ("configs/lora.yaml", "configs/lora.yaml model.path=runs/tiny-model model.dtype=float32 evaluation.max_new_tokens=8 evaluation.max_samples=8"),
     ("training.num_epochs=3", "training.num_epochs=null training.max_steps=3"),
     ("--include-base", "--include-base --max-samples 8 --max-new-tokens 8"),
