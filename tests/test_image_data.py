@@ -24,7 +24,7 @@ from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_e
 from finetune.data.examples.packing import PackedDataset
 from finetune.data.preview.show import show
 from finetune.data.reading import images as reading_images
-from finetune.data.reading.sources import Images, Reading, SourceSpec, read_conversations
+from finetune.data.reading.sources import ImagePolicy, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
 
 BOI, EOI, PAD = pictures.BOI, pictures.EOI, tiny.PAD_ID
@@ -201,7 +201,7 @@ def test_images_lie_under_the_root_that_the_config_names(tmp_path: Path) -> None
     (tmp_path / "rows/images").rename(tmp_path / "images")
 
     def read(root: Path | None) -> str | None:
-        images = Images(root=str(root) if root else None, check=True)
+        images = ImagePolicy(root=str(root) if root else None, check=True)
         [found] = read_conversations([SourceSpec(str(rows))], Reading(images=images))
         return found.messages[0].image
 

@@ -18,7 +18,7 @@ from row_parts import REPLY, reason
 from finetune.data.chat.image import read_image
 from finetune.data.dialogue.formats import to_conversation
 from finetune.data.preview.report import check, show, tokens
-from finetune.data.reading.images import Images
+from finetune.data.reading.images import ImagePolicy
 from finetune.data.reading.sources import Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
 
@@ -60,7 +60,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 def shown_by(path: Path) -> tuple[str, str]:
     """The first question of a file and its image."""
-    reading = Reading(images=Images(check=True))
+    reading = Reading(images=ImagePolicy(check=True))
     first = next(read_conversations([SourceSpec(str(path))], reading)).messages[0]
     assert first.image is not None
     return first.content, first.image

@@ -103,7 +103,7 @@ def test_what_cannot_be_done_is_refused_by_name(
         (b"", "the JSON is cut off"),
         (b"{", "the JSON is cut off"),
         (b"[]", "the body"),
-        (b'{"model": "tiny", "model": "tiny"}', "stands twice"),
+        (b'{"model": "tiny", "model": "tiny"}', "duplicate key"),
         (b'{"model": "tiny", "temperature": NaN}', "NaN is not JSON"),
         (b'{"model": "\xff"}', "not UTF-8"),
         (b"[" * 5000, "nested more than 100 deep"),

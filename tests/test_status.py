@@ -82,5 +82,5 @@ def test_the_command_answers_in_json_without_torch(
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run directory"):
+    with pytest.raises(ConfigError, match="is not a run directory"):
         read_status(tmp_path)

@@ -122,7 +122,7 @@ def user_metric(name: str) -> UserMetric:
     except AttributeError as error:
         raise ConfigError(f"metric {name!r}: {module} has no {function}") from error
     if not callable(found):
-        raise ConfigError(f"metric {name!r}: {function} is no function")
+        raise ConfigError(f"metric {name!r}: {function} is not a function")
     return found  # type: ignore[no-any-return]
 
 

@@ -224,7 +224,7 @@ def _check_rows(tensor: TensorInfo, rows: int) -> None:
 
 
 def _stash_rotary(shard: Shard) -> dict[str, str]:
-    """The rotary buffer, if it is here, as a line of metadata: it waits there for the way back."""
+    """The rotary buffer, if the model has one, as metadata, from which the way back restores it."""
     for tensor in shard.tensors:
         if tensor.name == ROTARY_BUFFER:
             with tensor.file.open("rb") as file:

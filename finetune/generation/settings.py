@@ -38,7 +38,7 @@ class Settings:
     def with_changes(
         self, data: Sequence[str], changes: Mapping[str, Any], *, needs_data: bool = True
     ) -> Settings:
-        """The same with other held-out files, if any, and changed options of evaluation or rows.
+        """These settings with `data` in the place of the held-out files, if given, and with changed options.
 
         Raises:
             ConfigError: an option cannot have that value, or there are no held-out files although

@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
     """The run in `folder`; ConfigError when there is none."""
     file = folder / RUN_CONFIG
     if not file.is_file():
-        raise ConfigError(f"{folder} is no run directory: it holds no {RUN_CONFIG}")
+        raise ConfigError(f"{folder} is not a run directory: it holds no {RUN_CONFIG}")
     document = parse_file(file)
     if document.problems:
         raise ConfigError("\n".join(map(str, document.problems)))

@@ -205,7 +205,7 @@ class Saver:
 
 @contextmanager
 def explain_load_errors(folder: str | None, *, begun: Callable[[], bool]) -> Iterator[None]:
-    """CheckpointError for whatever `folder` makes the libraries raise before the first step.
+    """Turn errors that libraries raise while they load `folder` into CheckpointError.
 
     Its manifest was right, so it holds what its writer put there; that need not be states of a run.
     """

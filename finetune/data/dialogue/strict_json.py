@@ -27,7 +27,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise RowError(f"key {key!r} stands twice in one object")
+                raise RowError(f"duplicate key {key!r} in one object")
             seen.add(key)
     return value
 

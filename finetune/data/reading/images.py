@@ -18,7 +18,7 @@ from finetune.storage.files import whole_binary
 
 
 @dataclass(frozen=True)
-class Images:
+class ImagePolicy:
     """What is done about the images that rows show."""
 
     root: str | None = None
@@ -32,7 +32,7 @@ class Images:
 class ImageFiles:
     """The files of images; each is looked at once."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: ImagePolicy) -> None:
         self._images = images
         self._whole: set[str] = set()
 

@@ -13,7 +13,7 @@ from finetune.config.schema import Columns as ColumnNames
 from finetune.config.schema import DataSection, Source, held_out_share
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.formats import RowRules
-from finetune.data.reading.images import Images
+from finetune.data.reading.images import ImagePolicy
 from finetune.data.reading.parts import Part
 from finetune.data.reading.sources import Reading, SourceSpec
 from finetune.errors import ConfigError
@@ -33,7 +33,7 @@ def reading_of(section: DataSection) -> Reading:
         ignore_columns=tuple(section.ignore_columns),
     )
     columns = (section.columns.prompt, section.columns.response) if section.columns else None
-    images = Images(root=section.image_root, cache_root=section.cache_dir)
+    images = ImagePolicy(root=section.image_root, cache_root=section.cache_dir)
     return Reading(section.on_bad_row, section.max_bad_rows, columns, images, rules)
 
 

@@ -14,7 +14,7 @@ from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
 from finetune.data.dialogue.formats import PLAIN, RowRules, detect, to_conversation
 from finetune.data.reading.files import BadRow, Row, expand, read_rows
-from finetune.data.reading.images import ImageFiles, Images
+from finetune.data.reading.images import ImageFiles, ImagePolicy
 from finetune.data.reading.parts import Part
 from finetune.errors import DataError
 
@@ -52,8 +52,8 @@ class SourceSpec:
         return {name: value for name, value in said.items() if value is not None}
 
 
-BESIDE = Images()
-"""Images lie beside their data file, and were looked at before."""
+NEXT_TO_DATA = ImagePolicy()
+"""Paths are relative to the data file, and images are not opened again."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Reading:
     """With `skip`, the share of bad rows above which it is an error all the same."""
     columns: Columns | None = None
     """Names of the prompt and response columns, for `pairs`."""
-    images: Images = BESIDE
+    images: ImagePolicy = NEXT_TO_DATA
     """Where images lie, and whether each is decoded once to see that it can be."""
     rules: RowRules = PLAIN
     """What is done about rows that can be read in more than one way."""

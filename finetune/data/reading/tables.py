@@ -115,7 +115,7 @@ def read_csv(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
         header = next(reader)
         twice = [column for column in header if header.count(column) > 1]
         if twice:
-            yield BadRow(f"{name}:1", f"column {twice[0]!r} stands twice in the header", fatal=True)
+            yield BadRow(f"{name}:1", f"duplicate column {twice[0]!r} in the header", fatal=True)
             return
         begin = reader.line_num + 1
         for cells in reader:

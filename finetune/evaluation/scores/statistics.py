@@ -296,7 +296,7 @@ def resampled(measures: Sequence[Measure], seed: int, resamples: int) -> list[Nu
 def _chances(
     measures: Sequence[Measure], observed: Sequence[Numbers], seed: int, permutations: int
 ) -> dict[tuple[int, int], Numbers]:
-    """P values [M] of every two models: how often swapping them, unit by unit, tells them apart as well.
+    """P values [M] of every two models: how often a random swap of their replies differs at least as much.
 
     The sums of a swapped pair follow from each model's sums over the units that are swapped, so one
     product per model serves all pairs.

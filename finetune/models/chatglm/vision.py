@@ -1,4 +1,4 @@
-"""GLM-4V's eyes: pixels to rows that take the place of an image's span in the text.
+"""GLM-4V's vision encoder: pixels to rows that take the place of an image's span in the text.
 
 EVA2-CLIP-E with its norms on the sub-layers' outputs, a convolution that makes one row of four
 patches, and a gated adapter; names, shapes and order of operations as published.
@@ -157,7 +157,7 @@ class VisionModel(nn.Module):
             return self(pixel_values.to(next(self.parameters()).dtype))  # type: ignore[no-any-return]
 
     def nothing(self) -> Tensor:
-        """Return a 0 that every weight here has had a part in.
+        """Return a zero whose gradient reaches every weight of the encoder.
 
         A batch without images takes it into its graph where other processes have images: they all
         gather the same weights and reduce the same gradients. Four patches are the least that the

@@ -30,7 +30,7 @@ ROWS = "rows"
 
 @dataclass(frozen=True)
 class FeatureFiles:
-    """Rows of images, read from the files that hold them."""
+    """Image features, memory-mapped from the cache."""
 
     files: Mapping[str, Path]
     """By the image's path."""
