@@ -190,7 +190,7 @@ def _comparisons(scored: Sequence[ScoredTarget]) -> list[Comparison]:
     return found
 
 
-def single(scored: ScoredTarget, evaluation: Evaluation, options: Options) -> dict[str, Any]:
+def single(scored: ScoredTarget, evaluation: Evaluation) -> dict[str, Any]:
     """What is said of one target, flat."""
     job = scored.job
     losses = scored.losses.get("loss")

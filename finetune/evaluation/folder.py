@@ -107,7 +107,7 @@ def _write(
     evaluation = evaluation_of(scored, options, signed)
     report = evaluation.model_dump() | {"output": str(output)}
     if len(scored) == 1:
-        report |= single(scored[0], evaluation, options)
+        report |= single(scored[0], evaluation)
         shutil.copyfile(scored[0].file, place / "predictions.jsonl")
         write_file(place / "scores.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     write_evaluation(place, evaluation)

@@ -341,7 +341,10 @@ def cache_tokens(model: Any, size: int | None = None) -> int:
     """Tokens whose keys and values fit into `size` bytes, by default `CACHE_BYTES`."""
     config = model.config.get_text_config()
     heads = config.num_hidden_layers * config.num_key_value_heads
-    return int((size or CACHE_BYTES) // (2 * heads * head_size(config) * model.dtype.itemsize))
+    return int(
+        (CACHE_BYTES if size is None else size)
+        // (2 * heads * head_size(config) * model.dtype.itemsize)
+    )
 
 
 def check_context(
