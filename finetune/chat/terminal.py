@@ -17,6 +17,7 @@ from finetune.data.chat.image import ImageError, check_image
 from finetune.data.dialogue.conversation import Conversation, Message, Role, RowError
 from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
+from finetune.generation.settings import HERE, Placement
 from finetune.generation.stream import Piece, ReplyStream
 
 HELP = """\
@@ -38,12 +39,13 @@ def chat(
     system: str | None = None,
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
+    placement: Placement = HERE,
 ) -> None:
     """Opens `target` (a model, an adapter or a checkpoint) and talks until the input ends."""
     from finetune.generation.load import open_model
 
     console.say(f"opening {target} ...")
-    opened = open_model(target, base=base)
+    opened = open_model(target, base=base, placement=placement)
     name = target if opened.kind == "model" else f"{target} on {opened.base}"
     voice = Voice(opened.model, opened.template, max_new_tokens, temperature)
     terminal = Terminal(sys.stdin, sys.stdout)

@@ -11,7 +11,8 @@ import typer
 from finetune import console
 from finetune.artifacts.resolve import models_in
 from finetune.cli.data_commands import Columns, ImageRoot, Json, Rows
-from finetune.cli.inference_commands import JsonSchema, RequireCall
+from finetune.cli.export_commands import DeviceMap
+from finetune.cli.inference_commands import JsonSchema, Quantization, RequireCall
 from finetune.cli.inputs import Overwrite
 from finetune.cli.report_commands import say_report
 from finetune.config.row_formats import RowFormat
@@ -74,6 +75,8 @@ def evaluate(
     batch_size: Annotated[
         str | None, typer.Option(metavar="N", help="Prompts generated at once, or `auto`.")
     ] = None,
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
     definition: Annotated[
         Definition, typer.Option(help="How BLEU and ROUGE are computed; docs/metrics.md.")
     ] = "default",
@@ -170,6 +173,7 @@ def evaluate(
         from finetune.evaluation.evaluate import evaluate as run
         from finetune.evaluation.scores.added import ByModels
         from finetune.evaluation.scoring import Scoring
+        from finetune.generation.settings import Placement
         from finetune.generation.structured import read_form, read_schema
 
         form = read_form(json_schema, must_call=require_call)
@@ -186,6 +190,7 @@ def evaluate(
             seed=seed,
             form=form,
             overwrite=overwrite,
+            placement=Placement(device_map, quantization),
         )
         found = run(models, data or (), output=output, changes=changes, options=options)
         if console.is_main():

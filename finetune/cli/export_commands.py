@@ -27,6 +27,12 @@ Checked = Annotated[
         "the model twice."
     ),
 ]
+DeviceMap = Annotated[
+    Literal["auto"] | None,
+    typer.Option(
+        "--device-map", help="auto: the layers are shared out over all GPUs of this machine."
+    ),
+]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Check nothing.")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -49,6 +55,7 @@ def merge(
         bool, typer.Option("--force", help="Merge even when the base is not the adapter's own.")
     ] = False,
     check: Checked = "tensors",
+    device_map: DeviceMap = None,
     no_check: NoCheck = False,
     as_json: Json = False,
 ) -> None:
@@ -59,7 +66,15 @@ def merge(
         sources = [_weighted(adapter) for adapter in adapters]
         location = Path(base) if base else None
         chosen = "none" if no_check else check
-        report = run(sources, output, base=location, dtype=dtype, force=force, check=chosen)
+        report = run(
+            sources,
+            output,
+            base=location,
+            dtype=dtype,
+            force=force,
+            check=chosen,
+            device_map=device_map,
+        )
         for note in report.notes:
             console.say(f"note: {note}")
         named = " + ".join(

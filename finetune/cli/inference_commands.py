@@ -10,7 +10,7 @@ import typer
 from finetune import console
 from finetune.artifacts.resolve import model_in
 from finetune.cli.data_commands import Columns, Format, ImageRoot, Json, Rows
-from finetune.cli.export_commands import Base
+from finetune.cli.export_commands import Base, DeviceMap
 from finetune.cli.inputs import Overwrite, check_output_file
 
 using_app = typer.Typer()
@@ -26,6 +26,10 @@ JsonSchema = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Every reply is JSON under the schema in this file."),
 ]
+Quantization = Annotated[
+    Literal["nf4"] | None,
+    typer.Option("--quantization", help="nf4: weights in 4 bits, a quarter of the memory."),
+]
 RequireCall = Annotated[
     bool, typer.Option("--require-call", help="A dialogue with tools is answered with a call.")
 ]
@@ -40,6 +44,8 @@ def predict(
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The JSONL file to write.")],
     base: Base = None,
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
     max_new_tokens: MaxNewTokens = 512,
     batch_size: BatchSize = 64,
     backend: Annotated[
@@ -65,6 +71,7 @@ def predict(
         from finetune.generation.dialogues import RowOptions
         from finetune.generation.predict import PredictOptions
         from finetune.generation.predict import predict as run
+        from finetune.generation.settings import Placement
         from finetune.generation.structured import read_form
 
         options = PredictOptions(
@@ -73,6 +80,7 @@ def predict(
             backend,
             RowOptions(columns, format, image_root, tuple(rows or ())),
             form=read_form(json_schema, must_call=require_call),
+            placement=Placement(device_map, quantization),
         )
         emit(run(target, data, output, base=base, options=options, overwrite=overwrite))
 
@@ -122,6 +130,8 @@ def replay(
 def chat(
     target: Target,
     base: Base = None,
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Annotated[
@@ -131,14 +141,24 @@ def chat(
     """Talk to a model in the terminal."""
     target = model_in(target)
     from finetune.chat.terminal import chat as run
+    from finetune.generation.settings import Placement
 
-    run(target, base=base, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    run(
+        target,
+        base=base,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        placement=Placement(device_map, quantization),
+    )
 
 
 @using_app.command()
 def serve(
     target: Target,
     base: Base = None,
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
     ] = "127.0.0.1",
@@ -180,6 +200,7 @@ def serve(
 ) -> None:
     """Answer OpenAI's completions over HTTP."""
     folder = model_in(target)
+    from finetune.generation.settings import Placement
     from finetune.serving.serve import ServeOptions
     from finetune.serving.serve import serve as run
 
@@ -196,5 +217,6 @@ def serve(
         max_request_mb=max_request_mb,
         history=history,
         strict=strict,
+        placement=Placement(device_map, quantization),
     )
     run(folder, shown_as=target, base=base, options=options)

@@ -36,7 +36,7 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
 
     with joined_processes():
         leads = is_rank0()
-        models = Models()
+        models = Models(missing[0].options.placement)
         for job in missing:
             opened = models.open(job.target.path, base=job.target.base, like=job.target.like)
             console.say(f"{job.target.name}: {job.target.path}")

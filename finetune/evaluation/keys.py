@@ -18,7 +18,7 @@ from finetune.evaluation.options import GENERATING, Options, request
 from finetune.evaluation.scoring import versions
 from finetune.evaluation.targets import Target
 from finetune.evaluation.tasks import plan
-from finetune.generation.settings import Settings, settings_of
+from finetune.generation.settings import Placement, Settings, settings_of
 from finetune.storage.cache import key_of
 from finetune.storage.files import file_digest
 from finetune.storage.seen import SeenFiles
@@ -37,7 +37,7 @@ def evaluation_key(target: Target, settings: Settings, options: Options, seen: S
         "reading": asdict(settings.reading),
         "asked": request(settings, options),
         "loss": [settings.loss_batch_size, settings.seed],
-        "number format": [settings_of(target.like or target.path).dtype, hardware.likely_kind()],
+        "number format": _number_format(target, options.placement),
         "versions": versions(GENERATING),
     }
     if key["model"] is None:  # a hub id: what it stands for may change
@@ -75,3 +75,9 @@ def _texts(folder: Path) -> dict[str, str]:
     patterns = ("tokenizer*", "chat_template*", ADAPTER_CONFIG)
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     return {file.name: file_digest(file) for file in files}
+
+
+def _number_format(target: Target, placement: Placement) -> list[str]:
+    """What the numbers of a model depend on besides its weights."""
+    found = [settings_of(target.like or target.path).dtype, hardware.likely_kind()]
+    return [*found, placement.quantization] if placement.quantization else found

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scoring import Scoring
-from finetune.generation.settings import Settings
+from finetune.generation.settings import HERE, Placement, Settings
 from finetune.generation.structured import ANY_FORM, Form
 
 GENERATING = ("torch", "transformers", "peft", "tokenizers")
@@ -39,6 +39,7 @@ class Options:
     """What every reply must be."""
     overwrite: bool = False
     """Replace files in the output folder that this program did not write, too."""
+    placement: Placement = HERE
 
     @property
     def decoding(self) -> str:

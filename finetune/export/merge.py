@@ -67,6 +67,7 @@ def merge(
     dtype: str | None = None,
     force: bool = False,
     check: Check = "tensors",
+    device_map: str | None = None,
 ) -> MergeReport:
     """Write the checkpoint that ``adapter`` and its base make together to ``out``.
 
@@ -81,6 +82,7 @@ def merge(
         check: `tensors` checks every row of every changed matrix while it is written, and reads all
             tensors' ends back; `full` also compares the logits of base + adapter with those of the
             output, for which both are loaded whole.
+        device_map: `auto` for what `full` loads: over all accelerators, else on the CPU.
     """
     started = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
@@ -99,7 +101,7 @@ def merge(
         if check == "full" and tuned is not None:
             from finetune.export.parity import check_parity
 
-            difference = check_parity(base, sources, stage)
+            difference = check_parity(base, sources, stage, device_map=device_map)
     return MergeReport(
         output=out,
         source=tuple(sources),

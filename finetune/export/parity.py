@@ -25,7 +25,13 @@ _LENGTHS = (7, 16, 33)
 Inputs = dict[str, torch.Tensor]
 
 
-def check_parity(base: Path, adapters: Sequence[tuple[Path, float]], written: Path) -> float:
+def check_parity(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    written: Path,
+    *,
+    device_map: str | None = None,
+) -> float:
     """The largest difference between the logits before and in what was written, over a few prompts.
 
     Both run in the same dtype, one after the other. Raises ModelError when the difference
@@ -35,15 +41,16 @@ def check_parity(base: Path, adapters: Sequence[tuple[Path, float]], written: Pa
         base: A whole model.
         adapters: What was merged into it, each with its weight.
         written: The checkpoint that should answer as these do together.
+        device_map: `auto` for both over all accelerators of this machine, else on the CPU.
     """
     quiet_libraries()
     with torch.inference_mode():
-        model = load_model(base)
+        model = load_model(base, device_map=device_map)
         prompts = _prompts(model.config)
         before = _logits(_adapted(model, adapters), prompts)
         del model
         gc.collect()
-        after_model = load_model(written)
+        after_model = load_model(written, device_map=device_map)
         after = _logits(after_model, prompts)
     difference = max(float((b - a).abs().max()) for b, a in zip(before, after, strict=True))
     largest = max(1.0, *(float(logits.abs().max()) for logits in before))

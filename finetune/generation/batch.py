@@ -133,7 +133,8 @@ class Batch:
         unused = int(self._mask.any(dim=0).int().argmax())
         self._mask = self._mask[:, unused:]
         for layer in self._cache.layers:
-            layer.hold(layer.keys[chosen, :, unused:], layer.values[chosen, :, unused:])
+            here = chosen.to(layer.keys.device)  # layers may lie on several accelerators
+            layer.hold(layer.keys[here, :, unused:], layer.values[here, :, unused:])
 
     def attend_prefill(self) -> None:
         """A forward pass like that of `prefill` for processes that share their weights with this one."""

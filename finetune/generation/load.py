@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import console
+from finetune import console, launcher
 from finetune.artifacts.resolve import (
     adapter_config,
     check_openable,
@@ -18,8 +18,8 @@ from finetune.artifacts.resolve import (
 )
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
-from finetune.errors import ModelError
-from finetune.generation.settings import settings_of
+from finetune.errors import ConfigError, ModelError
+from finetune.generation.settings import HERE, Placement, settings_of
 from finetune.methods import of_adapter
 
 
@@ -41,7 +41,8 @@ class Models:
     Each opening ends the one before: an adapter is taken off its base before the next is put on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement = HERE) -> None:
+        self._placement = placement
         self._key: tuple[Any, ...] = ()
         self._base: Any = None
         """The model of `_key` without an adapter."""
@@ -64,6 +65,9 @@ class Models:
             console.warn_once(said)
         weights = model_base(target, base)
         saved = settings_of(like or target)
+        placed = self._placement
+        saved = replace(saved, quantization=placed.quantization or saved.quantization)
+        _refuse_sharing(placed)
         key = weights, saved.dtype, saved.attention, saved.quantization, saved.kernels
         self._take_off()
         if key != self._key:
@@ -75,14 +79,21 @@ class Models:
                 attention=saved.attention,
                 quantization=saved.quantization,
                 kernels=saved.kernels,
+                device_map=placed.device_map,
             )
-            self._base, self._key = loaded.to(device.local_device()), key
+            self._base, self._key = self._placed(loaded), key
         if not is_adapter(target):
             return OpenedModel(self._base, template, "model", weights.path)
         self._method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
         adapted = self._method.code.load_adapter(self._base, Path(target))
-        self._adapted = adapted.to(device.local_device())
+        self._adapted = self._placed(adapted)
         return OpenedModel(self._adapted, template, "adapter", weights.path)
+
+    def _placed(self, model: Any) -> Any:
+        """On this process's device, unless it is shared out over several."""
+        from finetune.distributed.device import local_device
+
+        return model if self._placement.device_map else model.to(local_device())
 
     def _take_off(self) -> None:
         if self._adapted is None:
@@ -91,7 +102,15 @@ class Models:
         self._adapted = None
 
 
-def open_model(target: str | Path, *, base: str | None = None) -> OpenedModel:
+def _refuse_sharing(placement: Placement) -> None:
+    """Several processes each take one accelerator; a model over all of them is for one process."""
+    if placement.device_map and launcher.world_size() > 1:
+        raise ConfigError("--device-map auto is for one process: leave torchrun out")
+
+
+def open_model(
+    target: str | Path, *, base: str | None = None, placement: Placement = HERE
+) -> OpenedModel:
     """The model in `target`: a base or merged checkpoint, a hub id, an adapter, or a checkpoint of a run.
 
     A checkpoint computes in the number format of its run, anything else in that of `model.dtype: auto`.
@@ -99,11 +118,12 @@ def open_model(target: str | Path, *, base: str | None = None) -> OpenedModel:
     Args:
         target: what is opened; of a run, one of its checkpoints.
         base: the adapter's base where its own record is out of date; its content is still checked.
+        placement: on several accelerators, or in 4 bits.
 
     Raises:
         ModelError: `target` or the adapter's base is no model, or they do not belong together.
     """
-    return Models().open(target, base=base)
+    return Models(placement).open(target, base=base)
 
 
 def open_template(target: str | Path, *, base: str | None = None) -> ChatTemplate:

@@ -23,6 +23,7 @@ from finetune.generation.dialogues import Dialogues, Measured, RowOptions
 from finetune.generation.messages import reply_row
 from finetune.generation.prompts import window_size
 from finetune.generation.replies import Answering, Backend, answered
+from finetune.generation.settings import HERE, Placement
 from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.files import file_digest
 from finetune.storage.journal import ResumableOutput, rows
@@ -45,6 +46,7 @@ class PredictOptions:
     rows: RowOptions = field(default_factory=RowOptions)
     form: Form = ANY_FORM
     """What every reply must be."""
+    placement: Placement = HERE
 
 
 class _Work(NamedTuple):
@@ -93,6 +95,8 @@ def predict(
     template = open_template(target, base=base)
     if options.backend == "vllm" and options.form != ANY_FORM:
         raise ConfigError("--json-schema and --require-call go with --backend transformers")
+    if options.backend == "vllm" and options.placement != HERE:
+        raise ConfigError("--device-map and --quantization go with --backend transformers")
     options.form.check(template)
     work = _Work(target, base, options, dialogues, template, dialogues.measured(template))
     window = window_size(options.batch_size)
@@ -123,7 +127,7 @@ def _backend(work: _Work) -> Iterator[Backend]:
     from finetune.generation.load import open_model
 
     with joined_processes():
-        opened = open_model(work.target, base=work.base)
+        opened = open_model(work.target, base=work.base, placement=work.options.placement)
         _check_context(context_length(opened.model), work)
         yield Generator(
             opened.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -19,6 +19,20 @@ from finetune.errors import ConfigError
 
 ROWS = ("columns", "format", "image_root", "options")
 """Options of the data section that say what rows are like; the others are evaluation's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's weights lie while it answers, and how wide they are."""
+
+    device_map: Literal["auto"] | None = None
+    """`auto`: shared out over all accelerators of this machine, layer by layer, and over its memory."""
+    quantization: Literal["nf4"] | None = None
+    """4 bits, whatever the run that saved it trained on."""
+
+
+HERE = Placement()
+"""On this process's accelerator, or its CPU; as wide as it was trained."""
 
 
 @dataclass(frozen=True, slots=True)

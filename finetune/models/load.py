@@ -37,6 +37,7 @@ def load_model(
     attention: str = "auto",
     quantization: str | None = None,
     kernels: str = "auto",
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Return the model of a folder or hub id, in eval mode; with labels it returns only a loss.
 
@@ -49,6 +50,7 @@ def load_model(
         attention: sdpa, eager, flash_attention_2, flash_attention_3, or auto: transformers' own choice.
         quantization: nf4 holds the text's linear layers in 4 bits while they are loaded.
         kernels: auto uses fused kernels that are right on this GPU, torch none.
+        device_map: auto shares the layers out over all accelerators of this machine (accelerate).
 
     Raises:
         ModelError: The folder is no such checkpoint, or this machine cannot run what is asked for.
@@ -60,6 +62,7 @@ def load_model(
     implementation = _attention(attention)
     wanted = number_format(dtype, sees_images=family.sees_images(read_json(folder / MODEL_CONFIG)))
     extra = four_bits(wanted, family.unquantized) if quantization == "nf4" else {}
+    extra |= {"device_map": device_map} if device_map else {}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its load report is checked below, not only shown
     try:

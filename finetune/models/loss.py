@@ -204,10 +204,12 @@ def supervised_loss(
     """
     if supervised is None:
         supervised = supervised_places(labels)
+    # The last layer may lie on another accelerator than the ids.
+    labels, supervised = labels.to(hidden.device), supervised.to(hidden.device)
     targets = labels.flatten().index_select(0, supervised + 1)
     weights = None
     if loss_weights is not None:
-        weights = loss_weights.flatten().index_select(0, supervised + 1).detach()
+        weights = loss_weights.to(hidden.device).flatten().index_select(0, supervised + 1).detach()
     if missing := labels.shape[1] - hidden.shape[1]:
         hidden = F.pad(hidden, (0, 0, 0, missing))
     chosen = hidden.flatten(0, 1).index_select(0, supervised)

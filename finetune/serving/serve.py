@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune import console
 from finetune.errors import ConfigError
+from finetune.generation.settings import HERE, Placement
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -52,6 +53,7 @@ class ServeOptions:
     """`strict` refuses dialogues that training data could not hold."""
     strict: bool = False
     """Fields that nobody knows are refused, not left out."""
+    placement: Placement = HERE
 
 
 def serve(
@@ -75,7 +77,7 @@ def serve(
         console.say(f"opening {target} ...")
         from finetune.generation.load import open_model
 
-        opened = open_model(target, base=base)
+        opened = open_model(target, base=base, placement=options.placement)
         name = options.name or Path(shown_as).name
         app, engine = endpoint(opened, name, options, key)
         listener.listen()

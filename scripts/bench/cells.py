@@ -68,9 +68,10 @@ def subject(
 def warm_up(model: Path) -> None:
     """Import and build in this process what its forks will need; it takes longer than most cells."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helper processes: nothing is compiled
+    from finetune.config.schema import DeepSpeedSection
     from finetune.training.deepspeed import zero
 
-    zero.prepare_libraries()
+    zero.prepare_libraries(DeepSpeedSection())
     import deepspeed.runtime.zero.muon.muon_optimizer
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
