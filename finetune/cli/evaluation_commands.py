@@ -11,9 +11,8 @@ import typer
 from finetune import console
 from finetune.artifacts.resolve import models_in
 from finetune.cli.data_commands import Columns, ImageRoot, Json, Rows
-from finetune.cli.export_commands import DeviceMap
 from finetune.cli.inference_commands import JsonSchema, Quantization, RequireCall
-from finetune.cli.inputs import Overwrite
+from finetune.cli.inputs import DeviceMap, Overwrite
 from finetune.cli.report_commands import say_report
 from finetune.config.row_formats import RowFormat
 from finetune.errors import ConfigError

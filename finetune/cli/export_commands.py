@@ -9,6 +9,7 @@ import typer
 
 from finetune import console
 from finetune.cli.data_commands import Json
+from finetune.cli.inputs import DeviceMap
 from finetune.errors import ConfigError
 
 export_app = typer.Typer()
@@ -25,12 +26,6 @@ Checked = Annotated[
     typer.Option(
         help="tensors: every changed row while it is written. full: forward passes too, which load "
         "the model twice."
-    ),
-]
-DeviceMap = Annotated[
-    Literal["auto"] | None,
-    typer.Option(
-        "--device-map", help="auto: the layers are shared out over all GPUs of this machine."
     ),
 ]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Check nothing.")]

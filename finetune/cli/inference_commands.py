@@ -10,8 +10,8 @@ import typer
 from finetune import console
 from finetune.artifacts.resolve import model_in
 from finetune.cli.data_commands import Columns, Format, ImageRoot, Json, Rows
-from finetune.cli.export_commands import Base, DeviceMap
-from finetune.cli.inputs import Overwrite, check_output_file
+from finetune.cli.export_commands import Base
+from finetune.cli.inputs import DeviceMap, Overwrite, check_output_file
 
 using_app = typer.Typer()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a file that this program did not write, too."),
+]
+DeviceMap = Annotated[
+    Literal["auto"] | None,
+    typer.Option(
+        "--device-map", help="auto: the layers are shared out over all GPUs of this machine."
+    ),
 ]
 
 
