@@ -88,7 +88,7 @@ def test_what_was_forgotten_is_said_of_public_tasks_and_general_data() -> None:
     level = compared("one", "base", -0.5, "no real difference", metric="mmlu/acc")
     found = evaluation(level, metric="mmlu/acc", base=70.5, one=70.0)
     assert sentences.forgotten(found, "mmlu/acc") == [
-        "one forgot nothing that can be told: its score on public tasks and general data is not really worse than the base's."
+        "one forgot nothing that can be told: of 1 scores on public tasks and general data none is really worse than the base's."
     ]
     worse = compared("one", "base", -9.0, "worse", metric="mmlu/acc")
     [said] = sentences.forgotten(

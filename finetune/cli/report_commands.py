@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,11 +22,32 @@ def report(
     folder: Annotated[
         Path, typer.Argument(help="What `finetune evaluate --output` or `finetune compare` wrote.")
     ],
+    format: Annotated[
+        Literal["html", "markdown", "csv"],
+        typer.Option(
+            help="The page and plots, or on standard output a comment for a pull request or a table."
+        ),
+    ] = "html",
+    language: Annotated[
+        Literal["en", "zh"] | None,
+        typer.Option(help="The language of the page; by default that of your shell."),
+    ] = None,
 ) -> None:
     """Make the page of an evaluation anew.
 
     Writes report.html and plots/ (PNG and SVG), and says it in short.
     """
+    if language is not None:
+        os.environ["FINETUNE_LANG"] = language
+    if format != "html":
+        from finetune.evaluation.schema import read_evaluation
+        from finetune.report.export import comma_separated, markdown
+
+        evaluation = read_evaluation(folder)
+        sys.stdout.write(
+            markdown(evaluation) if format == "markdown" else comma_separated(evaluation)
+        )
+        return
     from finetune.report.plots import write_plots
 
     say_report(folder)

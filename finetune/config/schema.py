@@ -253,7 +253,7 @@ class EvaluationSection(Section):
     """The score that chooses the best checkpoint: `loss`, or any other of docs/metrics.md but `general_loss`; each in the direction in which it is better."""
 
     keep: KeepSection | None = None
-    """What the model did well before; `{}` measures it on replies that `data.replay` holds out."""
+    """What the model did well before, measured at every evaluation: by default on the replies that `data.replay` holds out."""
 
     choose: Literal["best_metric", "domain_without_forgetting"] = "best_metric"
     """Which checkpoint is the best one: that with the best `best_metric`, or the newest whose `best_metric` is really better than the untuned model's while nothing of `keep` is worse by its margin (a non-inferiority test, p < 0.05 after Holm's correction)."""

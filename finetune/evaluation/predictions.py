@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finetune.data.dialogue.conversation import Message
-from finetune.evaluation.scores.texts import is_chinese
 from finetune.storage.files import json_line, whole_file
 
 if TYPE_CHECKING:
@@ -19,6 +20,13 @@ Scores: TypeAlias = dict[str, float | None]
 """Name -> value; None where the question does not arise (tool-call validity without tools)."""
 SLICES = ("source", "turns", "prompt_length", "kind", "language")
 """Parts of the data by which scores are looked at."""
+_LETTERS = 400
+"""Characters of a text that tell its language."""
+_SCRIPTS = {
+    "HANGUL": "korean", "THAI": "thai", "LAO": "lao", "KHMER": "khmer", "MYANMAR": "burmese", "GREEK": "greek",
+    "HEBREW": "hebrew", "BENGALI": "bengali", "TAMIL": "tamil", "GEORGIAN": "georgian", "ARMENIAN": "armenian",
+    "LATIN": "latin script", "CYRILLIC": "cyrillic script", "ARABIC": "arabic script", "DEVANAGARI": "devanagari script",
+}  # fmt: skip
 _LENGTHS = (64, 256, 1024, 4096)
 _MOST_TURNS = 4
 
@@ -138,8 +146,20 @@ def slices_of(prompt: ReplyPrompt) -> dict[str, str]:
 
 
 def language(line: str) -> str:
-    """`chinese` or `other`."""
-    return "chinese" if is_chinese(line) else "other"
+    """The language of a text, or its script where languages share one; a guess by its letters.
+
+    >>> language("你好，GLM"), language("Привет"), language("今日は"), language("hi"), language("17")
+    ('chinese', 'cyrillic script', 'japanese', 'latin script', 'other')
+    """
+    letters = filter(str.isalpha, line[:_LETTERS])
+    scripts = Counter(unicodedata.name(one, "").partition(" ")[0] for one in letters)
+    kana = scripts["HIRAGANA"] + scripts["KATAKANA"]
+    counts = Counter({_SCRIPTS.get(name, "other"): number for name, number in scripts.items()})
+    # A Chinese character says as much as two Latin letters or more.
+    counts["chinese"] = 0 if kana else 3 * scripts["CJK"]
+    counts["japanese"] = kana + scripts["CJK"] if kana else 0
+    [(name, number)] = counts.most_common(1)
+    return name if number else "other"
 
 
 def _length(tokens: int) -> str:

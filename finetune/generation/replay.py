@@ -109,6 +109,11 @@ def _build(stage: Path, model: Path, prompts: list[Path], max_new_tokens: int) -
             f"data.replay: none of {len(rows)} replies of {model} ended within {max_new_tokens} tokens: it "
             "is no chat model, or data.replay.max_new_tokens is too small"
         )
+    if 2 * len(kept) < len(rows):
+        console.warn(
+            f"data.replay: only {len(kept)} of {len(rows)} replies of {model} ended and say something; it hardly "
+            "answers in its chat layout, and so little will not keep what it knows"
+        )
     held_out = [_is_held_out(row) for row in kept]
     for name, wanted in ((TRAIN, False), (HELD_OUT, True)):
         with whole_file(stage / name) as file:

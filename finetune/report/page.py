@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from finetune.evaluation.schema import (
     read_evaluation,
     run_copy,
 )
+from finetune.evaluation.scores.labels import OTHER
 from finetune.evaluation.scores.metrics import metric
+from finetune.language import language, sentence, word
 from finetune.report import sentences
 from finetune.report.charts import Point, Series, histogram, lines
-from finetune.report.page_data import Content, page_data, read_content
+from finetune.report.page_data import ASSETS, Content, page_data, read_content
 from finetune.report.runs import Run, differences, read_run
 from finetune.storage.files import write_file
 
 PAGE = "report.html"
-ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
 LOSS = "loss while training"
 COLOURS = 8
@@ -70,7 +72,9 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
     return template.render(
         title=_title(evaluation, content),
         files=evaluation.data,
-        conclusion=sentences.conclusion(evaluation, headline),
+        t=word,
+        language=language(),
+        conclusion=list(map(sentence, sentences.conclusion(evaluation, headline))),
         outcome=_outcome(evaluation, headline),
         differences=[(key, [_shown(v) for v in values]) for key, values in differences(list(runs.values()))],
         runs=runs,
@@ -78,9 +82,11 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         legend=_legend(evaluation, colours),
         panels=panels(evaluation, runs, colours),
         metrics=_ordered(evaluation),
-        rows=_rows(evaluation, colours),
-        verdicts=sentences.verdicts(evaluation, headline),
-        by_metric=sentences.by_metric(evaluation),
+        rows=_rows(evaluation, colours, content.reply_lengths),
+        verdicts=[(kind, sentence(said)) for kind, said in sentences.verdicts(evaluation, headline)],
+        by_metric=[(kind, sentence(said)) for kind, said in sentences.by_metric(evaluation)],
+        published=_published(evaluation),
+        confusions=_confusions(evaluation),
         best=evaluation.best(headline),
         headline=headline,
         has_base=evaluation.base is not None,
@@ -121,7 +127,7 @@ def panels(
         for name in _ordered(evaluation)
     ]
     return [
-        (title, lines(series, title=name))
+        (word(title), lines(series, title=name))
         for title, name, series in drawn
         if any(len(one.points) > 1 for one in series)  # one dot between axes tells nothing
     ]
@@ -162,8 +168,8 @@ def loss_curves(evaluation: Evaluation, runs: Mapping[str, Run]) -> list[Series]
 
 def _title(evaluation: Evaluation, content: Content) -> str:
     number = evaluation.num_samples or content.num_samples
-    asked = f"on {number:,} replies" if number else "by their loss"
-    return f"{sentences.number_of(evaluation)} {asked}"
+    named = sentences.number_of(evaluation)
+    return sentence(f"{named} on {number:,} replies" if number else f"{named} by their loss")
 
 
 def _run_colours(evaluation: Evaluation) -> dict[str, int]:
@@ -184,7 +190,9 @@ def _ordered(evaluation: Evaluation) -> list[str]:
     return list(dict.fromkeys([evaluation.headline, *evaluation.metrics]))
 
 
-def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]]:
+def _rows(
+    evaluation: Evaluation, colours: Sequence[int], reply_lengths: Sequence[Sequence[int]] = ()
+) -> list[dict[str, Any]]:
     def best_of(name: str) -> float | None:
         scores = [target.scores.get(name, Score()) for target in evaluation.targets]
         return max(scores, key=lambda score: goodness(name, score)).value
@@ -206,10 +214,64 @@ def _rows(evaluation: Evaluation, colours: Sequence[int]) -> list[dict[str, Any]
         {
             "target": target,
             "colour": colour,
+            "empty": sum(not length for length in lengths),
+            "replies": len(lengths),
             "cells": [cell(target, name) for name in _ordered(evaluation)],
         }
-        for target, colour in zip(evaluation.targets, colours, strict=True)
+        for target, colour, lengths in zip_longest(
+            evaluation.targets, colours, reply_lengths, fillvalue=()
+        )
     ]
+
+
+def _published(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Scores of public tasks beside published figures, those that some target has."""
+    return [
+        {
+            "score": one.score,
+            "model": one.model,
+            "value": sentences.number(one.score, one.value),
+            "cells": [
+                (sentences.number(one.score, score.value), sentences.interval(one.score, score))
+                for score in (
+                    target.scores.get(one.score, Score()) for target in evaluation.targets
+                )
+            ],
+        }
+        for one in evaluation.published
+        if any(one.score in target.scores for target in evaluation.targets)
+    ]
+
+
+def _confusions(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """For the base and the best, label by label: scores, and how often it was taken for each other."""
+    best = evaluation.best(evaluation.headline).name
+    names = dict.fromkeys([best, *([evaluation.base.name] if evaluation.base else [])])
+    found = []
+    for name in names:
+        if (report := evaluation.labels.get(name)) is None:
+            continue
+        rows = zip(report.labels, report.precision, report.recall, report.f1, report.confusion, strict=True)  # fmt: skip
+        found.append(
+            {
+                "name": name,
+                "labels": [*report.labels, word(OTHER)],
+                "rows": [
+                    {
+                        "label": label,
+                        "scores": [f"{value:.1f}" for value in (precision, recall, f1)],
+                        "cells": [(number, _heat(number, sum(numbers))) for number in numbers],
+                    }
+                    for label, precision, recall, f1, numbers in rows
+                ],
+            }
+        )
+    return found
+
+
+def _heat(number: int, total: int) -> int:
+    """0 to 5: the shade of a cell by its share of its row."""
+    return 0 if not number else min(5, 1 + 5 * number // max(total, 1))
 
 
 def _outcome(evaluation: Evaluation, headline: str) -> str:
@@ -227,7 +289,7 @@ def _lengths(
     edges, ends = edges_of(top), edges_of(max(content.prompt_lengths, default=0))
     outline = _counted(content.reference_lengths, edges)
     prompts = histogram(ends, _counted(content.prompt_lengths, ends), title="Lengths of the prompts")  # fmt: skip
-    unit = "characters; line: references"
+    unit = word("characters; line: references")
     first = (evaluation.base, evaluation.best(evaluation.headline))
     charts = [
         (target in first, target.name, unit, histogram(edges, _counted(found, edges), outline, title=f"Lengths of the replies of {target.name}", colour=colour))
@@ -235,7 +297,7 @@ def _lengths(
     ]  # fmt: skip
     return [
         *[chart[1:] for chart in charts if chart[0]],
-        ("prompts", "characters", prompts),
+        (word("prompts"), word("characters"), prompts),
         *_training_lengths(runs),
         *[chart[1:] for chart in charts if not chart[0]],
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ from finetune.evaluation.schema import (
     samples,
 )
 from finetune.evaluation.scores.metrics import METRICS
+from finetune.language import sentence, word
 from finetune.report.sentences import verdict
 
+ASSETS = Path(__file__).parent / "assets"
 MOST_SAMPLES = 5000
 """Samples that a page carries; of more, as many evenly spaced ones."""
 
@@ -85,7 +88,7 @@ def page_data(evaluation: Evaluation, content: Content, colours: Sequence[int]) 
                 one.metric,
                 one.difference,
                 one.verdict,
-                verdict(one),
+                sentence(verdict(one)),
             ]
             for one in evaluation.comparisons
             if one.a in names and one.b in names
@@ -94,9 +97,17 @@ def page_data(evaluation: Evaluation, content: Content, colours: Sequence[int]) 
         "sliceMetrics": evaluation.metrics,
         "sliceMetric": headline,
         "pictures": content.pictures,
+        "words": _words(),
         "samples": content.samples,
     }
     return inert_json(data)
+
+
+def _words() -> dict[str, str]:
+    """The texts of the page's scripts in the user's language; none in English."""
+    scripts = "".join(file.read_text(encoding="utf-8") for file in sorted(ASSETS.glob("*.js")))
+    texts = re.findall(r'\bt\("([^"]+)"\)', scripts)
+    return {text: word(text) for text in texts if word(text) != text}
 
 
 def inert_json(value: Any) -> Markup:

@@ -51,7 +51,9 @@ def verdict(one: Comparison) -> str:
     by = number(one.metric, one.difference, signed=True)
     if one.verdict == "no real difference":
         return f"No real difference between {one.a} and {one.b} in {name}: {by}{told}."
-    return f"{one.a} is {one.verdict} than {one.b} in {name}: {by}{told}."
+    if one.verdict == "better":
+        return f"{one.a} is better than {one.b} in {name}: {by}{told}."
+    return f"{one.a} is worse than {one.b} in {name}: {by}{told}."
 
 
 def verdicts(evaluation: Evaluation, name: str) -> list[tuple[str, str]]:
@@ -83,7 +85,6 @@ def conclusion(evaluation: Evaluation, name: str) -> list[str]:
     """The answer to "which one, is it really better, and on what does it fail?", in a few sentences."""
     best = evaluation.best(name)
     score = best.scores.get(name, Score())
-    direction = "lowest" if metric(name).lower_is_better else "highest"
     between = interval(name, score)
     value = f"{number(name, score.value)}{f' ({between})' if between else ''}"
     if len(evaluation.targets) == 1:
@@ -91,10 +92,11 @@ def conclusion(evaluation: Evaluation, name: str) -> list[str]:
             f"{best.name} reaches {value} in {metric(name).label}.",
             *weakness(evaluation, name),
         ]
-    lines = [
-        f"{best.name} has the {direction} {metric(name).label} of {number_of(evaluation, tuned=True)}: "
-        f"{value}."
-    ]
+    asked = number_of(evaluation, tuned=True)
+    if metric(name).lower_is_better:
+        lines = [f"{best.name} has the lowest {metric(name).label} of {asked}: {value}."]
+    else:
+        lines = [f"{best.name} has the highest {metric(name).label} of {asked}: {value}."]
     base = evaluation.base
     if base is not None and best is not base:
         found = evaluation.comparison(best.name, base.name, name)
@@ -124,10 +126,9 @@ def forgotten(evaluation: Evaluation, name: str) -> list[str]:
     worse = [verdict(one) for one in told if one.verdict == "worse"]
     if not told or worse:
         return worse
-    which = "its score" if len(told) == 1 else f"none of its {len(told)} scores"
     return [
-        f"{best.name} forgot nothing that can be told: {which} on public tasks and general data is "
-        f"{'not ' if len(told) == 1 else ''}really worse than the base's."
+        f"{best.name} forgot nothing that can be told: of {len(told)} scores on public tasks and general "
+        "data none is really worse than the base's."
     ]
 
 
@@ -176,8 +177,9 @@ def number_of(evaluation: Evaluation, *, tuned: bool = False) -> str:
     targets = [one for one in evaluation.targets if not (tuned and one.kind == "base")]
     targets = targets or evaluation.targets
     one_kind = all(target.step is not None for target in targets)
-    noun = "checkpoint" if one_kind else "model"
-    return f"{len(targets)} {noun}{'' if len(targets) == 1 else 's'}"
+    if len(targets) == 1:
+        return "1 checkpoint" if one_kind else "1 model"
+    return f"{len(targets)} checkpoints" if one_kind else f"{len(targets)} models"
 
 
 def listed(names: list[str]) -> str:

@@ -34,7 +34,7 @@ WITH_CONSTANTS = [  # modules whose tables hold parts of messages
 ALL_OF_IT = re.compile(  # modules whose every text is a message or a part of one, but for what is said in passing
     r"config/(load|problems|rules|yaml_text|extras)|cli/(__init__|inputs)|data/(reading|dialogue/messages|chat/template)|"
     r"data/(dialogue/formats|examples/preparation)|artifacts/|storage/|export/(folder|merge|push|convert_adapter)|models/load|"
-    r"models/chatglm/configuration|distributed/watchdog|report/requirements|training/(deepspeed|callbacks|resume)|generation/(generate|load)"
+    r"models/chatglm/configuration|distributed/watchdog|report/(requirements|sentences|page\.py)|training/(deepspeed|callbacks|resume)|generation/(generate|load)"
 )
 IN_PASSING = re.compile(r"(console\.(say|table|progress)|logger\.\w+|Card|warnings\.\w+)$")
 OF_TYPER = [  # typer's own words, some of which it looks up with gettext itself
@@ -93,7 +93,7 @@ def written(made: Any) -> bytes:
 def texts() -> dict[str, list[str]]:
     """What there is to say -> the modules that say it."""
     found: dict[str, list[str]] = {}
-    for text, place in (*messages(), *help_texts(), *options()):
+    for text, place in (*messages(), *page_texts(), *help_texts(), *options()):
         found.setdefault(text, []).append(place)
     for text in OF_TYPER:
         found.setdefault(text, []).append("typer")
@@ -124,6 +124,17 @@ def messages() -> Iterator[tuple[str, str]]:
                 for text in (*_said_in(function), *(_all_in(function) if all_of_it else ())):
                     if is_message(text):
                         yield text.strip(), place
+
+
+def page_texts() -> Iterator[tuple[str, str]]:
+    """The texts of the report's page and of its exports, which stand in calls of `t` and `word`."""
+    folder = ROOT / "finetune/report"
+    for path in sorted(
+        [*folder.glob("assets/*.html"), *folder.glob("assets/*.js"), *folder.glob("*.py")]
+    ):
+        text = path.read_text(encoding="utf-8")
+        for found in re.findall(r"""\bt\("([^"]+)"\)|\bword\(["']([^"']+)["']\)""", text):
+            yield "".join(found), path.relative_to(ROOT).as_posix()
 
 
 def is_message(text: str) -> bool:

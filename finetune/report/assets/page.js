@@ -3,6 +3,7 @@
 function start() {
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
+  t.words = data.words;
   if (Object.keys(data.slices).length) {
     fillSelect(at("slice-metric"), data.sliceMetrics.map((name) => [name, label(name)]), data.sliceMetric);
     at("slice-metric").addEventListener("change", () => showSlices(data, at("slice-metric").value));
@@ -26,7 +27,7 @@ function startSamples(data, at) {
   fillSelect(at("rival"), names, other);
   fillSelect(at("metric"), data.metrics.map((name) => [name, label(name)]), data.headline);
   const slices = slicesOf(data.samples);
-  fillSelect(at("slice"), [["", "all samples"], ...slices.map(([name, value], place) => [place, label(name) + ": " + value])], "");
+  fillSelect(at("slice"), [["", t("all samples")], ...slices.map(([name, value], place) => [place, label(name) + ": " + value])], "");
 
   const view = { page: 0, places: [] };
   function read() {
@@ -44,9 +45,9 @@ function startSamples(data, at) {
     const from = view.page * PER_PAGE, shown = view.places.slice(from, from + PER_PAGE);
     at("cards").replaceChildren(...shown.map((place) => card(data, view, place)));
     at("count").textContent = view.places.length === data.samples.length
-      ? data.samples.length.toLocaleString("en") + " samples"
-      : view.places.length.toLocaleString("en") + " of " + data.samples.length.toLocaleString("en") + " samples";
-    at("page").textContent = "page " + (view.page + 1) + " of " + pages;
+      ? data.samples.length.toLocaleString("en") + " " + t("samples")
+      : view.places.length.toLocaleString("en") + " " + t("of") + " " + data.samples.length.toLocaleString("en") + " " + t("samples");
+    at("page").textContent = t("page") + " " + (view.page + 1) + " " + t("of") + " " + pages;
     at("previous").disabled = view.page === 0;
     at("next").disabled = view.page === pages - 1;
     at("pager").hidden = pages === 1;
@@ -77,7 +78,21 @@ function startSamples(data, at) {
     };
     if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
   });
+  // `#sample-17` shows that sample, whatever is chosen now.
+  function open() {
+    const number = Number((/^#sample-(\d+)$/.exec(location.hash) || [])[1]);
+    const wanted = data.samples.findIndex((sample) => sample.number === number);
+    if (wanted < 0) return;
+    if (!view.places.includes(wanted)) { at("search").value = at("slice").value = ""; change(); }
+    view.page = Math.floor(view.places.indexOf(wanted) / PER_PAGE);
+    show();
+    const card = at("sample-" + number);
+    card.focus({ preventScroll: true });
+    card.scrollIntoView({ block: "start" });
+  }
+  addEventListener("hashchange", open);
   change();
+  open();
 }
 
 function slicesOf(samples) {

@@ -60,19 +60,19 @@ function card(data, view, place) {
   const slices = Object.entries(sample.slices).map(([name, value]) => element("span", null, label(name) + ": " + value));
   const asked = element("div", null,
     ...(sample.images || []).map((picture) => pictureOf(data, picture)),
-    element("div", { class: "prompt text", tabindex: "0", role: "group", "aria-label": "Prompt" },
+    element("div", { class: "prompt text", tabindex: "0", role: "group", "aria-label": t("Prompt") },
       ...turnsOf(sample.prompt).flatMap(([role, text]) => [role ? element("span", { class: "role" }, role) : null, ...found(text, view.search)])),
-    element("div", { class: "reference" }, element("span", { class: "role" }, "reference"),
+    element("div", { class: "reference" }, element("span", { class: "role" }, t("reference")),
       element("div", { class: "text" }, ...found(sample.reference, view.search))));
   const given = element("div", { class: "given" }, ...data.targets.map((_, target) => replyOf(data, view, sample, target)));
-  return element("article", { class: "card", tabindex: "-1", "aria-label": "Sample " + sample.number },
-    element("header", null, element("b", null, "#" + sample.number), element("span", null, sample.where), ...slices),
+  return element("article", { class: "card", tabindex: "-1", "aria-label": t("Sample") + " " + sample.number, id: "sample-" + sample.number },
+    element("header", null, element("b", null, element("a", { href: "#sample-" + sample.number, title: t("A permanent link to this sample") }, "#" + sample.number)), element("span", null, sample.where), ...slices),
     element("div", { class: "columns" }, element("div", { class: "asked" }, asked), given));
 }
 
 function pictureOf(data, picture) {
   return typeof picture === "number"
-    ? element("img", { class: "picture", src: data.pictures[picture], alt: "The picture of the prompt", loading: "lazy" })
+    ? element("img", { class: "picture", src: data.pictures[picture], alt: t("The picture of the prompt"), loading: "lazy" })
     : element("p", { class: "empty" }, picture);
 }
 
@@ -87,17 +87,17 @@ function replyOf(data, view, sample, target) {
     head.append(element("span", { class: "chip " + (up ? "up" : "down") }, number(view.metric, value - other, true)));
   }
   const runs = view.marks && reply ? differences(sample.reference, reply) : null;
-  if (view.marks && reply && !runs) head.append(element("span", { class: "chip" }, "little in common, not marked"));
+  if (view.marks && reply && !runs) head.append(element("span", { class: "chip" }, t("little in common, not marked")));
   const body = runs ? runs.flatMap(([kind, text]) => marked(kind, text, view.search)) : found(reply, view.search);
   return element("div", { class: "reply c" + data.targets[target].colour + (target === view.subject ? " subject" : "") }, head,
-    reply ? element("div", { class: "text" }, ...body) : element("div", { class: "empty" }, "an empty reply"));
+    reply ? element("div", { class: "text" }, ...body) : element("div", { class: "empty" }, t("an empty reply")));
 }
 
 function marked(kind, text, wanted) {
   const inside = found(text, wanted);
   if (kind === "same") return inside;
-  return [kind === "extra" ? element("mark", { title: "not in the reference" }, ...inside)
-    : element("del", { title: "only in the reference" }, ...inside)];
+  return [kind === "extra" ? element("mark", { title: t("not in the reference") }, ...inside)
+    : element("del", { title: t("only in the reference") }, ...inside)];
 }
 
 // The text in pieces, what was searched for marked. Always text nodes: nothing in a sample is markup.

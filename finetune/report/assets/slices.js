@@ -1,5 +1,8 @@
 // Tables under a chosen score: slices, and every two models.
 
+// A text of the page in its language.
+function t(text) { return (t.words || {})[text] || text; }
+
 function element(name, attributes, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes || {})) {
@@ -27,7 +30,7 @@ function mark(target) { return element("i", { class: "mark c" + target.colour })
 
 function showSlices(data, metric) {
   const lower = data.lower.includes(metric);
-  const head = element("tr", null, element("th", { scope: "col" }, "slice"), element("th", { scope: "col" }, "n"),
+  const head = element("tr", null, element("th", { scope: "col" }, t("slice")), element("th", { scope: "col" }, "n"),
     ...data.targets.map((target) => element("th", { scope: "col" }, mark(target), target.name)));
   const body = [];
   for (const [slice, values] of Object.entries(data.slices)) {
@@ -68,7 +71,7 @@ function showPairs(data, metric) {
     const text = row === column || difference === null ? "" : number(metric, difference, true);
     return element("td", { class: verdict.replaceAll(" ", "-"), title: sentence }, text);
   };
-  const head = element("tr", null, element("th", { scope: "col" }, "row minus column"),
+  const head = element("tr", null, element("th", { scope: "col" }, t("row minus column")),
     ...data.targets.map((target) => element("th", { scope: "col" }, mark(target), target.name)));
   const body = data.targets.map((target, row) => element("tr", null,
     element("th", { scope: "row" }, mark(target), target.name), ...data.targets.map((_, column) => cell(row, column))));
