@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import zip_longest
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +218,8 @@ def _rows(
             "replies": len(lengths),
             "cells": [cell(target, name) for name in _ordered(evaluation)],
         }
-        for target, colour, lengths in zip_longest(
-            evaluation.targets, colours, reply_lengths, fillvalue=()
+        for target, colour, lengths in zip(
+            evaluation.targets, colours, reply_lengths or repeat(()), strict=False
         )
     ]
 
