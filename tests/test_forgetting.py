@@ -183,9 +183,9 @@ def test_the_newest_checkpoint_that_forgot_nothing_is_chosen_over_interruptions(
 ) -> None:
     from finetune.config.schema import EvaluationSection
     from finetune.training.measuring.choosing import Chooser, conclusion
-    from finetune.training.measuring.keeping import Kept
+    from finetune.training.measuring.keeping import KeptData
 
-    kept = Kept(KeepSection(), Any, None, (), 1, EvaluationSection())  # type: ignore[arg-type]
+    kept = KeptData(KeepSection(), Any, None, (), 1, EvaluationSection())  # type: ignore[arg-type]
     chance = np.random.default_rng(0)
     domain, general = chance.normal(2, 0.3, 60), chance.normal(1, 0.2, 60)
 
@@ -215,9 +215,9 @@ def test_the_newest_checkpoint_that_forgot_nothing_is_chosen_over_interruptions(
 def test_when_no_checkpoint_qualifies_it_is_said(tmp_path: Path) -> None:
     from finetune.config.schema import EvaluationSection
     from finetune.training.measuring.choosing import Chooser, conclusion
-    from finetune.training.measuring.keeping import Kept
+    from finetune.training.measuring.keeping import KeptData
 
-    kept = Kept(KeepSection(), Any, None, (), 1, EvaluationSection())  # type: ignore[arg-type]
+    kept = KeptData(KeepSection(), Any, None, (), 1, EvaluationSection())  # type: ignore[arg-type]
     values = np.random.default_rng(0).normal(2, 0.3, 60)
     assert conclusion(tmp_path) == ""
     chooser = Chooser(tmp_path, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from finetune.artifacts import checkpoint
+from finetune.artifacts.names import RUN_RECORD
 from finetune.config.schema import RunConfig
 from finetune.errors import CheckpointError
 from finetune.storage import folders
@@ -23,6 +25,11 @@ CONFIG = {
     "method": {"kind": "lora"},
     "training": {"output_dir": "runs/a"},
 }
+
+
+def write(folder: Path, saved: Mapping[str, Any]) -> None:
+    """The record as a checkpoint holds it."""
+    (folder / RUN_RECORD).write_text(resume.text_of(saved), encoding="utf-8")
 
 
 def record(config: dict[str, Any] | None = None, **facts: Any) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def test_every_option_has_a_rule_and_every_rule_an_option() -> None:
 
 
 def test_the_same_run_resumes_without_a_word(tmp_path: Path) -> None:
-    resume.write(tmp_path, record())
+    write(tmp_path, record())
     assert resume.check(tmp_path, record()) == ()
 
 
@@ -87,7 +94,7 @@ def test_each_option_behaves_as_declared(key: str) -> None:
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_a_changed_fact_is_refused_with_a_table(tmp_path: Path, fact: str) -> None:
-    resume.write(tmp_path, record())
+    write(tmp_path, record())
     with pytest.raises(CheckpointError) as caught:
         resume.check(tmp_path, record(**{fact: "other"}))
     assert caught.value.exit_code == 3
@@ -118,7 +125,7 @@ def test_another_library_version_is_listed() -> None:
 
 
 def test_a_record_survives_the_file(tmp_path: Path) -> None:
-    resume.write(tmp_path, record())
+    write(tmp_path, record())
     assert resume.read(tmp_path) == record()
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="missing or damaged"):
@@ -181,7 +188,7 @@ def test_best_and_patience_begin_anew_when_what_they_compare_has_changed(
 ) -> None:
     with folders.staged(tmp_path / "checkpoint-2") as stage:
         saved = record({**CONFIG, "evaluation": {"best_metric": metric}}, validation="rows")
-        resume.write(stage, saved)
+        write(stage, saved)
     checkpoint.set_best(tmp_path, tmp_path / "checkpoint-2", metric, 1.0)
     now = {**saved, "config": dict(saved["config"]), "facts": dict(saved["facts"])}
     for key, value in change.items():
@@ -194,7 +201,7 @@ def test_best_and_patience_begin_anew_when_what_they_compare_has_changed(
 
 
 def test_other_held_out_examples_are_listed_by_name(tmp_path: Path) -> None:
-    resume.write(tmp_path, record(validation="rows"))
+    write(tmp_path, record(validation="rows"))
     (change,) = resume.check(tmp_path, record(validation="other rows"))
     assert (change.key, change.checkpoint, change.now) == (
         "the held-out examples", "rows", "other rows",
@@ -202,5 +209,5 @@ def test_other_held_out_examples_are_listed_by_name(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_before_held_out_examples_were_kept_goes_on(tmp_path: Path) -> None:
-    resume.write(tmp_path, record())
+    write(tmp_path, record())
     assert resume.check(tmp_path, record(validation="rows")) == ()

@@ -268,10 +268,10 @@ def test_processes_that_would_train_apart_are_refused(
 
     from accelerate.utils import DistributedType
 
-    from finetune.training import trainer
+    from finetune.training import arguments as settings
 
-    monkeypatch.setattr(trainer, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(settings, "rank_and_world", lambda: (0, 2))
     accelerator = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=seen)
     arguments: Any = SimpleNamespace(deepspeed=deepspeed)
     with pytest.raises(ConfigError, match="start with torchrun"):
-        trainer._check_distribution(accelerator, arguments)
+        settings.check_distribution(accelerator, arguments)

@@ -17,7 +17,7 @@ from finetune.evaluation.scores.statistics import Measure
 from finetune.storage import journal
 from finetune.storage.disk import BestEffort
 from finetune.storage.files import whole_binary
-from finetune.training.measuring.keeping import Kept
+from finetune.training.measuring.keeping import KeptData
 
 UNTUNED, CHOICES = "untuned.npz", "choices.jsonl"
 """In the run directory: what the untuned model scored, and the tests of every evaluation."""
@@ -28,7 +28,7 @@ CHOSEN = "chosen"
 class Chooser:
     """Compares each evaluation with the untuned model, in the run directory over interruptions."""
 
-    def __init__(self, run_dir: Path, kept: Kept) -> None:
+    def __init__(self, run_dir: Path, kept: KeptData) -> None:
         self._run_dir, self._kept = run_dir, kept
         self._writing = BestEffort(CHOICES, "the choice itself is kept in the checkpoint")
         self._untuned = _read_units(run_dir / UNTUNED)

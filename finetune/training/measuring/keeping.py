@@ -26,7 +26,7 @@ LOSS, CALLS = "general_loss", "general_tool_call_accuracy"
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptData:
     """General dialogues and tasks, and how the model is asked about them."""
 
     section: KeepSection

@@ -13,7 +13,7 @@ from finetune.distributed.signals import StopFlag
 from finetune.generation.generate import context_length, rows_at_once
 from finetune.generation.prompts import ReplyPrompt, prompts_of
 from finetune.training.measuring.choosing import Chooser
-from finetune.training.measuring.keeping import Kept
+from finetune.training.measuring.keeping import KeptData
 from finetune.training.measuring.validation import Validation
 from finetune.training.run_data import RunData
 
@@ -50,7 +50,7 @@ def load_validation(
     )
 
 
-def _kept(section: EvaluationSection, data: RunData, model: Any) -> Kept | None:
+def _kept(section: EvaluationSection, data: RunData, model: Any) -> KeptData | None:
     """What the config asks to be kept."""
     if section.keep is None:
         return None
@@ -59,4 +59,4 @@ def _kept(section: EvaluationSection, data: RunData, model: Any) -> Kept | None:
     prompts: Sequence[ReplyPrompt] = ()
     if data.kept_sources and section.generate:
         prompts = prompts_of(dialogues, data.template, section, context_length(model))
-    return Kept(section.keep, data.template, data.kept, prompts, data.plan.batch_size, section)
+    return KeptData(section.keep, data.template, data.kept, prompts, data.plan.batch_size, section)

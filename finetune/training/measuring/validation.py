@@ -22,7 +22,7 @@ from finetune.evaluation.scores.statistics import LossTable, ReplyTable
 from finetune.generation.prompts import ReplyPrompt
 from finetune.storage.disk import BestEffort
 from finetune.training.measuring.choosing import CHOSEN, Chooser
-from finetune.training.measuring.keeping import Kept
+from finetune.training.measuring.keeping import KeptData
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Validation:
     """Examples per forward pass for the loss."""
     run_dir: Path
     stop: StopFlag
-    kept: Kept | None = None
+    kept: KeptData | None = None
     """What must not be lost."""
     chooser: Chooser | None = None
     """Chooses the best checkpoint, unless `best_metric` does it alone."""
