@@ -158,7 +158,7 @@ def test_a_checkpoint_holds_no_pickle_that_needs_trust(
     assert names == {
         "adapter_model.safetensors", "adapter_config.json", "finetune.json", "optimizer.pt",
         "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.yaml", "run.json",
-        "manifest.json",
+        "manifest.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     with torch.serialization.safe_globals(
         [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]

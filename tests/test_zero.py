@@ -10,6 +10,7 @@ import pytest
 import runs
 import torch
 from closeness import SMOOTH_STEPS, additions, assert_trained_alike, rounding
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from finetune.config.schema import DeepSpeedSection, TrainingSection
@@ -229,9 +230,12 @@ def test_stage_0_and_2_and_a_json_file_run_in_one_process_without_a_launcher(
 
 
 @pytest.mark.slow
-def test_offloaded_optimizer_state_and_weights_train_the_same_run(
+@pytest.mark.filterwarnings("ignore:.*script_method")  # DeepSpeed's, of torch
+def test_offloaded_state_and_weights_train_the_same_run_and_deepspeeds_converter_reads_them(
     tiny_glm: Path, tmp_path: Path
 ) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     data = runs.write_dialogues(tmp_path / "train.jsonl", 8)
     common = {
         "training__max_steps": 3, "training__learning_rate": 1e-3, "training__batch_size": 4,
@@ -252,6 +256,12 @@ def test_offloaded_optimizer_state_and_weights_train_the_same_run(
     assert done.returncode == 0, done.stderr[-3000:]
     for name in places:
         assert_trained_alike(tmp_path / name, tmp_path / "plain")
+        folder = tmp_path / name / "checkpoint-3"
+        converted = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+        trained = load_file(folder / "model.safetensors")
+        assert converted.keys() == trained.keys()
+        for key, weight in trained.items():
+            assert converted[key].equal(weight.float()), key
 
 
 def test_states_that_are_saved_open_without_a_type_of_deepspeed(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def save(
         gather: Gives weights by name, for a model that is sharded: then every process calls this,
             and those for which it gives nothing write nothing. By default the model's own.
     """
+    from finetune.methods.carried import carry_tokenizer
     from finetune.methods.full import own_weights
 
     gather = gather or own_weights(model)
@@ -170,6 +171,7 @@ def save(
         return
     if state := gather(saved_names(model)):
         method.code.save(model, folder, base=base, state_dict=state)
+        carry_tokenizer(base, folder)
 
 
 def saved_names(model: PreTrainedModel) -> list[str]:

@@ -17,28 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.artifacts.base_record import BaseRecord
-from finetune.artifacts.names import GENERATION_CONFIG, MODEL_WEIGHTS, WEIGHTS_INDEX
-from finetune.artifacts.resolve import local_folder
+from finetune.artifacts.names import MODEL_WEIGHTS, WEIGHTS_INDEX
 from finetune.artifacts.weights import weight_files
 from finetune.config.schema import FullMethod
 from finetune.errors import ConfigError, ModelError
+from finetune.methods.carried import carry_model_files
 from finetune.methods.tensor_file import save_config, save_tensors
-from finetune.storage.hashed import hashed_copy, hashed_text
+from finetune.storage.hashed import hashed_text
 
 Gather: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Weights by name; in a process that does not write, nothing."""
 
 MAX_SHARD_BYTES = 5_000_000_000
-# What a folder needs besides weights and config to open on its own.
-CARRIED_OVER = (
-    "tokenizer*",
-    "chat_template*",
-    GENERATION_CONFIG,
-    "*processor*.json",
-    "*.py",
-    "vocab*",
-    "merges*",
-)
 
 
 def attach(
@@ -104,10 +94,7 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
         hashed_text(folder / WEIGHTS_INDEX, text + "\n")
     save_config(model.config, folder)
-    source = local_folder(base.path, base.revision)
-    for pattern in CARRIED_OVER:
-        for carried in source.glob(pattern):
-            hashed_copy(carried, folder / carried.name)
+    carry_model_files(base, folder)
     base.write(folder, method="full")
 
 

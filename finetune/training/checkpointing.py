@@ -2,6 +2,7 @@
 
 checkpoint-<step>/
     adapter_model.safetensors, adapter_config.json     or model shards and config.json
+    tokenizer files of the base, for AutoTokenizer
     finetune.json               the base that was tuned
     optimizer.pt, scheduler.pt  or global_step<step>/ with DeepSpeed's shards
     rng_state[_<rank>].pth      random streams, one file per process
@@ -10,7 +11,7 @@ checkpoint-<step>/
     stream.json                 where the stream of training rows is, with data.streaming
     manifest.json               sizes and SHA-256 of all of it, written last
 
-weights-<step>/ holds the first two lines, trainer_state.json and config.yaml: `training.save: weights`, or
+weights-<step>/ holds the first three lines, trainer_state.json and config.yaml: `training.save: weights`, or
 beside the checkpoints with `training.save_weights_every_steps`.
 """
 
