@@ -144,6 +144,7 @@ def hf_config(model: TextModel, dtype: str, eos: Any, pad: int | None) -> dict[s
         "partial_rotary_factor": 0.5,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": _THETA * config.rope_ratio,
+        **({"rope_parameters": config.rope_parameters} if config.scales_positions else {}),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "use_cache": config.use_cache,

@@ -7,7 +7,6 @@ import json
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from finetune.errors import ModelError
 
@@ -69,8 +68,12 @@ class ChatGLMConfig(PreTrainedConfig):
     model_type = "chatglm"
     # What transformers' Trainer does not take for predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "last_hidden_state"]
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": SubConfigSpec(ChatGLMVisionConfig, optional=True)
+    # q, k and v lie in one matrix, gate and up in another: shards are gathered before they are split.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "encoder.layers.*.self_attention.query_key_value": "colwise_gather_output",
+        "encoder.layers.*.self_attention.dense": "rowwise_split_input",
+        "encoder.layers.*.mlp.dense_h_to_4h": "colwise_gather_output",
+        "encoder.layers.*.mlp.dense_4h_to_h": "rowwise_split_input",
     }
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",
@@ -102,6 +105,7 @@ class ChatGLMConfig(PreTrainedConfig):
     fp32_residual_connection: bool = False
     original_rope: bool = True
     rope_ratio: float | int = 1
+    rope_parameters: dict[str, Any] | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -126,7 +130,25 @@ class ChatGLMConfig(PreTrainedConfig):
         problems = _problems(published | kwargs)
         if problems:
             raise ModelError(_refusal(str(kwargs.get("name_or_path") or "this config"), problems))
+        if isinstance(self.vision_config, dict):
+            self.vision_config = ChatGLMVisionConfig(**self.vision_config)
+        kwargs["partial_rotary_factor"] = self.partial_rotary_factor
         super().__post_init__(**kwargs)
+
+    @property
+    def partial_rotary_factor(self) -> float:
+        """Return the part of a head that is turned; of every GLM-4 the first half."""
+        return 0.5
+
+    @property
+    def default_theta(self) -> float:
+        """Return the base of the angles, which transformers takes where nothing else is said."""
+        return 10000.0 * self.rope_ratio
+
+    @property
+    def scales_positions(self) -> bool:
+        """Whether `rope_parameters` ask for linear, dynamic, yarn or another scaling."""
+        return bool((self.rope_parameters or {}).get("rope_type", "default") != "default")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -153,6 +175,8 @@ class ChatGLMConfig(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in published or alias in _READ_BY_PEFT:
                 values[alias] = values[name]
+        if not self.scales_positions and "rope_parameters" not in published:
+            values.pop("rope_parameters", None)  # rope_ratio says it
         if "torch_dtype" in published:
             values["torch_dtype"] = values.pop("dtype", None) or published["torch_dtype"]
         for key in (

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.models import kernels
@@ -34,23 +35,46 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotation angles of the first half of each head's channels."""
 
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
+        self.config = config
         self.channels = config.kv_channels // 2
         self.base = 10000.0 * config.rope_ratio
-        # Checkpoints hold this buffer (in bf16, without rope_ratio) and nothing reads it.
-        self.register_buffer("inv_freq", self.published_frequencies())
+        # What transformers' scaling of long contexts reads and writes.
+        self.rope_type = (
+            config.rope_parameters["rope_type"] if config.rope_parameters else "default"
+        )
+        self.original_max_seq_len = self.max_seq_len_cached = config.seq_length
+        frequencies, self.attention_scaling = self.frequencies()
+        # Checkpoints hold this buffer (in bf16, without rope_ratio) and nothing reads it, unless
+        # positions are scaled: then it is made anew.
+        self.register_buffer("inv_freq", frequencies, persistent=not config.scales_positions)
+        if config.scales_positions:
+            self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 
-    def published_frequencies(self) -> Tensor:
-        """Return what a checkpoint holds as `inv_freq` [C / 4]."""
-        return 1.0 / 10000.0 ** (torch.arange(0, self.channels, 2).float() / self.channels)
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Return what a checkpoint holds as `inv_freq` [C / 4] or its scaled form, and a factor."""
+        if self.config.scales_positions:
+            scaled: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+            return scaled
+        return 1.0 / 10000.0 ** (torch.arange(0, self.channels, 2).float() / self.channels), 1.0
 
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [B, 1, T, C / 4] of positions [B, T]."""
-        steps = torch.arange(0, self.channels, 2, device=position_ids.device).float()
-        frequencies = 1.0 / self.base ** (steps / self.channels)
-        angles = position_ids[:, None, :, None].float() * frequencies
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    @dynamic_rope_update  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [B, T, C / 4] of positions [B, T], of the kind of `x`."""
+        if self.config.scales_positions:
+            frequencies = self.inv_freq.to(position_ids.device, torch.float32)
+        else:
+            steps = torch.arange(0, self.channels, 2, device=position_ids.device).float()
+            frequencies = 1.0 / self.base ** (steps / self.channels)
+        angles = position_ids[..., None].float() * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1.0:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def eager_attention(

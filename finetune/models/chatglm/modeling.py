@@ -5,7 +5,7 @@ Legend: B rows, T tokens, D hidden size, N images, P patches of an image.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,16 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_missing = (r"rotary_pos_emb\.inv_freq",)
+    _keys_to_ignore_on_load_unexpected = (r"rotary_pos_emb\.inv_freq",)  # where they are scaled
     _can_record_outputs = {"hidden_states": Block, "attentions": SelfAttention}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RotaryEmbedding):
-            initialization.copy_(module.inv_freq, module.published_frequencies())
+            frequencies, _ = module.frequencies()
+            initialization.copy_(module.inv_freq, frequencies)
+            if self.config.scales_positions:
+                initialization.copy_(module.original_inv_freq, frequencies)
         elif isinstance(module, PatchEmbedding):
             initialization.zeros_(module.cls_embedding)
         elif isinstance(module, VisionModel):
@@ -128,7 +132,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=None if starts is None else positions_in_documents(starts),
         )
-        rotation = self.rotary_pos_emb(position_ids, inputs_embeds.dtype)
+        angles = self.rotary_pos_emb(inputs_embeds, position_ids)
+        rotation = tuple(part[:, None] for part in angles)  # the same for every head
         hidden = inputs_embeds
         for block in self.encoder.layers:
             hidden = block(
@@ -193,6 +198,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, GenerationMixin):
     """The language model, under its published class name."""
 
+    _tp_plan: ClassVar[dict[str, str]] = {"transformer.output_layer": "colwise_gather_output"}
     shows_hidden = True  # AutoModel gives this class, as published, where others give a base model
 
     def __init__(self, config: ChatGLMConfig) -> None:

@@ -1,0 +1,44 @@
+"""Runs the tests of transformers and PEFT on the model classes here, all of them.
+
+    python -m tests.foreign [transformers] [peft] [--write]
+
+Ends with 1 when a test fails, or skips without being listed in skips.json; `--write` writes the list
+and the tables of docs/foreign_tests.md instead of comparing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.foreign import whole
+from tests.foreign.sources import NoSourceError, tests_of
+
+
+def main() -> int:
+    """Return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("suites", nargs="*", choices=["transformers", "peft"], default=[])
+    parser.add_argument("--write", action="store_true", help="the list and the tables anew")
+    given = parser.parse_args()
+    suites = given.suites or ["transformers", "peft"]
+    try:
+        for library in suites:
+            print(f"{library}: {tests_of(library)}", flush=True)
+    except NoSourceError as error:
+        print(error, file=sys.stderr)
+        return 3
+    found = whole.run_all(suites)
+    if given.write:
+        whole.write(found)
+        skips = whole.listed()
+    else:
+        skips = whole.listed()
+    problems = whole.compare(found, skips)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

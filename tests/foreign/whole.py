@@ -1,0 +1,142 @@
+"""All suites, the list of what skips in them, and the table of the documentation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.foreign.runner import HERE, ROOT, Outcome, run
+
+SKIPS = HERE / "skips.json"
+PAGES = (ROOT / "docs/foreign_tests.md", ROOT / "docs/foreign_tests_zh.md")
+BEGIN, END = "<!-- by python -m tests.foreign --write -->", "<!-- end -->"
+
+FAMILIES = {
+    "TestChatGLM": "`chatglm`",
+    "TestChatGLMVision": "`chatglm`, GLM-4V",
+    "TestOurGlm": "`glm`",
+    "TestOurGlm4": "`glm4`",
+    "TestGlm": "transformers' `Glm`",
+}
+PEFT_FAMILIES = {"chatglm": "`chatglm`", "glm": "`glm`"}
+
+Skips = dict[str, dict[str, list[str]]]
+"""By suite and family, then by reason, the tests that skip."""
+
+
+def run_all(suites: list[str]) -> dict[str, dict[str, Outcome]]:
+    """The outcomes of each family by test, of transformers' suite, PEFT's or both."""
+    found: dict[str, dict[str, Outcome]] = {}
+    if "transformers" in suites:
+        for family in FAMILIES:
+            outcomes = run("transformers", [family], timeout=1800, show=True)
+            found[f"transformers {family}"] = _by_test(outcomes)
+    if "peft" in suites:
+        for family in PEFT_FAMILIES:
+            found[f"peft {family}"] = _by_test(run_peft(family, ["TestDecoder"], show=True))
+    return found
+
+
+def run_peft(family: str, tests: list[str], *, show: bool = False) -> dict[str, Outcome]:
+    """The outcomes of PEFT's tests on a tiny checkpoint of a family."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny
+
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["FOREIGN_MODEL"] = str(tiny.save_model(Path(place) / family, family))
+        return run("peft", tests, timeout=1800, show=show)
+
+
+def skips_of(outcomes: Mapping[str, Outcome]) -> dict[str, list[str]]:
+    """By reason, the tests that skip."""
+    by_reason: dict[str, list[str]] = {}
+    for test, outcome in sorted(outcomes.items()):
+        if outcome.outcome == "skipped":
+            by_reason.setdefault(plain(outcome.reason), []).append(test)
+    return dict(sorted(by_reason.items()))
+
+
+def plain(reason: str) -> str:
+    """A reason without what differs from run to run and family to family."""
+    reason = re.sub(r"<class '[\w.]*\.(\w+)'>", r"\1", reason)
+    reason = re.sub(r"\S*/foreign-\S*|/tmp/\S+", "the tiny checkpoint", reason)
+    return " ".join(reason.split())[:160]
+
+
+def listed() -> Skips:
+    """What may skip, by suite and family."""
+    skips: Skips = json.loads(SKIPS.read_text(encoding="utf-8"))
+    return skips
+
+
+def compare(found: Mapping[str, Mapping[str, Outcome]], skips: Skips) -> list[str]:
+    """Problems: every failure, and every difference between what skipped and what is listed."""
+    problems = []
+    for family, outcomes in found.items():
+        known = {test: reason for reason, tests in skips.get(family, {}).items() for test in tests}
+        for test, outcome in outcomes.items():
+            if outcome.outcome == "failed":
+                problems.append(f"{family} {test} failed: {outcome.reason}")
+            elif outcome.outcome == "skipped" and known.get(test) != plain(outcome.reason):
+                problems.append(
+                    f"{family} {test} skipped ({outcome.reason}) but listed is {known.get(test)}"
+                )
+            elif outcome.outcome == "passed" and test in known:
+                problems.append(f"{family} {test} passed but is listed to skip: {known[test]}")
+    return problems
+
+
+def write(found: Mapping[str, Mapping[str, Outcome]]) -> None:
+    """Write the list of skips and the tables of both pages."""
+    skips = (listed() if SKIPS.is_file() else {}) | {f: skips_of(o) for f, o in found.items()}
+    SKIPS.write_text(json.dumps(skips, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        table = "\n".join([*_counts(found), "", *_side_by_side(skips)])
+        page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def _counts(found: Mapping[str, Mapping[str, Outcome]]) -> list[str]:
+    versions = f"transformers {version('transformers')}, PEFT {version('peft')}, torch {version('torch')}"  # fmt: skip
+    lines = [
+        versions,
+        "",
+        "| suite | family | passed | failed | skipped |",
+        "|---|---|---|---|---|",
+    ]
+    for key, outcomes in found.items():
+        suite, family = key.split(" ", 1)
+        count = Counter(outcome.outcome for outcome in outcomes.values())
+        name = (FAMILIES | PEFT_FAMILIES)[family]
+        lines.append(
+            f"| {suite} | {name} | {count['passed']} | {count['failed']} | {count['skipped']} |"
+        )
+    return lines
+
+
+def _side_by_side(skips: Skips) -> list[str]:
+    """A row for each reason, with how many tests of each family skip for it."""
+    columns = {name: skips.get(f"transformers {key}", {}) for key, name in FAMILIES.items()}
+    reasons = sorted({reason for column in columns.values() for reason in column})
+    lines = [
+        "| reason | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for reason in reasons:
+        numbers = [str(len(column.get(reason, [])) or "") for column in columns.values()]
+        lines.append(f"| {reason.replace('|', '/')} | " + " | ".join(numbers) + " |")
+    return lines
+
+
+def _by_test(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Without the class's name, so that families can be compared."""
+    return {name.split("::", 1)[1]: outcome for name, outcome in outcomes.items()}
