@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,19 @@ import torch
 from closeness import additions, assert_close
 from datasets import Dataset
 from peft import PrefixTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GlmConfig,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from finetune.models.chatglm.configuration import ChatGLMConfig
+from finetune.models.chatglm.layers import RotaryEmbedding
+from finetune.models.load import load_model
 
 IDS = torch.tensor([[372, 374, 5, 6, 7, 8, 9, 10], [372, 374, 11, 12, 13, 14, 15, 16]])
 
@@ -141,3 +152,45 @@ def test_automodel_generates_and_has_the_last_hidden_state(tiny_chatglm: Path) -
     assert out[0] is out.logits
     assert model(IDS, return_dict=False)[0].equal(out.logits)
     assert model.generate(IDS, max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0].shape[1] == tiny.VOCAB_SIZE  # fmt: skip
+
+
+SCALED = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_positions_are_those_of_transformers_glm(kind: str) -> None:
+    sizes = {"num_attention_heads": 4, "hidden_size": 32}
+    ours = ChatGLMConfig(
+        **sizes, kv_channels=8, seq_length=16, rope_ratio=3, rope_parameters=dict(SCALED[kind])
+    )
+    theirs = GlmConfig(
+        **sizes, head_dim=8, max_position_embeddings=16,
+        rope_parameters=SCALED[kind] | {"rope_theta": 30000.0, "partial_rotary_factor": 0.5},
+    )  # fmt: skip
+    rotations = RotaryEmbedding(ours), GlmRotaryEmbedding(theirs)
+    for length in (10, 40, 10):  # within what was trained, beyond it, and back
+        positions = torch.arange(length)[None]
+        found, expected = (rotation(torch.zeros(1), positions) for rotation in rotations)
+        for mine, other in zip(found, expected, strict=True):
+            assert mine.equal(other[..., : mine.shape[-1]])
+
+
+@torch.no_grad()
+def test_a_model_with_scaled_positions_is_saved_and_opened(
+    tiny_chatglm: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_chatglm, tmp_path / "scaled")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": SCALED["yarn"]}))
+    plain, scaled = load_model(tiny_chatglm), load_model(folder)
+    assert not torch.allclose(scaled(IDS).logits, plain(IDS).logits, atol=1e-3)
+    scaled.save_pretrained(tmp_path / "saved")
+    assert load_model(tmp_path / "saved")(IDS).logits.equal(scaled(IDS).logits)
+    written = json.loads((tmp_path / "saved/config.json").read_text())
+    assert written["rope_parameters"]["rope_type"] == "yarn"
+    assert "rope_parameters" not in json.loads(plain.config.to_json_string())

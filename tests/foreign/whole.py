@@ -25,7 +25,7 @@ FAMILIES = {
     "TestOurGlm4": "`glm4`",
     "TestGlm": "transformers' `Glm`",
 }
-PEFT_FAMILIES = {"chatglm": "`chatglm`", "glm": "`glm`"}
+PEFT_FAMILIES = {"chatglm": "`chatglm`"}
 
 Skips = dict[str, dict[str, list[str]]]
 """By suite and family, then by reason, the tests that skip."""

@@ -179,12 +179,7 @@ class ChatGLMConfig(PreTrainedConfig):
             values.pop("rope_parameters", None)  # rope_ratio says it
         if "torch_dtype" in published:
             values["torch_dtype"] = values.pop("dtype", None) or published["torch_dtype"]
-        for key in (
-            "_name_or_path",
-            "attn_implementation",
-            "architectures",
-            "transformers_version",
-        ):
+        for key in ("attn_implementation", "architectures", "transformers_version"):
             if key in published:
                 values[key] = published[key]
         return values
@@ -199,6 +194,8 @@ class ChatGLMConfig(PreTrainedConfig):
             now["vision_config"] = _in_order(now["vision_config"], published.get("vision_config"))
         defaults = type(self)().to_dict()
         added = {key for key, value in now.items() if value != defaults.get(key, not value)}
+        if "_name_or_path" in published:
+            now["_name_or_path"] = published["_name_or_path"]  # not where it lay here
         ordered = {key: now.get(key, value) for key, value in published.items()}
         added |= {"tie_word_embeddings"}  # vLLM's ChatGLM does not open a config without it
         # Where it lay here concerns nobody else, and an alias says nothing new.
