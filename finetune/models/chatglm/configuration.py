@@ -136,6 +136,12 @@ class ChatGLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def sub_configs(self) -> dict[str, type]:
+        """Return the kinds of the configs inside this one, which take over what is set here."""
+        inside = isinstance(self.vision_config, ChatGLMVisionConfig)
+        return {"vision_config": ChatGLMVisionConfig} if inside else {}
+
+    @property
     def partial_rotary_factor(self) -> float:
         """Return the part of a head that is turned; of every GLM-4 the first half."""
         return 0.5
