@@ -314,6 +314,7 @@ class SupervisedLoss:
         documents: Documents | None = None,
         head_loss: HeadLoss | None = None,
         shift_labels: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with labels [B, T] the loss; see `supervised_loss`.
@@ -342,6 +343,7 @@ class SupervisedLoss:
             attention_mask = _say_documents(model, documents, kwargs)
         if documents is not None or is_training:
             use_cache = bool(use_cache)  # a cache in training costs memory and hides the packing
+        kwargs |= {} if output_attentions is None else {"output_attentions": output_attentions}
         return_dict = kwargs.pop("return_dict", None)
         outputs = model.base_model(
             input_ids=input_ids,

@@ -66,6 +66,7 @@ def skips_of(outcomes: Mapping[str, Outcome]) -> dict[str, list[str]]:
 def plain(reason: str) -> str:
     """A reason without what differs from run to run and family to family."""
     reason = re.sub(r"<class '[\w.]*\.(\w+)'>", r"\1", reason)
+    reason = re.sub(r"\b(ChatGLM|Glm4?)(Model|For\w+)\b", "the class", reason)
     reason = re.sub(r"\S*/foreign-\S*|/tmp/\S+", "the tiny checkpoint", reason)
     return " ".join(reason.split())[:160]
 

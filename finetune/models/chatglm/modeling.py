@@ -233,8 +233,6 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
         if shown and self.config.vision_config is None:
             raise ValueError(f"this model has no vision part; leave {' and '.join(shown)} out")
         kwargs |= shown
-        if output_attentions is not None:
-            kwargs["output_attentions"] = output_attentions
         return super().forward(
             input_ids,
             attention_mask,
@@ -246,6 +244,7 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
             logits_to_keep,
             loss_weights,
             num_items_in_batch,
+            output_attentions=output_attentions,
             **kwargs,
         )
 
