@@ -200,3 +200,6 @@ def test_image_tokens_without_pixels_are_an_error(folder: Path) -> None:
     model = load_model(folder / "model")
     with pytest.raises(ValueError, match="no pixel_values"):
         model(input_ids=torch.tensor([[1, pictures.BOI, model.config.image_token_id, 5]]))
+    embeds = model.get_input_embeddings()(torch.tensor([[1, 5]]))
+    with pytest.raises(ValueError, match="not with inputs_embeds"):
+        model(inputs_embeds=embeds, pixel_values=torch.zeros(4, 8))

@@ -28,6 +28,8 @@ class Glm4vModel(transformers.Glm4vModel):
         processor makes.
         """
         kwargs.pop("mm_token_type_ids", None)
+        if pixel_values is not None and input_ids is None:
+            raise ValueError("images go in with input_ids, not with inputs_embeds")
         begins = past_key_values is None or past_key_values.get_seq_length() == 0
         # The tower comes first, with images or without: under ZeRO-3 processes must gather the same
         # weights in the same order, and transformers by itself embeds the text before it looks.
