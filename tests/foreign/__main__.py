@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from tests.foreign import whole
-from tests.foreign.sources import NoSourceError, tests_of
+from tests.foreign.sources import NoSourceError, source_of
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
     suites = given.suites or ["transformers", "peft"]
     try:
         for library in suites:
-            print(f"{library}: {tests_of(library)}", flush=True)
+            print(f"{library}: {source_of(library)}", flush=True)
     except NoSourceError as error:
         print(error, file=sys.stderr)
         return 3

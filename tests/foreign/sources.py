@@ -23,7 +23,7 @@ class NoSourceError(RuntimeError):
     """Why the tests of a library are not here."""
 
 
-def tests_of(library: str) -> Path:
+def source_of(library: str) -> Path:
     """The folder tests/ of the version that is installed; NoSourceError when it cannot be had."""
     if library == "transformers" and (checkout := os.environ.get(CHECKOUT)):
         folder = Path(checkout) / "tests"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.foreign import whole
 from tests.foreign.runner import Outcome, run
-from tests.foreign.sources import NoSourceError, tests_of
+from tests.foreign.sources import NoSourceError, source_of
 
 TELLING = (Path(__file__).parent / "telling.txt").read_text(encoding="utf-8").split()
 """Tests of `suite_transformers.py`, one a line: those of a few seconds that have ever failed here."""
@@ -17,7 +17,7 @@ PEFT_TELLING = (Path(__file__).parent / "telling_peft.txt").read_text(encoding="
 
 def need(library: str) -> None:
     try:
-        tests_of(library)
+        source_of(library)
     except NoSourceError as error:
         pytest.skip(str(error))
 

@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from tests.foreign.sources import tests_of
+from tests.foreign.sources import source_of
 
 # What the tests import and the source distribution leaves out.
 _LEFT_OUT: dict[str, dict[str, Any]] = {
@@ -21,7 +21,7 @@ def offer(library: str) -> ModuleType:
     """The package `<library>_tests`, and empty mixins where its folder lacks their modules."""
     name = f"{library}_tests"
     if name not in sys.modules:
-        folder = tests_of(library)
+        folder = source_of(library)
         sys.modules[name] = _package(name, [str(folder)])
         if library == "transformers" and not (folder / "generation").is_dir():
             for module, names in _LEFT_OUT.items():
@@ -35,7 +35,7 @@ def offer(library: str) -> ModuleType:
 
 def has_generation() -> bool:
     """Whether transformers' tests of `generate` are there."""
-    return (tests_of("transformers") / "generation").is_dir()
+    return (source_of("transformers") / "generation").is_dir()
 
 
 def _package(name: str, places: list[str]) -> ModuleType:
