@@ -98,6 +98,12 @@ def evaluate(
             "calls:FOLDER; docs/evaluation.md.",
         ),
     ] = None,
+    needle: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS", help="Hide a sentence in texts of these lengths, such as 4k..128k."
+        ),
+    ] = None,
     tasks_data: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where data sets of tasks lie, as OWNER/NAME."),
@@ -183,7 +189,7 @@ def evaluate(
             scoring=Scoring(definition, tuple(metric or ()), schema),
             by_models=ByModels(judge or "", bert_score or ""),
             general=(*(regression_data or ()), *(old_general or ())),
-            tasks=tuple(tasks or ()),
+            tasks=(*(tasks or ()), *([f"needle:{needle}"] if needle else [])),
             tasks_data=str(tasks_data) if tasks_data else None,
             temperature=temperature,
             seed=seed,

@@ -116,6 +116,7 @@ def evaluation_of(
         slices=_slices(scored) if same else {},
         comparisons=_comparisons(scored) if same else [],
         published=[Published(**asdict(one)) for one in plan.published(options.tasks)],
+        needles={one.target.name: found for one in scored if (found := one.tasks.needles)},
         labels={one.target.name: one.labels.report() for one in scored if one.labels},
     )
 

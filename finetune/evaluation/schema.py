@@ -120,6 +120,8 @@ class Evaluation(_Part):
     comparisons: list[Comparison] = []
     published: list[Published] = []
     """Figures of the presets of `--tasks`."""
+    needles: dict[str, dict[str, Number]] = {}
+    """By target: `en:4096:25` (language, tokens, depth in per cent) -> 100 where it was found."""
     labels: dict[str, LabelReport] = {}
     """By target, where the references are labels."""
 

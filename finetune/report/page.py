@@ -87,6 +87,11 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         by_metric=[(kind, sentence(said)) for kind, said in sentences.by_metric(evaluation)],
         published=_published(evaluation),
         confusions=_confusions(evaluation),
+        spread=sentence(
+            f"{len(content.samples):,} of the {content.num_samples:,} samples are in this page, evenly "
+            "spaced; scores and lengths are of all."
+        ),
+        needles=_needles(evaluation),
         best=evaluation.best(headline),
         headline=headline,
         has_base=evaluation.base is not None,
@@ -266,6 +271,26 @@ def _confusions(evaluation: Evaluation) -> list[dict[str, Any]]:
                 ],
             }
         )
+    return found
+
+
+def _needles(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """For every target: depth by length, the share of hidden sentences that it found."""
+    found = []
+    for name, needles in evaluation.needles.items():
+        cells: dict[tuple[str, str], list[float]] = {}
+        for place, value in needles.items():
+            _, length, depth = [*place.split(":"), "", ""][:3]
+            cells.setdefault((depth, length), []).append(value or 0.0)
+        lengths, depths = (
+            sorted({key[at] for key in cells}, key=lambda text: (len(text), text)) for at in (1, 0)
+        )
+        means = {key: sum(values) / len(values) for key, values in cells.items()}
+        rows = [
+            (depth, [(f"{mean:.0f}", _heat(round(mean), 100)) if (mean := means.get((depth, length))) is not None else ("–", 0) for length in lengths])
+            for depth in depths
+        ]  # fmt: skip
+        found.append({"name": name, "lengths": lengths, "rows": rows})
     return found
 
 

@@ -16,11 +16,13 @@ def ask(
     model: Any, template: ChatTemplate, names: Sequence[str], how: Asking
 ) -> dict[str, TaskScore]:
     """What `model` scores on the tasks of these names."""
-    from finetune.evaluation.tasks import calls
+    from finetune.evaluation.tasks import calls, needle
 
     tasks = plan.read_tasks(names)
     scores = harness.run_tasks(model, template, tasks, how)
     for task in tasks:
+        if task.kind == "needle":
+            scores |= needle.ask(model, template, needle.lengths_of(task.name))
         if task.kind == "calls":
             scores |= calls.ask(
                 model,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console, launcher
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation.tasks import plan
+from finetune.evaluation.tasks import needle, plan
 from finetune.evaluation.tasks.plan import Task, read_tasks
 from finetune.evaluation.tasks.table import TaskScore
 
@@ -47,7 +47,9 @@ def check_harness(names: Sequence[str]) -> None:
     for task in read_tasks(names):
         if task.name.endswith((".yaml", ".yml")) and not Path(task.name).is_file():
             raise ConfigError(f"--tasks: {task.name} is no file (seen from {Path.cwd()})")
-        if task.kind != "calls" and find_spec(PACKAGE) is None:
+        if task.kind == "needle":
+            needle.lengths_of(task.name)
+        if task.kind in ("chat", "text") and find_spec(PACKAGE) is None:
             raise ConfigError(
                 f"--tasks {task.name} needs lm-evaluation-harness, which is not installed: "
                 "pip install 'glm4-finetune[tasks]'"

@@ -4,6 +4,7 @@ mmlu,gsm8k           two tasks, asked as a chat model is asked
 text:mmlu            the same without the chat template, as a base model is asked
 my_task.yaml         a task of the user's own
 calls:FOLDER         the Berkeley leaderboard's files in a folder
+needle:4k..128k      a sentence hidden in texts of these lengths
 glm4-base glm4-chat multilingual      the README's tables
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-TEXT, CALLS = "text:", "calls:"
+TEXT, CALLS, NEEDLE = "text:", "calls:", "needle:"
 RUNS_CODE = "humaneval"
 """Its questions are answered with programs, which are run."""
 
@@ -25,8 +26,8 @@ class Task:
     """One task."""
 
     name: str
-    """Of the harness, or a YAML file; of `calls`, the folder."""
-    kind: Literal["chat", "text", "calls"]
+    """Of the harness, or a YAML file; of `calls` the folder, of `needle` the lengths."""
+    kind: Literal["chat", "text", "calls", "needle"]
 
     @property
     def label(self) -> str:
@@ -119,6 +120,8 @@ def _tasks(word: str) -> Iterator[Task]:
                 yield from _tasks(figure.task)
     elif word.startswith(CALLS):
         yield Task(word.removeprefix(CALLS), "calls")
+    elif word.startswith(NEEDLE):
+        yield Task(word.removeprefix(NEEDLE), "needle")
     elif word.startswith(TEXT):
         yield Task(word.removeprefix(TEXT), "text")
     elif word:

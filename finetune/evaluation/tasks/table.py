@@ -70,6 +70,12 @@ class TaskTable:
         """How each score came about."""
         return {name: score.signature for name, score in self.scores.items()}
 
+    @property
+    def needles(self) -> dict[str, float | None]:
+        """What every hidden sentence scored."""
+        hidden = (one for name, one in self.scores.items() if name.startswith("needle/"))
+        return {id: value for one in hidden for id, value in zip(one.ids, one.values, strict=True)}
+
     def described(self) -> dict[str, Score]:
         """Every score with its interval."""
         return {name: score.described(name) for name, score in self.scores.items()}
