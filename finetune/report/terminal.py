@@ -48,7 +48,7 @@ def show(folder: Path) -> None:
     for name in metrics:
         if name in evaluation.signatures:
             console.say(f"{metric(name).label}: {evaluation.signatures[name]}")
-    if not evaluation.num_samples:
+    if not evaluation.num_samples and "loss" in evaluation.metrics:
         console.say("only the loss was measured, as in training; --generate asks for replies too")
     worst = worst_samples(folder, best, evaluation.headline)
     if worst:
