@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.generation.batch import SharedPrefix
 from finetune.generation.decoder import Decoder, DecodingRow, Request
 from finetune.generation.load import OpenedModel
 from finetune.serving import engine as engine_module
@@ -55,8 +56,9 @@ class Served:
 
 @contextmanager
 def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[Served]:
-    """The endpoint of a model called `tiny` on a free port, until the block ends."""
-    app, engine = endpoint(opened, "tiny", ServeOptions(**options), key.encode() if key else None)
+    """The endpoint of a model called `tiny`, or of several by name, on a free port until the block ends."""
+    models = opened if isinstance(opened, dict) else {"tiny": opened}
+    app, engine = endpoint(models, ServeOptions(**options), key.encode() if key else None)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(app, http=TimedProtocol, log_config=None, log_level="error")
@@ -103,6 +105,11 @@ async def until_async(true: Callable[[], bool], seconds: float = 20.0) -> None:
         await asyncio.sleep(0.005)
 
 
+def nothing(*_: Any) -> SharedPrefix:
+    """What was computed of a reply that no model wrote."""
+    return SharedPrefix.kept([], [])
+
+
 def say(
     monkeypatch: pytest.MonkeyPatch, template: Any, *messages: Message, stop: bool = True
 ) -> list[Request]:
@@ -114,7 +121,7 @@ def say(
         ids += template.tokenizer.plain.encode(text, add_special_tokens=False).ids
     asked: list[Request] = []
 
-    def add(self: Decoder, requests: Sequence[Request]) -> list[DecodingRow]:
+    def add(self: Decoder, requests: Sequence[Request], _: Any = None) -> list[DecodingRow]:
         asked.extend(requests)
         rows = [DecodingRow(request) for request in requests]
         for row in rows:
@@ -125,6 +132,7 @@ def say(
         return rows
 
     monkeypatch.setattr(Decoder, "add", add)
+    monkeypatch.setattr(Decoder, "taken", nothing)
     return asked
 
 
@@ -137,7 +145,7 @@ class Slow:
         self._token = token
 
     def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def add(decoder: Decoder, requests: Sequence[Request]) -> list[DecodingRow]:
+        def add(decoder: Decoder, requests: Sequence[Request], _: Any = None) -> list[DecodingRow]:
             self.batches.append(list(requests))
             rows = [DecodingRow(request) for request in requests]
             decoder._rows += rows
@@ -153,6 +161,7 @@ class Slow:
 
         for method in (add, step, drop_done):
             monkeypatch.setattr(Decoder, method.__name__, method)
+        monkeypatch.setattr(Decoder, "taken", nothing)
 
 
 def prompt_of(template: Any, *messages: Message, tools: Sequence[Any] = ()) -> list[int]:

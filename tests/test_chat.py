@@ -352,3 +352,12 @@ class Screen:
             assert ready, f"{pattern!r} never came; seen {self.seen[-500:]!r}"
             self.seen += os.read(self.handle, 65536).decode(errors="replace")
         self.read = found.end()
+
+
+def test_an_answer_of_which_one_part_is_empty_is_taken_back_too() -> None:
+    voice = Script(
+        [Message("assistant", "let me see"), Message("assistant", " ", "get_weather")], "fine"
+    )
+    shown, _ = talk(voice, "a", "b")
+    assert contents(voice.asked[1]) == [("user", "b")]
+    assert "(no reply" in shown

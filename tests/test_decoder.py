@@ -57,3 +57,14 @@ def test_a_part_of_all_probabilities_is_a_token() -> None:
         torch.tensor([token_at(chances, x) for x in drawn.tolist()]), minlength=6
     )
     assert counts.tolist() == pytest.approx([0, 1000, 0, 2000, 1000, 0], abs=120)
+
+
+def test_a_reply_without_a_seed_is_drawn_anew_each_time_and_one_with_a_seed_is_not() -> None:
+    logits = torch.zeros(1000)
+
+    def drawn(seed: int | None) -> list[int]:
+        sampler = Sampler(Decoding(9, temperature=1.0, seed=seed))
+        return [sampler.draw(logits) for _ in range(20)]
+
+    assert drawn(None) != drawn(None)
+    assert drawn(3) == drawn(3) != drawn(4)

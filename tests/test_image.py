@@ -16,6 +16,7 @@ from finetune.data.chat.image import (
     ImageError,
     ImageSpec,
     check_image,
+    image_size,
     image_spec,
     pixels,
     read_image,
@@ -70,6 +71,17 @@ def test_exif_turns_a_photograph_upright(picture: Image.Image, tmp_path: Path) -
     upright = read_image(tmp_path / "x.jpg")
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 5))[0] > 200  # red, once left, is on top
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_photograph_is_that_of_the_upright_one(
+    picture: Image.Image, tmp_path: Path, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    assert image_size(tmp_path / "x.jpg") == read_image(tmp_path / "x.jpg").size
+    assert image_size(tmp_path / "x.jpg") == ((20, 40) if orientation >= 5 else (40, 20))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

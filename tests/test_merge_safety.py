@@ -316,3 +316,15 @@ def die_at_call(last: int) -> None:
             return call(*args, **options)
 
         setattr(os, name, counted)
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "ab", "abc", "abcd", "abcde", "abcdef", "abcdefg", "abcdefgh", "重"]
+)
+def test_tensors_begin_at_a_multiple_of_eight_bytes(name: str) -> None:
+    header = shards.make_header(
+        [shards.Output(name, "F32", (2, 3), constant=bytes(24))], {"format": "pt"}
+    )
+    assert len(header) % 8 == 0
+    assert int.from_bytes(header[:8], "little") == len(header) - 8
+    assert json.loads(header[8:])[name]["data_offsets"] == [0, 24]

@@ -212,3 +212,21 @@ def test_near_duplicates_are_left_out_and_other_questions_under_the_same_system_
         cache_root=tmp_path / "cache",
     )
     assert [data.location(n).rpartition(":")[2] for n in range(len(data))] == ["1", "3"]
+
+
+def test_near_duplicates_of_held_out_examples_are_left_out(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    pytest.importorskip("datasketch", reason="the extra `near` is not installed")
+    text = " ".join(f"word{n}" for n in range(40))
+
+    def load(name: str, *pairs: tuple[str, str], selection: Selection) -> PreparedDataset:
+        file = [SourceSpec(write(tmp_path / name, *pairs))]
+        return load_examples(
+            file, template, POLICY, selection=selection, cache_root=tmp_path / "cache"
+        )
+
+    held_out = load("held.jsonl", (text, "yes"), selection=Selection(deduplicate="near"))
+    near = Selection(deduplicate="near", held_out=held_out)
+    data = load("train.jsonl", (text + " indeed", "yes"), ("another thing", "no"), selection=near)
+    assert [data.location(n).rpartition(":")[2] for n in range(len(data))] == ["2"]

@@ -13,7 +13,7 @@ from adapters import make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
 from finetune.artifacts.base_record import BaseRecord
-from finetune.artifacts.model_config import read_model_config
+from finetune.artifacts.model_config import is_count, read_model_config
 from finetune.artifacts.weights import model_fingerprint
 from finetune.errors import ModelError
 from finetune.evaluation.store import model_key
@@ -180,3 +180,12 @@ def test_kept_results_are_those_of_the_adapters_options_too(tmp_path: Path) -> N
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 7}))
     assert model_key(str(adapter), None) != before
+
+
+@pytest.mark.parametrize(
+    ("value", "counts"),
+    [(1, True), (2, True), (2**31, True), (0, False), (-1, False), (2**31 + 1, False), (True, False),
+     (1.0, False), ("1", False), (None, False)],
+)  # fmt: skip
+def test_a_count_is_a_whole_number_from_one_on(value: Any, counts: bool) -> None:
+    assert is_count(value) == counts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -11,6 +13,8 @@ from prompt_lists import reply_prompts
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.evaluation.predictions import slices_of
+from finetune.generation import prompts as prompts_module
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +171,34 @@ def test_dialogues_are_read_as_a_stream(template: ChatTemplate, tmp_path: Path):
 
     reply_prompts(stream(), Watching())  # type: ignore[arg-type]
     assert sizes == [(256, 256), (256, 512), (256, 768), (232, 1000)]
+
+
+def test_a_turn_with_an_image_stays_when_later_turns_are_dropped() -> None:
+    said = ["a picture", "of a cat", "a long question" * 9, "a long answer" * 9, "the last", "fine"]
+    roles = ["user", "assistant"] * 3
+    messages = tuple(Message(role, text) for role, text in zip(roles, said, strict=True))  # type: ignore[arg-type]
+    messages = (replace(messages[0], image="cat.png"), *messages[1:])
+    asked: list[list[str]] = []
+
+    class Layout:
+        def prompt(self, conversation: Conversation, reply: int) -> list[int]:
+            asked.append([message.content for message in conversation.messages[:reply]])
+            return [0] * sum(len(message.content) for message in conversation.messages[:reply])
+
+    template: Any = Layout()
+    question = prompts_module._Question(Conversation(messages), 5)
+    kept = prompts_module._shortened(question, [0] * 10**6, template, 60)
+    assert kept is not None
+    assert asked == [["a picture", "of a cat", "the last"]]
+
+
+@pytest.mark.parametrize(
+    ("tools", "name", "kind"),
+    [((), "", "plain"), (({"type": "function"},), "", "tool"), ((), "get_weather", "tool")],
+)
+def test_a_reply_beside_tools_counts_as_one_with_tools_whether_or_not_it_calls(
+    template: ChatTemplate, tools: Any, name: str, kind: str
+) -> None:
+    [prompt] = reply_prompts([dialogue(1)], template)
+    reference = Message("assistant", "{}", name)
+    assert slices_of(replace(prompt, tools=tools, reference=reference))["kind"] == kind

@@ -65,10 +65,10 @@ def test_what_goes_wrong_with_one_row_harms_no_other(
     prompt = serving.prompt_of(opened.template, Message("user", "poison"))
     prefill, append = Batch.prefill, DecodingRow.append
 
-    def failing_prefill(batch: Batch, prompts: Any) -> Any:
+    def failing_prefill(batch: Batch, prompts: Any, prefix: Any = None) -> Any:
         if any(list(one) == prompt for one in prompts):
             raise RuntimeError("the picture is gone")
-        return prefill(batch, prompts)
+        return prefill(batch, prompts, prefix)
 
     def failing_row(row: DecodingRow, *given: Any) -> None:
         if row.request.decoding.seed == 13 and len(row.ids) == 2:
@@ -179,9 +179,9 @@ def test_an_image_whose_client_has_left_harms_nobody(
     messages = serving.showing(serving.data_url())
     held, add = threading.Event(), Decoder.add
 
-    def when_all_are_there(decoder: Decoder, requests: Any) -> Any:
+    def when_all_are_there(decoder: Decoder, requests: Any, prefix: Any) -> Any:
         assert held.wait(30)
-        return add(decoder, requests)
+        return add(decoder, requests, prefix)
 
     monkeypatch.setattr(Decoder, "add", when_all_are_there)
 

@@ -308,7 +308,7 @@ def test_without_its_packages_the_command_says_how_to_get_them(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else 1)
     with pytest.raises(ConfigError, match=r"needs uvicorn: pip install 'glm4-finetune\[serve\]'"):
-        serve("anything", shown_as="anything")
+        serve({"any": "thing"})
 
 
 def test_an_error_of_the_endpoint_has_openais_form() -> None:

@@ -15,6 +15,9 @@ from dialogues import CONTROL_STRINGS
 
 from finetune.generation.generate import generate
 from finetune.generation.load import OpenedModel, open_model
+from finetune.serving.requests.completion import AskedCompletion
+from finetune.serving.requests.fields import UNCHANGED, CompletionRequest
+from finetune.serving.requests.rules import ReplyRequest, RequestRules
 
 START = "the dog 你好 and"
 
@@ -156,3 +159,17 @@ def test_a_length_beyond_the_context_is_lowered(opened: OpenedModel) -> None:
         assert made.usage.total_tokens <= 20
         with pytest.raises(openai.BadRequestError, match="no room for a reply"):
             create(small, "abc " * 20)
+
+
+NULLABLE = sorted({*CompletionRequest.model_fields, *UNCHANGED, "some_field_of_the_future"})
+
+
+def test_null_is_absence_in_any_field(opened: OpenedModel) -> None:
+    rules = {"tiny": RequestRules("tiny", opened.template, None, 8)}
+
+    def read(**more: Any) -> list[ReplyRequest]:
+        body = json.dumps({"model": "tiny", "prompt": START} | more).encode()
+        return AskedCompletion(body, rules).replies()
+
+    for field in set(NULLABLE) - {"model", "prompt"}:
+        assert read(**{field: None}) == read(), field

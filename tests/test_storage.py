@@ -254,6 +254,28 @@ TAILS = {
 }
 
 
+def test_the_name_of_a_new_journal_is_on_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(journal, "fsync_folder", synced.append)
+    journal.append(tmp_path / "rows.jsonl", ROWS)
+    assert synced == [tmp_path]
+    journal.append(tmp_path / "rows.jsonl", ROWS)
+    journal.append(tmp_path / "others.jsonl", ROWS, durable=False)
+    assert synced == [tmp_path]
+
+
+def test_a_last_line_without_its_line_break_is_not_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    journal.append(path, ROWS)
+    with path.open("ab") as file:
+        file.write(b'{"n": 5}')  # what comes next would stand on this line
+    assert journal.recover(path, lambda row: row["n"]) == [0, 1, 2, 3, 4]
+    journal.append(path, [{"n": 9}])
+    assert [row["n"] for row in journal.rows(path)] == [0, 1, 2, 3, 4, 9]
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("multiple", "kept"), [(1, 5), (2, 4), (6, 0)])
 def test_only_whole_groups_of_whole_lines_are_kept(

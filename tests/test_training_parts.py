@@ -21,6 +21,7 @@ from finetune.errors import ConfigError, ModelError, NonFiniteError
 from finetune.training.arguments import Rates
 from finetune.training.callbacks.schedule import Schedule
 from finetune.training.checkpointing import check_weights
+from finetune.training.run_data import RunData
 
 # --- learning rates ------------------------------------------------------------------------------
 
@@ -349,3 +350,15 @@ def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) ->
     )
     with pytest.raises(ModelError, match="was trained on"):
         runs.run_here(settings)
+
+
+def test_a_run_has_as_many_steps_as_its_config_or_its_epochs_say() -> None:
+    data: Any = SimpleNamespace(plan=SimpleNamespace(steps_per_epoch=7))
+
+    def steps(max_steps: int | None, epochs: float = 1.5) -> int:
+        section: Any = SimpleNamespace(max_steps=max_steps, epochs=epochs)
+        return RunData.steps(data, section)
+
+    assert steps(None) == 11
+    assert steps(None, epochs=2) == 14
+    assert steps(5) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from finetune.artifacts.resolve import model_in
 from finetune.cli.data_commands import Columns, Format, ImageRoot, Json, Rows
 from finetune.cli.export_commands import Base
 from finetune.cli.inputs import DeviceMap, Overwrite, check_output_file
+from finetune.errors import ConfigError
 
 using_app = typer.Typer()
 
@@ -156,6 +158,12 @@ def chat(
 @using_app.command()
 def serve(
     target: Target,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=TARGET]...", help="Further models, and what clients call them."
+        ),
+    ] = None,
     base: Base = None,
     device_map: DeviceMap = None,
     quantization: Quantization = None,
@@ -164,7 +172,8 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="The model's id for clients; by default the folder's name.")
+        str | None,
+        typer.Option(help="The first model's id for clients; by default its folder's name."),
     ] = None,
     api_key_file: Annotated[
         Path | None,
@@ -199,7 +208,7 @@ def serve(
     ] = False,
 ) -> None:
     """Answer OpenAI's completions over HTTP."""
-    folder = model_in(target)
+    targets = _by_name(target, name, more or ())
     from finetune.generation.settings import Placement
     from finetune.serving.serve import ServeOptions
     from finetune.serving.serve import serve as run
@@ -207,7 +216,6 @@ def serve(
     options = ServeOptions(
         host=host,
         port=port,
-        name=name,
         api_key_file=api_key_file,
         allow_hosts=tuple(allow_host or ()),
         max_new_tokens=max_new_tokens,
@@ -219,4 +227,19 @@ def serve(
         strict=strict,
         placement=Placement(device_map, quantization),
     )
-    run(folder, shown_as=target, base=base, options=options)
+    run(targets, base=base, options=options)
+
+
+def _by_name(target: str, name: str | None, more: Sequence[str]) -> dict[str, str]:
+    """Id -> model; ConfigError for a further one without a name, or two of one name."""
+    found = {name or Path(target).name: model_in(target)}
+    for text in more:
+        own, sign, path = text.partition("=")
+        if not sign or not own or not path:
+            raise ConfigError(f"{text!r}: a further model is given as NAME=TARGET")
+        if own in found:
+            raise ConfigError(
+                f"{text!r}: another model is called {own!r}; --name renames the first"
+            )
+        found[own] = model_in(path)
+    return found

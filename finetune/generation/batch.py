@@ -49,6 +49,18 @@ class SharedPrefix:
         _forward(model, cache, ids, None, positions)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
 
+    @classmethod
+    def kept(cls, ids: Sequence[int], layers: Sequence[tuple[Tensor, Tensor]]) -> SharedPrefix:
+        """Keys and values that were computed for `ids` before."""
+        prefix = cls(None, [])
+        prefix.ids, prefix.layers = list(ids), list(layers)
+        return prefix
+
+    def first(self, tokens: int) -> SharedPrefix:
+        """Those of so many first tokens."""
+        layers = [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers]
+        return SharedPrefix.kept(self.ids[:tokens], layers)
+
     def cache(self, model: Any, rows: int) -> Cache:
         """A cache of `rows` rows that have the prefix behind them."""
         cache = _new_cache(model)
@@ -72,15 +84,19 @@ class Batch:
     def __len__(self) -> int:
         return 0 if self._cache is None else int(self._mask.shape[0])
 
-    def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Adds rows behind those that are there; returns the logits [new rows, V] of their next token."""
-        device, common = self._model.device, len(self._prefix.ids)
+    def prefill(self, prompts: Sequence[Prompt], prefix: SharedPrefix | None = None) -> Tensor:
+        """Adds rows behind those that are there; returns the logits [new rows, V] of their next token.
+
+        `prefix` takes the place of what the prompts of the whole batch begin with.
+        """
+        prefix = prefix if prefix is not None else self._prefix
+        device, common = self._model.device, len(prefix.ids)
         rests = [list(prompt[common:]) for prompt in prompts]
         width = max(map(len, rests))
         lengths = torch.tensor([len(rest) for rest in rests], device=device)
         own = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # [B, width]
         mask = torch.cat([own.new_ones(len(rests), common), own], dim=1)
-        cache = self._prefix.cache(self._model, len(rests))
+        cache = prefix.cache(self._model, len(rests))
         images = image_inputs(prompts, device)
         if images:
             ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
@@ -135,6 +151,17 @@ class Batch:
         for layer in self._cache.layers:
             here = chosen.to(layer.keys.device)  # layers may lie on several accelerators
             layer.hold(layer.keys[here, :, unused:], layer.values[here, :, unused:])
+
+    def taken(self, row: int, ids: Sequence[int]) -> SharedPrefix:
+        """The keys and values of a row, of whose tokens `ids` are the first; copied."""
+        own = self._mask[row].bool()
+        tokens = min(len(ids), int(own.sum()))
+        layers = [
+            (layer.keys[row : row + 1, :, own][:, :, :tokens].clone(),
+             layer.values[row : row + 1, :, own][:, :, :tokens].clone())
+            for layer in self._cache.layers
+        ]  # fmt: skip
+        return SharedPrefix.kept(ids[:tokens], layers)
 
     def attend_prefill(self) -> None:
         """A forward pass like that of `prefill` for processes that share their weights with this one."""

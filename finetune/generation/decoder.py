@@ -226,11 +226,16 @@ class Decoder:
         """The rows that have not ended."""
         return [row for row in self._rows if not row.is_done]
 
-    def add(self, requests: Sequence[Request]) -> list[DecodingRow]:
-        """Computes new prompts and chooses the first token of each; the rows that were there wait."""
+    def add(
+        self, requests: Sequence[Request], prefix: SharedPrefix | None = None
+    ) -> list[DecodingRow]:
+        """Computes new prompts and chooses the first token of each; the rows that were there wait.
+
+        Of prompts that begin with `prefix` only the rest is computed.
+        """
         rows = [DecodingRow(request) for request in requests]
         self.drop_done()
-        logits = self.batch.prefill([request.prompt for request in requests])
+        logits = self.batch.prefill([request.prompt for request in requests], prefix)
         self._rows += rows
         self._append(rows, logits)
         return rows
@@ -239,6 +244,11 @@ class Decoder:
         """One more token for every row."""
         logits = self.batch.step([(row.ids or [0])[-1] for row in self._rows])
         self._append(self._rows, logits)
+
+    def taken(self, row: DecodingRow) -> SharedPrefix:
+        """What was computed of a row that has just ended: of its prompt, and of its reply."""
+        place = next(place for place, other in enumerate(self._rows) if other is row)
+        return self.batch.taken(place, [*map(int, row.request.prompt), *row.ids])
 
     def drop_done(self) -> None:
         """Forgets the rows that have ended."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune import console, launcher
 from finetune.artifacts.resolve import (
+    Weights,
     adapter_config,
     check_openable,
     is_adapter,
@@ -58,6 +61,35 @@ class Models:
     ) -> OpenedModel:
         """The model in `target`, as `open_model` opens it; in the number format of `like`, if given."""
         template = open_template(target, base=base)
+        self._take_off()
+        weights = self._load(target, base, like)
+        if not is_adapter(target):
+            return OpenedModel(self._base, template, "model", weights.path)
+        self._method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
+        adapted = self._method.code.load_adapter(self._base, Path(target))
+        self._adapted = self._placed(adapted)
+        return OpenedModel(self._adapted, template, "adapter", weights.path)
+
+    def beside(self, target: str | Path, *, base: str | None = None) -> OpenedModel:
+        """The same without ending the others that were opened so; their base must be the same."""
+        template = open_template(target, base=base)
+        weights = self._load(target, base, None)
+        if not is_adapter(target):
+            return OpenedModel(self._base, template, "model", weights.path)
+        method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
+        adapted = method.code.load_adapter(_sharing(self._base), Path(target))
+        return OpenedModel(self._placed(adapted), template, "adapter", weights.path)
+
+    def key(
+        self, target: str | Path, *, base: str | None = None, like: str | None = None
+    ) -> tuple[Any, ...]:
+        """What decides the base that a target stands on."""
+        saved = settings_of(like or target)
+        bits = self._placement.quantization or saved.quantization
+        return model_base(target, base), saved.dtype, saved.attention, bits, saved.kernels
+
+    def _load(self, target: str | Path, base: str | None, like: str | None) -> Weights:
+        """Holds the base of a target."""
         from finetune.distributed import device
         from finetune.models.library_logging import quiet_libraries
         from finetune.models.load import load_model
@@ -65,31 +97,23 @@ class Models:
         quiet_libraries()
         if said := device.unused():
             console.warn_once(said)
-        weights = model_base(target, base)
-        saved = settings_of(like or target)
-        placed = self._placement
-        saved = replace(saved, quantization=placed.quantization or saved.quantization)
-        _refuse_sharing(placed)
-        key = weights, saved.dtype, saved.attention, saved.quantization, saved.kernels
-        self._take_off()
+        _refuse_sharing(self._placement)
+        key = self.key(target, base=base, like=like)
+        weights: Weights
+        weights, dtype, attention, quantization, kernels = key
         if key != self._key:
             self._base = None  # before the next is loaded: there may be room for one only
             loaded: Any = load_model(
                 weights.path,
                 revision=weights.revision,
-                dtype=saved.dtype,
-                attention=saved.attention,
-                quantization=saved.quantization,
-                kernels=saved.kernels,
-                device_map=placed.device_map,
+                dtype=dtype,
+                attention=attention,
+                quantization=quantization,
+                kernels=kernels,
+                device_map=self._placement.device_map,
             )
             self._base, self._key = self._placed(loaded), key
-        if not is_adapter(target):
-            return OpenedModel(self._base, template, "model", weights.path)
-        self._method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
-        adapted = self._method.code.load_adapter(self._base, Path(target))
-        self._adapted = self._placed(adapted)
-        return OpenedModel(self._adapted, template, "adapter", weights.path)
+        return weights
 
     def _placed(self, model: Any) -> Any:
         """On this process's device, unless it is shared out over several."""
@@ -102,6 +126,36 @@ class Models:
             return
         self._base = self._method.code.detach(self._adapted)
         self._adapted = None
+
+
+def open_side_by_side(
+    targets: Mapping[str, str | Path], *, base: str | None = None, placement: Placement = HERE
+) -> dict[str, OpenedModel]:
+    """The models in `targets`, by their names, all open at once.
+
+    The weights of a base that several of them are made of lie in memory once; each adapter stands on
+    modules of its own, so that none of them is seen by the others.
+
+    Raises:
+        ModelError: as `open_model` does.
+        ConfigError: several are to be shared out over several accelerators.
+    """
+    if placement.device_map and len(targets) > 1:
+        raise ConfigError("--device-map auto is for one model: several share one accelerator")
+    bases: dict[tuple[Any, ...], Models] = {}
+    opened = {}
+    for name, target in targets.items():
+        check_openable(target)
+        models = Models(placement)
+        models = bases.setdefault(models.key(target, base=base), models)
+        opened[name] = models.beside(target, base=base)
+    return opened
+
+
+def _sharing(model: Any) -> Any:
+    """A model of modules of its own over the same tensors."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, tensors)
 
 
 def _refuse_sharing(placement: Placement) -> None:

@@ -10,16 +10,20 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
 from finetune.distributed.map_batches import evaluating
+from finetune.generation.batch import SharedPrefix
 from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob
+from finetune.serving.memory import KeptPrompts
 
 GATHER_SECONDS = 0.005
 """How long the first request of an idle server waits for company."""
@@ -27,18 +31,91 @@ TOKEN_BUDGET = 65_536
 """Bound on rows x longest (prompt + reply) of those that are written, for the memory of their cache."""
 
 
-class Engine:
-    """Answers jobs with one model, several at once."""
+class Writer:
+    """The replies that one model is writing."""
 
-    def __init__(self, model: Any, template: ChatTemplate, *, batch_size: int) -> None:
-        self.draining = False
-        """No new job is taken."""
+    def __init__(self, model: Any, template: ChatTemplate) -> None:
+        self.running: list[tuple[ReplyJob, DecodingRow]] = []
+        self.decoder = Decoder(model, template.stop_ids)
+        self.memory = KeptPrompts()
         self._model = model
         self._template = template
+
+    def add(self, jobs: Sequence[ReplyJob]) -> None:
+        """Computes prompts: those of a remembered beginning each behind it, the others together."""
+        new = []
+        for job in jobs:
+            beginning = self.memory.beginning_of(job.request.prompt)
+            if beginning is None:
+                new.append(job)
+            else:
+                self._add([job], beginning)
+        self._add(new)
+
+    def _add(self, jobs: Sequence[ReplyJob], beginning: SharedPrefix | None = None) -> None:
+        """Computes prompts together; where that fails each alone, so that one harms no other."""
+        if not jobs:
+            return
+        requests = [job.as_request() for job in jobs]
+        try:
+            rows = self.decoder.add(requests, beginning)
+        except Exception as error:
+            if self.decoder.batch.is_lost:
+                for job in jobs:
+                    _fail(job, error)
+                raise
+            if len(jobs) == 1:
+                _fail(jobs[0], error)
+            else:
+                for job in jobs:
+                    self._add([job])
+            return
+        self.running += zip(jobs, rows, strict=True)
+        self.settle()
+
+    def go_on(self, jobs: Sequence[ReplyJob]) -> None:
+        """Takes new jobs in, and gives every reply one more token."""
+        try:
+            self.add(jobs)
+            if self.decoder.active:
+                self.decoder.step()
+            self.settle()
+        except Exception as error:  # whatever it is, it must not end the server
+            self._fail_all(error)
+
+    def settle(self) -> None:
+        """Tells the clients whose replies have ended, and makes room where half of them have."""
+        for job, row in self.running:
+            if row.error is not None:
+                _fail(job, row.error)
+            elif row.is_done:
+                job.finish(row.stopped)
+                if not isinstance(row.request.prompt, ImagePrompt):
+                    self.memory.keep(self.decoder.taken(row))
+        self.running = [(job, row) for job, row in self.running if not row.is_done]
+        if self.decoder.is_sparse:
+            self.decoder.drop_done()
+
+    def _fail_all(self, error: Exception) -> None:
+        for job, _ in self.running:
+            _fail(job, error)
+        self.running = []
+        self.decoder = Decoder(self._model, self._template.stop_ids)
+
+
+class Engine:
+    """Answers jobs with one model or several, several jobs at once.
+
+    Replies of one model are computed together, those of several models in turns, a token each.
+    """
+
+    def __init__(self, models: Mapping[str, tuple[Any, ChatTemplate]], *, batch_size: int) -> None:
+        self.draining = False
+        """No new job is taken."""
+        self.writers = {name: Writer(*model) for name, model in models.items()}
+        self._models = [model for model, _ in models.values()]
         self._batch_size = batch_size
         self._waiting: deque[ReplyJob] = deque()
-        self._running: list[tuple[ReplyJob, DecodingRow]] = []
-        self._decoder = Decoder(model, template.stop_ids)
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -54,7 +131,12 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """Replies that wait, and replies that are written."""
-        return len(self._waiting), len(self._running)
+        return len(self._waiting), len(self._running())
+
+    @property
+    def remembered_tokens(self) -> int:
+        """Tokens of prompts that needed no computing, so far."""
+        return sum(writer.memory.used_tokens for writer in self.writers.values())
 
     def drain(self) -> None:
         """Refuses what waits and what may come; what is being written goes on. Safe in a handler."""
@@ -75,81 +157,47 @@ class Engine:
             job.fail(stopping())
 
     def _work(self) -> None:
-        with evaluating(self._model):
+        with ExitStack() as modes:
+            for model in self._models:
+                modes.enter_context(evaluating(model))
             while self._has_work():
-                try:
-                    self._add(self._admitted())
-                    if self._decoder.active:
-                        self._decoder.step()
-                    self._settle()
-                except Exception as error:  # whatever it is, it must not end the server
-                    self._fail_all(error)
+                admitted = self._admitted()
+                for name, writer in self.writers.items():
+                    writer.go_on([job for job in admitted if job.request.model == name])
 
     def _has_work(self) -> bool:
         """Waits for a job when none is running; False when the server stops."""
         with self._change:
-            if not self._running and not self._waiting:
+            if not self._running() and not self._waiting:
                 self._change.wait_for(lambda: bool(self._waiting) or self.draining)
                 self._change.wait_for(self._is_full, timeout=GATHER_SECONDS)
-            return bool(self._running or self._waiting)
+            return bool(self._running() or self._waiting)
+
+    def _running(self) -> list[ReplyJob]:
+        return [job for writer in self.writers.values() for job, _ in writer.running]
 
     def _admitted(self) -> list[ReplyJob]:
         """The first of those who wait, as many as fit beside those that are written."""
-        running = [job.request.num_tokens for job, _ in self._running]
+        running = [job.request.num_tokens for job in self._running()]
         width, admitted = max(running, default=0), list[ReplyJob]()
         with self._change:
             gone = [job for job in self._waiting if job.cancelled]
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
             while self._waiting and len(running) + len(admitted) < self._batch_size:
-                width = max(width, self._waiting[0].request.num_tokens)
+                first = self._waiting[0].request
+                width = max(width, first.num_tokens)
                 rows = len(running) + len(admitted) + 1
                 if rows > 1 and rows * width > TOKEN_BUDGET:
                     break
-                prompts = [job.request.prompt for job in (*admitted, self._waiting[0])]
-                if self._decoder.batch.num_at_once(prompts) < len(prompts):
+                beside = [job.request for job in admitted if job.request.model == first.model]
+                prompts = [request.prompt for request in (*beside, first)]
+                batch = self.writers[first.model].decoder.batch
+                if batch.num_at_once(prompts) < len(prompts):
                     break
                 admitted.append(self._waiting.popleft())
         for job in gone:
             job.release()
         return admitted
-
-    def _add(self, jobs: Sequence[ReplyJob]) -> None:
-        """Computes their prompts together; where that fails each alone, so that one harms no other."""
-        if not jobs:
-            return
-        requests = [job.as_request() for job in jobs]
-        try:
-            rows = self._decoder.add(requests)
-        except Exception as error:
-            if self._decoder.batch.is_lost:
-                for job in jobs:
-                    _fail(job, error)
-                raise
-            if len(jobs) == 1:
-                _fail(jobs[0], error)
-            else:
-                for job in jobs:
-                    self._add([job])
-            return
-        self._running += zip(jobs, rows, strict=True)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Tells the clients whose replies have ended, and makes room where half of them have."""
-        for job, row in self._running:
-            if row.error is not None:
-                _fail(job, row.error)
-            elif row.is_done:
-                job.finish(row.stopped)
-        self._running = [(job, row) for job, row in self._running if not row.is_done]
-        if self._decoder.is_sparse:
-            self._decoder.drop_done()
-
-    def _fail_all(self, error: Exception) -> None:
-        for job, _ in self._running:
-            _fail(job, error)
-        self._running = []
-        self._decoder = Decoder(self._model, self._template.stop_ids)
 
     def _is_full(self) -> bool:
         return self.draining or len(self._waiting) >= self._batch_size

@@ -46,6 +46,7 @@ class Metrics:
                 *_metric("replies_running", "gauge", "Replies that are written.", [f" {running}"]),
                 *_metric("replies_waiting", "gauge", "Replies in the queue.", [f" {waiting}"]),
                 *_metric("prompt_tokens_total", "counter", "Tokens of prompts.", [f" {self._prompt_tokens}"]),
+                *_metric("remembered_prompt_tokens_total", "counter", "Tokens of prompts that needed no computing.", [f" {self._engine.remembered_tokens}"]),
                 *_metric("reply_tokens_total", "counter", "Tokens of replies.", [f" {self._reply_tokens}"]),
                 *_metric("first_tokens_total", "counter", "Replies that began.", [f" {self._first_tokens}"]),
                 *_metric("first_token_seconds_total", "counter", "Seconds until they began, in all.", [f" {self._seconds_to_first:.6f}"]),

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from finetune.generation.load import OpenedModel
     from finetune.serving.engine import Engine
+    from finetune.serving.requests.rules import RequestRules
 
 KEY_VARIABLE = "FINETUNE_API_KEY"
 MIN_KEY = 16
@@ -37,8 +39,6 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
-    name: str | None = None
-    """The model's id for clients; by default the last part of the target."""
     api_key_file: Path | None = None
     allow_hosts: tuple[str, ...] = ()
     max_new_tokens: int = 1024
@@ -57,61 +57,70 @@ class ServeOptions:
 
 
 def serve(
-    target: str, *, shown_as: str, base: str | None = None, options: ServeOptions = ServeOptions()
+    targets: Mapping[str, str], *, base: str | None = None, options: ServeOptions = ServeOptions()
 ) -> None:
-    """Opens `target` and answers requests until SIGTERM or Ctrl-C.
+    """Opens the targets and answers requests until SIGTERM or Ctrl-C.
 
     Args:
-        target: what `open_model` opens.
-        shown_as: what the user called it.
-        base: the adapter's base where its own record is out of date.
+        targets: what `open_model` opens, by the ids that clients call it by.
+        base: the adapters' base where their own records are out of date.
         options: where, and what is taken.
 
     Raises:
         ConfigError: the address cannot be bound, or the key for it is missing.
-        ModelError: `target` cannot be opened.
+        ModelError: a target cannot be opened.
     """
     _check_installed()
     with _bound(options.host, options.port) as listener:
         key = _key(options, listener)
-        console.say(f"opening {target} ...")
-        from finetune.generation.load import open_model
+        console.say(f"opening {', '.join(targets.values())} ...")
+        from finetune.generation.load import open_side_by_side
 
-        opened = open_model(target, base=base, placement=options.placement)
-        name = options.name or Path(shown_as).name
-        app, engine = endpoint(opened, name, options, key)
+        opened = open_side_by_side(targets, base=base, placement=options.placement)
+        app, engine = endpoint(opened, options, key)
         listener.listen()
-        console.say(f"{name} answers at {_url(listener)}/v1; Ctrl-C stops it")
+        verb = "answers" if len(targets) == 1 else "answer"
+        console.say(f"{', '.join(targets)} {verb} at {_url(listener)}/v1; Ctrl-C stops it")
         _run(app, engine, listener)
     console.say("stopped")
 
 
 def endpoint(
-    opened: OpenedModel, name: str, options: ServeOptions, key: bytes | None
+    models: Mapping[str, OpenedModel], options: ServeOptions, key: bytes | None
 ) -> tuple[FastAPI, Engine]:
-    """The ASGI application on an opened model, and the engine that writes its replies."""
-    from finetune.generation.generate import context_length
+    """The ASGI application on opened models by their ids, and the engine that writes their replies."""
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access
+
+    rules = {name: _rules(name, opened, options) for name, opened in models.items()}
+    if importlib.util.find_spec("llguidance") is not None:
+        for one in rules.values():
+            _ = (
+                one.structures
+            )  # two seconds for GLM-4's vocabulary, which no request shall wait for
+    engine = Engine(
+        {name: (opened.model, opened.template) for name, opened in models.items()},
+        batch_size=options.batch_size,
+    )
+    limits = Limits(options.max_requests, options.max_request_mb << 20)
+    hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
+    return make_app(engine, rules, limits, Access(hosts, key)), engine
+
+
+def _rules(name: str, opened: OpenedModel, options: ServeOptions) -> RequestRules:
+    from finetune.generation.generate import context_length
     from finetune.serving.requests.rules import RequestRules
 
     contexts = [n for n in (options.context, context_length(opened.model)) if n is not None]
-    context = min(contexts, default=None)
-    rules = RequestRules(
+    return RequestRules(
         name,
         opened.template,
-        context,
+        min(contexts, default=None),
         options.max_new_tokens,
         options.history,
         strict_fields=options.strict,
     )
-    if importlib.util.find_spec("llguidance") is not None:
-        _ = rules.structures  # two seconds for GLM-4's vocabulary, which no request shall wait for
-    engine = Engine(opened.model, opened.template, batch_size=options.batch_size)
-    limits = Limits(options.max_requests, options.max_request_mb << 20)
-    hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
-    return make_app(engine, {name: rules}, limits, Access(hosts, key)), engine
 
 
 def _check_installed() -> None:

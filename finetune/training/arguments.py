@@ -80,7 +80,7 @@ def training_arguments(
             "per_device_train_batch_size": section.batch_size,
             "gradient_accumulation_steps": section.gradient_accumulation_steps,
             "learning_rate": section.learning_rate,
-            "lr_scheduler_type": _schedule(section.lr_schedule),
+            "lr_scheduler_type": section.lr_schedule,
             "warmup_steps": section.warmup_steps,
             "weight_decay": section.weight_decay,
             "max_grad_norm": section.max_grad_norm,
@@ -128,10 +128,6 @@ def check_trackers(report_to: Sequence[str]) -> None:
             f"training.report_to: {', '.join(missing)} not installed; "
             f"pip install {' '.join(missing)}"
         )
-
-
-def _schedule(name: str) -> str:
-    return "constant_with_warmup" if name == "constant" else name
 
 
 @dataclass(frozen=True)

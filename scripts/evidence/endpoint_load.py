@@ -2,10 +2,12 @@
 
     python scripts/evidence/endpoint_load.py [--clients 64] [--seconds 300]
 
-A tiny random model is served in this process. Two of three requests are ordinary and compared, text
+A tiny random model is served by `finetune serve` in a process of its own, whose memory is watched. Two
+of three requests are ordinary and compared, text
 for text, with what the same request got alone; the others are the odd requests and bombs of
 `tests/reliability/strangers_endpoint.py`, clients that leave in the middle, and headers that never end.
-Prints one line with counts, and ends with 1 if an ordinary request was answered otherwise.
+Prints one line with counts, and ends with 1 if an ordinary request was answered otherwise, or if the
+server's memory grew by more than 2 percent after the first third of the time.
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
 import json
+import os
 import random
-import resource
+import re
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +76,41 @@ async def hostile(client: httpx.AsyncClient, chance: random.Random, bodies: list
     return kind
 
 
-async def load(url: str, clients: int, seconds: float, bodies: list[Any]) -> tuple[Counter[str], float]:  # fmt: skip
-    """Counts of what came, and the growth of memory after the first third, in parts of it."""
+@contextlib.contextmanager
+def served(model: Path, log: Path, requests: int) -> Iterator[tuple[str, int]]:
+    """`finetune serve` on a free port until the block ends: its URL and the process."""
+    command = [sys.executable, "-m", "finetune", "serve", str(model), "--port", "0"]
+    command += ["--name", "tiny", "--max-requests", str(requests)]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while not (found := re.search(r"http://[^/]+", log.read_text())):
+            if server.poll() is not None:
+                raise SystemExit(log.read_text())
+            time.sleep(0.1)
+        yield found[0], server.pid
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def pages(process: int) -> int:
+    """Memory pages of a process."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1])
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def load(
+    url: str, process: int, options: argparse.Namespace, bodies: list[Any]
+) -> tuple[Counter[str], list[int]]:
+    """Counts of what came, and the memory of the server, thirty times."""
     counts: Counter[str] = Counter()
+    seconds = options.seconds
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         alone = [await text_of(client, ordinary(number)) for number in range(40)]
@@ -94,11 +130,10 @@ async def load(url: str, clients: int, seconds: float, bodies: list[Any]) -> tup
         async def watch() -> None:
             while time.monotonic() < end:
                 await asyncio.sleep(seconds / 30)
-                sizes.append(int(Path("/proc/self/statm").read_text().split()[1]))
+                sizes.append(pages(process))
 
-        await asyncio.gather(watch(), *(one(number) for number in range(clients)))
-    warm = max(sizes[: len(sizes) // 3])
-    return counts, max(sizes[len(sizes) // 3 :]) / warm - 1
+        await asyncio.gather(watch(), *(one(number) for number in range(options.clients)))
+    return counts, sizes
 
 
 def main() -> int:
@@ -109,20 +144,25 @@ def main() -> int:
     options = parser.parse_args()
     import serving
 
-    from finetune.generation.load import open_model
     from tests.reliability import strangers_endpoint as strangers
 
     bodies = [body for body, _ in strangers.ODD.values()]
     bodies += [body for body, _ in strangers._bombs().values()]
     with tempfile.TemporaryDirectory() as folder:
-        opened = open_model(serving.save_talkative(Path(folder) / "model"))
-        quiet = contextlib.redirect_stdout(io.StringIO())
-        with quiet, serving.served(opened, max_requests=options.clients + 8) as server:
-            counts, grown = asyncio.run(load(server.url, options.clients, options.seconds, bodies))  # fmt: skip
+        model = serving.save_talkative(Path(folder) / "model")
+        with served(model, Path(folder) / "log", options.clients + 8) as (url, process):
+            begun = cpu_seconds(process)
+            counts, sizes = asyncio.run(load(url, process, options, bodies))
+            cpu = cpu_seconds(process) - begun
     told = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{told}; memory after warm-up {grown:+.1%}, at most {peak:.0f} MB", flush=True)
-    return 1 if counts["ORDINARY, OTHERWISE"] or not counts["ordinary, as alone"] else 0
+    third = len(sizes) // 3
+    grown = max(sizes[third:]) / max(sizes[:third]) - 1
+    most = max(sizes) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    print(
+        f"{told}; {cpu:.0f} CPU seconds; memory {grown:+.1%} after warm-up, at most {most:.0f} MB"
+    )
+    well = counts["ordinary, as alone"] and not counts["ORDINARY, OTHERWISE"] and grown < 0.02
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

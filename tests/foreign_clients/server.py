@@ -24,6 +24,7 @@ import tiny
 from asked import KEY
 from safetensors.torch import load_file, save_file
 
+from finetune.generation.batch import SharedPrefix
 from finetune.generation.decoder import Decoder, DecodingRow, Request
 from finetune.generation.load import open_model
 
@@ -59,7 +60,14 @@ class Obedient(Decoder):
         self.__dict__.update(decoder.__dict__)
         self._template = template
 
-    def add(self, requests: Sequence[Request]) -> list[DecodingRow]:
+    def taken(self, row: DecodingRow) -> SharedPrefix:
+        """Nothing was computed of what was only recited."""
+        is_own = any(other is row for other in self._rows)
+        return super().taken(row) if is_own else SharedPrefix.kept([], [])
+
+    def add(
+        self, requests: Sequence[Request], prefix: SharedPrefix | None = None
+    ) -> list[DecodingRow]:
         """The rows; those without a constraint are written at once."""
         return [self._row(request) for request in requests]
 
@@ -139,7 +147,8 @@ def both() -> Iterator[dict[str, str]]:
             serving.served(opened, **options) as random,
             serving.served(opened, **options) as obedient,
         ):
-            obedient.engine._decoder = Obedient(obedient.engine._decoder, opened.template)
+            writer = obedient.engine.writers["tiny"]
+            writer.decoder = Obedient(writer.decoder, opened.template)
             yield {"random": random.url, "obedient": obedient.url}
 
 

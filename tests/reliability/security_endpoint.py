@@ -42,7 +42,7 @@ def _client(key: str | None = None, **limits: int) -> Any:
     from finetune.serving.guard import Access
     from finetune.serving.requests.rules import RequestRules
 
-    engine = Engine(_Model(), _template(), batch_size=1)
+    engine = Engine({"m": (_Model(), _template())}, batch_size=1)
     rules = RequestRules("m", _template(), 512, 8)
     bounds = Limits(limits.get("requests", 4), limits.get("body_bytes", 1 << 20))
     access = Access({"localhost"}, key.encode() if key else None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ TIMES = (
     "the first forward pass of a step", "the optimizer step", "the validation loss", "generation",
     "writing predictions",
 )  # fmt: skip
+EACH_STEP = {"training__save_every_steps": 1}
 VALUES = {"NaN": float("nan"), "infinity": float("inf"), "minus infinity": float("-inf")}
 
 
@@ -30,6 +33,7 @@ def cases() -> Iterator[Case]:
     bench = Bench(folder)
     yield from ways_to_end(bench)
     yield from numbers(bench)
+    yield from lost_outputs(bench)
     yield from changed_sources(bench)
 
 
@@ -37,7 +41,7 @@ def cases() -> Iterator[Case]:
 
 
 def ways_to_end(bench: Bench) -> Iterator[Case]:
-    """Signals besides SIGTERM and Ctrl-C, each at some moments."""
+    """Signals besides SIGTERM and Ctrl-C, each at every moment."""
     for number in OTHERS:
         name = signal.Signals(number).name
         for moment in TIMES:
@@ -45,9 +49,13 @@ def ways_to_end(bench: Bench) -> Iterator[Case]:
             run = partial(signalled, bench, number, (module, function, call), step, {})
             yield Case(f"end: {name}, {moment}", run)
         module, function, call, step = SAVING["a save"]
-        changes = {"training__save_every_steps": 1}
-        run = partial(signalled, bench, number, (module, function, call), step, changes)
+        run = partial(signalled, bench, number, (module, function, call), step, EACH_STEP)
         yield Case(f"end: {name}, a save", run)
+        for moment, (module, function, call, step) in (MOMENTS | SAVING).items():
+            if moment not in (*TIMES, "a save"):
+                changes = EACH_STEP if moment in SAVING else {}
+                run = partial(signalled, bench, number, (module, function, call), step, changes)
+                yield Case(f"phase: {name}, {moment}", run)
 
 
 # --- numbers that are none -------------------------------------------------------------------------
@@ -120,6 +128,61 @@ def odd_seed(bench: Bench, seed: int, folder: Path) -> str:
     code, said = command("train", path)
     fine = code == 2 and "training.seed" in said and "Traceback" not in said
     return "" if fine else f"ended with {code}: {said[-300:]}"
+
+
+# --- nobody reads the output -----------------------------------------------------------------------
+
+
+def lost_outputs(bench: Bench) -> Iterator[Case]:
+    """A closed pipe, a terminal that goes, streams that are closed at the start."""
+    ways: dict[str, Callable[[], None]] = {
+        "a closed pipe": close_pipe,
+        "a terminal that has gone": close_terminal,
+        "standard output closed": partial(close_streams, 1),
+        "standard error closed": partial(close_streams, 2),
+        "all streams closed": partial(close_streams, 0, 1, 2),
+    }
+    for name, lose in ways.items():
+        yield Case(f"output: {name}", partial(unread, bench, lose))
+
+
+def unread(bench: Bench, lose: Callable[[], None], folder: Path) -> str:
+    """The run ends as without it."""
+    ended = bench.start(KIND, folder, lambda rank: lose())
+    return bench.differs(KIND, folder) if ended.well else f"ended with {ended.codes}: {ended.said}"
+
+
+def close_pipe() -> None:
+    """As `| head` leaves it."""
+    reading, writing = os.pipe()
+    os.dup2(writing, 1)
+    os.close(reading)
+    open_anew()
+
+
+def close_terminal() -> None:
+    """As a connection that breaks leaves it."""
+    ours, theirs = os.openpty()
+    os.dup2(theirs, 1)
+    os.dup2(theirs, 2)
+    os.close(theirs)
+    os.close(ours)
+    open_anew()
+
+
+def open_anew() -> None:
+    """Python's streams as a program finds them: those of a fork still take the output for a file.
+
+    A file can be sought, so that a change of their settings ends with "Illegal seek".
+    """
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+
+
+def close_streams(*numbers: int) -> None:
+    """As `>&-` does it: Python finds no stream then."""
+    for number in numbers:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
 
 
 # --- what a run depends on -------------------------------------------------------------------------

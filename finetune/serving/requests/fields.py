@@ -126,7 +126,7 @@ class NamedTool(_Fields):
     function: NamedFunction
 
 
-class Sampling(_Fields):
+class SamplingFields(_Fields):
     """The fields of every request for a reply."""
 
     model: str
@@ -153,7 +153,7 @@ class Sampling(_Fields):
     prompt_cache_retention: Any = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(SamplingFields):
     """The fields of `/v1/chat/completions`."""
 
     messages: list[Any]
@@ -167,7 +167,7 @@ class ChatRequest(Sampling):
     max_completion_tokens: Tokens | None = None
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingFields):
     """The fields of `/v1/completions`."""
 
     prompt: Prompts
@@ -177,7 +177,7 @@ class CompletionRequest(Sampling):
 
 KNOWN_ELSEWHERE = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
 """Such as `messages` beside a `prompt`: a mistake, which is refused."""
-AnyRequest = TypeVar("AnyRequest", bound=Sampling)
+AnyRequest = TypeVar("AnyRequest", bound=SamplingFields)
 
 
 def parse(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from finetune.generation.decoder import Constraint, Decoding
 from finetune.serving.errors import ApiError, bad_request
-from finetune.serving.requests.fields import Sampling
+from finetune.serving.requests.fields import SamplingFields
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
@@ -96,7 +96,9 @@ class Asked(Protocol):
         """What is asked for, with seeds that follow each other; ApiError when it cannot be answered."""
 
 
-def decoding(fields: Sampling, prompt: int, rules: RequestRules, *, wanted: int | None) -> Decoding:
+def decoding(
+    fields: SamplingFields, prompt: int, rules: RequestRules, *, wanted: int | None
+) -> Decoding:
     """How a reply to `prompt` tokens is chosen; a length that does not fit is lowered.
 
     Args:

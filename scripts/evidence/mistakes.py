@@ -1,0 +1,129 @@
+"""Python source -> small mistakes that somebody could have made in it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Mistake(NamedTuple):
+    """A text of the source and what stands there instead."""
+
+    line: int
+    column: int
+    """In bytes, as `ast` counts."""
+    old: str
+    new: str
+
+
+COMPARED: dict[type[ast.cmpop], tuple[str, ...]] = {
+    ast.Lt: ("<=", ">"),
+    ast.LtE: ("<", ">="),
+    ast.Gt: (">=", "<"),
+    ast.GtE: (">", "<="),
+    ast.Eq: ("!=",),
+    ast.NotEq: ("==",),
+    ast.Is: ("is not",),
+    ast.IsNot: ("is",),
+    ast.In: ("not in",),
+    ast.NotIn: ("in",),
+}
+COMPUTED: dict[type[ast.operator], tuple[str, str]] = {
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "/"),
+    ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "/"),
+    ast.Mod: ("%", "*"),
+    ast.BitAnd: ("&", "|"),
+    ast.BitOr: ("|", "&"),
+}
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "sum": "max"}
+
+
+def mistakes(source: str) -> list[Mistake]:
+    """Turned comparisons, signs, conditions and flags, numbers off by one, calls left out."""
+    found = dict.fromkeys(_Finder(source).found())
+    return sorted(found)
+
+
+class _Finder:
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._tree = ast.parse(source)
+
+    def found(self) -> Iterator[Mistake]:
+        skipped = self._not_code()
+        for node in ast.walk(self._tree):
+            if id(node) not in skipped:
+                yield from self._of(node)
+
+    def _not_code(self) -> set[int]:
+        """Annotations, decorators, and what only types or texts are made of."""
+        roots: list[ast.AST | None] = []
+        for node in ast.walk(self._tree):
+            match node:
+                case ast.AnnAssign(annotation=annotation) | ast.arg(annotation=annotation):
+                    roots.append(annotation)
+                case ast.FunctionDef() | ast.AsyncFunctionDef():
+                    roots += [node.returns, *node.decorator_list]
+                case ast.ClassDef():
+                    roots += node.decorator_list
+                case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.JoinedStr():
+                    roots.append(node)
+        return {id(inner) for root in roots if root is not None for inner in ast.walk(root)}
+
+    def _of(self, node: ast.AST) -> Iterator[Mistake]:  # noqa: C901 - a table of kinds
+        match node:
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                for symbol in COMPARED[type(op)]:
+                    yield self._put(node, f"{self._text(left)} {symbol} {self._text(right)}")
+            case ast.BoolOp(op=op, values=[first, *others]):
+                word = " or " if isinstance(op, ast.And) else " and "
+                yield self._put(node, word.join(map(self._text, [first, *others])), closed=True)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                yield self._put(node, self._text(operand), closed=True)
+            case ast.BinOp(left=left, op=op, right=right) if _is_number(node):
+                yield self._put(
+                    node,
+                    f"{self._text(left)} {COMPUTED[type(op)][1]} {self._text(right)}",
+                    closed=True,
+                )
+            case ast.AugAssign(target=target, op=op, value=value) if type(op) in COMPUTED:
+                yield self._put(
+                    node, f"{self._text(target)} {COMPUTED[type(op)][1]}= {self._text(value)}"
+                )
+            case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+                if not isinstance(test, ast.Compare | ast.Constant):
+                    yield self._put(test, f"not ({self._text(test)})", closed=True)
+            case ast.Constant(value=bool() as value):
+                yield self._put(node, str(not value))
+            case ast.Constant(value=int() as value):
+                yield self._put(node, str(value + 1))
+            case ast.Expr(value=ast.Call()):
+                yield self._put(node, "pass")
+            case ast.Call(func=ast.Name(id=name) as function) if name in NAMES:
+                yield self._put(function, NAMES[name])
+
+    def _text(self, node: ast.AST) -> str:
+        return ast.get_source_segment(self._source, node) or ""
+
+    def _put(self, node: ast.AST, new: str, *, closed: bool = False) -> Mistake:
+        place = node if isinstance(node, ast.expr | ast.stmt) else None
+        assert place is not None
+        new = f"({new})" if closed else new
+        return Mistake(place.lineno, place.col_offset, self._text(node), new)
+
+
+def _is_number(node: ast.BinOp) -> bool:
+    """Whether numbers are computed: of joined texts and of paths another sign is no mistake, only noise."""
+    sides = (node.left, node.right)
+    is_text = any(
+        isinstance(side, ast.JoinedStr)
+        or (isinstance(side, ast.Constant) and isinstance(side.value, str))
+        for side in sides
+    )
+    names = [side.id for side in sides if isinstance(side, ast.Name)]
+    is_path = isinstance(node.op, ast.Div) and any(name.isupper() for name in names)
+    return type(node.op) in COMPUTED and not is_text and not is_path

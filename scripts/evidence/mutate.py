@@ -1,0 +1,324 @@
+"""Small mistakes put into the code, one at a time: do the tests of its room notice?
+
+    python scripts/evidence/mutate.py --change main            # lines that differ from main
+    python scripts/evidence/mutate.py finetune/data/chat/spans.py --most 40
+    python scripts/evidence/mutate.py --list mistakes.jsonl    # {"file", "old", "new"[, "tests"]} a line
+
+Works in a copy of the tree. The heavy libraries are imported once; each mistake gets a forked process
+that imports the project anew and runs the tests that name the module, then those of its room, up to the
+first failure. Prints a line for each and ends with 1 when one survived. A survivor is a missing test, or
+a change that changes nothing: which of both, somebody has to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from mistakes import mistakes  # noqa: E402
+
+COPIED = [
+    "finetune",
+    "tests",
+    "scripts",
+    "configs",
+    "data",
+    "docs",
+    "deploy",
+    ".ci",
+    "pyproject.toml",
+    "finetune.py",
+]
+COPIED += [
+    "README.md",
+    "README_zh.md",
+    "SECURITY.md",
+    "SECURITY_zh.md",
+    "CHANGELOG.md",
+    "constraints.txt",
+]
+COPIED += ["CONTRIBUTING.md", "CONTRIBUTING_zh.md", "LICENSE"]
+REWRITTEN = "pytest.PytestAssertRewriteWarning"
+"""pytest would have liked to see its plugins before they were imported."""
+SLOW = re.compile(r"subprocess|torchrun|command_line|browser|\brun_command")
+"""Words of test files that start processes; they come last."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: a text of a file and what stands there instead."""
+
+    file: str
+    old: str
+    new: str
+    line: int = 0
+    """Where the text begins; 0: it stands in the file once."""
+    column: int = 0
+    tests: tuple[str, ...] = ()
+    """The tests that are run; none: those of the module and its room."""
+
+    def applied(self, source: str) -> str:
+        """The file with the mistake in it."""
+        if not self.line:
+            if source.count(self.old) != 1:
+                raise SystemExit(f"{self.file}: {source.count(self.old)} × {self.old!r}, not 1")
+            return source.replace(self.old, self.new)
+        lines = source.encode().splitlines(keepends=True)
+        start = sum(map(len, lines[: self.line - 1])) + self.column
+        data = source.encode()
+        assert data[start:].startswith(self.old.encode()), (self.file, self.line, self.old)
+        return (data[:start] + self.new.encode() + data[start + len(self.old.encode()) :]).decode()
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {' '.join(self.old.split())[:60]} -> {' '.join(self.new.split())[:60]}"
+
+
+def changed_lines(commit: str) -> dict[str, set[int]]:
+    """Lines of the package that differ from a commit, by file."""
+    command = ["git", "diff", "-U0", commit, "--", "finetune"]
+    diff = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    found: dict[str, set[int]] = {}
+    file = ""
+    for line in diff.splitlines():
+        if line.startswith("+++ "):
+            file = line.removeprefix("+++ b/")
+        elif match := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
+            start, count = int(match[1]), int(match[2] or 1)
+            found.setdefault(file, set()).update(range(start, start + count))
+    return {file: lines for file, lines in found.items() if file.endswith(".py")}
+
+
+def made(files: dict[str, set[int] | None], most: int, seed: int) -> list[Mutation]:
+    """At most so many of the mistakes that the files' lines (None: all) allow, drawn by a seed."""
+    all_of_them = [
+        Mutation(file, one.old, one.new, one.line, one.column)
+        for file, lines in files.items()
+        for one in mistakes((ROOT / file).read_text(encoding="utf-8"))
+        if lines is None or one.line in lines
+    ]
+    drawn = random.Random(seed).sample(all_of_them, min(most, len(all_of_them)))
+    return sorted(drawn, key=lambda one: (one.file, one.line, one.column))
+
+
+def listed(path: Path) -> list[Mutation]:
+    """The mistakes of a file, one a line."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [
+        Mutation(
+            row["file"],
+            row["old"],
+            row["new"],
+            row.get("line", 0),
+            row.get("column", 0),
+            tuple(row.get("tests", ())),
+        )
+        for row in rows
+    ]
+
+
+def tests_of(file: str, *, room_too: bool) -> list[str]:
+    """Test files that name the module, then those that name its room; quick ones first in both."""
+    module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    room = ".".join(module.split(".")[:2])
+    near, far = [], []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        package, _, name = module.rpartition(".")
+        names = rf"{re.escape(module)}\b|from {re.escape(package)} import [^\n]*\b{name}\b"
+        slow = len(SLOW.findall(text))
+        if re.search(names, text):
+            near.append((slow, path.name))
+        elif room_too and re.search(rf"{re.escape(room)}\b", text):
+            far.append((slow, path.name))
+    return [f"tests/{name}" for _, name in [*sorted(near), *sorted(far)]]
+
+
+def copied() -> Path:
+    """A copy of the tree; the caller removes it."""
+    folder = Path(tempfile.mkdtemp(prefix="mutate-"))
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", ".mypy_cache", ".ruff_cache")
+            shutil.copytree(source, folder / name, ignore=ignored, symlinks=True)
+        elif source.is_file():
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def forked(work: Callable[[], int], log: Path) -> int:
+    """The id of a process that ends with what `work` returns; all that it prints goes to `log`."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:  # whatever happens, this process never goes on with what its parent was doing
+        os.setsid()
+        with log.open("w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = work()
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def warm_up(tests: Sequence[str], folder: Path) -> None:
+    """Imports here what the tests import, but for the project and the tests themselves."""
+    found = folder / "imported"
+
+    def scout() -> int:
+        import pytest
+
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *tests])
+        ours = {path.stem for path in Path("tests").glob("*.py")} | {"finetune", "tests"}
+        ours |= {"__main__", "mistakes", "xdist"}
+        names = [n for n in sys.modules if n.partition(".")[0] not in ours and "pytest" not in n]
+        found.write_text("\n".join(names), encoding="utf-8")
+        return 0
+
+    os.waitpid(forked(scout, folder / "log"), 0)
+    for name in found.read_text(encoding="utf-8").splitlines():
+        try:
+            __import__(name)
+        except Exception:
+            continue
+
+
+def first_failure(tests: Sequence[str], log: Path, seconds: float) -> str:
+    """The first of the tests that fails, in a process of their own; "" when all pass."""
+
+    def run() -> int:
+        import pytest
+
+        sys.dont_write_bytecode = True
+        quiet = ["-q", "--tb=line", "-p", "no:cacheprovider"]
+        return int(pytest.main([*quiet, "-W", f"ignore::{REWRITTEN}", "-x", *tests]))
+
+    child = forked(run, log)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if not done:
+            time.sleep(0.02)
+            continue
+        code = os.waitstatus_to_exitcode(status)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        named = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.M)
+        if code and not named:
+            raise SystemExit(f"the tests cannot be run ({code}): {text[-1000:]}")
+        return str(named[0]) if code else ""
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return f"no end within {seconds:.0f} s"
+
+
+class Laboratory:
+    """A copy of the tree in which mistakes are made."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self._folder = folder
+        self._seconds = seconds
+        self._sound: dict[str, bool] = {}
+        """Tests by whether they pass in the copy as it is."""
+
+    def noticed_by(self, mutation: Mutation, tests: Sequence[str]) -> str:
+        """The test that fails because of the mistake; "" when none does."""
+        path = self._folder / mutation.file
+        whole = path.read_text(encoding="utf-8")
+        while tests:
+            path.write_text(mutation.applied(whole), encoding="utf-8")
+            try:
+                found = self._first_failure([*tests, *self._unsound()])
+            finally:
+                path.write_text(whole, encoding="utf-8")
+            if "::" not in found:
+                return found
+            if found not in self._sound:
+                self._sound[found] = not self._first_failure([found])
+            if self._sound[found]:
+                return found
+        return ""
+
+    def _first_failure(self, tests: Sequence[str]) -> str:
+        return first_failure(tests, self._folder / "log", self._seconds)
+
+    def _unsound(self) -> list[str]:
+        return [f"--deselect={test}" for test, is_sound in self._sound.items() if not is_sound]
+
+
+def outcomes(
+    mutations: Sequence[Mutation], seconds: float, *, room_too: bool
+) -> Iterator[tuple[Mutation, str, float]]:
+    """Each mutation with what noticed it, "" for none, and the seconds that it took."""
+    folder = copied()
+    os.chdir(folder)
+    sys.path[:0] = [str(folder), str(folder / "tests")]
+    os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{folder / 'tests'}"
+    chosen = {one: list(one.tests) or tests_of(one.file, room_too=room_too) for one in mutations}
+    laboratory = Laboratory(folder, seconds)
+    try:
+        warm_up(sorted({t.partition("::")[0] for tests in chosen.values() for t in tests}), folder)
+        for one in mutations:
+            begun = time.monotonic()
+            yield one, laboratory.noticed_by(one, chosen[one]), time.monotonic() - begun
+    finally:
+        os.chdir(ROOT)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Makes the mistakes; 1 when one survives."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", help="modules of the package")
+    parser.add_argument("--change", metavar="COMMIT", help="only lines that differ from it")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="mistakes of a person's own")
+    parser.add_argument("--most", type=int, default=60, help="mistakes that are made (60)")
+    parser.add_argument("--seed", type=int, default=0, help="draws them (0)")
+    parser.add_argument("--seconds", type=float, default=300, help="for one mistake (300)")
+    parser.add_argument("--near", action="store_true", help="only tests that name the module")
+    parser.add_argument("--tests", nargs="*", default=(), help="instead of the room's")
+    asked = parser.parse_args()
+    if asked.list:
+        mutations = listed(asked.list)
+    else:
+        lines: dict[str, set[int] | None] = dict.fromkeys(asked.files)
+        lines |= changed_lines(asked.change) if asked.change else {}
+        mutations = made(lines, asked.most, asked.seed)
+    if asked.tests:
+        mutations = [
+            Mutation(m.file, m.old, m.new, m.line, m.column, tuple(asked.tests)) for m in mutations
+        ]
+    counts = Counter[bool]()
+    for one, found, seconds in outcomes(mutations, asked.seconds, room_too=not asked.near):
+        counts[bool(found)] += 1
+        print(f"{'caught  ' if found else 'SURVIVED'} {seconds:5.1f} s  {one}  {found}", flush=True)
+    print(f"{counts[True]} of {counts.total()} mistakes were noticed")
+    return int(counts[False] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
