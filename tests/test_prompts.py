@@ -186,7 +186,7 @@ def test_a_turn_with_an_image_stays_when_later_turns_are_dropped() -> None:
             return [0] * sum(len(message.content) for message in conversation.messages[:reply])
 
     template: Any = Layout()
-    question = prompts_module._Question(Conversation(messages), 5)
+    question = prompts_module.Question(Conversation(messages), 5)
     kept = prompts_module._shortened(question, [0] * 10**6, template, 60)
     assert kept is not None
     assert asked == [["a picture", "of a cat", "the last"]]
@@ -201,4 +201,6 @@ def test_a_reply_beside_tools_counts_as_one_with_tools_whether_or_not_it_calls(
 ) -> None:
     [prompt] = reply_prompts([dialogue(1)], template)
     reference = Message("assistant", "{}", name)
-    assert slices_of(replace(prompt, tools=tools, reference=reference))["kind"] == kind
+    messages = (*prompt.conversation.messages[: prompt.index], reference)
+    asked = replace(prompt, conversation=Conversation(messages, tools))
+    assert slices_of(asked)["kind"] == kind
