@@ -145,7 +145,7 @@ def test_unread_text_is_counted_and_ids_and_numbers_are_not(tmp_path: Path) -> N
     (source,) = check(str(file)).sources
     assert source.unread == {"notes": 2}
     assert check(str(file)).notes()[0] == (
-        f"{file}: notes: text of 2 rows is not read; data.ignore_columns says that it is meant"
+        f"{file}: notes: what 2 rows hold there is not read; data.ignore_columns says that it is meant"
     )
 
 

@@ -3,7 +3,10 @@ r"""Structure that a reply writes as text: a call in the dialects that people ha
     get_weather\n{"city": "北京"}                       GLM-4's own spelling, in `content`
     <tool_call>{"name": …, "arguments": …}</tool_call>   Hermes, Qwen; <functioncall> of glaive
     Action: get_weather\nAction Input: {"city": …}      ReAct
-    [get_weather(city="北京"), get_time()]               ToolACE
+    [get_weather(city="北京"), get_time()]               ToolACE; one call without brackets too
+    ```json\n{"name": …, "arguments": …}\n```           fenced, or behind [TOOL_CALLS] or <|python_tag|>
+    <function=get_weather>{"city": …}</function>        Llama
+    <tool_call>get_weather\n<arg_key>city</arg_key>…     GLM-4.5
 
 Trained as text, such a reply teaches words where the model should call. `data.calls_in_text` says
 whether it is kept and counted, read as the call that it means, or refused.
@@ -28,6 +31,14 @@ _REACT = re.compile(
 )
 _GLM = re.compile(r"(?P<name>[^\s{}\[\]()]{1,128})\s*\n(?P<arguments>\{.*\})\s*", re.DOTALL)
 _PYTHON_CALL = re.compile(r"\s*(?P<name>[^\s()\[\],][^()\[\],=]{0,127})\(")
+_FENCE = "```"
+_LANGUAGES = ("json", "tool_calls", "tool_call", "tool_code", "python")
+_FUNCTION = re.compile(
+    r"<function=(?P<name>[^>\s]+)>\s*(?P<arguments>\{.*?\})\s*</function>", re.DOTALL
+)
+_ARGUMENT = re.compile(
+    r"<arg_key>([^<]{1,256})</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL
+)
 _INPUT = "Action Input:"
 _SIGNS = ("<tool_call>", "<functioncall>", "<function_call>", _INPUT)
 
@@ -52,10 +63,22 @@ def written_calls(content: str, tools: Collection[str]) -> WrittenCalls | None:
         return _tagged(content) or _react(content)
     if not tools:
         return None
-    if content.rstrip().endswith("}") and (match := _GLM.fullmatch(content.lstrip())):
+    end = content.rstrip()[-1:]
+    if end == "}" and (match := _GLM.fullmatch(content.lstrip())):
         return _call_of(match, tools)
-    if content.startswith("[") and content.rstrip().endswith(")]"):
-        return _python_calls(content, tools)
+    if end in "}]`" and (calls := _json_calls(inner := _without_marks(content))):
+        return WrittenCalls("", tuple(calls)) if all(c.name in tools for c in calls) else None
+    if end == "`":
+        return _python_calls(inner, tools)
+    if end == "]" and content.startswith("["):
+        return _python_calls(content.strip()[1:-1], tools)
+    if end == ")":
+        return _python_calls(content.strip(), tools)
+    if end == ">" and (matches := list(_FUNCTION.finditer(content))):
+        found = [_call_of(match, tools) for match in matches]
+        calls = [call for one in found if one for call in one.calls]
+        whole = len(calls) == len(matches)
+        return WrittenCalls(content[: matches[0].start()].strip(), tuple(calls)) if whole else None
     return None
 
 
@@ -81,7 +104,7 @@ def _tagged(content: str) -> WrittenCalls | None:
     matches = list(_TAGGED.finditer(content))
     if not matches:
         return None
-    calls = tuple(call for match in matches for call in _json_calls(match[2]))
+    calls = tuple(call for match in matches for call in _json_calls(match[2]) or _keyed(match[2]))
     return WrittenCalls(content[: matches[0].start()].strip(), calls) if calls else None
 
 
@@ -96,6 +119,30 @@ def _json_calls(text: str) -> list[Call]:
         ]
     except (RowError, KeyError, TypeError):
         return []
+
+
+def _without_marks(content: str) -> str:
+    """What stands in a fence, or behind the mark of another model's calls."""
+    text = content.strip()
+    if text.startswith(_FENCE) and text.endswith(_FENCE):
+        text = text[3:-3].strip()
+        for language in _LANGUAGES:
+            text = text.removeprefix(language)
+    return text.removeprefix("[TOOL_CALLS]").removeprefix("<|python_tag|>").strip()
+
+
+def _keyed(text: str) -> list[Call]:
+    """GLM-4.5's call: a name and its arguments one by one, each JSON or plain text."""
+    name, found = text.partition("<arg_key>")[0].strip(), _ARGUMENT.findall(text)
+    if not name or "\n" in name or "{" in name:
+        return []
+    values = {}
+    for key, value in found:
+        try:
+            values[key] = strict_json.parse(value)
+        except RowError:
+            values[key] = value
+    return [Call(name, strict_json.dump(values))]
 
 
 def _arguments(item: Any) -> Any:
@@ -121,9 +168,9 @@ def _call_of(match: re.Match[str], tools: Collection[str]) -> WrittenCalls | Non
         return None
 
 
-def _python_calls(content: str, tools: Collection[str]) -> WrittenCalls | None:
-    """`[f(a=1), My Tool(b="x")]`: names may hold blanks, values are Python or JSON literals."""
-    rest, calls = content.strip()[1:-1], []
+def _python_calls(rest: str, tools: Collection[str]) -> WrittenCalls | None:
+    """`f(a=1), My Tool(b="x")`: names may hold blanks, values are Python or JSON literals."""
+    calls = []
     while match := _PYTHON_CALL.match(rest):
         name = match["name"].strip()
         end = _closing(rest, match.end())

@@ -9,7 +9,7 @@ columns mean stands in `keys.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -257,42 +257,56 @@ def _without_thought(message: Message) -> Message:
 CALL_IN_TEXT = "a call written as text (data.calls_in_text: read takes it as the call)"
 IMAGE_IN_TEXT = "an image's placeholder in the text of a row without an image"
 THOUGHT_IN_TEXT = "<think> in a reply, and this checkpoint does not think (data.reasoning: drop)"
+MARKER_IN_TEXT = (
+    "a control token in a message's text, where it is text (<|user|>, <|im_end|>, </s>)"
+)
 FEWER_RESULTS = "tool calls of one turn with fewer results than calls"
 
 
+_IMAGE_MARK = re.compile(
+    r"<image(?:[_ ]?\d+)?>|<img>|<\|image(?:_\d+|_pad)?\|>|<\|begin_of_image\|>|\[(?:IMG|image)\]|<ImageHere>"
+)
+_MARKER = re.compile(
+    r"<\|(?:user|assistant|system|observation|endoftext|im_start|im_end|eot_id|start_header_id)\|>|</s>\s*\Z|\[/?INST\]"
+)
 _CALLS_AND_RESULTS = re.compile("(c+)(o+)")
 
 
 def _doubts(messages: Sequence[Message], names: set[str], rules: RowRules) -> tuple[str, ...]:
     """What can be trained but is hardly meant, for `data check` and the start of training to count."""
-    found = []
+    found: list[str] = []
     calls = False
     for number, message in enumerate(messages, 1):
         text = message.content
         if message.metadata:
             calls = True
         elif message.role == "assistant":
-            if written_calls(text, names) is not None:
-                if rules.calls_in_text == "error":
-                    raise RowError(f"message {number}: {CALL_IN_TEXT}")
-                found.append(CALL_IN_TEXT)
-            if rules.thinks is False and THINK in text:
-                found.append(THOUGHT_IN_TEXT)
-            if (
-                rules.reasoning == "require"
-                and message.train is not False
-                and "</think>" not in text
-            ):
-                raise RowError(
-                    f"message {number}: the reply has no reasoning (data.reasoning: require)"
-                )
-        elif message.role == "user" and "<im" in text and (PLACEHOLDER in text or "<img>" in text):
+            found += _doubts_of_reply(number, message, names, rules)
+        if "<" not in text and "[" not in text:  # nearly all texts
+            continue
+        if message.role == "user" and _IMAGE_MARK.search(text):
             found.append(IMAGE_IN_TEXT)
+        if _MARKER.search(text):
+            found.append(MARKER_IN_TEXT)
     if not calls:
         return tuple(found)
     kinds = "".join("c" if m.metadata else m.role[0] for m in messages)  # call, s, u, o, a
     found += [FEWER_RESULTS for c, o in _CALLS_AND_RESULTS.findall(kinds) if len(o) < len(c)]
     return tuple(found)
+
+
+def _doubts_of_reply(
+    number: int, message: Message, names: set[str], rules: RowRules
+) -> Iterator[str]:
+    text = message.content
+    if written_calls(text, names) is not None:
+        if rules.calls_in_text == "error":
+            raise RowError(f"message {number}: {CALL_IN_TEXT}")
+        yield CALL_IN_TEXT
+    if rules.thinks is False and THINK in text:
+        yield THOUGHT_IN_TEXT
+    if rules.reasoning == "require" and message.train is not False and "</think>" not in text:
+        raise RowError(f"message {number}: the reply has no reasoning (data.reasoning: require)")
 
 
 def _listed(row: Row, key: str, rules: RowRules) -> MessageReader:

@@ -7,6 +7,7 @@ to change nothing, or it is said: refused where training it would be wrong, coun
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -126,6 +127,11 @@ _HARMLESS_COLUMNS = frozenset(
         *("difficulty", "level", "quality", "score", "author", "annotator", "parallel_tool_calls"),
     }
 )
+_MAY_MASK = re.compile(
+    r"loss|train|mask|learn|supervis|backprop|gradient|^ignored?$|^(?:loss_?)?weights?$",
+    flags=re.IGNORECASE,
+)
+"""Names of keys and columns that say what is learned, whatever framework wrote them."""
 _SLIPS = ("messages", "conversations", "tools", "system", "images", "history")
 """Columns whose misspelling would lose what they hold."""
 
@@ -137,7 +143,7 @@ class Marks(NamedTuple):
     weight: float = 1.0
     reasoning: str = ""
     unread: tuple[str, ...] = ()
-    """Keys with text that nothing reads."""
+    """Keys that nothing reads and that are not known to change nothing."""
 
 
 def marks_of(message: Mapping[str, Any]) -> Marks:
@@ -152,8 +158,12 @@ def marks_of(message: Mapping[str, Any]) -> Marks:
         near = _meant(key, tuple(sorted(_MESSAGE_KEYS)))
         if near:
             raise RowError(f"key {key!r} is not known; did you mean {near!r}?")
-        if isinstance(value, str | list | dict):
-            unread.append(key)
+        if _may_mask(key, value):
+            raise RowError(
+                f'key {key!r} seems to say what is learned, and is not known; write "train": true or false, '
+                "or leave it out"
+            )
+        unread.append(key)
     if message.get("mask") is not None:
         raise RowError(f"key 'mask' is not supported; {_REFUSED_IN_MESSAGES['mask']}")
     return Marks(_train(message), _weight(message), _reasoning(message), tuple(sorted(unread)))
@@ -215,7 +225,7 @@ def changes_nothing(column: str) -> bool:
 
 
 def check_columns(row: Mapping[str, Any], read: frozenset[str]) -> tuple[str, ...]:
-    """The columns with text that nothing reads; RowError for one that is refused or misspelt.
+    """The columns that nothing reads, unless they are known to change nothing; RowError for one that is refused or misspelt.
 
     Args:
         row: A row of a file.
@@ -238,9 +248,27 @@ def check_columns(row: Mapping[str, Any], read: frozenset[str]) -> tuple[str, ..
                 f"column {name!r} is not known; did you mean {near!r}? If it is meant: "
                 f"data.ignore_columns: [{name}]"
             )
-        if isinstance(value, str | list | dict):
-            unread.append(name)
+        if _may_mask(name, value):
+            raise RowError(
+                f'column {name!r} seems to say what is learned; write it into the messages as "train" or '
+                f'"weight", or leave the row out. If it says something else: data.ignore_columns: [{name}]'
+            )
+        unread.append(name)
     return tuple(unread)
+
+
+def _may_mask(name: str, value: Any) -> bool:
+    """Whether an unknown key says that something is not to be learned, or not as the rest is.
+
+    `supervise: true` is what is done anyway.
+    """
+    if _MAY_MASK.search(name) is None:
+        return False
+    if isinstance(value, list):
+        return all(isinstance(item, bool | int | float) for item in value)
+    if value is True:
+        return re.search("mask|ignore|^no_|^not_|^skip|exclude", name, re.IGNORECASE) is not None
+    return isinstance(value, bool | int | float) and value != 1
 
 
 @lru_cache(maxsize=256)
@@ -288,5 +316,9 @@ def table() -> list[tuple[str, str]]:
         ),
         (listed(sorted(_HARMLESS_COLUMNS)), "column: changes nothing"),
         (listed(sorted(_HARMLESS_IN_MESSAGES)), "in a message: changes nothing"),
-        ("any other", "text is counted and named; `data.ignore_columns` says that it is meant"),
+        (
+            "any other",
+            "numbers that seem to say what is learned (`compute_loss: false`) are refused; all else that holds "
+            "something is counted and named; `data.ignore_columns` says that it is meant",
+        ),
     ]

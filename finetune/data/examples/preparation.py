@@ -119,7 +119,7 @@ def thought_notes(turns: int, without: int) -> list[str]:
 def notes_of(unread: Mapping[str, int], doubts: Mapping[str, int]) -> list[str]:
     """Sentences about text that was not read, and about what is hardly meant."""
     columns = [
-        f"{name}: text of {count:,} rows is not read; data.ignore_columns says that it is meant"
+        f"{name}: what {count:,} rows hold there is not read; data.ignore_columns says that it is meant"
         for name, count in sorted(unread.items(), key=lambda item: (-item[1], item[0]))
     ]
     return columns + [f"{count:,} × {what}" for what, count in doubts.items()]
