@@ -46,7 +46,7 @@ REASONS: list[tuple[list[Any], str]] = [
     ([USER, {"role": "assistant", "content": 7}], "message 2: content is a number, not text"),
     ([USER, {"role": "assistant", "content": True}], "message 2: content is true or false, not text"),
     ([USER, {"role": "assistant", "content": []}], "message 2: content is a list, not text"),
-    ([USER, {"role": "assistant", "content": ["A"]}], "message 2: content is a list with more than text parts and one image part"),
+    ([USER, {"role": "assistant", "content": ["A"]}], "message 2: content is a list of other things than parts with a type"),
     ([USER, {"role": "assistant", "content": {"a": 1}}], 'message 2: content is an object but not {"name": …, "arguments": …}'),
     ([{"role": "user", "content": {"a": 1}}, REPLY], "message 1: content is an object, not text"),
     ([USER, 3], "message 2: is a number, not an object"),

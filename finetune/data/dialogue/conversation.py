@@ -203,7 +203,9 @@ def _check_images(messages: Sequence[Message], at: Sequence[int]) -> None:
         if message.role != "user":
             raise RowError(f"message {position}: an image on {message.role!r}; only users show one")
         if users > 1:
-            raise RowError(f"message {position}: GLM-4V takes one image, in the first user message")
+            raise RowError(
+                f"message {position}: GLM-4V takes one image, in the first user message: its layout shows it before the first question"
+            )
     if users and any(m.image for m in messages):
         _check_placeholders(messages, at)
 

@@ -344,7 +344,9 @@ def _with_image(reader: MessageReader, row: Row) -> list[Message]:
         return messages
     value = row[column]
     if isinstance(value, list) and len(value) > 1:
-        raise RowError(f"{column}: GLM-4V takes one image, and here are {len(value)}")
+        raise RowError(
+            f"{column}: GLM-4V takes one image, which its layout shows before the first question, and here are {len(value)}"
+        )
     path = image_of(value[0] if isinstance(value, list) else value, column)
     first = next((n for n, m in enumerate(messages) if m.role == "user"), None)
     if first is None:

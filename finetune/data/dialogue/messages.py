@@ -254,6 +254,17 @@ def _text(content: Any, position: int) -> str:
     return text
 
 
+def _odd_part(part: Any, kind: Any) -> str:
+    """Why a content part cannot be taken."""
+    if kind in ("image", "image_url"):
+        return (
+            "content has a second image: GLM-4V takes one, which it shows before the first question"
+        )
+    if not isinstance(part, dict) or not isinstance(kind, str):
+        return "content is a list of other things than parts with a type, such as text"
+    return f"content has a part of type {kind!r}; text and one image are taken"
+
+
 def _parts(content: Any, position: int) -> tuple[str, str | None]:
     """(text, image path) of a content that is text or a list of OpenAI's content parts."""
     if isinstance(content, str):
@@ -273,7 +284,7 @@ def _parts(content: Any, position: int) -> tuple[str, str | None]:
             else:
                 image = image_of(given, f"message {position}: image")
         else:
-            _fail(position, "content is a list with more than text parts and one image part")
+            _fail(position, _odd_part(part, kind))
     return "".join(texts), image
 
 
