@@ -78,8 +78,11 @@ def key(item: Item) -> list[tuple[int, str, bytes, bytes]]:
     ("weight", "packed", "buffer"), [(1.0, False, 17), (1.5, True, 1000), (2.0, True, 30)]
 )
 def test_a_stream_goes_on_from_every_place_with_what_would_have_come(
-    files: Path, template: ChatTemplate, weight: float, packed: bool, buffer: int
-) -> None:
+    files: Path, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch,
+    weight: float, packed: bool, buffer: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(streams, "_PIECE_ROWS", 5)  # several pieces of a block
+    monkeypatch.setattr(streams, "_PACKED_ROWS", 2)
     whole = stream_of(files, template, weight=weight, packed=packed, buffer=buffer)
     expected, positions = [], [START]
     for item in whole.items():
