@@ -25,9 +25,9 @@ MASKS = [
 
 @pytest.mark.parametrize(("key", "value"), MASKS)
 def test_an_unknown_key_that_seems_to_mask_is_refused(key: str, value: Any) -> None:
-    said = reason({"messages": two_replies(**{key: value})})
+    said = reason(*two_replies(**{key: value}))
     assert "seems to say what is learned" in said or "did you mean" in said
-    said = reason({"messages": two_replies(), key: value})
+    said = reason(*two_replies(), **{key: value})
     assert f"data.ignore_columns: [{key}]" in said
     rules = RowRules(ignore_columns=(key,))
     assert to_conversation({"messages": two_replies(), key: value}, rules=rules).messages
@@ -35,7 +35,7 @@ def test_an_unknown_key_that_seems_to_mask_is_refused(key: str, value: Any) -> N
 
 @pytest.mark.parametrize("column", ["loss", "train", "weight", "loss_mask"])
 def test_a_column_that_is_a_key_of_messages_is_no_silent_one(column: str) -> None:
-    assert "write it into the messages" in reason({"messages": two_replies(), column: 0})
+    assert "write it into the messages" in reason(*two_replies(), **{column: 0})
     assert to_conversation({"messages": two_replies(), column: 1}).messages
 
 

@@ -281,7 +281,10 @@ def _doubts(messages: Sequence[Message], names: set[str], rules: RowRules) -> tu
         if message.metadata:
             calls = True
         elif message.role == "assistant":
-            found += _doubts_of_reply(number, message, names, rules)
+            of_reply = list(_doubts_of_reply(number, message, names, rules))
+            found += of_reply
+            if CALL_IN_TEXT in of_reply:
+                continue  # what stands around it is part of its spelling
         if "<" not in text and "[" not in text:  # nearly all texts
             continue
         if message.role == "user" and _IMAGE_MARK.search(text):
