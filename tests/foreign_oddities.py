@@ -92,13 +92,13 @@ NOTED: dict[str, tuple[dict[str, Any], str]] = {
     "UltraChat 200k": ({"prompt": Q, "messages": messages(TWO)}, "prompt: what 1 rows hold"),
     "NuminaMath": ({"problem": Q, "solution": A, "messages": CHAT}, "problem: what 1 rows hold"),
     "Magpie": (
-        {"uuid": "1", "conversations": CHAT, "instruction": Q, "response": A}, "instruction: text"
+        {"uuid": "1", "conversations": CHAT, "instruction": Q, "response": A}, "instruction: what"
     ),
     "MetaMathQA": (
         {"type": "x", "query": Q, "original_question": "Z", "response": A}, "original_question"
     ),
     "a rationale": (PAIR | {"rationale": "Because."}, "rationale: what 1 rows hold"),
-    "a chain of thought in a column": ({"question": Q, "cot": "So.", "answer": A}, "cot: text"),
+    "a chain of thought in a column": ({"question": Q, "cot": "So.", "answer": A}, "cot: what"),
     "a message's own key": (
         {"messages": [CHAT[0], CHAT[1] | {"explanation": "x"}]}, "explanation of messages"
     ),
