@@ -22,19 +22,24 @@ MODEL = os.environ["FOREIGN_MODEL"]
 """A tiny checkpoint, in the place of the ones on the hub that PEFT's tests name."""
 
 
-_MODELS_OF_THEIR_OWN = """
-test_prompt_tuning_text_tokenizer_kwargs test_prompt_tuning_trust_remote_code
-test_generate_adalora_no_dropout test_lora_layer_replication
-test_prefix_tuning_qwen2_with_grouped_query_attention
-test_prefix_tuning_qwen3_with_grouped_query_attention
-test_prefix_tuning_offsets_position_ids_in_forward test_prefix_tuning_mistral
-test_prompt_tuning_prepare_inputs_for_generation_4d_attention_mask
-test_save_pretrained_targeting_lora_to_embedding_layer test_lora_embed_scale_is_applied
-test_lora_embed_scale_is_applied_mixed_batch
-test_merge_and_unload_fixes_tie_word_embeddings_config test_prefix_tuning_gemma4_works
-test_prefix_tuning_gemma4_warns_if_some_layers_skipped
-test_prefix_tuning_gemma4_raises_if_all_layers_skipped
-""".split()
+_MODELS_OF_THEIR_OWN = [
+    "test_prompt_tuning_text_tokenizer_kwargs",
+    "test_prompt_tuning_trust_remote_code",
+    "test_generate_adalora_no_dropout",
+    "test_lora_layer_replication",
+    "test_prefix_tuning_qwen2_with_grouped_query_attention",
+    "test_prefix_tuning_qwen3_with_grouped_query_attention",
+    "test_prefix_tuning_offsets_position_ids_in_forward",
+    "test_prefix_tuning_mistral",
+    "test_prompt_tuning_prepare_inputs_for_generation_4d_attention_mask",
+    "test_save_pretrained_targeting_lora_to_embedding_layer",
+    "test_lora_embed_scale_is_applied",
+    "test_lora_embed_scale_is_applied_mixed_batch",
+    "test_merge_and_unload_fixes_tie_word_embeddings_config",
+    "test_prefix_tuning_gemma4_works",
+    "test_prefix_tuning_gemma4_warns_if_some_layers_skipped",
+    "test_prefix_tuning_gemma4_raises_if_all_layers_skipped",
+]
 """Tests that name another model on the hub and try nothing of ours."""
 # Methods for which PEFT names no layers of model_type chatglm; who uses them gives the names.
 _NAMED: dict[str, dict[str, Any]] = {
