@@ -15,6 +15,7 @@ from torch import nn
 
 from finetune import methods
 from finetune.config.schema import EvaluationSection, LoraMethod, TrainingSection
+from finetune.distributed import device
 from finetune.distributed.device import preserve_rng
 from finetune.distributed.signals import StopFlag
 from finetune.errors import ConfigError, ModelError, NonFiniteError
@@ -149,6 +150,24 @@ def test_a_run_of_one_step_learns_something(tiny_chatglm: Path, tmp_path: Path) 
     runs.run_here(settings)
     learned = runs.weights(tmp_path / "run/checkpoint-1")
     assert any(bool(w.abs().max() > 0) for name, w in learned.items() if "lora_B" in name)
+
+
+def test_deterministic_kernels_change_no_bit_on_a_cpu_and_are_left_as_they_were(
+    tiny_glm: Path, tmp_path: Path
+) -> None:
+    data = runs.write_dialogues(tmp_path / "train.jsonl", 4)
+    found = []
+    for chosen in (False, True):
+        settings = runs.config(
+            tiny_glm, data, tmp_path / str(chosen), training__max_steps=2,
+            training__deterministic=chosen,
+        )  # fmt: skip
+        runs.run_here(settings)
+        found.append(runs.weights(tmp_path / str(chosen) / "checkpoint-2"))
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+    assert not torch.are_deterministic_algorithms_enabled()
+    with device.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
 
 
 # --- when to evaluate ----------------------------------------------------------------------------

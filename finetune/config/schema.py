@@ -164,6 +164,9 @@ class TrainingSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of data order, dropout and initialisation."""
 
+    deterministic: bool = False
+    """On a GPU too the same run gives the same bits, resumed or not: torch's deterministic kernels, which are slower, and an error where there is none. On a CPU it does so anyway."""
+
     log_every_steps: Positive = 10
     """Optimizer steps between two log lines."""
 

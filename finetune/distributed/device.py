@@ -234,6 +234,23 @@ def synchronize() -> None:
         _module(kind()).synchronize()
 
 
+def prepare_determinism() -> None:
+    """What cuBLAS must be told before it is first used, for `deterministic`."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Sums in one order inside; RuntimeError where torch has no way of computing one so."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
 def random_state() -> torch.Tensor | None:
     """The state of the accelerator's random stream; None on a CPU."""
     return _module(kind()).get_rng_state() if has_accelerator() else None

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from finetune.config.extras import OPTIMIZERS
 from finetune.config.schema import Method, TrainingSection
-from finetune.distributed.device import has_accelerator
+from finetune.distributed.device import has_accelerator, prepare_determinism
 from finetune.distributed.processes import is_rank0, rank_and_world
 from finetune.errors import ConfigError
 from finetune.methods import METHODS
@@ -71,6 +71,8 @@ def training_arguments(
     Raises:
         ConfigError: A tracker is not installed. What `training.extra` may hold was checked with the config.
     """
+    if section.deterministic:
+        prepare_determinism()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(section.output_dir) / "logs")
     arguments = TrainingArguments(
         **{

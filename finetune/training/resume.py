@@ -109,6 +109,7 @@ RULES: dict[str, Rule] = {
     "training.seed": Rule.MATCH,
     "training.log_every_steps": Rule.FREE,
     "training.save_every_steps": Rule.FREE,
+    "training.deterministic": Rule.CHANGE,
     "training.save": Rule.FREE,
     "training.save_weights_every_steps": Rule.FREE,
     "training.async_save": Rule.FREE,

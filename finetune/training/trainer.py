@@ -260,7 +260,11 @@ class FineTuner(Trainer):
         """Go through the steps that are left; signals wait for the end of one."""
         try:
             self.stop.install()
-            with explain_load_errors(resume_from_checkpoint, begun=lambda: bool(self._losses)):
+            same = device.deterministic() if self.saver.training.deterministic else nullcontext()
+            with (
+                same,
+                explain_load_errors(resume_from_checkpoint, begun=lambda: bool(self._losses)),
+            ):
                 result = super().train(resume_from_checkpoint, **kwargs)
         except RunComplete:
             result = None
