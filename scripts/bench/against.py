@@ -1,7 +1,7 @@
 """This checkout beside another one, on a CPU: preparing, a step, memory, in turns.
 
     git worktree add /tmp/before COMMIT
-    python scripts/bench/against.py /tmp/before [--rounds 3] [--rows 20000]
+    python scripts/bench/against.py /tmp/before [--rounds 3] [--rows 100000]
 
 prepare   the quickstart's dialogues, repeated to so many rows, in a cache that is empty, and one step; less
           the same of 40 rows
@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("other", type=Path, help="a folder with another version of this repository")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
