@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from finetune import console
-from finetune.artifacts.names import RUN_METRICS
+from finetune.artifacts.names import RUN_DATA, RUN_METRICS
 from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.schema import EvaluationSection, TrainingSection
 from finetune.distributed.signals import StopFlag
@@ -199,7 +199,7 @@ class DataJson(TrainerCallback):
     def __init__(self, run_dir: Path, described: Callable[[], Mapping[str, Any]]) -> None:
         self._run_dir = RunDirectory(run_dir)
         self._described = described
-        self._writing = BestEffort("data.json", "the next checkpoint writes it again")
+        self._writing = BestEffort(RUN_DATA, "the next checkpoint writes it again")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
