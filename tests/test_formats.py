@@ -369,7 +369,7 @@ def test_a_row_is_a_conversation_or_has_a_reason(row: Any, data: st.DataObject, 
 
 def test_replies_of_a_list_of_prompts_are_not_trained() -> None:
     row = {"prompt": [USER, REPLY, USER], "completion": [REPLY]}
-    read = to_conversation(row, detect([row]), where="f:1").messages
+    read = to_conversation(row, detect([row]), location="f:1").messages
     assert [message.train for message in read if message.role == "assistant"] == [False, None]
 
 
@@ -379,6 +379,6 @@ def test_a_null_argument_stays_where_the_function_takes_it() -> None:
     given = {"city": "x", "zone": None, "of another tool": None, "odd": 1}
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": given}}]}
     [_, read] = to_conversation(
-        {"messages": [USER, call], "tools": [tool]}, "openai", where="f:1"
+        {"messages": [USER, call], "tools": [tool]}, "openai", location="f:1"
     ).messages
     assert json.loads(read.content) == {"city": "x", "zone": None, "odd": 1}
