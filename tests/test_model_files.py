@@ -16,7 +16,7 @@ from finetune.artifacts.base_record import BaseRecord
 from finetune.artifacts.model_config import is_count, read_model_config
 from finetune.artifacts.weights import model_fingerprint
 from finetune.errors import ModelError
-from finetune.evaluation.store import model_key
+from finetune.evaluation.keys import model_key
 from finetune.export.merge import merge
 from finetune.methods import full
 from finetune.models.load import load_model

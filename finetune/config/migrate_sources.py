@@ -46,9 +46,9 @@ def read_register(folder: str, beside: Path) -> Register:
     return Register(Path(folder), {})
 
 
-def source_of(name: str, register: Register, left: dict[str, str]) -> Any:
+def source_of(name: Any, register: Register, left: dict[str, str]) -> Any:
     """The source for a registered data set, or FILL_IN; `left` gets what is not taken, and why."""
-    entry = register.entries.get(name)
+    entry = register.entries.get(name) if isinstance(name, str) else None
     if not isinstance(entry, Mapping):
         left[f"dataset {name}"] = "not in a dataset_info.json that is here: write its file"
         return FILL_IN
@@ -65,7 +65,7 @@ def source_of(name: str, register: Register, left: dict[str, str]) -> Any:
         source = {"path": os.path.normpath(register.folder / str(entry["file_name"]))}
     formatting = entry.get("formatting", "alpaca")
     source["format"] = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}.get(
-        formatting, "auto"
+        str(formatting), "auto"
     )
     ours = {
         "prompt": "instruction",

@@ -191,7 +191,7 @@ def _raises(error: Callable[[], BaseException], location: str) -> Break:
     """Let the third call of a part of the run end with an error."""
 
     def breaks() -> None:
-        from finetune.training import prepare_model, trainer
+        from finetune.training import checkpointing, prepare_model, trainer
         from finetune.training.measuring import validation
 
         homes: dict[str, tuple[Any, str]] = {
@@ -199,7 +199,7 @@ def _raises(error: Callable[[], BaseException], location: str) -> Break:
             "a step": (trainer.FineTuner, "compute_loss"),
             "the optimizer": (trainer.FineTuner, "create_optimizer"),
             "evaluation": (validation.Validation, "scores"),
-            "saving": (trainer.FineTuner, "_save_optimizer_and_scheduler"),
+            "saving": (checkpointing.Saver, "_save"),
         }
         home, name = homes[location]
         original = getattr(home, name)
