@@ -62,8 +62,8 @@ def gathers_counted(file: Path, *, fits: bool) -> Callable[[int], object]:
         import torch.distributed as dist
 
         from finetune.distributed import device
-        from finetune.evaluation import evaluate
-        from finetune.training import validation
+        from finetune.evaluation import model_scores
+        from finetune.training.measuring import validation
         from finetune.training.trainer import FineTuner
 
         counts = {"gathers": 0, "around": 0, "tokens": 0}
@@ -84,7 +84,7 @@ def gathers_counted(file: Path, *, fits: bool) -> Callable[[int], object]:
                 counted(name)
         if not fits:
             device.free_bytes = lambda: 0
-        evaluates, replies = FineTuner.evaluate, evaluate.evaluate_model
+        evaluates, replies = FineTuner.evaluate, model_scores.evaluate_model
 
         def evaluating(self: Any, *arguments: Any, **options: Any) -> Any:
             inside["evaluation"] = True
