@@ -105,6 +105,10 @@ CHANGES = [
     Change("method.num_virtual_tokens", 6, REFUSED, kind="prefix"),
     Change("method.prefix_projection", True, REFUSED, kind="prefix"),
     Change("method.encoder_hidden_size", 8, REFUSED, kind="prefix", also={"method__prefix_projection": True}),
+    Change("training.deterministic", True, LISTED),
+    Change("training.optimizer", "muon", REFUSED),
+    Change("training.async_save", True, SAME),
+    Change("training.save_weights_every_steps", 2, SAME),
     Change("training.output_dir", "another folder", SAME),
     Change("training.max_steps", STEPS + 1, LISTED),
     Change("training.num_epochs", 1.0, LISTED, also={"training__max_steps": None}),
@@ -170,6 +174,12 @@ def _inside(kind: Any) -> Iterator[type[BaseModel]]:
 
 
 ELSEWHERE = {
+    "data.replay": "the model writes replies first; tests/test_forgetting.py",
+    "data.streaming": "reads other files than the bench's; tests/test_stream.py",
+    "data.shuffle_buffer": "of a stream; tests/test_stream.py",
+    "evaluation.choose": "needs evaluation.keep; tests/test_forgetting.py",
+    "evaluation.keep": "is measured beside the held-out set; tests/test_forgetting.py",
+    "training.save": "leaves nothing to resume from; tests/test_saves.py",
     "data.group_by": "needs a column to group by; tests/test_mixing.py",
     "training.tokens_per_step": "is settled into gradient_accumulation_steps; tests/test_plan.py",
 }

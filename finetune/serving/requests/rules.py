@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from finetune.generation.structured import Structures
 
 
+NEVER_TAKEN = {
+    "chat_template": "prompts are laid out by the checkpoint's own template",
+    "trust_remote_code": "no code of a checkpoint is ever run",
+}
+"""Fields of other servers that would run what a client brings: never left out in silence."""
+
+
 @dataclass(frozen=True)
 class RequestRules:
     """What a request is measured against."""
@@ -36,6 +43,9 @@ class RequestRules:
 
     def check_unknown(self, names: Sequence[str]) -> None:
         """Raises ApiError for the names of unknown fields where they are refused."""
+        for name in names:
+            if name in NEVER_TAKEN:
+                raise bad_request(f"{name}: {NEVER_TAKEN[name]}", name)
         if names and self.strict_fields:
             reasons = [f"{name[:60]}: is not supported here" for name in names[:5]]
             raise bad_request("; ".join(reasons), names[0][:60])
