@@ -160,7 +160,7 @@ class Watch:
         """Report what no exception will say: a process that is gone, one that hangs."""
         beats, since = self._heard_of
         now = self._store.add(f"beat/{self._next}", 0)
-        if now != beats or not now:
+        if now != beats:
             self._heard_of = now, time.monotonic()
         elif time.monotonic() - since > min(QUIET, 60 * self._minutes):
             if found := self._who_is_gone():

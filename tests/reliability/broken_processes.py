@@ -66,6 +66,8 @@ def broken(bench: Bench, rank: int, fault: str, place: str, stage: int | None, f
         f"on 2, {stage}", LORA, 2, stage,
         changes={"data__validation": str(bench.data), "evaluation__every_steps": 2, "evaluation__generate": False},
     )  # fmt: skip
+    from finetune.distributed import watchdog
+
     act, reason = FAULTS[fault]
 
     def before(here: int) -> None:
@@ -75,8 +77,10 @@ def broken(bench: Bench, rank: int, fault: str, place: str, stage: int | None, f
     store, environment = as_under_torchrun(folder)
     begun = time.monotonic()
     hang = {"training__process_timeout_minutes": HANG} if fault == "hangs" else {}
+    # Before the first collective no connection breaks: the thread that watches finds out.
+    quiet = watchdog.QUIET if place == "loading" else 0.0
     ended = bench.start(
-        two, folder, before, environment=environment, grace=LIMIT + 60 * HANG, **hang
+        two, folder, before, environment=environment, grace=LIMIT + 60 * HANG + quiet, **hang
     )
     seconds = time.monotonic() - begun
     del store

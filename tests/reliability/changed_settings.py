@@ -255,13 +255,14 @@ def other_weights(bench: Bench, kind: Kind, folder: Path) -> str:
 
 def rewrite_record(checkpoint: Path, key: str, value: Any) -> None:
     """A checkpoint of a run in which an option had another value."""
+    from finetune.artifacts.names import RUN_RECORD
     from finetune.storage import manifest
     from finetune.training import resume
 
     record = resume.read(checkpoint)
     assert record["config"][key] != value
     record["config"][key] = value
-    resume.write(checkpoint, record)
+    (checkpoint / RUN_RECORD).write_text(resume.text_of(record), encoding="utf-8")
     (checkpoint / manifest.MANIFEST).unlink()
     manifest.seal(checkpoint)
 
