@@ -187,6 +187,8 @@ def patient_group() -> Any:
         return None
     world = dist.group.WORLD
     if world not in _patient:
+        # Making a group waits as long for a process that is gone: all meet first, within the usual time.
+        any_rank(False)
         _patient.clear()  # those of a world that is no more
         _patient[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _patient[world]

@@ -66,8 +66,6 @@ def broken(bench: Bench, rank: int, fault: str, place: str, stage: int | None, f
         f"on 2, {stage}", LORA, 2, stage,
         changes={"data__validation": str(bench.data), "evaluation__every_steps": 2, "evaluation__generate": False},
     )  # fmt: skip
-    from finetune.distributed import watchdog
-
     act, reason = FAULTS[fault]
 
     def before(here: int) -> None:
@@ -77,10 +75,8 @@ def broken(bench: Bench, rank: int, fault: str, place: str, stage: int | None, f
     store, environment = as_under_torchrun(folder)
     begun = time.monotonic()
     hang = {"training__process_timeout_minutes": HANG} if fault == "hangs" else {}
-    # Before the first collective no connection breaks: the thread that watches finds out.
-    quiet = watchdog.QUIET if place == "loading" else 0.0
     ended = bench.start(
-        two, folder, before, environment=environment, grace=LIMIT + 60 * HANG + quiet, **hang
+        two, folder, before, environment=environment, grace=LIMIT + 60 * HANG, **hang
     )
     seconds = time.monotonic() - begun
     del store
@@ -89,7 +85,8 @@ def broken(bench: Bench, rank: int, fault: str, place: str, stage: int | None, f
         return f"the other one ended with {other} after {seconds:.0f} s: {ended.said[-300:]}"
     if fault == "hangs" and ended.codes[rank] in (0, -signal.SIGKILL):
         return f"the one that hangs ended with {ended.codes[rank]}"
-    said = re.findall(r"^error: .*$", ended.said, flags=re.MULTILINE)
+    # One reason, on every machine: the process that hangs is told why it is ended, too.
+    said = sorted(set(re.findall(r"^error: .*$", ended.said, flags=re.MULTILINE)))
     if len(said) != 1 or f"process {rank} " not in said[0] or reason not in said[0]:
         return f"it said {said or ended.said[-300:]}"
     return goes_on(bench, two, folder)
