@@ -56,6 +56,17 @@ def config(model: Path, data: Path, run_dir: Path, **changes: Any) -> dict[str, 
     return sections
 
 
+def outcome_of(script: Path, folder: Path, *, timeout: float) -> dict[str, Any]:
+    """What a script of several runs prints as its last line, JSON; it gets `folder` to work in."""
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "FINETUNE_CACHE": str(folder / "cache")}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return outcome
+
+
 def run_here(settings: dict[str, Any]) -> dict[str, Any]:
     """Train in this process."""
     from finetune.config.schema import RunConfig

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import outcome_of
 
 from finetune.distributed import position
 
@@ -18,14 +15,7 @@ SCRIPT = Path(__file__).with_name("rank_runs.py")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "FINETUNE_CACHE": str(folder / "cache")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+    return outcome_of(SCRIPT, tmp_path_factory.mktemp("ranks"), timeout=600)
 
 
 def test_under_zero_3_no_token_of_a_reply_gathers_a_weight(found: dict[str, Any]) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import outcome_of
 from safetensors.torch import load_file, save
 
 from finetune.distributed.background import Background
@@ -29,14 +27,7 @@ ALONE = {"beside on 2": "run full on 2", "beside on 2, ZeRO-2": "run full on 2, 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("saves")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=400,
-        env={**os.environ, "FINETUNE_CACHE": str(folder / "cache")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+    return outcome_of(SCRIPT, tmp_path_factory.mktemp("saves"), timeout=400)
 
 
 @pytest.mark.parametrize("run", RUNS)

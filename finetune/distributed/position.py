@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 _passed = 0
 _waiting_since: float | None = None
+_patient_since: float | None = None
 
 
 def advance() -> None:
@@ -29,6 +30,23 @@ def waited() -> float:
     """Seconds that the accelerator has been waited for without a break."""
     since = _waiting_since
     return 0.0 if since is None else time.monotonic() - since
+
+
+def waited_patiently() -> float:
+    """Seconds that others have been waited for while one of them reads or writes a disk."""
+    since = _patient_since
+    return 0.0 if since is None else time.monotonic() - since
+
+
+@contextmanager
+def waiting_patiently() -> Iterator[None]:
+    """In here the process waits for others whose disk may be slow: without a limit while it moves."""
+    global _patient_since
+    _patient_since = time.monotonic()
+    try:
+        yield
+    finally:
+        _patient_since = None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
@@ -54,7 +54,8 @@ def reduce_max(values: Sequence[int], group: Any = None) -> list[int]:
         return list(values)
     position.advance()
     tensor = torch.tensor(values, dtype=torch.int64, device=_collective_device(group))
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    with _waiting_in(group):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return [int(value) for value in tensor.tolist()]
 
 
@@ -85,7 +86,8 @@ def gather_objects(value: Result, group: Any = None) -> list[Result]:
         return [value]
     position.advance()
     values: list[Any] = [None] * world
-    dist.all_gather_object(values, value, group=group)
+    with _waiting_in(group):
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -112,7 +114,8 @@ def broadcast_from_rank0(work: Callable[[], Result], group: Any = None) -> Resul
     with fail_together(group):
         if rank == 0:
             box = [work()]
-    dist.broadcast_object_list(box, group=group)
+    with _waiting_in(group):
+        dist.broadcast_object_list(box, group=group)
     result: Result = box[0]
     return result
 
@@ -192,6 +195,10 @@ def patient_group() -> Any:
         _patient.clear()  # those of a world that is no more
         _patient[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _patient[world]
+
+
+def _waiting_in(group: Any) -> AbstractContextManager[None]:
+    return position.waiting_patiently() if group in _patient.values() else nullcontext()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from finetune.distributed import position
 from finetune.distributed.processes import rank_and_world
 from finetune.distributed.signals import StopFlag
 from finetune.errors import FinetuneError, ProcessError
+from finetune.storage import files
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -92,6 +93,8 @@ class Watch:
         self._next = (self._rank + 1) % world
         self._heard_of = 0, time.monotonic()
         """Signs of life of the next process, and since when there were as many."""
+        self._came: dict[int, tuple[bytes, float]] = {}
+        """How far each other process was when it was last seen to move, and when that was."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -166,22 +169,33 @@ class Watch:
             if found := self._who_is_gone():
                 self._report(found, 1)
             self._heard_of = beats, time.monotonic()
-        if position.waited() > SHARE * 60 * self._minutes:
-            keys = [f"passed/{rank}" for rank in self._others]
-            places = [int(value) for value in self._store.multi_get(keys)]
-            behind = [
-                rank
-                for rank, place in zip(self._others, places, strict=True)
-                if place < position.passed()
-            ]
-            self._report(self._who_is_gone() or self._hanging(behind), 1)
+        limit = 60 * self._minutes
+        if position.waited() > SHARE * limit:
+            self._report(self._who_is_gone() or self._hanging(self._behind()), 1)
+        if not position.waited_patiently():
+            self._came.clear()
+        elif standing := self._behind(still_for=limit):
+            self._report(self._who_is_gone() or self._hanging(standing), 1)
+
+    def _behind(self, still_for: float = 0.0) -> list[int]:
+        """Who has passed fewer points, and of those who neither passes one nor moves a byte so long."""
+        now = time.monotonic()
+        came = self._store.multi_get([f"passed/{rank}" for rank in self._others])
+        for rank, text in zip(self._others, came, strict=True):
+            if self._came.get(rank, (b"", now))[0] != text:
+                self._came[rank] = text, now
+        return [
+            rank
+            for rank, (text, since) in self._came.items()
+            if now - since >= still_for and int(text.split()[0]) < position.passed()
+        ]
 
     def _look(self) -> None:
         """The thread: gives signs of life, and ends a process that does not end by itself."""
         while not self._done.wait(BEAT):
             try:
                 self._store.add(f"beat/{self._rank}", 1)
-                self._store.set(f"passed/{self._rank}", str(position.passed()))
+                self._store.set(f"passed/{self._rank}", f"{position.passed()} {files.moved()}")
                 failed = self._store.check(["failed"])
                 if not failed:
                     self._look_after_others()

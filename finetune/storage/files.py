@@ -37,6 +37,16 @@ _KINDS = {
 }
 
 
+_moved = 0
+
+
+def moved(size: int = 0) -> int:
+    """Bytes of checkpoints that this process has hashed so far, `size` more: its disk is at work."""
+    global _moved
+    _moved += size
+    return _moved
+
+
 def json_line(value: Any) -> str:
     """One line of a JSONL file."""
     return json.dumps(value, ensure_ascii=False) + "\n"

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from finetune.storage.files import moved
+
 _BESIDE = 1 << 20
 """Bytes from which hashing runs beside writing; for fewer a thread costs more than it wins."""
 _PIECE = 16 << 20
@@ -86,6 +88,7 @@ class HashedFile:
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _PIECE):
             self._write(view[start : start + _PIECE])
+            moved(min(_PIECE, len(view) - start))
         self.size += len(view)
         return len(view)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.errors import CheckpointError
-from finetune.storage.files import fsync_folder, write_file
+from finetune.storage.files import fsync_folder, moved, write_file
 
 MANIFEST = "manifest.json"
 
@@ -225,6 +225,7 @@ def _hash(path: Path, *, fsync: bool) -> tuple[int, str]:
         while read := file.readinto(buffer):
             digest.update(buffer[:read])
             size += read
+            moved(read)
         if fsync:
             os.fsync(file.fileno())
     return size, digest.hexdigest()

@@ -202,7 +202,7 @@ def warm_up(tests: Sequence[str], folder: Path) -> None:
     for name in found.read_text(encoding="utf-8").splitlines():
         try:
             __import__(name)
-        except Exception:
+        except Exception:  # only to save time: the tests import it again, and fail if they need it
             continue
 
 
