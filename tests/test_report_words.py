@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,34 +301,46 @@ def with_chinese_name(made: Path) -> Path:
 def test_plots_say_when_they_cannot_show_chinese_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plots, "chinese_font", lambda: None)
+    painter = pytest.importorskip("resvg_py")
+    draw = painter.svg_to_bytes
+    monkeypatch.setattr(painter, "svg_to_bytes", partial(draw, skip_system_fonts=True))
     made = with_chinese_name(evaluations.write_evaluation(tmp_path / "out", samples=4))
-    with pytest.warns(UserWarning, match="Glyph"):
-        plots.write_plots(made)
-    assert "no font with Chinese signs" in capsys.readouterr().err
+    plots.write_plots(made)
+    assert "no font with Chinese characters" in capsys.readouterr().err
+    # Without any font of the system every label is still there: a picture has more ink with them.
+    picture = (made / "plots" / "rouge-l.svg").read_text(encoding="utf-8")
+    bare = re.sub(r"<text.*?</text>", "", picture)
+    assert len(plots.painted(picture)) > len(plots.painted(bare)) + 500
 
 
-def test_a_font_with_chinese_signs_is_used_when_there_is_one(
+def test_plots_are_the_pages_curves_with_names_and_a_chinese_font_where_there_is_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if plots.chinese_font() is None:
-        pytest.skip("no Chinese font is installed here (fonts-noto-cjk)")
     made = with_chinese_name(evaluations.write_evaluation(tmp_path / "out", samples=4))
-    written = plots.write_plots(made)  # a missing glyph would be a warning, and so an error here
-    assert capsys.readouterr().err == ""
+    written = plots.write_plots(made)
+    assert ("no font with Chinese" in capsys.readouterr().err) is not plots.has_chinese_font()
     names = {path.name for path in written}
     assert names == {f"{name}.{kind}" for name in ("loss", "rouge-l", "lengths") for kind in ("png", "svg")}  # fmt: skip
     assert "微调 $60$" in (made / "plots" / "lengths.svg").read_text(encoding="utf-8")
+    for path in written:
+        if path.suffix == ".png":
+            assert path.read_bytes()[:4] == b"\x89PNG"
+    curve = re.compile(r'<polyline class="curve [^>]*>')
+    page_text = write_page(made).read_text(encoding="utf-8")
+    drawn = curve.findall((made / "plots" / "rouge-l.svg").read_text(encoding="utf-8"))
+    assert drawn
+    assert all(one in page_text for one in drawn)
 
 
-def test_plots_without_matplotlib_say_what_to_install(
+def test_plots_without_a_painter_are_svg_and_say_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
     made = evaluations.write_evaluation(tmp_path / "out", samples=4)
     assert write_page(made).is_file()
     with pytest.raises(ConfigError, match=r"glm4-finetune\[report\]"):
         plots.write_plots(made)
+    assert {path.suffix for path in (made / "plots").iterdir()} == {".svg"}
 
 
 def test_a_report_of_runs_that_are_gone_says_what_it_lacks(

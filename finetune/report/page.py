@@ -96,7 +96,7 @@ def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> s
         headline=headline,
         has_base=evaluation.base is not None,
         has_slices=bool(evaluation.slices),
-        lengths=_lengths(evaluation, content, runs, colours),
+        lengths=length_charts(evaluation, content, runs, colours),
         content=content,
         configs={name: _sections(run) for name, run in runs.items()},
         settings=_flat_settings(evaluation.settings),
@@ -305,7 +305,7 @@ def _outcome(evaluation: Evaluation, headline: str) -> str:
     return sentences.css(found) if found else "open"
 
 
-def _lengths(
+def length_charts(
     evaluation: Evaluation, content: Content, runs: Mapping[str, Run], colours: Sequence[int]
 ) -> list[tuple[str, str, Markup]]:
     """(name, unit, histogram): base and best beside the references first, then what else there is."""

@@ -1,189 +1,164 @@
-"""Scores over steps and lengths as PNG and SVG files, for papers and slides, through matplotlib."""
+"""The page's curves as files of their own, SVG and PNG, for papers and slides."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from markupsafe import Markup
 
 from finetune import console
 from finetune.errors import ConfigError
 from finetune.evaluation.schema import Evaluation, read_evaluation
 from finetune.evaluation.scores.metrics import metric
-from finetune.report.charts import Series
-from finetune.report.page import colours_of, edges_of, loss_curves, metric_series, runs_of
-from finetune.report.page_data import Content, read_content
-from finetune.storage.files import staged_file
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from finetune.report.charts import HEIGHT, WIDTH, Series, lines
+from finetune.report.page import (
+    asset,
+    colours_of,
+    length_charts,
+    loss_curves,
+    metric_series,
+    runs_of,
+)
+from finetune.report.page_data import read_content
+from finetune.storage.files import whole_binary, write_file
 
 FOLDER = "plots"
-FORMATS = ("png", "svg")
-LONGEST_NAME = 36
-CHINESE = "中"
-FONTS = (
-    "Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "PingFang SC", "Microsoft YaHei",
-    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Heiti SC", "Droid Sans Fallback",
+TITLE, ROW, COLUMNS = 26, 16, 2
+LONGEST_NAME = 30
+PIXELS = 3
+"""Of a PNG, for each unit of the picture: 1,080 wide."""
+FAMILIES = (
+    "DejaVu Sans", "Liberation Sans", "Noto Sans", "Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC",
+    "Microsoft YaHei", "Arial", "Helvetica", "Aileron", "sans-serif",
 )  # fmt: skip
-"""Chinese fonts in the order in which they are liked; any other that has the signs will do."""
-COLOURS = ("#8a877f", "#2f5bd0", "#d9641e", "#14845c", "#9a3fb5", "#c22f5d", "#0b8aa3", "#7a6a12", "#5b5bd6")  # fmt: skip
+"""Fonts in the order in which they are tried. Aileron comes with Pillow, so that no label is ever missing."""
+STYLE = """
+text { font-family: FAMILIES; fill: #3a3833; font-size: 11px } .title { font-weight: bold; font-size: 13px }
+.grid { stroke: #ebe9e4 } .axis { stroke: #bdbab2 } .tick { fill: #6f6b63; font-size: 10.5px }
+.end { text-anchor: end } .mid { text-anchor: middle }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round } .thin { stroke-width: 1.2; opacity: .55 }
+.level { stroke-dasharray: 5 4; stroke-width: 1.5 } .band { opacity: .15 }
+.whisker { stroke-width: 5; opacity: .3 } .dot { stroke: #fff; stroke-width: 1.5 }
+.bar { opacity: .72 } .outline { fill: none; stroke: #3a3833; stroke-width: 1.2; opacity: .7 }
+"""
 
 
 def write_plots(folder: Path) -> list[Path]:
-    """Writes `plots/<name>.png` and `.svg` of the losses, every score and the lengths; their paths.
+    """Writes `plots/<name>.svg` and `.png` of the losses, every score and the lengths; their paths.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: What draws PNG files is not installed; the SVG files are written.
         DataError: The folder is no whole evaluation.
     """
     evaluation = read_evaluation(folder)
-    content = read_content(folder, evaluation)
-    colours = colours_of(evaluation)
-    drawn = {"loss": loss_curves(evaluation, runs_of(folder, evaluation))}
-    if any(target.step is not None for target in evaluation.targets):
-        drawn |= {name: metric_series(evaluation, name, colours) for name in evaluation.metrics}
+    pictures = _pictures(folder, evaluation)
     (folder / FOLDER).mkdir(exist_ok=True)
-    written: list[Path] = []
-    with _style(_texts(evaluation)):
-        for name, series in drawn.items():
-            if any(one.points for one in series):
-                file = re.sub(r"[^\w.-]+", "-", name)[
-                    :100
-                ]  # a metric of the user's own may be named anything
-                written += _save(_curves(series, metric(name).label), folder / FOLDER / file)
-        written += _save(_lengths(evaluation, content, colours), folder / FOLDER / "lengths")
-    return written
-
-
-def chinese_font() -> str | None:
-    """The name of an installed font with Chinese signs; None when there is none."""
-    from matplotlib import font_manager
-
-    installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
-    liked = next((name for name in FONTS if name in installed), None)
-    if liked is not None:
-        return liked
-    likely = (name for name in sorted(installed) if "CJK" in name or "Han" in name or "Hei" in name)
-    return next((name for name in likely if _has_chinese(installed[name])), None)
-
-
-def _has_chinese(file: str) -> bool:
-    from matplotlib.ft2font import FT2Font
-
-    return FT2Font(file).get_char_index(ord(CHINESE)) != 0
-
-
-def _texts(evaluation: Evaluation) -> str:
-    return "".join([*(target.name for target in evaluation.targets), *evaluation.metrics])
-
-
-def _style(texts: str) -> AbstractContextManager[None]:
-    """Matplotlib's settings, with a Chinese font when some name needs one."""
+    drawn = [folder / FOLDER / f"{name}.svg" for name in pictures]
+    for file, picture in zip(drawn, pictures.values(), strict=True):
+        write_file(file, picture)
     try:
-        import matplotlib
+        import resvg_py  # noqa: F401
     except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'glm4-finetune[report]'") from error
-    fonts = ["DejaVu Sans"]
-    if any(ord(char) >= 0x2E80 for char in texts):
-        found = chinese_font()
-        if found is None:
-            console.warn(
-                "no font with Chinese signs is installed (try fonts-noto-cjk): Chinese names are "
-                "drawn as boxes in plots/; report.html shows them"
-            )
-        else:
-            fonts.insert(0, found)
-    return matplotlib.rc_context(
-        {
-            "font.family": fonts,
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#ebe9e4",
-            "axes.edgecolor": "#bdbab2",
-            "text.parse_math": False,  # a name may hold dollar signs
-            "svg.fonttype": "none",
-            "svg.hashsalt": "finetune",
-            "figure.dpi": 100,
-            "savefig.dpi": 160,
-        }
-    )
-
-
-def _curves(series: Sequence[Series], title: str) -> Figure:
-    figure, axes = _figure(title)
-    for one in series:
-        colour = COLOURS[one.colour]
-        xs, ys = [point.x for point in one.points], [point.y for point in one.points]
-        known = [p for p in one.points if p.low is not None and p.high is not None]
-        lows, highs = [p.low or 0.0 for p in known], [p.high or 0.0 for p in known]
-        if one.style == "level":
-            axes.axhline(ys[0], color=colour, linestyle="--", linewidth=1.4, label=_short(one.name))
-            for low, high in zip(lows, highs, strict=True):
-                axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
-            continue
-        marks: dict[str, Any] = (
-            {"marker": "o", "markersize": 4} if one.style == "line" else {"alpha": 0.55}
+        raise ConfigError(
+            f"{folder / FOLDER} has SVG files only; PNG files need: pip install 'glm4-finetune[report]'"
+        ) from error
+    bitmaps = [file.with_suffix(".png") for file in drawn]
+    for file, picture in zip(bitmaps, pictures.values(), strict=True):
+        with whole_binary(file) as out:
+            out.write(painted(picture))
+    if any(ord(char) >= 0x2E80 for char in "".join(pictures.values())) and not has_chinese_font():
+        console.warn(
+            "no font with Chinese characters is installed (try fonts-noto-cjk): Chinese names are "
+            "missing from the PNG files in plots/; the SVG files and report.html show them"
         )
-        axes.plot(xs, ys, color=colour, linewidth=1.8 if marks.get("marker") else 1, label=_short(one.name), **marks)  # fmt: skip
-        if len(known) > 1:
-            axes.fill_between([p.x for p in known], lows, highs, color=colour, alpha=0.15, linewidth=0)  # fmt: skip
-        elif known:
-            axes.vlines([known[0].x], lows, highs, color=colour, alpha=0.4, linewidth=4)
-    axes.set_xlabel("step")
-    _legend(axes)
-    return figure
+    return [*drawn, *bitmaps]
 
 
-def _lengths(evaluation: Evaluation, content: Content, colours: Sequence[int]) -> Figure:
-    figure, axes = _figure("characters of a reply")
-    everything = [content.reference_lengths, *content.reply_lengths]
-    top = max((sorted(one)[int(len(one) * 0.99)] for one in everything if one), default=0)
-    edges = edges_of(top)
-    for target, found, colour in zip(
-        evaluation.targets, content.reply_lengths, colours, strict=True
-    ):
-        clipped = [min(value, edges[-1] - 1) for value in found]
-        axes.hist(clipped, edges, histtype="step", color=COLOURS[colour], linewidth=1.4, label=_short(target.name))  # fmt: skip
-    references = [min(value, edges[-1] - 1) for value in content.reference_lengths]
-    axes.hist(references, edges, color="#d8d5cd", label="references", zorder=0)
-    axes.set_xlabel("characters")
-    axes.set_ylabel("replies")
-    _legend(axes)
-    return figure
+def _pictures(folder: Path, evaluation: Evaluation) -> dict[str, str]:
+    """SVG texts by file name without its ending."""
+    colours, runs = colours_of(evaluation), runs_of(folder, evaluation)
+    curves = {"loss": loss_curves(evaluation, runs)}
+    if any(target.step is not None for target in evaluation.targets):
+        curves |= {name: metric_series(evaluation, name, colours) for name in evaluation.metrics}
+    pictures = {
+        # a metric of the user's own may be named anything
+        re.sub(r"[^\w.-]+", "-", name)[:100]: _picture(metric(name).label, lines(series, title=name), series)
+        for name, series in curves.items()
+        if any(one.points for one in series)
+    }  # fmt: skip
+    charts = length_charts(evaluation, read_content(folder, evaluation), runs, colours)
+    panels = [_titled(f"{_short(name)}, {unit}", chart) for name, unit, chart in charts]
+    return pictures | {"lengths": _stacked(panels)}
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
-    """A figure outside of pyplot, which would hold on to it and may look for a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _picture(title: str, chart: Markup, series: Sequence[Series]) -> str:
+    """A chart with a title above and the names of its series below, two in a row."""
+    names = list(dict.fromkeys((one.name, one.colour) for one in series if one.points))
+    parts = [_titled(title, chart)]
+    for number, (name, colour) in enumerate(names):
+        x = 8 + number % COLUMNS * (WIDTH // COLUMNS)
+        y = TITLE + HEIGHT + ROW * (number // COLUMNS) + 10
+        parts.append(Markup('<rect class="key c{}" x="{}" y="{}" width="10" height="10" rx="2"/><text x="{}" y="{}">{}</text>').format(colour, x, y - 9, x + 15, y, _short(name)))  # fmt: skip
+    return _whole(parts, TITLE + HEIGHT + ROW * -(-len(names) // COLUMNS) + 4)
 
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
-    return figure, axes
+
+def _stacked(panels: Sequence[Markup]) -> str:
+    """Titled charts below each other in one picture."""
+    tall = TITLE + HEIGHT
+    placed = [Markup('<g transform="translate(0 {})">{}</g>').format(tall * number, panel) for number, panel in enumerate(panels)]  # fmt: skip
+    return _whole(placed, tall * len(panels))
 
 
-def _legend(axes: Axes) -> None:
-    """Below the axes: looking for the best place among many points takes seconds."""
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
+def _titled(title: str, chart: Markup) -> Markup:
+    placed = str(chart).replace("<svg ", f'<svg y="{TITLE}" width="{WIDTH}" height="{HEIGHT}" ', 1)
+    heading = Markup('<text class="title" x="8" y="18">{}</text>').format(title)
+    return heading + Markup(placed)
+
+
+def _whole(parts: Sequence[Markup], height: int) -> str:
+    """A file of its own: white ground, and the style that the page has in its style sheet."""
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">'
+        '<style>{2}</style><rect width="{0}" height="{1}" fill="#fff"/>{3}</svg>\n'
+    ).format(WIDTH, height, _style(), Markup("").join(parts))
+
+
+@cache
+def _style() -> Markup:
+    """The style of a picture, with the page's colours for light mode."""
+    colours = dict(reversed(re.findall(r"--c(\d): (#\w+)", asset("page.css"))))
+    rules = [
+        f".curve.c{n}, .whisker.c{n} {{ stroke: {colour} }} .band.c{n}, .dot.c{n}, .bar.c{n}, .key.c{n} {{ fill: {colour} }}"
+        for n, colour in sorted(colours.items())
+    ]
+    families = ", ".join(f'"{name}"' for name in FAMILIES[:-1]) + f", {FAMILIES[-1]}"
+    return Markup(STYLE.replace("FAMILIES", families) + "\n".join(rules))
+
+
+def painted(picture: str) -> bytes:
+    """The PNG file of an SVG text."""
+    from PIL import ImageFont
+    from resvg_py import svg_to_bytes
+
+    label: Any = ImageFont.load_default(12)  # Pillow's own font lies in memory
+    with NamedTemporaryFile(suffix=".ttf") as font:
+        font.write(label.path.getvalue())
+        font.flush()
+        return bytes(svg_to_bytes(svg_string=picture, zoom=PIXELS, font_files=[font.name]))
+
+
+def has_chinese_font() -> bool:
+    """Whether a Chinese character is drawn otherwise than one that no font has."""
+    common, unknown = (
+        painted(_whole([_titled(char, Markup("<svg />"))], 30)) for char in "中\U000effff"
+    )
+    return common != unknown
 
 
 def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
-
-
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
-    for file in files:
-        metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
-        with staged_file(file) as part:
-            figure.savefig(part, format=file.suffix[1:], metadata=metadata)
-    return files

@@ -144,7 +144,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--family", choices=("chatglm", "glm"), default="chatglm")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="a PNG file; needs: pip install matplotlib")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--variant", choices=VARIANTS, help="only this one, in this process")
     parser.add_argument("--length", type=int)

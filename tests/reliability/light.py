@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HEAVY = ("torch", "transformers", "datasets", "peft", "deepspeed", "accelerate", "matplotlib")
+HEAVY = ("torch", "transformers", "datasets", "peft", "deepspeed", "accelerate", "resvg_py")
 MAX_SECONDS = 1.0
 MAX_MB = 200.0
 
