@@ -87,7 +87,7 @@ def _as_pipe(file: Path) -> None:
 
 
 def _as_large_picture(file: Path) -> None:
-    Image.new("RGB", (13_000, 13_000)).save(file, "WEBP")
+    Image.new("RGB", (13_000, 13_000)).save(file, "WEBP", lossless=True, quality=0, method=0)
 
 
 def _as_tiff(file: Path) -> None:

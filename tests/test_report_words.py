@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +302,9 @@ def test_plots_say_when_they_cannot_show_chinese_names(
 ) -> None:
     painter = pytest.importorskip("resvg_py")
     draw = painter.svg_to_bytes
-    monkeypatch.setattr(painter, "svg_to_bytes", partial(draw, skip_system_fonts=True))
+    monkeypatch.setattr(
+        painter, "svg_to_bytes", lambda **how: draw(**how | {"skip_system_fonts": True})
+    )
     made = with_chinese_name(evaluations.write_evaluation(tmp_path / "out", samples=4))
     plots.write_plots(made)
     assert "no font with Chinese characters" in capsys.readouterr().err
