@@ -36,7 +36,7 @@ _warned: set[str] = set()
 _tolerates_loss = False
 
 
-def is_main() -> bool:
+def is_rank0() -> bool:
     """True on the one process that talks: rank 0, or a run without a launcher."""
     return launcher.rank() == 0
 
@@ -48,7 +48,7 @@ def on_terminal() -> bool:
 
 def say(text: str | Text = "") -> None:
     """One line (or several) for the user; a rich Text keeps its colours on a terminal."""
-    if not is_main():
+    if not is_rank0():
         return
     if on_terminal():
         _rich().print(text, soft_wrap=True)
@@ -58,7 +58,7 @@ def say(text: str | Text = "") -> None:
 
 def warn(text: str) -> None:
     """A line that should not be overlooked; on standard error."""
-    if not is_main():
+    if not is_rank0():
         return
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         from rich.text import Text
@@ -86,7 +86,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
     Rich Texts keep their colours on a terminal.
     """
-    if not is_main():
+    if not is_rank0():
         return
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     numeric = [
@@ -119,14 +119,14 @@ class ProgressBar:
         if self._bar is not None:
             bar, task = self._bar
             bar.update(task, completed=self.done, description=f"{self.label} {note}".rstrip())
-        elif is_main() and time.monotonic() - self._last >= PLAIN_PROGRESS_SECONDS:
+        elif is_rank0() and time.monotonic() - self._last >= PLAIN_PROGRESS_SECONDS:
             self._last = time.monotonic()
             self._said = self.done
             _write(_stream(), self._line(note))
 
     def finish(self) -> None:
         """In a log file, the last line of a count that had lines before."""
-        if is_main() and self._said not in (None, self.done):
+        if is_rank0() and self._said not in (None, self.done):
             _write(_stream(), self._line())
 
     def _line(self, note: str = "") -> str:
@@ -142,7 +142,7 @@ class ProgressBar:
 def progress(total: int | None, label: str) -> Iterator[ProgressBar]:
     """A moving bar on a terminal; elsewhere a line every few seconds at most. `total` None: unknown."""
     bar_or_lines = ProgressBar(total, label)
-    if not (is_main() and on_terminal()):
+    if not (is_rank0() and on_terminal()):
         yield bar_or_lines
         bar_or_lines.finish()
         return
@@ -193,7 +193,7 @@ def json_output(enabled: bool = True) -> Iterator[Callable[[Any], None]]:
         with os.fdopen(os.dup(real), "wb") as pipe:
 
             def emit(value: Any) -> None:
-                if is_main():
+                if is_rank0():
                     text = json.dumps(value, ensure_ascii=False, default=_as_json)
                     pipe.write(text.encode() + b"\n")
                     pipe.flush()

@@ -20,7 +20,7 @@ class Ranks:
         self.votes: list[int] = []
         self.lock = threading.Lock()
 
-    def worst(self, outcome: int) -> int:
+    def reduce_max(self, outcome: int) -> int:
         with self.lock:
             self.votes.append(outcome)
         self.barrier.wait()
@@ -39,7 +39,9 @@ def test_ranks_write_into_one_folder_and_fail_together(tmp_path: Path, failing: 
 
     def work(rank: int) -> None:
         try:
-            with folders.staged(run / "checkpoint-1", leader=rank == 0, worst=ranks.worst) as stage:
+            with folders.staged(
+                run / "checkpoint-1", is_rank0=rank == 0, reduce_max=ranks.reduce_max
+            ) as stage:
                 if rank == failing:
                     raise OSError(errno.ENOSPC, "No space left on device")
                 (stage / f"rng_state_{rank}.pth").write_bytes(b"state")

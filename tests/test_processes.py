@@ -8,7 +8,7 @@ import pytest
 
 from finetune.distributed import processes, watchdog
 from finetune.distributed.processes import fail_together
-from finetune.distributed.watchdog import ProcessError, Watch
+from finetune.distributed.watchdog import ProcessError, Watchdog
 from finetune.errors import DataError, FinetuneError
 
 
@@ -45,7 +45,7 @@ def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_signal_that_follows_another_process_error_tells_of_that_error(
     monkeypatch: pytest.MonkeyPatch, echo: bool
 ) -> None:
-    watch = Watch.__new__(Watch)
+    watch = Watchdog.__new__(Watchdog)
     watch._rank = 0
     told: list[str] = []
     theirs = ProcessError("process 1 failed: no memory")

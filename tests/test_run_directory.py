@@ -79,7 +79,7 @@ def test_a_forked_worker_that_ends_does_not_release_the_lock(tmp_path: Path) -> 
 def test_other_ranks_neither_lock_nor_tidy(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path) as leader:
         (tmp_path / ".staging-checkpoint-1").mkdir()
-        with RunDirectory.open(tmp_path, leader=False) as other:
+        with RunDirectory.open(tmp_path, is_rank0=False) as other:
             assert other.path == leader.path == tmp_path
         assert (tmp_path / ".staging-checkpoint-1").exists()
 

@@ -29,14 +29,14 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def open(cls, path: str | Path, *, leader: bool = True) -> RunDirectory:
+    def open(cls, path: str | Path, *, is_rank0: bool = True) -> RunDirectory:
         """The folder at ``path``, made if needed, locked and tidied by the leading process.
 
         Raises RunDirectoryInUseError while another live run holds it; the lock of a killed run is
         gone with its process. ConfigError when the folder cannot be made or written.
         """
         path = Path(path)
-        if not leader:
+        if not is_rank0:
             return cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)

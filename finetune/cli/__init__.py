@@ -173,12 +173,12 @@ def _speaks(text: str) -> bool:
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     if "RANK" not in os.environ or not error_file or error_file == os.devnull:
-        return console.is_main()
+        return console.is_rank0()
     said = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
     try:
         Path(error_file).parent.with_name(f"said-{said}").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
-        return console.is_main()
+        return console.is_rank0()
     return True

@@ -198,10 +198,10 @@ def evaluate(
             placement=Placement(device_map, quantization),
         )
         found = run(models, data or (), output=output, changes=changes, options=options)
-        if console.is_main():
+        if console.is_rank0():
             say_report(Path(found["output"]))
         emit(found)
-        if requirements and console.is_main():
+        if requirements and console.is_rank0():
             _check_requirements(Path(found["output"]), requirements)
 
 

@@ -69,14 +69,9 @@ def reduce_sum(values: Sequence[float]) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def worst(outcome: int, group: Any = None) -> int:
-    """The largest `outcome` of all processes; also a barrier."""
-    return reduce_max([outcome], group)[0]
-
-
 def any_rank(flag: bool, group: Any = None) -> bool:
     """Whether `flag` is true on any process."""
-    return bool(worst(flag, group))
+    return bool(reduce_max([flag], group)[0])
 
 
 def gather_objects(value: Result, group: Any = None) -> list[Result]:

@@ -57,7 +57,7 @@ def watching(timeout_minutes: float, stop: StopFlag) -> Iterator[None]:
     if rank_and_world()[1] == 1:
         yield
         return
-    watch = Watch(timeout_minutes, stop)
+    watch = Watchdog(timeout_minutes, stop)
     try:
         yield
         dist.barrier()  # the store may end with the process that ends first
@@ -69,7 +69,7 @@ def watching(timeout_minutes: float, stop: StopFlag) -> Iterator[None]:
         watch.stop()
 
 
-class Watch:
+class Watchdog:
     """Tells the other processes that this one lives, and finds out which of them does not."""
 
     def __init__(self, timeout_minutes: float, stop: StopFlag) -> None:

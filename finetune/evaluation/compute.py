@@ -35,19 +35,19 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
     from finetune.generation.load import Models
 
     with joined_processes():
-        leads = is_rank0()
+        on_rank0 = is_rank0()
         models = Models(missing[0].options.placement)
         for job in missing:
             opened = models.open(job.target.path, base=job.target.base, like=job.target.like)
             console.say(f"{job.target.name}: {job.target.path}")
-            with job.results.locked() if leads else nullcontext():
-                rows = _rows_at_once(job, opened.model, leads)
+            with job.results.locked() if on_rank0 else nullcontext():
+                rows = _rows_at_once(job, opened.model, on_rank0)
                 _ask_tasks(job, opened.model, rows)
-                _measure_losses(job, opened.model, leads)
+                _measure_losses(job, opened.model, on_rank0)
                 _generate_replies(job, opened.model, rows)
 
 
-def _rows_at_once(job: EvaluationJob, model: Any, leads: bool) -> int:
+def _rows_at_once(job: EvaluationJob, model: Any, on_rank0: bool) -> int:
     """The batch size, of an evaluation that goes on the one that it began with."""
     from finetune.distributed.processes import broadcast_from_rank0
     from finetune.generation.generate import rows_at_once
@@ -58,12 +58,12 @@ def _rows_at_once(job: EvaluationJob, model: Any, leads: bool) -> int:
     section = job.settings.evaluation
     longest = job.settings.policy.max_length + section.max_new_tokens
     rows = rows_at_once(model, section.batch_size, longest)
-    if leads:
+    if on_rank0:
         job.results.write_note("batch_size", rows)
     return rows
 
 
-def _measure_losses(job: EvaluationJob, model: Any, leads: bool) -> None:
+def _measure_losses(job: EvaluationJob, model: Any, on_rank0: bool) -> None:
     from finetune.distributed.processes import broadcast_from_rank0
     from finetune.evaluation.loss import validation_loss
 
@@ -78,7 +78,7 @@ def _measure_losses(job: EvaluationJob, model: Any, leads: bool) -> None:
                 f"{len(found.losses)} held-out examples is NaN or infinite; its weights (or model.dtype "
                 "float16) are the likely cause; check them, or evaluate another checkpoint"
             )
-        if leads:
+        if on_rank0:
             job.results.write_losses(name, found.losses, found.weights)
 
 

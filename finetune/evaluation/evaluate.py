@@ -67,7 +67,7 @@ def evaluate(
     place = output or _beside(found[0], settings)
     folder.check_place(place, found, options)
     compute.run(jobs)
-    if not console.is_main():
+    if not console.is_rank0():
         return {}
     return folder.write(place, found, jobs, options)
 

@@ -85,14 +85,14 @@ def answered(
     from finetune.distributed.processes import broadcast_from_rank0, is_rank0
     from finetune.generation.generate import Window
 
-    leads, held = is_rank0(), deque[list[ReplyPrompt]]()
+    on_rank0, held = is_rank0(), deque[list[ReplyPrompt]]()
     known = broadcast_from_rank0(how.journal.batches)
 
     def windows() -> Iterator[Window]:
         number = behind
         remaining = islice(prompts, behind, None)
         while window := list(islice(remaining, how.window)):
-            if leads:
+            if on_rank0:
                 held.append(window)
             ids = [prompt.prompt_ids for prompt in window]
             yield Window(ids, how.extras(number, window), known if number == behind else {})

@@ -20,7 +20,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    level = logging.WARNING if console.is_main() else logging.ERROR
+    level = logging.WARNING if console.is_rank0() else logging.ERROR
     for name in ("peft", "torch.distributed", "datasets"):
         logging.getLogger(name).setLevel(level)
     # accelerate warns of an accumulation mismatch that is the Trainer's way of doing it.
@@ -28,5 +28,5 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Names that peft and accelerate still use and transformers 5.23 or torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|peft")
-    if not console.is_main():
+    if not console.is_rank0():
         warnings.filterwarnings("ignore")

@@ -45,15 +45,15 @@ FINE, NO_ROOM, FAILED = 0, 1, 2
 def staged(
     final: Path,
     *,
-    leader: bool = True,
-    worst: Callable[[int], int] = int,
+    is_rank0: bool = True,
+    reduce_max: Callable[[int], int] = int,
     replace: bool = False,
     known: Files | None = None,
 ) -> Iterator[Path]:
     """The staging folder of ``final``: committed when the block ends, removed when it fails.
 
-    With several processes each enters the block; ``leader`` is true in one of them, and
-    ``worst(outcome)`` waits for all and gives the largest outcome: a save fails everywhere or
+    With several processes each enters the block; ``is_rank0`` is true in one of them, and
+    ``reduce_max(outcome)`` waits for all and gives the largest outcome: a save fails everywhere or
     nowhere, and for want of space everywhere alike.
     ``replace`` allows a folder of that name to be there already.
     ``known`` is filled in the block with size and SHA-256 of files that need not be read again.
@@ -61,10 +61,10 @@ def staged(
     stage = stage_path(final)
     lock: Lock | None = None
     try:
-        with together(worst, final):
-            if leader:
+        with together(reduce_max, final):
+            if is_rank0:
                 lock = open_stage(final, replace=replace)
-        with together(worst, final):
+        with together(reduce_max, final):
             if not stage.is_dir():
                 raise CheckpointError(
                     f"{stage} was made by process 0 and this process cannot see it; "
@@ -72,8 +72,8 @@ def staged(
                 )
             with _ended_by_signals():
                 yield stage
-        with together(worst, final):
-            if leader:
+        with together(reduce_max, final):
+            if is_rank0:
                 commit(stage, final, replace=replace, known=known)
     except BaseException as error:
         reason = _space_error(error, final, stage)
@@ -338,7 +338,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def together(worst: Callable[[int], int], final: Path) -> Iterator[None]:
+def together(reduce_max: Callable[[int], int], final: Path) -> Iterator[None]:
     """Leave a part of the writing of ``final`` by an exception in every process, or in none.
 
     A part must not hold collective operations that a failing process would skip.
@@ -346,9 +346,9 @@ def together(worst: Callable[[int], int], final: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        worst(NO_ROOM if is_disk_error(error) else FAILED)
+        reduce_max(NO_ROOM if is_disk_error(error) else FAILED)
         raise
-    if (outcome := worst(FINE)) != FINE:
+    if (outcome := reduce_max(FINE)) != FINE:
         kind, what = (SpaceError, "no room") if outcome == NO_ROOM else (CheckpointError, "unable")
         echo = kind(f"{what} to write {final} in another process; earlier ones are untouched")
         echo.is_echo = True

@@ -42,7 +42,7 @@ from finetune.distributed.processes import (
     gather_objects,
     is_rank0,
     patient_group,
-    worst,
+    reduce_max,
 )
 from finetune.errors import (
     CheckpointError,
@@ -169,11 +169,14 @@ class Saver:
         step = state.best_global_step
         return None if step is None else checkpoint.of_step(self.run_dir, step)
 
+    def _agreed(self, outcome: int) -> int:
+        return reduce_max([outcome], self.group)[0]
+
     def _write(self, snapshot: Snapshot, final: Path) -> None:
         hashes: dict[str, tuple[int, str]] = {}
-        agreed = partial(worst, group=self.group)
+        agreed = self._agreed
         with folders.staged(
-            final, leader=is_rank0(), worst=agreed, replace=True, known=hashes
+            final, is_rank0=is_rank0(), reduce_max=agreed, replace=True, known=hashes
         ) as stage:
             with hashing(stage) as written:
                 # Each gathers what is sharded first: one that cannot write must not leave the others there.
@@ -185,7 +188,7 @@ class Saver:
                 hashes |= part
 
     def save_weights(self, snapshot: Snapshot, folder: Path) -> None:
-        """Write what was trained; every process takes part, the leader writes."""
+        """Write what was trained; every process takes part, rank 0 writes."""
         methods.save(snapshot.model, folder, base=self.base, gather=snapshot.gather)
 
     def load_weights(self, model: nn.Module, folder: Path) -> None:

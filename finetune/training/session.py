@@ -38,7 +38,7 @@ def run_directory(training: TrainingSection, data: DataSection, *, trust: bool) 
     _check_beside(training, data)
     with (
         told_at_the_end(training.on_end, training.output_dir),
-        RunDirectory.open(training.output_dir, leader=console.is_main()) as run_dir,
+        RunDirectory.open(training.output_dir, is_rank0=console.is_rank0()) as run_dir,
     ):
         for line in run_dir.cleaned:
             console.say(line)

@@ -70,7 +70,7 @@ class Bench:
     def save(self, held: dict[str, Any]) -> None:
         """A checkpoint, and the rotation after it."""
         from finetune.artifacts import checkpoint
-        from finetune.distributed.processes import gather_objects, worst
+        from finetune.distributed.processes import gather_objects, reduce_max
         from finetune.storage import folders
         from finetune.storage.hashed import hashing
         from finetune.training.snapshot import save_state
@@ -78,9 +78,12 @@ class Bench:
         self.saves += 1
         final = self.run / checkpoint.folder_name(self.saves)
         known: dict[str, tuple[int, str]] = {}
-        agreed = partial(worst, group=self.group)
+
+        def agreed(outcome: int) -> int:
+            return reduce_max([outcome], self.group)[0]
+
         with folders.staged(
-            final, leader=self.rank == 0, worst=agreed, replace=True, known=known
+            final, is_rank0=self.rank == 0, reduce_max=agreed, replace=True, known=known
         ) as stage:
             with hashing(stage) as written:
                 save_state(held, stage / f"part-{self.rank}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune import console
 from finetune.data.chat.image import shown
 from finetune.distributed.device import local_device
-from finetune.distributed.processes import fail_together, rank_and_world, worst
+from finetune.distributed.processes import fail_together, rank_and_world, reduce_max
 from finetune.errors import ConfigError, DataError
 from finetune.models.chatglm.vision import VisionModel
 from finetune.storage.cache import key_of
@@ -84,7 +84,7 @@ def vision_cache(
     wanted = {file: image for image, file in files.items()}
     rank, world = rank_and_world()
     missing = [file for file in sorted(wanted) if not _is_whole(file)]
-    worst(0)  # nobody writes before everybody has looked
+    reduce_max([0])  # nobody writes before everybody has looked
     mine = missing[rank::world]
     if missing:
         console.say(f"vision features: computing {len(missing):,} of {len(wanted):,} images")

@@ -36,7 +36,7 @@ def told_at_the_end(command: str | None, run_dir: str) -> Iterator[None]:
         code = error.exit_code
         raise
     finally:
-        if command is not None and console.is_main():
+        if command is not None and console.is_rank0():
             _tell(command, run_dir, code)
 
 

@@ -247,7 +247,7 @@ class ProgressCallback(TrainerCallback):
             console.say(f"step {state.global_step}  evaluation  {said}")
 
     def _open(self) -> None:
-        if console.is_main() and console.on_terminal() and self._done < self._total:
+        if console.is_rank0() and console.on_terminal() and self._done < self._total:
             context = console.progress(self._total, "training")
             self._bar = (context, context.__enter__())
             self._bar[1].advance(self._done)

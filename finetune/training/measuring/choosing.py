@@ -65,7 +65,7 @@ class Chooser:
 
     def _keep_untuned(self, units: dict[str, Any]) -> None:
         self._untuned, self._known = units, {}
-        if console.is_main():
+        if console.is_rank0():
             with self._writing():
                 with whole_binary(self._run_dir / UNTUNED) as file:
                     np.savez(file, **{_key(name): rows for name, rows in units.items()})
@@ -73,7 +73,7 @@ class Chooser:
 
     def _note(self, step: int, criteria: Sequence[Criterion], is_chosen: bool) -> None:
         self._known[step] = forgetting.p_of(criteria)
-        if console.is_main():
+        if console.is_rank0():
             row = {"step": step, "p": self._known[step], "chosen": is_chosen, "criteria": [asdict(one) for one in criteria]}  # fmt: skip
             with self._writing():
                 journal.append(self._run_dir / CHOICES, [row], durable=False)

@@ -102,7 +102,7 @@ class Validation:
             batch_size=int(self.section.batch_size),
             should_stop=self._should_stop,
         )
-        if console.is_main():
+        if console.is_rank0():
             with self.writing():
                 write_predictions(self.run_dir / f"predictions-{step}.jsonl", result.predictions)
         for one in result.predictions:
