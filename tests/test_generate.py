@@ -161,9 +161,39 @@ def test_an_adapter_generates_through_its_own_weights(tiny_glm: Path) -> None:
 
 
 def test_batches_are_sorted_longest_first() -> None:
-    lengths = [5, 30, 10, 29, 1, 10]
-    assert plan_batches(lengths, 4) == [[1, 3, 2, 5], [0, 4]]
+    asked = [[number] * length for number, length in enumerate([5, 30, 10, 29, 1, 10])]
+    assert plan_batches(asked, 4) == [[1, 3, 2, 5], [0, 4]]
     assert plan_batches([], 4) == []
+
+
+def test_prompts_that_begin_a_longer_one_stand_behind_it() -> None:
+    asked = [[1, 2], [9] * 5, [1, 2, 3, 4, 5, 6], [8] * 4, [1, 2, 3, 4], [1, 2]]
+    assert tensors.beginnings(asked) == [2, 1, 2, 3, 2, 2]
+    assert plan_batches(asked, 3) == [[2, 4, 0], [5, 1, 3]]
+
+
+def test_small_batches_are_dealt_together_while_enough_are_left() -> None:
+    assert [len(one) for one in plan_batches(prompts(128), 4)] == [16] * 8
+    assert [len(one) for one in plan_batches(prompts(1024), 4)] == [32] * 32
+    assert [len(one) for one in plan_batches(prompts(63), 4)] == [4] * 15 + [3]
+    assert [len(one) for one in plan_batches(prompts(1024), 64)] == [64] * 16
+
+
+@pytest.mark.parametrize("family", ["chatglm", "glm", "prefixed"])
+def test_every_reply_of_a_dialogue_is_asked_in_one_pass_over_it(
+    family: str, request: pytest.FixtureRequest, batches: list[tuple[int, int]]
+) -> None:
+    model = open_tiny(request.getfixturevalue(f"tiny_{family.replace('prefixed', 'glm')}"))
+    if family == "prefixed":
+        torch.manual_seed(0)
+        model = ptuning_v2.attach(model, PTuningV2Method(num_virtual_tokens=4)).eval()
+    wholes = [one * 2 for one in prompts(4)]
+    asked = [whole[:part] for whole in wholes for part in (len(whole) // 3, len(whole) // 2, len(whole))]  # fmt: skip
+    alone = [shapes_of(model, batches, [one], batch_size=1)[0].ids for one in asked]
+    together = shapes_of(model, batches, asked, batch_size=12)
+    assert [reply.ids for reply in together] == alone
+    assert batches[0] == (4, max(map(len, wholes)))
+    assert all(tokens == 1 for _, tokens in batches[1:])
 
 
 def shapes_of(model: Any, batches: list[Any], asked: list[list[int]], **more: Any) -> list[Reply]:

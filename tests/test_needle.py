@@ -47,22 +47,61 @@ def test_a_text_fills_its_length_and_holds_its_sentence_at_its_depth(template: A
     assert [one.prompt for one in needle.texts(template, 1024)] == [one.prompt for one in found]
 
 
+def test_depths_share_what_stands_before_the_sentence_and_get_the_replies_of_whole_texts(
+    tiny_glm: Path, template: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.generation import batch
+    from finetune.generation.generate import generate
+    from finetune.generation.load import open_model
+
+    model = open_model(str(tiny_glm)).model
+    asked = list(needle.texts(template, 1024))
+    prompts = [one.prompt for one in asked]
+    whole = generate(model, template, prompts, max_new_tokens=needle.NEW_TOKENS, batch_size=1)
+    read: list[int] = []
+    forward = batch._forward
+
+    def counted(model: Any, cache: Any, ids: Any, *rest: Any, **named: Any) -> Any:
+        read.append(ids.shape[1])
+        return forward(model, cache, ids, *rest, **named)
+
+    monkeypatch.setattr(batch, "_forward", counted)
+    monkeypatch.setattr(batch, "FIRST_PASS_TOKENS", 300)
+    replies = needle.replies_to(model, template, asked)
+    assert replies == [list(one.ids) for one in whole]
+    assert max(read) <= 300
+    # Per language: all of the deepest text, then a quarter, a half, three quarters, all of it.
+    assert 3.3 < sum(one for one in read if one > 1) / 1024 / 2 < 3.7
+
+
+def test_lengths_without_room_in_memory_are_left_out_before_anything_is_asked(
+    tiny_glm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.generation.generate import cache_tokens
+    from finetune.generation.load import open_model
+
+    opened = open_model(str(tiny_glm))
+    bytes_a_token = (1 << 30) / cache_tokens(opened.model, 1 << 30)
+    free = int(3 * 600 * bytes_a_token)
+    monkeypatch.setattr("finetune.distributed.device.free_bytes", lambda: free)
+    monkeypatch.setattr(needle, "replies_to", lambda model, template, asked: [[]] * len(asked))
+    assert list(needle.ask(opened.model, opened.template, [512, 1024])) == ["needle/512"]
+    assert "needle: keys and values of 1024 tokens" in capsys.readouterr().err
+
+
 def test_a_number_in_the_reply_is_found_and_lengths_beyond_the_context_are_left_out(
     tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.generation.generate import Reply
-
-    def answers(model: Any, template: Any, prompts: Any, **_: Any) -> list[Reply]:
+    def answers(model: Any, template: Any, asked: Any) -> list[list[int]]:
         replies = []
-        for number, prompt in enumerate(prompts):
-            text = template.decode(prompt)
+        for one in asked:
+            text = template.decode(one.prompt)
             place = text.find("blue locker is ") + len("blue locker is ")
             said = f"\nIt is {text[place : place + 5]}." if "blue locker is " in text else "\nNo."
-            ids = template.tokenizer.plain.encode(said, add_special_tokens=False).ids
-            replies.append(Reply(number, tuple(ids), True))
+            replies.append(template.tokenizer.plain.encode(said, add_special_tokens=False).ids)
         return replies
 
-    monkeypatch.setattr("finetune.generation.generate.generate", answers)
+    monkeypatch.setattr(needle, "replies_to", answers)
     monkeypatch.setattr("finetune.generation.generate.context_length", lambda _: 600)
     evaluate([str(tiny_glm)], output=tmp_path / "out", options=Options(tasks=("needle:512..1k",)))
     found = read_evaluation(tmp_path / "out")

@@ -46,7 +46,7 @@ class SharedPrefix:
         cache = _new_cache(model)
         ids = torch.tensor([self.ids], device=model.device)
         positions = torch.arange(len(self.ids), device=model.device)[None]
-        _forward(model, cache, ids, None, positions)
+        _read(model, cache, ids, positions)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
 
     @classmethod
@@ -96,8 +96,8 @@ class Batch:
         lengths = torch.tensor([len(rest) for rest in rests], device=device)
         own = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # [B, width]
         mask = torch.cat([own.new_ones(len(rests), common), own], dim=1)
-        cache = prefix.cache(self._model, len(rests))
         images = image_inputs(prompts, device)
+        cache = prefix.cache(self._model, len(rests) if images else len({*beginnings(rests)}))
         if images:
             ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
             positions = _image_positions(self._model, ids, mask, images)
@@ -106,12 +106,8 @@ class Batch:
             last = positions[..., -1]  # [B], of GLM-4.1V [3, B]: text counts on from the greatest
             last = last if last.dim() == 1 else last.amax(0)
         else:
-            # Padded on the right, where causal attention needs no mask, and moved to the right after it.
-            ids = torch.tensor([rest + [0] * (width - len(rest)) for rest in rests], device=device)
-            positions = torch.arange(common, common + width, device=device).expand_as(ids)
             last = common + lengths - 1
-            at = lengths[:, None] - 1
-            logits = _forward(self._model, cache, ids, None, positions, last=at)
+            logits = self._read_wholes(cache, common, rests)
             if min(map(len, rests)) < width:
                 _move_right(cache, common, lengths)
         self.is_lost = True  # until all layers are joined
@@ -122,6 +118,30 @@ class Batch:
         self._cache, self._mask, self._positions = cache, mask, last
         self.is_lost = False
         return logits
+
+    def _read_wholes(self, cache: Any, common: int, rests: Sequence[list[int]]) -> Tensor:
+        """Reads prompts that begin no other one; returns the logits [B, V] of all, and `cache` has rows for all.
+
+        Padded on the right, where causal attention needs no mask.
+        """
+        device, holders = self._model.device, beginnings(rests)
+        wholes = sorted({*holders})
+        width = max(len(rests[whole]) for whole in wholes)
+        ids = torch.tensor([rests[whole] + [0] * (width - len(rests[whole])) for whole in wholes], device=device)  # fmt: skip
+        positions = torch.arange(common, common + width, device=device).expand_as(ids)
+        ends = [[len(rest) - 1 for rest, own in zip(rests, holders, strict=True) if own == whole] for whole in wholes]  # fmt: skip
+        most = max(map(len, ends))
+        last = torch.tensor([[*own, *[0] * (most - len(own))] for own in ends], device=device)
+        logits = _read(self._model, cache, ids, positions, last=last)  # [wholes x most, V]
+        if len(wholes) == len(rests):
+            return logits
+        owners = [wholes.index(whole) for whole in holders]
+        seen = [owners[:row].count(owner) for row, owner in enumerate(owners)]
+        rows = torch.tensor(owners, device=device)
+        for layer in cache.layers:
+            here = rows.to(layer.keys.device)
+            layer.hold(layer.keys[here], layer.values[here])
+        return logits[rows * most + torch.tensor(seen, device=device)]
 
     def num_at_once(self, prompts: Sequence[Prompt]) -> int:
         """How many of the first of `prompts` one `prefill` may read; at least one."""
@@ -237,6 +257,25 @@ def shared_prefix(prompts: Sequence[Prompt]) -> list[int]:
     return [int(token) for token in first[:same]] if same >= SHORTEST_PREFIX else []
 
 
+def beginnings(prompts: Sequence[Prompt]) -> list[int]:
+    """For every prompt the place of one that begins with it and begins no other: its own, mostly.
+
+    What a dialogue's second reply is asked with begins with what the first was asked with.
+
+    >>> beginnings([[1], [1, 2], [3], [1, 2, 9]])
+    [3, 3, 2, 3]
+    """
+    if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+        return [*range(len(prompts))]  # images look alike in ids
+    keys = [np.asarray(prompt, dtype=">i4").tobytes() for prompt in prompts]
+    order = sorted(range(len(prompts)), key=keys.__getitem__)
+    found = [*range(len(prompts))]
+    for place in range(len(order) - 2, -1, -1):
+        if keys[order[place + 1]].startswith(keys[order[place]]):
+            found[order[place]] = found[order[place + 1]]
+    return found
+
+
 def head_size(config: Any) -> int:
     """Numbers of a key or a value of one head."""
     return int(
@@ -289,7 +328,7 @@ def _forward(
     images: dict[str, Tensor] | None = None,
     last: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B, V] behind the last of `ids`, or behind each row's own, `last` [B, 1].
+    """Logits [B, V] behind the last of `ids`, or behind each row's own, `last` [B, K], as [B x K, V].
 
     Without a mask attention is causal, and no mask of the new tokens times all is made.
     """
@@ -306,7 +345,20 @@ def _forward(
         **known,
         **(images or {}),
     )
-    logits: Tensor = output.logits[:, -1].float()
+    logits: Tensor = output.logits[:, -1] if last is None else output.logits.flatten(0, 1)
+    return logits.float()
+
+
+def _read(
+    model: Any, cache: Cache, ids: Tensor, positions: Tensor, last: Tensor | None = None
+) -> Tensor:
+    """Logits as of `_forward` without a mask; one long prompt goes through it in pieces."""
+    width = ids.shape[1]
+    if len(ids) > 1 or width <= FIRST_PASS_TOKENS:
+        return _forward(model, cache, ids, None, positions, last=last)
+    for first in range(0, width, FIRST_PASS_TOKENS):
+        part = slice(first, first + FIRST_PASS_TOKENS)
+        logits = _forward(model, cache, ids[:, part], None, positions[:, part])
     return logits
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from finetune import console
 from finetune.distributed.device import free_bytes
-from finetune.distributed.map_batches import Collected, Deal, Poll, evaluating, longest_first
+from finetune.distributed.map_batches import Collected, Deal, Poll, evaluating
 from finetune.distributed.processes import (
     broadcast_from_rank0,
     is_rank0,
@@ -19,7 +19,7 @@ from finetune.distributed.processes import (
     reduce_max,
 )
 from finetune.errors import DataError
-from finetune.generation.batch import Prompt, SharedPrefix, head_size
+from finetune.generation.batch import Prompt, SharedPrefix, beginnings, head_size
 from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
 from finetune.generation.prompts import window_size
 
@@ -30,6 +30,8 @@ POSITIONS = ("max_position_embeddings", "seq_length")
 """What a config calls them."""
 MOST_ROWS = 128
 """Of `evaluation.batch_size: auto`: more gain little, and leave processes without a batch."""
+FULL_BATCH, LEAST_BATCHES = 32, 8
+"""Smaller batches are dealt together up to so many prompts, while so many shares are left to deal."""
 CACHE_BYTES = 4 << 30
 """Keys and values that a batch may hold."""
 
@@ -180,7 +182,7 @@ class Generator:
         keys = count()
         for window in windows:
             opened = _OpenWindow(window)
-            plan = plan_batches([len(prompt) for prompt in window.prompts], self._batch_size)
+            plan = plan_batches(window.prompts, self._batch_size)
             yield [
                 _Batch(opened, number, indices, next(keys), is_last=number == len(plan) - 1)
                 for number, indices in enumerate(plan)
@@ -194,7 +196,7 @@ class Generator:
             self._model,
             self._stop_ids,
             [extras.request(prompts[i], i, self._max_new_tokens) for i in batch.indices],
-            slots=max(1, cache_tokens(self._model) // longest),
+            slots=max(1, min(self._batch_size, cache_tokens(self._model) // longest)),
             prefix=batch.window.prefix(self._model),
             should_stop=self._should_stop,
         )
@@ -310,16 +312,22 @@ def generate(
     return broadcast_from_rank0(lambda: found)
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of prompts batch by batch, longest first.
+def plan_batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Indices of prompts batch by batch, longest first, each followed by those that it begins with.
 
-    So there is little padding, and what does not fit in memory fails at once, not after an hour.
+    So there is little padding, and what does not fit in memory fails at once, not after an hour. Small
+    batches are dealt several together, where there are many, so that a row that ends makes room for the next.
 
-    >>> plan_batches([3, 9, 5, 4], batch_size=2)
+    >>> plan_batches([[1] * 3, [2] * 9, [2] * 5, [4] * 4], batch_size=2)
     [[1, 2], [3, 0]]
     """
-    order = longest_first(lengths)
-    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    holders = beginnings(prompts)
+    order = sorted(
+        range(len(prompts)), key=lambda i: (-len(prompts[holders[i]]), holders[i], -len(prompts[i]))
+    )
+    together = min(FULL_BATCH // batch_size, len(prompts) // (LEAST_BATCHES * batch_size))
+    size = batch_size * max(1, together)
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def rows_at_once(model: Any, asked: int | Literal["auto"], longest: int) -> int:

@@ -203,6 +203,10 @@ def grouped_sdpa(
         groups = 1
     idle = 0
     if attention_mask is None and 1 < tokens < keys:
+        if not torch.is_grad_enabled() and not dropout and query.device.type == "cpu":
+            return _behind_others(query, key, value, scaling), None
+        if _fits_one_kernel(query, {"dropout": dropout}):
+            return _behind_in_one_kernel(query, key, value, scaling), None
         # Queries of zeros in front make it square, and causal attention needs no mask.
         idle = keys - tokens
         query = F.pad(query, (0, 0, idle, 0))
@@ -217,6 +221,43 @@ def grouped_sdpa(
         enable_gqa=groups > 1,
     )
     return out.transpose(1, 2)[:, idle:].contiguous(), None
+
+
+def _behind_others(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Return [B, T, H, D] of the last T tokens of S, without a mask of T x S.
+
+    Attention to the tokens before and to the T themselves, joined by what each part weighs.
+    """
+    rows, heads, tokens, size = query.shape
+    before, groups = key.shape[2] - tokens, heads // key.shape[1]
+    attend: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # The heads that share a key are as good as so many queries.
+    folded = query.reshape(rows, -1, groups * tokens, size)
+    outs, weights = attend(folded, key[:, :, :before], value[:, :, :before], scale=scaling)
+    own_key, own_value = (t[:, :, before:].repeat_interleave(groups, dim=1) for t in (key, value))
+    own_outs, own_weights = attend(query, own_key, own_value, is_causal=True, scale=scaling)
+    outs, weights = outs.reshape(query.shape), weights.reshape(rows, heads, tokens)
+    share = (weights - own_weights).sigmoid()[..., None].to(outs.dtype)
+    result: Tensor = torch.lerp(own_outs, outs, share)
+    return result.transpose(1, 2).contiguous()
+
+
+def _behind_in_one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    """Return [B, T, H, D] of the last T tokens of S, from the kernel that takes documents."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, heads, tokens, size = query.shape
+    keys = key.shape[2]
+    borders = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
+    flat = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    out: Any = varlen_attn(
+        *flat, borders * tokens, borders * keys, tokens, keys,
+        scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] < heads,
+    )  # fmt: skip
+    result: Tensor = out.view(rows, tokens, heads, size)
+    return result
 
 
 def _fits_one_kernel(query: Tensor, kwargs: dict[str, Any]) -> bool:
