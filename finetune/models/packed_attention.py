@@ -251,9 +251,9 @@ def _behind_in_one_kernel(
     rows, heads, tokens, size = query.shape
     keys = key.shape[2]
     borders = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
-    flat = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    states, others, values = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     out: Any = varlen_attn(
-        *flat, borders * tokens, borders * keys, tokens, keys,
+        states, others, values, borders * tokens, borders * keys, tokens, keys,
         scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] < heads,
     )  # fmt: skip
     result: Tensor = out.view(rows, tokens, heads, size)

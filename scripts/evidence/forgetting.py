@@ -24,8 +24,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
 DOMAIN = ROOT / "data" / "support_desk"
 WAYS = {"without replay": "alone", "with replay": "replay"}
@@ -206,7 +204,15 @@ def main() -> None:
     found = {name: scored(folder, models, name, file) for name, file in files.items()}
     for name, evaluation in found.items():
         for target in evaluation.targets:
-            print(name, target.name, {k: (v.value, v.low, v.high) for k, v in target.scores.items() if k in ("rouge-l", "loss", "exact_match", "tool_call_accuracy")})
+            print(
+                name,
+                target.name,
+                {
+                    k: (v.value, v.low, v.high)
+                    for k, v in target.scores.items()
+                    if k in ("rouge-l", "loss", "exact_match", "tool_call_accuracy")
+                },
+            )
     print(f"{(time.perf_counter() - begun) / 60:.1f} min")
 
 

@@ -185,6 +185,7 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def sentence(language: str, draw: random.Random) -> str:
+    """A sentence of the haystack, with its end."""
     words = [draw.choice(part) for part in _PARTS[language]]
     return f"{' '.join(words)}. " if language == "en" else f"{words[0]}，{''.join(words[1:])}。"
 
