@@ -55,7 +55,7 @@ calls = []
 original = here.generation.write_replies
 here.generation.write_replies = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
 def run(**more):
-    replies = generate(model, stops, here.prompts(17), max_new_tokens=24, batch_size=1, **more)
+    replies = generate(model, stops, here.prompts(15), max_new_tokens=24, batch_size=1, **more)
     return [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
 results = {"plain": run(), "plain calls": len(calls)}
 try:
@@ -87,7 +87,7 @@ def test_two_processes_give_the_replies_of_one_also_with_sharded_weights(
 ) -> None:
     pytest.importorskip("deepspeed")
     stops = here.Stops(stop_ids=(*here.tiny.EOS_IDS, *range(0, here.tiny.NUM_RANKS, 3)))
-    replies = generate(glm, stops, here.prompts(17), max_new_tokens=24, batch_size=1)
+    replies = generate(glm, stops, here.prompts(15), max_new_tokens=24, batch_size=1)
     expected = [[reply.index, list(reply.ids), reply.stopped] for reply in replies]
     pictures.save_model(tmp_path / "glm4v")
     pictures.write_dialogues(tmp_path, 40)
@@ -118,10 +118,10 @@ def test_two_processes_give_the_replies_of_one_also_with_sharded_weights(
         check=True,
     )
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert sum(result["plain calls"] for result in results) == 17  # each batch once
+    assert sum(result["plain calls"] for result in results) == 15  # each batch once
     for result in results:
         assert result["plain"] == result["sharded"] == expected
         assert result["plain calls"] > 0
         assert result["images"] == images
-        assert result["sharded calls"] == 9  # the second repeats a batch to keep in step
+        assert result["sharded calls"] == 8  # the second repeats a batch to keep in step
         assert result["stopped"]
