@@ -233,7 +233,9 @@ class _Batch:
 
     @property
     def known(self) -> list[Row] | None:
-        return self.window.of.known.get(self.number)
+        rows = self.window.of.known.get(self.number)
+        # Another version of the program may have cut batches otherwise.
+        return rows if rows is not None and {row[0] for row in rows} == {*self.indices} else None
 
 
 class _Queue:

@@ -192,7 +192,7 @@ def main() -> None:
     """Teach, tune twice, ask, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"))
-    parser.add_argument("--taught", type=int, default=40, help="epochs of the general set (40)")
+    parser.add_argument("--taught", type=int, default=14, help="epochs of the general set (14)")
     parser.add_argument("--epochs", type=int, default=8, help="of the domain (8)")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/")
     given = parser.parse_args()
