@@ -181,7 +181,9 @@ def _conversation(row: Row | Sequence[Row], purpose: Any) -> Conversation:
     try:
         return to_conversation(whole, location="row", purpose=purpose)
     except RowError as error:
-        raise DataError(f"the row is no dialogue: {error}") from error
+        raise DataError(
+            f"the row is no dialogue: {error}; correct it (data/README.md has the forms)"
+        ) from error
 
 
 def _metric_name(metric: str | Metric) -> str:

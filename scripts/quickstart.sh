@@ -14,7 +14,9 @@ case "${1:-}" in
 esac
 . scripts/install.sh quickstart
 
-say() { printf '\n== %s\n' "$*"; }
+phases=() begun=$SECONDS
+took() { if [ -n "${phase:-}" ]; then phases+=("$(printf '%5d s  %s' $((SECONDS - since)) "$phase")"); fi; }
+say() { took; phase="$*" since=$SECONDS; printf '\n== %s\n' "$*"; }
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus > 0 ? gpus : 2))
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
@@ -22,6 +24,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / proces
 export TOKENIZERS_PARALLELISM=false
 
 say "1/4 The model: $model"
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu    # DeepSpeed then does not look for another one, nor says so
 TQDM_DISABLE=1 python scripts/fixtures/quickstart_model.py "$model" ${1:-}
 rm -rf "$run" "$run-merged" "$run-report"    # this script's own output, made anew
 
@@ -40,7 +43,11 @@ python finetune.py compare "$run" --output "$run-report" >/dev/null
 echo
 echo "report: $PWD/$run-report/report.html"
 
-say "Done. Next:"
+took
+printf '\n== %d min %02d s, without the installation\n' $(((SECONDS - begun) / 60)) $(((SECONDS - begun) % 60))
+printf '%s\n' "${phases[@]}"
+
+printf '\n== Done. Next:\n'
 cat <<END
   $VENV/bin/finetune chat $run-merged                                        talk to it
   $VENV/bin/finetune evaluate $run --include-base --output $run-evaluation   all checkpoints with intervals: report.html

@@ -121,8 +121,8 @@ def test_commands_read_rows_by_the_same_options_as_a_config(tmp_path: Path) -> N
     assert reading_of(asked).rules.reasoning == "drop"
     for wrong, said in (
         ("turns=both", "--rows turns=both: Input should be 'strict' or 'merge'"),
-        ("train=x", "--rows train=x: is not name=value with one of turns, calls_in_text"),
-        ("turns", "--rows turns: is not name=value"),
+        ("train=x", "--rows train=x: write name=value with one of turns, calls_in_text"),
+        ("turns", "--rows turns: write name=value"),
     ):
         with pytest.raises(ConfigError, match=said):
             check(file, options=[wrong])

@@ -107,7 +107,7 @@ def test_our_own_definition_differs_and_says_so(tmp_path: Path) -> None:
 
 def test_a_file_that_holds_no_predictions_is_refused_by_row(tmp_path: Path) -> None:
     bad = write_rows(tmp_path / "bad.jsonl", [{"predict": "a", "label": "b"}, {"predict": "a"}])
-    with pytest.raises(DataError, match=r"bad\.jsonl:2: not a prediction; a row holds"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not a prediction; write"):
         evaluate([], options=Options(predictions=(str(bad),)))
     odd = write_rows(tmp_path / "odd.jsonl", [{"predict": 3, "label": "b"}])
     with pytest.raises(DataError, match=r"odd\.jsonl:1: predict and label must be text"):

@@ -31,7 +31,9 @@ def check_plain(path: Path) -> None:
             ) from None
         return
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
-        raise ModelError(f"{path} cannot be read ({error})") from error
+        raise ModelError(
+            f"{path} cannot be read ({error}); check the path and its permissions"
+        ) from error
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise ModelError(f"{path} is not a plain file (a device, a pipe or a socket); remove it")
     if not path.is_symlink() or target.is_relative_to(folder):
@@ -50,7 +52,9 @@ def check_folder(folder: Path) -> None:
     try:
         names = sorted(folder.iterdir())
     except OSError as error:
-        raise ModelError(f"{folder} cannot be read ({error.strerror})") from error
+        raise ModelError(
+            f"{folder} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     for path in names:
         if path.is_symlink() or not path.is_dir():
             check_plain(path)
@@ -68,9 +72,11 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path} is larger than {LARGEST_JSON >> 20} MiB; copy it again")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}") from None
+        raise ModelError(f"{path.parent} has no {path.name}; copy the whole folder again") from None
     except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+        raise ModelError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}); copy it again") from error
     if not isinstance(value, dict):

@@ -48,7 +48,9 @@ def match_names(
                 raise ValueError(f"longer than {LONGEST} characters")
             re.compile(pattern)
         except (re.error, ValueError, RecursionError, OverflowError) as error:
-            raise ModelError(f"{location}: {pattern[:200]!r} is not a regex ({error})") from error
+            raise ModelError(
+                f"{location}: {pattern[:200]!r} is not a regex ({error}); correct it"
+            ) from error
     simple = not any(_BACKTRACKS.search(pattern) for pattern in patterns)
     if simple:
         return {p: frozenset(n for n in names if re.fullmatch(p, n)) for p in patterns}

@@ -125,7 +125,7 @@ def local_folder(
     if not is_hub_id(path):
         raise ModelError(
             f"{path}: no such checkpoint folder, and not a hub id like org/name "
-            f"(seen from {Path.cwd()})"
+            f"(seen from {Path.cwd()}); correct the path or the name"
         )
     return hub.fetch(str(path), "model", files, revision)
 
@@ -175,7 +175,9 @@ def find_source(path: Path) -> tuple[Path, list[str]]:
     if is_model_or_adapter(path):
         problems = verify(path) if (path / MANIFEST).is_file() else []
         if problems:
-            raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+            raise CheckpointError(
+                f"{path} is damaged: {'; '.join(problems)}. Copy it again, or give another checkpoint"
+            )
         return path, []
     best = checkpoint.best(path)
     if best is not None and not verify(best):
@@ -199,7 +201,9 @@ def model_in(target: str) -> str:
     """
     if not is_folder(target):
         if not is_hub_id(target):
-            raise ModelError(f"not a directory: {target} (seen from {Path.cwd()})")
+            raise ModelError(
+                f"not a directory: {target} (seen from {Path.cwd()}); correct the path"
+            )
         return target
     if is_model_or_adapter(target):
         return target

@@ -91,7 +91,9 @@ def read_shard(file: Path) -> Shard:
         if position != total:
             raise ValueError(f"it has {total} bytes instead of {position}")
     except OSError as error:
-        raise ModelError(f"{file} cannot be read ({error.strerror})") from error
+        raise ModelError(
+            f"{file} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(
             f"{file} is not a whole safetensors file ({error}); copy it again"

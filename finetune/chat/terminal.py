@@ -272,9 +272,9 @@ class Session:
 
     def _checked_image(self, path: str) -> str:
         if self.voice.template.image is None:
-            raise DataError("this model takes no images; GLM-4V does")
+            raise DataError("this model takes no images; leave them out, or open a GLM-4V")
         if not path:
-            raise DataError("which image? /image FILE")
+            raise DataError("which image? Type /image FILE")
         try:
             check_image(path)
         except ImageError as error:
@@ -287,6 +287,8 @@ def read_tools_file(path: Path) -> tuple[Mapping[str, Any], ...]:
     try:
         return read_tools(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(
+            f"{path} cannot be read: {error}; check the path and its permissions"
+        ) from error
     except RowError as error:
         raise DataError(f"{path}: {error}") from error

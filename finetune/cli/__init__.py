@@ -152,7 +152,7 @@ def _check_demo_command(words: Sequence[str], commands: Container[str]) -> None:
         return
     raise ConfigError(
         f"`finetune.py {' '.join(given)}` is the original demo's command. Here the configuration names "
-        f"data and model:\n  finetune migrate {config} --data {data} --model {model} --output new.yaml\n"
+        f"data and model; type\n  finetune migrate {config} --data {data} --model {model} --output new.yaml\n"
         "  torchrun finetune.py new.yaml\n"
         "An interrupted run goes on by the same command; yes or a step is not needed"
     )

@@ -87,7 +87,9 @@ def check(
             listed = "".join(f"\n  {row.location}: {row.reason}" for row in report.bad_rows)
             more = report.num_bad - len(report.bad_rows)
             listed += f"\n  and {more} more" if more > 0 else ""
-            raise DataError(f"{report.num_bad} bad rows:{listed}")
+            raise DataError(
+                f"{report.num_bad} bad rows:{listed}\nFix these rows; training leaves them out with data.on_bad_row=skip"
+            )
 
 
 @data_app.command()

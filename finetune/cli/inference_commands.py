@@ -236,10 +236,10 @@ def _by_name(target: str, name: str | None, more: Sequence[str]) -> dict[str, st
     for text in more:
         own, sign, path = text.partition("=")
         if not sign or not own or not path:
-            raise ConfigError(f"{text!r}: a further model is given as NAME=TARGET")
+            raise ConfigError(f"{text!r}: write a further model as NAME=TARGET")
         if own in found:
             raise ConfigError(
-                f"{text!r}: another model is called {own!r}; --name renames the first"
+                f"{text!r}: another model is called {own!r}; choose another name, or rename the first with --name"
             )
         found[own] = model_in(path)
     return found

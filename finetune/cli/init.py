@@ -96,7 +96,7 @@ def draft(data: str, model: str, gpu: Gpu, output: Path) -> Draft:
         least = min(least or found.memory_bytes, found.memory_bytes)
     raise ConfigError(
         f"{model} does not fit: at the least {(least or 0) / 1e9:.1f} GB are held besides the driver's "
-        f"own, and --gpu is {gpu.bytes / 1e9:g} GB; more --gpus, a larger --gpu or a smaller --model"
+        f"own, and --gpu is {gpu.bytes / 1e9:g} GB; give more --gpus, a larger --gpu or a smaller --model"
     )
 
 

@@ -89,10 +89,14 @@ def check_output_file(output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_name(f"{output.name}.part.batches").exists()  # its name may be too long
         if not os.access(output.parent, os.W_OK | os.X_OK):
-            raise ConfigError(f"--output: {output} cannot be written (its folder is read-only)")
+            raise ConfigError(
+                f"--output: {output} cannot be written (its folder is read-only); choose another place"
+            )
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"--output: {output} cannot be written ({reason})") from error
+        raise ConfigError(
+            f"--output: {output} cannot be written ({reason}); choose another place"
+        ) from error
 
 
 def planned(config: RunConfig, gpu: Gpu) -> tuple[RunMemory, Plan]:

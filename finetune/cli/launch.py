@@ -42,6 +42,6 @@ def launch(processes: str, words: Sequence[str]) -> int:
     except SystemExit as error:  # what argparse of torchrun says about its options
         return error.code if isinstance(error.code, int) else int(bool(error.code))
     except ValueError as error:
-        raise ConfigError(f"torchrun: {error}") from None
+        raise ConfigError(f"torchrun: {error}; see torchrun --help") from None
     sys.stdout.flush()
     return 0

@@ -60,7 +60,7 @@ def init(
 def _ask(option: str, what: str, default: str | int | None = None) -> str:
     """What a person at the terminal says; ConfigError where there is none."""
     if not sys.stdin.isatty():
-        raise ConfigError(f"{option} is not given, and there is no terminal to ask on")
+        raise ConfigError(f"{option} is not given, and there is no terminal to ask on; give it")
     return str(typer.prompt(what, default=default, err=True))
 
 

@@ -232,7 +232,9 @@ def _not_there(path: Path) -> str:
         siblings = [file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")]
     meant = get_close_matches(path.name, siblings, n=1)
     said = f"{path}: no such file (working directory {Path.cwd()})"
-    return f"{said}; did you mean {path.parent / meant[0]}?" if meant else said
+    return (
+        f"{said}; did you mean {path.parent / meant[0]}?" if meant else f"{said}; correct the path"
+    )
 
 
 def _error(problems: Sequence[Problem], program: Program | None = None) -> ConfigError:

@@ -186,13 +186,17 @@ def migrate(path: Path, *, model: str | None = None, data: str | None = None) ->
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML or JSON: {error}") from None
+        raise ConfigError(f"{path} cannot be read as YAML or JSON: {error}; correct it") from None
     program = program_of(tree)
     if program is None:
         if isinstance(tree, Mapping) and {"model", "method"} <= tree.keys():
-            raise ConfigError(f"{path} is a configuration of this program already")
+            raise ConfigError(
+                f"{path} is a configuration of this program already; train it as it is: finetune train FILE"
+            )
         names = ", ".join(known.name for known in PROGRAMS)
-        raise ConfigError(f"{path} is not a configuration of {names}; nothing was written")
+        raise ConfigError(
+            f"{path} is not a configuration of {names}; nothing was written. Give the file of one of them"
+        )
     found = Migration(program.name)
     for name, value in _flat(tree, program):
         _take(found, program, name, value)

@@ -32,7 +32,7 @@ def check_place(output: Path, targets: Sequence[Target], options: Options) -> No
     """ConfigError when `write` would replace what it reads, or files that no evaluation wrote."""
     names = [EVALUATION, "scores.json", "predictions.jsonl", *map(_file_of, targets)]
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output: {output} is not a folder")
+        raise ConfigError(f"--output: {output} is not a folder; choose another")
     for name in names:
         refuse_odd(output / name)
     for target in targets:

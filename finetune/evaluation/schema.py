@@ -353,8 +353,8 @@ def picture(folder: Path, image: str) -> bytes:
                 opened.load()
                 return data
     except Exception as error:  # decoders raise anything on damaged files
-        raise DataError(f"{path} is no picture: {error}") from error
-    raise DataError(f"{path} is larger than {PICTURE_SIDE} pixels")
+        raise DataError(f"{path} is no picture: {error}; evaluate again") from error
+    raise DataError(f"{path} is larger than {PICTURE_SIDE} pixels; evaluate again")
 
 
 def _small(image: str) -> bytes:

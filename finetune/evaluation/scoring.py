@@ -118,11 +118,15 @@ def user_metric(name: str) -> UserMetric:
     try:
         found = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise ConfigError(f"metric {name!r}: {error} (seen from {Path.cwd()})") from error
+        raise ConfigError(
+            f"metric {name!r}: {error} (seen from {Path.cwd()}); correct the name, or start where the module is"
+        ) from error
     except AttributeError as error:
-        raise ConfigError(f"metric {name!r}: {module} has no {function}") from error
+        raise ConfigError(
+            f"metric {name!r}: {module} has no {function}; correct the name"
+        ) from error
     if not callable(found):
-        raise ConfigError(f"metric {name!r}: {function} is not a function")
+        raise ConfigError(f"metric {name!r}: {function} is not a function; name a function")
     return found  # type: ignore[no-any-return]
 
 
@@ -169,7 +173,7 @@ def _prediction(row: Any, location: str) -> Prediction:
     if names is None:
         wanted = " or ".join(f'{{"{reply}", "{reference}"}}' for reply, reference in LAYOUTS)
         raise DataError(
-            f"{location}: not a prediction; a row holds {wanted}, and perhaps the prompt"
+            f"{location}: not a prediction; write {wanted} in each row, and perhaps the prompt"
         )
     reply, reference = (row[name] for name in names)
     if not isinstance(reply, str) or not isinstance(reference, str):
@@ -193,7 +197,9 @@ def _placed(source: Path, replies: Iterator[Prediction], like: Path) -> Iterator
         for number, (one, line) in enumerate(zip_longest(replies, lines), 1):
             if one is None or line is None:
                 which = "more" if line is None else "fewer"
-                raise DataError(f"{source} has {which} rows than there are replies to compare with")
+                raise DataError(
+                    f"{source} has {which} rows than there are replies to compare with; give predictions for the same data"
+                )
             other = json.loads(line)
             if one.reference.content.strip() != other["reference"].strip():
                 raise DataError(
@@ -216,8 +222,8 @@ def _called(name: str, reply: str, reference: str, location: str) -> float | Non
         number = None if value is None else float(value)
     except Exception as error:
         raise ConfigError(
-            f"metric {name!r} failed at {location} with {type(error).__name__}: {error}; it takes the "
-            "texts of reply and reference and returns a number, or None where it does not apply"
+            f"metric {name!r} failed at {location} with {type(error).__name__}: {error}; write it to "
+            "take the texts of reply and reference and return a number, or None where it does not apply"
         ) from error
     if number is not None and not math.isfinite(number):
         raise ConfigError(f"metric {name!r} returned {number} at {location}; return None instead")

@@ -55,7 +55,9 @@ def find_targets(
         tuned = _bases(tuned) + tuned
     for file in predictions:
         if not Path(file).is_file():
-            raise DataError(f"{file} is no file of predictions (seen from {Path.cwd()})")
+            raise DataError(
+                f"{file} is no file of predictions (seen from {Path.cwd()}); correct the path"
+            )
     files = [Target(Path(file).stem, str(file), "predictions") for file in predictions]
     unique: dict[tuple[str, str], Target] = {}
     for one in [*tuned, *files]:

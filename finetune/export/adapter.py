@@ -99,7 +99,9 @@ def combined(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
         parts = [(a.updates[name], weight) for a, weight in weighted if name in a.updates]
         shapes = {(part.b.shape[0], part.a.shape[1]) for part, _ in parts}
         if len(shapes) > 1:
-            raise ModelError(f"the adapters do not fit one base: {name} has shapes {shapes}")
+            raise ModelError(
+                f"the adapters do not fit one base: {name} has shapes {shapes}; merge adapters of one base"
+            )
         a = np.concatenate([part.a for part, _ in parts])
         b = np.concatenate([part.b * np.float32(part.scale * w) for part, w in parts], axis=1)
         updates[name] = Update(a, b, np.float32(1))
@@ -123,7 +125,9 @@ def _update(files: LoraFiles, module: str) -> Update:
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     a, b = (_values(parts[name]) for name in names)
     if a.ndim != 2 or b.ndim != 2:
-        raise ModelError(f"{module} is no matrix; only linear layers and embeddings are merged")
+        raise ModelError(
+            f"{module} is no matrix; only linear layers and embeddings are merged, so use it as an adapter"
+        )
     scale = np.float32(files.scale(module))
     if embedding:
         if files.config.get("use_dora"):
@@ -137,10 +141,14 @@ def _update(files: LoraFiles, module: str) -> Update:
 
 def _values(tensor: TensorInfo) -> Floats:
     if tensor.dtype not in STORAGE:
-        raise ModelError(f"{tensor.name} in {tensor.file} is {tensor.dtype}, not a float")
+        raise ModelError(
+            f"{tensor.name} in {tensor.file} is {tensor.dtype}, not a float; copy the adapter again"
+        )
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         values = to_float32(file.read(tensor.size), tensor.dtype, tensor.shape)
     if not np.isfinite(values).all():
-        raise ModelError(f"{tensor.name} in {tensor.file} holds numbers that are not finite")
+        raise ModelError(
+            f"{tensor.name} in {tensor.file} holds numbers that are not finite; use an earlier checkpoint"
+        )
     return values

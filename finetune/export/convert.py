@@ -88,7 +88,9 @@ def export(
         location = Path(base) if base else None
         report = export_adapter(folder, out, layout=layout, base=location, new_base=new_base)
     elif base or new_base:
-        raise ConfigError(f"--base and --new-base do not apply: {folder} is a whole model")
+        raise ConfigError(
+            f"--base and --new-base do not apply: {folder} is a whole model; leave them out"
+        )
     else:
         report = export_model(folder, out, layout=layout, check=check)
     return replace(report, notes=(*notes, *report.notes))
@@ -206,7 +208,9 @@ def _renamed(
     for part, rows in zip(parts, model.rows, strict=True):
         _check_rows(part, rows)
     if len({part.dtype for part in parts}) > 1:
-        raise ModelError(f"{model.folder}: q, k and v of {at} have different dtypes")
+        raise ModelError(
+            f"{model.folder}: q, k and v of {at} have different dtypes; save them in one dtype"
+        )
     return [_output(f"{names[0]}.{kind}", *parts)]
 
 
@@ -250,7 +254,9 @@ def _dtype(present: Mapping[str, TensorInfo], model: TextModel) -> str:
     stored = present[f"{EMBEDDING[model.layout]}.weight"].dtype
     names = {stored_name: name for name, stored_name in DTYPES.items()}
     if stored not in names:
-        raise ModelError(f"{model.folder} is stored as {stored}; {', '.join(DTYPES)} are exported")
+        raise ModelError(
+            f"{model.folder} is stored as {stored}; save it as {', '.join(DTYPES)} first"
+        )
     return names[stored]
 
 

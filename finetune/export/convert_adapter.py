@@ -208,7 +208,9 @@ def _fuse(
     a = [module.of("lora_A") for module in there]
     dtype = a[0].dtype
     if any(part.dtype != dtype for module in there for part in module.parts.values()):
-        raise ModelError(f"{name}: the parts of q, k and v are stored in different dtypes")
+        raise ModelError(
+            f"{name}: the parts of q, k and v are stored in different dtypes; save them in one dtype"
+        )
     b = [np.zeros((rows, 0), STORAGE[dtype]) if module is None else module.of("lora_B").values
          for module, rows in zip(three, model.rows, strict=True)]  # fmt: skip
     same = len(there) == 3 and all(
@@ -315,7 +317,9 @@ def _about_rank(config: Mapping[str, Any], made: Mapping[str, _Module]) -> list[
 def _check_same_weights(model: TextModel, layout: Layout, folder: Path) -> None:
     """Refuse a new base whose tensors do not begin with the bytes of the old one's."""
     if read_text_model(folder).layout != layout:
-        raise ConfigError(f"--new-base {folder} is not in the {layout} layout")
+        raise ConfigError(
+            f"--new-base {folder} is not in the {layout} layout; make it with `finetune export`"
+        )
     found = tensors(folder)
     for output in other_outputs(model, layout):
         if not output.sources:

@@ -90,7 +90,7 @@ def read_text_model(folder: Path) -> TextModel:
         )  # fmt: skip
         raise ModelError(
             f"{folder} is {what}; only GLM-4 text models have both layouts: model_type chatglm "
-            "(as published) and glm (the -hf conversions). 0414 models (glm4) have one layout"
+            "(as published) and glm (the -hf conversions). Use 0414 models (glm4), which have one layout, as they are"
         )
     check_folder(folder)
     read_model_config(folder)
@@ -119,7 +119,7 @@ def other_names(module: str, layout: Layout) -> tuple[str, ...]:
     outer = _OUTER if layout == "hf" else {new: old for old, new in _OUTER.items()}
     if module in outer:
         return (outer[module],)
-    raise ModelError(f"{module} has no place in the {layout} layout")
+    raise ModelError(f"{module} has no place in the {layout} layout; keep the layout that it has")
 
 
 def hf_config(model: TextModel, dtype: str, eos: Any, pad: int | None) -> dict[str, Any]:
@@ -206,5 +206,5 @@ def _check_hf(config: Any, folder: Path) -> None:
     if problems:
         raise ModelError(
             f"{folder}: {'; '.join(problems)}, which the published layout cannot say "
-            "(default, 0.5 and 'silu' there)"
+            "(default, 0.5 and 'silu' there); keep the layout that it has"
         )

@@ -86,7 +86,7 @@ def merge(
     """
     started = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}; choose one of these")
     sources, notes = _find_sources([(adapter, 1.0)] if isinstance(adapter, Path) else adapter)
     weighted = [(adapters.read_adapter(source), w) for source, w in sources if is_adapter(source)]
     tuned = adapters.combined(weighted) if weighted else None
@@ -139,13 +139,17 @@ def _find_sources(
     for path, weight in given:
         source, said = find_source(path)
         if not is_adapter(source) and (len(given) > 1 or weight != 1):
-            raise ConfigError(f"{source} is a whole model; only adapters are added up or weighted")
+            raise ConfigError(
+                f"{source} is a whole model; only adapters are added up or weighted, so leave it out"
+            )
         if not math.isfinite(weight):
             raise ConfigError(f"{path}: the weight must be a finite number, got {weight}")
         found.append((source, weight))
         notes += said
     if len({source.resolve() for source, _ in found}) < len(found):
-        raise ConfigError("one adapter is given twice; add up its weights")
+        raise ConfigError(
+            f"one adapter is given twice: {', '.join(str(path) for path, _ in given)}; add up its weights"
+        )
     return found, notes
 
 
@@ -153,7 +157,9 @@ def find_base(source: Path, given: Path | None) -> Path:
     """The folder of the base of an adapter; of a whole model its own."""
     if not is_adapter(source):
         if given is not None:
-            raise ConfigError(f"--base does not apply: {source} is a whole model, not an adapter")
+            raise ConfigError(
+                f"--base does not apply: {source} is a whole model, not an adapter; leave it out"
+            )
         return source
     weights = model_base(source, str(given) if given else None)
     try:

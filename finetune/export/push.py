@@ -69,11 +69,13 @@ def push(
         base: Of an adapter: the hub id of its base, to be named instead of a folder of this machine.
     """
     if not is_hub_name(repo):
-        raise ConfigError(f"--repo {repo!r} is not of the form owner/name")
+        raise ConfigError(f"--repo {repo!r} is not of the form owner/name; write it so")
     folder, notes = find_source(source)
     problems = verify(folder)
     if problems:
-        raise CheckpointError(f"{folder} is not pushed: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{folder} is not pushed: {'; '.join(problems)}. Make it again with `finetune merge`"
+        )
     texts, files = _adapter(folder, repo, base) if is_adapter(folder) else _model(folder, base)
     with tempfile.TemporaryDirectory() as scratch:
         for name, text in texts.items():
@@ -87,9 +89,11 @@ def push(
 def _model(folder: Path, base: str | None) -> tuple[dict[str, str], dict[str, Path]]:
     """A plain checkpoint goes as it is, but for its manifest: the hub keeps hashes of its own."""
     if base is not None:
-        raise ConfigError(f"--base does not apply: {folder} is a whole model")
+        raise ConfigError(f"--base does not apply: {folder} is a whole model; leave it out")
     if not (folder / MODEL_CONFIG).is_file():
-        raise ConfigError(f"{folder} holds neither an adapter nor a model")
+        raise ConfigError(
+            f"{folder} holds neither an adapter nor a model; give a merged model or a checkpoint"
+        )
     states = sorted(file.name for pattern in _STATES for file in folder.glob(pattern))
     if states:
         raise ConfigError(
@@ -110,7 +114,9 @@ def _adapter(folder: Path, repo: str, base: str | None) -> tuple[dict[str, str],
             "give the hub id of its base: --base THUDM/glm-4-9b-chat"
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors are pushed")
+        raise ConfigError(
+            f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors are pushed, so save it as such"
+        )
     text = card.model_card(
         repo.rpartition("/")[2],
         f"An adapter of {named}, opened by PEFT.",
@@ -139,7 +145,11 @@ def _send(files: Mapping[str, Path], repo: str, *, public: bool) -> str:
         done = api.create_commit(repo, operations, commit_message="Upload by glm4-finetune")
     except HfHubHTTPError as error:
         said = error.server_message or str(error).splitlines()[0]
-        raise ConfigError(_without_token(f"{repo}: {api.endpoint} answered: {said}")) from None
+        raise ConfigError(
+            _without_token(
+                f"{repo}: {api.endpoint} answered: {said}; check the token, its rights and the name"
+            )
+        ) from None
     except OfflineModeIsEnabled:
         raise ConfigError("HF_HUB_OFFLINE is set; unset it to push") from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:

@@ -253,7 +253,9 @@ def _read(descriptor: int, place: int, out: memoryview) -> None:
     while done < len(out):
         read = os.preadv(descriptor, [out[done:]], place + done)
         if read == 0:
-            raise ModelError("a weight file of the base became shorter while it was read")
+            raise ModelError(
+                "a weight file of the base became shorter while it was read; give the same command again when nothing writes to it"
+            )
         done += read
 
 
@@ -267,7 +269,9 @@ def _copy(source: TensorInfo, descriptor: int, sink: _Sink) -> None:
         if source.dtype in STORAGE and not is_finite(
             np.frombuffer(data, STORAGE[source.dtype]), source.dtype
         ):
-            raise ModelError(f"{source.name} in {source.file} holds numbers that are not finite")
+            raise ModelError(
+                f"{source.name} in {source.file} holds numbers that are not finite; use another checkpoint"
+            )
         if room:
             sink.fill(len(room))
         else:
@@ -310,7 +314,7 @@ def _compute(
         if not known or not is_finite(result, output.dtype):
             raise ModelError(
                 f"{output.name} would hold numbers that are not finite in {output.dtype}; "
-                "the base or the adapter is broken, or the dtype too small"
+                "the base or the adapter is broken, or the dtype too small; use another checkpoint, or a larger --dtype"
             )
         if check is not None and before is not None:
             widen(result, output.dtype, values)

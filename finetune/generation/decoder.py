@@ -197,7 +197,9 @@ class Sampler:
             warm = self._cuts(torch.empty(0), warm[None])[0]
         chances = warm.softmax(dim=-1)
         if not bool(chances.isfinite().all()):
-            raise ModelError("the model's logits are not finite numbers; nothing can be drawn")
+            raise ModelError(
+                "the model's logits are not finite numbers; nothing can be drawn; use another checkpoint"
+            )
         if chances.device.type == "cpu":
             return int(torch.multinomial(chances, 1, generator=self._random))
         # One number goes to the device, instead of the whole vocabulary to the processor.

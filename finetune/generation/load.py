@@ -141,7 +141,9 @@ def open_side_by_side(
         ConfigError: several are to be shared out over several accelerators.
     """
     if placement.device_map and len(targets) > 1:
-        raise ConfigError("--device-map auto is for one model: several share one accelerator")
+        raise ConfigError(
+            "--device-map auto is for one model: several share one accelerator; leave it out"
+        )
     bases: dict[tuple[Any, ...], Models] = {}
     opened = {}
     for name, target in targets.items():

@@ -94,9 +94,13 @@ def predict(
     check_output(output, inputs, overwrite=overwrite, is_ours=_is_output)
     template = open_template(target, base=base)
     if options.backend == "vllm" and options.form != ANY_FORM:
-        raise ConfigError("--json-schema and --require-call go with --backend transformers")
+        raise ConfigError(
+            "--json-schema and --require-call go with --backend transformers; choose that, or leave them out"
+        )
     if options.backend == "vllm" and options.placement != HERE:
-        raise ConfigError("--device-map and --quantization go with --backend transformers")
+        raise ConfigError(
+            "--device-map and --quantization go with --backend transformers; choose that, or leave them out"
+        )
     options.form.check(template)
     work = _Work(target, base, options, dialogues, template, dialogues.measured(template))
     window = window_size(options.batch_size)

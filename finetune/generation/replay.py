@@ -96,7 +96,9 @@ def _build(stage: Path, model: Path, prompts: list[Path], max_new_tokens: int) -
     """Writes both files; returns how many replies there are, and how many were left out."""
     rows = list(_rows(prompts, ChatTemplate(load_chat_tokenizer(str(model)))))
     if not rows:
-        raise DataError(f"data.replay: {', '.join(map(str, prompts))} hold no prompts")
+        raise DataError(
+            f"data.replay: {', '.join(map(str, prompts))} hold no prompts; give a file that does"
+        )
     console.say(f"data.replay: {model} answers {len(rows)} prompts, once")
     with tempfile.TemporaryDirectory() as place:
         asked, answered = Path(place) / "prompts.jsonl", Path(place) / "replies.jsonl"
@@ -106,8 +108,8 @@ def _build(stage: Path, model: Path, prompts: list[Path], max_new_tokens: int) -
         kept = [row for line in answered.read_text("utf-8").splitlines() if (row := _kept(json.loads(line)))]  # fmt: skip
     if not kept:
         raise DataError(
-            f"data.replay: none of {len(rows)} replies of {model} ended within {max_new_tokens} tokens: it "
-            "is no chat model, or data.replay.max_new_tokens is too small"
+            f"data.replay: none of {len(rows)} replies of {model} ended within {max_new_tokens} tokens; "
+            "use a chat model, or raise data.replay.max_new_tokens"
         )
     if 2 * len(kept) < len(rows):
         console.warn(
@@ -145,7 +147,7 @@ def _predict(model: Path, prompts: Path, output: Path, max_new_tokens: int) -> N
     )  # fmt: skip
     if done.returncode:
         raise ModelError(
-            f"data.replay: {model} could not answer the prompts:\n{done.stderr.strip()[-2000:]}"
+            f"data.replay: {model} could not answer the prompts; correct this, or leave data.replay out:\n{done.stderr.strip()[-2000:]}"
         )
 
 

@@ -112,7 +112,9 @@ def read_schema(file: Path, option: str) -> str:
     except (OSError, UnicodeDecodeError, RowError) as error:
         raise ConfigError(f"{option} {file}: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{option} {file}: is {strict_json.describe(value)}, not a schema")
+        raise ConfigError(
+            f"{option} {file}: is {strict_json.describe(value)}, not a schema; give a JSON Schema"
+        )
     return strict_json.dump(value)
 
 
@@ -182,13 +184,15 @@ class Structures:
 
         grammar = self.grammar(structure)
         if len(grammar) > MAX_SCHEMA:
-            raise DataError(f"the schema has more than {MAX_SCHEMA:,} characters")
+            raise DataError(f"the schema has more than {MAX_SCHEMA:,} characters; make it shorter")
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         constraint = GrammarConstraint(matcher, int(self._tokenizer.vocab_size))
         try:
             constraint.rehearse()
         except ModelError as error:
-            raise DataError(f"the schema cannot be compiled: {error}") from error
+            raise DataError(
+                f"the schema cannot be compiled: {error}; correct or simplify it"
+            ) from error
         return constraint
 
     def grammar(self, structure: Structure) -> str:

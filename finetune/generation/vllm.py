@@ -102,7 +102,9 @@ class VllmGenerator:
         """The replies to each window's prompts, in their order; vLLM makes batches of its own."""
         for window in windows:
             if any(isinstance(prompt, ImagePrompt) for prompt in window.prompts):
-                raise DataError("images go with --backend transformers, not with vllm")
+                raise DataError(
+                    "images go with --backend transformers, not with vllm; leave them out, or choose that"
+                )
             asked = [{"prompt_token_ids": [int(i) for i in prompt]} for prompt in window.prompts]
             outputs = self._model.generate(
                 asked, self._sampling, use_tqdm=False, lora_request=self._request
@@ -126,8 +128,8 @@ def _import_vllm() -> Any:
         if error.name != "vllm":
             raise
         raise ConfigError(
-            f"--backend vllm needs vLLM, which {sys.executable} does not have; it goes into an "
-            "environment of its own, made as docs/serving.md says under 'Batch inference with vLLM'"
+            f"--backend vllm needs vLLM, which {sys.executable} does not have; make it an "
+            "environment of its own, as docs/serving.md says under 'Batch inference with vLLM'"
         ) from error
     return vllm
 

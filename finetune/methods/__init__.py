@@ -98,7 +98,7 @@ def of_adapter(peft_type: object, folder: Path) -> Method:
     known = {method.peft_type: method for method in METHODS.values() if method.peft_type}
     if str(peft_type) not in known:
         raise ModelError(
-            f"{folder} is a {peft_type} adapter; only {', '.join(map(str, known))} can be opened"
+            f"{folder} is a {peft_type} adapter; only {', '.join(map(str, known))} can be opened, so give one of those"
         )
     return known[str(peft_type)]
 

@@ -28,13 +28,13 @@ def frozen_names(
         try:
             compiled = re.compile(vision if vision and pattern == "vision" else pattern)
         except re.error as error:
-            problems.append(f"model.freeze: {pattern!r} is not a regex: {error}")
+            problems.append(f"model.freeze: {pattern!r} is not a regex: {error}; correct it")
             continue
         hits = {name for name in listed if compiled.search(name)}
         if not hits:
             shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in listed))
             problems.append(
-                f"model.freeze: {pattern!r} is in no weight's name; there are {shown[:400]}"
+                f"model.freeze: {pattern!r} is in no weight's name; choose from {shown[:400]}"
             )
         found |= hits
     if problems:

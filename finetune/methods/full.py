@@ -42,7 +42,9 @@ def attach(
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in frozen)
     if not any(weight.requires_grad for weight in model.parameters()):
-        raise ConfigError("model.freeze: every weight is frozen and nothing is left to train")
+        raise ConfigError(
+            "model.freeze: every weight is frozen and nothing is left to train; freeze fewer"
+        )
     return model
 
 
@@ -142,4 +144,6 @@ def restore(model: PreTrainedModel, folder: Path) -> None:
         model.load_state_dict(shard, strict=False)
         missing -= set(shard)
     if missing:
-        raise ModelError(f"{folder} lacks {', '.join(sorted(missing)[:3])}; it cannot be resumed")
+        raise ModelError(
+            f"{folder} lacks {', '.join(sorted(missing)[:3])}; it cannot be resumed; resume from another checkpoint"
+        )

@@ -58,7 +58,7 @@ def attach(
     excluded = [name for name in hit if f"{name}.weight" in frozen]
     modules = [name for name in hit if name not in excluded]
     if not modules:
-        raise ConfigError("model.freeze covers every layer of method.target_modules; nothing is left to train")  # fmt: skip
+        raise ConfigError("model.freeze covers every layer of method.target_modules; nothing is left to train; freeze fewer layers")  # fmt: skip
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.rank,
@@ -209,7 +209,9 @@ def _hits(modules: Iterable[str], pattern: str, *, regex: bool) -> list[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"method.target_modules: {pattern!r} is not a regex: {error}") from error
+        raise ConfigError(
+            f"method.target_modules: {pattern!r} is not a regex: {error}; correct it"
+        ) from error
     return [name for name in modules if name and compiled.fullmatch(name)]
 
 

@@ -353,7 +353,9 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
         if re.fullmatch(family_of(model.config).rotary, name)
     ]
     if len(rotary) != 1:
-        raise ModelError(f"expected one rotary embedding in the model, found {len(rotary)}")
+        raise ModelError(
+            f"expected one rotary embedding in the model, found {len(rotary)}; use a GLM-4 checkpoint"
+        )
     model._without_prefix = before, rotary[0].register_forward_pre_hook(shift, with_kwargs=True)
 
 

@@ -82,7 +82,9 @@ def load_model(
     except Exception as error:  # whatever a config of others makes the libraries raise
         if isinstance(error, ModelError) or is_out_of_memory(error):
             raise
-        raise ModelError(f"{folder} cannot be loaded ({type(error).__name__}: {error})") from error
+        raise ModelError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error}); copy the checkpoint again"
+        ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     _check_complete(folder, report)

@@ -115,7 +115,9 @@ def read_run(folder: Path) -> Run:
     """The run in `folder`; ConfigError when there is none."""
     file = folder / RUN_CONFIG
     if not file.is_file():
-        raise ConfigError(f"{folder} is not a run directory: it holds no {RUN_CONFIG}")
+        raise ConfigError(
+            f"{folder} is not a run directory: it holds no {RUN_CONFIG}; give the folder of a run"
+        )
     document = parse_file(file)
     if document.problems:
         raise ConfigError("\n".join(map(str, document.problems)))
@@ -135,7 +137,7 @@ def read_run(folder: Path) -> Run:
 def find_runs(folder: Path) -> list[Run]:
     """The runs in and below `folder`, oldest first; checkpoints of a run are no runs."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder (seen from {Path.cwd()})")
+        raise ConfigError(f"{folder} is not a folder (seen from {Path.cwd()}); correct the path")
     found = []
     for place, names, files in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
@@ -211,5 +213,5 @@ def _data(file: Path) -> dict[str, Any]:
     try:
         _COUNTS.validate_python(found)
     except ValidationError as error:
-        raise ConfigError(f"{file} is not as training writes it ({error.errors()[0]['msg']})") from error  # fmt: skip
+        raise ConfigError(f"{file} is not as training writes it ({error.errors()[0]['msg']}); leave this run out") from error  # fmt: skip
     return dict(found)

@@ -139,13 +139,17 @@ def _bound(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"--host {host}: {error.strerror or error}; give an address of this machine"
+        ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"cannot bind {host}:{port}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot bind {host}:{port}: {error.strerror}; choose another --port or --host"
+        ) from error
     return listener
 
 
@@ -157,15 +161,19 @@ def _key(options: ServeOptions, listener: socket.socket) -> bytes | None:
         try:
             key = options.api_key_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-key-file {source} cannot be read: {error}") from error
+            raise ConfigError(
+                f"--api-key-file {source} cannot be read: {error}; check the path and its permissions"
+            ) from error
     key = key.strip()
     if key and len(key) < MIN_KEY:
-        raise ConfigError(f"the API key in {source} is shorter than {MIN_KEY} characters")
+        raise ConfigError(
+            f"the API key in {source} is shorter than {MIN_KEY} characters; make a longer one"
+        )
     if key:
         return key.encode()
     address = listener.getsockname()[0]
     if options.api_key_file is not None:
-        raise ConfigError(f"--api-key-file {source} is empty")
+        raise ConfigError(f"--api-key-file {source} is empty; write a key into it")
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise ConfigError(
             f"--host {options.host} can be reached from other machines, which needs an API key: set "

@@ -112,7 +112,9 @@ def open_stage(final: Path, *, replace: bool = False) -> Lock:
         if lock is not None:
             break
         if is_held(stage):
-            raise OutputInUseError(f"another process is writing {final} at this moment")
+            raise OutputInUseError(
+                f"another process is writing {final} at this moment; wait for it"
+            )
     try:
         for entry in list(stage.iterdir()):
             _remove(entry)

@@ -145,8 +145,8 @@ class Journal:
             if not is_disk_error(error):
                 raise
             raise SpaceError(
-                f"{path} cannot be written ({error.strerror}); what was written before is kept, "
-                "and the same command goes on behind it when there is room"
+                f"{path} cannot be written ({error.strerror}); what was written before is kept. "
+                "Free some space and give the same command again; it goes on from there"
             ) from error
         return len(listed)
 

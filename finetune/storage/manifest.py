@@ -45,7 +45,7 @@ def seal(
     (folder / MANIFEST).unlink(missing_ok=True)
     files, folders, odd = walk(folder)
     if odd:
-        raise CheckpointError(f"{folder / odd[0]} is neither a file nor a folder")
+        raise CheckpointError(f"{folder / odd[0]} is neither a file nor a folder; remove it")
     digests = dict(known or {})
     digests |= _hash_all(folder, [name for name in files if name not in digests], fsync=True)
     for name in folders:
@@ -145,7 +145,7 @@ def recorded(folder: Path) -> Manifest:
     """What the manifest of ``folder`` says; CheckpointError without a whole one."""
     found = _read(folder)
     if isinstance(found, str):
-        raise CheckpointError(f"{folder / MANIFEST} is missing or damaged")
+        raise CheckpointError(f"{folder / MANIFEST} is missing or damaged; use another checkpoint")
     return found
 
 

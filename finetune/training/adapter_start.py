@@ -35,7 +35,9 @@ def start_from_adapter(prepared: PreparedModel, *, resumed: bool) -> None:
     saved = adapter_config(folder)
     kind = methods.of_adapter(saved.get("peft_type"), folder).kind
     if kind != method.kind:
-        raise ConfigError(f"model.adapter: {folder} is of method.kind {kind}, not {method.kind}")
+        raise ConfigError(
+            f"model.adapter: {folder} is of method.kind {kind}, not {method.kind}; set method likewise"
+        )
     if isinstance(method, LoraMethod):
         now = {
             "r": method.rank, "lora_alpha": method.alpha,

@@ -160,9 +160,11 @@ class Rates:
         for pattern in self.by_name:
             try:
                 if not any(re.search(pattern, name) for name in names):
-                    problems.append(f"{pattern!r} is in the name of no weight that is trained")
+                    problems.append(
+                        f"{pattern!r} is in the name of no weight that is trained; correct it"
+                    )
             except re.error as error:
-                problems.append(f"{pattern!r} is not a regex: {error}")
+                problems.append(f"{pattern!r} is not a regex: {error}; correct it")
         if problems:
             raise ConfigError("\n".join(f"training.learning_rates: {p}" for p in problems))
 

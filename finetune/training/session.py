@@ -54,7 +54,9 @@ def would_start(training: TrainingSection, data: DataSection, *, trust: bool) ->
     _check_beside(training, data)
     run_dir = Path(training.output_dir)
     if is_held(run_dir / LOCK):
-        raise RunDirectoryInUseError(f"{run_dir} is in use by {holder(run_dir / LOCK)}")
+        raise RunDirectoryInUseError(
+            f"{run_dir} is in use by {holder(run_dir / LOCK)}; wait for it, or stop it"
+        )
     if not trust:
         resume.check_owner(run_dir, training.resume)
     start, damaged = resume.choose(run_dir, training.resume)

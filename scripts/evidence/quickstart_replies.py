@@ -85,7 +85,10 @@ def main() -> None:
     logging.disable_progress_bar()
     prompts = questions()
     table = Table("question", "base, in its own chat layout", f"tuned ({tuned})", show_lines=True)
-    replies = answers(base, prompts, as_published=True), answers(tuned, prompts)
+    print(f"the base answers {len(prompts)} held-out questions: {base} …", flush=True)
+    before = answers(base, prompts, as_published=True)
+    print(f"the tuned model answers them: {tuned} …", flush=True)
+    replies = before, answers(tuned, prompts)
     for prompt, before, after in zip(prompts, *replies, strict=True):
         table.add_row(prompt[-1]["content"], before, after)
     console = Console()

@@ -195,7 +195,11 @@ def opened_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Ima
     file = Path(path)
     try:
         if not file.is_file():
-            raise ImageError("there is no such file" if not file.exists() else "it is not a file")
+            raise ImageError(
+                "there is no such file; correct the path"
+                if not file.exists()
+                else "it is not a file; correct the path"
+            )
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
@@ -203,11 +207,13 @@ def opened_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Ima
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"it is no image in one of the formats {', '.join(FORMATS)}") from None
+        raise ImageError(
+            f"it is no image in one of the formats {', '.join(FORMATS)}; convert it"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(_too_large("far too many pixels", max_pixels)) from None
     except Exception as error:  # decoders raise anything on damaged files
-        raise ImageError(f"it cannot be decoded: {error}") from error
+        raise ImageError(f"it cannot be decoded: {error}; save it again") from error
 
 
 def _too_large(size: str, limit: int) -> str:

@@ -66,7 +66,7 @@ class JinjaTemplate:
         except RefusedError as error:
             raise DataError(
                 f"the checkpoint's chat template failed: {error}; rendering "
-                f"{json.dumps(list(messages), ensure_ascii=False)[:300]}"
+                f"{json.dumps(list(messages), ensure_ascii=False)[:300]}. Correct the dialogue or the chat_template"
             ) from error
 
 
@@ -161,7 +161,7 @@ def _tools_block(
     if not (text.startswith(head) and text.endswith(tail)):
         raise DataError(
             f"the checkpoint's chat template does not write tools as one {HEADERS['system']} block: "
-            f"got {text!r}"
+            f"got {text!r}; use a GLM-4 checkpoint or fix its chat_template"
         )
     return text[len(head) : -len(tail)]
 
@@ -199,7 +199,8 @@ def _cleaning(template: JinjaTemplate, role: str) -> Callable[[str], str]:
             return clean
     raise DataError(
         f"the checkpoint's chat template is not in the GLM-4 layout: a {role} message {probe!r} must "
-        f"become {HEADERS[role]!r} + '\\n' + its text, got {text!r}"
+        f"become {HEADERS[role]!r} + '\\n' + its text, got {text!r}; "
+        "use a GLM-4 checkpoint or fix its chat_template"
     )
 
 

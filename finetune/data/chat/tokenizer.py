@@ -147,7 +147,9 @@ def _open(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
-        raise ModelError(f"{path}: not a tokenizer.json that can be read: {error}") from error
+        raise ModelError(
+            f"{path}: not a tokenizer.json that can be read: {error}; copy it again"
+        ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -259,12 +261,14 @@ def _convert(model: Path, added: Iterable[tuple[int | None, str, bool]]) -> Toke
         if number is not None and number != expected:
             raise ModelError(
                 f"{model}: tokenizer_config.json gives {text} the id {number}, but after "
-                f"{len(ranks)} ranks it is number {expected}; the two files do not belong together"
+                f"{len(ranks)} ranks it is number {expected}; the two files do not belong together; copy both from the checkpoint"
             )
         token = AddedToken(text, normalized=False, special=special)
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(text) != expected:
-            raise ModelError(f"{model}: {text} is an ordinary token of the vocabulary already")
+            raise ModelError(
+                f"{model}: {text} is an ordinary token of the vocabulary already; use the tokenizer files of the checkpoint"
+            )
     return tokenizer
 
 
@@ -275,10 +279,12 @@ def _read_ranks(model: Path) -> dict[bytes, int]:
     except (ValueError, binascii.Error) as error:
         raise ModelError(
             f"{model}: not a tiktoken file of base64 ranks ({error}); ChatGLM2 and ChatGLM3 "
-            "checkpoints are not supported"
+            "checkpoints are not supported; use a GLM-4 checkpoint"
         ) from error
     if sorted(ranks.values()) != list(range(len(pairs))) or not ranks:
-        raise ModelError(f"{model}: its {len(pairs)} ranks are not 0..{len(pairs) - 1}, each once")
+        raise ModelError(
+            f"{model}: its {len(pairs)} ranks are not 0..{len(pairs) - 1}, each once; copy tokenizer.model again"
+        )
     return ranks
 
 

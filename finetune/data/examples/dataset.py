@@ -120,7 +120,7 @@ class PreparedDataset:
         if known is not None and state_of(Path(stored.image)) not in (known, None):
             raise DataError(
                 f"{self.stored.location(row)}: image {stored.image} was replaced since this run "
-                "began; what it learns from must stay as it was"
+                "began; put it back, or start the run anew"
             )
         spans = zip(stored.starts, stored.ends, stored.weights, strict=True)
         location = self.stored.location(row)

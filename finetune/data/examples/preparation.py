@@ -340,7 +340,8 @@ class Tally:
         if self._kept_per_source:
             return
         raise DataError(
-            f"none of {self.rows} dialogues is left to learn from:\n  " + "\n  ".join(self._named)
+            f"none of {self.rows} dialogues is left to learn from; change the rows or data.max_length:\n  "
+            + "\n  ".join(self._named)
         )
 
     def facts(self, num_sources: int) -> dict[str, Any]:

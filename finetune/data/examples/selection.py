@@ -90,7 +90,9 @@ def mixed(
         ]
     )
     if not len(view):
-        raise DataError("the weights of data.train are so small that no example is left")
+        raise DataError(
+            "the weights of data.train are so small that no example is left; raise them"
+        )
     return view
 
 

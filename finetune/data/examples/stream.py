@@ -115,7 +115,9 @@ def position_of(saved: Mapping[str, Any]) -> Position:
     """A position that `as_json` gave; DataError for another version's."""
     names = {f.name for f in fields(Position)}
     if saved.get("format") != FORMAT or set(saved) != {*names, "format"}:
-        raise DataError("this stream's position was saved by another version; start the run anew")
+        raise DataError(
+            "data.streaming: the position was saved by another version; start the run anew"
+        )
     counts = ExampleCounts(**{**saved["counts"], "named": tuple(saved["counts"]["named"])})
     cursors = tuple((int(shard), int(row)) for shard, row in saved["cursors"])
     rest = {name: saved[name] for name in names - {"counts", "cursors"}}
@@ -190,7 +192,8 @@ class ExampleStream:
             yield from self._of_pass(position)
             if self.position.examples == given and not position.cursors and not position.row:
                 raise DataError(
-                    f"none of {self.position.counts.rows:,} rows of a whole pass is left to learn from:\n  "
+                    f"none of {self.position.counts.rows:,} rows of a whole pass is left to learn "
+                    "from; change the rows or data.max_length:\n  "
                     + "\n  ".join(self.position.counts.named)
                 )
             done = self.position
@@ -318,7 +321,7 @@ class ExampleStream:
         if counts.rows >= _ENOUGH_ROWS and share > reading.max_bad_rows:
             raise DataError(
                 f"{counts.bad:,} of {counts.rows:,} rows so far cannot be used, the last ones:\n{listed}{more}\n"
-                f"That is {share:.1%}, more than data.max_bad_rows allows ({reading.max_bad_rows:.1%})."
+                f"That is {share:.1%}, more than data.max_bad_rows allows ({reading.max_bad_rows:.1%}). Fix them, or raise it."
             )
 
     def _without_held_out(self, kept: list[Kept]) -> tuple[list[Kept], list[Kept]]:

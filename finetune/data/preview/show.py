@@ -163,7 +163,9 @@ def _at_index(stream: ConversationStream, path: str, index: int) -> Conversation
     if number < 0 and stream.num_bad:
         raise DataError(f"{path} holds no dialogue. {stream.report()}")
     bad = f". {stream.report()}" if stream.num_bad else ""
-    raise DataError(f"{path} has no dialogue {index}; it has {number + 1}, counted from 0{bad}")
+    raise DataError(
+        f"{path} has no dialogue {index}; it has {number + 1}; give an --index from 0 on{bad}"
+    )
 
 
 def _at_line(stream: ConversationStream, path: str, line: int) -> Conversation:
@@ -173,7 +175,7 @@ def _at_line(stream: ConversationStream, path: str, line: int) -> Conversation:
     for row in stream.bad_rows:
         if row.location.endswith(f":{line}"):
             raise DataError(f"{row.location}: {row.reason}")
-    raise DataError(f"{path} has no row that begins on line {line}")
+    raise DataError(f"{path} has no row that begins on line {line}; give the line of another row")
 
 
 def shown(conversation: Conversation, template: ChatTemplate, layout: str) -> ShowResult:
@@ -181,7 +183,7 @@ def shown(conversation: Conversation, template: ChatTemplate, layout: str) -> Sh
     examples = template.examples([conversation], "every_reply")[0]
     if not examples:
         raise DataError(
-            f"{conversation.location}: no reply carries loss, so there is nothing to show"
+            f"{conversation.location}: no reply carries loss, so there is nothing to show; show another one with --index"
         )
     conversation, rendered = examples[-1]
     ids: list[int] = rendered.input_ids.tolist()

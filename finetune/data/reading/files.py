@@ -48,7 +48,7 @@ def expand(path: str) -> list[Path]:
     any, its .txt and .md files.
     """
     if not path or "\0" in path:
-        raise DataError(f"{path!r} is not a path")
+        raise DataError(f"{path!r} is not a path; name a file or a folder")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
         return _fetched(path)
     try:
@@ -58,18 +58,24 @@ def expand(path: str) -> list[Path]:
         if target.is_dir():
             return _files_in(target)
         if target.exists():
-            raise DataError(f"{path} is neither a regular file nor a folder")
+            raise DataError(
+                f"{path} is neither a regular file nor a folder; name a file or a folder"
+            )
         if target.is_symlink():
-            raise DataError(f"{path} is a link to nowhere ({target.readlink()})")
+            raise DataError(f"{path} is a link to nowhere ({target.readlink()}); correct the link")
         if glob.has_magic(path):
             names = glob.glob(path, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
             found = sorted(p for p in map(Path, names) if p.is_file())
             if found:
                 return found
-            raise DataError(f"no file matches {path} (seen from {Path.cwd()})")
-        raise DataError(f"{path} does not exist{_near_name(target)}{_of_a_hub(path)}")
+            raise DataError(f"no file matches {path} (seen from {Path.cwd()}); correct the pattern")
+        raise DataError(
+            f"{path} does not exist{_near_name(target)}{_of_a_hub(path) or '; correct the path'}"
+        )
     except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror}") from None
+        raise DataError(
+            f"{path} cannot be opened: {error.strerror}; check the path and its permissions"
+        ) from None
 
 
 def _fetched(address: str) -> list[Path]:
@@ -85,7 +91,7 @@ def _fetched(address: str) -> list[Path]:
         return _files_in(folder)
     files = sorted(p for p in folder.glob(found.files) if p.is_file())
     if not files:
-        raise DataError(f"{address}: the data set has no file {found.files}")
+        raise DataError(f"{address}: the data set has no file {found.files}; correct the name")
     return files
 
 
@@ -113,7 +119,7 @@ def _files_in(folder: Path) -> list[Path]:
         raise DataError(f"{odd} is not a regular file; remove it")
     if not found:
         raise DataError(
-            f"folder {folder} holds no {', '.join(SUFFIXES)} file, and no .txt or .md (.gz, .zst allowed)"
+            f"folder {folder} holds no {', '.join(SUFFIXES)} file, and no .txt or .md (.gz, .zst allowed); name the files that are meant"
         )
     return found
 

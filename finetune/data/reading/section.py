@@ -63,7 +63,7 @@ def with_rows(
         name, equals, value = option.partition("=")
         if name not in ROW_OPTIONS or not equals:
             raise ConfigError(
-                f"--rows {option}: is not name=value with one of {', '.join(ROW_OPTIONS)}"
+                f"--rows {option}: write name=value with one of {', '.join(ROW_OPTIONS)}"
             )
         said[name] = value.split(",") if name == "ignore_columns" else value
     kept = {key: value for key, value in said.items() if value is not None}

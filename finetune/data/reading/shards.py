@@ -60,7 +60,7 @@ def _of(source: int, path: str) -> Iterator[StreamShard]:
     files = _chosen(found, list(there.sizes))
     if not files:
         what = f"no file {found.files}" if found.files else "no data files"
-        raise DataError(f"{path}: the data set has {what}")
+        raise DataError(f"{path}: the data set has {what}; correct the name")
     scheme = {"huggingface": "hf", "modelscope": "ms"}[found.hub]
     for file in files:
         address = f"{scheme}://{found.name}@{pinned.revision}/{file}"
@@ -127,8 +127,8 @@ class ShardReader:
             path = Path(shard.name)
             if not path.is_file() or path.stat().st_size != shard.size:
                 raise DataError(
-                    f"{path} was changed or removed since this run began; a stream's files must stay "
-                    "as they were"
+                    f"{path} was changed or removed since this run began; start the run anew, and leave "
+                    "a stream's files as they are"
                 )
             return path
         if number not in self._links:
@@ -144,7 +144,9 @@ class ShardReader:
                 return own if second_name(common, own) else common
             except FileNotFoundError:
                 continue  # another reader was done with it in this moment
-        raise DataError(f"{shard.name}: it disappears from {self._root} as often as it is fetched")
+        raise DataError(
+            f"{shard.name}: it disappears from {self._root} as often as it is fetched; give the same command again"
+        )
 
     def _folder(self, repository: Repository) -> Path:
         return self._root / f"{repository.name.replace('/', '--')}@{repository.revision}"

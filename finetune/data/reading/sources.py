@@ -212,7 +212,9 @@ class ConversationStream(Iterator[Conversation]):
             paths_given = ", ".join(source.path for source, _ in sources)
             if (part := sources[0][0].part) is not None and self.rows > self.num_bad:
                 raise DataError(part.nothing_left(paths_given, self.rows - self.num_bad))
-            raise DataError(f"{paths_given}: there is no row that can be used")
+            raise DataError(
+                f"{paths_given}: there is no row that can be used; `finetune data check` says why"
+            )
 
     def _file(self, path: Path, source: SourceSpec) -> Iterator[Conversation]:
         """The good rows of one file; the bad ones are noted."""
@@ -261,7 +263,7 @@ class ConversationStream(Iterator[Conversation]):
     def _advice(self) -> str:
         if self._reading.on_bad_row == "skip" and not self._must_stop:
             share = self.num_bad / max(self.rows, 1)
-            return f"That is {share:.1%}, more than data.max_bad_rows allows ({self._reading.max_bad_rows:.1%})."
+            return f"That is {share:.1%}, more than data.max_bad_rows allows ({self._reading.max_bad_rows:.1%}). Fix them, or raise it."
         if self._reading.on_bad_row == "skip" or any(row.fatal for row in self.bad_rows):
             return "Fix the files: nothing after such a place can be read, so it cannot be skipped."
         return "Fix these rows; a training run with data.on_bad_row: skip leaves them out."

@@ -68,7 +68,9 @@ def open_stream(path: Path) -> Iterator[Stream]:
         name = path.name.lower()
         if head == _PARQUET or name.endswith(".parquet"):
             if head != _PARQUET:
-                raise StreamError("the file is named .parquet but is not a Parquet file")
+                raise StreamError(
+                    "the file is named .parquet but is not a Parquet file; rename it, or save it as Parquet"
+                )
             yield Stream(raw, "parquet")
             return
         if name.endswith(".arrow"):
@@ -88,7 +90,9 @@ def open_stream(path: Path) -> Iterator[Stream]:
         elif head == _ZSTD:
             yield Stream(io.BufferedReader(_ZstdReader(raw)), layout)
         elif head and name.endswith((".gz", ".zst")):
-            raise StreamError(f"the file is named {path.suffix} but is not compressed that way")
+            raise StreamError(
+                f"the file is named {path.suffix} but is not compressed that way; rename it, or compress it"
+            )
         else:
             yield Stream(raw, layout)
 
@@ -120,11 +124,13 @@ class _ZstdReader(io.RawIOBase):
             if not piece:
                 if self._at_start:
                     return 0
-                raise StreamError("the zstd file is cut off: its last frame has no end")
+                raise StreamError(
+                    "the zstd file is cut off: its last frame has no end; copy it again"
+                )
             try:
                 self._ready = memoryview(self._frame.decompress(piece))
             except self._error as error:
-                raise StreamError(f"the zstd file is damaged: {error}") from None
+                raise StreamError(f"the zstd file is damaged: {error}; copy it again") from None
             self._at_start = False
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
@@ -162,9 +168,9 @@ def read_chunk(file: BinaryIO) -> bytes:
     try:
         return file.read(CHUNK)
     except EOFError:
-        raise StreamError("the gzip file is cut off: its end is missing") from None
+        raise StreamError("the gzip file is cut off: its end is missing; copy it again") from None
     except (zlib.error, gzip.BadGzipFile) as error:
-        raise StreamError(f"the gzip file is damaged: {error}") from None
+        raise StreamError(f"the gzip file is damaged: {error}; copy it again") from None
 
 
 def _refuse_other_encodings(start: bytes) -> None:

@@ -136,8 +136,8 @@ class Judge:
                 problem = f"{type(error).__name__}: {error}"
             time.sleep(0.2 * 4**attempt)
         raise DataError(
-            f"--judge: {self.url} does not answer ({problem}); what it answered so far is kept. Is the "
-            "address right up to /v1, and OPENAI_API_KEY set?"
+            f"--judge: {self.url} does not answer ({problem}); what it answered so far is kept. See "
+            "that the address is right up to /v1 and OPENAI_API_KEY is set, and give the same command again"
         )
 
 
@@ -190,7 +190,7 @@ def _content(answer: Any, url: str) -> str:
     try:
         return str(answer["choices"][0]["message"]["content"] or "")
     except (KeyError, IndexError, TypeError) as error:
-        raise DataError(f"--judge: {url} answers with no chat completion: {str(answer)[:200]}") from error  # fmt: skip
+        raise DataError(f"--judge: {url} answers with no chat completion: {str(answer)[:200]}; check its address") from error  # fmt: skip
 
 
 def _in_twos(questions: Sequence[str]) -> Iterator[tuple[str, str]]:

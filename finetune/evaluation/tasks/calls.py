@@ -81,7 +81,7 @@ def read_questions(folder: Path) -> list[CallQuestion]:
         wanted = ", ".join(f"BFCL_v3_{name}.json" for name in CATEGORIES)
         raise ConfigError(
             f"--tasks calls:{folder}: holds no files of the leaderboard, such as {wanted} and the "
-            "folder possible_answer; its data set is on the hub as gorilla-llm/Berkeley-Function-Calling-Leaderboard"
+            "folder possible_answer; download its data set from the hub: gorilla-llm/Berkeley-Function-Calling-Leaderboard"
         )
     return [one for name, file in known.items() for one in _questions(name, file)]
 
@@ -206,14 +206,16 @@ def _questions(category: str, file: Path) -> Iterator[CallQuestion]:
         answers = {row["id"]: row["ground_truth"] for _, row in _rows(file.parent / "possible_answer" / file.name, ("id", "ground_truth"))}  # fmt: skip
     for location, row in _rows(file, ("id", "question", "function")):
         if needs_answers and row["id"] not in answers:
-            raise DataError(f"{location}: possible_answer has no answer to {row['id']}")
+            raise DataError(
+                f"{location}: possible_answer has no answer to {row['id']}; copy the leaderboard's files again"
+            )
         try:
             [turn] = row["question"]
             messages = tuple(Message(one["role"], one["content"]) for one in turn)
             tools = read_tools([_described(one) for one in row["function"]])
         except (KeyError, TypeError, ValueError, RowError) as error:
             raise DataError(
-                f"{location}: not a question of one turn as the leaderboard writes it ({type(error).__name__}: {error})"
+                f"{location}: not a question of one turn as the leaderboard writes it ({type(error).__name__}: {error}); copy the leaderboard's files again"
             ) from error
         yield CallQuestion(row["id"], category, Conversation(messages, tools, location), answers.get(row["id"], ()))  # fmt: skip
 
@@ -222,14 +224,20 @@ def _rows(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, A
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+        raise DataError(
+            f"{file} cannot be read: {error}; copy the leaderboard's files again"
+        ) from error
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}:{number}: {error}") from error
+            raise DataError(
+                f"{file}:{number}: {error}; copy the leaderboard's files again"
+            ) from error
         if not isinstance(row, dict) or any(key not in row for key in keys):
-            raise DataError(f"{file}:{number}: has not all of {', '.join(keys)}")
+            raise DataError(
+                f"{file}:{number}: has not all of {', '.join(keys)}; copy the leaderboard's files again"
+            )
         yield f"{file}:{number}", row
 
 

@@ -46,7 +46,9 @@ def check_harness(names: Sequence[str]) -> None:
         raise ConfigError("--tasks runs in one process; start it without torchrun")
     for task in read_tasks(names):
         if task.name.endswith((".yaml", ".yml")) and not Path(task.name).is_file():
-            raise ConfigError(f"--tasks: {task.name} is no file (seen from {Path.cwd()})")
+            raise ConfigError(
+                f"--tasks: {task.name} is no file (seen from {Path.cwd()}); correct the path"
+            )
         if task.kind == "needle":
             needle.lengths_of(task.name)
         if task.kind in ("chat", "text") and find_spec(PACKAGE) is None:

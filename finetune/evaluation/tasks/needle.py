@@ -80,7 +80,7 @@ def lengths_of(text: str) -> list[int]:
     first = int(found[1]) * _UNITS[found[2].lower()]
     last = int(found[3]) * _UNITS[found[4].lower()] if found[3] else first
     if not 256 <= first <= last:
-        raise ConfigError(f"--tasks needle:{text}: lengths rise, and are 256 tokens or more")
+        raise ConfigError(f"--tasks needle:{text}: write lengths that rise, of 256 tokens or more")
     lengths = [first]
     while lengths[-1] * 2 <= last:
         lengths.append(lengths[-1] * 2)

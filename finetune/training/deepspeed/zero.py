@@ -174,17 +174,19 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"deepspeed.config: {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"deepspeed.config: {path} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from error
     except ValueError as error:
-        raise ConfigError(f"deepspeed.config: {path} is not JSON: {error}") from error
+        raise ConfigError(f"deepspeed.config: {path} is not JSON: {error}; correct it") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"deepspeed.config: {path} holds no JSON object")
+        raise ConfigError(f"deepspeed.config: {path} holds no JSON object; write one")
     flat = [name for name in SECTIONS if not isinstance(given.get(name, {}), dict)]
     if flat:
         raise ConfigError(
             "\n".join(
                 f"deepspeed.config ({path}): {name} is {given[name]!r} and not an object like "
-                f"{SECTIONS[name]}"
+                f"{SECTIONS[name]}; write it so"
                 for name in flat
             )
         )
@@ -219,7 +221,8 @@ def _contradictions(
     stage = zero.get("stage", 0)
     if "zero_stage" in section.model_fields_set and stage not in ("auto", section.zero_stage):
         problems.append(
-            f"zero_optimization.stage is {stage}, but deepspeed.zero_stage is {section.zero_stage}"
+            f"zero_optimization.stage is {stage}, but deepspeed.zero_stage is {section.zero_stage}; "
+            "remove one of the two"
         )
     for field, key in (
         ("offload_optimizer", "offload_optimizer"),
@@ -229,7 +232,7 @@ def _contradictions(
         if field in section.model_fields_set and device != getattr(section, field):
             problems.append(
                 f"zero_optimization.{key}.device is {device}, but deepspeed.{field} is "
-                f"{getattr(section, field)}"
+                f"{getattr(section, field)}; remove one of the two"
             )
     return problems
 

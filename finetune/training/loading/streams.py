@@ -190,7 +190,7 @@ def from_checkpoint(data: TrainingData, run: RunData, checkpoint: Path | None) -
             start = position_of(json.loads((checkpoint / STREAM).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, DataError) as error:
             raise CheckpointError(
-                f"{checkpoint / STREAM}: does not say where the stream of training rows was ({error})"
+                f"{checkpoint / STREAM}: does not say where the stream of training rows was ({error}); resume from another checkpoint"
             ) from error
     feed = StreamFeed(run, run.stream, start)
     return replace(data, lengths=feed, location=feed.location, feed=feed)
