@@ -133,8 +133,9 @@ class ProgressBar:
         spent = time.monotonic() - self._begin
         text = f"{self.label}: {self.done}"
         if self.total:
-            left = spent / self.done * (self.total - self.done) if self.done else 0.0
-            text += f"/{self.total} ({100 * self.done // self.total} %), {duration(left)} left"
+            text += f"/{self.total} ({100 * self.done // self.total} %)"
+            if self.done:
+                text += f", {duration(spent / self.done * (self.total - self.done))} left"
         return f"{text}, {duration(spent)} so far" + (f", {note}" if note else "")
 
 

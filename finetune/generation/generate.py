@@ -132,6 +132,7 @@ class Generator:
         self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
         self._should_stop = should_stop
+        self._bar = console.ProgressBar(None, "replies")
         self.prompts_per_rank = [0] * rank_and_world()[1]
         """How many prompts each process has answered; known on rank 0."""
 
@@ -153,6 +154,7 @@ class Generator:
         """
         done: list[Reply] = []
         with evaluating(self._model), console.progress(total, "replies") as bar:
+            self._bar = bar
             for batch, rows in self._answered(windows):
                 if batch.known is None:
                     note(batch.number, rows)
@@ -198,11 +200,16 @@ class Generator:
             [extras.request(prompts[i], i, self._max_new_tokens) for i in batch.indices],
             slots=max(1, min(self._batch_size, cache_tokens(self._model) // longest)),
             prefix=batch.window.prefix(self._model),
-            should_stop=self._should_stop,
+            should_stop=self._polled,
         )
         return [
             [index, row.ids, row.stopped] for index, row in zip(batch.indices, rows, strict=False)
         ]
+
+    def _polled(self) -> bool:
+        """Whether to stop; asked at every token, so that a long first batch shows a sign of life too."""
+        self._bar.advance(0)
+        return self._should_stop is not None and self._should_stop()
 
 
 class _OpenWindow:

@@ -312,9 +312,7 @@ class ChatTemplate:
         tokens = (BEGIN, self.image.patch_token if self.image else "<|endoftext|>", END)
         missing = [token for token in tokens if token not in ids]
         if missing:
-            raise DataError(
-                f"this checkpoint's tokenizer has no {missing[0]}: it takes no images; use GLM-4V-9B, or leave the images out"
-            )
+            raise DataError(f"this checkpoint's tokenizer has no {missing[0]}: it takes no images; use GLM-4V-9B, or leave the images out")  # fmt: skip
         begin, patch, end = (~ids[token] for token in tokens)
         return (begin, *[patch] * (self.image.patches_of(path) if self.image else 1), end)
 
