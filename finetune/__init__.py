@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from finetune.api import evaluate, load, render, train
 
 __all__ = ["evaluate", "load", "render", "train"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

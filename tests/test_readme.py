@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import finetune
 from finetune.config.load import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,3 +137,39 @@ def test_both_languages_walk_through_the_same_files() -> None:
         for page in ("architecture.md", "architecture_zh.md")
     )
     assert english == chinese
+
+
+def bars(readme: Path) -> str:
+    """What is skimmed: everything above the second half."""
+    return re.split(r"^## (?:More|更多)$", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)[
+        0
+    ]
+
+
+def test_the_readme_is_skimmed_in_a_minute() -> None:
+    assert len(bars(READMES[0]).split()) <= 900
+    for readme in READMES:
+        shown = [line for line in bars(readme).splitlines() if re.match(r"## |!\[", line)]
+        assert len(shown) == 7, "six headings and a picture"
+        assert (ROOT / re.findall(r"!\[[^\]]*\]\(([^)]+)\)", bars(readme))[0]).is_file()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_each_row_of_the_comparison_has_its_command(readme: Path) -> None:
+    rows = [line for line in bars(readme).split("LLaMA-Factory 0.9.5")[1].splitlines()[2:] if line.startswith("|")]  # fmt: skip
+    assert len(rows) >= 6
+    for row in rows:
+        last = re.split(r"(?<!\\)\|", row)[-2]
+        assert re.search(r"`(?:finetune |python -m |scripts/)", last), row
+
+
+def test_the_changelog_is_by_release_and_the_newest_is_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(
+        r"^## (\S+) \((unreleased|\d{4}-\d{2}-\d{2})\)$", text, flags=re.MULTILINE
+    )
+    assert len(releases) == len(re.findall(r"^## ", text, flags=re.MULTILINE))
+    versions = [tuple(map(int, version.split("."))) for version, _ in releases]
+    assert versions == sorted(versions, reverse=True)
+    assert releases[0][0] == finetune.__version__
+    assert "unreleased" not in {day for _, day in releases[1:]}
