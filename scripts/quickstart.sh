@@ -5,6 +5,7 @@
 # Both after the installation. GPUs are used when there are any. It writes to runs/, to the environment
 # ($VENV, by default .venv) and to the cache of examples ($FINETUNE_CACHE, by default ~/.cache/glm4-finetune).
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
 case "${1:-}" in
     "") model=runs/quickstart-model run=runs/quickstart; options=() ;;

@@ -2,6 +2,7 @@
 # Compare the pinned versions with the public databases of known holes (needs the network).
 # An exception is `ID  until  why`; after its date the audit fails again.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/../.."
 EXCEPTIONS='
 '

@@ -7,16 +7,22 @@ logits after each prompt go to <file>.npy.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import llama_cpp
 import numpy as np
+
+if TYPE_CHECKING:
+    import llama_cpp
 
 
 def last_logits(model: llama_cpp.Llama) -> np.ndarray:
     """Logits [V] after everything that was given so far."""
+    import llama_cpp
+
     pointer = llama_cpp.llama_get_logits_ith(model.ctx, -1)
     return np.ctypeslib.as_array(pointer, shape=(model.n_vocab(),)).copy()
 
@@ -35,19 +41,20 @@ def answer(model: llama_cpp.Llama, prompt: str, stops: list[int], num_tokens: in
     return {"prompt": ids, "reply": reply, "stopped": len(reply) < num_tokens}, first
 
 
-def without_repacking() -> Any:
+def without_repacking(default_params: Any) -> Any:
     """Default options, but weights stay as they are: AMX's kernel for Q8_0 crashed on our machine."""
     params = default_params()
     params.use_extra_bufts = False
     return params
 
 
-default_params = llama_cpp.llama_cpp.llama_model_default_params
-llama_cpp.llama_cpp.llama_model_default_params = without_repacking  # Llama() has no option for it
-
-
 def main() -> None:
     """Answer what is asked on standard input."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    import llama_cpp
+
+    inner = llama_cpp.llama_cpp  # Llama() has no option for it
+    inner.llama_model_default_params = partial(without_repacking, inner.llama_model_default_params)
     asked = json.load(sys.stdin)
     model = llama_cpp.Llama(
         asked["file"], n_ctx=4096, verbose=False, kv_overrides=asked["overrides"] or None

@@ -3,6 +3,7 @@
 #   bash scripts/evidence/gguf_check.sh THUDM/glm-4-9b-chat         the tokenizer and settings of a published folder or hub id
 # Builds llama-cpp-python (about five minutes, needs cmake and a C++ compiler); its sources bring the converter.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/../.."
 [ $# = 1 ] || { echo "usage: bash scripts/evidence/gguf_check.sh FOLDER_OR_HUB_ID" >&2; exit 2; }
 VERSION=0.3.36

@@ -5,7 +5,7 @@
 # Images lie in FOLDER. BUILD_OPTIONS are further options of `buildah build`, such as a volume with pip's configuration.
 # Needs buildah (and debootstrap); as root inside a container it works without a daemon and without privileges.
 set -euo pipefail
-case "${1:---help}" in -*) sed -n '2,6s/^# //p' "$0"; exit 0 ;; esac
+case "${1:---help}" in -*) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/../.."
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 base=${BASE:-docker.io/library/python:3.11-slim}

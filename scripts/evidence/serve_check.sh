@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # vLLM and our own generation, token by token: 20 prompts a checkpoint, tool calls among them. See docs/serving.md.
 #   bash scripts/evidence/serve_check.sh                            all checkpoints, float32: about 15 minutes on 2 CPU cores
-#   bash scripts/evidence/serve_check.sh --only chatglm             one of those of its --help
+#   bash scripts/evidence/serve_check.sh --only chatglm             one of them: serve_check.py --help names them
 # vLLM lives in an environment of its own, VLLM_ENV, 4 GB, made the first time; the glm models are the quickstart's.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/../.."
 VLLM_ENV="${VLLM_ENV:-$HOME/.cache/glm4-finetune/vllm}"
 PYTHON="${PYTHON:-python3}"
