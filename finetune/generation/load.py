@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import console, launcher
+from finetune import collector, console, launcher
 from finetune.artifacts.resolve import (
     Weights,
     adapter_config,
@@ -90,9 +90,10 @@ class Models:
 
     def _load(self, target: str | Path, base: str | None, like: str | None) -> Weights:
         """Holds the base of a target."""
-        from finetune.distributed import device
-        from finetune.models.library_logging import quiet_libraries
-        from finetune.models.load import load_model
+        with collector.importing():
+            from finetune.distributed import device
+            from finetune.models.library_logging import quiet_libraries
+            from finetune.models.load import load_model
 
         quiet_libraries()
         if said := device.unused():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import collector
 from finetune.config.load import dump_config, settled
 from finetune.config.schema import RunConfig
 from finetune.planning.run_memory import RunMemory
@@ -78,15 +79,19 @@ def _train(
     config: RunConfig, data: RunData, run_dir: Path, callbacks: Sequence[Any]
 ) -> dict[str, Any]:
     """The program, with torch and the other processes: model, checkpoint, validation, loop."""
-    from finetune.training import checkpointing, trainer
-    from finetune.training.adapter_start import start_from_adapter
-    from finetune.training.callbacks import progress
-    from finetune.training.loading import batches
-    from finetune.training.measuring.load import load_validation
-    from finetune.training.prepare_model import prepare_model
+    with collector.importing():
+        from finetune.training import checkpointing, trainer
+        from finetune.training.adapter_start import start_from_adapter
+        from finetune.training.callbacks import progress
+        from finetune.training.loading import batches
+        from finetune.training.measuring.load import load_validation
+        from finetune.training.prepare_model import prepare_model
 
     begun = time.monotonic()
-    with session.all_processes(config.training, deepspeed=config.deepspeed is not None) as stop:
+    with (
+        collector.passing_over_the_old(),
+        session.all_processes(config.training, deepspeed=config.deepspeed is not None) as stop,
+    ):
         prepared = prepare_model(
             config.model, config.method, config.training, config.deepspeed, data,
             loader_workers=config.data.loader_workers,

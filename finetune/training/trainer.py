@@ -95,6 +95,12 @@ class FineTuner(Trainer):
         self.model_accepts_loss_kwargs = True
         check_distribution(self.accelerator, prepared.arguments)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; accelerate would import all of DeepSpeed to see that a model is not one of its."""
+        super().create_accelerator_and_postprocess()
+        if not self.is_deepspeed_enabled:
+            self.accelerator.unwrap_model = _unwrapped
+
     # --- data and loss -----------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
@@ -349,3 +355,8 @@ def _already_training(model: Any) -> Iterator[None]:
         yield
     finally:
         model.__dict__.pop("train", None)
+
+
+def _unwrapped(model: Any, **_: Any) -> Any:
+    """The model without what torch puts around it to train in several processes."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

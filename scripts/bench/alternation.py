@@ -62,11 +62,12 @@ def report(medians: dict[str, Figures], bars: dict[str, dict[str, float]], *, as
     if as_json:
         print(json.dumps({"medians": medians, "ratios": ratios, "bars": bars, "missed": missed}))
         return bool(missed)
-    print(f"{'variant':<22}{'CPU s':>8}{'ratio':>7}{'peak MiB':>10}{'ratio':>7}{'above':>8}{'ratio':>7}{'loss':>11}")  # fmt: skip
+    print(f"{'variant':<22}{'CPU s':>8}{'ratio':>7}{'wall s':>8}{'ratio':>7}{'peak MiB':>10}{'ratio':>7}{'above':>8}{'ratio':>7}{'loss':>11}")  # fmt: skip
     for variant, figures in medians.items():
         share = ratios[variant]
         print(
             f"{variant:<22}{figures['cpu_s']:>8.2f}{share['cpu_s']:>7.2f}"
+            f"{figures['wall_s']:>8.2f}{share['wall_s']:>7.2f}"
             f"{figures['peak_mib']:>10.0f}{share['peak_mib']:>7.2f}"
             f"{figures['above_mib']:>8.0f}{share['above_mib']:>7.2f}{figures['loss']:>11.6f}"
         )

@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from alternation import compare, report
 
+BEGUN = time.perf_counter() - time.process_time()
+"""When Python started."""
 REFERENCE = {"depth": "plain Trainer", "full": "bare loop", "generate": "transformers", "launch": "plain Trainer"}  # fmt: skip
 BARS = {
     "depth": {"cpu_s": 0.85}, "full": {"peak_mib": 1.05}, "generate": {"cpu_s": 1.05},
@@ -42,30 +47,70 @@ WIDE = {
     "vocab_size": 151552, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
+Spent = tuple[float, float]
+"""CPU and wall seconds."""
 STEPS = {"depth": 14, "full": 5, "launch": 2}
 
 
+def _median(ticks: list[float]) -> float:
+    return statistics.median(b - a for a, b in pairwise(ticks[2:]))
+
+
 class Clock:
-    """CPU seconds at which each step of a Trainer began."""
+    """CPU and wall seconds at which each step of a Trainer began, from `start` on."""
 
     def __init__(self) -> None:
+        self.ticks: list[float] = []
+        self.wall: list[float] = []
+
+    def tick(self) -> None:
+        """A step begins."""
+        self.ticks.append(time.process_time())
+        self.wall.append(time.perf_counter())
+
+    def start(self) -> None:
+        """Begin to listen."""
         from transformers import Trainer
 
-        self.ticks: list[float] = []
         step = Trainer.training_step
 
         def timed(trainer: Any, *given: Any, **options: Any) -> Any:
-            self.ticks.append(time.process_time())
+            self.tick()
             return step(trainer, *given, **options)
 
         Trainer.training_step = timed
 
-    def per_step(self) -> float:
-        """The median, without the first two."""
-        return statistics.median(b - a for a, b in pairwise(self.ticks[2:]))
+    def start_late(self) -> None:
+        """When the product has imported what it needs, in its own way."""
+        from finetune.training import session
+
+        entered = session.all_processes
+
+        def timed(*given: Any, **options: Any) -> Any:
+            self.start()
+            return entered(*given, **options)
+
+        session.all_processes = timed  # type: ignore[assignment]
+
+    def of(self, work: str) -> Spent:
+        """To the end of the first step, or the median step without the first two."""
+        if work == "launch":
+            return self.ticks[1], self.wall[1] - BEGUN
+        return _median(self.ticks), _median(self.wall)
 
 
 def inputs(work: str, folder: Path) -> tuple[Path, Path]:
+    """A model and the dialogues that it learns; of a launch made in a process of their own."""
+    if work == "launch":
+        global BEGUN
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, __file__, "--inputs", str(folder)], check=True)
+        BEGUN += time.perf_counter() - begun  # a user has a model already
+        return folder / "model", folder / "train.jsonl"
+    return made_inputs(work, folder)
+
+
+def made_inputs(work: str, folder: Path) -> tuple[Path, Path]:
     """A model and the dialogues that it learns."""
     import runs
     import tiny
@@ -83,7 +128,7 @@ def inputs(work: str, folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
-def ours(work: str, folder: Path) -> float:
+def ours(work: str, folder: Path) -> Spent:
     """Through the product; what the work is measured by."""
     import runs
 
@@ -97,11 +142,25 @@ def ours(work: str, folder: Path) -> float:
     lora = {"kind": "lora", "rank": 8, "dropout": 0.1, "target_modules": "all-linear"}
     config["method"] = {"kind": "full"} if work == "full" else lora
     clock = Clock()
-    runs.run_here(config)
-    return clock.ticks[1] if work == "launch" else clock.per_step()
+    if work == "launch":
+        clock.start_late()
+        train_as_typed(folder, config)
+    else:
+        clock.start()
+        runs.run_here(config)
+    return clock.of(work)
 
 
-def plain(work: str, folder: Path) -> float:
+def train_as_typed(folder: Path, config: dict[str, Any]) -> None:
+    """`finetune train` with this config."""
+    from finetune.cli import main as finetune
+
+    (folder / "run.yaml").write_text(json.dumps(config))
+    with suppress(SystemExit):
+        finetune(["train", str(folder / "run.yaml")])
+
+
+def plain(work: str, folder: Path) -> Spent:
     """The Trainer of transformers and PEFT, as their documentation shows it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -126,11 +185,12 @@ def plain(work: str, folder: Path) -> float:
         remove_unused_columns=False,
     )  # fmt: skip
     clock = Clock()
+    clock.start()
     Trainer(get_peft_model(base, lora), arguments, collate, ids).train()
-    return clock.ticks[1] if work == "launch" else clock.per_step()
+    return clock.of(work)
 
 
-def bare_loop(work: str, folder: Path) -> float:
+def bare_loop(work: str, folder: Path) -> Spent:
     """The same batches, loss and optimizer with nothing around them."""
     import torch
 
@@ -151,20 +211,20 @@ def bare_loop(work: str, folder: Path) -> float:
     tuned = methods.attach(load_model(model), FullMethod()).train()
     weights = list(tuned.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
-    collate, spent = Collator(template.pad_id), []
+    collate, spent = Collator(template.pad_id), Clock()
     for step in range(STEPS[work]):
-        spent.append(time.process_time())
+        spent.tick()
         batch = collate([examples[4 * step + place] for place in range(4)])
         del batch["sample_ids"]
         tuned(**for_model(batch, torch.device("cpu")), use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return statistics.median(b - a for a, b in pairwise(spent[2:]))
+    return spent.of(work)
 
 
-def replies(by: str, folder: Path) -> float:
-    """CPU seconds of 32 replies of 64 tokens."""
+def replies(by: str, folder: Path) -> Spent:
+    """CPU and wall seconds of 32 replies of 64 tokens."""
     from types import SimpleNamespace
 
     import torch
@@ -177,7 +237,7 @@ def replies(by: str, folder: Path) -> float:
     model = methods.attach(load_model(inputs("generate", folder)[0]), LoraMethod()).eval()
     drawn = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 300, (40 + n,), generator=drawn).tolist() for n in range(32)]
-    begun = time.process_time()
+    begun, wall = time.process_time(), time.perf_counter()
     if by == "ours":
         template: Any = SimpleNamespace(stop_ids=(), pad_id=0)
         size = EvaluationSection().batch_size
@@ -188,15 +248,16 @@ def replies(by: str, folder: Path) -> float:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         with torch.inference_mode():
             model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, min_new_tokens=64, do_sample=False)  # fmt: skip
-    return time.process_time() - begun
+    return time.process_time() - begun, time.perf_counter() - wall
 
 
 def run(work: str, variant: str) -> dict[str, float]:
     """One variant in this process."""
-    import torch
+    if work != "launch":
+        import torch
 
-    torch.set_num_threads(1)
-    ways: dict[str, Callable[[], float]]
+        torch.set_num_threads(1)
+    ways: dict[str, Callable[[], Spent]]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         ways = {
@@ -205,9 +266,9 @@ def run(work: str, variant: str) -> dict[str, float]:
             "bare loop": lambda: bare_loop(work, folder),
             "transformers": lambda: replies("transformers", folder),
         }
-        spent = ways[variant]()
+        cpu, wall = ways[variant]()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"cpu_s": spent, "wall_s": spent, "peak_mib": peak, "above_mib": peak, "loss": 0.0}
+    return {"cpu_s": cpu, "wall_s": wall, "peak_mib": peak, "above_mib": peak, "loss": 0.0}
 
 
 def main() -> int:
@@ -217,11 +278,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--variant", help="only this one, in this process")
+    parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.inputs:
+        made_inputs("launch", asked.inputs)
+        return 0
     if asked.variant:
         print(json.dumps(run(asked.work[0], asked.variant)))
         return 0
     missed = 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for work in asked.work or list(BARS):
         print(f"{work}:", flush=True)
         found = compare(__file__, (REFERENCE[work], "ours"), rounds=asked.rounds, arguments=[work])
