@@ -21,7 +21,9 @@ class Cycle:
         self.me = self
 
 
-def test_nothing_is_collected_while_libraries_are_imported_and_cycles_are_found_afterwards() -> None:
+def test_nothing_is_collected_while_libraries_are_imported_and_cycles_are_found_afterwards() -> (
+    None
+):
     with collector.importing():
         assert not gc.isenabled()
         lost = weakref.ref(Cycle())
