@@ -15,8 +15,7 @@ from finetune.config.load import dump_config, settled
 from finetune.config.schema import RunConfig
 from finetune.planning.run_memory import RunMemory
 from finetune.training import resume, session
-from finetune.training.loading.prepare_data import load_run_data
-from finetune.training.run_data import RunData
+from finetune.training.loading.prepare_data import RunData, load_run_data
 
 
 def train(

@@ -29,7 +29,8 @@ from finetune.data.reading.section import (
 from finetune.data.reading.shards import shards_of
 from finetune.data.reading.sources import SourceSpec
 from finetune.generation.replay import replay_of
-from finetune.training.run_data import RunData, check_overlap, check_packing, plan_of, report
+from finetune.training.run_data import RunData as RunData
+from finetune.training.run_data import check_overlap, check_packing, plan_of, report
 
 
 def load_run_data(
