@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import runs
 import tiny
@@ -264,26 +263,6 @@ def test_an_interrupted_run_on_a_stream_ends_as_an_uninterrupted_one(
     assert described["train"] == json.loads((tmp_path / "whole/data.json").read_text())["train"]
     assert described["train"]["dropped"][streams.HELD_OUT] > 0
     assert described["validation"]["examples"] == 40
-
-
-def test_two_processes_learn_from_the_same_examples_and_resume(
-    model: Path, files: Path, tmp_path: Path
-) -> None:
-    def settings(name: str, **more: Any) -> dict[str, Any]:
-        return runs.config(
-            model, files, tmp_path / name, data__streaming=True, data__shuffle_buffer=17, data__max_length=64,
-            method__dropout=0.0, training__max_steps=4, training__lr_schedule="constant", **more,
-        )  # fmt: skip
-
-    whole = settings("whole", data__loader_workers=1)
-    part = settings("part")
-    part["training"]["max_steps"] = 2
-    done = runs.run_command([whole, part, settings("part")], tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert steps_of(tmp_path / "part") == steps_of(tmp_path / "whole")
-    runs.run_here(settings("alone", training__gradient_accumulation_steps=2))
-    losses = [np.array([s[1] for s in steps_of(tmp_path / n)]) for n in ("whole", "alone")]
-    assert np.abs(losses[0] - losses[1]).max() < 1e-4
 
 
 def test_a_bad_row_ends_the_run_with_its_place_even_from_a_loader_process(

@@ -1,6 +1,7 @@
 """What preparing dialogues costs, against the tokenizer's own cost on the same texts.
 
     python scripts/bench/prepare.py --assets FOLDER [--rows 20000 200000] [--rounds 3] [--json]
+    python scripts/bench/prepare.py --assets FOLDER --file data/toolcall/glaive_zh_sharegpt.json --against CHECKOUT
 
 FOLDER holds assets/glm-4-9b-chat (the published tokenizer's files) and the four public files that
 SETS names under data/, which are not part of this repository. The dialogues of AdvertiseGen, Alpaca and the tool set (four times as often as the others, which
@@ -13,6 +14,9 @@ Then two kinds of child process take turns, each measured by its own resource us
               and the template, reading, checking, tokenising, spans, writing, verifying
 
 CPU seconds are user + system over all threads. The ratio is between medians of the rounds.
+
+With --file the rows of that one file are repeated as they are, in their own layout. With --against
+another checkout of this project prepares the same rows in turn, and takes the place of the floor.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -65,6 +70,8 @@ def main() -> None:
         default=3,
         help="of the first size; of the others one preparation is measured, without a floor",
     )
+    parser.add_argument("--file", type=Path, help="the one file under FOLDER whose rows are meant")
+    parser.add_argument("--against", type=Path, help="another checkout of this project")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     results = []
@@ -73,19 +80,45 @@ def main() -> None:
             rounds = given.rounds if place == 0 else 0
             work = Path(folder) / str(rows)
             work.mkdir()
-            results.append(measure(given.assets.resolve(), work, rows, rounds))
+            assets, file = given.assets.resolve(), work / "rows.jsonl"
+            write_rows(assets, file, rows, given.file)
+            tokenizer = assets / TOKENIZER
+            if given.against:
+                results.append(beside(given.against.resolve(), tokenizer, file, given.rounds))
+                print(json.dumps(results[-1]), flush=True)
+                continue
+            results.append(measure(tokenizer, work, rows, rounds))
             if not given.json:
                 print(as_text(results[-1]), flush=True)
-    if given.json:
+    if given.json and not given.against:
         print(json.dumps(results, indent=1))
     return None
 
 
-def measure(assets: Path, work: Path, rows: int, rounds: int) -> dict[str, Any]:
+def beside(other: Path, tokenizer: Path, rows: Path, rounds: int) -> dict[str, Any]:
+    """Medians of both checkouts' preparation of the same rows, in turns, and their ratios."""
+    found: dict[str, list[dict[str, Any]]] = {"here": [], "there": []}
+    programs = {"here": __file__, "there": str(other / "scripts/bench/prepare.py")}
+    for number in range(rounds + 1):
+        for name, program in programs.items():
+            cache = rows.parent / f"{name}-{number}"
+            figures = run("prepare", tokenizer, rows, cache, program=program)
+            shutil.rmtree(cache)
+            if number:  # the first round fills the system's caches
+                found[name].append(figures)
+    if len({figures["tokens"] for side in found.values() for figures in side}) != 1:
+        raise SystemExit(f"not the same tokens: {found}")
+    medians = {
+        name: {key: statistics.median(one[key] for one in side) for key in ("cpu", "peak_mb")}
+        for name, side in found.items()
+    }
+    ratios = {key: medians["here"][key] / medians["there"][key] for key in ("cpu", "peak_mb")}
+    return {"rows": sum(1 for _ in rows.open("rb")), "rounds": rounds, **medians, "ratios": ratios}
+
+
+def measure(tokenizer: Path, work: Path, rows: int, rounds: int) -> dict[str, Any]:
     """Figures of one size: floor and preparation in turns, or with 0 rounds one preparation alone."""
     file = work / "rows.jsonl"
-    write_rows(assets, file, rows)
-    tokenizer = assets / TOKENIZER
     floors, preparations = [], []
     if rounds:
         run("texts", tokenizer, file, work / "texts.jsonl")  # also converts the tokenizer
@@ -153,23 +186,35 @@ def run(*command: object, program: str = __file__) -> dict[str, Any]:
     return figures | printed
 
 
-def write_rows(assets: Path, target: Path, count: int) -> None:
-    """`count` rows of the `messages` layout, pass after pass over the sets, each pass shuffled."""
+def write_rows(assets: Path, target: Path, count: int, only: Path | None = None) -> None:
+    """`count` rows, pass after pass, each pass shuffled: of the `messages` layout over the sets, or of one file as they are."""
     sys.path.insert(0, str(ROOT))
-    from finetune.data.reading.sources import SourceSpec, read_conversations
-
-    lines = [
-        json.dumps(as_row(conversation), ensure_ascii=False)
-        for file, times in SETS.items()
-        for conversation in read_conversations([SourceSpec(str(assets / file))])
-        for _ in range(times)
-    ]
+    lines = own_rows(assets / only) if only else rows_of_sets(assets)
     shuffler = random.Random(0)
     with target.open("w", encoding="utf-8") as out:
         for place in range(count):
             if place % len(lines) == 0:
                 shuffler.shuffle(lines)
             out.write(lines[place % len(lines)] + "\n")
+
+
+def own_rows(file: Path) -> list[str]:
+    """The rows of a file in its own layout, as JSON."""
+    from finetune.data.reading.files import read_rows
+
+    return [json.dumps(row.value, ensure_ascii=False) for row in read_rows(file)]  # type: ignore[union-attr]
+
+
+def rows_of_sets(assets: Path) -> list[str]:
+    """The dialogues of all sets as rows of the `messages` layout."""
+    from finetune.data.reading.sources import SourceSpec, read_conversations
+
+    return [
+        json.dumps(as_row(conversation), ensure_ascii=False)
+        for file, times in SETS.items()
+        for conversation in read_conversations([SourceSpec(str(assets / file))])
+        for _ in range(times)
+    ]
 
 
 def as_row(conversation: Any) -> dict[str, Any]:

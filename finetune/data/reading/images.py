@@ -27,6 +27,8 @@ class ImagePolicy:
     """Whether a row whose image cannot be decoded is a bad row."""
     cache_root: str | None = None
     """Where images that stand in rows are kept; by default the cache."""
+    file_alone: bool = False
+    """Whether the data file was fetched from a hub without what lies beside it there."""
 
 
 class ImageFiles:
@@ -57,6 +59,11 @@ class ImageFiles:
     def _path(self, image: str, folder: Path) -> str:
         if image.startswith(DATA_URL):
             return self._kept(image)
+        if self._images.file_alone and self._images.root is None:
+            raise RowError(
+                f"image {image!r} lies beside the rows, and of a hub's stream only the rows are fetched; fetch the "
+                "images and set data.image_root, write their bytes into the rows, or leave data.streaming out"
+            )
         return _under(Path(self._images.root or folder), image)
 
     def _kept(self, url: str) -> str:

@@ -111,7 +111,8 @@ class ShardReader:
     def open(self, shard: int, row: int) -> FileRows:
         """The rows of a shard behind the first `row`."""
         source = self._sources[self._shards[shard].source]
-        images = ImageFiles(replace(self._reading.images, check=True))
+        alone = self._shards[shard].repository is not None
+        images = ImageFiles(replace(self._reading.images, check=True, file_alone=alone))
         return FileRows(self._here(shard), source, self._reading, "train", images, skip=row)
 
     def close(self, shard: int) -> None:
