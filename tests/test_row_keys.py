@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 from row_parts import REPLY, USER, WEATHER, reason
 
 from finetune.data.dialogue import keys
+from finetune.data.dialogue.calls_in_text import CALL_IN_TEXT
 from finetune.data.dialogue.conversation import Message, RowError
-from finetune.data.dialogue.formats import (
-    CALL_IN_TEXT,
-    FEWER_RESULTS,
-    IMAGE_IN_TEXT,
-    RowRules,
-    to_conversation,
-)
+from finetune.data.dialogue.doubts import FEWER_RESULTS, IMAGE_IN_TEXT
+from finetune.data.dialogue.formats import RowRules, to_conversation
 from finetune.data.preview.report import check
 from scripts.evidence import data_keys
 

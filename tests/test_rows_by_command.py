@@ -81,7 +81,7 @@ def test_an_image_that_a_row_lost_is_said(
     file = write(tmp_path / "a.jsonl", {"messages": [QUESTION, REPLY], "images": []})
     code, _, err = run(capfd, "data", "check", file)
     assert code == 0
-    assert "1 × an image's placeholder in the text of a row without an image" in err
+    assert "1 × an image's placeholder or path in a text, where it is text" in err
 
 
 def test_the_nulls_of_a_table_change_nothing(

@@ -23,10 +23,18 @@ _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": 
 _MOSS_TAG = re.compile(r"^<\|[^|]*\|>:?\s*|<eo[a-z]>\s*$")
 _TOOLS_TAG = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)
 _RESPONSE_TAG = re.compile(r"^\s*<tool_response>\s*(.*?)\s*</tool_response>\s*$", re.DOTALL)
-_LISTED_TOOLS = re.compile(
+LISTED_TOOLS = re.compile(
     r"(?:functions|tools)[^\n\[]*:\s*(\[\s*\{.*\}\s*\])", re.DOTALL | re.IGNORECASE
 )
+"""Definitions that a system text lists, as ToolACE's does."""
 
+
+_SENTENCE = re.compile(r"[^.!?。！？\n]*(?:[.!?。！？\n]+\s*|\Z)")
+_OF_TOOLS = re.compile(
+    r"function|tools?\b|\bcall|argument|parameter|json|schema|invoke|pydantic|\buse them\b|\bapi\b|^\s*\w+:\s*\Z"
+    r"|工具|函数|参数|调用|接口",
+    re.IGNORECASE,
+)
 
 _WRITTEN_DIALOGUE = re.compile(
     r"^(?:###\s*(?:Instruction|Response|Human|Assistant)\b|(?:USER|ASSISTANT|Human|Assistant|问|答)\s*[:：])"
@@ -83,11 +91,8 @@ def from_glaive(row: Row) -> dict[str, Any]:
     ]
     system = str(row.get("system") or "").removeprefix("SYSTEM:").strip()
     said, tools = _json_objects(system)
-    if tools:
-        said = (
-            ""  # "You are a helpful assistant with access to the following functions. Use them …"
-        )
-    elif said:
+    said = _without_talk_of_tools(said) if tools else said
+    if said:
         turns.insert(0, {"role": "system", "content": said})
     return _with_messages(row, turns, "chat", "system") | {"tools": tools or row.get("tools")}
 
@@ -182,7 +187,8 @@ def from_pairs_in_list(row: Row) -> dict[str, Any]:
 def tools_of_system(items: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
     """The messages, and the tools that a system message lists in its text (Hermes, ToolACE).
 
-    The listing goes out of the text, as GLM-4 lays tools out itself; tool results lose their tags.
+    The listing goes out of the text with the sentences that speak of functions, as GLM-4 lays tools
+    out itself; what else the text says stays. Tool results lose their tags.
     """
     if not items or not isinstance(items[0], dict):
         return list(items), None
@@ -190,14 +196,23 @@ def tools_of_system(items: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
     key = "content" if "content" in first else "value"
     text = first.get(key)
     is_system = first.get("role", first.get("from")) == "system" and isinstance(text, str)
-    match = (_TOOLS_TAG.search(text) or _LISTED_TOOLS.search(text)) if is_system and text else None
+    match = (_TOOLS_TAG.search(text) or LISTED_TOOLS.search(text)) if is_system and text else None
     try:
         tools = _tools_in(match[1]) if match else None
     except RowError:
         tools = None
     if not tools:
         return list(items), None
-    return [_without_tag(item) for item in items[1:]], tools
+    assert match is not None
+    said = _without_talk_of_tools(text[: match.start()] + "\n" + text[match.end() :])
+    told = [{**first, key: said}] if said else []
+    return [*told, *map(_without_tag, items[1:])], tools
+
+
+def _without_talk_of_tools(text: str) -> str:
+    """The sentences of a system text that do not speak of functions."""
+    kept = [sentence for sentence in _SENTENCE.findall(text) if not _OF_TOOLS.search(sentence)]
+    return "".join(kept).strip() if any(re.search(r"\w", sentence) for sentence in kept) else ""
 
 
 def _tools_in(text: str) -> list[Any]:

@@ -8,14 +8,13 @@ columns mean stands in `keys.py`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from finetune.data.dialogue import columns as columns_of
 from finetune.data.dialogue import foreign, strict_json
-from finetune.data.dialogue.calls_in_text import with_calls_read, written_calls
+from finetune.data.dialogue.calls_in_text import structure_in_text, with_calls_read
 from finetune.data.dialogue.columns import ALPACA_REPLIES, PAIRS, Columns, Row
 from finetune.data.dialogue.conversation import (
     PLACEHOLDER,
@@ -25,6 +24,7 @@ from finetune.data.dialogue.conversation import (
     RowError,
     validate,
 )
+from finetune.data.dialogue.doubts import doubts_of_message, fewer_results, without_thought
 from finetune.data.dialogue.images import image_of
 from finetune.data.dialogue.keys import CONTEXT, SYSTEM, check_columns
 from finetune.data.dialogue.messages import MessageReader
@@ -239,7 +239,7 @@ def _settled(
         messages = [_without_thought(message) for message in messages]
     names = {tool_name(tool) for tool in reader.tools} if reader.tools else set()
     if rules.calls_in_text == "read":
-        read = with_calls_read(messages, names)
+        read = with_calls_read(messages, names, thinks=rules.thinks is True)
         positions = positions if len(read) == len(messages) else None
         messages = read
     if rules.turns == "merge":
@@ -249,27 +249,10 @@ def _settled(
 
 
 def _without_thought(message: Message) -> Message:
-    if message.role != "assistant" or message.metadata or "</think>" not in message.content:
+    if message.role != "assistant" or message.metadata:
         return message
-    return replace(message, content=message.content.rpartition("</think>")[2].lstrip())
-
-
-CALL_IN_TEXT = "a call written as text (data.calls_in_text: read takes it as the call)"
-IMAGE_IN_TEXT = "an image's placeholder in the text of a row without an image"
-THOUGHT_IN_TEXT = "<think> in a reply, and this checkpoint does not think (data.reasoning: drop)"
-MARKER_IN_TEXT = (
-    "a control token in a message's text, where it is text (<|user|>, <|im_end|>, </s>)"
-)
-FEWER_RESULTS = "tool calls of one turn with fewer results than calls"
-
-
-_IMAGE_MARK = re.compile(
-    r"<image(?:[_ ]?\d+)?>|<img>|<\|image(?:_\d+|_pad)?\|>|<\|begin_of_image\|>|\[(?:IMG|image)\]|<ImageHere>"
-)
-_MARKER = re.compile(
-    r"<\|(?:user|assistant|system|observation|endoftext|im_start|im_end|eot_id|start_header_id)\|>|</s>\s*\Z|\[/?INST\]"
-)
-_CALLS_AND_RESULTS = re.compile("(c+)(o+)")
+    said = without_thought(message.content)
+    return message if said is message.content else replace(message, content=said)
 
 
 def _doubts(messages: Sequence[Message], names: set[str], rules: RowRules) -> tuple[str, ...]:
@@ -277,39 +260,26 @@ def _doubts(messages: Sequence[Message], names: set[str], rules: RowRules) -> tu
     found: list[str] = []
     calls = False
     for number, message in enumerate(messages, 1):
-        text = message.content
         if message.metadata:
             calls = True
-        elif message.role == "assistant":
-            of_reply = list(_doubts_of_reply(number, message, names, rules))
-            found += of_reply
-            if CALL_IN_TEXT in of_reply:
-                continue  # what stands around it is part of its spelling
-        if "<" not in text and "[" not in text:  # nearly all texts
             continue
-        if message.role == "user" and _IMAGE_MARK.search(text):
-            found.append(IMAGE_IN_TEXT)
-        if _MARKER.search(text):
-            found.append(MARKER_IN_TEXT)
-    if not calls:
-        return tuple(found)
-    kinds = "".join("c" if m.metadata else m.role[0] for m in messages)  # call, s, u, o, a
-    found += [FEWER_RESULTS for c, o in _CALLS_AND_RESULTS.findall(kinds) if len(o) < len(c)]
-    return tuple(found)
-
-
-def _doubts_of_reply(
-    number: int, message: Message, names: set[str], rules: RowRules
-) -> Iterator[str]:
-    text = message.content
-    if written_calls(text, names) is not None:
+        if rules.reasoning == "require" and _lacks_reasoning(message):
+            raise RowError(
+                f"message {number}: the reply has no reasoning (data.reasoning: require)"
+            )
+        structure = structure_in_text(message, names)
+        if not structure:
+            found += doubts_of_message(message, thinks=rules.thinks)
+            continue
         if rules.calls_in_text == "error":
-            raise RowError(f"message {number}: {CALL_IN_TEXT}")
-        yield CALL_IN_TEXT
-    if rules.thinks is False and THINK in text:
-        yield THOUGHT_IN_TEXT
-    if rules.reasoning == "require" and message.train is not False and "</think>" not in text:
-        raise RowError(f"message {number}: the reply has no reasoning (data.reasoning: require)")
+            raise RowError(f"message {number}: {structure}")
+        found.append(structure)  # what stands around it is part of its spelling
+    return (*found, *fewer_results(messages)) if calls else tuple(found)
+
+
+def _lacks_reasoning(message: Message) -> bool:
+    is_trained = message.role == "assistant" and message.train is not False
+    return is_trained and "</think>" not in message.content
 
 
 def _listed(row: Row, key: str, rules: RowRules) -> MessageReader:
