@@ -75,6 +75,45 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [*openai(CALL)[:2], *CHAT]}, "has no result"
     ),
     "an unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot'"),
+    "KTOs other names": (PAIR | {"desirable": False}, "desirable: is false"),
+    "a mark in a message": ({"messages": [CHAT[0], CHAT[1] | {"label": False}]}, "label: is false"),
+    "xtuner's mask": (
+        {"conversation": [{"input": Q, "output": A, "output_with_loss": False}]}, "seems to say what is learned"
+    ),
+    "a mask in an object": (PAIR | {"metadata": {"train": False}}, "seems to say what is learned"),
+    "a mask as text": ({"messages": [CHAT[0], CHAT[1] | {"learnable": "false"}]}, "seems to say"),
+    "a skipped reply": ({"messages": [CHAT[0], CHAT[1] | {"skip": True}]}, "seems to say what is learned"),
+    "a sample's weight": (PAIR | {"sample_weight": 0.1}, "seems to say what is learned"),
+    "a part's weight": (
+        {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": A, "weight": 0}]}]},
+        "parts are not trained one by one",
+    ),
+    "Anthropic's calls": (
+        {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {}}]}]},
+        "a part of type 'tool_use'",
+    ),
+    "Gemini": ({"contents": [{"role": "user", "parts": [{"text": Q}]}]}, "the layout is not known"),
+    "OpenAI batches": ({"request": {"messages": CHAT[:1]}, "response": {}}, "the layout is not known"),
+    "ChatML with more text": (
+        {"text": f"Read.\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{A}<|im_end|>"},
+        "stands outside of its ChatML turns",
+    ),
+    "ChatML with names": (
+        {"text": f"<|im_start|>system name=x\n{Q}<|im_end|>\n<|im_start|>assistant\n{A}<|im_end|>"},
+        "stands outside of its ChatML turns",
+    ),
+    "two texts of a message": ({"messages": [CHAT[0] | {"value": "other"}, CHAT[1]]}, "keep one"),
+    "two roles of a message": ({"messages": [CHAT[0] | {"from": "gpt"}, CHAT[1]]}, "keep one"),
+    "tools and functions": (
+        {"messages": CHAT, "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "both define tools"
+    ),
+    "image and images": ({"messages": CHAT, "image": "a.png", "images": ["b.png"]}, "both bring one"),
+    "tools of a user": ({"messages": [CHAT[0] | {"tools": [{"name": "f"}]}, CHAT[1]]}, "key 'tools'"),
+    "columns of lists": ({"messages": {"role": ["user"], "content": [Q]}}, "not a list of messages"),
+    "lists of strings": ({"conversation": [[Q, A]]}, "the layout is not known"),
+    "several answers": ({"question": Q, "answers": [A]}, "no pair of columns"),
+    "RAG with a list": ({"question": Q, "answer": A, "context": ["a", "b"]}, "context: is a list"),
+    "labelled classes": ({"text": Q, "label": 1}, "the layout is not known"),
     "a null reply": (
         {"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "content is null"
     ),
@@ -99,6 +138,38 @@ NOTED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a rationale": (PAIR | {"rationale": "Because."}, "rationale: what 1 rows hold"),
     "a chain of thought in a column": ({"question": Q, "cot": "So.", "answer": A}, "cot: what"),
+    "two replies": ({"instruction": Q, "output": A, "response": "B"}, "response: what 1 rows hold"),
+    "an input beside a question": ({"question": Q, "answer": A, "input": "I"}, "input: what 1 rows"),
+    "a passage": ({"question": Q, "answer": A, "passage": "P"}, "passage: what 1 rows hold"),
+    "SWE": ({"messages": CHAT, "resolved": False}, "resolved: what 1 rows hold"),
+    "a speaker's name": ({"messages": [CHAT[0] | {"name": "Tom"}, CHAT[1]]}, "name of messages"),
+    "a long topic": (PAIR | {"topic": "Write about ships. " * 9}, "topic: what 1 rows hold"),
+    "a part's own key": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": Q, "source": "S"}]}, CHAT[1]]},
+        "source of a content part",
+    ),
+    "BELLE in turns": (
+        {"instruction": f"Human:{Q}\nAssistant:{A}\nHuman:{Q}\nAssistant:", "input": "", "output": A},
+        "spells a dialogue out",
+    ),
+    "ChatGLM2": (
+        {"prompt": f"[Round 1]\n\n问：{Q}\n\n答：", "response": A}, "spells a dialogue out"
+    ),
+    "R1 distilled by hand": (PAIR | {"response": f"<thinking>x</thinking>{A}"}, "tags that no GLM"),
+    "Magistral": (PAIR | {"response": f"[THINK]x[/THINK]{A}"}, "tags that no GLM"),
+    "Markdown images": (PAIR | {"prompt": f"![x](images/a.png) {Q}"}, "an image's placeholder or path"),
+    "HTML images": (PAIR | {"prompt": f'<img src="a.png"> {Q}'}, "an image's placeholder or path"),
+    "videos in text": (PAIR | {"prompt": f"<video>{Q}"}, "an image's placeholder or path"),
+    "Qwen-Agent": (
+        PAIR | {"response": '✿FUNCTION✿: f\n✿ARGS✿: {"x": 1}\n✿RESULT✿'}, "a call written as text"
+    ),
+    "Claude's calls": (
+        PAIR | {"response": '<function_calls><invoke name="f"></invoke></function_calls>'},
+        "a call written as text",
+    ),
+    "a broken call": (PAIR | {"response": "<tool_call>f(x)</tool_call>"}, "the mark of a call"),
+    "parts as text": (PAIR | {"prompt": '[{"type": "text", "text": "Q"}]'}, "content parts written"),
+    "Gemma's turns": (PAIR | {"prompt": f"<start_of_turn>user\n{Q}<end_of_turn>"}, "a control token"),
     "a message's own key": (
         {"messages": [CHAT[0], CHAT[1] | {"explanation": "x"}]}, "explanation of messages"
     ),

@@ -174,6 +174,19 @@ def _lists(turns: Sequence[Turn]) -> dict[str, Row]:
         "Capybara": {"source": "x"} | _human(turns, ("input", "output")),
         "TRL conversational": _trl(turns),
         "axolotl chat_template": {"conversations": messages(turns)},
+        "conversation of messages": {"conversation": messages(turns)},
+        "capital roles": {
+            "messages": messages(turns, user="User", assistant="Assistant", system="System")
+        },
+        "Gemini roles": {"messages": messages(turns, assistant="model")},
+        "LLaMA-Factory v1": {
+            "messages": [
+                {"role": t[0], "content": [{"type": "text", "value": t[1]}]} for t in turns
+            ]
+        },
+        "old ShareGPT": {
+            "conversations": messages(turns, "from", "value", user="human", assistant="chatgpt")
+        },
         "ChatML text": _chatml(turns),
         "no_robots": {"prompt_id": "f", "messages": messages(turns), "category": "Chat"},
         "LongWriter": {"messages": messages(turns), "type": "writing"},
@@ -193,6 +206,7 @@ def _columns(question: str, answer: str) -> dict[str, Row]:
         "AdvertiseGen": {"content": question, "summary": answer},
         "GSM8K": {"question": question, "answer": answer},
         "ms-swift plain": {"query": question, "response": answer},
+        "user and assistant": {"user": question, "assistant": answer},
         "TRL plain": {"prompt": question, "completion": answer},
         "Hugging Face pair": {"prompt": question, "response": answer},
         "translation pair": {"source": question, "target": answer},

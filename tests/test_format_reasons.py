@@ -22,7 +22,7 @@ def test_an_invalid_dialogue_has_its_reason(items: list[Any], expected: str) -> 
 
 def test_an_unknown_role_is_told_the_known_ones() -> None:
     assert reason({"role": "robot", "content": "Q"}, REPLY).startswith(
-        "message 1: role 'robot' is not one of system, developer, user, human, assistant"
+        "message 1: role 'robot' is not one of system, developer, user, human, prompter, assistant"
     )
 
 

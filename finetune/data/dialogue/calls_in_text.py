@@ -82,10 +82,10 @@ _PARAMETER = re.compile(
 )
 _SIGN = re.compile(
     r"</?(?:tool_calls?|functioncall|function_calls?|invoke)\b[^>\n]*>|<function=|✿(?:FUNCTION|ARGS)✿|\[TOOL_CALLS\]"
-    r"|<\|(?:python_tag|action_start|plugin)\|>|<[|｜]/?tool[▁_]calls?|<\|call\|>|^Action Input:",
-    re.MULTILINE,
+    r"|<\|(?:python_tag|action_start|plugin)\|>|<[|｜]/?tool[▁_]calls?|<\|call\|>"
 )
 """What says that a call stands here, whatever its spelling is."""
+_REACT_SIGN = "Action Input:"
 _AROUND = re.compile(
     r"</?(?:tool_calls|function_calls)>|<[|｜]tool[▁_]calls?(?:_section)?[▁_](?:begin|end)[|｜]>|<\|(?:endoftext|im_end|eom_id|eot_id)\|>"
     r"|</s>|✿(?:RESULT|RETURN)✿\s*[:：]?|</?tool_call>|\s+"
@@ -120,7 +120,9 @@ def structure_in_text(message: Message, tools: Collection[str]) -> str:
 
 def _has_sign(text: str) -> bool:
     # Every reply comes by here: a sign is looked for only where a part of one stands.
-    is_possible = "<" in text or "✿" in text or "[TOOL_" in text or "Action Input:" in text
+    if _REACT_SIGN in text and (f"\n{_REACT_SIGN}" in text or text.startswith(_REACT_SIGN)):
+        return True
+    is_possible = "<" in text or "✿" in text or "[TOOL_" in text
     return is_possible and _SIGN.search(text) is not None
 
 

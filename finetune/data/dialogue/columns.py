@@ -26,6 +26,7 @@ PAIRS = (
     ("source", "target"),
     ("input", "output"),
     ("input", "target"),
+    ("user", "assistant"),
 )
 """Column names of prompt/response rows that need not be named."""
 ALPACA_REPLIES = ("output", "response", "answer", "completion", "target")
@@ -36,6 +37,8 @@ def start(row: Row) -> MessageReader:
     turns = MessageReader()
     if len(row) == 1:
         return turns
+    if row.get("tools") and row.get("functions") and row["tools"] != row["functions"]:
+        raise RowError("tools and functions: both define tools; keep one")
     turns.tools = read_tools(row.get("tools") or row.get("functions"))
     given = [name for name in SYSTEM if row.get(name)]
     if len(given) > 1:
@@ -58,8 +61,12 @@ def _column(row: Row, name: str) -> str:
 def alpaca(row: Row, purpose: Purpose) -> MessageReader:
     """instruction, input, output, history, system; the input stands under the instruction."""
     prompt = _question(row, "instruction", "input")
-    reply = next((name for name in ALPACA_REPLIES if row.get(name)), "output")
-    return _turns_of_pair(row, prompt, reply, purpose)
+    return _turns_of_pair(row, prompt, alpaca_reply(row), purpose)
+
+
+def alpaca_reply(row: Row) -> str:
+    """The column that holds the reply to an instruction."""
+    return next((name for name in ALPACA_REPLIES if row.get(name)), "output")
 
 
 def _question(row: Row, name: str, *below: str) -> str:
@@ -74,9 +81,7 @@ def _question(row: Row, name: str, *below: str) -> str:
 def pair(row: Row, columns: Columns | None, purpose: Purpose) -> MessageReader:
     """Two columns, those named or the first known pair."""
     known = [columns] if columns else PAIRS
-    chosen = next((p for p in known if p[0] in row and p[1] in row), None)
-    if chosen is None:
-        chosen = next((p for p in known if p[0] in row), None) if purpose == "predict" else None
+    chosen = pair_of(row, columns, purpose)
     if chosen is None:
         names = " or ".join(f"{prompt}/{response}" for prompt, response in known)
         have = ", ".join(map(repr, row))
@@ -84,6 +89,13 @@ def pair(row: Row, columns: Columns | None, purpose: Purpose) -> MessageReader:
     if isinstance(row[chosen[0]], list) or isinstance(row.get(chosen[1]), list):
         return _pair_of_lists(row, chosen)
     return _turns_of_pair(row, _question(row, chosen[0]), chosen[1], purpose)
+
+
+def pair_of(row: Row, columns: Columns | None, purpose: Purpose) -> Columns | None:
+    """The columns of prompt and reply; None when the row has no pair of them."""
+    known = [columns] if columns else PAIRS
+    found = (p for p in known if p[0] in row and (p[1] in row or purpose == "predict"))
+    return next((p for p in known if p[0] in row and p[1] in row), None) or next(found, None)
 
 
 def _pair_of_lists(row: Row, pair: Columns) -> MessageReader:

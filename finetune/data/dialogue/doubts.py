@@ -17,6 +17,7 @@ OTHER_THOUGHT = (
     "a thought in tags that no GLM checkpoint writes, such as <thinking> (data.reasoning: drop leaves it "
     "out; the tag of those that think is <think>)"
 )
+CALL_THOUGHT = "the reasoning of a call, which only a checkpoint that thinks has a place for (data.reasoning: drop)"
 MARKER_IN_TEXT = (
     "a control token in a message's text, where it is text (<|user|>, <|im_end|>, </s>)"
 )
@@ -28,7 +29,7 @@ FEWER_RESULTS = "tool calls of one turn with fewer results than calls"
 _IMAGE = re.compile(
     r"</?\|?(?:begin_of_|start_of_|end_of_)?(?:image|img|video|audio|picture|vision)s?"
     r"(?:[_ -]?(?:\d+|start|end|pad|token|soft_token|placeholder|here|bos|eos))?\|?>"
-    r"|<img\s[^>]{0,200}src\s*=|!\[[^\]\n]{0,200}\]\([^)\s]|\[(?:IMG|image|图片)\]|data:image/\w+;base64,",
+    r"|<img\s[^>]{0,200}src\s*=|!\[[^\]\n]{0,200}\]\([^)\s]|\[(?:IMG|image|图片)\]",
     re.IGNORECASE,
 )
 _PAIRED = "thinking|thoughts?|reasoning|reflection|scratchpad|inner_monologue|cot|antthinking|analysis|seed:think"
@@ -41,10 +42,10 @@ _OTHER_THOUGHT_TAG = re.compile(
     rf"</?(?:{_PAIRED})>|<\|(?:begin|end)_of_thought\|>|◁/?think▷|\[/?THINK\]", re.IGNORECASE
 )
 _MARKER = re.compile(
-    r"<\|[/\w.: -]{1,40}\|>|<｜[^<>｜\n]{1,40}｜>|</?(?:start|end)_of_turn>|<(?:bos|eos|sop|eop|eot)>|</s>\s*\Z|\A\s*<s>"
+    r"<\|[/\w.: -]{1,40}\|>|<｜[^<>｜\n]{1,40}｜>|</?(?:start|end)_of_turn>|<(?:bos|eos|sop|eop|eot)>|</s>\s*\Z"
     r"|\[/?INST\]|<</?SYS>>|\[gMASK\]"
 )
-_MODEL_NAMES = ("ssistant", "SSISTANT", "AI:", "AI：", "GPT", "Bot", "答", "助手", "### Response")
+_MODEL_NAMES = ("ssistant", "SSISTANT", "AI", "GPT", "Bot", "Response:", "答", "助手")
 _LINE = r"(?:^\W{0,4}|#{2,}\s*)"
 _TURN_OF_USER = re.compile(
     _LINE + r"(?:Human|User|Instruction|问|用户)\W{0,2}[:：]|\[Round \d+\]",
@@ -54,8 +55,39 @@ _TURN_OF_MODEL = re.compile(
     _LINE + r"(?:Assistant|AI|GPT|Bot|Response|答|助手)\W{0,2}[:：]", re.MULTILINE | re.IGNORECASE
 )
 _PARTS = re.compile(r"""\s*\[\s*\{\s*["']type["']\s*:\s*["'](?:text|image)""")
-_SIGNS = ("<", "[", "◁", "data:image")
+_SIGNS = ("<", "[", "◁", "data:image")  # of what a message is looked through for
+_LIST_SIGNS = ("![", "[I", "[i", "[/", "[g", "[图", "[T", "[R")
+_LINE_SIGNS = ("Observation", "FUNCTION RESPONSE", "data:image", *_MODEL_NAMES)
+"""With a bracket or a colon, without which nothing is doubtful but what begins or ends as code does."""
+_BEGINS_OF_CODE = "[ \n"
+_ENDS_OF_CODE = "}]`) \n"
 _CALLS_AND_RESULTS = re.compile("(c+)(o+)")
+
+
+def may_be_doubtful(messages: Sequence[Message], *, has_tools: bool) -> bool:
+    """Whether any message has to be looked at; false for nearly all dialogues, at little cost."""
+    texts: dict[str, list[str]] = {"user": [], "assistant": [], "observation": [], "system": []}
+    for message in messages:
+        if message.metadata:
+            continue
+        text = message.content
+        texts[message.role].append(text)
+        is_code = text[:1] in _BEGINS_OF_CODE or (has_tools and text[-1:] in _ENDS_OF_CODE)
+        if is_code and message.role != "observation":
+            return True
+    asked, said = "\n".join(texts["user"]), "".join(texts["assistant"])
+    if any(sign in asked or sign in said for sign in ("<", "✿", "◁")):
+        return True
+    if texts["observation"] and "<" in "".join(texts["observation"]):
+        return True
+    if texts["system"] and any(
+        "{" in text or "<" in text or "[" in text for text in texts["system"]
+    ):
+        return True
+    if ("[" in said or "[" in asked) and any(sign in said or sign in asked for sign in _LIST_SIGNS):
+        return True
+    is_line = ":" in asked or "：" in asked
+    return "Action Input:" in said or (is_line and any(sign in asked for sign in _LINE_SIGNS))
 
 
 def doubts_of_message(message: Message, *, thinks: bool | None) -> Iterator[str]:
@@ -74,12 +106,12 @@ def doubts_of_message(message: Message, *, thinks: bool | None) -> Iterator[str]
         if found := thought_in_text(text, thinks=thinks):
             yield found
             return
-    elif PLACEHOLDER in text or (role == "user" and _IMAGE.search(text)):
+    elif PLACEHOLDER in text or (role == "user" and (_IMAGE.search(text) or "data:image/" in text)):
         yield IMAGE_IN_TEXT
         return
     if _PARTS.match(text):
         yield PARTS_IN_TEXT
-    if _MARKER.search(text):
+    if _MARKER.search(text) or text.lstrip().startswith("<s>"):
         yield MARKER_IN_TEXT
 
 

@@ -21,6 +21,7 @@ _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL
 _GLAIVE = re.compile(r"\s*(USER|ASSISTANT|FUNCTION RESPONSE):\s*")
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _MOSS_TAG = re.compile(r"^<\|[^|]*\|>:?\s*|<eo[a-z]>\s*$")
+_MOSS_KEYS = ("Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS")
 _TOOLS_TAG = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)
 _RESPONSE_TAG = re.compile(r"^\s*<tool_response>\s*(.*?)\s*</tool_response>\s*$", re.DOTALL)
 LISTED_TOOLS = re.compile(
@@ -75,6 +76,8 @@ def from_chatml(row: Row) -> dict[str, Any]:
     turns = [
         {"role": role, "content": text.strip("\n")} for role, text in _CHATML.findall(row["text"])
     ]
+    if lost := _CHATML.sub("", row["text"]).strip():
+        raise RowError(f"text: {lost[:40]!r} stands outside of its ChatML turns")
     return _with_messages(
         row, [t for t in turns if t["content"] or t["role"] != "assistant"], "text"
     )
@@ -124,9 +127,13 @@ def from_moss(row: Row) -> dict[str, Any]:
             raise RowError(
                 f"chat: {name} has commands of MOSS's own tools, which GLM-4 does not have"
             )
+        thoughts = _MOSS_TAG.sub("", str(turn.get("Inner Thoughts") or "")).strip()
+        thought = {} if thoughts in ("", "None") else {"thought": thoughts}
         turns += [
             {"role": "user", "content": _MOSS_TAG.sub("", str(turn.get("Human"))).strip()},
-            {"role": "assistant", "content": _MOSS_TAG.sub("", turn["MOSS"]).strip()},
+            {"role": "assistant", "content": _MOSS_TAG.sub("", turn["MOSS"]).strip()}
+            | thought
+            | {key: turn[key] for key in turn if key not in _MOSS_KEYS},
         ]
     return _with_messages(row, turns, "chat", "num_turns")
 
@@ -164,23 +171,27 @@ def _schema(tool: Any) -> Any:
 
 
 def from_pairs_in_list(row: Row) -> dict[str, Any]:
-    """`{"conversation": [{"human": …, "assistant": …}, …]}`, and the same with input and output."""
+    """`{"conversation": [{"human": …, "assistant": …}, …]}`, the same with input and output, or messages."""
     turns: list[dict[str, Any]] = []
     for number, turn in enumerate(row["conversation"], 1):
         names = next(
             (n for n in (("human", "assistant"), ("input", "output")) if n[1] in turn), None
         )
+        if names is None and ("role" in turn or "from" in turn):
+            turns.append(turn)
+            continue
         if names is None:
             raise RowError(
                 f"conversation: turn {number} has neither human/assistant nor input/output"
             )
         if turn.get("system"):
             turns.append({"role": "system", "content": turn["system"]})
-        turns += [
-            {"role": role, "content": turn[name]}
-            for role, name in zip(("user", "assistant"), names, strict=True)
-            if turn.get(name)
-        ]
+        # What else a turn says, such as a mask, is said of its reply.
+        rest = {key: turn[key] for key in turn if key not in (*names, "system")}
+        if turn.get(names[0]):
+            turns.append({"role": "user", "content": turn[names[0]]})
+        if turn.get(names[1]):
+            turns.append({"role": "assistant", "content": turn[names[1]]} | rest)
     return _with_messages(row, turns, "conversation")
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from finetune.data.dialogue import columns as columns_of
 from finetune.data.dialogue import foreign, strict_json
 from finetune.data.dialogue.calls_in_text import structure_in_text, with_calls_read
-from finetune.data.dialogue.columns import ALPACA_REPLIES, PAIRS, Columns, Row
+from finetune.data.dialogue.columns import PAIRS, Columns, Row
 from finetune.data.dialogue.conversation import (
     PLACEHOLDER,
     Conversation,
@@ -24,7 +25,13 @@ from finetune.data.dialogue.conversation import (
     RowError,
     validate,
 )
-from finetune.data.dialogue.doubts import doubts_of_message, fewer_results, without_thought
+from finetune.data.dialogue.doubts import (
+    CALL_THOUGHT,
+    doubts_of_message,
+    fewer_results,
+    may_be_doubtful,
+    without_thought,
+)
 from finetune.data.dialogue.images import image_of
 from finetune.data.dialogue.keys import CONTEXT, SYSTEM, check_columns
 from finetune.data.dialogue.messages import MessageReader
@@ -116,7 +123,7 @@ LAYOUTS: tuple[RowLayout, ...] = (
     RowLayout(
         "alpaca",
         lambda row: "instruction" in row,
-        frozenset({"instruction", "input", *ALPACA_REPLIES, *_QUESTION}),
+        _QUESTION,
     ),
     # Without a response the row is still known: rows to be answered have none.
     RowLayout("pairs", lambda row: any(prompt in row for prompt, _ in PAIRS), _QUESTION),
@@ -182,11 +189,12 @@ def to_conversation(
         rules: What is done about rows that can be read in more than one way.
     """
     if rules.ignore_columns:
-        row = {key: row[key] for key in row if key not in rules.ignore_columns}
+        row = _without(row, rules.ignore_columns)
     if fmt == "auto":
         fmt = detect([row], columns)
     layout = _BY_NAME[fmt]
-    unread = check_columns(row, _read_by(layout, columns)) if len(row) > 1 else ()
+    chosen = _chosen(fmt, row, columns, purpose)
+    unread = check_columns(row, _read_by(fmt, chosen)) if len(row) > 1 else ()
     if fmt == "text":
         return foreign.document(row, location, unread, purpose)
     if layout.as_messages is not None:
@@ -210,12 +218,32 @@ def to_conversation(
     return validate(conversation, purpose, positions, lenient=rules.turns == "merge")
 
 
-def _read_by(layout: RowLayout, columns: Columns | None) -> frozenset[str]:
-    return _READ[layout.name] | set(columns) if columns else _READ[layout.name]
+def _chosen(fmt: str, row: Row, columns: Columns | None, purpose: Purpose) -> tuple[str, ...]:
+    """The columns of prompt and reply that a row is read from, of those that its layout knows."""
+    if fmt == "alpaca":
+        return ("instruction", "input", columns_of.alpaca_reply(row))
+    return (columns_of.pair_of(row, columns, purpose) or ()) if fmt == "pairs" else ()
 
 
-_READ = {layout.name: layout.columns | _COMMON for layout in LAYOUTS}
-_READ["pairs"] |= {name for pair in PAIRS for name in pair}
+@lru_cache(maxsize=256)
+def _read_by(layout: str, chosen: tuple[str, ...]) -> frozenset[str]:
+    """The columns that a row's layout reads, those of a pair among them."""
+    return _BY_NAME[layout].columns.union(_COMMON, chosen)
+
+
+def _without(row: Row, ignored: Sequence[str]) -> Row:
+    """The row without columns, and without keys of its messages, that are meant to stay unread."""
+
+    def kept(item: Any) -> Any:
+        return {k: item[k] for k in item if k not in ignored} if isinstance(item, dict) else item
+
+    return {
+        name: [kept(item) for item in value]
+        if isinstance(value, list) and name not in ("tools", "functions")
+        else value
+        for name, value in row.items()
+        if name not in ignored
+    }
 
 
 def _settled(
@@ -223,6 +251,7 @@ def _settled(
 ) -> tuple[list[Message], Sequence[int] | None, tuple[str, ...]]:
     """Messages under the rules, their numbers in the row if these still hold, and what is doubtful."""
     positions: Sequence[int] | None = reader.positions
+    lost: list[str] = []
     for index, text in reader.reasoning.items():
         if rules.reasoning != "drop":
             message = messages[index]
@@ -232,7 +261,8 @@ def _settled(
                     "its own, and this checkpoint does not think; data.reasoning: drop leaves it out"
                 )
             if message.metadata and rules.thinks is None:
-                continue  # it would stand among the call's arguments
+                lost.append(CALL_THOUGHT)  # it would stand among the call's arguments
+                continue
             thought = f"{THINK}\n{text.strip()}\n</think>\n\n{message.content}"
             messages[index] = replace(message, content=thought)
     if rules.reasoning == "drop":
@@ -245,7 +275,7 @@ def _settled(
     if rules.turns == "merge":
         messages = merged(messages)
         positions = positions if positions and len(positions) == len(messages) else None
-    return messages, positions, _doubts(messages, names, rules)
+    return messages, positions, (*lost, *_doubts(messages, names, rules))
 
 
 def _without_thought(message: Message) -> Message:
@@ -258,10 +288,11 @@ def _without_thought(message: Message) -> Message:
 def _doubts(messages: Sequence[Message], names: set[str], rules: RowRules) -> tuple[str, ...]:
     """What can be trained but is hardly meant, for `data check` and the start of training to count."""
     found: list[str] = []
-    calls = False
+    calls = any(message.metadata for message in messages)
+    if rules.reasoning != "require" and not may_be_doubtful(messages, has_tools=bool(names)):
+        return tuple(fewer_results(messages)) if calls else ()
     for number, message in enumerate(messages, 1):
         if message.metadata:
-            calls = True
             continue
         if rules.reasoning == "require" and _lacks_reasoning(message):
             raise RowError(
@@ -299,6 +330,11 @@ def _listed(row: Row, key: str, rules: RowRules) -> MessageReader:
     return turns
 
 
+def _brings_image(value: Any) -> bool:
+    """Whether a column holds anything; a table writes `{"bytes": null, "path": null}` for nothing."""
+    return any(value.values()) if isinstance(value, dict) else bool(value)
+
+
 def _with_image(reader: MessageReader, row: Row) -> list[Message]:
     """The messages with the image that a column of the row names.
 
@@ -307,7 +343,9 @@ def _with_image(reader: MessageReader, row: Row) -> list[Message]:
     a data URL, or bytes.
     """
     messages = reader.messages
-    column = "images" if row.get("images") else "image" if row.get("image") else None
+    column = next((name for name in ("images", "image") if _brings_image(row.get(name))), None)
+    if column == "images" and _brings_image(row.get("image")):
+        raise RowError("images and image: both bring one; keep one")
     if column is None:
         if reader.image_parts:
             raise RowError(

@@ -27,23 +27,42 @@ SYSTEM = ("system", "system_prompt", "meta_instruction")
 CONTEXT = ("context",)
 """Columns with a text that the question is about; it stands under the question."""
 
-_MESSAGE_KEYS = frozenset(
+_READ_IN_ALL = frozenset(
     {
-        *("role", "from", "content", "value", "metadata", "tools", "image"),
-        *("tool_calls", "function_call", "tool_call_id", "name", "parameters", "observation"),
-        *("train_detail", "mask", *TRAINED, *UNTRAINED, *WEIGHTS, *REASONING),
+        *("role", "from", "content", "value", "metadata", "image"),
+        *("train_detail", "mask", *TRAINED, *UNTRAINED, *WEIGHTS),
     }
 )
+_READ_IN = {
+    "system": _READ_IN_ALL | {"tools"},
+    "user": _READ_IN_ALL,
+    "assistant": _READ_IN_ALL | {"tool_calls", "function_call", *REASONING},
+    "observation": _READ_IN_ALL | {"tool_call_id", "name", "parameters", "observation"},
+}
+"""Keys that are read, by the role of their message."""
+_MESSAGE_KEYS = frozenset().union(*_READ_IN.values())
+_READ_IN_PARTS = frozenset(
+    {
+        *("type", "image", "image_url", "bytes", "path", "url"),
+        *("detail", "cache_control", "annotations", "index", "id"),  # change nothing
+    }
+)
+_SAME = (("role", "from"), ("content", "value"))
+"""Keys of which a message has one."""
 _REFUSED_IN_MESSAGES = {
     "mask": "some frameworks mean 'trained' by it and others 'left out'; write \"train\": true or false",
     "refusal": "put the text into content",
     "images": "write one path as 'image'",
+    "tools": "tools stand on a system message or in a column of the row",
+    "tool_calls": "only an assistant calls tools",
+    "function_call": "only an assistant calls tools",
     "audio": "GLM-4 takes no audio",
     "videos": "GLM-4 takes no video",
 }
 _HARMLESS_IN_MESSAGES = frozenset(
     {
         *("id", "idx", "index", "uuid", "message_id", "parent_id", "timestamp", "time", "date"),
+        "tool_call_id",
         *(
             "created_at",
             "create_time",
@@ -66,7 +85,10 @@ _REFUSED_COLUMNS = {
     "audios": "GLM-4 takes text, and GLM-4V one image",
     "documents": "GLM-4 has no place for documents; write them into the user's text",
 }
-_UNWANTED_IF_FALSE = ("label", "kto_tag", "kto_label")
+_UNWANTED_IF_FALSE = (
+    *("label", "kto_tag", "kto_label", "desirable", "is_desirable", "preferred", "is_preferred"),
+    *("is_chosen", "wanted", "is_good"),
+)
 _HARMLESS_COLUMNS = frozenset(
     {
         *(
@@ -128,10 +150,16 @@ _HARMLESS_COLUMNS = frozenset(
     }
 )
 _MAY_MASK = re.compile(
-    r"loss|train|mask|learn|supervis|backprop|gradient|^ignored?$|^(?:loss_?)?weights?$",
+    r"loss|train|mask|learn|supervis|backprop|gradient|^(?:is_)?target$"
+    r"|(?:^|_)(?:ignored?|skip(?:ped)?|excluded?|weights?)$",
     flags=re.IGNORECASE,
 )
 """Names of keys and columns that say what is learned, whatever framework wrote them."""
+_SAYS_NO = re.compile("mask|ignore|^no_|^not_|skip|exclude", flags=re.IGNORECASE)
+"""Those whose true says that something is not."""
+_FALSE = ("false", "no", "0", "off")
+_LONG = 100
+"""Characters from which a column that is known to change nothing says something all the same."""
 _SLIPS = ("messages", "conversations", "tools", "system", "images", "history")
 """Columns whose misspelling would lose what they hold."""
 
@@ -146,27 +174,48 @@ class Marks(NamedTuple):
     """Keys that nothing reads and that are not known to change nothing."""
 
 
-def marks_of(message: Mapping[str, Any]) -> Marks:
+def marks_of(message: Mapping[str, Any], role: str) -> Marks:
     """The marks of a message; RowError for a key that is refused, misspelt or contradicts another."""
     unread = []
-    for key in message.keys() - _MESSAGE_KEYS:
+    for key in message.keys() - _READ_IN[role]:
         value = message[key]
         if value in (None, "", []) or key in _HARMLESS_IN_MESSAGES:
             continue
         if key in _REFUSED_IN_MESSAGES:
             raise RowError(f"key {key!r} is not supported; {_REFUSED_IN_MESSAGES[key]}")
-        near = _meant(key, tuple(sorted(_MESSAGE_KEYS)))
+        if _is_unwanted(key, value):
+            raise RowError(f"{key}: is false, which marks a reply that is not wanted")
+        near = _meant(key, tuple(sorted(_MESSAGE_KEYS))) if key not in _MESSAGE_KEYS else None
         if near:
             raise RowError(f"key {key!r} is not known; did you mean {near!r}?")
         if _may_mask(key, value):
             raise RowError(
-                f'key {key!r} seems to say what is learned, and is not known; write "train": true or false, '
-                "or leave it out"
+                f'key {key!r} seems to say what is learned, and is not known; write "train": true or false. '
+                f"If it says something else: data.ignore_columns: [{key}]"
             )
         unread.append(key)
+    for one, other in _SAME:
+        said = (message.get(one), message.get(other))
+        if None not in said and said[0] != said[1]:
+            raise RowError(f"has {one!r} and {other!r}, which say different things; keep one")
     if message.get("mask") is not None:
         raise RowError(f"key 'mask' is not supported; {_REFUSED_IN_MESSAGES['mask']}")
     return Marks(_train(message), _weight(message), _reasoning(message), tuple(sorted(unread)))
+
+
+def unread_of_part(part: Mapping[str, Any]) -> set[str]:
+    """Keys of a content part that nothing reads; RowError for one that seems to say what is learned."""
+    unread = set()
+    for key in part.keys() - _READ_IN_PARTS:
+        value = part[key]
+        if value in (None, "", [], {}) or (key in ("text", "value") and part.get("type") == "text"):
+            continue
+        if key in (*TRAINED, *UNTRAINED, *WEIGHTS, "mask") or _may_mask(key, value):
+            raise RowError(
+                f"a content part says {key!r}, and parts are not trained one by one; write it beside content"
+            )
+        unread.add(f"{key} of a content part")
+    return unread
 
 
 def _train(message: Mapping[str, Any]) -> bool | None:
@@ -236,7 +285,11 @@ def check_columns(row: Mapping[str, Any], read: frozenset[str]) -> tuple[str, ..
         value = row[name]
         if value in (None, "", [], {}):
             continue
-        if name in _UNWANTED_IF_FALSE and value in (False, 0, "false", "False"):
+        if name in _HARMLESS_COLUMNS and not (
+            _may_mask(name, value) or (isinstance(value, str) and len(value) > _LONG)
+        ):
+            continue
+        if _is_unwanted(name, value):
             raise RowError(
                 f"{name}: is false, which marks a reply that is not wanted; leave it out"
             )
@@ -257,24 +310,33 @@ def check_columns(row: Mapping[str, Any], read: frozenset[str]) -> tuple[str, ..
     return tuple(unread)
 
 
+def _is_unwanted(name: str, value: Any) -> bool:
+    return name in _UNWANTED_IF_FALSE and value in (False, 0, "false", "False")
+
+
 def _may_mask(name: str, value: Any) -> bool:
     """Whether an unknown key says that something is not to be learned, or not as the rest is.
 
-    `supervise: true` is what is done anyway.
+    `supervise: true` is what is done anyway. Keys of an object count as the key itself.
     """
+    if isinstance(value, Mapping):
+        return any(_may_mask(key, inner) for key, inner in value.items())
     if _MAY_MASK.search(name) is None:
         return False
     if isinstance(value, list):
         return all(isinstance(item, bool | int | float) for item in value)
+    if isinstance(value, str):
+        return value.lower() in _FALSE
     if value is True:
-        return re.search("mask|ignore|^no_|^not_|^skip|exclude", name, re.IGNORECASE) is not None
+        return _SAYS_NO.search(name) is not None
     return isinstance(value, bool | int | float) and value != 1
 
 
 @lru_cache(maxsize=256)
 def _unknown(names: tuple[str, ...], read: frozenset[str]) -> tuple[str, ...]:
-    """The names that are neither read nor harmless; most rows of a file have the same ones."""
-    return tuple(name for name in names if name not in read and name not in _HARMLESS_COLUMNS)
+    """The names that are not read, those that are harmless last; most rows of a file have the same ones."""
+    unread = [name for name in names if name not in read]
+    return tuple(sorted(unread, key=lambda name: name in _HARMLESS_COLUMNS))
 
 
 @lru_cache(maxsize=256)
@@ -312,13 +374,17 @@ def table() -> list[tuple[str, str]]:
         *((f"`{name}`", f"column: refused; {why}") for name, why in _REFUSED_COLUMNS.items()),
         (
             listed(_UNWANTED_IF_FALSE),
-            "column: false is refused, it marks a reply that is not wanted",
+            "column, and in a message: false is refused, it marks a reply that is not wanted",
         ),
-        (listed(sorted(_HARMLESS_COLUMNS)), "column: changes nothing"),
+        (
+            listed(sorted(_HARMLESS_COLUMNS)),
+            f"column: changes nothing; a text of more than {_LONG} characters is named all the same",
+        ),
         (listed(sorted(_HARMLESS_IN_MESSAGES)), "in a message: changes nothing"),
         (
             "any other",
-            "numbers that seem to say what is learned (`compute_loss: false`) are refused; all else that holds "
-            "something is counted and named; `data.ignore_columns` says that it is meant",
+            "what seems to say what is learned (`compute_loss: false`) is refused; all else that holds "
+            "something is counted and named; `data.ignore_columns` says that it is meant, of columns and of keys "
+            "of messages",
         ),
     ]

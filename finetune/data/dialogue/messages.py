@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import PLACEHOLDER, Message, Role, RowError
 from finetune.data.dialogue.images import image_of
-from finetune.data.dialogue.keys import Marks, marks_of
+from finetune.data.dialogue.keys import Marks, marks_of, unread_of_part
 from finetune.data.dialogue.tool_calls import (
     Call,
     Tools,
@@ -29,8 +29,13 @@ ROLES: dict[str, Role] = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "observation": "observation",
@@ -39,6 +44,7 @@ ROLES: dict[str, Role] = {
     "function_response": "observation",
     "tool_response": "observation",
     "tool_result": "observation",
+    "ipython": "observation",
 }
 _IMAGE_KEYS = ("image", "image_url", "bytes", "path", "url")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
@@ -77,7 +83,7 @@ class MessageReader:
             if type(item) is not dict:
                 _fail(position, f"is {strict_json.describe(item)}, not an object")
             name = item.get("role") if "role" in item else item.get("from")
-            role = ROLES.get(name) if isinstance(name, str) else None
+            role = (ROLES.get(name) or ROLES.get(name.lower())) if isinstance(name, str) else None
             if role is None:
                 _fail_role(position, item, name)
             content = item["content"] if "content" in item else item.get("value")
@@ -93,11 +99,10 @@ class MessageReader:
                 self.messages.append(Message(role, content))
                 self.positions.append(position)
                 continue
-            try:
-                self._marks = marks_of(item)
-            except RowError as error:
-                _fail(position, str(error))
-            self.unread |= set(self._marks.unread)
+            if len(item) == 2 and content is not None:
+                self._marks = _UNMARKED
+            else:
+                self._mark(item, role, position)
             if role == "assistant":
                 follower = items[position] if position < len(items) else None
                 self._assistant(item, content, position, name in _CALL_ROLES, _is_result(follower))
@@ -108,8 +113,16 @@ class MessageReader:
             else:
                 self._user(item, content, position)
 
+    def _mark(self, item: Mapping[str, Any], role: Role, position: int) -> None:
+        """Note what an item says besides its role and its text."""
+        try:
+            self._marks = marks_of(item, role)
+        except RowError as error:
+            _fail(position, str(error))
+        self.unread |= set(self._marks.unread)
+
     def _user(self, item: Mapping[str, Any], content: Any, position: int) -> None:
-        text, image = _parts(content, position)
+        text, image = _parts(content, position, self.unread)
         if image is None and isinstance(content, list) and PLACEHOLDER in text:
             self.image_parts.append(position)
         path = item.get("image", image)
@@ -124,7 +137,7 @@ class MessageReader:
         self.tools = tools or self.tools
         if content is None and tools:
             return
-        text = _text(content, position)
+        text = _text(content, position, self.unread)
         if text:  # an empty one says nothing, with or without tools
             self.add(self._message(item, "system", text, position), position)
 
@@ -141,7 +154,7 @@ class MessageReader:
                 return
         elif content is None:
             content = item.get("observation")
-        text = _result_text(content, position)
+        text = _result_text(content, position, self.unread)
         plain = {key: item[key] for key in ("metadata", "image") if key in item}
         message = self._message(plain, "observation", text, position)
         self.add(message, position, item.get("tool_call_id"))
@@ -160,12 +173,13 @@ class MessageReader:
             text = content
             if item.get("metadata") and isinstance(content, dict):
                 text = strict_json.dump(content)
-            self.add(self._message(item, "assistant", _text(text, position), position), position)
+            text = _text(text, position, self.unread)
+            self.add(self._message(item, "assistant", text, position), position)
             return
         if item.get("metadata"):
             _fail(position, "has metadata beside a call that names its function itself")
         if "tool_calls" in item or "function_call" in item:
-            text = "" if content is None else _text(content, position)
+            text = "" if content is None else _text(content, position, self.unread)
             if text and not text.isspace():
                 self.add(self._message(item, "assistant", text, position), position)
         for source in calls:
@@ -222,14 +236,14 @@ class MessageReader:
         return Message(role, text, metadata, marks.train, marks.weight, image or item.get("image"))
 
 
-def _result_text(content: Any, position: int) -> str:
+def _result_text(content: Any, position: int, unread: set[str]) -> str:
     """What a tool gave back, as text: data as JSON, OpenAI's text parts joined."""
     is_parts = isinstance(content, list) and any(
         isinstance(part, dict) and part.get("type") in ("text", "image", "image_url")
         for part in content
     )
     if isinstance(content, str) or is_parts:
-        return _text(content, position)
+        return _text(content, position, unread)
     return strict_json.dump(content)
 
 
@@ -247,8 +261,8 @@ def _is_result(item: Any) -> bool:
     return isinstance(name, str) and ROLES.get(name) == "observation"
 
 
-def _text(content: Any, position: int) -> str:
-    text, image = _parts(content, position)
+def _text(content: Any, position: int, unread: set[str]) -> str:
+    text, image = _parts(content, position, unread)
     if image is not None:
         _fail(position, "shows an image; only user messages can")
     return text
@@ -265,8 +279,11 @@ def _odd_part(part: Any, kind: Any) -> str:
     return f"content has a part of type {kind!r}; text and one image are taken"
 
 
-def _parts(content: Any, position: int) -> tuple[str, str | None]:
-    """(text, image path) of a content that is text or a list of OpenAI's content parts."""
+def _parts(content: Any, position: int, unread: set[str]) -> tuple[str, str | None]:
+    """(text, image path) of a content that is text or a list of content parts, with `text` or `value`.
+
+    What a part says besides goes into `unread`.
+    """
     if isinstance(content, str):
         return content, None
     if not isinstance(content, list) or not content:
@@ -275,8 +292,9 @@ def _parts(content: Any, position: int) -> tuple[str, str | None]:
     image = None
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+        said = part.get("text", part.get("value")) if kind == "text" else None
+        if isinstance(said, str):
+            texts.append(said)
         elif kind in ("image", "image_url") and image is None:
             given = next((part[k] for k in _IMAGE_KEYS if part.get(k) is not None), None)
             if given is None:  # a column of the row brings it
@@ -285,6 +303,11 @@ def _parts(content: Any, position: int) -> tuple[str, str | None]:
                 image = image_of(given, f"message {position}: image")
         else:
             _fail(position, _odd_part(part, kind))
+        if len(part) > 2:
+            try:
+                unread |= unread_of_part(part)
+            except RowError as error:
+                _fail(position, str(error))
     return "".join(texts), image
 
 
