@@ -42,7 +42,7 @@ def test_all_bad_rows_of_all_files_are_in_one_report(tmp_path: Path) -> None:
             f"  {first}:2: not JSON at column 1: Expecting value",
             f"  {first}:4: the row has no pair of columns prompt/response or prompt/completion or "
             "content/summary or question/answer or query/response or query/answer or "
-            "question/response or source/target or input/output or input/target; its columns are 'prompt'",
+            "question/response or source/target or input/output or input/target or user/assistant; its columns are 'prompt'",
             f"  {second}:2: messages: is a number, not a list of messages",
             "Fix these rows; a training run with data.on_bad_row: skip leaves them out.",
         ]

@@ -77,7 +77,7 @@ class DataSection(Section):
     """Column names for `format: pairs` when they are not prompt/response, content/summary or the like."""
 
     ignore_columns: list[str] = []
-    """Columns that are meant to stay unread; text in any other unread column is counted and named."""
+    """Columns, and keys of messages, that are meant to stay unread; text in any other one that is not read is counted and named."""
 
     turns: Literal["strict", "merge"] = "strict"
     """`strict` refuses two messages of one side in a row, a reply that opens the dialogue, and a system message in the middle; `merge` joins and takes them."""

@@ -171,8 +171,8 @@ def _marked(content: str) -> WrittenCalls | None:
             calls = [_call_of(match, ()) for match in matches]
             if all(calls):
                 return _around(content, matches, [c for one in calls if one for c in one.calls])
-    if found := _json_calls(_without_marks(content)):
-        return WrittenCalls("", tuple(found))
+    if listed := _json_calls(_without_marks(content)):
+        return WrittenCalls("", tuple(listed))
     return _react(content)
 
 

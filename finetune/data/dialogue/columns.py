@@ -101,6 +101,8 @@ def pair_of(row: Row, columns: Columns | None, purpose: Purpose) -> Columns | No
 def _pair_of_lists(row: Row, pair: Columns) -> MessageReader:
     """Two lists of messages; only replies of the second carry loss."""
     turns = start(row)
+    if beside := [name for name in ("history", *CONTEXT) if row.get(name)]:
+        raise RowError(f"{beside[0]}: stands beside a list of messages; write it into one of them")
     for name, role in zip(pair, ("user", "assistant"), strict=True):
         items = row.get(name) or []
         listed = [{"role": role, "content": items}] if isinstance(items, str) else items

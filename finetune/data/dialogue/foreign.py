@@ -215,6 +215,7 @@ def tools_of_system(items: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
     if not tools:
         return list(items), None
     assert match is not None
+    assert text is not None
     said = _without_talk_of_tools(text[: match.start()] + "\n" + text[match.end() :])
     told = [{**first, key: said}] if said else []
     return [*told, *map(_without_tag, items[1:])], tools

@@ -143,6 +143,8 @@ class MessageReader:
 
     def _observation(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         """A tool result; in ChatGLM3's layout the call that it answers too."""
+        if content and item.get("observation") not in (None, content) and item.get("parameters") is None:
+            _fail(position, "has 'content' and 'observation', which say different things; keep one")
         if item.get("parameters") is not None:
             name = item.get("name")
             if not isinstance(name, str) or not name:
