@@ -143,7 +143,7 @@ class MessageReader:
 
     def _observation(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         """A tool result; in ChatGLM3's layout the call that it answers too."""
-        if content and item.get("observation") not in (None, content) and item.get("parameters") is None:
+        if content and item.get("observation") not in (None, content):
             _fail(position, "has 'content' and 'observation', which say different things; keep one")
         if item.get("parameters") is not None:
             name = item.get("name")
