@@ -83,6 +83,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a mask in an object": (PAIR | {"metadata": {"train": False}}, "seems to say what is learned"),
     "a mask as text": ({"messages": [CHAT[0], CHAT[1] | {"learnable": "false"}]}, "seems to say"),
     "a skipped reply": ({"messages": [CHAT[0], CHAT[1] | {"skip": True}]}, "seems to say what is learned"),
+    "no loss as a number": ({"messages": [CHAT[0], CHAT[1] | {"no_loss": 1}]}, "seems to say what is learned"),
+    "no loss as text": ({"messages": [CHAT[0], CHAT[1] | {"without_loss": "True"}]}, "seems to say what is learned"),
     "a sample's weight": (PAIR | {"sample_weight": 0.1}, "seems to say what is learned"),
     "a part's weight": (
         {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": A, "weight": 0}]}]},

@@ -155,9 +155,12 @@ _MAY_MASK = re.compile(
     flags=re.IGNORECASE,
 )
 """Names of keys and columns that say what is learned, whatever framework wrote them."""
-_SAYS_NO = re.compile("mask|ignore|^no_|^not_|skip|exclude", flags=re.IGNORECASE)
+_SAYS_NO = re.compile(
+    "mask|ignor|skip|exclud|omit|without|disable|^no_?|^not_?|^un", flags=re.IGNORECASE
+)
 """Those whose true says that something is not."""
 _FALSE = ("false", "no", "0", "off")
+_TRUE = ("true", "yes", "1", "on")
 _LONG = 100
 """Characters from which a column that is known to change nothing says something all the same."""
 _SLIPS = ("messages", "conversations", "tools", "system", "images", "history")
@@ -325,11 +328,10 @@ def _may_mask(name: str, value: Any) -> bool:
         return False
     if isinstance(value, list):
         return all(isinstance(item, bool | int | float) for item in value)
+    says_no = name not in TRAINED and _SAYS_NO.search(name) is not None
     if isinstance(value, str):
-        return value.lower() in _FALSE
-    if value is True:
-        return _SAYS_NO.search(name) is not None
-    return isinstance(value, bool | int | float) and value != 1
+        return value.strip().lower() in (*_FALSE, *(_TRUE if says_no else ()))
+    return isinstance(value, bool | int | float) and (value != 1 or says_no)
 
 
 @lru_cache(maxsize=256)
