@@ -242,25 +242,22 @@ def test_an_evaluation_leaves_the_random_streams_where_they_were(draw: Any) -> N
 # --- finite weights ------------------------------------------------------------------------------
 
 
-class Two(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.first = nn.Parameter(torch.ones(3, 2, dtype=dtype))
-        self.second = nn.Parameter(torch.ones(5, dtype=dtype))
-        self.frozen = nn.Parameter(torch.full((2,), float("nan")), requires_grad=False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 4])
 def test_one_number_that_is_not_finite_is_found_in_any_trained_weight(
     dtype: torch.dtype, value: float, place: int
 ) -> None:
-    model = Two(dtype)
-    check_weights(model, 3)  # what is frozen is not looked at
-    model.second.data[place] = value
+    first, second = torch.ones(3, 2, dtype=dtype), torch.ones(5, dtype=dtype)
+    check_weights([first, torch.ones(0), second], 3)
+    second[place] = value
     with pytest.raises(NonFiniteError, match="after step 3"):
-        check_weights(model, 3)
+        check_weights([first, second], 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_great_numbers_are_finite_though_their_sum_is_not(dtype: torch.dtype) -> None:
+    check_weights([torch.full((9,), torch.finfo(dtype).max, dtype=dtype)], 3)
 
 
 # --- the seam to the loss ------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from finetune.serving.answers import DONE, Answer, ChatAnswer, TextAnswer, event
 from finetune.serving.engine import Engine, stopping
 from finetune.serving.errors import ApiError
 from finetune.serving.guard import Access, Guard
+from finetune.serving.heap import trimmed
 from finetune.serving.job import ReplyJob
 from finetune.serving.metrics import CONTENT_TYPE, Metrics
 from finetune.serving.requests.chat import AskedChat, read_tokens
@@ -53,7 +54,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with trimmed():
+            yield
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(openapi_url=None, lifespan=lifespan)  # no page that loads scripts from elsewhere

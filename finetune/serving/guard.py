@@ -2,7 +2,7 @@
 
 What a client may do before its key is looked at is to open connections and to send a header slowly.
 uvicorn waits for a first header for ever; here it has `HEADER_SECONDS`, and of more connections than
-the process has room for the one that has waited longest for its header is closed.
+the process has room for one that asks nothing is closed, or the one that is slowest with its header.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ OPEN_PATHS = frozenset({"/health"})
 
 HEADER_SECONDS = 10.0
 """A header must have come whole by then, counted from the connection or the first byte after a reply."""
+KEEP_ALIVE_SECONDS = 75
+"""An answered connection stays open so long: longer than clients keep theirs (httpx and openai: 5).
+
+The other way round a request now and then meets a connection that is just being closed, and fails.
+"""
 MAX_CONNECTIONS = 1024
 _SPARE_FILES = 64
 """Files that the process needs for itself: libraries, images of requests, its log."""
@@ -124,14 +129,15 @@ class TimedProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Takes the connection; when there are too many, the slowest that sent no header goes."""
+        """Takes the connection; when there are too many, an answered one goes, or the slowest to ask."""
         super().connection_made(transport)
         self._expect_header()
         if len(self.connections) <= max_connections():
             return
-        idle = [one for one in self.connections if isinstance(one, TimedProtocol) and one._deadline]
-        slowest = min(idle, key=lambda one: one._deadline.when() if one._deadline else 0.0)
-        slowest.transport.abort()
+        ours = [one for one in self.connections if isinstance(one, TimedProtocol)]
+        ends = {one: end for one in ours if (end := one.timeout_keep_alive_task or one._deadline)}
+        answered = {one: end for one, end in ends.items() if one.timeout_keep_alive_task}
+        min(answered or ends, key=lambda one: ends[one].when()).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Reads on; a header that has begun has its time, one that is whole needs none."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from finetune import console
 from finetune.errors import ConfigError
 from finetune.generation.settings import HERE, Placement
+from finetune.serving.heap import bound_pools
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -71,6 +72,7 @@ def serve(
         ModelError: a target cannot be opened.
     """
     _check_installed()
+    bound_pools()
     with _bound(options.host, options.port) as listener:
         key = _key(options, listener)
         console.say(f"opening {', '.join(targets.values())} ...")
@@ -196,7 +198,7 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     """
     import uvicorn
 
-    from finetune.serving.guard import TimedProtocol
+    from finetune.serving.guard import KEEP_ALIVE_SECONDS, TimedProtocol
 
     config = uvicorn.Config(
         app,
@@ -205,6 +207,7 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
         log_level="error",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = uvicorn.Server(config)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -105,7 +105,7 @@ class Saver:
 
     def _begin(self, trainer: Any, *, resumable: bool) -> None:
         step = trainer.state.global_step
-        check_weights(trainer.model, step)
+        check_weights(trainer.trained_weights, step)
         self.finish()
         final = self.run_dir / checkpoint.folder_name(step, resumable=resumable)
         texts = {TRAINER_STATE: _state_text(trainer), RUN_CONFIG: self.config_text}
@@ -227,15 +227,10 @@ def explain_load_errors(folder: str | None, *, begun: Callable[[], bool]) -> Ite
         ) from error
 
 
-def check_weights(model: nn.Module, step: int) -> None:
+def check_weights(trained: Iterable[Tensor], step: int) -> None:
     """NonFiniteError in every process when a trained weight of any is NaN or infinite."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # One pass without a copy; NaN comes out of it, too. ZeRO-3 leaves each process a part.
-    shards = [getattr(p, "ds_tensor", p).detach() for p in trained]
-    ranges = [torch.stack(torch.aminmax(shard)).float() for shard in shards if shard.numel()]
-    is_finite = all(
-        bool(torch.isfinite(torch.stack(ranges)).all()) for ranges in _by_device(ranges)
-    )
+    # ZeRO-3 leaves each process a part.
+    is_finite = _are_finite([getattr(weight, "ds_tensor", weight).detach() for weight in trained])
     if not any_rank(not is_finite):
         return
     raise NonFiniteError(
@@ -245,9 +240,22 @@ def check_weights(model: nn.Module, step: int) -> None:
     )
 
 
-def _by_device(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    for device in {tensor.device for tensor in tensors}:
-        yield [tensor for tensor in tensors if tensor.device == device]
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no number of any is NaN or infinite: one pass, without a copy.
+
+    A sum is not finite when one of its numbers is not. Great numbers may overflow in it, so then all
+    are looked at.
+    """
+    sums: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        sums.setdefault((tensor.device, tensor.dtype), []).append(tensor.sum())
+    if all(bool(torch.isfinite(torch.stack(ones)).all()) for ones in sums.values()):
+        return True
+    return all(
+        bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+        for tensor in tensors
+        if tensor.numel()
+    )
 
 
 def run_record(config: Mapping[str, Any], data: RunData, prepared: PreparedModel) -> dict[str, Any]:
