@@ -6,6 +6,7 @@ the same variables as under torchrun. `PYTHONPATH` needs nothing: this file find
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -65,8 +66,8 @@ def subject(
     return model, runs.write_dialogues(folder / "train.jsonl", count, weights=weights), {}
 
 
-def warm_up(model: Path) -> None:
-    """Import and build in this process what its forks will need; it takes longer than most cells."""
+def import_libraries() -> None:
+    """Import what forks of this process will need; it takes longer than most cells."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no helper processes: nothing is compiled
     from finetune.config.schema import DeepSpeedSection
     from finetune.training.deepspeed import zero
@@ -75,14 +76,23 @@ def warm_up(model: Path) -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+    import nltk.translate.bleu_score  # noqa: F401  (it brings SciPy)
 
     import finetune.training.run
     import finetune.training.trainer  # noqa: F401
     from finetune.evaluation.scores.texts import jieba_words as words
-    from finetune.generation.load import open_model
 
     words("warm up")
+
+
+def warm_up(model: Path) -> None:
+    """Import and build in this process what its forks will need."""
+    import_libraries()
+    from finetune.generation.load import open_model
+
     open_model(model)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would look at all of this, and copy it
 
 
 def run_all(

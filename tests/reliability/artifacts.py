@@ -11,7 +11,7 @@ from tests.reliability.places import prepare
 PARTS = (artifact_bases, artifact_outputs, artifact_names)
 
 
-def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> list[Case]:
     """All of them; the subset has every third."""
     prepare(folder)
     if stock:

@@ -47,21 +47,31 @@ PLACES = {
 }
 
 
-def broken_processes(bench: Bench) -> Iterator[Case]:
+def less_patience() -> None:
+    """The processes miss each other sooner than a user's, which the whole suite waits for."""
+    from finetune.distributed import watchdog
+
+    watchdog.BEAT, watchdog.SILENCE, watchdog.QUIET = 0.25, 2.0, 10.0
+
+
+def broken_processes(bench: Bench, *, patient: bool) -> Iterator[Case]:
     """Every fault of either process in a step; kills, errors and hangs elsewhere too."""
     for rank in (0, 1):
         for fault in FAULTS:
             for place in PLACES:
                 if place == "a step" or (rank == 1 and fault in ("is killed", "raises", "hangs")):
-                    run = partial(broken, bench, rank, fault, place, None)
+                    run = partial(broken, bench, (rank, fault, place, None), patient)
                     yield Case(f"process: {rank} of 2 {fault}, {place}", run, seconds=150.0)
     for fault in ("is killed", "raises", "hangs"):
-        run = partial(broken, bench, 1, fault, "a step", 3)
+        run = partial(broken, bench, (1, fault, "a step", 3), patient)
         yield Case(f"process: 1 of 2 {fault}, a step, ZeRO-3", run, seconds=150.0)
 
 
-def broken(bench: Bench, rank: int, fault: str, place: str, stage: int | None, folder: Path) -> str:
+def broken(
+    bench: Bench, what: tuple[int, str, str, int | None], patient: bool, folder: Path
+) -> str:
     """All end by themselves and in time, one line says which process and why; then it goes on."""
+    rank, fault, place, stage = what
     two = Kind(
         f"on 2, {stage}", LORA, 2, stage,
         changes={"data__validation": str(bench.data), "evaluation__every_steps": 2, "evaluation__generate": False},
@@ -69,6 +79,8 @@ def broken(bench: Bench, rank: int, fault: str, place: str, stage: int | None, f
     act, reason = FAULTS[fault]
 
     def before(here: int) -> None:
+        if not patient:
+            less_patience()
         if here == rank:
             at(*PLACES[place], 2 if place == "a step" else 1, act)
 

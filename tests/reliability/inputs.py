@@ -27,7 +27,7 @@ PARTS = (
 )
 
 
-def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> list[Case]:
     """All of them; the subset has every third."""
     if stock:
         prepare(folder)

@@ -15,7 +15,7 @@ from tests.reliability.frame import Case
 from tests.reliability.tiny_runs import KINDS, LORA, STEPS, Bench, Kind
 
 
-def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> list[Case]:
     """All of them."""
     bench = Bench(folder)
     if stock:

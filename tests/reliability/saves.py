@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tests.reliability.tiny_runs import (
 )
 
 
-def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> list[Case]:
     """All of them."""
     bench = Bench(folder)
     kinds = STOCK if stock else KINDS
@@ -34,16 +34,20 @@ def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
             for name in ("lora", "full", "full beside training", "lora on 2")
             if name in kinds
         }
-    found = [
-        *crashes(bench, kinds, subset),
-        *space(bench, kinds, subset),
-        *damages(bench, kinds, subset),
-    ]
+    parts: dict[Callable[[], Iterable[Case]], set[str]] = {
+        partial(crashes, bench, kinds, subset): {"crash", "crash_on_2"},
+        partial(space, bench, kinds, subset): {"space"},
+        partial(damages, bench, kinds, subset): {"damage"},
+    }
     if not stock:
-        found += power(bench, subset)
-        found += [*rotations(bench), *left_overs(bench)][:: 2 if subset else 1]
-        found += random_kills(bench, 2 if subset else 20)
-    return found
+        every = 2 if subset else 1
+        parts |= {
+            partial(power, bench, subset): {"power"},
+            lambda: [*rotations(bench), *left_overs(bench)][::every]: {"rotation", "left_over"},
+            partial(random_kills, bench, 2 if subset else 20): {"random"},
+        }
+    wanted = [part for part, of in parts.items() if not groups or of & set(groups)]
+    return [case for part in wanted for case in part()]
 
 
 # --- killed while saving -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tests.reliability.places import prepare
 PARTS = (security_files, security_templates, security_code, security_secrets, security_endpoint)
 
 
-def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> list[Case]:
     """All of them; the subset has every third."""
     if stock:
         return []

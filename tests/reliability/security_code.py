@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from tests.reliability.frame import ROOT, Case
@@ -61,36 +62,49 @@ MEANT = {("addresses opened", "finetune/evaluation/scores/judge.py")}
 """What is done on purpose: `--judge` asks the endpoint that the command line names."""
 
 
-def banned_calls(source: str, rule: Rule) -> list[int]:
-    """Lines of a source at which a rule is broken."""
-    found = []
+@dataclass(frozen=True)
+class Call:
+    """A call in a source."""
+
+    location: str
+    name: str
+    keywords: dict[str | None, ast.expr]
+
+
+def calls(source: str, file: str) -> Iterator[Call]:
+    """All calls of a source, by `file:line`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-            if rule(ast.unparse(node.func), keywords):
-                found.append(node.lineno)
-    return found
+            yield Call(f"{file}:{node.lineno}", ast.unparse(node.func), keywords)
+
+
+@cache
+def of_the_product() -> list[Call]:
+    """All calls of the product."""
+    return [
+        call
+        for path in SOURCES
+        for call in calls(path.read_text("utf-8"), path.relative_to(ROOT).as_posix())
+    ]
 
 
 def broken(name: str) -> list[str]:
     """Places of the product at which a rule is broken."""
     rule, _ = RULES[name]
-    return [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path in SOURCES
-        if (name, path.relative_to(ROOT).as_posix()) not in MEANT
-        for line in banned_calls(path.read_text(encoding="utf-8"), rule)
-    ]
+    found = [call.location for call in of_the_product() if rule(call.name, call.keywords)]
+    return [place for place in found if (name, place.rpartition(":")[0]) not in MEANT]
 
 
 def holds(name: str, folder: Path) -> None:
     """The rule finds the call that shows it, and none in the product."""
     rule, sample = RULES[name]
-    assert banned_calls(sample, rule) == [1]
+    assert [rule(call.name, call.keywords) for call in calls(sample, "")].count(True) == 1
     assert broken(name) == []
 
 
 def cases() -> Iterator[Case]:
     """Every rule."""
+    of_the_product()
     for name in RULES:
         yield Case(f"code: {name}", partial(holds, name))

@@ -12,7 +12,7 @@ from tests.reliability.frame import Case
 from tests.reliability.places import prepare
 
 
-def cases(folder: Path, subset: bool, stock: bool) -> list[Case]:
+def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> list[Case]:
     """All of them; the subset has every third, without the signals at the rarer moments."""
     if stock:
         return []
