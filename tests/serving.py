@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Served:
     url: str
     engine: Engine
     key: str = "no key"
+    scripts: dict[str, Scripted] = field(default_factory=dict)
+    """The models that stand in, by name, where replies are written by a test."""
+    folder: Path | None = None
+    """Where its page saves."""
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -196,3 +200,48 @@ def slowly(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slo
     monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.5)
     yield model
     model.go.release(10_000)
+
+
+class Scripted:
+    """A model whose replies a test wrote: a few tokens a step, chosen by the prompt's text."""
+
+    def __init__(self, template: Any, answer: Callable[[str], Sequence[Message]]) -> None:
+        self.pause = 0.0
+        """Seconds a step."""
+        self.asked: list[list[int]] = []
+        """The prompts, as they came."""
+        self.template = template
+        self.answer = answer
+
+    def put_in_place(self, decoder: Decoder) -> None:
+        """Makes this the model of one decoder."""
+        left: dict[int, list[int]] = {}
+
+        def add(requests: Sequence[Request], _: Any = None) -> list[DecodingRow]:
+            rows = [DecodingRow(request) for request in requests]
+            self.asked += [list(request.prompt) for request in requests]
+            left.update((id(row), self._ids(row.request)) for row in rows)
+            decoder._rows += rows
+            return rows
+
+        def step() -> None:
+            time.sleep(self.pause)
+            for row in decoder.active:
+                for _ in range(4):
+                    if not row.is_done:
+                        row.take(left[id(row)].pop(0), self.template.stop_ids)
+
+        def drop_done() -> None:
+            decoder._rows = decoder.active
+
+        for method in (add, step, drop_done, nothing):
+            name = "taken" if method is nothing else method.__name__
+            setattr(decoder, name, method)
+
+    def _ids(self, request: Request) -> list[int]:
+        ids: list[int] = []
+        for message in self.answer(self.template.decode(request.prompt)):
+            ids += [self.template.tokenizer.control_ids["<|assistant|>"]] if ids else []
+            text = f"{message.metadata}\n{message.content}"
+            ids += self.template.tokenizer.plain.encode(text, add_special_tokens=False).ids
+        return [*ids, self.template.stop_ids[-1 if message.metadata else 0]]

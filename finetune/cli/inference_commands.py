@@ -35,6 +35,17 @@ Quantization = Annotated[
 RequireCall = Annotated[
     bool, typer.Option("--require-call", help="A dialogue with tools is answered with a call.")
 ]
+More = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME=TARGET]...", help="Further models, and what clients call them."),
+]
+SaveTo = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where the page saves votes (votes.jsonl) and dialogues as training rows (rows.jsonl).",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")]
 
 
@@ -131,6 +142,7 @@ def replay(
 @using_app.command()
 def chat(
     target: Target,
+    more: More = None,
     base: Base = None,
     device_map: DeviceMap = None,
     quantization: Quantization = None,
@@ -139,11 +151,30 @@ def chat(
     temperature: Annotated[
         float, typer.Option(metavar="X", min=0, help="0 always takes the likeliest token.")
     ] = 0.0,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="In a browser, several models side by side, on a free port."),
+    ] = False,
+    save_to: SaveTo = None,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal, or with --web to several in a browser."""
+    from finetune.generation.settings import Placement
+
+    if web:
+        from finetune.serving.page.html import PageOptions
+        from finetune.serving.serve import ServeOptions
+        from finetune.serving.serve import serve as run_page
+
+        targets = _by_name(target, None, more or ())
+        sampling = {"temperature": temperature, "max_tokens": max_new_tokens}
+        page = PageOptions(save_to, system or "", sampling)
+        placement = Placement(device_map, quantization)
+        run_page(targets, base=base, options=ServeOptions(port=0, page=page, placement=placement))
+        return
+    if more or save_to is not None:
+        raise ConfigError("further models and --save-to are for the page: add --web")
     target = model_in(target)
     from finetune.chat.terminal import chat as run
-    from finetune.generation.settings import Placement
 
     run(
         target,
@@ -158,12 +189,7 @@ def chat(
 @using_app.command()
 def serve(
     target: Target,
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME=TARGET]...", help="Further models, and what clients call them."
-        ),
-    ] = None,
+    more: More = None,
     base: Base = None,
     device_map: DeviceMap = None,
     quantization: Quantization = None,
@@ -206,10 +232,17 @@ def serve(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse fields that nobody knows.")
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Also serve a page to try the models side by side.")
+    ] = False,
+    save_to: SaveTo = None,
 ) -> None:
     """Answer OpenAI's completions over HTTP."""
     targets = _by_name(target, name, more or ())
+    if save_to is not None and not page:
+        raise ConfigError("--save-to is for the page: add --page")
     from finetune.generation.settings import Placement
+    from finetune.serving.page.html import PageOptions
     from finetune.serving.serve import ServeOptions
     from finetune.serving.serve import serve as run
 
@@ -226,6 +259,7 @@ def serve(
         history=history,
         strict=strict,
         placement=Placement(device_map, quantization),
+        page=PageOptions(save_to) if page else None,
     )
     run(targets, base=base, options=options)
 

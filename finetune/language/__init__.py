@@ -28,7 +28,12 @@ def language() -> str:
 
 def word(text: str) -> str:
     """A fixed text in the user's language."""
-    return _catalogue().get(text, text) if language() == "zh" else text
+    return chinese(text) if language() == "zh" else text
+
+
+def chinese(text: str) -> str:
+    """A fixed text in Chinese, whoever reads."""
+    return _catalogue().get(text, text)
 
 
 def sentence(text: str) -> str:

@@ -19,9 +19,11 @@ from markupsafe import Markup
 from finetune import console
 from finetune.errors import ConfigError, FinetuneError
 from finetune.report.charts import Point, Series, lines
-from finetune.report.page import asset, environment, hashed
+from finetune.report.page import asset
+from finetune.report.page_data import ASSETS
 from finetune.report.runs import Run, find_runs
 from finetune.report.status import Status, read_status
+from finetune.webpages import hashed, templates, theme
 
 CURVES = {
     "loss": "loss",
@@ -54,8 +56,8 @@ def serve(folder: Path, *, port: int, every: float) -> None:
 
 def page(folder: Path, *, every: float = 0.0) -> str:
     """The whole page; with `every` it renews its panels after so many seconds."""
-    style, script = asset("page.css") + asset("board.css"), asset("board.js")
-    return environment().get_template("board.html").render(
+    style, script = theme() + asset("page.css") + asset("board.css"), asset("board.js")
+    return templates(ASSETS).get_template("board.html").render(
         folder=str(folder), panels=panels(folder), every=every,
         style=Markup(style), script=Markup(script),
         style_hash=hashed(style), script_hash=hashed(script),
@@ -69,7 +71,7 @@ def panels(folder: Path) -> Markup:
     except FinetuneError as error:  # a file that is being written; the next look finds it whole
         return Markup('<p class="note">{}</p>').format(error)
     found = [(run, read_status(run.path)) for run in runs]
-    template = environment().get_template("board_panels.html")
+    template = templates(ASSETS).get_template("board_panels.html")
     return Markup(
         template.render(
             rows=[_row(number, run, status) for number, (run, status) in enumerate(found)],

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__, console
@@ -31,6 +27,7 @@ from finetune.report.charts import Point, Series, histogram, lines
 from finetune.report.page_data import ASSETS, Content, page_data, read_content
 from finetune.report.runs import Run, differences, read_run
 from finetune.storage.files import write_file
+from finetune.webpages import hashed, templates, theme
 
 PAGE = "report.html"
 SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
@@ -66,9 +63,9 @@ def runs_of(folder: Path, evaluation: Evaluation) -> dict[str, Run]:
 def page(evaluation: Evaluation, content: Content, runs: Mapping[str, Run]) -> str:
     """The page's text."""
     colours = colours_of(evaluation)
-    style, script = asset("page.css"), "\n".join(map(asset, SCRIPTS))
+    style, script = theme() + asset("page.css"), "\n".join(map(asset, SCRIPTS))
     headline = evaluation.headline
-    template = environment().get_template("page.html")
+    template = templates(ASSETS).get_template("page.html")
     return template.render(
         title=_title(evaluation, content),
         files=evaluation.data,
@@ -378,23 +375,6 @@ def _run_name(run: str) -> str:
     return Path(run).name
 
 
-@cache
-def environment() -> Environment:
-    """Templates of the pages; what is put into them is escaped."""
-    return Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def asset(name: str) -> str:
     """The text of a style sheet or a script."""
     return (ASSETS / name).read_text(encoding="utf-8")
-
-
-def hashed(text: str) -> str:
-    """What the page's policy names, so that no other script or style runs."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -28,14 +28,15 @@ from finetune.serving.guard import Access, Guard
 from finetune.serving.heap import trimmed
 from finetune.serving.job import ReplyJob
 from finetune.serving.metrics import CONTENT_TYPE, Metrics
+from finetune.serving.page.html import PageOptions
+from finetune.serving.page.routes import add_page
+from finetune.serving.requests.body import read_body
 from finetune.serving.requests.chat import AskedChat, read_tokens
 from finetune.serving.requests.completion import AskedCompletion
 from finetune.serving.requests.rules import Asked, RequestRules, rules_of
 
 IGNORED = "X-Ignored-Fields"
 """The header that names what was left out of a request."""
-BODY_SECONDS = 30.0
-"""A body must have come by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,13 @@ class Limits:
 
 
 def make_app(
-    engine: Engine, models: Mapping[str, RequestRules], limits: Limits, access: Access
+    engine: Engine,
+    models: Mapping[str, RequestRules],
+    limits: Limits,
+    access: Access,
+    page: PageOptions | None = None,
 ) -> FastAPI:
-    """The ASGI application on the models of an engine, by their ids."""
+    """The ASGI application on the models of an engine, by their ids; with a page to try them on, if wanted."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,28 +68,11 @@ def make_app(
     desk = Desk(engine, models, limits, metrics)
     for path, kind in KINDS.items():
         app.router.routes.append(Route(path, Completions(desk, kind), methods=["POST"]))
-    created = int(time.time())
-
-    def card(name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "local",
-            "max_model_len": models[name].context,
-        }
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(name) for name in models]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        return card(rules_of(name, models).name)
+    _add_cards(app, models)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = await _body(request, limits.body_bytes)
+        body = await read_body(request, limits.body_bytes)
         tokens, rules = await asyncio.to_thread(read_tokens, body, models)
         return {"count": len(tokens), "max_model_len": rules.context, "tokens": tokens}
 
@@ -98,11 +86,37 @@ def make_app(
             raise stopping()
         return {"status": "ok"}
 
+    if page is not None:
+        needs_key = access.key is not None
+        add_page(app, models, page, needs_key=needs_key, body_bytes=limits.body_bytes)
     app.add_middleware(Guard, access=access, count=metrics.count_answer)
     app.add_exception_handler(ApiError, _tell)
     app.add_exception_handler(HTTPException, _tell)
     app.add_exception_handler(Exception, _tell)
     return app
+
+
+def _add_cards(app: FastAPI, models: Mapping[str, RequestRules]) -> None:
+    """What is served, as OpenAI's list of models."""
+    created = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "local",
+            "max_model_len": models[name].context,
+            "takes_images": models[name].template.image is not None,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(name) for name in models]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return card(rules_of(name, models).name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +178,7 @@ class Completions:
         """Answers one request; however it ends, its place is free then."""
         with self._desk.place():
             request = Request(scope, receive)
-            body = await _body(request, self._desk.limits.body_bytes)
+            body = await read_body(request, self._desk.limits.body_bytes)
             asked = await asyncio.to_thread(self._kind.asked, body, self._desk.models)
             jobs = await self._jobs(asked)
             watching = asyncio.create_task(_cancel_when_gone(receive, jobs))
@@ -282,24 +296,6 @@ async def _side_by_side(jobs: Sequence[ReplyJob]) -> AsyncIterator[tuple[int, Pi
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The body; ApiError when it is too large, which its header tells first, or too slow."""
-    too_large = ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
-    stated = request.headers.get("content-length", "")
-    if stated.isdigit() and int(stated) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} s") from None
-    return bytes(body)
 
 
 async def _cancel_when_gone(receive: Receive, jobs: Sequence[ReplyJob]) -> None:

@@ -25,8 +25,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from finetune import console
 from finetune.serving.errors import ApiError, bad_request
 
-OPEN_PATHS = frozenset({"/health"})
-"""What answers without a key."""
+OPEN_PATHS = frozenset({"/health", "/"})
+"""What answers without a key: the page, too, in which a key is typed."""
 
 
 HEADER_SECONDS = 10.0

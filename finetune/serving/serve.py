@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from finetune.generation.load import OpenedModel
     from finetune.serving.engine import Engine
+    from finetune.serving.page.html import PageOptions
     from finetune.serving.requests.rules import RequestRules
 
 KEY_VARIABLE = "FINETUNE_API_KEY"
@@ -55,6 +56,8 @@ class ServeOptions:
     strict: bool = False
     """Fields that nobody knows are refused, not left out."""
     placement: Placement = HERE
+    page: PageOptions | None = None
+    """A page to try the models on, at `/`."""
 
 
 def serve(
@@ -82,7 +85,8 @@ def serve(
         app, engine = endpoint(opened, options, key)
         listener.listen()
         verb = "answers" if len(targets) == 1 else "answer"
-        console.say(f"{', '.join(targets)} {verb} at {_url(listener)}/v1; Ctrl-C stops it")
+        page = f", the page at {_url(listener)}/" if options.page else ""
+        console.say(f"{', '.join(targets)} {verb} at {_url(listener)}/v1{page}; Ctrl-C stops it")
         _run(app, engine, listener)
     console.say("stopped")
 
@@ -107,7 +111,7 @@ def endpoint(
     )
     limits = Limits(options.max_requests, options.max_request_mb << 20)
     hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
-    return make_app(engine, rules, limits, Access(hosts, key)), engine
+    return make_app(engine, rules, limits, Access(hosts, key), options.page), engine
 
 
 def _rules(name: str, opened: OpenedModel, options: ServeOptions) -> RequestRules:

@@ -127,7 +127,7 @@ def messages() -> Iterator[tuple[str, str]]:
 
 
 def page_texts() -> Iterator[tuple[str, str]]:
-    """The texts of the report's page and of its exports, which stand in calls of `t` and `word`."""
+    """The texts of the pages and of the report's exports, which stand in calls of `t` and `word`."""
     folder = ROOT / "finetune/report"
     for path in sorted(
         [*folder.glob("assets/*.html"), *folder.glob("assets/*.js"), *folder.glob("*.py")]
@@ -135,6 +135,10 @@ def page_texts() -> Iterator[tuple[str, str]]:
         text = path.read_text(encoding="utf-8")
         for found in re.findall(r"""\bt\("([^"]+)"\)|\bword\(["']([^"']+)["']\)""", text):
             yield "".join(found), path.relative_to(ROOT).as_posix()
+    from finetune.serving.page.html import words
+
+    for text in words():
+        yield text, "finetune/serving/page"
 
 
 def is_message(text: str) -> bool:

@@ -77,18 +77,20 @@ UNCHANGED: dict[str, tuple[Any, ...]] = {
 """Fields that are not done here, and the values that ask for nothing."""
 
 
-class _Fields(BaseModel):
+class Strict(BaseModel):
+    """Fields with values of their kinds and no others."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Strict):
     """What comes at the end of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class JsonSchema(_Fields):
+class JsonSchema(Strict):
     """A schema with a name."""
 
     name: str | None = None
@@ -97,7 +99,7 @@ class JsonSchema(_Fields):
     strict: bool = False
 
 
-class ResponseFormat(_Fields):
+class ResponseFormat(Strict):
     """What a reply that is no call must be."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -113,20 +115,20 @@ class ResponseFormat(_Fields):
         return self.json_schema.schema_
 
 
-class NamedFunction(_Fields):
+class NamedFunction(Strict):
     """The name of a function."""
 
     name: str
 
 
-class NamedTool(_Fields):
+class NamedTool(Strict):
     """A function that must be called."""
 
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
-class SamplingFields(_Fields):
+class SamplingFields(Strict):
     """The fields of every request for a reply."""
 
     model: str
@@ -177,7 +179,7 @@ class CompletionRequest(SamplingFields):
 
 KNOWN_ELSEWHERE = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
 """Such as `messages` beside a `prompt`: a mistake, which is refused."""
-AnyRequest = TypeVar("AnyRequest", bound=SamplingFields)
+AnyRequest = TypeVar("AnyRequest", bound=Strict)
 
 
 def parse(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, list[str]]:

@@ -26,7 +26,7 @@ def check_sources(messages: Sequence[Any]) -> None:
         if isinstance(message, dict) and message.get("image") is not None:
             raise bad_request(f"an image comes as an image_url part, {_ONLY}", f"messages.{place}")
         for at, part in enumerate(parts if isinstance(parts, list) else []):
-            if _is_image(part):
+            if is_image(part):
                 _url_of(part, f"messages.{place}.content.{at}")
 
 
@@ -48,7 +48,7 @@ def _message(message: Any, location: str, folder: Path) -> Any:
 
 
 def _part(part: Any, location: str, folder: Path) -> Any:
-    if not _is_image(part):
+    if not is_image(part):
         return part
     url = _url_of(part, location)
     path = folder / f"{len(list(folder.iterdir()))}"
@@ -60,7 +60,8 @@ def _part(part: Any, location: str, folder: Path) -> Any:
     return {"type": "image", "image": str(path)}
 
 
-def _is_image(part: Any) -> bool:
+def is_image(part: Any) -> bool:
+    """Whether a part of a message shows an image."""
     return isinstance(part, dict) and part.get("type") in ("image", "image_url")
 
 
