@@ -18,6 +18,7 @@ from selenium.webdriver.common.keys import Keys
 
 from finetune.cli import main
 from finetune.data.preview.report import check
+from finetune.evaluation.scores.votes import score_votes
 from finetune.generation.load import open_model
 from finetune.serving.page import html
 
@@ -150,6 +151,14 @@ def test_votes_are_saved_with_hidden_names_and_scored(page: pages.Page, capsys: 
     assert all(vote["hidden"] and set(vote["models"]) == {"base", "tuned"} for vote in votes)
     for vote in votes:
         assert vote["replies"] == [f"{name} answers." for name in vote["models"]]
+    assert len({vote["dialogue"] for vote in votes}) == 1
+    file = page.server_folder / "votes.jsonl"
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "--votes", str(file)])
+    assert end.value.code == 0
+    assert "base : tuned" in capsys.readouterr().out
+    [pair] = score_votes([file])
+    assert (pair.a, pair.b, pair.wins, pair.losses, pair.ties) == ("base", "tuned", 0, 2, 1)
 
 
 def test_a_dialogue_becomes_a_row_that_training_takes_and_shows_its_mask(page: pages.Page) -> None:
@@ -261,3 +270,25 @@ def test_the_page_asks_its_own_server_only_and_its_libraries_are_named_with_lice
         assert file.with_suffix(".LICENSE").is_file()
         head = file.read_text(encoding="utf-8")
         assert named[1] in (head[:400] if file.stem != "katex" else head), "the version is the one named"  # fmt: skip
+
+
+def test_serve_and_chat_open_the_page_with_what_the_command_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = []
+    monkeypatch.setattr("finetune.serving.serve.serve", lambda *models, **more: opened.append((*models, more["options"])))  # fmt: skip
+    base, save = str(folder / "base"), str(folder / "trials")
+    for words in (["serve", base, f"tuned={base}", "--page", "--save-to", save], ["chat", base, f"tuned={base}", "--web", "--system", "Be kind.", "--temperature", "0.5"]):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+    (served, serving_options), (chatted, chat_options) = opened
+    assert served == chatted == {"base": base, "tuned": base}
+    assert serving_options.page == html.PageOptions(Path(save))
+    assert chat_options.page == html.PageOptions(None, "Be kind.", {"temperature": 0.5, "max_tokens": 1024})  # fmt: skip
+    assert chat_options.port == 0
+    for words in (["serve", base, "--save-to", save], ["chat", base, "--save-to", save], ["chat", base, f"a={base}"]):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 2
+    assert "for the page: add --web" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def test_no_other_origin_can_use_the_page_or_frame_it(page: pages.Page, tmp_path
 
 def _stranger(folder: Path, url: str) -> Path:
     file = folder / "stranger.html"
-    vote = {"models": ["base", "tuned"], "winner": "base", "hidden": False, "turn": 1, "system": "", "prompt": "", "replies": ["", ""]}  # fmt: skip
+    vote = {"models": ["base", "tuned"], "winner": "base", "hidden": False, "dialogue": "x", "turn": 1, "system": "", "prompt": "", "replies": ["", ""]}  # fmt: skip
     file.write_text(f"""<!doctype html><iframe src="{url}/"></iframe><script>
         window.tried = [];
         const note = (asked) => asked.then(() => tried.push('allowed'), (error) => tried.push(error.name));

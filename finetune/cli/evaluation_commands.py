@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -138,6 +138,13 @@ def evaluate(
             metavar="MODEL", help="An encoder that tells how alike reply and reference are."
         ),
     ] = None,
+    votes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Score votes that `serve --page` saved, and nothing else; repeatable.",
+        ),
+    ] = None,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -169,6 +176,9 @@ def evaluate(
         "options": rows,
     }
     with console.json_output(as_json) as emit:
+        if votes:
+            emit(_say_votes(votes, targets, data, predictions))
+            return
         from finetune.report.requirements import read_requirements
 
         requirements = read_requirements(require or ())
@@ -203,6 +213,26 @@ def evaluate(
         emit(found)
         if requirements and console.is_rank0():
             _check_requirements(Path(found["output"]), requirements)
+
+
+def _say_votes(votes: Sequence[str], *others: Sequence[str] | None) -> dict[str, Any]:
+    """The win rates of saved votes, shown and returned."""
+    from dataclasses import asdict
+
+    from finetune.evaluation.scores.votes import score_votes
+
+    if any(others):
+        raise ConfigError("--votes scores what people said; models and data are scored without it")
+    duels = score_votes([Path(path) for path in votes])
+    console.table(
+        ["pair", "won", "lost", "ties", "dialogues", "win rate in %", "verdict"],
+        [
+            [f"{one.a} : {one.b}", str(one.wins), str(one.losses), str(one.ties), str(one.dialogues),
+             f"{one.win_rate:.1f} ({one.low:.1f} to {one.high:.1f})", f"{one.verdict}, p = {one.p:.2g}"]
+            for one in duels
+        ],
+    )  # fmt: skip
+    return {"pairs": [asdict(one) for one in duels]}
 
 
 def _check_requirements(folder: Path, requirements: Sequence[Requirement]) -> None:

@@ -44,6 +44,8 @@ class Vote(Strict):
     winner: Name | None = None
     hidden: bool
     """The voter did not see the names."""
+    dialogue: Name
+    """Votes of one dialogue have the same."""
     turn: Annotated[int, Field(ge=1)]
     system: Text
     prompt: Text

@@ -105,7 +105,8 @@ function send() {
   if (state.hidden && Math.random() < 0.5) order.reverse();
   if (state.hidden && order.length > 2) order.sort(() => Math.random() - 0.5);
   const picture = state.turns.length ? null : state.picture;
-  state.turns.push({ text, picture, models, order, hidden: state.hidden, answers: models.map(newAnswer), vote: null });
+  const dialogue = state.turns[0]?.dialogue ?? Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  state.turns.push({ dialogue, text, picture, models, order, hidden: state.hidden, answers: models.map(newAnswer), vote: null });
   Object.assign(state, { draft: "", picture: null, editing: null });
   drawAll();
   window.scrollTo(0, document.documentElement.scrollHeight);
@@ -137,7 +138,7 @@ async function vote(number, place) {
   const replies = turn.order.map((column) => turn.answers[column].steps.map((step) => step.text).join("\n"));
   try {
     if (setup.saves) {
-      await ask("page/votes", { models: names, winner: place === null ? null : names[place], hidden: turn.hidden, turn: number + 1, system: state.system, prompt: turn.text, replies });
+      await ask("page/votes", { models: names, winner: place === null ? null : names[place], hidden: turn.hidden, dialogue: turn.dialogue, turn: number + 1, system: state.system, prompt: turn.text, replies });
     }
     turn.vote = place === null ? "tie" : place;
   } catch (error) { tell(error.message, "bad"); }
