@@ -222,7 +222,7 @@ def _say_votes(votes: Sequence[str], *others: Sequence[str] | None) -> dict[str,
     from finetune.evaluation.scores.votes import score_votes
 
     if any(others):
-        raise ConfigError("--votes scores what people said; models and data are scored without it")
+        raise ConfigError("--votes scores what people said; remove it to score models and data")
     duels = score_votes([Path(path) for path in votes])
     console.table(
         ["pair", "won", "lost", "ties", "dialogues", "win rate in %", "verdict"],

@@ -58,7 +58,7 @@ def score_votes(paths: Sequence[Path]) -> list[Duel]:
                     score = 0.5 if winner is None else float(winner == pair[0])
                     scores[pair][dialogue].append(score)
     if not scores:
-        raise DataError(f"{', '.join(map(str, paths))}: no votes; `serve --page --save-to FOLDER` saves them")  # fmt: skip
+        raise DataError(f"{', '.join(map(str, paths))}: no votes; give the file that `serve --page --save-to FOLDER` wrote")  # fmt: skip
     plain = [_sign_test([_mean(votes) for votes in units.values()]) for units in scores.values()]
     duels = [
         _duel(pair, list(units.values()), p)
@@ -116,7 +116,9 @@ def _votes(path: Path) -> Iterator[tuple[str, list[str], str | None]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(
+            f"{path} cannot be read: {error}; check the path and its permissions"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -124,7 +126,9 @@ def _votes(path: Path) -> Iterator[tuple[str, list[str], str | None]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{place}: is no JSON: {error}") from error
+            raise DataError(
+                f"{place}: is no JSON: {error}; correct the line or remove it"
+            ) from error
         yield _vote(row, place)
 
 
@@ -137,9 +141,11 @@ def _vote(row: Any, place: str) -> tuple[str, list[str], str | None]:
         or len(models) < 2
         or not all(isinstance(name, str) for name in models)
     ):
-        raise DataError(f"{place}: `models` must name two or more different models")
+        raise DataError(
+            f"{place}: `models` must name two or more different models; correct the line or remove it"
+        )
     if winner is not None and winner not in models:
-        raise DataError(f"{place}: `winner` is {winner!r}, which is none of the models; null is a tie")  # fmt: skip
+        raise DataError(f"{place}: `winner` is {winner!r}, which is none of the models; correct it, null is a tie")  # fmt: skip
     return str(row.get("dialogue") or place), models, winner
 
 
