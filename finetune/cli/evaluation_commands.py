@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ from finetune.artifacts.resolve import models_in
 from finetune.cli.data_commands import Columns, ImageRoot, Json, Rows
 from finetune.cli.inference_commands import JsonSchema, Quantization, RequireCall
 from finetune.cli.inputs import DeviceMap, Overwrite
-from finetune.cli.report_commands import say_report
+from finetune.cli.report_commands import say_report, say_votes
 from finetune.config.row_formats import RowFormat
 from finetune.errors import ConfigError
 
@@ -177,7 +177,7 @@ def evaluate(
     }
     with console.json_output(as_json) as emit:
         if votes:
-            emit(_say_votes(votes, targets, data, predictions))
+            emit(say_votes(votes, targets, data, predictions))
             return
         from finetune.report.requirements import read_requirements
 
@@ -213,26 +213,6 @@ def evaluate(
         emit(found)
         if requirements and console.is_rank0():
             _check_requirements(Path(found["output"]), requirements)
-
-
-def _say_votes(votes: Sequence[str], *others: Sequence[str] | None) -> dict[str, Any]:
-    """The win rates of saved votes, shown and returned."""
-    from dataclasses import asdict
-
-    from finetune.evaluation.scores.votes import score_votes
-
-    if any(others):
-        raise ConfigError("--votes scores what people said; remove it to score models and data")
-    duels = score_votes([Path(path) for path in votes])
-    console.table(
-        ["pair", "won", "lost", "ties", "dialogues", "win rate in %", "verdict"],
-        [
-            [f"{one.a} : {one.b}", str(one.wins), str(one.losses), str(one.ties), str(one.dialogues),
-             f"{one.win_rate:.1f} ({one.low:.1f} to {one.high:.1f})", f"{one.verdict}, p = {one.p:.2g}"]
-            for one in duels
-        ],
-    )  # fmt: skip
-    return {"pairs": [asdict(one) for one in duels]}
 
 
 def _check_requirements(folder: Path, requirements: Sequence[Requirement]) -> None:

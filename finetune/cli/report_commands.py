@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -170,3 +171,23 @@ def say_report(folder: Path) -> None:
     page = write_page(folder)
     show(folder)
     console.say(f"\nreport: {page}")
+
+
+def say_votes(votes: Sequence[str], *others: Sequence[str] | None) -> dict[str, Any]:
+    """The win rates of saved votes, shown and returned."""
+    from dataclasses import asdict
+
+    from finetune.evaluation.scores.votes import score_votes
+
+    if any(others):
+        raise ConfigError("--votes scores what people said; remove it to score models and data")
+    duels = score_votes([Path(path) for path in votes])
+    console.table(
+        ["pair", "won", "lost", "ties", "dialogues", "win rate in %", "verdict"],
+        [
+            [f"{one.a} : {one.b}", str(one.wins), str(one.losses), str(one.ties), str(one.dialogues),
+             f"{one.win_rate:.1f} ({one.low:.1f} to {one.high:.1f})", f"{one.verdict}, p = {one.p:.2g}"]
+            for one in duels
+        ],
+    )  # fmt: skip
+    return {"pairs": [asdict(one) for one in duels]}
