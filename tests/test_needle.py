@@ -10,7 +10,8 @@ import pytest
 from finetune.errors import ConfigError
 from finetune.evaluation.evaluate import Options, evaluate
 from finetune.evaluation.schema import read_evaluation
-from finetune.evaluation.tasks import needle
+from finetune.evaluation.tasks import needle, plan
+from finetune.evaluation.tasks.plan import Task
 
 
 @pytest.mark.parametrize(
@@ -18,13 +19,13 @@ from finetune.evaluation.tasks import needle
     [("4k..32k", [4096, 8192, 16384, 32768]), ("512", [512]), ("300..700", [300, 600]), ("1m", [1 << 20])],
 )  # fmt: skip
 def test_a_range_doubles_from_its_first_length(text: str, lengths: list[int]) -> None:
-    assert needle.lengths_of(text) == lengths
+    assert plan.lengths_of(Task(text, "needle")) == lengths
 
 
 @pytest.mark.parametrize("text", ["", "4k..", "8k..4k", "100", "x"])
 def test_what_is_no_range_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="needle"):
-        needle.lengths_of(text)
+        plan.lengths_of(Task(text, "needle"))
 
 
 @pytest.fixture(scope="module")

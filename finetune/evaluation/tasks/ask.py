@@ -16,13 +16,15 @@ def ask(
     model: Any, template: ChatTemplate, names: Sequence[str], how: Asking
 ) -> dict[str, TaskScore]:
     """What `model` scores on the tasks of these names."""
-    from finetune.evaluation.tasks import calls, needle
+    from finetune.evaluation.tasks import calls, needle, writing
 
     tasks = plan.read_tasks(names)
     scores = harness.run_tasks(model, template, tasks, how)
     for task in tasks:
         if task.kind == "needle":
-            scores |= needle.ask(model, template, needle.lengths_of(task.name))
+            scores |= needle.ask(model, template, plan.lengths_of(task))
+        if task.kind == "writing":
+            scores |= writing.ask(model, template, plan.lengths_of(task), how.batch_size)
         if task.kind == "calls":
             scores |= calls.ask(
                 model,

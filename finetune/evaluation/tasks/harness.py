@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console, launcher
 from finetune.errors import ConfigError, DataError
-from finetune.evaluation.tasks import needle, plan
+from finetune.evaluation.tasks import plan
 from finetune.evaluation.tasks.plan import Task, read_tasks
 from finetune.evaluation.tasks.table import TaskScore
 
@@ -49,8 +49,8 @@ def check_harness(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"--tasks: {task.name} is no file (seen from {Path.cwd()}); correct the path"
             )
-        if task.kind == "needle":
-            needle.lengths_of(task.name)
+        if task.kind in ("needle", "writing"):
+            plan.lengths_of(task)
         if task.kind in ("chat", "text") and find_spec(PACKAGE) is None:
             raise ConfigError(
                 f"--tasks {task.name} needs lm-evaluation-harness, which is not installed: "

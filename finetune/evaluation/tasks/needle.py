@@ -9,14 +9,12 @@ is asked for; no sentence of it says what the hidden one says. A reply is right 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.data.dialogue.conversation import Conversation, Message
-from finetune.errors import ConfigError
 from finetune.evaluation.tasks.table import TaskScore
 
 if TYPE_CHECKING:
@@ -29,8 +27,6 @@ LANGUAGES = ("en", "zh")
 NEW_TOKENS = 32
 COPIES = 3
 """Keys and values of a text in memory: while it is read, once more when a buffer grows, and what is kept for other depths."""
-_RANGE = re.compile(r"(\d+)([km]?)(?:\.\.(\d+)([km]?))?", re.IGNORECASE)
-_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 NEEDLES = {"en": "The number of the blue locker is {}.", "zh": "蓝色储物柜的号码是 {}。"}
 QUESTIONS = {
     "en": "\n\nWhat is the number of the blue locker? Answer with the number.",
@@ -68,23 +64,6 @@ class Hidden:
     def is_deepest(self) -> bool:
         """All of the text stands before the sentence."""
         return self.id.endswith(f":{DEPTHS[-1]}")
-
-
-def lengths_of(text: str) -> list[int]:
-    """The lengths of `4k..32k`, doubling; ConfigError for what is no range."""
-    found = _RANGE.fullmatch(text)
-    if not found:
-        raise ConfigError(
-            f"--tasks needle:{text}: write a length or a range, such as 4k or 4k..128k"
-        )
-    first = int(found[1]) * _UNITS[found[2].lower()]
-    last = int(found[3]) * _UNITS[found[4].lower()] if found[3] else first
-    if not 256 <= first <= last:
-        raise ConfigError(f"--tasks needle:{text}: write lengths that rise, of 256 tokens or more")
-    lengths = [first]
-    while lengths[-1] * 2 <= last:
-        lengths.append(lengths[-1] * 2)
-    return lengths
 
 
 def texts(template: ChatTemplate, length: int, seed: str = "") -> Iterator[Hidden]:

@@ -5,18 +5,24 @@ text:mmlu            the same without the chat template, as a base model is aske
 my_task.yaml         a task of the user's own
 calls:FOLDER         the Berkeley leaderboard's files in a folder
 needle:4k..128k      a sentence hidden in texts of these lengths
+writing:500..4000    texts of so many words, to be written
 glm4-base glm4-chat multilingual      the README's tables
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-TEXT, CALLS, NEEDLE = "text:", "calls:", "needle:"
+from finetune.errors import ConfigError
+
+TEXT, CALLS, NEEDLE, WRITING = "text:", "calls:", "needle:", "writing:"
+_RANGE = re.compile(r"(\d+)([km]?)(?:\.\.(\d+)([km]?))?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 RUNS_CODE = "humaneval"
 """Its questions are answered with programs, which are run."""
 
@@ -26,8 +32,8 @@ class Task:
     """One task."""
 
     name: str
-    """Of the harness, or a YAML file; of `calls` the folder, of `needle` the lengths."""
-    kind: Literal["chat", "text", "calls", "needle"]
+    """Of the harness, or a YAML file; of `calls` the folder, of `needle` and `writing` the lengths."""
+    kind: Literal["chat", "text", "calls", "needle", "writing"]
 
     @property
     def label(self) -> str:
@@ -84,6 +90,22 @@ PRESETS: dict[str, tuple[Figure, ...]] = {
 own, so a difference of a few points from the published figure is no fault of a model."""
 
 
+def lengths_of(task: Task) -> list[int]:
+    """The lengths of `4k..32k`, doubling; ConfigError for what is no range."""
+    typed = f"--tasks {task.kind}:{task.name}"
+    found = _RANGE.fullmatch(task.name)
+    if not found:
+        raise ConfigError(f"{typed}: write a length or a range, such as 4k or 4k..128k")
+    first = int(found[1]) * _UNITS[found[2].lower()]
+    last = int(found[3]) * _UNITS[found[4].lower()] if found[3] else first
+    if not 256 <= first <= last:
+        raise ConfigError(f"{typed}: write lengths that rise, of 256 or more")
+    lengths = [first]
+    while lengths[-1] * 2 <= last:
+        lengths.append(lengths[-1] * 2)
+    return lengths
+
+
 def runs_code() -> bool:
     """Whether the user allows that programs which a model writes are run."""
     return os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
@@ -122,6 +144,8 @@ def _tasks(word: str) -> Iterator[Task]:
         yield Task(word.removeprefix(CALLS), "calls")
     elif word.startswith(NEEDLE):
         yield Task(word.removeprefix(NEEDLE), "needle")
+    elif word.startswith(WRITING):
+        yield Task(word.removeprefix(WRITING), "writing")
     elif word.startswith(TEXT):
         yield Task(word.removeprefix(TEXT), "text")
     elif word:
