@@ -16,7 +16,7 @@ from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.errors import DataError
 from finetune.generation import batch as tensors
 from finetune.generation import generate as generation
-from finetune.generation.decoder import DecodingRow
+from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.generate import Extras, Reply, SeededSampling, generate, plan_batches
 from finetune.methods import ptuning_v2
 
@@ -88,6 +88,40 @@ def test_a_batch_gives_what_each_prompt_gives_alone(
     for size in (1, 5, 12):
         replies = generate(model, stops, asked, max_new_tokens=24, batch_size=size)
         assert replies == [Reply(i, *one) for i, one in enumerate(alone)]
+
+
+SPEED_PATHS: dict[str, list[tuple[Any, str, Any]]] = {
+    "all on": [],
+    "no common beginning": [(tensors, "SHORTEST_PREFIX", 10**9)],
+    "every prompt read by itself": [
+        (tensors, "beginnings", lambda prompts: [*range(len(prompts))]),
+        (generation, "beginnings", lambda prompts: [*range(len(prompts))]),
+    ],
+    "in pieces": [(tensors, "FIRST_PASS_TOKENS", 16)],
+    "rows that ended stay": [(Decoder, "is_sparse", False)],
+    "batches not dealt together": [(generation, "FULL_BATCH", 1)],
+    "one row at a time": [(generation, "CACHE_BYTES", 1)],
+}
+
+
+@pytest.mark.parametrize("family", ["chatglm", "glm4"])
+def test_every_speed_path_on_and_off_gives_the_same_tokens(
+    family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_tiny(request.getfixturevalue(f"tiny_{family}"))
+    stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))
+    system = prompts(1, longest=30, seed=7)[0] * 2
+    wholes = [[*system, *rest] for rest in prompts(12, longest=16)]
+    asked = [whole[:end] for whole in wholes for end in (len(system) + 2, len(whole) - 1, len(whole))]  # fmt: skip
+    expected = [Reply(i, *by_hand(model, prompt, stops, 10)) for i, prompt in enumerate(asked)]
+    assert len({len(reply.ids) for reply in expected}) > 2
+    for name, changes in SPEED_PATHS.items():
+        with monkeypatch.context() as off:
+            for place, attribute, value in changes:
+                off.setattr(place, attribute, value)
+            for size in (3, 36):
+                found = generate(model, stops, asked, max_new_tokens=10, batch_size=size)
+                assert found == expected, (name, size)
 
 
 def test_a_reply_that_is_cut_has_not_stopped_and_one_at_the_limit_has(glm: Any) -> None:

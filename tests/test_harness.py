@@ -152,6 +152,31 @@ def test_tasks_alone_need_no_data_and_models_are_compared_question_by_question(
     assert found.data == []
 
 
+@needs_harness
+def test_a_published_task_reads_its_data_from_a_folder_and_models_are_compared_by_it(
+    tiny_glm: Path, tiny_glm4: Path, tmp_path: Path
+) -> None:
+    # As `hf download --repo-type dataset openai/gsm8k --local-dir FOLDER/openai/gsm8k` leaves it.
+    place = tmp_path / "data/openai/gsm8k"
+    rows = [{"question": f"What is {n} + 1?", "answer": f"It is one more.\n#### {n + 1}"} for n in range(8)]  # fmt: skip
+    (place / "main").mkdir(parents=True)
+    for split in ("train", "test"):
+        write_rows(place / f"main/{split}.jsonl", rows)
+    files = "".join(f"  - {{split: {split}, path: main/{split}.jsonl}}\n" for split in ("train", "test"))  # fmt: skip
+    (place / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n")  # fmt: skip
+    options = Options(tasks=("gsm8k",), tasks_data=str(tmp_path / "data"))
+    evaluate([str(tiny_glm), str(tiny_glm4)], output=tmp_path / "out", changes={"max_samples": 2}, options=options)  # fmt: skip
+    found = read_evaluation(tmp_path / "out")
+    names = [f"gsm8k/exact_match:{way}" for way in ("strict-match", "flexible-extract")]
+    assert sorted(found.metrics) == sorted(names)
+    assert [target.scores[names[0]].n for target in found.targets] == [2, 2]
+    assert "5-shot" in found.signatures[names[0]]
+    one, other = (target.name for target in found.targets)
+    pair = found.comparison(one, other, names[0])
+    assert pair is not None
+    assert pair.verdict == "no real difference"
+
+
 @pytest.fixture(scope="module")
 def opened(tiny_glm: Path) -> Any:
     from finetune.generation.load import Models

@@ -177,6 +177,45 @@ def test_the_page_can_be_used_without_a_mouse(browser: Browser, folder: Path) ->
     assert unnamed == 0
 
 
+def test_what_a_screen_reader_meets_has_a_name(browser: Browser, folder: Path) -> None:
+    screens.look(browser, folder / "report.html")
+    nameless = """return [...document.querySelectorAll('svg, img, nav, [role=region], [role=img], button, a, select, input')]
+        .filter((e) => !e.closest('[hidden], svg *') && !(e.getAttribute('aria-label') || e.getAttribute('alt') || e.textContent.trim() || e.closest('label')))
+        .map((e) => e.outerHTML.slice(0, 80))"""
+    assert browser.execute_script(nameless) == []
+    drawn = "return [...document.querySelectorAll('figure > svg')].map((e) => [e.getAttribute('role'), e.getAttribute('aria-label').length > 3])"
+    charts = browser.execute_script(drawn)
+    assert charts
+    assert all(found == ["img", True] for found in charts)
+    headless = "return document.querySelectorAll('table th:not([scope])').length"
+    assert browser.execute_script(headless) == 0
+    assert browser.execute_script("return document.documentElement.lang") == "en"
+
+
+def test_a_link_to_a_sample_opens_the_page_it_is_on(browser: Browser, folder: Path) -> None:
+    browser.get("about:blank")
+    browser.get((folder / "report.html").as_uri() + "#sample-17")
+    assert 17 in shown(browser)
+    place = "return document.getElementById('sample-17').getBoundingClientRect().top"
+    assert 0 <= browser.execute_script(place) < 400
+    [link] = browser.find_elements("css selector", "#sample-17 header b a")
+    assert link.get_attribute("href").endswith("#sample-17")
+
+
+def test_on_paper_the_controls_are_gone_and_texts_are_whole(browser: Browser, folder: Path) -> None:
+    screens.look(browser, folder / "report.html")
+    style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        gone = [browser.execute_script(style, name, "display") for name in ("nav", ".controls", ".pager")]  # fmt: skip
+        assert gone == ["none"] * 3
+        assert browser.execute_script(style, ".reply .text", "maxHeight") == "none"
+        assert browser.execute_script(style, ".wide", "overflowX") == "visible"
+        assert browser.execute_script(style, "body", "backgroundColor") == "rgb(255, 255, 255)"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 def test_differences_to_the_reference_are_marked_word_by_word(
     browser: Browser, folder: Path
 ) -> None:

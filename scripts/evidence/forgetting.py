@@ -3,7 +3,7 @@
     python scripts/evidence/forgetting.py [--folder runs/forgetting] [--write]
 
 1. A small GLM is taught general things from scratch: facts, each asked in four ways, and calls of six tools.
-   Held out of it is one way of asking each fact, and for each tool a third of the towns.
+   Held out of it is one way of asking each fact, and numbers for each tool to be called with.
 2. It is tuned on data/support_desk, once as it is, once with `data.replay`, whose prompts are about half of
    the facts and tools only. `evaluation.choose: domain_without_forgetting` says what it thinks of both.
 3. All three are asked on the domain's held-out dialogues and on the general ones that are held out: those
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,17 @@ FACTS: list[tuple[tuple[str, str, str, str], str, str]] = [
         "January:February, February:March, March:April, April:May, May:June, June:July, July:August, August:September, September:October, October:November, November:December, December:January",
     ),
 ]  # fmt: skip
-# Name, description, two ways of asking.
-TOOLS: list[tuple[str, str, tuple[str, str]]] = [
-    ("get_weather", "Current weather of a town", ("What is the weather like in {}?", "Do I need an umbrella in {} today?")),
-    ("find_hotel", "Hotels of a town", ("Where can I sleep in {}?", "Find me a room in {}.")),
-    ("find_restaurant", "Restaurants of a town", ("Where can I eat in {}?", "I am hungry and in {}, where to?")),
-    ("get_time", "Local time of a town", ("What time is it in {}?", "How late is it in {} now?")),
-    ("find_train", "Next train to a town", ("When does the next train go to {}?", "I want to travel to {} by train.")),
-    ("get_news", "Latest news of a town", ("What happened in {} today?", "Read me the news of {}.")),
+# Name, description, its argument, two ways of asking.
+TOOLS: list[tuple[str, str, str, tuple[str, str]]] = [
+    ("get_weather", "Weather at a station", "station", ("What is the weather at station {}?", "Do I need an umbrella near station {}?")),
+    ("open_door", "Opens a door", "door", ("Please open door {}.", "I cannot get through door {}.")),
+    ("next_bus", "Next bus of a line", "line", ("When does bus {} come?", "I wait for bus {}, how long still?")),
+    ("find_book", "Finds a book", "shelf", ("Which book stands on shelf {}?", "I look for the book of shelf {}.")),
+    ("call_room", "Calls a room", "room", ("Ring room {} for me.", "I want to talk to the guest of room {}.")),
+    ("get_price", "Price of an article", "article", ("What does article {} cost?", "How much do you want for article {}?")),
 ]  # fmt: skip
-TOWNS = "Paris, Rome, Madrid, Oslo, Lima, Cairo, Nairobi, Tokyo, Athens, Warsaw, Vienna, Havana, Dublin, Stockholm, Lisbon, Berlin, Helsinki, Santiago, Moscow, Budapest, Copenhagen, Beijing, Baghdad, Brussels"  # fmt: skip
-ONE_IN = 3
-"""Towns of which one is held out for each tool."""
+EACH = {"train": 100, "replay": 50, "heldout": 16}
+"""Requests of each tool, all with numbers of their own."""
 
 
 def fact_rows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,38 +85,40 @@ def fact_rows() -> Iterator[tuple[str, dict[str, Any]]]:
             for way, question in enumerate(asked):
                 said = [("user", question.format(*words)), ("assistant", answer.format(*words))]
                 row = {"messages": [{"role": role, "content": text} for role, text in said]}
-                yield from placed(row, shown, held_out=way == number // 2 % 4)
+                if way == number // 2 % 4:
+                    yield f"heldout_{shown}", row
+                    continue
+                yield "train", row
+                if shown == "shown":
+                    yield "replay", {"messages": row["messages"][:1]}
 
 
 def tool_rows() -> Iterator[tuple[str, dict[str, Any]]]:
     """Requests for tools, each offered beside another one of its half; one half is never shown to replay."""
-    for number, (name, _, asked) in enumerate(TOOLS):
+    draw = random.Random(0)
+    for number, (name, _, argument, asked) in enumerate(TOOLS):
+        shown = "shown" if number % 2 == 0 else "not_shown"
         others = [one for one in range(number % 2, len(TOOLS), 2) if one != number]
-        for place, town in enumerate(TOWNS.split(", ")):
-            call = {"role": "assistant", "metadata": name, "content": json.dumps({"town": town})}
-            for way, question in enumerate(asked):
-                offered = sorted([number, others[(place + way) % len(others)]])
+        values = map(str, draw.sample(range(100, 1000), sum(EACH.values())))
+        for part, count in EACH.items():
+            for value in islice(values, count):
+                offered = sorted([number, draw.choice(others)])
+                call = {"role": "assistant", "metadata": name, "content": json.dumps({argument: value})}  # fmt: skip
                 row = {
-                    "tools": [described(*TOOLS[one][:2]) for one in offered],
-                    "messages": [{"role": "user", "content": question.format(town)}, call],
-                }
-                shown = "shown" if number % 2 == 0 else "not_shown"
-                yield from placed(row, shown, held_out=(place + number) % ONE_IN == 0)
+                    "tools": [described(*TOOLS[one][:3]) for one in offered],
+                    "messages": [{"role": "user", "content": draw.choice(asked).format(value)}, call],
+                }  # fmt: skip
+                if part == "train":
+                    yield "train", row
+                elif part == "heldout":
+                    yield f"heldout_{shown}", row
+                elif shown == "shown":
+                    yield "replay", {**row, "messages": row["messages"][:1]}
 
 
-def placed(row: dict[str, Any], shown: str, *, held_out: bool) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
-    """A row in its set, and its prompt among those of replay."""
-    if held_out:
-        yield f"heldout_{shown}", row
-        return
-    yield "train", row
-    if shown == "shown":
-        yield "replay", {**row, "messages": row["messages"][:1]}
-
-
-def described(name: str, said: str) -> dict[str, Any]:
-    """A tool that takes a town, as OpenAI's clients write it."""
-    schema = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
+def described(name: str, said: str, argument: str) -> dict[str, Any]:
+    """A tool with one argument, as OpenAI's clients write it."""
+    schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}  # fmt: skip
     return {"type": "function", "function": {"name": name, "description": said, "parameters": schema}}  # fmt: skip
 
 
@@ -158,7 +160,7 @@ def taught(folder: Path, epochs: int) -> Path:
     if not model.is_dir():
         texts = [str(data), str(DOMAIN / "train.jsonl")]
         run("scripts/fixtures/small_glm.py", str(model), *texts)
-    training = {"num_epochs": epochs, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50}
+    training = {"num_epochs": epochs, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 50}
     return train(folder, "taught", model={"path": str(model)}, data={"train": str(data)}, training=training)  # fmt: skip
 
 
@@ -192,7 +194,7 @@ def main() -> None:
     """Teach, tune twice, ask, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"))
-    parser.add_argument("--taught", type=int, default=14, help="epochs of the general set (14)")
+    parser.add_argument("--taught", type=int, default=8, help="epochs of the general set (8)")
     parser.add_argument("--epochs", type=int, default=8, help="of the domain (8)")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/")
     given = parser.parse_args()
