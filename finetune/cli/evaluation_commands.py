@@ -95,7 +95,7 @@ def evaluate(
         typer.Option(
             metavar="NAMES",
             help="Tasks of lm-evaluation-harness, or glm4-base, glm4-chat, multilingual, "
-            "calls:FOLDER; docs/evaluation.md.",
+            "calls:FOLDER, writing:LENGTHS; docs/evaluation.md.",
         ),
     ] = None,
     needle: Annotated[

@@ -320,6 +320,7 @@ class FineTuner(Trainer):
             check_weights(self.trained_weights, step)
             with self.progress.silent(), self._whole_weights():
                 scores = self.validation.scores(self.model, step)
+            self.progress.say_if_too_often(self.validation.section.every_steps)
         if scores is None:  # every process knows, so every process comes here
             self.stop.sync()
             scores = {}

@@ -2,8 +2,8 @@
 
     python scripts/evidence/forgetting.py [--folder runs/forgetting] [--write]
 
-1. A small GLM is taught general things from scratch: facts, each asked in four ways, and calls of six tools.
-   Held out of it is one way of asking each fact, and numbers for each tool to be called with.
+1. A small GLM is taught general things from scratch: facts and calls of six tools, each asked in four ways.
+   Held out of it is one way of asking each, so that nothing but the asking is new.
 2. It is tuned on data/support_desk, once as it is, once with `data.replay`, whose prompts are about half of
    the facts and tools only. `evaluation.choose: domain_without_forgetting` says what it thinks of both.
 3. All three are asked on the domain's held-out dialogues and on the general ones that are held out: those
@@ -17,17 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAIN = ROOT / "data" / "support_desk"
 WAYS = {"without replay": "alone", "with replay": "replay"}
+PARTS = ("shown", "not_shown")
 BEGIN, END = "<!-- made by scripts/evidence/forgetting.py -->", "<!-- end -->"
 
 # Four ways of asking, the answer, and pairs to fill both.
@@ -63,69 +66,66 @@ FACTS: list[tuple[tuple[str, str, str, str], str, str]] = [
         "January:February, February:March, March:April, April:May, May:June, June:July, July:August, August:September, September:October, October:November, November:December, December:January",
     ),
 ]  # fmt: skip
-# Name, description, its argument, two ways of asking.
-TOOLS: list[tuple[str, str, str, tuple[str, str]]] = [
-    ("get_weather", "Weather at a station", "station", ("What is the weather at station {}?", "Do I need an umbrella near station {}?")),
-    ("open_door", "Opens a door", "door", ("Please open door {}.", "I cannot get through door {}.")),
-    ("next_bus", "Next bus of a line", "line", ("When does bus {} come?", "I wait for bus {}, how long still?")),
-    ("find_book", "Finds a book", "shelf", ("Which book stands on shelf {}?", "I look for the book of shelf {}.")),
-    ("call_room", "Calls a room", "room", ("Ring room {} for me.", "I want to talk to the guest of room {}.")),
-    ("get_price", "Price of an article", "article", ("What does article {} cost?", "How much do you want for article {}?")),
+# Name, description, four ways of asking.
+TOOLS: list[tuple[str, str, tuple[str, str, str, str]]] = [
+    ("get_weather", "Weather of a town", ("What is the weather like in {}?", "Do I need an umbrella in {} today?", "Is it warm in {} now?", "Rain or sun in {}?")),
+    ("find_hotel", "Hotels of a town", ("Where can I sleep in {}?", "Find me a room in {}.", "I need a bed in {} tonight.", "Which hotel is good in {}?")),
+    ("find_food", "Restaurants of a town", ("Where can I eat in {}?", "I am hungry and in {}, where to?", "Which restaurant is good in {}?", "Dinner in {}, please.")),
+    ("get_time", "Local time of a town", ("What time is it in {}?", "How late is it in {} now?", "Is it morning in {} yet?", "Tell me the clock of {}.")),
+    ("find_train", "Next train to a town", ("When does the next train go to {}?", "I want to travel to {} by train.", "How do I get to {} by rail?", "A ticket to {}, please.")),
+    ("get_news", "Latest news of a town", ("What happened in {} today?", "Read me the news of {}.", "Is there anything new from {}?", "What do the papers of {} say?")),
 ]  # fmt: skip
-EACH = {"train": 100, "replay": 50, "heldout": 16}
-"""Requests of each tool, all with numbers of their own."""
+TOWNS = "Paris, Rome, Madrid, Oslo, Lima, Cairo, Nairobi, Tokyo, Athens, Warsaw, Vienna, Havana, Dublin, Lisbon, Berlin, Moscow"  # fmt: skip
 
 
-def fact_rows() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Questions of facts with the set that each is in: every second fact is never shown to replay."""
+def general_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every question with the set that it is in: every second fact and tool is never shown to replay."""
     for asked, answer, pairs in FACTS:
         for number, pair in enumerate(pairs.split(", ")):
             words = pair.split(":")
-            shown = "shown" if number % 2 == 0 else "not_shown"
-            for way, question in enumerate(asked):
-                said = [("user", question.format(*words)), ("assistant", answer.format(*words))]
-                row = {"messages": [{"role": role, "content": text} for role, text in said]}
-                if way == number // 2 % 4:
-                    yield f"heldout_{shown}", row
-                    continue
-                yield "train", row
-                if shown == "shown":
-                    yield "replay", {"messages": row["messages"][:1]}
-
-
-def tool_rows() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Requests for tools, each offered beside another one of its half; one half is never shown to replay."""
-    draw = random.Random(0)
-    for number, (name, _, argument, asked) in enumerate(TOOLS):
-        shown = "shown" if number % 2 == 0 else "not_shown"
+            reply = {"role": "assistant", "content": answer.format(*words)}
+            rows = [{"messages": [user(question.format(*words)), reply]} for question in asked]
+            yield from placed(rows, number // 2 % 4, shown=number % 2 == 0)
+    for number, (name, _, asked) in enumerate(TOOLS):
         others = [one for one in range(number % 2, len(TOOLS), 2) if one != number]
-        values = map(str, draw.sample(range(100, 1000), sum(EACH.values())))
-        for part, count in EACH.items():
-            for value in islice(values, count):
-                offered = sorted([number, draw.choice(others)])
-                call = {"role": "assistant", "metadata": name, "content": json.dumps({argument: value})}  # fmt: skip
-                row = {
-                    "tools": [described(*TOOLS[one][:3]) for one in offered],
-                    "messages": [{"role": "user", "content": draw.choice(asked).format(value)}, call],
-                }  # fmt: skip
-                if part == "train":
-                    yield "train", row
-                elif part == "heldout":
-                    yield f"heldout_{shown}", row
-                elif shown == "shown":
-                    yield "replay", {**row, "messages": row["messages"][:1]}
+        for place, town in enumerate(TOWNS.split(", ")):
+            call = {"role": "assistant", "metadata": name, "content": json.dumps({"town": town})}
+            rows = [
+                {
+                    "tools": [described(*TOOLS[one][:2]) for one in sorted([number, others[(place + way) % 2]])],
+                    "messages": [user(question.format(town)), call],
+                }
+                for way, question in enumerate(asked)
+            ]  # fmt: skip
+            yield from placed(rows, (place + number) % 4, shown=number % 2 == 0)
 
 
-def described(name: str, said: str, argument: str) -> dict[str, Any]:
-    """A tool with one argument, as OpenAI's clients write it."""
-    schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}  # fmt: skip
+def placed(rows: Sequence[dict[str, Any]], held_out: int, *, shown: bool) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+    """The ways of asking one thing: one is held out, the others are taught, and replay asks them too if shown."""
+    for way, row in enumerate(rows):
+        if way == held_out:
+            yield "heldout_shown" if shown else "heldout_not_shown", row
+            continue
+        yield "train", row
+        if shown:
+            yield "replay", {**row, "messages": row["messages"][:1]}
+
+
+def user(text: str) -> dict[str, str]:
+    """A user's message."""
+    return {"role": "user", "content": text}
+
+
+def described(name: str, said: str) -> dict[str, Any]:
+    """A tool that takes a town, as OpenAI's clients write it."""
+    schema = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
     return {"type": "function", "function": {"name": name, "description": said, "parameters": schema}}  # fmt: skip
 
 
 def write_data(folder: Path) -> dict[str, int]:
     """The general set in four files, in a seeded order; how many rows each has."""
     parts: dict[str, list[str]] = {}
-    for part, row in [*fact_rows(), *tool_rows()]:
+    for part, row in general_rows():
         parts.setdefault(part, []).append(json.dumps(row, ensure_ascii=False) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for part, lines in parts.items():
@@ -160,7 +160,7 @@ def taught(folder: Path, epochs: int) -> Path:
     if not model.is_dir():
         texts = [str(data), str(DOMAIN / "train.jsonl")]
         run("scripts/fixtures/small_glm.py", str(model), *texts)
-    training = {"num_epochs": epochs, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 50}
+    training = {"num_epochs": epochs, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50}
     return train(folder, "taught", model={"path": str(model)}, data={"train": str(data)}, training=training)  # fmt: skip
 
 
@@ -190,32 +190,88 @@ def scored(folder: Path, models: Sequence[Path], name: str, data: Path) -> Any:
     return read_evaluation(place)
 
 
+def table(found: dict[str, Any]) -> list[str]:
+    """All scores of the three models in Markdown; * where a model really differs from the one before tuning."""
+    from finetune.evaluation.scores.metrics import metric
+
+    columns = [
+        ("domain", "rouge-l", "domain: ROUGE-L"),
+        *((part, "exact_match", f"{part.replace('_', ' ')}: right replies") for part in PARTS),
+        *((part, "tool_call_accuracy", f"{part.replace('_', ' ')}: right calls") for part in PARTS),
+        *((part, "loss", f"{part.replace('_', ' ')}: loss") for part in PARTS),
+    ]
+    lines = ["| | " + " | ".join(said for *_, said in columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+    for place, name in enumerate(("before", *WAYS)):
+        cells = []
+        for part, score, _ in columns:
+            targets, digits = found[part].targets, metric(score).digits
+            one = targets[place].scores[score]
+            pair = found[part].comparison(targets[place].name, targets[0].name, score) if place else None  # fmt: skip
+            differs = " *" if pair is not None and pair.verdict in ("better", "worse") else ""
+            cells.append(f"{one.value:.{digits}f} ({one.low:.{digits}f} to {one.high:.{digits}f}){differs}")  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def kept_gain(folder: Path, names: Sequence[str]) -> str:
+    """The last model's gain in ROUGE-L in per cent of the second's, both over the first, with its interval."""
+    sums: list[dict[str, list[float]]] = []
+    for name in names:
+        by_dialogue: dict[str, list[float]] = {}
+        with (folder / f"scores_domain/predictions/{name}.jsonl").open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                by_dialogue.setdefault(row["where"], []).append(row["scores"]["rouge-l"])
+        sums.append(by_dialogue)
+    replies = np.array([len(values) for values in sums[0].values()])
+    totals = np.array([[sum(values) for values in one.values()] for one in sums])
+    picked = np.random.default_rng(0).integers(0, len(replies), (4999, len(replies)))
+
+    def share(at: Any) -> Any:
+        base, alone, replay = totals[:, at].sum(-1) / replies[at].sum(-1)
+        return 100 * (replay - base) / (alone - base)
+
+    low, high = np.percentile(share(picked), [2.5, 97.5])
+    return f"{share(np.arange(len(replies))):.0f} % ({low:.0f} to {high:.0f})"
+
+
+def written(folder: Path, found: dict[str, Any]) -> str:
+    """Both tables and what the runs said, as they stand in docs/."""
+    from finetune.training.measuring.choosing import conclusion
+
+    said = [f"> {name}: {conclusion(folder / run_name)}" for name, run_name in WAYS.items()]
+    share = kept_gain(folder, [target.name for target in found["domain"].targets])
+    return "\n".join(
+        [
+            *table(found),
+            "",
+            f"\\* really different from before, p < 0.05 after Holm. Gain of the domain's ROUGE-L with replay in per cent of that without: {share}.",
+            "",
+            "\n>\n".join(said),
+        ]
+    )
+
+
 def main() -> None:
-    """Teach, tune twice, ask, and print the tables."""
+    """Teach, tune twice, ask, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"))
-    parser.add_argument("--taught", type=int, default=8, help="epochs of the general set (8)")
-    parser.add_argument("--epochs", type=int, default=8, help="of the domain (8)")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/")
+    parser.add_argument("--taught", type=int, default=14, help="epochs of the general set (14)")
+    parser.add_argument("--epochs", type=int, default=16, help="of the domain (16)")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/")
     given = parser.parse_args()
     folder, begun = given.folder.resolve(), time.perf_counter()
     print(write_data(folder / "data"))
     model = taught(folder, given.taught)
     models = [model, *(tuned(folder, model, name, given.epochs) for name in WAYS.values())]
-    files = {"domain": DOMAIN / "heldout.jsonl"} | {part: folder / f"data/heldout_{part}.jsonl" for part in ("shown", "not_shown")}  # fmt: skip
+    files = {"domain": DOMAIN / "heldout.jsonl"} | {part: folder / f"data/heldout_{part}.jsonl" for part in PARTS}  # fmt: skip
     found = {name: scored(folder, models, name, file) for name, file in files.items()}
-    for name, evaluation in found.items():
-        for target in evaluation.targets:
-            print(
-                name,
-                target.name,
-                {
-                    k: (v.value, v.low, v.high)
-                    for k, v in target.scores.items()
-                    if k in ("rouge-l", "loss", "exact_match", "tool_call_accuracy")
-                },
-            )
-    print(f"{(time.perf_counter() - begun) / 60:.1f} min")
+    made = written(folder, found)
+    print(f"{made}\n{(time.perf_counter() - begun) / 60:.1f} min")
+    if given.write:
+        for page in (ROOT / "docs/evaluation.md", ROOT / "docs/evaluation_zh.md"):
+            text = page.read_text(encoding="utf-8")
+            text = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{made}\n{END}", text, flags=re.DOTALL)  # fmt: skip
+            page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,10 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+MOST_EVALUATING, NOTED_SECONDS = 0.05, 30.0
+"""The share of a run's time that its evaluations should take at most; shorter ones are not worth a word."""
+
+
 class Throughput:
     """Speed, padding and memory since the last log line; evaluating and saving do not count."""
 
@@ -194,7 +199,8 @@ class ProgressCallback(TrainerCallback):
         self.throughput = Throughput(work)
         self._bar: Any = None
         self._done = self._total = 0
-        self._estimated = False
+        self._estimated = self._said = False
+        self._silent_seconds = 0.0
 
     def __enter__(self) -> ProgressCallback:
         return self
@@ -206,9 +212,26 @@ class ProgressCallback(TrainerCallback):
     def silent(self) -> Iterator[None]:
         """Time for others to show a bar of their own; it does not count as training time."""
         self._close()
+        begun = time.monotonic()
         with self.throughput.paused():
             yield
+        self._silent_seconds = time.monotonic() - begun
         self._open()
+
+    def say_if_too_often(self, every_steps: int | None) -> None:
+        """Says once what to change where evaluations take more than a twentieth of the time."""
+        taken, step = self._silent_seconds, self.throughput.seconds_for(1)
+        if every_steps is None or self._said or taken < NOTED_SECONDS or not step:
+            return
+        share = taken / (taken + every_steps * step)
+        if share > MOST_EVALUATING:
+            self._said = True
+            enough = math.ceil(taken * (1 / MOST_EVALUATING - 1) / step)
+            console.say(
+                f"the evaluation took {console.duration(taken)}, {100 * share:.0f} % of the time at "
+                f"evaluation.every_steps={every_steps}; {enough} would make it {100 * MOST_EVALUATING:.0f} %, "
+                "and so do fewer replies, with evaluation.max_samples"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
