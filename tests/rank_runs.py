@@ -192,7 +192,69 @@ def failures(bench: Bench, world: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# --- rows that processes share --------------------------------------------------------------------------
+
+
+def split_rows(bench: Bench) -> dict[str, Any]:
+    """Losses and trained weights of runs whose rows are shared out, and of those that they must equal."""
+    from closeness import SMOOTH_STEPS
+    from safetensors.torch import load_file
+
+    from finetune.models import tiled_mlp
+
+    weights: dict[str, Any] = {}
+    runs_of: dict[str, Any] = {}
+
+    def run(name: str, processes: int, sections: Any, *, same_as: str | None = None, **changes: Any) -> None:  # fmt: skip
+        everything = SMOOTH_STEPS | {
+            "training__max_steps": 3,
+            "training__save_every_steps": 2,
+            **changes,
+        }
+        found = bench.run(name, processes, None, sections, **everything)
+        folder = Path(everything.get("training__output_dir", bench.folder / name))
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        losses = {
+            e["step"]: [e["loss"], e["padding"]] for e in map(json.loads, lines) if "loss" in e
+        }
+        saved = next((folder / "checkpoint-3").glob("*model.safetensors"))
+        weights[name] = load_file(saved)
+        far = 0.0 if same_as is None else max(
+            float((weights[name][key] - tensor).abs().max()) for key, tensor in weights[same_as].items()
+        )  # fmt: skip
+        runs_of[name] = found | {"losses": [losses[step][0] for step in sorted(losses)], "far": far}
+
+    lora = {"method": {"kind": "lora", "rank": 4, "dropout": 0.0}}
+    full = {"method": {"kind": "full"}}
+    packed = {"data__packing": True}
+    run("whole rows", 1, lora, training__batch_size=2, **packed)
+    run("2 x 2", 4, lora, same_as="whole rows", training__batch_size=1, training__sequence_parallel=2, **packed)  # fmt: skip
+    # The first two steps in four processes that share each row, the last one in one.
+    at = {
+        "training__output_dir": str(bench.folder / "4 and 1"),
+        "training__batch_size": 2,
+        **packed,
+    }
+    bench.run("4 of 4", 4, None, lora, **SMOOTH_STEPS, **at | {"training__max_steps": 2, "training__sequence_parallel": 4})  # fmt: skip
+    run("4 and 1", 1, lora, same_as="whole rows", **at)
+    run("full", 1, full, training__batch_size=2)
+    above, tile = tiled_mlp.ABOVE, tiled_mlp.TILE
+    tiled_mlp.ABOVE = tiled_mlp.TILE = 32  # forks see it
+    saving = {"training__activation_checkpointing": True, "training__offload_activations": True}
+    run("full, ZeRO-3", 2, full | {"deepspeed": {"zero_stage": 3}}, same_as="full", training__batch_size=2, training__sequence_parallel=2, **saving)  # fmt: skip
+    tiled_mlp.ABOVE, tiled_mlp.TILE = above, tile
+    run(
+        "prefix",
+        1,
+        {"method": {"kind": "ptuning_v2", "num_virtual_tokens": 4}},
+        training__batch_size=2,
+    )
+    run("prefix, 2", 2, {"method": {"kind": "ptuning_v2", "num_virtual_tokens": 4}}, same_as="prefix", training__batch_size=2, training__sequence_parallel=2)  # fmt: skip
+    return runs_of
+
+
 PARTS = {
+    "split rows": split_rows,
     "gathers": gathers,
     "failures": failures,
     "failures of 4": lambda bench: failures(bench, 4),
@@ -202,7 +264,7 @@ PARTS = {
 def main() -> None:
     """Every part, or those that are named."""
     bench = Bench(Path(sys.argv[1]))
-    asked = sys.argv[2:] or ["gathers", "failures"]
+    asked = sys.argv[2:] or ["gathers", "failures", "split rows"]
     print(json.dumps({name: PARTS[name](bench) for name in asked}))
     sys.stdout.flush()
     os._exit(0)

@@ -60,3 +60,17 @@ def test_only_waiting_for_the_device_counts_as_waiting() -> None:
         assert position.waited() > 0.0
         assert position.passed() == before + 1
     assert position.waited() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("run", "whole"),
+    [("2 x 2", "whole rows"), ("4 and 1", "whole rows"), ("full, ZeRO-3", "full"), ("prefix, 2", "prefix")],
+)  # fmt: skip
+def test_processes_that_share_their_rows_train_what_one_process_trains(
+    found: dict[str, Any], run: str, whole: str
+) -> None:
+    shared, alone = found["split rows"][run], found["split rows"][whole]
+    assert set(shared["codes"]) == {0}, shared["said"]
+    last = alone["losses"][-len(shared["losses"]) :]
+    assert shared["losses"] == pytest.approx(last, rel=1e-6)
+    assert shared["far"] < 1e-5  # of the trained weights

@@ -110,12 +110,22 @@ def settled(config: RunConfig, world: int | None = None) -> RunConfig:
     """The configuration with `training.tokens_per_step` said as forward passes a step.
 
     4 processes that each take one row of 4,096 tokens at a time need 4 passes for 65,536.
+
+    Raises:
+        ConfigError: Rows cannot be shared out over so many processes.
     """
     training = config.training
+    world = launcher.world_size() if world is None else world
+    sharing = training.sequence_parallel
+    if world % sharing:
+        raise ConfigError(
+            f"training.sequence_parallel is {sharing}, and {world} process{'es are' if world > 1 else ' is'} "
+            f"not a multiple of it: start {sharing} or a multiple (torchrun --nproc_per_node={sharing}; "
+            f"of a plan: --gpus {sharing})"
+        )
     if training.tokens_per_step is None:
         return config
-    world = launcher.world_size() if world is None else world
-    at_once = training.batch_size * config.data.max_length * world
+    at_once = training.batch_size * config.data.max_length * world // sharing
     passes = max(1, round(training.tokens_per_step / at_once))
     changes = {"gradient_accumulation_steps": passes, "tokens_per_step": None}
     return config.model_copy(update={"training": training.model_copy(update=changes)})

@@ -99,6 +99,7 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
             f"must be whole from 1 on (a share below 1), got {warmup}",
         )
     yield from _optimizer(values)
+    yield from _long_rows(values)
     yield from _saves(values)
     yield from _on_end(values.raw("training", "on_end"))
     extra = values.raw("training", "extra")
@@ -132,6 +133,20 @@ def _optimizer(values: _Values) -> Iterator[tuple[Key, str]]:
             key,
             "muon updates matrices, and a prefix without prefix_projection has none: take adamw",
         )
+
+
+def _long_rows(values: _Values) -> Iterator[tuple[Key, str]]:
+    recomputes = values("training", "activation_checkpointing") is True
+    if values("training", "offload_activations") is True and not recomputes:
+        said = (
+            "keeps what layers are recomputed from: set training.activation_checkpointing to true"
+        )
+        yield ("training", "offload_activations"), said
+    if values("training", "sequence_parallel") == 1:
+        return
+    key: Key = ("training", "sequence_parallel")
+    if (attention := values("model", "attention")) not in ("auto", "sdpa"):
+        yield key, f"runs with model.attention auto or sdpa, got {attention}"
 
 
 def _saves(values: _Values) -> Iterator[tuple[Key, str]]:

@@ -334,7 +334,7 @@ def _forward(
     """
     known: dict[str, Any] = {}
     if mask is None and str(model.config.get_text_config()._attn_implementation).startswith("document"):  # fmt: skip
-        known["documents"] = whole_rows(ids)
+        known["documents"] = whole_rows(ids.device)
     output = model(
         input_ids=ids,
         attention_mask=mask,

@@ -41,6 +41,7 @@ from finetune.methods import prefix_init
 from finetune.methods.tensor_file import save_config, save_tensors
 from finetune.models.families import family_of
 from finetune.models.packed_attention import DOCUMENT_SDPA, grouped_sdpa, in_documents
+from finetune.models.sequence_parallel import Split
 
 UNIT = ".prefix.unit"
 START_STD = 0.2
@@ -283,7 +284,7 @@ def _flat_weights(folder: Path) -> Tensor:
             f"{flat.shape[0]} in {ADAPTER_WEIGHTS}; copy the adapter again"
         )
     values: Tensor = load_file(path)[PREFIX_TENSOR]
-    if not bool(values.isfinite().all()):
+    if not values.isfinite().all():
         raise ModelError(f"{path} holds numbers that are not finite; use an earlier checkpoint")
     return values
 
@@ -379,12 +380,13 @@ def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, split: Split | None = None, **kwargs: Any
     ) -> Any:  # fmt: skip
         if not hasattr(module, "prefix"):
             return attention(module, query, key, value, attention_mask, **kwargs)
-        own: nn.Module = module.get_submodule("prefix")
-        prefix = own().to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
+        own: Tensor = module.get_submodule("prefix")()
+        own = own if split is None else split.own_groups(own)
+        prefix = own.to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
         mask = None if attention_mask is None else _open_left(attention_mask, prefix.shape[3])
         keys, values = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
         return attention(module, query, keys, values, mask, **kwargs)

@@ -17,7 +17,7 @@ from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.artifacts.resolve import is_adapter, local_folder
 from finetune.distributed import device as devices
-from finetune.errors import ModelError, is_out_of_memory
+from finetune.errors import ConfigError, ModelError, is_out_of_memory
 from finetune.models import wide_residual
 from finetune.models.families import Family, family_of
 from finetune.models.kernels import check, stock_layers
@@ -149,10 +149,25 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
     return model
 
 
-def num_layers(folder: Path) -> int:
-    """Return the number of the text's layers that a folder's config.json names."""
+def text_config(folder: Path) -> Any:
+    """Return the sizes of the text that a folder's config.json names."""
     config_class = family_of(read_json(folder / MODEL_CONFIG)).config_class
-    return int(config_class.from_pretrained(folder).get_text_config().num_hidden_layers)
+    return config_class.from_pretrained(folder).get_text_config()
+
+
+def num_heads(folder: Path) -> tuple[int, int]:
+    """Return the number of the text's attention heads, and of those of keys and values.
+
+    Raises:
+        ConfigError: The checkpoint sees images, whose spans no row may be cut in.
+    """
+    config = read_json(folder / MODEL_CONFIG)
+    if family_of(config).sees_images(config):
+        raise ConfigError(
+            f"training.sequence_parallel cuts rows of text, and {folder} sees images; leave it out"
+        )
+    text = text_config(folder)
+    return int(text.num_attention_heads), int(text.num_key_value_heads)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finetune.models import kernels
 from finetune.models.packed_attention import Documents, document_starts, flash_arguments, whole_rows
+from finetune.models.sequence_parallel import Split
 
 IGNORED = -100
 HeadLoss = Callable[[nn.Module, Tensor], Tensor]
@@ -136,9 +137,8 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
     if slope.dtype is torch.float32:
         total.addmm_(slope.T, rows)
         return
-    for start in range(
-        0, total.shape[0], PRODUCT_ROWS
-    ):  # a product is as large as what it is added to
+    # A product is as large as what it is added to.
+    for start in range(0, total.shape[0], PRODUCT_ROWS):
         at = slice(start, start + PRODUCT_ROWS)
         total[at] += slope[:, at].T @ rows
 
@@ -172,11 +172,16 @@ def supervised_places(labels: Tensor) -> Tensor:
     return is_learnt.flatten().nonzero().flatten()
 
 
-def for_model(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+def for_model(
+    batch: Mapping[str, Tensor], device: torch.device, split: Split | None = None
+) -> dict[str, Any]:
     """Return what `SupervisedLoss.forward` is given of a batch on the CPU, on its way to `device`.
 
     Documents and the places of the loss are found here, where looking at numbers costs no waiting.
+    Of a batch that is `split` it is given its part, and labels [B, T/N + 1] with the next part's first.
     """
+    if split is not None:
+        return _part(batch, device, split)
     given: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
     labels = batch["labels"]
     starts = document_starts(batch.get("position_ids"), batch.get("attention_mask"), None)
@@ -185,6 +190,22 @@ def for_model(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, An
         labels = labels.masked_fill(starts, IGNORED)
     given["supervised"] = supervised_places(labels).to(device, non_blocking=True)
     return given
+
+
+def _part(batch: Mapping[str, Tensor], device: torch.device, split: Split) -> dict[str, Any]:
+    """`for_model` of the tokens that this process has of every row."""
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("position_ids")
+    if (starts := document_starts(positions, None, None)) is not None:
+        labels = labels.masked_fill(starts, IGNORED)
+    positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions
+    parts = {"input_ids": split.own(ids), "position_ids": split.own(positions)}
+    parts["labels"] = split.own_and_next(labels, IGNORED)
+    if "loss_weights" in batch:
+        parts["loss_weights"] = split.own_and_next(batch["loss_weights"], 0.0)
+    parts["supervised"] = supervised_places(parts["labels"])
+    given: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in parts.items()}
+    packed = None if starts is None else Documents.of(starts, split).to(device)
+    return given | {"documents": packed or whole_rows(device, split)}
 
 
 def supervised_loss(
@@ -204,14 +225,14 @@ def supervised_loss(
     """
     if supervised is None:
         supervised = supervised_places(labels)
-    # The last layer may lie on another accelerator than the ids.
+    # The last layer may lie elsewhere than the ids.
     labels, supervised = labels.to(hidden.device), supervised.to(hidden.device)
     targets = labels.flatten().index_select(0, supervised + 1)
     weights = None
     if loss_weights is not None:
         weights = loss_weights.to(hidden.device).flatten().index_select(0, supervised + 1).detach()
     if missing := labels.shape[1] - hidden.shape[1]:
-        hidden = F.pad(hidden, (0, 0, 0, missing))
+        supervised = supervised - supervised // labels.shape[1] * missing
     chosen = hidden.flatten(0, 1).index_select(0, supervised)
     if isinstance(head, SupervisedHead):
         total: Tensor = head(chosen, targets=targets, weights=weights)
@@ -275,7 +296,7 @@ def _without_packing(
         return positions, None
     if not str(model.config._attn_implementation).startswith("document"):
         return None, None
-    return torch.arange(ids.shape[1], device=ids.device)[None], whole_rows(ids)
+    return torch.arange(ids.shape[1], device=ids.device)[None], whole_rows(ids.device)
 
 
 @dataclass

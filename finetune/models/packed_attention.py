@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from finetune.models import kernels
+from finetune.models.sequence_parallel import Split
 
 DOCUMENT_SDPA = "document_sdpa"  # what takes `documents` has a name that begins so
 PIECE = 1024
@@ -68,15 +69,17 @@ class Documents:
     """int32 [documents + 1]: first tokens in [B x T], and its end."""
     longest: int
     """Tokens of the longest document."""
+    split: Split | None = None
+    """Which part of the rows this process has, where it shares them with others."""
     orders: dict[int, Tensor] = field(default_factory=dict)
     """See `with_prefixes`; made once for all layers."""
 
     @classmethod
-    def of(cls, starts: Tensor) -> Documents:
+    def of(cls, starts: Tensor, split: Split | None = None) -> Documents:
         """The documents that begin at `starts`."""
         first = starts.flatten().nonzero().flatten()
         borders = torch.cat([first, first.new_tensor([starts.numel()])]).to(torch.int32)
-        return cls(starts, pieces(starts), borders, int(borders.diff().max()))
+        return cls(starts, pieces(starts), borders, int(borders.diff().max()), split)
 
     def to(self, device: torch.device) -> Documents:
         """The same on a device, which is not waited for."""
@@ -85,7 +88,7 @@ class Documents:
             for row, begin, end, mask in self.pieces
         ]
         starts, borders = (t.to(device, non_blocking=True) for t in (self.starts, self.borders))
-        return Documents(starts, moved, borders, self.longest)
+        return Documents(starts, moved, borders, self.longest, self.split)
 
     def with_prefixes(self, size: int) -> Tensor:
         """int64: where each document's `size` prefix tokens and then its own are in [size + B x T]."""
@@ -135,10 +138,10 @@ def varlen_attention(
     return result
 
 
-def whole_rows(ids: Tensor) -> Documents:
+def whole_rows(device: torch.device, split: Split | None = None) -> Documents:
     """Every row is one document, and nothing need be found out."""
-    empty = torch.zeros(1, 1, dtype=torch.bool, device=ids.device)
-    return Documents(empty, [], empty.flatten().int(), 0)
+    empty = torch.zeros(1, 1, dtype=torch.bool, device=device)
+    return Documents(empty, [], empty.flatten().int(), 0, split)
 
 
 def flash_arguments(documents: Documents) -> dict[str, Tensor | int]:
@@ -288,6 +291,22 @@ def in_documents(
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return [B, T, H, D] from query, key and value [B, H, T, D]."""
+        if documents is None or documents.split is None:
+            return whole(module, query, key, value, attention_mask, documents, **kwargs)
+        split = documents.split
+        query, key, value = split.by_heads(query, key, value)
+        out, _ = whole(module, query, key, value, None, documents, **kwargs, split=split)
+        return split.by_tokens(out), None
+
+    def whole(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        documents: Documents | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         if documents is None or not documents.pieces:
             mask = attention_mask if documents is None else None
             result: tuple[Tensor, Tensor | None] = attention(
@@ -296,7 +315,9 @@ def in_documents(
             return result
         if _fits_one_kernel(query, kwargs):
             opened = prefix(module)
-            opened = None if opened is None else opened.to(key.dtype)
+            if opened is not None:
+                split = kwargs.get("split")
+                opened = (opened if split is None else split.own_groups(opened)).to(key.dtype)
             scaling = kwargs["scaling"]
             return varlen_attention((query, key, value), documents, scaling, opened), None
         rows: list[list[Tensor]] = [[] for _ in query]

@@ -22,11 +22,14 @@ from finetune.config.schema import DeepSpeedSection, Method, ModelSection, Train
 from finetune.methods.optimizers import STATE_BYTES
 from finetune.models.families import family_of
 from finetune.models.kernels import NAMES
+from finetune.models.load import num_heads
 from finetune.models.number_format import automatic, number_format
+from finetune.models.sequence_parallel import check_heads
+from finetune.models.tiled_mlp import ABOVE
 from finetune.planning.counting import shapes_only
 from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
 from finetune.planning.step import Cost, Shape, count_step
-from finetune.planning.subjects import own
+from finetune.planning.subjects import on_the_host, own, shared_out, states_per_token
 
 RUNTIME = 1_000_000_000
 """Bytes that no allocation shows: the CUDA context, libraries' work spaces, fragments."""
@@ -54,10 +57,15 @@ class Plan:
 
     memory: dict[str, int]
     """Bytes by kind where most is held."""
+    host_bytes: int
+    """What its process keeps in the host's memory of activations."""
     per_token: int
     """Bytes that each further token of a batch adds."""
     batch: int
     length: int
+    """Of a row, whichever GPUs share it."""
+    sharing: int
+    """GPUs that share a row."""
     accumulation: int
     checkpoint_bytes: int
     disk_bytes: int
@@ -79,7 +87,7 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         """Of one GPU; at most, where rows are shorter than `data.max_length`."""
-        return self.batch * self.length * self.accumulation
+        return self.batch * self.length * self.accumulation // self.sharing
 
     @property
     def room(self) -> int:
@@ -112,6 +120,7 @@ class Plan:
         return {
             "memory_bytes_per_gpu": self.memory_bytes,
             "memory": self.memory,
+            "host_bytes": self.host_bytes,
             "runtime_bytes": RUNTIME,
             "gpu_bytes": self.gpu.bytes,
             "gpus": self.gpu.number,
@@ -165,9 +174,19 @@ def plan(
         four_bits=model.quantization is not None,
     )
     subject = replace(subject, optimizer=training.optimizer)
+    sharing, host = training.sequence_parallel, 0
+    own_length = -(-length // sharing)
+    if sharing > 1:
+        check_heads(sharing, *num_heads(folder))
+        subject = shared_out(subject, sharing)
+    if training.offload_activations:
+        subject = on_the_host(subject)
+        host = batch * own_length * states_per_token(folder, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        one, two = (count_step(subject, Shape(batch, n)) for n in (length, 2 * length))
+        one = count_step(subject, Shape(batch, own_length))
+        other = _length_alike(batch, own_length)
+        further = one.working - count_step(subject, Shape(batch, other)).working
         sizes = _sizes(model, method, folder, dtype)
     trains_all = methods.METHODS[method.kind].trains_the_model
     if deepspeed is None:
@@ -179,9 +198,11 @@ def plan(
     checkpoint = written + (12 * sizes.trained if deepspeed is not None else state)
     return Plan(
         memory=memory,
-        per_token=(two.working - one.working) // (batch * length),
+        host_bytes=host,
+        per_token=further * own_length // ((own_length - other) * batch * length),
         batch=batch,
         length=length,
+        sharing=sharing,
         accumulation=training.gradient_accumulation_steps,
         checkpoint_bytes=checkpoint,
         # The newest ones, the best one, and one that is being written.
@@ -192,6 +213,12 @@ def plan(
         steps=training.max_steps,
         gpu=gpu,
     )
+
+
+def _length_alike(batch: int, length: int) -> int:
+    """Another length of rows whose memory grows in the same way: tiled like these, or not."""
+    is_tiled = batch * length > ABOVE
+    return 2 * length if is_tiled or 2 * batch * length <= ABOVE else max(1, length // 2)
 
 
 def _format(section: ModelSection, gpu: Gpu, folder: Path) -> torch.dtype:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 from finetune import methods
 from finetune.config.schema import Method
 from finetune.models.kernels import NAMES
-from finetune.models.load import num_layers, shape_of
+from finetune.models.load import shape_of, text_config
+from finetune.models.packed_attention import whole_rows
 from finetune.models.quantization import FourBits, know_checkpoints
+from finetune.models.sequence_parallel import Split
 from finetune.planning.step import Subject
 
 
@@ -54,7 +58,7 @@ def own(
             know_checkpoints(model)
         return ready(model, checkpointing=checkpointing)
 
-    return Subject(build, own_loss, num_layers(folder), autocast, kernels)
+    return Subject(build, own_loss, text_config(folder).num_hidden_layers, autocast, kernels)
 
 
 class PackedLayer(FourBits):
@@ -99,7 +103,9 @@ def narrow(model: nn.Module, kind: type[PackedLayer] = PackedLayer) -> None:
             setattr(model.get_submodule(owner), leaf, kind(module))
 
 
-def own_loss(model: nn.Module, ids: Tensor, labels: Tensor, supervised: Tensor) -> Tensor:
+def own_loss(
+    model: nn.Module, ids: Tensor, labels: Tensor, supervised: Tensor, **more: Any
+) -> Tensor:
     """Without padding, or packed: no mask, and the places of the loss come with the batch."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     given = {"input_ids": ids}
@@ -108,9 +114,57 @@ def own_loss(model: nn.Module, ids: Tensor, labels: Tensor, supervised: Tensor) 
     ):  # it would look for images in the ids
         given = {"inputs_embeds": inner.get_input_embeddings()(ids)}
     loss: Tensor = model(
-        **given, labels=labels, supervised=supervised, num_items_in_batch=1.0, use_cache=False
+        **given,
+        labels=labels,
+        supervised=supervised,
+        num_items_in_batch=1.0,
+        use_cache=False,
+        **more,
     ).loss
     return loss
+
+
+def shared_out(subject: Subject, parts: int) -> Subject:
+    """The subject in one of so many processes that share rows, given its part of them."""
+    split = Split(parts, 0, torch.empty_like)  # what comes has the shape of what goes
+
+    def loss(model: nn.Module, ids: Tensor, labels: Tensor, supervised: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1])[None]
+        shared = {"position_ids": places, "documents": whole_rows(ids.device, split)}
+        return own_loss(model, ids, labels, supervised, **shared)
+
+    return replace(subject, loss=loss)
+
+
+def states_per_token(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of what all layers are recomputed from; float16 adds up its layers in float32."""
+    text = text_config(folder)
+    size = 4 if dtype is torch.float16 else dtype.itemsize
+    return int(text.num_hidden_layers * text.hidden_size * size)
+
+
+def on_the_host(subject: Subject) -> Subject:
+    """The subject with what its layers are recomputed from on the host, which is not counted."""
+
+    def pack(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.shape, tensor.dtype, tensor.requires_grad
+
+    def unpack(kept: tuple[Any, ...]) -> Tensor:
+        return torch.empty(kept[0], dtype=kept[1], requires_grad=kept[2])
+
+    def away(checkpoint: Any, *given: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return checkpoint(*given)
+
+    def build(layers: int) -> nn.Module:
+        model = subject.build(layers)
+        module: Any
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = partial(away, module._gradient_checkpointing_func)  # fmt: skip
+        return model
+
+    return replace(subject, build=build)
 
 
 def ready(model: nn.Module, *, checkpointing: bool) -> nn.Module:

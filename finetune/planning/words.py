@@ -26,6 +26,11 @@ def rows(plan: Plan) -> list[list[str]]:
     return [
         *listed,
         ["together", f"{plan.memory_bytes / GB:.2f} GB"],
+        *(
+            [["of the host's memory, for activations", f"{plan.host_bytes / GB:.2f} GB"]]
+            if plan.host_bytes
+            else []
+        ),
         ["besides, of the driver and libraries", f"about {RUNTIME / GB:.0f} GB"],
         ["number format", _format(plan)],
         [f"fits into {gpu.bytes / GB:g} GB", "yes" if plan.fits else "no"],

@@ -87,7 +87,10 @@ def training_arguments(
             "weight_decay": section.weight_decay,
             "max_grad_norm": section.max_grad_norm,
             "activation_checkpointing": section.activation_checkpointing,
-            "activation_checkpointing_kwargs": {"use_reentrant": False},
+            "activation_checkpointing_kwargs": {
+                "use_reentrant": False,
+                "offload": section.offload_activations,
+            },
             "seed": section.seed,
             "optim": OPTIMIZERS[section.optimizer],
             # Our callbacks decide when to evaluate and save.

@@ -42,6 +42,7 @@ from finetune.distributed.processes import (
     gather_objects,
     is_rank0,
     patient_group,
+    rank_and_world,
     reduce_max,
 )
 from finetune.errors import (
@@ -273,7 +274,7 @@ def run_record(config: Mapping[str, Any], data: RunData, prepared: PreparedModel
         "trainable": trainable_shapes(prepared.model),
     }
     if prepared.deepspeed is not None:
-        facts["processes"] = data.plan.world_size
+        facts["processes"] = rank_and_world()[1]
     if data.validation is not None:
         facts["validation"] = data.validation.fingerprint
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}

@@ -25,8 +25,9 @@ from finetune.distributed.device import has_accelerator, local_device, refuse_un
 from finetune.distributed.processes import rank_and_world
 from finetune.methods import BaseRecord
 from finetune.models.families import family_of
-from finetune.models.load import load_model
+from finetune.models.load import load_model, num_heads
 from finetune.models.number_format import number_format
+from finetune.models.sequence_parallel import Split, check_heads, split_of_this_process
 from finetune.training.arguments import (
     Rates,
     check_trackers,
@@ -50,6 +51,8 @@ class PreparedModel:
     rates: Rates
     section: ModelSection
     method: Method
+    split: Split | None
+    """Which part of every row this process has, if rows are shared out."""
 
     @property
     def casts(self) -> bool:
@@ -96,6 +99,7 @@ def prepare_model(
     )
     if deepspeed is not None:
         zero.join()
+    split = _split(training.sequence_parallel, folder)
     base = BaseRecord(_lasting(section.path), section.revision, model_fingerprint(folder))
     weights = str(precision.weights).removeprefix("torch.")
     with zero.loading(arguments, weights):
@@ -121,7 +125,13 @@ def prepare_model(
             weight.data = weight.data.to(dtype)  # one at a time: only what learns is float32
     scale = methods.rate_scale(method)
     rates = Rates(training.learning_rate, training.learning_rates, scale)
-    return PreparedModel(model, base, arguments, deepspeed, dtype, rates, section, method)
+    return PreparedModel(model, base, arguments, deepspeed, dtype, rates, section, method, split)
+
+
+def _split(parts: int, folder: Path) -> Split | None:
+    if parts > 1:
+        check_heads(parts, *num_heads(folder))
+    return split_of_this_process(parts)
 
 
 def is_apart(model: PreTrainedModel) -> bool:

@@ -37,7 +37,7 @@ FACTS = {
     "model": "the base model's weights and config",
     "template": "the tokenizer and chat template",
     "data": "the training examples",
-    "global_batch": "training.batch_size x accumulation x processes",
+    "global_batch": "training.batch_size x accumulation x processes (/ sequence_parallel)",
     # Only with DeepSpeed, which cuts the optimizer's state into as many parts.
     "processes": "the number of processes",
     "dtype": "the number format of the weights",
@@ -105,7 +105,10 @@ RULES: dict[str, Rule] = {
     "training.lr_schedule": Rule.MATCH,
     "training.warmup_steps": Rule.MATCH,
     "training.max_grad_norm": Rule.CHANGE,
-    "training.activation_checkpointing": Rule.CHANGE,
+    **dict.fromkeys(
+        ("training.activation_checkpointing", "training.offload_activations"), Rule.CHANGE
+    ),
+    "training.sequence_parallel": Rule.FREE,  # the fact "global_batch" is compared
     "training.seed": Rule.MATCH,
     "training.log_every_steps": Rule.FREE,
     "training.save_every_steps": Rule.FREE,
@@ -366,11 +369,7 @@ def _refuse_others(folder: Path, paths: Sequence[Path]) -> None:
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Options by ``section.key``; sections that are left out give no keys."""
-    return {
-        f"{section}.{key}": value
-        for section, options in config.items()
-        for key, value in (options or {}).items()
-    }
+    return {f"{section}.{key}": value for section, options in config.items() for key, value in (options or {}).items()}  # fmt: skip
 
 
 def _rule(key: str) -> Rule:

@@ -138,7 +138,7 @@ def plan_of(lengths: Lengths, section: DataSection, training: TrainingSection) -
         np.asarray(lengths),
         training.batch_size,
         training.gradient_accumulation_steps,
-        launcher.world_size(),
+        launcher.world_size() // training.sequence_parallel,
         training.seed,
         group_by_length=section.group_by_length and not section.packing,
     )

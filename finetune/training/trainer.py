@@ -62,6 +62,9 @@ class FineTuner(Trainer):
         self.validation = validation
         self.progress = progress
         self.rates = prepared.rates
+        self.split = prepared.split
+        self.sharing = prepared.split.parts if prepared.split else 1
+        """Processes that share each row, and so have the same batches."""
         self.counts = StepCounts()
         """Of the last step, over all processes."""
         self._samples: list[Any] = []
@@ -106,7 +109,7 @@ class FineTuner(Trainer):
     def get_train_dataloader(self) -> Any:
         """This process's micro-batches; accelerate would repeat examples to make ranks even."""
         self._loader = self.data.loader(
-            rank=rank_and_world()[0],
+            rank=rank_and_world()[0] // self.sharing,
             workers=self.args.dataloader_num_workers,
             seconds=self.args.ddp_timeout,
         )
@@ -121,13 +124,13 @@ class FineTuner(Trainer):
         self._losses = []
         here = count(batches, self._samples, self.data.lengths, self.data.objective)
         everywhere = reduce_sum([here.weight, here.supervised, here.tokens, here.cells])
-        self.counts = StepCounts(*everywhere)
+        self.counts = StepCounts(*(number / self.sharing for number in everywhere))
         self.progress.throughput.add(self.counts)
         return batches, self.counts.weight or 1.0
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Under DeepSpeed the Trainer would round the loss weights to the model's number format.
-        return for_model(inputs, self.args.device)
+        return for_model(inputs, self.args.device, self.split)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; switching thousands of modules to training is left out when they are."""

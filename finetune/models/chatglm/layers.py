@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.models import kernels
 from finetune.models.chatglm.configuration import ChatGLMConfig
-from finetune.models.wide_residual import down_projected
+from finetune.models.tiled_mlp import swiglu_mlp
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +154,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [B, T, D]."""
-        return down_projected(self.dense_h_to_4h(hidden), self.dense_4h_to_h)
+        return swiglu_mlp(hidden, self.dense_h_to_4h, self.dense_4h_to_h)
 
 
 class Block(GradientCheckpointingLayer):

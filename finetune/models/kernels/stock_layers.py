@@ -13,7 +13,7 @@ from transformers.models.glm4 import modeling_glm4
 from transformers.models.glm4.modeling_glm4 import Glm4MLP, Glm4RMSNorm
 
 from finetune.models import kernels
-from finetune.models.wide_residual import down_projected
+from finetune.models.tiled_mlp import swiglu_mlp
 
 
 class _RoundingNorm(nn.Module):
@@ -45,7 +45,7 @@ class _JoinedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return [..., D]."""
-        return down_projected(self.gate_up_proj(hidden_states), self.down_proj)
+        return swiglu_mlp(hidden_states, self.gate_up_proj, self.down_proj)
 
 
 class _MLP(_JoinedMLP, GlmMLP):

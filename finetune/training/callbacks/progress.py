@@ -41,7 +41,8 @@ def announce(
     total_steps = data.steps(training)
     trained = sum(_size(p) for p in prepared.model.parameters() if p.requires_grad)
     everything = sum(_size(p) for p in prepared.model.parameters())
-    per_step = training.batch_size * training.gradient_accumulation_steps * world
+    sharing = training.sequence_parallel
+    per_step = training.batch_size * training.gradient_accumulation_steps * world // sharing
     tokens = int(data.items.lengths.astype(int).mean() * per_step)
     what = "rows" if data.is_packed else "examples"
     sharding = (
@@ -69,7 +70,7 @@ def announce(
             [
                 "a step",
                 f"{per_step} {what} ({training.batch_size} x {training.gradient_accumulation_steps} "
-                f"x {world} processes), about {tokens:,} tokens",
+                f"x {world} processes{f' / {sharing}' if sharing > 1 else ''}), about {tokens:,} tokens",
             ],
             ["steps", f"{total_steps:,}{data.an_epoch()}"],
             *planned,

@@ -92,7 +92,13 @@ def training_data(
             dtype=prepared.dtype,
             autocast=prepared.casts,
         )
-    collate = Collator(template.pad_id, image=template.image, features=features)
+    split = prepared.split
+    collate = Collator(
+        template.pad_id,
+        image=template.image,
+        features=features,
+        pad_to_multiple_of=split.parts if split else None,
+    )
     train, objective = data.train, SupervisedTokens()
     found = TrainingData(data.items, train.lengths, train.location, data.plan, collate, objective)
     if data.stream is None:
