@@ -94,12 +94,10 @@ def test_a_resumed_run_is_equal_bit_for_bit(
     assert (found["equal"], found["of"]) == (2, 2)
 
 
-def test_plain_data_parallel_goes_on_at_any_world_size_and_zero_says_what_to_do() -> None:
+def test_a_run_goes_on_at_another_number_of_processes_under_zero_too() -> None:
     found = answer("scripts/bench/world_size.py", "--json")
-    assert found["good"]
-    assert "the number of processes  2" in found["refusal"]
-    assert "start 2 processes (torchrun --nproc_per_node" in found["refusal"]
-    assert "finetune merge" in found["refusal"]
+    assert found["good"], found
+    assert len(found["places"]) == 9
 
 
 def test_every_config_runs_two_steps_on_a_tiny_model(tmp_path: Path) -> None:

@@ -119,9 +119,9 @@ def settled(config: RunConfig, world: int | None = None) -> RunConfig:
     sharing = training.sequence_parallel
     if world % sharing:
         raise ConfigError(
-            f"training.sequence_parallel is {sharing}, and {world} process{'es are' if world > 1 else ' is'} "
-            f"not a multiple of it: start {sharing} or a multiple (torchrun --nproc_per_node={sharing}; "
-            f"of a plan: --gpus {sharing})"
+            f"training.sequence_parallel is {sharing}, and the number of processes, {world}, is not a "
+            f"multiple of it: start {sharing} or more (torchrun --nproc_per_node={sharing}; of a plan: "
+            f"--gpus {sharing})"
         )
     if training.tokens_per_step is None:
         return config

@@ -217,8 +217,10 @@ def plan(
 
 def _length_alike(batch: int, length: int) -> int:
     """Another length of rows whose memory grows in the same way: tiled like these, or not."""
-    is_tiled = batch * length > ABOVE
-    return 2 * length if is_tiled or 2 * batch * length <= ABOVE else max(1, length // 2)
+    half = max(1, length // 2)
+    if batch * half > ABOVE or batch * length <= ABOVE < 2 * batch * length:
+        return half
+    return 2 * length
 
 
 def _format(section: ModelSection, gpu: Gpu, folder: Path) -> torch.dtype:

@@ -38,15 +38,17 @@ FACTS = {
     "template": "the tokenizer and chat template",
     "data": "the training examples",
     "global_batch": "training.batch_size x accumulation x processes (/ sequence_parallel)",
-    # Only with DeepSpeed, which cuts the optimizer's state into as many parts.
-    "processes": "the number of processes",
     "dtype": "the number format of the weights",
     "deepspeed": "the DeepSpeed settings",
     "trainable": "the trained parameters",
 }
 
 # These may differ; the difference is said.
-LISTED_FACTS = {"validation": "the held-out examples"}
+LISTED_FACTS = {
+    "validation": "the held-out examples",
+    # Only with DeepSpeed, which cuts the optimizer's state into as many parts.
+    "processes": "the number of processes",
+}
 
 COMPARED = ("evaluation.best_metric", "evaluation.choose", "evaluation.keep", LISTED_FACTS["validation"])  # fmt: skip
 """What a score is judged against: when it changes, the best score so far says nothing any more."""
@@ -226,21 +228,14 @@ def check(folder: Path, now: Mapping[str, Any]) -> tuple[Difference, ...]:
         raise CheckpointError(
             f"{folder} was made by a different run and cannot be continued by this one:\n{table}\n"
             "Put these back as they were, or start anew in another training.output_dir"
-            + "".join(_remedies(found.refusals, folder))
+            + "".join(_remedies(found.refusals))
         )
     return found.changes
 
 
-def _remedies(refusals: tuple[Difference, ...], folder: Path) -> Iterator[str]:
+def _remedies(refusals: tuple[Difference, ...]) -> Iterator[str]:
     """What else can be done about some differences."""
     refused = {difference.key: difference for difference in refusals}
-    if found := refused.get(FACTS["processes"]):
-        yield (
-            f"\nDeepSpeed cut this checkpoint into {found.checkpoint} parts: start {found.checkpoint} "
-            "processes (torchrun --nproc_per_node, times --nnodes), or go on with the weights and a "
-            f"fresh optimizer: of a full run by model.path={folder}, of LoRA by merging first "
-            f"(finetune merge {folder} --output FOLDER), each with another training.output_dir"
-        )
     if found := refused.get(FACTS["global_batch"]):
         yield (
             f"\nAny number of processes can go on whose batch_size x gradient_accumulation_steps x "

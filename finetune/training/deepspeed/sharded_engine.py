@@ -17,6 +17,8 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from finetune.training.deepspeed.resharded import go_on_at_any_number
+
 LOOK = "is_invalid_grad_norm"
 # All that a saved optimizer state holds besides tensors and plain containers.
 KNOWN_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
@@ -40,6 +42,7 @@ class GuardedEngine(DeepSpeedEngineWrapper):
             engine.optimizer.optimizer.state.clear()
         if not all(weight.requires_grad for weight in engine.module.parameters()):
             _leave_frozen_weights_out(engine)
+        go_on_at_any_number(engine, partial(_read, mapped=True))
 
     def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
         """Backward pass; at the end of an accumulation also guard and optimizer step."""
@@ -124,8 +127,12 @@ class TakenStates(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state in `path`."""
-        with torch.serialization.safe_globals(KNOWN_TYPES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return _read(path, map_location)
+
+
+def _read(path: Any, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
+    with torch.serialization.safe_globals(KNOWN_TYPES):
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
 
 
 def _without_enums(value: Any) -> Any:
