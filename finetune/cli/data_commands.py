@@ -1,4 +1,4 @@
-"""`finetune data check | show | tokens | split`: what a file holds, and what training would see of it."""
+"""`finetune data check | show | tokens | split | prepare`: what a file holds, and what training would see of it."""
 
 from __future__ import annotations
 
@@ -213,3 +213,33 @@ def split(
             f"{output / 'held_out.jsonl'}"
         )
         emit({"train": counts.train, "held_out": counts.held_out})
+
+
+@data_app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE ...]", help="Changes to it.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Of N machines with one cache this is I: every N-th file."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokenise the training data into the cache, where a run finds it; by shards on several machines.
+
+    When all shards are there, the run, or this command without --shard, only copies them together.
+    """
+    from finetune.config.load import load_config
+    from finetune.training.loading.prepare_data import prepare_ahead
+
+    found = load_config(config, overrides or [])
+    with console.json_output(as_json) as emit:
+        counts = prepare_ahead(found.data, found.model, found.training.seed, shard)
+        console.say(
+            f"{counts.kept:,} examples from {counts.rows:,} rows, {counts.tokens:,} tokens are prepared"
+        )
+        emit({"examples": counts.kept, "rows": counts.rows, "tokens": counts.tokens})

@@ -63,6 +63,14 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def known(root: Path, key: str) -> Entry | None:
+    """The entry of `key` if it is there and whole."""
+    folder = root / key
+    if not folder.is_dir() or verify(folder):
+        return None
+    return Entry(folder, recorded(folder).facts)
+
+
 def open_or_build(root: Path, key: str, build: Callable[[Path], Mapping[str, Any]]) -> Entry:
     """The entry of `key`, built by `build(staging folder)` when it is absent or damaged.
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from finetune.data.examples.preparation import NAMED, ExampleCounts, LengthPolicy, write_examples
 from finetune.data.examples.selection import AS_STORED, Selection, first_ones, mixed
-from finetune.data.examples.store import ExampleFile
+from finetune.data.examples.shards import joined, prepared_alone
+from finetune.data.examples.store import EXAMPLES_FILE, ExampleFile
 from finetune.data.reading.files import expand
 from finetune.data.reading.sources import AS_IS, Reading, SourceSpec, read_conversations
 from finetune.errors import DataError
@@ -42,7 +43,6 @@ IGNORED = -100
 """The label of a token that carries no loss."""
 FORMAT = 4
 """Version of the stored file and of the rules that fill it; another one never reads this one's."""
-EXAMPLES_FILE = "examples.arrow"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,27 +168,26 @@ def load_examples(
     files = [expand(source.path) for source in sources]
     listed = [path for paths in files for path in paths]
     seen = SeenFiles.of(listed)
-    content = [
-        {
-            "files": [seen.states[path][1] for path in paths],
-            "format": source.format,
-            "columns": source.columns,
-            **source.chosen,
-        }
-        for source, paths in zip(sources, files, strict=True)
-    ]
-    made_by = _made_by(template, policy) | {
-        "content": content,
-        "columns": reading.columns,
-        "rules": asdict(reading.rules),
-    }
-    # What is stored names rows by their paths, and is made under one policy on bad rows.
-    key = cache.key_of(
-        made_by
-        | {"paths": [[str(path) for path in paths] for paths in files], "reading": asdict(reading)}
-    )
+    method = _made_by(template, policy)
+    made_by, key = _keys(sources, files, seen, reading, method)
+
+    def key_alone(number: int, path: Path) -> str:
+        return _keys([sources[number]], [[path]], seen, reading, method)[1]
 
     def build(folder: Path) -> dict[str, Any]:
+        parts = None
+        if not any(source.chosen for source in sources):
+            parts = prepared_alone(files, key_alone, _folder(cache_root))
+        facts = joined(parts, folder / EXAMPLES_FILE, len(sources)) if parts else read_all(folder)
+        seen.check(listed, "they were read")
+        paths = ExampleFile(folder / EXAMPLES_FILE).images()
+        states = _image_states(paths)
+        return facts | {
+            "images": _key_of_states(states),
+            "image_content": _image_content(paths),
+        }
+
+    def read_all(folder: Path) -> dict[str, Any]:
         stream = read_conversations(
             [replace(source, weight=1.0) for source in sources],
             replace(reading, images=replace(reading.images, check=True)).for_checkpoint(
@@ -199,7 +198,6 @@ def load_examples(
         facts = write_examples(
             numbered, template, policy, folder / EXAMPLES_FILE, num_sources=len(sources)
         )
-        seen.check(listed, "they were read")
         bad = [f"{row.location}: {row.reason}" for row in stream.bad_rows[:NAMED]]
         counts = facts["counts"]
         counts |= {
@@ -208,10 +206,7 @@ def load_examples(
             "named": [*bad, *counts["named"]],
         }
         counts |= {"unread": dict(stream.unread), "doubts": dict(stream.doubts)}
-        paths = ExampleFile(folder / EXAMPLES_FILE).images()
-        states = _image_states(paths)
-        content = _image_content(paths)
-        return facts | {"images": _key_of_states(states), "image_content": content}
+        return facts
 
     entry = cache.open_or_build(_folder(cache_root), key, build)
     paths = ExampleFile(entry.folder / EXAMPLES_FILE).images()
@@ -232,6 +227,33 @@ def load_examples(
         | selection.key
     )
     return _open(entry, fingerprint, view, images)
+
+
+def _keys(
+    sources: Sequence[SourceSpec],
+    files: Sequence[Sequence[Path]],
+    seen: SeenFiles,
+    reading: Reading,
+    method: Mapping[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """What decides the examples of some files, and the name of their entry in the cache."""
+    content = [
+        {
+            "files": [seen.states[path][1] for path in paths],
+            "format": source.format,
+            "columns": source.columns,
+            **source.chosen,
+        }
+        for source, paths in zip(sources, files, strict=True)
+    ]
+    made_by = dict(method) | {
+        "content": content,
+        "columns": reading.columns,
+        "rules": asdict(reading.rules),
+    }
+    # What is stored names rows by their paths, and is made under one policy on bad rows.
+    paths = [[str(path) for path in of_one] for of_one in files]
+    return made_by, cache.key_of(made_by | {"paths": paths, "reading": asdict(reading)})
 
 
 class _View(NamedTuple):

@@ -21,6 +21,10 @@ Span = tuple[int, int, float]
 """Half-open range of tokens and their weight in the loss."""
 
 
+EXAMPLES_FILE = "examples.arrow"
+"""In an entry of the cache."""
+
+
 class StoredExample(NamedTuple):
     """One row: token ids int32 [T] (read-only, mapped) and spans as three arrays [S]."""
 
@@ -91,7 +95,22 @@ class ExampleWriter:
             _texts(location),
             _texts(images or [""] * len(location)),
         ]
-        self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
+        self.add(pa.record_batch(columns, schema=self._schema))
+
+    def add(self, batch: Any) -> None:
+        """Writes a record batch of another such file."""
+        self._stream.write_batch(batch)
+
+
+def copied(files: Sequence[Path], target: Path) -> None:
+    """Write the rows of some files into a new one, batch after batch."""
+    import pyarrow as pa
+
+    with ExampleWriter(target) as writer:
+        for file in files:
+            with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
+                for batch in stream:
+                    writer.add(batch)
 
 
 class ExampleFile:
