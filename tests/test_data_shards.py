@@ -37,7 +37,7 @@ def prepared(settings: dict, cache: Path) -> PreparedDataset:
 
 
 def test_shards_make_the_examples_of_one_preparation_and_nothing_is_tokenised_again(
-    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     whole = prepared(settings, tmp_path / "alone")
     file, cache = tmp_path / "run.yaml", tmp_path / "shared"
@@ -46,7 +46,7 @@ def test_shards_make_the_examples_of_one_preparation_and_nothing_is_tokenised_ag
     rows = []
     for shard in ("2/2", "1/2"):
         assert exit_code("data", "prepare", str(file), "--shard", shard, "--json") == 0
-        rows.append(json.loads(capsys.readouterr().out)["rows"])
+        rows.append(json.loads(capfd.readouterr().out)["rows"])
     assert rows == [3, 10]  # b and d, then a, c and the other source
 
     def refused(*_: object, **__: object) -> None:
@@ -79,15 +79,15 @@ def test_what_is_no_shard_is_refused(shard: str) -> None:
 
 
 def test_fewer_files_than_shards_are_refused_with_how_to_split_them() -> None:
-    with pytest.raises(ConfigError, match="split --number"):
+    with pytest.raises(ConfigError, match="split -n"):
         of_shard([Path("a")], "1/2")
 
 
 def test_rows_that_are_chosen_among_all_cannot_be_prepared_file_by_file(
-    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings["data"]["validation"] = "10%"
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings))
     assert exit_code("data", "prepare", str(file), "--shard", "1/2") == 2
-    assert "--shard takes files one by one" in capsys.readouterr().err
+    assert "--shard takes files one by one" in capfd.readouterr().err

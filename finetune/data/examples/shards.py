@@ -30,7 +30,7 @@ def of_shard(files: Sequence[Path], shard: str) -> list[Path]:
     if len(files) < int(parts):
         raise ConfigError(
             f"--shard {shard}: there are {len(files)} files, which are what is shared out; split them "
-            "(split --number=l/64 rows.jsonl part.), or take fewer shards"
+            "(split -n l/64 rows.jsonl part.), or take fewer shards"
         )
     return list(files[int(number) - 1 :: int(parts)])
 
