@@ -284,7 +284,7 @@ def _flat_weights(folder: Path) -> Tensor:
             f"{flat.shape[0]} in {ADAPTER_WEIGHTS}; copy the adapter again"
         )
     values: Tensor = load_file(path)[PREFIX_TENSOR]
-    if not values.isfinite().all():
+    if not bool(values.isfinite().all()):
         raise ModelError(f"{path} holds numbers that are not finite; use an earlier checkpoint")
     return values
 
@@ -362,8 +362,7 @@ def _use_prefix(model: PreTrainedModel, num_virtual_tokens: int) -> None:
 
 def _open_left(mask: Tensor, num_open: int) -> Tensor:
     """`mask` [B, 1, T, S] (bool or additive) with open columns for the prefix: [B, 1, T, N + S]."""
-    opened = torch.ones if mask.dtype == torch.bool else torch.zeros
-    columns = opened(*mask.shape[:-1], num_open, dtype=mask.dtype, device=mask.device)
+    columns = mask.new_full((*mask.shape[:-1], num_open), mask.dtype == torch.bool)
     return torch.cat([columns, mask], dim=-1)
 
 
@@ -384,9 +383,9 @@ def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         if not hasattr(module, "prefix"):
             return attention(module, query, key, value, attention_mask, **kwargs)
-        own: Tensor = module.get_submodule("prefix")()
-        own = own if split is None else split.own_groups(own)
-        prefix = own.to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
+        own: nn.Module = module.get_submodule("prefix")
+        states = own() if split is None else split.own_groups(own())
+        prefix = states.to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
         mask = None if attention_mask is None else _open_left(attention_mask, prefix.shape[3])
         keys, values = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
         return attention(module, query, keys, values, mask, **kwargs)
@@ -394,9 +393,8 @@ def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-AttentionInterface.register(
-    "document_prefix_sdpa", in_documents(_with_prefix(grouped_sdpa), _prefix_of)
-)
+_document_prefix = in_documents(_with_prefix(grouped_sdpa), _prefix_of)
+AttentionInterface.register("document_prefix_sdpa", _document_prefix)
 AttentionInterface.register("prefix_eager", _with_prefix(eager_attention_forward))
 AttentionMaskInterface.register("document_prefix_sdpa", sdpa_mask)
 AttentionMaskInterface.register("prefix_eager", eager_mask)
