@@ -12,6 +12,7 @@ from typing import Any
 from tests.reliability import faults
 from tests.reliability.damaged_saves import damages, left_overs, random_kills, rotations
 from tests.reliability.frame import Case
+from tests.reliability.many_processes import slow_disks
 from tests.reliability.tiny_runs import (
     KINDS,
     STEPS,

@@ -18,6 +18,7 @@ from tests.reliability.broken_processes import (
 )
 from tests.reliability.faults import at
 from tests.reliability.frame import Case
+from tests.reliability.many_processes import blocking_backends
 from tests.reliability.tiny_runs import LORA, STEPS, Bench, Kind, goes_on
 
 EVALUATED = {
