@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from finetune.planning.plan import Gpu, Plan
 
 
+LONG = 16_384
+"""Tokens of a row from which on what is kept of it is worth moving."""
+
+
 @dataclass(frozen=True)
 class RunMemory:
     """What a run holds."""
@@ -117,6 +121,12 @@ class RunMemory:
             knobs.append(
                 "training.activation_checkpointing=true: the same numbers, a third more time"
             )
+        elif self.longest > LONG and not training.offload_activations:
+            knobs.append(
+                "training.offload_activations=true: what layers are recomputed from goes to the host's memory"
+            )
+        if self.longest > LONG and training.sequence_parallel == 1:
+            knobs.append("training.sequence_parallel=2 or more: as many GPUs share each row")
         if self.deepspeed is None:
             knobs.append("deepspeed.zero_stage=2, or 3 to shard the weights too, over several GPUs")
         elif self.deepspeed.config is None and self.deepspeed.offload_optimizer == "none":
