@@ -46,7 +46,7 @@ def test_shards_make_the_examples_of_one_preparation_and_nothing_is_tokenised_ag
     rows = []
     for shard in ("2/2", "1/2"):
         assert exit_code("data", "prepare", str(file), "--shard", shard, "--json") == 0
-        rows.append(json.loads(capfd.readouterr().out)["rows"])
+        rows.append(json.loads(capfd.readouterr().out.splitlines()[-1])["rows"])
     assert rows == [3, 10]  # b and d, then a, c and the other source
 
     def refused(*_: object, **__: object) -> None:

@@ -15,18 +15,16 @@ from finetune.training.run_data import plan_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_a_million_tokens_fit_eight_gpus_and_an_eighth_of_them_fits_one(
+def test_a_million_tokens_fit_eight_gpus_of_40_gb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts/bench"))
     import long_rows
 
     (tmp_path / "config.json").write_text(json.dumps(long_rows.SIZES))
-    million = long_rows.planned(tmp_path, 1_048_576, 8, offload=True)
-    eighth = long_rows.planned(tmp_path, 131_072, 1, offload=True)
-    for found in (million, eighth):
-        assert found["gpu_gb"] < 40  # 70 were asked for
-        assert found["host_gb"] == 42.9  # 40 layers x 4,096 numbers of 2 bytes x 131,072 tokens
+    found = long_rows.planned(tmp_path, 1_048_576, 8, offload=True)
+    assert found["gpu_gb"] < 39  # of the 131,072 tokens that each has; 70 were asked for
+    assert found["host_gb"] == 42.9  # 40 layers x 4,096 numbers of 2 bytes x 131,072 tokens
 
 
 def config(model: Path, folder: Path, **changes: object) -> dict:
@@ -39,8 +37,9 @@ def test_processes_that_share_rows_count_once_for_the_global_batch(
     monkeypatch.setenv("WORLD_SIZE", "8")
     tree = config(
         tiny_glm, tmp_path, training__sequence_parallel=4, training__tokens_per_step=2048,
-        training__gradient_accumulation_steps=None, data__packing=True,
+        data__packing=True,
     )  # fmt: skip
+    del tree["training"]["gradient_accumulation_steps"]
     found = settled(load_mapping(tree).config)
     # 2 groups with 2 rows of 256 tokens at a time: 1,024 of 2,048.
     assert found.training.gradient_accumulation_steps == 2
