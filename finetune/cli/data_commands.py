@@ -234,7 +234,7 @@ def prepare(
     When all shards are there, the run, or this command without --shard, only copies them together.
     """
     from finetune.config.load import load_config
-    from finetune.training.loading.prepare_data import prepare_ahead
+    from finetune.data.examples.ahead import prepare_ahead
 
     found = load_config(config, overrides or [])
     with console.json_output(as_json) as emit:

@@ -82,8 +82,8 @@ def child(tokenizer: Path, rows: Path, cache: Path, shard: str) -> None:
     """Prepare, and print the counts and what tells the examples from others."""
     from finetune.config.data_section import DataSection
     from finetune.config.schema import ModelSection
+    from finetune.data.examples.ahead import prepare_ahead
     from finetune.data.examples.store import ExampleFile
-    from finetune.training.loading.prepare_data import prepare_ahead
 
     section = DataSection(train=str(rows), cache_dir=str(cache))
     counts = prepare_ahead(section, ModelSection(path=str(tokenizer)), 0, shard or None)

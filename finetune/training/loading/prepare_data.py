@@ -18,11 +18,8 @@ from finetune.data.examples.dataset import (
     load_examples,
 )
 from finetune.data.examples.packing import PackedDataset, pack
-from finetune.data.examples.preparation import ExampleCounts, total
 from finetune.data.examples.selection import Selection
-from finetune.data.examples.shards import of_shard
 from finetune.data.examples.stream import ExampleStream, StreamSample, StreamSettings
-from finetune.data.reading.files import expand
 from finetune.data.reading.section import (
     reading_of,
     sources_of,
@@ -31,7 +28,6 @@ from finetune.data.reading.section import (
 )
 from finetune.data.reading.shards import shards_of
 from finetune.data.reading.sources import SourceSpec
-from finetune.errors import ConfigError
 from finetune.generation.replay import replay_of
 from finetune.training.run_data import RunData as RunData
 from finetune.training.run_data import check_overlap, check_packing, plan_of, report
@@ -72,35 +68,6 @@ def load_run_data(
         train, items, plan, validation, held_out, reading_of(section), template, section.max_length,
         kept=kept, kept_sources=general,
     )  # fmt: skip
-
-
-def prepare_ahead(
-    section: DataSection, model: ModelSection, seed: int, shard: str | None
-) -> ExampleCounts:
-    """The counts of the training examples of all files, or of each file of one shard, in the cache now.
-
-    Raises:
-        ConfigError: The data is streamed, or rows are chosen among those of all files.
-    """
-    sources = training_sources(section)
-    if section.streaming:
-        raise ConfigError("data.streaming is true: a stream is tokenised while it is trained")
-    if shard is not None and any(source.chosen for source in sources):
-        raise ConfigError(
-            "--shard takes files one by one, and data.validation as a share or max_rows choose among "
-            "the rows of all: give files to both (`finetune data split` makes them)"
-        )
-    template = ChatTemplate(load_chat_tokenizer(model.path, model.revision))
-    if shard is None:
-        return _examples(section, sources, template, seed, Selection()).counts
-    files = [(source, path) for source in sources for path in expand(source.path)]
-    mine = of_shard([path for _, path in files], shard)
-    counts = ExampleCounts()
-    for source, path in files:
-        if path in mine:
-            one = replace(source, path=str(path), weight=1.0)
-            counts = total(counts, _examples(section, [one], template, seed, Selection()).counts)
-    return counts
 
 
 def _replay(
