@@ -46,6 +46,7 @@ def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> l
             partial(power, bench, subset): {"power"},
             lambda: [*rotations(bench), *left_overs(bench)][::every]: {"rotation", "left_over"},
             partial(random_kills, bench, 2 if subset else 20): {"random"},
+            lambda: [] if subset else slow_disks(bench): {"slow_disk"},
         }
     wanted = [part for part, of in parts.items() if not groups or of & set(groups)]
     return [case for part in wanted for case in part()]

@@ -75,7 +75,7 @@ def cases(folder: Path, subset: bool, stock: bool, groups: tuple[str, ...]) -> l
     found = [*signals(bench), *second_signals(bench), *one_of_two(bench)]
     broken = [*broken_processes(bench, patient=not subset), *broken_loaders(bench)]
     if not subset:
-        return [*found, *broken]
+        return [*found, *broken, *blocking_backends(bench)]
     # torchrun itself is asked to stop in tests/test_trainer_stops.py
     return [case for case in (*found[::6], *broken[::5]) if "torchrun" not in case.name]
 
