@@ -52,6 +52,7 @@ def lay_out() -> None:
         target = SOURCES / place(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page_text(page), encoding="utf-8")
+    (SOURCES / "wrap.css").write_text(".md-typeset pre > code { white-space: pre-wrap; }\n")
     for picture in [*ROOT.glob("docs/*.png"), *ROOT.glob("docs/images/*")]:
         target = SOURCES / picture.relative_to(ROOT / "docs")
         target.parent.mkdir(parents=True, exist_ok=True)
