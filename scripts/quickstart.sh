@@ -15,6 +15,7 @@ case "${1:-}" in
 esac
 . scripts/install.sh quickstart
 
+echo "A model is made, tuned, merged and opened again; what each phase took is said at the end."
 phases=() begun=$SECONDS
 took() { if [ -n "${phase:-}" ]; then phases+=("$(printf '%5d s  %s' $((SECONDS - since)) "$phase")"); fi; }
 say() { took; phase="$*" since=$SECONDS; printf '\n== %s\n' "$*"; }

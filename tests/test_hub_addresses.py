@@ -123,6 +123,23 @@ def test_a_repository_that_cannot_be_fetched_says_how_to_get_it(
     assert "hf download someone/model --local-dir FOLDER" in str(model.value)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_download_shows_its_progress_once_though_the_libraries_are_quiet(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    from finetune.models.library_logging import quiet_libraries
+
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setenv("RANK", str(rank))
+    try:
+        quiet_libraries()
+        assert are_progress_bars_disabled() is (rank > 0)
+    finally:
+        enable_progress_bars()
+
+
 def test_without_its_library_modelscope_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -81,7 +81,7 @@ def how_to_get(found: Repository, content: Content) -> str:
     hf = f"hf download {found.name}{' --repo-type dataset' if is_data else ''} --local-dir FOLDER"
     ms = f"modelscope download --{content} {found.name} --local_dir FOLDER"
     return (
-        f"check the name, or download it elsewhere and give the folder:\n  {hf}\n  {ms}   "
+        f"check the name, set HF_ENDPOINT to a mirror, or download it elsewhere and give the folder:\n  {hf}\n  {ms}   "
         "(pip install modelscope)"
     )
 

@@ -16,10 +16,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     if not device.has_accelerator():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # the hub's too, but 19 GB need one
+    if console.is_rank0() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        enable_progress_bars()
     level = logging.WARNING if console.is_rank0() else logging.ERROR
     for name in ("peft", "torch.distributed", "datasets"):
         logging.getLogger(name).setLevel(level)
