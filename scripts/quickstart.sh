@@ -31,7 +31,7 @@ TQDM_DISABLE=1 python scripts/fixtures/quickstart_model.py "$model" ${1:-}
 rm -rf "$run" "$run-merged" "$run-report"    # this script's own output, made anew
 
 say "2/4 Train LoRA under ZeRO-2 in $processes processes, scored before and after"
-torchrun --standalone --nproc_per_node="$processes" finetune.py configs/quickstart.yaml ${options[@]+"${options[@]}"}
+torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$processes" finetune.py configs/quickstart.yaml ${options[@]+"${options[@]}"}
 
 say "3/4 Merge the adapter into a plain checkpoint: $run-merged"
 python finetune.py merge "$run" --output "$run-merged"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = {
     "hf download and modelscope download": {"--local-dir", "--local_dir", "--repo-type"},
     "torchrun": {"--nnodes", "--nproc_per_node", "--nproc-per-node", "--standalone", "--master",
-                 "--rdzv", "--rdzv-endpoint"},
+                 "--rdzv", "--rdzv-endpoint", "--local-addr"},
     "docker": {"--ipc", "--shm-size"},
     "sbatch": {"--signal"},
     "vllm serve": {"--hf-overrides", "--max-lora-rank"},
@@ -39,7 +39,7 @@ def named() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 for option in re.findall(
-                    r"(?<![\w-])--[a-z][a-z0-9_]*(?:-[a-z0-9_]+)*", node.value
+                    r"(?<!var\()(?<![\w-])--[a-z][a-z0-9_]*(?:-[a-z0-9_]+)*", node.value
                 ):
                     place = f"{path.relative_to(ROOT)}:{node.lineno}"
                     found.setdefault(option, set()).add(place)

@@ -11,6 +11,7 @@ import command_line
 import pytest
 
 from finetune.cli import doctor
+from finetune.cli.launch import launch
 from finetune.distributed import hardware
 from finetune.distributed.device import Card
 
@@ -71,6 +72,28 @@ def test_the_command_prints_every_finding_as_json(capfd: pytest.CaptureFixture[s
     assert code == int(any(row["remedy"] for row in rows))
 
 
+def test_a_machine_whose_name_has_no_address_is_told_how_processes_meet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    assert remedies(list(doctor._host_name())) == {"host name": ""}
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    (finding,) = doctor._host_name()
+    assert "--local-addr=127.0.0.1" in finding.remedy
+
+
+def test_processes_of_one_machine_do_not_look_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("torch.distributed.run.main", given.append)
+    assert launch("2", ["configs/lora.yaml"]) == 0
+    assert launch("2", ["--nnodes=2", "--rdzv-endpoint=a:1", "configs/lora.yaml"]) == 0
+    assert "--local-addr=127.0.0.1" in given[0]
+    assert not any("--local-addr" in word or word == "--standalone" for word in given[1])
+
+
 @pytest.mark.slow
 def test_one_error_of_two_processes_is_one_message_with_its_exit_code(tmp_path: Path) -> None:
     done = command_line.run(
@@ -78,7 +101,10 @@ def test_one_error_of_two_processes_is_one_message_with_its_exit_code(tmp_path: 
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"error: configs/none.yaml: no such file (working directory {tmp_path})\n"
+    assert (
+        done.stderr
+        == f"error: configs/none.yaml: no such file (working directory {tmp_path}); correct the path\n"
+    )
 
 
 def test_a_launch_without_a_configuration_is_refused(capfd: pytest.CaptureFixture[str]) -> None:

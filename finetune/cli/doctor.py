@@ -43,7 +43,14 @@ class Finding:
 
 def examine(*, hub: bool = False) -> list[Finding]:
     """Every finding; with `hub` the model hub is asked for too, which needs the network."""
-    looks: list[Callable[[], Iterator[Finding]]] = [_libraries, _devices, _room, _locks, _port]
+    looks: list[Callable[[], Iterator[Finding]]] = [
+        _libraries,
+        _devices,
+        _room,
+        _locks,
+        _port,
+        _host_name,
+    ]
     looks += [_hub] * hub
     return [finding for look in looks for finding in look()]
 
@@ -116,6 +123,9 @@ def _room() -> Iterator[Finding]:
 
 
 def _locks() -> Iterator[Finding]:
+    if not os.access(".", os.W_OK):
+        yield Finding("working directory", "cannot be written", "start where you can write")
+        return
     try:
         with tempfile.NamedTemporaryFile(dir=".", prefix=".doctor-") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,6 +143,17 @@ def _port() -> Iterator[Finding]:
             yield Finding(f"port {PORT}", "free")
         except OSError:
             yield Finding(f"port {PORT}", "in use", "torchrun --standalone takes a free one")
+
+
+def _host_name() -> Iterator[Finding]:
+    """Torchrun waits in silence for minutes where the machine's own name is not known, as in some containers."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, PORT)
+        yield Finding("host name", name)
+    except OSError:
+        said = f"add it to /etc/hosts, or give torchrun --local-addr=127.0.0.1; `finetune launch` does ({name})"
+        yield Finding("host name", "has no address", said)
 
 
 def _hub() -> Iterator[Finding]:

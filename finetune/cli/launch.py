@@ -25,7 +25,8 @@ def launch(processes: str, words: Sequence[str]) -> int:
         raise ConfigError("finetune launch: name the YAML file of the run")
     options, command = list(words[:place]), list(words[place:])
     if not any(option.startswith(("--nnodes", "--rdzv", "--master")) for option in options):
-        options.append("--standalone")
+        # By its own name a machine may have no address, as in some containers; torchrun then waits for minutes.
+        options += ["--standalone", "--local-addr=127.0.0.1"]
     from torch import cuda
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
