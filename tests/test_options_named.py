@@ -39,7 +39,7 @@ def named() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 for option in re.findall(
-                    r"(?<!var\()(?<![\w-])--[a-z][a-z0-9_]*(?:-[a-z0-9_]+)*", node.value
+                    r"(?<![\w-])--[a-z][a-z0-9_]*(?:-[a-z0-9_]+)*(?![\w(])", node.value
                 ):
                     place = f"{path.relative_to(ROOT)}:{node.lineno}"
                     found.setdefault(option, set()).add(place)
