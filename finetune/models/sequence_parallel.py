@@ -114,5 +114,5 @@ def check_heads(parts: int, heads: int, groups: int) -> None:
         able = ", ".join(str(number) for number in range(2, heads + 1) if fits(number))
         raise ConfigError(
             f"training.sequence_parallel is {parts}, but this model's {heads} attention heads ({groups} "
-            f"of keys and values) can be shared out over {able} processes only"
+            f"of keys and values) can be shared out over {able} processes only; choose one of these"
         )
