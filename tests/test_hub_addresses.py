@@ -127,7 +127,7 @@ def test_a_repository_that_cannot_be_fetched_says_how_to_get_it(
 def test_a_download_shows_its_progress_once_though_the_libraries_are_quiet(
     rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
     from finetune.models.library_logging import quiet_libraries
 
