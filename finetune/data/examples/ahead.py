@@ -28,7 +28,9 @@ def prepare_ahead(
     """
     sources = training_sources(section)
     if section.streaming:
-        raise ConfigError("data.streaming is true: a stream is tokenised while it is trained; leave this out")
+        raise ConfigError(
+            "data.streaming is true: a stream is tokenised while it is trained; leave this out"
+        )
     if shard is not None and any(source.chosen for source in sources):
         raise ConfigError(
             "--shard takes files one by one, and data.validation as a share or max_rows choose among "
