@@ -16,7 +16,7 @@ from disk_faults import ended_at
 from finetune import console
 from finetune.errors import ConfigError, DataError, OutputInUseError, SpaceError
 from finetune.storage import cache, disk, folders, manifest
-from finetune.storage.outputs import check_not_read, check_output
+from finetune.storage.outputs import check_not_read, check_output, write_marked
 from finetune.storage.seen import SeenFiles, state_of
 
 
@@ -36,6 +36,35 @@ def test_an_input_is_never_written_over_under_any_name(tmp_path: Path) -> None:
             check_output(output, [tmp_path / "in.jsonl"], overwrite=True, is_ours=lambda _: True)
     with pytest.raises(ConfigError, match="lies inside"):
         check_output(tmp_path / "new", [tmp_path], overwrite=True, is_ours=lambda _: True)
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nowhere", "a link to itself", "a pipe"])
+def test_what_stands_where_a_folder_of_the_path_should_be_is_named(
+    tmp_path: Path, kind: str
+) -> None:
+    blocking = tmp_path / "out"
+    if kind == "a file":
+        blocking.write_text("mine")
+    elif kind == "a pipe":
+        os.mkfifo(blocking)
+    else:
+        blocking.symlink_to("out" if kind == "a link to itself" else "nowhere")
+    for path in (blocking / "train.jsonl", blocking / "below/train.jsonl"):
+        with pytest.raises(ConfigError, match=f"{blocking} is a (file|link|pipe) and no folder"):
+            check_output(path, (), overwrite=True, is_ours=lambda _: True)
+    (tmp_path / "alias").symlink_to(tmp_path)
+    check_output(tmp_path / "alias/new", (), overwrite=False, is_ours=lambda _: False)
+
+
+def test_a_page_is_written_over_one_of_its_kind_and_over_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for number in range(2):
+        assert write_marked(page, f"<meta ours {number}>", mark="ours") == page
+    assert page.read_text() == "<meta ours 1>"
+    page.write_text("mine")
+    with pytest.raises(ConfigError, match="was not written by this program"):
+        write_marked(page, "<meta ours>", mark="ours")
+    assert page.read_text() == "mine"
 
 
 def test_a_file_of_others_is_replaced_when_that_is_said(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from finetune.generation.batch import Batch
 from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving import engine as engine_module
-from finetune.serving import guard
+from finetune.serving import guard, heap
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,52 @@ def test_of_too_many_connections_the_slowest_gives_way(
         idle[0].settimeout(5)
         with suppress(ConnectionResetError):
             assert idle[0].recv(10) == b""
+
+
+def test_of_too_many_connections_an_answered_one_gives_way_first(
+    opened: OpenedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "max_connections", lambda: 3)
+    with serving.served(opened) as server, ExitStack() as stack:
+        port = int(server.url.rpartition(":")[2])
+
+        def connect() -> socket.socket:
+            made = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            made.settimeout(5)
+            return made
+
+        asking, answered = connect(), connect()
+        asking.sendall(b"GET /health HTTP/1.1\r\n")
+        answered.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        while b"ok" not in answered.recv(1000):
+            pass
+        connect(), connect()
+        with suppress(ConnectionResetError):
+            assert answered.recv(10) == b""
+        asking.sendall(b"Host: 127.0.0.1\r\n\r\n")
+        assert asking.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_is_kept_for_longer_than_clients_keep_it() -> None:
+    theirs = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry or 0
+    assert theirs * 2 < guard.KEEP_ALIVE_SECONDS
+
+
+def test_what_is_free_goes_back_while_the_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr(heap, "TRIM_SECONDS", 0.01)
+    monkeypatch.setattr(heap, "_function", lambda name: trims.append if "trim" in name else None)
+
+    async def run() -> None:
+        async with heap.trimmed():
+            while len(trims) < 3:
+                await asyncio.sleep(0.01)
+        count = len(trims)
+        await asyncio.sleep(0.05)
+        assert len(trims) <= count + 1  # one may have been on its way
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    heap.bound_pools()  # without mallopt it is left alone
 
 
 def test_a_key_of_any_script_is_compared_as_its_bytes(opened: OpenedModel) -> None:

@@ -142,6 +142,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
             f"adapts ({len(missing)} in all); copy the adapter again, or give its own base"
         )
     config = LoraConfig.from_pretrained(folder)
+    config.rank_pattern = config.rank_pattern or {}  # PEFT does not take null for absence
+    config.alpha_pattern = config.alpha_pattern or {}
     config.inference_mode = True
     config.init_lora_weights = True  # whatever it was, the trained weights take its place
     adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)

@@ -26,7 +26,7 @@ from finetune.report import sentences
 from finetune.report.charts import Point, Series, histogram, lines
 from finetune.report.page_data import ASSETS, Content, page_data, read_content
 from finetune.report.runs import Run, differences, read_run
-from finetune.storage.files import write_file
+from finetune.storage.outputs import write_marked
 from finetune.webpages import hashed, templates, theme
 
 PAGE = "report.html"
@@ -49,8 +49,8 @@ def write_page(folder: Path) -> Path:
             f"{folder} keeps no records of {name}: its losses and configuration are left out of the "
             "report; evaluate again where the run lies"
         )
-    write_file(folder / PAGE, page(evaluation, read_content(folder, evaluation), runs))
-    return folder / PAGE
+    text = page(evaluation, read_content(folder, evaluation), runs)
+    return write_marked(folder / PAGE, text, mark="style-src")
 
 
 def runs_of(folder: Path, evaluation: Evaluation) -> dict[str, Run]:

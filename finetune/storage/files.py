@@ -73,8 +73,15 @@ def kind_of(path: Path) -> str:
 def refuse_odd(path: Path) -> None:
     """ConfigError when `path` is anything but a regular file or a free name.
 
-    A rename would put a file in the place of a device, a pipe or a link.
+    A rename would put a file in the place of a device, a pipe or a link. A file or a link to nowhere
+    where a folder of the path should be is named, too.
     """
+    for folder in reversed(path.parents):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ConfigError(
+                f"{folder} is {kind_of(folder) or 'a file'} and no folder, so {path} cannot be "
+                "written; choose another name"
+            )
     if kind := kind_of(path):
         leads = f" to {path.readlink()}; name the file itself" if kind == "a link" else ""
         raise ConfigError(

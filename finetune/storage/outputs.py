@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from finetune.errors import ConfigError
-from finetune.storage.files import refuse_odd
+from finetune.storage.files import refuse_odd, write_file
 
 
 def check_output(
@@ -32,6 +32,20 @@ def check_output(
             f"{output} is there, and this program did not write it; choose another --output, or say "
             "--overwrite"
         )
+
+
+def write_marked(output: Path, text: str, *, mark: str) -> Path:
+    """Write `text`, which holds `mark` near its beginning, over an earlier one of its kind; `output`.
+
+    ConfigError when what stands there has no such mark: another wrote it.
+    """
+    refuse_odd(output)
+    if output.exists():
+        with output.open("rb") as file:
+            if mark.encode() not in file.read(4096):
+                raise ConfigError(f"{output} was not written by this program; move it away")
+    write_file(output, text)
+    return output
 
 
 def is_same_file(path: Path, other: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from functools import cached_property
 from multiprocessing import active_children
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from finetune.distributed import device
 from finetune.distributed.processes import fail_together, rank_and_world, reduce_sum
@@ -309,6 +310,10 @@ class FineTuner(Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         begun = super()._init_training_state(max_steps, *args, **kwargs)
+        for option in fields(TrainerState):
+            value = getattr(self.state, option.name)
+            if isinstance(option.default, int | float) and not isinstance(value, int | float):
+                raise TypeError(f"{option.name} in trainer_state.json is no number")
         # A resumed run logs as often as its own config says, not the earlier one's.
         self.state.compute_steps(self.args, max_steps)
         return begun
