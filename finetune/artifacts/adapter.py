@@ -49,6 +49,7 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)"
 )
+_SAVED = re.compile(r"\.modules_to_save\.(?:default\.)?")
 _NEEDED = ("target_modules", "num_virtual_tokens")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
 _LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")
@@ -188,11 +189,13 @@ def _by_module(
         name = tensor.name.removeprefix(PREFIX)
         if name == tensor.name:
             problems.append(f"{name} is not named {PREFIX}…, as PEFT names it")
+        elif ".original_module." in name:
+            continue  # what the base has, which PEFT saves beside an embedding that was made longer
         elif match := _PART.fullmatch(name):
             part = match["part"].removesuffix(".weight")
             modules.setdefault(match["module"], {})[part] = tensor
-        elif _may_be_whole(name, config, embeddings=embeddings):
-            whole[name.replace(".base_layer.", ".")] = tensor
+        elif _may_be_whole(saved := _SAVED.sub(".", name), config, embeddings=embeddings):
+            whole[saved.replace(".base_layer.", ".")] = tensor
         else:
             problems.append(f"{name} is of a kind that is not known here")
     return modules, whole, problems

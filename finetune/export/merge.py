@@ -28,14 +28,16 @@ from finetune.export.adapter import Adapter
 from finetune.export.folder import FolderPlan, carried, check_output, written
 from finetune.export.numbers import STORAGE
 from finetune.export.shards import Output, ShardPlan, make_header
+from finetune.export.vocabulary import (
+    EMBEDDING_AND_HEAD,
+    added_rows,
+    check_can_open,
+    tokenizer_of,
+    with_more_tokens,
+)
 
 Check = Literal["none", "tensors", "full"]
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-_TIED = (
-    ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"),
-    ("model.embed_tokens.weight", "lm_head.weight"),
-)
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,14 @@ def merge(
     check_output(out, {base, *(source for source, _ in sources)})
     for one, _ in weighted:
         notes += check_base(one.folder, base, force=force)
-    plan, untied = _plan(base, tuned, dtype, checked=check != "none")
-    plan = replace(plan, texts={**plan.texts, MODEL_CARD: _card(out, base, sources, weighted)})
+    plan, untied, more_tokens = _plan(base, tuned, dtype, checked=check != "none")
+    check_can_open(more_tokens, check)
+    files, said = tokenizer_of(sources[0][0], more_tokens)
+    notes += said
+    card_text = _card(out, base, sources, weighted)
+    plan = replace(
+        plan, texts={**plan.texts, MODEL_CARD: card_text}, copies={**plan.copies, **files}
+    )
     difference = None
     with written(plan, out, "merged", check=check != "none") as stage:
         if check == "full" and tuned is not None:
@@ -174,14 +182,16 @@ def find_base(source: Path, given: Path | None) -> Path:
 
 def _plan(
     base: Path, tuned: Adapter | None, dtype: str | None, *, checked: bool
-) -> tuple[FolderPlan, bool]:
+) -> tuple[FolderPlan, bool, int]:
+    """What is written; whether the embeddings become two; how many tokens more there are."""
     check_folder(base)
     shards = [read_shard(file) for file in weight_files(base)]
     config = read_json(base / MODEL_CONFIG)
     present = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     check_floats(base, present)
     extra = _untied_head(config, present, tuned)
-    _check_fit(tuned, {**present, **extra}, base)
+    more_tokens = added_rows(tuned, {**present, **extra})
+    _check_fit(tuned, {**present, **extra}, base, longer=more_tokens > 0)
     plans = []
     for shard in shards:
         sources = [extra.get(tensor.name, tensor) for tensor in shard.tensors]
@@ -194,13 +204,14 @@ def _plan(
             for name, tensor in zip(names, sources, strict=True)
         )
         same = len(outputs) == len(shard.tensors) and all(
-            new.dtype == old.dtype for new, old in zip(outputs, shard.tensors, strict=True)
+            (new.dtype, new.shape) == (old.dtype, old.shape)
+            for new, old in zip(outputs, shard.tensors, strict=True)
         )
         header = shard.header if same else make_header(outputs, shard.metadata)
         plans.append(ShardPlan(shard.file.name, header, outputs))
-    texts = _new_texts(base, config, plans, dtype=dtype, untied=bool(extra))
+    texts = _new_texts(base, config, plans, dtype=dtype, untied=bool(extra), more=more_tokens)
     copies = {name: file for name, file in carried(base).items() if name not in texts}
-    return FolderPlan(tuple(plans), texts, copies), bool(extra)
+    return FolderPlan(tuple(plans), texts, copies), bool(extra), more_tokens
 
 
 def _untied_head(
@@ -212,7 +223,7 @@ def _untied_head(
     round; one stored matrix could not hold both.
     """
     touched = {*tuned.updates, *tuned.replacements} if tuned else set()
-    for embedding, head in _TIED:
+    for embedding, head in EMBEDDING_AND_HEAD:
         if (
             config.get("tie_word_embeddings")
             and embedding in present
@@ -222,7 +233,10 @@ def _untied_head(
     return {}
 
 
-def _check_fit(tuned: Adapter | None, present: Mapping[str, TensorInfo], base: Path) -> None:
+def _check_fit(
+    tuned: Adapter | None, present: Mapping[str, TensorInfo], base: Path, *, longer: bool
+) -> None:
+    embeddings = [name for pair in EMBEDDING_AND_HEAD for name in pair] if longer else []
     modules = [name.removesuffix(".weight") for name, t in present.items() if len(t.shape) == 2]
     missing = tuned.files.missing(modules) if tuned else []
     problems = [f"it has nothing for {name}, which its config adapts" for name in missing]
@@ -237,7 +251,7 @@ def _check_fit(tuned: Adapter | None, present: Mapping[str, TensorInfo], base: P
     for name, tensor in (tuned.replacements if tuned else {}).items():
         if name not in present:
             problems.append(f"{name} is not there")
-        elif present[name].shape != tensor.shape:
+        elif present[name].shape != tensor.shape and name not in embeddings:
             problems.append(f"{name} is {present[name].shape}, the adapter's is {tensor.shape}")
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:5])
@@ -262,10 +276,11 @@ def _new_texts(
     *,
     dtype: str | None,
     untied: bool,
+    more: int,
 ) -> dict[str, str]:
     """config.json and the index where they cannot stay as they are."""
     texts = {}
-    changed = dict(config)
+    changed = with_more_tokens(config, more)
     if untied:
         changed["tie_word_embeddings"] = False
     if dtype:
@@ -274,7 +289,7 @@ def _new_texts(
         texts[MODEL_CONFIG] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     if (base / WEIGHTS_INDEX).is_file():
         index = read_json(base / WEIGHTS_INDEX)
-        if untied or dtype:
+        if untied or dtype or more:
             index["weight_map"] = {o.name: plan.name for plan in plans for o in plan.outputs}
             total = sum(o.size for plan in plans for o in plan.outputs)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
