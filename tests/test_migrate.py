@@ -186,6 +186,71 @@ ZERO_3 = {
 }  # fmt: skip
 
 
+HINTS = {
+    "data.val_file=x": "the option is data.validation",
+    "data.test_file=x": "finetune evaluate RUN --data FILE",
+    "data.num_proc=4": "tokenising takes seconds in one process",
+    "data.combine=true": "the option is data.train_on",
+    "data.max_input_length=512": "the option is data.max_length",
+    "data.max_output_length=512": "the option is evaluation.max_new_tokens",
+    "training.remove_unused_columns=false": "columns are read by meaning",
+    "training.log_level=info": "write it into training.extra, as {log_level: …}",
+    "training.run_name=x": "write it into training.extra, as {run_name: …}",
+    "training.adam_epsilon=1e-6": "write it into training.extra, as {adam_epsilon: …}",
+    "training.evaluation_strategy=steps": "evaluation.every_steps counts steps",
+    "training.debug=x": "finetune --debug shows tracebacks",
+    "training.predict_with_generate=true": "the option is evaluation.generate",
+    "training.generation_config={max_new_tokens: 5}": "evaluation.max_new_tokens",
+    "training.per_device_train_batch_size=1": "the option is training.batch_size",
+    "freezeV=true": "the option is model.freeze",
+    "swanlab=local": "the option is training.report_to",
+    "method.peft_type=LORA": "the option is method.kind",
+    "method.task_type=CAUSAL_LM": "it follows from the checkpoint",
+    "method.r=8": "the option is method.rank",
+    "method.lora_alpha=32": "the option is method.alpha",
+    "method.token_dim=256": "it follows from the checkpoint",
+    "method.num_attention_heads=2": "it follows from the checkpoint",
+    "stage=sft": "dialogues are trained by their replies",
+    "template=glm4": "the checkpoint's own chat template is used",
+    "finetuning_type=lora": "the option is method.kind",
+    "lora_target=all": "the option is method.target_modules",
+    "quantization_bit=4": "the option is model.quantization",
+    "loraplus_lr_ratio=16": "the option is method.lora_plus_ratio",
+    "flash_attn=fa2": "the option is model.attention",
+    "neftune_noise_alpha=5": "write it into training.extra, as {neftune_noise_alpha: …}",
+    "dataset=identity": "the option is data.train",
+    "eval_dataset=identity": "the option is data.validation",
+    "val_size=0.1": "the option is data.validation (whole groups are held out",
+    "freeze_vision_tower=true": "the option is model.freeze",
+    "adapter_name_or_path=x": "the option is model.adapter",
+    "export_dir=x": "the --output of `finetune merge`",
+    "max_samples=1000": "max_rows of a source in data.train",
+    "ddp_timeout=1800": "the option is training.process_timeout_minutes (minutes here)",
+    "do_train=true": "the command decides that",
+    "do_predict=true": "finetune predict, finetune evaluate",
+    "deepspeed=ds_z3.json": "write the file as deepspeed: {config: ds_z3.json}",
+    "method.target_modules=all": "every linear layer is all-linear",
+}
+
+
+@pytest.mark.parametrize("said", HINTS)
+def test_a_foreign_option_among_ours_is_told_what_it_is_here(said: str) -> None:
+    config = Path(__file__).parent.parent / "configs/quickstart.yaml"
+    with pytest.raises(ConfigError) as error:
+        load_config(config, [said])
+    assert HINTS[said] in str(error.value)
+
+
+@pytest.mark.parametrize("data", ["data/", "data", "data/rows", "rows"])
+@pytest.mark.parametrize("behind", [[], ["yes"]])
+def test_the_demo_s_command_line_is_answered_with_ours(
+    data: str, behind: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(data, "THUDM/glm-4-9b-chat", "lora.yaml", *behind) == 2
+    said = capsys.readouterr().err
+    assert f"finetune migrate lora.yaml --data {data} --model THUDM/glm-4-9b-chat --output" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",

@@ -357,6 +357,16 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
         runs.run_here(settings)
 
 
+@pytest.mark.parametrize("named", ["run", "run/checkpoint-2"])
+def test_an_adapter_as_the_model_is_told_where_it_belongs(
+    adapter: Path, tmp_path: Path, named: str
+) -> None:
+    model = adapter.parent / named
+    settings = runs.config(model, adapter.parent / "train.jsonl", tmp_path / "run")
+    with pytest.raises(ModelError, match=f"model.path to its base and model.adapter to {model}"):
+        runs.run_here(settings)
+
+
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
     import tiny
 

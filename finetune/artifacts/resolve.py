@@ -102,6 +102,21 @@ def kind_of(path: str | Path) -> Kind:
     return "run" if checkpoint.checkpoints(folder) else "nothing"
 
 
+def check_no_adapter(path: str | Path) -> None:
+    """ModelError when it is an adapter, or a run with adapters, which nothing can be trained on top of alone."""
+    kind = kind_of(path)
+    found = checkpoint.checkpoints(Path(path)) if kind == "run" else []
+    if kind == "adapter" or any(map(is_adapter, found)):
+        raise ModelError(
+            f"model.path: {path} is {'a run' if found else 'an adapter'}; to train its adapter further set "
+            f"model.path to its base and model.adapter to {path}, or merge it first (finetune merge)"
+        )
+    if kind == "run":
+        raise ModelError(
+            f"model.path: {path} is a run; name one of its checkpoints, such as {found[-1]}"
+        )
+
+
 def adapter_config(folder: Path) -> dict[str, Any]:
     """What PEFT's adapter_config.json in `folder` says; ModelError when it is damaged."""
     return read_json(folder / ADAPTER_CONFIG)

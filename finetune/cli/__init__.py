@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import traceback
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def _run(words: Sequence[str]) -> int:
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     command = typer.main.get_command(app)
     translate(command)
-    _check_demo_command(words, getattr(command, "commands", ()))
+    _check_demo_command(words, getattr(command, "commands", {}))
     try:
         code = command.main(_with_command(words), prog_name="finetune", standalone_mode=False)
     except usage_error as error:
@@ -142,13 +142,14 @@ def _write_usage_error(error: Any) -> None:
         sys.stderr.write(usage_error(error) + "\n")
 
 
-def _check_demo_command(words: Sequence[str], commands: Container[str]) -> None:
+def _check_demo_command(words: Sequence[str], commands: Mapping[str, Any]) -> None:
     """Answers `finetune.py DATA MODEL CONFIG.yaml [yes]`, the original demo's command, with ours."""
     given = [word for word in words if not word.startswith("-")]
     if not 3 <= len(given) <= 4 or not given[2].endswith((".yaml", ".yml")) or "=" in given[1]:
         return
     data, model, config = given[:3]
-    if data in commands:
+    # A folder may have the name of a command: `finetune.py data MODEL CONFIG.yaml`.
+    if data in commands and model in getattr(commands[data], "commands", {model}):
         return
     raise ConfigError(
         f"`finetune.py {' '.join(given)}` is the original demo's command. Here the configuration names "

@@ -158,18 +158,28 @@ def hint(tree: Any, key: Sequence[str | int]) -> str | None:
     if entry is None and isinstance(tree.get(name), Mapping):
         inner = [(part, hint(tree, (name, part))) for part in tree[name]]
         return "; ".join(f"{part}: {said}" for part, said in inner if said) or None
-    if isinstance(entry, Option):
-        return f"the option is {entry.to}" + (f" ({entry.note})" if entry.note else "")
+    return _told(entry) if entry else None
+
+
+def told_of(name: str) -> str | None:
+    """What became of an option of any other program, wherever its name stands, as an error message says it."""
+    entries = [
+        entry
+        for program in PROGRAMS
+        for known, entry in program.whole_table.items()
+        if name in (known, known.rpartition(".")[2])
+    ]
+    # One that has a counterpart says more than one that has none.
+    entries.sort(key=lambda entry: isinstance(entry, Nothing))
+    return _told(entries[0]) if entries else None
+
+
+def _told(entry: str | Option | Nothing) -> str:
     if isinstance(entry, Nothing):
         return entry.why
-    return f"the option is {entry}" if entry else None
-
-
-def option_for(name: str) -> str | None:
-    """Our option for a name that some other program has for it, wherever it stands."""
-    entries = (program.whole_table.get(name) for program in PROGRAMS)
-    names = [e.to if isinstance(e, Option) else e for e in entries if isinstance(e, Option | str)]
-    return names[0] if names else None
+    if isinstance(entry, Option):
+        return f"the option is {entry.to}" + (f" ({entry.note})" if entry.note else "")
+    return f"the option is {entry}"
 
 
 def migrate(path: Path, *, model: str | None = None, data: str | None = None) -> Migration:

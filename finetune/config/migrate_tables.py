@@ -163,6 +163,7 @@ TRAINING_ARGUMENTS: Table = {
     "do_train": _COMMAND,
     "do_eval": Option("evaluation.generate", lambda value: None, "held-out data decides: data.validation"),
     "debug": Nothing("finetune --debug shows tracebacks"),
+    "generation_config": Nothing("the length of replies is evaluation.max_new_tokens; they are the most likely ones"),
     "push_to_hub": Nothing("finetune push uploads a finished folder"),
 }  # fmt: skip
 """transformers.TrainingArguments, which most programs pass on; others of its fields go to `training.extra`."""
@@ -208,6 +209,8 @@ DEMO: Table = {
     "peft_config.num_virtual_tokens": "method.num_virtual_tokens",
     "peft_config.num_attention_heads": _DERIVED,
     "peft_config.token_dim": _DERIVED,
+    "peft_config.num_layers": _DERIVED,
+    "peft_config.inference_mode": Nothing("not needed: training trains"),
     "training_args.generation_config.max_new_tokens": "evaluation.max_new_tokens",
 }  # fmt: skip
 """The original GLM-4 demo: sections `data_config`, `training_args` and `peft_config`."""
@@ -225,7 +228,7 @@ LLAMA_FACTORY: Table = {
     "media_dir": "data.image_root",
     "template": _OWN_TEMPLATE,
     "cutoff_len": "data.max_length",
-    "max_samples": Nothing("theirs limits the rows of each data set: max_rows of a source in data.train"),
+    "max_samples": Nothing("rows of a data set: max_rows of a source in data.train; replies that are scored: evaluation.max_samples"),
     "mask_history": Option("data.train_on", lambda value: "last_reply" if value else None),
     "train_on_prompt": Nothing("prompts never carry loss"),
     "packing": "data.packing",
@@ -250,6 +253,11 @@ LLAMA_FACTORY: Table = {
     "infer_backend": Nothing("finetune predict --backend vllm; chat and serve run the model themselves"),
     "pure_bf16": Option("model.dtype", _if_true("bfloat16")),
     "ray_run_name": Nothing("Ray is not used"),
+    "do_predict": Nothing("a command of its own: finetune predict, finetune evaluate"),
+    "export_hub_model_id": Nothing("finetune push uploads a finished folder"),
+    "use_galore": Nothing("not here; training.optimizer and training.extra.optim name what is"),
+    "rope_scaling": Nothing("the checkpoint's config says its positions"),
+    "enable_liger_kernel": Nothing("not needed: fused kernels are used where they give torch's numbers: model.kernels"),
     "max_new_tokens": "evaluation.max_new_tokens",
     "additional_target": Nothing("embeddings are not trained beside LoRA"),
 }  # fmt: skip

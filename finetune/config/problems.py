@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from finetune.config.extras import ALSO_KNOWN_AS, OWNED
-from finetune.config.migrate import hint, option_for
+from finetune.config.extras import ALSO_KNOWN_AS, OWNED, REFUSED, training_argument_names
+from finetune.config.migrate import hint, told_of
 from finetune.config.schema import Method, MethodSection, RunConfig
 from finetune.config.yaml_text import Key, dotted, shown
 
@@ -53,7 +53,7 @@ def findings(error: ValidationError, tree: Any) -> list[tuple[Key, str]]:
     deeper |= {key[:length] for key in wanted for length in range(len(key))}
     for key, kinds in wanted.items():
         if key not in deeper:  # a list of which one element is wrong is not a wrong list
-            others.append((key, _wrong_kind(kinds, got[key])))
+            others.append((key, _wrong_kind(key, kinds, got[key])))
     return others
 
 
@@ -126,8 +126,10 @@ def _sentence(key: Key, item: Any, tree: Any) -> tuple[Key, str]:
     return key, f"{item['msg']}, got {shown(item['input'])}"
 
 
-def _wrong_kind(kinds: Sequence[str], value: Any) -> str:
+def _wrong_kind(key: Key, kinds: Sequence[str], value: Any) -> str:
     said = f"must be {' or '.join(dict.fromkeys(kinds))}, got {shown(value)}"
+    if key == ("deepspeed",) and isinstance(value, str):
+        return f"{said}; write the file as deepspeed: {{config: {value}}}"
     if kinds == ["text"] and isinstance(value, (bool, int, float)):
         return f"{said}; put it in quotes if it is meant"
     if isinstance(value, str) and kinds == ["a whole number"] and value.replace("_", "").isdigit():
@@ -176,17 +178,16 @@ def _unknown(key: Key, tree: Any) -> str:
     said = f"unknown key in {section}"
     if told := hint(tree, key):
         return f"{said}; {told}"
-    elsewhere = _elsewhere(name)
     meant = nearest(name, names)
-    if elsewhere and meant != name:
-        return f"{said}; the option is {elsewhere}"
+    if meant != name and (told := _elsewhere(name, in_section=bool(parents))):
+        return f"{said}; {told}"
     if meant:
         return f"{said}; did you mean {meant}?"
     return f"{said}; it has {', '.join(names)}" if names else said
 
 
-def _elsewhere(name: str) -> str | None:
-    """Where an option of this name lives, also for names that other frameworks use."""
+def _elsewhere(name: str, *, in_section: bool) -> str | None:
+    """Where an option of this name lives, or what became of it, also for names that other frameworks use."""
     places = {
         field: f"{section}.{field}"
         for section, info in RunConfig.model_fields.items()
@@ -194,7 +195,15 @@ def _elsewhere(name: str) -> str | None:
         for field in model.model_fields
         if field not in ("format", "batch_size", "path", "kind")
     }
-    return places.get(name) or ALSO_KNOWN_AS.get(name) or OWNED.get(name) or option_for(name)
+    theirs = told_of(name)
+    if theirs and not in_section:  # a flat option: no configuration of ours has any
+        return theirs
+    if option := places.get(name) or ALSO_KNOWN_AS.get(name) or OWNED.get(name):
+        return f"the option is {option}"
+    if theirs or name in REFUSED:
+        return theirs or REFUSED[name]
+    is_argument = name in training_argument_names()
+    return f"write it into training.extra, as {{{name}: …}}" if is_argument else None
 
 
 def _meaning(key: Key, tree: Any) -> str:

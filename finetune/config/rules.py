@@ -106,8 +106,14 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
     if isinstance(extra, dict):
         for name, said in extra_problems(extra).items():
             yield ("training", "extra", name), said
+    yield from _targets(values)
+
+
+def _targets(values: _Values) -> Iterator[tuple[Key, str]]:
     pattern = values.raw("method", "target_modules")
-    if isinstance(pattern, str):
+    if pattern in ("all", ["all"]):
+        yield ("method", "target_modules"), "is no module; every linear layer is all-linear"
+    elif isinstance(pattern, str):
         try:
             re.compile(pattern)
         except re.error as error:

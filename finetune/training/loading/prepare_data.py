@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune import console
+from finetune.artifacts.resolve import check_no_adapter
 from finetune.config.forgetting import KeepSection
 from finetune.config.schema import DataSection, ModelSection, TrainingSection
 from finetune.data.chat.template import ChatTemplate
@@ -43,6 +44,7 @@ def load_run_data(
 
     Replies that `data.replay` asks for are generated first, unless they are kept already.
     """
+    check_no_adapter(model.path)
     template = ChatTemplate(load_chat_tokenizer(model.path, model.revision))
     held_out = validation_sources(section)
     # What is held out comes first, as it is kept out of the training data.
