@@ -120,6 +120,26 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_EXPERTS = (
+    "its layers are mixtures of experts, whose weights and router are not trained or merged here"
+)
+_SEVERAL = "several images in any turn, and its own way to lay them out, are not handled here"
+_ALONE = "it is no chat model of text"
+REFUSED: dict[str, tuple[str, str]] = {
+    "glm4_moe": ("GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _EXPERTS),
+    "glm4_moe_lite": ("GLM-4.7-Flash", _EXPERTS),
+    "glm4v_moe": ("GLM-4.5V", _EXPERTS),
+    "glm_moe_dsa": ("GLM-5", _EXPERTS),
+    "glm5_next": ("GLM-5.3-Flash", _EXPERTS),
+    "glm46v": ("GLM-4.6V's form", _SEVERAL),
+    "glmga": ("GLM-GA, in GLM-4.6V's form", _SEVERAL),
+    "glm_ocr": ("GLM-OCR", _SEVERAL),
+    "glm_image": ("GLM-Image", _ALONE),
+    "glmasr": ("GLM-ASR", _ALONE),
+}
+"""Newer families that transformers has a class for: which checkpoints they are, and why they are refused."""
+
+
 def family_of(config: Any) -> Family:
     """The family of a config (an object or config.json's dict).
 
@@ -129,5 +149,10 @@ def family_of(config: Any) -> Family:
     name = config.get("model_type") if isinstance(config, dict) else config.model_type
     if name not in FAMILIES:
         known = ", ".join(f"{one.model_type} ({one.checkpoints})" for one in FAMILIES.values())
+        if name in REFUSED:
+            checkpoints, reason = REFUSED[name]
+            raise ModelError(
+                f"model_type {name!r} ({checkpoints}) is not supported: {reason}; supported are {known}"
+            )
         raise ModelError(f"model_type {name!r} is not supported; supported are {known}")
     return FAMILIES[name]
