@@ -137,7 +137,25 @@ def test_columns_of_a_table_may_hold_json(tmp_path: Path) -> None:
     assert len(conversation.tools) == 1
 
 
-def test_there_are_two_hundred_files_and_more() -> None:
+PACKED = {
+    "rows.xlsx": (b"PK\x03\x04\x14\0", "save the table as CSV"),
+    "rows.jsonl.bz2": (b"BZh91AY&SY", "compressed with bzip2; decompress it"),
+    "rows.jsonl.xz": (b"\xfd7zXZ\0\0", "compressed with xz; decompress it"),
+    "rows.db": (b"SQLite format 3\0", "export the table as CSV or JSONL"),
+}
+
+
+@pytest.mark.parametrize("file", PACKED)
+def test_a_file_of_another_kind_is_told_what_it_is(file: str, tmp_path: Path) -> None:
+    head, said = PACKED[file]
+    (tmp_path / file).write_bytes(head + b"x" * 64)
+    report = check(str(tmp_path / file))
+    assert report.num_bad == 1
+    assert said in report.bad_rows[0].reason
+
+
+def test_there_are_more_than_three_hundred_files() -> None:
     in_containers, tables = 6 * len(DIALOGUES), 2 * 5 * 4
-    assert len(READ) + len(REFUSED) + len(NOTED) + in_containers + tables >= 200
+    single = len(READ) + len(REFUSED) + len(NOTED)
+    assert single + in_containers + tables + len(PACKED) == 354
     assert len({foreign.name for foreign in READ}) == len(READ)

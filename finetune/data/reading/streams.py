@@ -23,6 +23,14 @@ TEXT_SUFFIXES = (".txt", ".md")
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _LFS = b"version https://git-lfs.github.com/spec/"
+_OTHER_KINDS = {
+    _LFS: "it is a Git LFS pointer, not the data; fetch the data with `git lfs pull`",
+    b"PK\x03\x04": "it is a ZIP archive or an Excel table; unpack it, or save the table as CSV",
+    b"BZh": "it is compressed with bzip2; decompress it (gzip and zstd are read)",
+    b"\xfd7zXZ": "it is compressed with xz; decompress it (gzip and zstd are read)",
+    b"SQLite format 3": "it is an SQLite database; export the table as CSV or JSONL",
+}
+"""First bytes of files that are not read, and what to do."""
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -54,15 +62,19 @@ class Stream(NamedTuple):
     layout: Layout
 
 
+def _refuse_other_kinds(head: bytes) -> None:
+    """StreamError for the first bytes of a file that is no file of rows."""
+    for start, what in _OTHER_KINDS.items():
+        if head.startswith(start):
+            raise StreamError(what)
+
+
 @contextmanager
 def open_stream(path: Path) -> Iterator[Stream]:
     """The file's decompressed bytes and its layout; StreamError or OSError if it has none."""
     with path.open("rb") as raw:
         head = raw.read(len(_LFS))
-        if head == _LFS:
-            raise StreamError(
-                "it is a Git LFS pointer, not the data; fetch the data with `git lfs pull`"
-            )
+        _refuse_other_kinds(head)
         head = head[:4]
         raw.seek(0)
         name = path.name.lower()
