@@ -50,6 +50,9 @@ class Finding:
 ROUNDING = 2e-6
 """Largest relative difference of two float32 results of 20 steps: 16 units in the last place."""
 
+ADDED = ("json_match", "json_schema_validity", "json_validity")
+"""Scores that the first releases did not have."""
+
 ON_PURPOSE = {
     "golden.chat_template_z1": (
         "each reply of a thinking checkpoint is now an example behind its own prompt"
@@ -144,8 +147,9 @@ def scores(checkout: Checkout, *words: str | Path) -> Finding:
     # Words as they were cut before; both checkouts know the option by this name.
     words = (*words, "--bleu-unit", "word")
     answer = json.loads(checkout.run("evaluate", *words, "--output", output, "--json"))
-    value = {"scores": answer["scores"], "targets": [t["scores"] for t in answer["targets"]]}
-    numbers = {name: number for name, number in value["scores"].items() if number is not None}
+    listed = [answer["scores"], *(target["scores"] for target in answer["targets"])]
+    value = {"scores": [{k: v for k, v in one.items() if k not in ADDED} for one in listed]}
+    numbers = {name: number for name, number in answer["scores"].items() if number is not None}
     return Finding(f"{len(numbers)} scores, bleu-4 {numbers['bleu-4']:.2f}", value)
 
 
