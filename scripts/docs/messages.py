@@ -29,7 +29,7 @@ NO_MESSAGES = re.compile(  # texts with words that are data all the same
 )
 WITH_CONSTANTS = [  # modules whose tables hold parts of messages
     "artifacts/adapter.py", "cli/floors.py", "config/extras.py", "config/problems.py", "data/dialogue/keys.py",
-    "data/dialogue/strict_json.py", "storage/files.py", "training/resume.py",
+    "data/dialogue/strict_json.py", "data/reading/streams.py", "storage/files.py", "training/resume.py",
 ]  # fmt: skip
 ALL_OF_IT = re.compile(  # modules whose every text is a message or a part of one, but for what is said in passing
     r"config/(load|problems|rules|yaml_text|extras)|cli/(__init__|inputs)|data/(reading|dialogue/messages|chat/template)|"
