@@ -38,7 +38,16 @@ def test_every_stage_has_a_time_limit_and_a_line_in_the_help() -> None:
     script = (ROOT / "scripts/bench/gpu.sh").read_text()
     source = (ROOT / "scripts/bench/gpu.py").read_text()
     names = script.split("stages:-")[1].split("}")[0].split()
-    assert names == ["ceilings", "kernels", "correct", "attention", "step", "generate", "train"]
+    assert names == [
+        "ceilings",
+        "kernels",
+        "correct",
+        "attention",
+        "qlora",
+        "step",
+        "generate",
+        "train",
+    ]
     assert all(f"{name}) echo" in script and f"\n{name} " in source for name in names)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.models import load, quantization
 from finetune.models.load import load_model
 
+ROOT = Path(__file__).resolve().parent.parent
 bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
     reason="bitsandbytes is not installed: pip install 'glm4-finetune[qlora]'",
@@ -218,3 +220,21 @@ def test_a_plan_in_four_bits_is_within_5_percent_of_what_a_real_step_allocates(
     model = load_model(folder, dtype="float32", quantization="nf4")
     real = really_held(model, method, checkpointing=checkpointing, shape=(1, 256), folder=folder)
     assert planned(config, Gpu())[1].memory_bytes == pytest.approx(real, rel=0.05)
+
+
+@bitsandbytes
+def test_the_stage_for_a_gpu_finds_the_numbers_of_wide_weights_and_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/bench"))
+    import gpu
+
+    answers = tmp_path / "answers.jsonl"
+    gpu.qlora(gpu.Bench(Namespace(rehearse=True, stage="qlora", answers=answers, model=None)))
+    same, learns, step = map(json.loads, answers.read_text().splitlines())
+    assert same["loss_off"] < 1e-3
+    assert same["worst_gradient_off"] < same["band"]
+    assert learns["last"] < learns["first"] - 0.3
+    assert learns["most_apart"] < 0.05
+    assert step["ms"] > 0
+    assert step["predicted_gb"] > 0

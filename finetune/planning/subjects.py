@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -95,8 +95,8 @@ def _(packed: Tensor, scales: Tensor, shape: list[int], dtype: torch.dtype) -> T
     return packed.new_empty(shape, dtype=dtype)
 
 
-def narrow(model: nn.Module, kind: type[PackedLayer] = PackedLayer) -> None:
-    """Put shapes of layers in 4 bits in the place of the text's frozen linear layers."""
+def narrow(model: nn.Module, kind: Callable[[nn.Linear], nn.Module] = PackedLayer) -> None:
+    """Put layers in 4 bits, or their shapes, in the place of the text's frozen linear layers."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and ".layers." in name and ".lora_" not in name:
             owner, _, leaf = name.rpartition(".")

@@ -7,6 +7,7 @@ kernels    each fused kernel beside its torch form, in each number format (model
 correct    a product step of two layers against float64 on the CPU: loss and gradients, with and
            without kernels
 attention  one row, documents by pieces and in one kernel, a prefix: milliseconds forward and backward
+qlora      layers in 4 bits beside the same weights made wide; steps of the whole model (gpu_qlora.py)
 step       LoRA, prefix and full on models that fit, ours and plain PEFT: milliseconds, memory, tokens/s
 generate   new tokens a second for 16, 64 and 256 prompts at once
 train      the command line as a user starts it: train, evaluate, save, resume
@@ -31,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts/bench")]
 WARM, TIMED = 3, 5
-SMALL = {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "kv_channels": 16, "padded_vocab_size": 512, "num_layers": 2, "pad_token_id": 0}  # fmt: skip
+SMALL = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "kv_channels": 16, "padded_vocab_size": 512, "num_layers": 2, "pad_token_id": 0}  # fmt: skip
 
 
 class Bench:
@@ -258,23 +259,25 @@ def step(bench: Bench) -> None:
         if depth is not None:
             subject = Subject(subject.build, subject.loss, depth, subject.autocast, subject.kernels)
         cost = count_step(subject, Shape(1, length))
-        measured = _measured(bench, subject, length)
+        figures = measured(bench, subject, length)
         bench.answer(
             f"{name}, {method.kind}, {length:,}{'' if checkpointing else ', all kept'}{f', {depth} layers' if depth else ''}",
-            **measured, predicted_gb=cost.peak_bytes / 1e9, roofline_ms=round(cost.milliseconds, 1),
-            tokens_per_second=round(1000 * length / measured["ms"]),
+            **figures, predicted_gb=cost.peak_bytes / 1e9, roofline_ms=round(cost.milliseconds, 1),
+            tokens_per_second=round(1000 * length / figures["ms"]),
         )  # fmt: skip
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _measured(bench: Bench, subject: Any, length: int) -> dict[str, Any]:
+def measured(bench: Bench, subject: Any, length: int, model: Any = None) -> dict[str, Any]:
+    """Milliseconds and memory of a subject's step on a row of `length`; its model is drawn where none is given."""
     torch = bench.torch
     kind = bench.device.type
-    with torch.device(bench.device):
-        model = subject.build(subject.layers)
-    draw(model)
-    model = model.to(bench.device).train()
+    if model is None:
+        with torch.device(bench.device):
+            model = subject.build(subject.layers)
+        draw(model)
+        model = model.to(bench.device).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
     ids = torch.randint(0, 500, (1, length), device=bench.device)
@@ -299,6 +302,13 @@ def _measured(bench: Bench, subject: Any, length: int) -> dict[str, Any]:
             "device_gb": (total - free) / 1e9,
         }
     return found
+
+
+def qlora(bench: Bench) -> None:
+    """LoRA on weights in 4 bits."""
+    import gpu_qlora
+
+    gpu_qlora.qlora(bench)
 
 
 def generate(bench: Bench) -> None:
@@ -351,7 +361,7 @@ def table(answers: Path) -> str:
 
 STAGES: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings, "kernels": kernels, "correct": correct, "attention": attention,
-    "step": step, "generate": generate, "train": train,
+    "qlora": qlora, "step": step, "generate": generate, "train": train,
 }  # fmt: skip
 
 

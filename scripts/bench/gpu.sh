@@ -6,7 +6,7 @@
 #
 # FOLDER needs no more than GLM-4-9B's config.json: weights are drawn on the device. --rehearse runs the
 # same stages at tiny size on a CPU. A machine that is lent for minutes takes two calls, 300 s each at most:
-# `gpu.sh ... ceilings kernels correct attention train`, then `gpu.sh ... step generate`.
+# `gpu.sh ... ceilings kernels correct attention train`, then `gpu.sh ... qlora step`, `gpu.sh ... generate`.
 # --wheels names a folder with what the machine lacks; nothing is fetched.
 set -u
 python=${PYTHON:-python}
@@ -29,13 +29,13 @@ if [ -z "$rehearse" ] && [ -z "$model" ]; then echo "give --model FOLDER, or --r
 limit() {
   case $1 in
     ceilings) echo 40 ;; kernels) echo 60 ;; correct) echo 60 ;; attention) echo 40 ;;
-    step) echo 240 ;; generate) echo 60 ;; train) echo 100 ;; *) echo 60 ;;
+    qlora) echo 60 ;; step) echo 200 ;; generate) echo 60 ;; train) echo 80 ;; *) echo 60 ;;
   esac
 }
 [ -n "$wheels" ] && "$python" -m pip install --quiet --no-index --find-links "$wheels" -r "$wheels/requirements.txt"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
-for stage in ${stages:-ceilings kernels correct attention step generate train}; do
+for stage in ${stages:-ceilings kernels correct attention qlora step generate train}; do
   timeout "$(limit "$stage")" "$python" "$here/scripts/bench/gpu.py" "$stage" \
     --answers "$answers" ${model:+--model "$model"} $rehearse
   code=$?
