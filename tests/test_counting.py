@@ -134,3 +134,13 @@ def test_a_step_of_glm_4_9b_is_counted_exactly(nine_billion: Path) -> None:
     # Attention sees the lower half of the square: one pass, one again, and twice and a half back.
     one_pass = 40 * 4 * 32 * 4096 * 4096 * 128 // 2
     assert cost.flops["attention"] == one_pass * 9 // 2
+
+
+def test_attention_behind_a_prefix_is_counted_as_attention(nine_billion: Path) -> None:
+    subject = own(nine_billion, PTuningV2Method(num_virtual_tokens=128), checkpointing=True)
+    cost = count_step(subject, Shape(batch=1, length=4096))
+    assert cost.flops["float32"] == 0
+    one_pass = 40 * 4 * 32 * 128 * (4096 * 4096 // 2 + 4096 * 128)  # a half square, and the prefix
+    assert cost.flops["attention"] == one_pass * 9 // 2
+    assert cost.mask_bytes == 0
+    assert cost.milliseconds < 420

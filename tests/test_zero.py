@@ -229,6 +229,17 @@ def test_stage_0_and_2_and_a_json_file_run_in_one_process_without_a_launcher(
         assert_trained_alike(tmp_path / name, tmp_path / "plain")
 
 
+FUSED = """
+import torch
+step = torch.optim.AdamW.step
+def told(self, *args, **kwargs):
+    fused = all(group["fused"] for group in self.param_groups)
+    print("a fused update" if fused else "a slow update", flush=True)
+    return step(self, *args, **kwargs)
+torch.optim.AdamW.step = told
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method")  # DeepSpeed's, of torch
 def test_offloaded_state_and_weights_train_the_same_run_and_deepspeeds_converter_reads_them(
@@ -252,8 +263,10 @@ def test_offloaded_state_and_weights_train_the_same_run_and_deepspeeds_converter
         runs.config(tiny_glm, data, tmp_path / name, **common) | full | {"deepspeed": place}
         for name, place in places.items()
     ]
-    done = runs.run_command(settings, tmp_path, processes=2)
+    done = runs.run_command(settings, tmp_path, processes=2, script=FUSED)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("a fused update") >= 2 * 2 * 3  # stages, processes, steps
+    assert "a slow update" not in done.stdout
     for name in places:
         assert_trained_alike(tmp_path / name, tmp_path / "plain")
         folder = tmp_path / name / "checkpoint-3"

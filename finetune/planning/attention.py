@@ -80,8 +80,32 @@ def _backward_flops(grad: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int
     return _products(query, key, rest[-1]) * 5 // 2
 
 
+def _documents_flops(query: Tensor, key: Tensor, documents: int, *, is_causal: bool) -> int:
+    """Of torch's kernel for documents, queries [tokens, H, C] and keys [keys, G, C], all of one length.
+
+    Causal is that the last query sees the last key.
+    """
+    tokens, heads, channels = query.shape
+    seen = tokens * key.shape[0] // documents
+    if is_causal:
+        seen -= tokens * tokens // (2 * documents)
+    return 4 * heads * seen * channels
+
+
+def _documents_forward_flops(query: Tensor, key: Tensor, _: Tensor, *rest: Any) -> int:
+    borders, *_, is_causal = rest[:5]
+    return _documents_flops(query, key, len(borders) - 1, is_causal=is_causal)
+
+
+def _documents_backward_flops(_: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int:
+    borders, *_, is_causal = rest[3:8]
+    return _documents_flops(query, key, len(borders) - 1, is_causal=is_causal) * 5 // 2
+
+
 FLOPS: dict[str, Callable[..., int]] = {
     "attention": _forward_flops,
     "attention_backward": _backward_flops,
+    "_varlen_attn": _documents_forward_flops,
+    "_varlen_attn_backward": _documents_backward_flops,
 }
 """By the operation's name, of its arguments."""

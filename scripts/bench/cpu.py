@@ -1,6 +1,6 @@
 """What a CPU spends here beside plain transformers and beside the least that the work takes.
 
-    python scripts/bench/cpu.py [depth full generate launch] [--rounds 3] [--json]
+    python scripts/bench/cpu.py [depth full generate launch update] [--rounds 3] [--json]
 
 depth      LoRA on all linear layers of 40 thin ones, CPU seconds a step: the Trainer's own Python
 full       full tuning of a model that is 96 % vocabulary, 4 x 512 tokens: peak memory, CPU seconds;
@@ -8,10 +8,13 @@ full       full tuning of a model that is 96 % vocabulary, 4 x 512 tokens: peak 
 generate   32 replies of 64 tokens with an adapter, at the default batch; the floor is transformers'
            generate on all of them at once
 launch     from the start of Python to the end of the first step, CPU seconds
+update     AdamW of 77.6 million float32 numbers on one thread, as with deepspeed.offload_optimizer: cpu;
+           beside torch's AdamW as it is by default
 
 Every variant runs in a process of its own, in turns; medians of the rounds. Preparing has its own
 script, prepare.py. Bars: depth 0.85 of the plain Trainer, full's memory and generate 1.05 of the floor,
-launch 1.0 of the plain Trainer.
+launch 1.0 of the plain Trainer,
+an update 0.2 of torch's default.
 """
 
 from __future__ import annotations
@@ -38,10 +41,10 @@ from alternation import compare, report
 
 BEGUN = time.perf_counter() - time.process_time()
 """When Python started."""
-REFERENCE = {"depth": "plain Trainer", "full": "bare loop", "generate": "transformers", "launch": "plain Trainer"}  # fmt: skip
+REFERENCE = {"depth": "plain Trainer", "full": "bare loop", "generate": "transformers", "launch": "plain Trainer", "update": "torch's default"}  # fmt: skip
 BARS = {
     "depth": {"cpu_s": 0.85}, "full": {"peak_mib": 1.05}, "generate": {"cpu_s": 1.05},
-    "launch": {"cpu_s": 1.0},
+    "launch": {"cpu_s": 1.0}, "update": {"cpu_s": 0.2},
 }  # fmt: skip
 WIDE = {
     "vocab_size": 151552, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
@@ -251,6 +254,25 @@ def replies(by: str, folder: Path) -> Spent:
     return time.process_time() - begun, time.perf_counter() - wall
 
 
+def update(variant: str) -> Spent:
+    """The median of five steps of the optimizer after two."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from finetune.config.extras import OPTIMIZERS
+
+    name = OPTIMIZERS["adamw"] if variant == "ours" else "adamw_torch"
+    with tempfile.TemporaryDirectory() as made:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(made, optim=name))
+    weights = torch.nn.Parameter(torch.randn(77_600_000))
+    weights.grad = torch.randn_like(weights)
+    optimizer, clock = kind([weights], **options), Clock()
+    for _ in range(8):
+        clock.tick()
+        optimizer.step()
+    return clock.of("update")
+
+
 def run(work: str, variant: str) -> dict[str, float]:
     """One variant in this process."""
     if work != "launch":
@@ -261,7 +283,14 @@ def run(work: str, variant: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         ways = {
-            "ours": lambda: replies("ours", folder) if work == "generate" else ours(work, folder),
+            "ours": lambda: (
+                replies("ours", folder)
+                if work == "generate"
+                else update("ours")
+                if work == "update"
+                else ours(work, folder)
+            ),
+            "torch's default": lambda: update("torch's default"),
             "plain Trainer": lambda: plain(work, folder),
             "bare loop": lambda: bare_loop(work, folder),
             "transformers": lambda: replies("transformers", folder),
