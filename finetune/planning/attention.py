@@ -81,7 +81,7 @@ def _backward_flops(grad: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int
 
 
 def _documents_flops(query: Tensor, key: Tensor, documents: int, *, is_causal: bool) -> int:
-    """Of torch's kernel for documents, queries [tokens, H, C] and keys [keys, G, C], all of one length.
+    """Of `varlen_attn`, torch's kernel for documents: queries [tokens, H, C] and keys [keys, G, C], all of one length.
 
     Causal is that the last query sees the last key.
     """
@@ -93,13 +93,12 @@ def _documents_flops(query: Tensor, key: Tensor, documents: int, *, is_causal: b
 
 
 def _documents_forward_flops(query: Tensor, key: Tensor, _: Tensor, *rest: Any) -> int:
-    borders, *_, is_causal = rest[:5]
-    return _documents_flops(query, key, len(borders) - 1, is_causal=is_causal)
+    """What follows the values: borders of queries and keys, the longest of each, whether it is causal."""
+    return _documents_flops(query, key, len(rest[0]) - 1, is_causal=rest[4])
 
 
 def _documents_backward_flops(_: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int:
-    borders, *_, is_causal = rest[3:8]
-    return _documents_flops(query, key, len(borders) - 1, is_causal=is_causal) * 5 // 2
+    return _documents_flops(query, key, len(rest[3]) - 1, is_causal=rest[7]) * 5 // 2
 
 
 FLOPS: dict[str, Callable[..., int]] = {
