@@ -131,7 +131,7 @@ def _whole(parts: Sequence[Markup], height: int) -> str:
 @cache
 def _style() -> Markup:
     """The style of a picture, with the page's colours for light mode."""
-    colours = dict(reversed(re.findall(r"--c(\d): (#\w+)", asset("page.css"))))
+    colours = dict(reversed(re.findall(r"-{2}c(\d): (#\w+)", asset("page.css"))))
     rules = [
         f".curve.c{n}, .whisker.c{n} {{ stroke: {colour} }} .band.c{n}, .dot.c{n}, .bar.c{n}, .key.c{n} {{ fill: {colour} }}"
         for n, colour in sorted(colours.items())

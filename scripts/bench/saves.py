@@ -42,6 +42,8 @@ class Bench:
         number = int(options.gigabytes * 1e9 / options.processes / 4 / 8)
         self.state = {f"state {i}": torch.randn(number) for i in range(8)}
         self.saves = 0
+        self.rotating = 0.0
+        """Seconds that the older checkpoint took to go in the last save."""
         self.cpu = 0.0
         """Seconds of this process's threads in the last measurement."""
         if rank == 0:
@@ -89,8 +91,10 @@ class Bench:
                 save_state(held, stage / f"part-{self.rank}")
             for part in gather_objects(written, self.group):
                 known |= part
+        begun = time.monotonic()
         if self.rank == 0:
             checkpoint.rotate(self.run, 1, whole=final)
+        self.rotating = time.monotonic() - begun
 
     def round(self) -> dict[str, float]:
         """Each of them once."""
@@ -102,6 +106,7 @@ class Bench:
         before = read_bytes()
         found["save"] = self.seconds(partial(self.save, self.state))
         found["CPU of a save"] = self.cpu
+        found["of it the older one going"] = self.rotating
         found["bytes read"] = read_bytes() - before
         found["copy to memory"] = self.seconds(partial(host_copy, self.state, {}))
         beside = Background("save")

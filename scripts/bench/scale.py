@@ -162,8 +162,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     links = Links()
-    for name in ("nvlink", "node_link", "hop", "disk", "host"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(links, name))
+    parser.add_argument("--nvlink", type=float, default=links.nvlink)
+    parser.add_argument("--node-link", type=float, default=links.node_link)
+    parser.add_argument("--hop", type=float, default=links.hop)
+    parser.add_argument("--disk", type=float, default=links.disk)
+    parser.add_argument("--host", type=float, default=links.host)
     parser.add_argument("--json", action="store_true")
     asked = vars(parser.parse_args())
     as_json = asked.pop("json")

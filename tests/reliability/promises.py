@@ -34,7 +34,7 @@ PROMISES = [
     Promise(
         "a damaged checkpoint is never opened; a full disk costs one save, not the run",
         "损坏的检查点绝不会被打开；磁盘写满只损失一次保存，不损失整个训练",
-        "saves:damage saves:space saves:rotation saves:left_over",
+        "saves:damage saves:space saves:rotation saves:left_over saves:slow_disk",
     ),
     Promise(
         "SIGTERM or Ctrl-C finishes the step, saves and sets the exit code",
@@ -44,7 +44,7 @@ PROMISES = [
     Promise(
         "if one process dies, fails or hangs, all of them stop and say which one",
         "任一进程死亡、报错或卡住，全部进程结束，并指出是哪一个",
-        "signals:process signals:loader",
+        "signals:process signals:loader signals:blocking",
     ),
     Promise(
         "a resumed run is the same run, bit for bit, or it is refused",
