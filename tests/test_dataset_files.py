@@ -178,7 +178,10 @@ def test_a_change_that_keeps_size_and_time_is_noticed_too(template, tmp_path, mo
 
 def test_files_without_a_dialogue_to_learn_from_are_an_error(template, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", 3)
-    with pytest.raises(DataError, match=r"none of 3 dialogues is left to learn from; change the rows or data.max_length:\n.*a.jsonl:1"):
+    with pytest.raises(
+        DataError,
+        match=r"none of 3 dialogues is left to learn from; change the rows or data.max_length:\n.*a.jsonl:1",
+    ):
         load_examples([SourceSpec(str(path))], template, LengthPolicy(4), cache_root=tmp_path)
 
 

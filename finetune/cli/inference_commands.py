@@ -157,7 +157,7 @@ def chat(
     ] = False,
     save_to: SaveTo = None,
 ) -> None:
-    """Talk to a model in the terminal, or with --web to several in a browser."""
+    """Talk to models in the terminal, or in a browser."""
     from finetune.generation.settings import Placement
 
     if web:
