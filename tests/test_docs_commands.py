@@ -32,6 +32,7 @@ RUN_BY = {
     "docs/export.md": "tests/test_push.py",
     "docs/multi_node.md": "tests/test_multi_node.py",
     "docs/python.md": "tests/test_api.py",
+    "docs/front_ends.md": "tests/test_page.py",
     "docs/page.md": "tests/test_page.py",
     "docs/report.md": "tests/test_report_runs.py",
     "docs/serving.md": "tests/test_serving.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from serving import HELLO
 
 from finetune.cli.inference_commands import _by_name
 from finetune.errors import ConfigError
-from finetune.generation.load import OpenedModel, open_model, open_side_by_side
+from finetune.generation.load import OpenedModel, SideBySide, open_model, open_side_by_side
+from finetune.serving.serve import ServeOptions, _assembled, _watch
+from finetune.storage.manifest import seal
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,43 @@ def together(folders: dict[str, Path]) -> dict[str, OpenedModel]:
 def server(together: dict[str, OpenedModel]) -> Iterator[serving.Served]:
     with serving.served(together) as running:
         yield running
+
+
+def test_checkpoints_of_a_training_run_are_picked_up_and_old_ones_let_go(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each new one beside those before it; half-written ones wait, and what is answered stays."""
+    options = ServeOptions()
+    beside = SideBySide()
+    _, engine, rules = _assembled({"base": beside.open(folders["base"])}, options, None)
+    try:
+        watch = _watch(tmp_path / "run", beside, engine, rules, options)
+        watch.look()
+        assert list(rules) == ["base"], "the run is not there yet"
+        for number in range(1, 6):
+            checkpoint = tmp_path / "run" / f"checkpoint-{number}"
+            shutil.copytree(folders["prefix"], checkpoint)
+            if number == 2:
+                (checkpoint / "adapter_model.safetensors").write_bytes(b"half")
+            watch.look()
+        assert list(rules) == ["base", "run", "run@3", "run@4", "run@5"], "three, and no broken one"
+        assert set(engine.writers) == {"base", "run@3", "run@4", "run@5"}
+        assert rules["run"].name == "run@5"
+        base = engine.writers["base"].decoder
+        new = engine.writers["run@5"].decoder
+        first, second = (one.batch._model for one in (base, new))
+        kept = {parameter.data_ptr() for parameter in first.parameters()}
+        assert kept <= {parameter.data_ptr() for parameter in second.parameters()}, (
+            "one base in memory"
+        )
+        with pytest.raises(ConfigError, match="another model is called 'base'"):
+            _watch(tmp_path / "base", beside, engine, rules, options)
+        shutil.copytree(folders["base"], tmp_path / "whole" / "checkpoint-1")
+        seal(tmp_path / "whole" / "checkpoint-1")
+        with pytest.raises(ConfigError, match="is a whole model"):
+            _watch(tmp_path / "whole", beside, engine, rules, options).look()
+    finally:
+        engine.close()
 
 
 def replies(server: serving.Served, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -145,14 +145,23 @@ def open_side_by_side(
         raise ConfigError(
             "--device-map auto is for one model: several share one accelerator; leave it out"
         )
-    bases: dict[tuple[Any, ...], Models] = {}
-    opened = {}
-    for name, target in targets.items():
+    beside = SideBySide(base, placement)
+    return {name: beside.open(target) for name, target in targets.items()}
+
+
+class SideBySide:
+    """Opens models that are used at once; the weights of a base lie in memory once."""
+
+    def __init__(self, base: str | None = None, placement: Placement = HERE) -> None:
+        self._base, self._placement = base, placement
+        self._bases: dict[tuple[Any, ...], Models] = {}
+
+    def open(self, target: str | Path) -> OpenedModel:
+        """One more, on modules of its own; ModelError as `open_model` raises it."""
         check_openable(target)
-        models = Models(placement)
-        models = bases.setdefault(models.key(target, base=base), models)
-        opened[name] = models.beside(target, base=base)
-    return opened
+        models = Models(self._placement)
+        models = self._bases.setdefault(models.key(target, base=self._base), models)
+        return models.beside(target, base=self._base)
 
 
 def _sharing(model: Any) -> Any:

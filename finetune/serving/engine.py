@@ -125,8 +125,24 @@ class Engine:
         with self._change:
             if self.draining:
                 raise stopping()
+            if any(job.request.model not in self.writers for job in jobs):
+                raise ApiError(404, "this checkpoint is not served any more", code="model_not_found")  # fmt: skip
             self._waiting.extend(jobs)
             self._change.notify()
+
+    def put(self, name: str, model: Any, template: ChatTemplate) -> None:
+        """One more model, from the next request on."""
+        model.eval()
+        with self._change:
+            self.writers = {**self.writers, name: Writer(model, template)}
+
+    def drop(self, name: str) -> bool:
+        """Lets go of a model; False while somebody is being answered by it."""
+        with self._change:
+            if self.writers[name].running or any(j.request.model == name for j in self._waiting):
+                return False
+            self.writers = {key: one for key, one in self.writers.items() if key != name}
+        return True
 
     @property
     def load(self) -> tuple[int, int]:

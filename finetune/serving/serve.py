@@ -22,10 +22,11 @@ from finetune.serving.heap import bound_pools
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from finetune.generation.load import OpenedModel
+    from finetune.generation.load import OpenedModel, SideBySide
     from finetune.serving.engine import Engine
     from finetune.serving.page.html import PageOptions
     from finetune.serving.requests.rules import RequestRules
+    from finetune.serving.watch import Watch
 
 KEY_VARIABLE = "FINETUNE_API_KEY"
 MIN_KEY = 16
@@ -56,6 +57,8 @@ class ServeOptions:
     strict: bool = False
     """Fields that nobody knows are refused, not left out."""
     placement: Placement = HERE
+    watch: tuple[Path, ...] = ()
+    """Runs whose checkpoints are taken in while they train."""
     page: PageOptions | None = None
     """A page to try the models on, at `/`."""
 
@@ -79,10 +82,16 @@ def serve(
     with _bound(options.host, options.port) as listener:
         key = _key(options, listener)
         console.say(f"opening {', '.join(targets.values())} ...")
-        from finetune.generation.load import open_side_by_side
+        from finetune.generation.load import SideBySide
 
-        opened = open_side_by_side(targets, base=base, placement=options.placement)
-        app, engine = endpoint(opened, options, key)
+        beside = SideBySide(base, options.placement)
+        if options.placement.device_map and (len(targets) > 1 or options.watch):
+            raise ConfigError("--device-map auto is for one model: several share one accelerator; leave it out")  # fmt: skip
+        opened = {name: beside.open(target) for name, target in targets.items()}
+        app, engine, rules = _assembled(opened, options, key)
+        watches = [_watch(run, beside, engine, rules, options) for run in options.watch]
+        for watch in watches:
+            watch.start()
         listener.listen()
         verb = "answers" if len(targets) == 1 else "answer"
         page = f", the page at {_url(listener)}/" if options.page else ""
@@ -95,6 +104,14 @@ def endpoint(
     models: Mapping[str, OpenedModel], options: ServeOptions, key: bytes | None
 ) -> tuple[FastAPI, Engine]:
     """The ASGI application on opened models by their ids, and the engine that writes their replies."""
+    app, engine, _ = _assembled(models, options, key)
+    return app, engine
+
+
+def _assembled(
+    models: Mapping[str, OpenedModel], options: ServeOptions, key: bytes | None
+) -> tuple[FastAPI, Engine, dict[str, RequestRules]]:
+    """The same with the rules of the models by their ids, to which more may be added."""
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access
@@ -111,7 +128,33 @@ def endpoint(
     )
     limits = Limits(options.max_requests, options.max_request_mb << 20)
     hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
-    return make_app(engine, rules, limits, Access(hosts, key), options.page), engine
+    return make_app(engine, rules, limits, Access(hosts, key), options.page), engine, rules
+
+
+def _watch(
+    run: Path,
+    beside: SideBySide,
+    engine: Engine,
+    rules: dict[str, RequestRules],
+    options: ServeOptions,
+) -> Watch:
+    """What takes in the checkpoints of a run; ConfigError when its id is taken."""
+    from finetune.serving.watch import Watch
+
+    if run.name in rules:
+        raise ConfigError(f"--watch {run}: another model is called {run.name!r}; --name renames the first")  # fmt: skip
+
+    def put(name: str, newest: str, opened: OpenedModel) -> None:
+        engine.put(name, opened.model, opened.template)
+        rules[name] = rules[newest] = _rules(name, opened, options)
+
+    def drop(name: str) -> bool:
+        if not engine.drop(name):
+            return False
+        del rules[name]
+        return True
+
+    return Watch(run, beside.open, put, drop)
 
 
 def _rules(name: str, opened: OpenedModel, options: ServeOptions) -> RequestRules:
