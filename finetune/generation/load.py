@@ -130,12 +130,22 @@ class Models:
 
 
 def open_side_by_side(
-    targets: Mapping[str, str | Path], *, base: str | None = None, placement: Placement = HERE
+    targets: Mapping[str, str | Path],
+    *,
+    base: str | None = None,
+    placement: Placement = HERE,
+    beside: SideBySide | None = None,
 ) -> dict[str, OpenedModel]:
     """The models in `targets`, by their names, all open at once.
 
     The weights of a base that several of them are made of lie in memory once; each adapter stands on
     modules of its own, so that none of them is seen by the others.
+
+    Args:
+        targets: what is opened, by name.
+        base: the adapters' base where their own records are out of date.
+        placement: on several accelerators, or in 4 bits.
+        beside: what opens them, where more are to come.
 
     Raises:
         ModelError: as `open_model` does.
@@ -145,7 +155,7 @@ def open_side_by_side(
         raise ConfigError(
             "--device-map auto is for one model: several share one accelerator; leave it out"
         )
-    beside = SideBySide(base, placement)
+    beside = beside or SideBySide(base, placement)
     return {name: beside.open(target) for name, target in targets.items()}
 
 

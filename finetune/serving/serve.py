@@ -82,12 +82,10 @@ def serve(
     with _bound(options.host, options.port) as listener:
         key = _key(options, listener)
         console.say(f"opening {', '.join(targets.values())} ...")
-        from finetune.generation.load import SideBySide
+        from finetune.generation.load import SideBySide, open_side_by_side
 
         beside = SideBySide(base, options.placement)
-        if options.placement.device_map and (len(targets) > 1 or options.watch):
-            raise ConfigError("--device-map auto is for one model: several share one accelerator; leave it out")  # fmt: skip
-        opened = {name: beside.open(target) for name, target in targets.items()}
+        opened = open_side_by_side(targets, placement=options.placement, beside=beside)
         app, engine, rules = _assembled(opened, options, key)
         watches = [_watch(run, beside, engine, rules, options) for run in options.watch]
         for watch in watches:
@@ -97,6 +95,8 @@ def serve(
         page = f", the page at {_url(listener)}/" if options.page else ""
         console.say(f"{', '.join(targets)} {verb} at {_url(listener)}/v1{page}; Ctrl-C stops it")
         _run(app, engine, listener)
+        for watch in watches:
+            watch.stop()
     console.say("stopped")
 
 
@@ -141,6 +141,8 @@ def _watch(
     """What takes in the checkpoints of a run; ConfigError when its id is taken."""
     from finetune.serving.watch import Watch
 
+    if options.placement.device_map:
+        raise ConfigError("--device-map auto is for one model: several share one accelerator; leave it out")  # fmt: skip
     if run.name in rules:
         raise ConfigError(f"--watch {run}: another model is called {run.name!r}; --name renames the first")  # fmt: skip
 
