@@ -187,32 +187,6 @@ def chat(
 
 
 @using_app.command()
-def bench(
-    target: Target,
-    lengths: Annotated[
-        str,
-        typer.Option(metavar="LENGTHS", help="Tokens of the prompts, such as 1k..128k or 1k,8k."),
-    ] = "1k..128k",
-    new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Tokens that are written behind each.")
-    ] = 64,
-    base: Base = None,
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    as_json: Json = False,
-) -> None:
-    """Measure how fast a model reads prompts and writes replies, and its memory, by length."""
-    with console.json_output(as_json) as emit:
-        from finetune.evaluation.tasks.speed import bench as run
-        from finetune.evaluation.tasks.speed import lengths_of
-        from finetune.generation.settings import Placement
-
-        asked = lengths_of(lengths)
-        placement = Placement(device_map, quantization)
-        emit(run(model_in(target), asked, new_tokens=new_tokens, base=base, placement=placement))
-
-
-@using_app.command()
 def serve(
     target: Target,
     more: More = None,
