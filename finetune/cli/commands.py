@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune import console
+from finetune.cli.bench_commands import bench_app
 from finetune.cli.config_commands import config_app
 from finetune.cli.data_commands import Json, data_app
 from finetune.cli.evaluation_commands import evaluation_app
@@ -33,6 +34,7 @@ app.add_typer(export_app)
 app.add_typer(report_app)
 app.add_typer(setup_app)
 app.add_typer(using_app)
+app.add_typer(bench_app)
 
 
 def _show_version(asked: bool) -> None:
