@@ -13,6 +13,7 @@ a change that changes nothing: which of both, somebody has to look at.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -26,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,8 @@ COPIED += [
 COPIED += ["CONTRIBUTING.md", "CONTRIBUTING_zh.md", "LICENSE"]
 REWRITTEN = "pytest.PytestAssertRewriteWarning"
 """pytest would have liked to see its plugins before they were imported."""
+PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when its parent is gone."""
 SLOW = re.compile(r"subprocess|torchrun|command_line|browser|\brun_command")
 """Words of test files that start processes; they come last."""
 
@@ -172,6 +176,8 @@ def forked(work: Callable[[], int], log: Path) -> int:
     code = 70
     try:  # whatever happens, this process never goes on with what its parent was doing
         os.setsid()
+        with suppress(AttributeError):  # only Linux lets a child end with its parent
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         with log.open("w", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
