@@ -62,6 +62,11 @@ def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, name: str) -> Non
     assert isinstance(rows[0], Row)
 
 
+def test_of_two_byte_order_marks_the_second_is_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", f"\ufeff\ufeff{GOOD}\n{GOOD}\n")
+    assert [isinstance(row, BadRow) for row in read_rows(path)] == [True, False]
+
+
 def test_a_bad_row_hides_no_other(tmp_path: Path) -> None:
     bad = ['{"a": NaN}', "7", '{"a": 1, "a": 2}', '{"a": "\\ud800"}', '{"a": "\0"}', "{", GOOD * 2]
     mixed = [line for text in bad for line in (text, GOOD)]

@@ -17,7 +17,12 @@ import pytest
 from finetune.data.dialogue.conversation import Message
 from finetune.evaluation.predictions import Prediction, Scores, text
 from finetune.evaluation.scores import metrics, texts
-from finetune.evaluation.scores.pairs import DEFINITIONS, Compared, tool_call_parts
+from finetune.evaluation.scores.pairs import (
+    DEFINITIONS,
+    Compared,
+    DefinitionName,
+    tool_call_parts,
+)
 from finetune.evaluation.scores.statistics import ReplyTable
 
 WEATHER = {
@@ -308,6 +313,9 @@ def test_a_score_that_is_misspelt_is_answered_with_the_one_that_was_meant() -> N
     assert "choose rouge-l, tool_call_accuracy" in str(metrics.best_metric_problem("nothing"))
 
 
-def test_an_empty_reply_equals_an_empty_reference_and_shares_no_word_with_it() -> None:
-    found = scores_of(pair("", ""))
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_an_empty_reply_equals_an_empty_reference_and_shares_no_word_with_it(
+    definition: DefinitionName,
+) -> None:
+    found = metrics.numbers_of(pair("", ""), definition)[0]
     assert [found[name] for name in TEXT_METRICS] == [0.0, 0.0, 0.0, 0.0, 100.0]

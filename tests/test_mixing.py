@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from examples import tiny_template
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from finetune.config.schema import DataSection
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
-from finetune.data.examples.selection import Selection, repeats
+from finetune.data.examples.selection import Selection, mixed, repeats
 from finetune.data.preview.report import check
 from finetune.data.reading.parts import Part
 from finetune.data.reading.section import (
@@ -46,6 +47,13 @@ def write(path: Path, *pairs: tuple[str, str], **columns: Any) -> str:
 
 def prompts(sources: Any) -> list[str]:
     return [c.messages[0].content for c in read_conversations(sources)]
+
+
+def test_of_two_sources_with_one_weight_other_rows_are_chosen() -> None:
+    rows = np.arange(40)
+    view = mixed([rows, rows + 100], [0.5, 0.5], Selection(), 0)
+    assert len(view) == 40
+    assert {*view[view < 100]} != {*(view[view >= 100] - 100)}
 
 
 def test_a_share_is_held_out_by_what_is_asked(tmp_path: Path) -> None:
