@@ -75,7 +75,7 @@ TOOLS: list[tuple[str, str, tuple[str, str, str, str]]] = [
     ("find_train", "Next train to a town", ("When does the next train go to {}?", "I want to travel to {} by train.", "How do I get to {} by rail?", "A ticket to {}, please.")),
     ("get_news", "Latest news of a town", ("What happened in {} today?", "Read me the news of {}.", "Is there anything new from {}?", "What do the papers of {} say?")),
 ]  # fmt: skip
-TOWNS = "Paris, Rome, Madrid, Oslo, Lima, Cairo, Nairobi, Tokyo, Athens, Warsaw, Vienna, Havana, Dublin, Lisbon, Berlin, Moscow"  # fmt: skip
+TOWNS = "Paris, Rome, Madrid, Oslo, Lima, Cairo, Tokyo, Athens"
 
 
 def general_rows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,17 +86,11 @@ def general_rows() -> Iterator[tuple[str, dict[str, Any]]]:
             reply = {"role": "assistant", "content": answer.format(*words)}
             rows = [{"messages": [user(question.format(*words)), reply]} for question in asked]
             yield from placed(rows, number // 2 % 4, shown=number % 2 == 0)
-    for number, (name, _, asked) in enumerate(TOOLS):
-        others = [one for one in range(number % 2, len(TOOLS), 2) if one != number]
+    for number, (name, said, asked) in enumerate(TOOLS):
         for place, town in enumerate(TOWNS.split(", ")):
             call = {"role": "assistant", "metadata": name, "content": json.dumps({"town": town})}
-            rows = [
-                {
-                    "tools": [described(*TOOLS[one][:2]) for one in sorted([number, others[(place + way) % 2]])],
-                    "messages": [user(question.format(town)), call],
-                }
-                for way, question in enumerate(asked)
-            ]  # fmt: skip
+            tools = [described(name, said)]
+            rows = [{"tools": tools, "messages": [user(question.format(town)), call]} for question in asked]  # fmt: skip
             yield from placed(rows, (place + number) % 4, shown=number % 2 == 0)
 
 
@@ -255,8 +249,8 @@ def main() -> None:
     """Teach, tune twice, ask, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"))
-    parser.add_argument("--taught", type=int, default=14, help="epochs of the general set (14)")
-    parser.add_argument("--epochs", type=int, default=16, help="of the domain (16)")
+    parser.add_argument("--taught", type=int, default=40, help="epochs of the general set (40)")
+    parser.add_argument("--epochs", type=int, default=32, help="of the domain (32)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/")
     given = parser.parse_args()
     folder, begun = given.folder.resolve(), time.perf_counter()
