@@ -1,4 +1,4 @@
-"""What a model forgets when it is tuned on one domain, with `data.replay` and without: the tables of docs/evaluation.md.
+"""What a model forgets when it is tuned on one domain, with `data.replay` and without: the table of docs/evaluation.md.
 
     python scripts/evidence/forgetting.py [--folder runs/forgetting] [--write]
 
@@ -9,7 +9,7 @@
 3. All three are asked on the domain's held-out dialogues and on the general ones that are held out: those
    about what replay showed, and those about what it never did.
 
-What is done already is not done again. `--write` puts the tables into docs/. About ten minutes of two cores.
+What is done already is not done again. `--write` puts the table into docs/. About ten CPU minutes.
 """
 
 from __future__ import annotations
