@@ -123,6 +123,18 @@ def test_a_repository_that_cannot_be_fetched_says_how_to_get_it(
     assert "hf download someone/model --local-dir FOLDER" in str(model.value)
 
 
+def test_the_quickstarts_model_that_is_not_made_yet_names_the_script(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_network(*_: object) -> Path:
+        raise OSError("no network")
+
+    monkeypatch.setitem(hub._DOWNLOADS, "huggingface", no_network)
+    with pytest.raises(ModelError, match=r"bash scripts/quickstart\.sh") as caught:
+        hub.fetch("runs/quickstart-model", "model", ["*.json"])
+    assert "hf download" not in str(caught.value)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_download_shows_its_progress_once_though_the_libraries_are_quiet(
     rank: int, monkeypatch: pytest.MonkeyPatch

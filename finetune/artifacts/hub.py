@@ -157,6 +157,11 @@ def _explained(found: Repository, content: Content) -> Iterator[None]:
         ) from None
     # The libraries raise errors of many kinds, those of networks and of refused names among them.
     except Exception as error:
+        if found.name.startswith("runs/"):  # what a command of ours writes, not a name of a hub
+            raise kind(
+                f"{shown}: no such folder here; `bash scripts/quickstart.sh` makes the quickstart's model, "
+                "training makes its runs; do that first, or correct the path"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise kind(
             f"{shown}: no such folder here, and it cannot be fetched from {found.hub} "
