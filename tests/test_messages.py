@@ -46,6 +46,7 @@ WITHOUT = {
     "evaluation/scoring.py:_in_parallel": "says again what another process met",
     "report/runs.py:read_run": "the problems of a configuration, whose rule has a test of its own",
     "report/requirements.py:check_requirements": "a result that was asked for, not a mistake",
+    "data/reading/streams.py:_refuse_other_kinds": "each of the table it reads from says it",
     "chat/terminal.py:_make_room": "said in the chat, below the message",
     "chat/terminal.py:_checked_image": "said in the chat, below the message",
     "data/chat/image.py:opened_image": "every caller puts the image's path in front",

@@ -144,7 +144,7 @@ def _watch(
     if options.placement.device_map:
         raise ConfigError("--device-map auto is for one model: several share one accelerator; leave it out")  # fmt: skip
     if run.name in rules:
-        raise ConfigError(f"--watch {run}: another model is called {run.name!r}; --name renames the first")  # fmt: skip
+        raise ConfigError(f"--watch {run}: another model is called {run.name!r}; rename the first with --name")  # fmt: skip
 
     def put(name: str, newest: str, opened: OpenedModel) -> None:
         engine.put(name, opened.model, opened.template)

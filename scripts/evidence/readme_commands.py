@@ -23,7 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ("PIP_", "UV_", "SSL_", "REQUESTS_CA", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")  # fmt: skip
 """Variables of the machine's network; all others are left out."""
-REMEDY = re.compile(r"hf download|modelscope download|pip install|choose another|give a run|run scripts/|finetune status|not a directory|does not exist")  # fmt: skip
+REMEDY = re.compile(r"add it to|hf download|modelscope download|pip install|choose another|give a run|run scripts/|finetune status|not a directory|does not exist")  # fmt: skip
 LONGEST_ERROR = 12
 STANDS_IN = [
     ("THUDM/glm-4-9b-chat", "runs/tiny-model"),
