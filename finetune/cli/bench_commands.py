@@ -31,7 +31,7 @@ def bench(
     quantization: Quantization = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a model reads prompts and writes replies, and its memory, by length."""
+    """Measure how fast a model reads and writes, and its memory."""
     with console.json_output(as_json) as emit:
         from finetune.evaluation.tasks.speed import bench as run
         from finetune.evaluation.tasks.speed import lengths_of
