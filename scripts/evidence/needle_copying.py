@@ -120,7 +120,7 @@ def main() -> None:
     """Make the model and its texts, train, ask, and print the map."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--texts", type=int, default=20000, help="trained on (20000)")
     parser.add_argument("--write", action="store_true", help="put the map into docs/")
     given = parser.parse_args()
