@@ -8,8 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
-from finetune.report import charts, compare
+from finetune.report import charts, compare, plots
+
+
+def test_a_picture_of_a_name_that_xml_has_no_place_for_is_painted() -> None:
+    picture = plots._whole([Markup("<text>{}</text>").format("a\0b\x1b\ud800")], 30)
+    assert "a\ufffdb\ufffd\ufffd" in picture
+    assert plots.painted(picture).startswith(b"\x89PNG")
 
 
 def test_a_curve_shows_its_intervals_where_all_are_known() -> None:

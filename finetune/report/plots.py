@@ -27,6 +27,7 @@ from finetune.report.page import (
 from finetune.report.page_data import read_content
 from finetune.storage.files import whole_binary, write_file
 
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 FOLDER = "plots"
 TITLE, ROW, COLUMNS = 26, 16, 2
 LONGEST_NAME = 30
@@ -121,11 +122,15 @@ def _titled(title: str, chart: Markup) -> Markup:
 
 
 def _whole(parts: Sequence[Markup], height: int) -> str:
-    """A file of its own: white ground, and the style that the page has in its style sheet."""
-    return Markup(
+    """A file of its own: white ground, and the style that the page has in its style sheet.
+
+    A name may hold what XML has no place for, such as a zero byte.
+    """
+    text = Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">'
         '<style>{2}</style><rect width="{0}" height="{1}" fill="#fff"/>{3}</svg>\n'
     ).format(WIDTH, height, _style(), Markup("").join(parts))
+    return NOT_XML.sub("\ufffd", text)
 
 
 @cache
