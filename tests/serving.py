@@ -70,9 +70,12 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     until(lambda: server.started)
+    made = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, key or "no key")
     try:
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, key or "no key")
+        yield made
     finally:
+        if "client" in vars(made):
+            made.client.close()
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()

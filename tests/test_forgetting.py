@@ -134,7 +134,7 @@ def test_a_model_whose_replies_never_end_is_named(
         write_rows(output, [{"messages": turns("a", "b"), "stopped": False}])
 
     monkeypatch.setattr(replay, "_predict", endless)
-    with pytest.raises(DataError, match="max_new_tokens is too small"):
+    with pytest.raises(DataError, match=r"raise data\.replay\.max_new_tokens"):
         replay.replay_of(
             ReplaySection(prompts=prompts(tmp_path)), str(tiny_glm), None, str(tmp_path)
         )

@@ -174,6 +174,7 @@ def test_without_the_key_nothing_but_health_answers(
         wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="nope", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             wrong.models.list()
+        wrong.close()
     said = capfd.readouterr()
     assert KEY not in said.out + said.err
 

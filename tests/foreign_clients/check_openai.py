@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -29,8 +30,20 @@ CLOCK: Any = {
 }
 
 
+_open: list[openai.OpenAI] = []
+
+
 def client(url: str, **more: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, **{"api_key": KEY, "max_retries": 0} | more)
+    """A client that is closed behind the test: the server would keep its connection for a while."""
+    _open.append(openai.OpenAI(base_url=url, **{"api_key": KEY, "max_retries": 0} | more))
+    return _open[-1]
+
+
+@pytest.fixture(autouse=True)
+def closed_clients() -> Iterator[None]:
+    yield
+    while _open:
+        _open.pop().close()
 
 
 def test_a_reply_whole_streamed_and_asynchronous(random: str) -> None:

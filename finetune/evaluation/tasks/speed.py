@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from finetune import console
@@ -28,7 +27,7 @@ class Speed:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     memory_gb: float
-    """The most that an accelerator held, weights included; on a CPU what the process holds afterwards."""
+    """The most that the accelerator, or the process on a CPU, has held so far, weights included."""
 
 
 def lengths_of(text: str) -> list[int]:
@@ -82,20 +81,18 @@ def bench(
 def _measure(model: Any, template: Any, length: int, new_tokens: int) -> Speed:
     import torch
 
+    from finetune.distributed import device as devices
     from finetune.generation.decoder import Decoder, Decoding, Request
 
-    device = model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(length)
     prompt = torch.randint(min(1000, template.tokenizer.vocab_size), (length,), generator=generator)
     decoder = Decoder(model, ())
-    begun = _now(device)
+    begun = _now()
     [row] = decoder.add([Request(prompt.tolist(), Decoding(new_tokens))])
-    read = _now(device)
+    read = _now()
     while decoder.active:
         decoder.step()
-    written = _now(device)
+    written = _now()
     if row.error is not None:
         raise row.error
     return Speed(
@@ -103,27 +100,16 @@ def _measure(model: Any, template: Any, length: int, new_tokens: int) -> Speed:
         read - begun,
         length / (read - begun),
         (len(row.ids) - 1) / (written - read),
-        _held_gb(device),
+        devices.memory_gb(),
     )
 
 
-def _now(device: Any) -> float:
+def _now() -> float:
     """The time when the device has done all that it was asked for."""
-    import torch
+    from finetune.distributed import device as devices
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    devices.synchronize()
     return time.perf_counter()
-
-
-def _held_gb(device: Any) -> float:
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device)) / 1e9
-    status = Path("/proc/self/status")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 / 1e9 if found else float("nan")
 
 
 def _said(speed: Speed) -> str:
