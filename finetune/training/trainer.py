@@ -312,6 +312,8 @@ class FineTuner(Trainer):
         begun = super()._init_training_state(max_steps, *args, **kwargs)
         for option in fields(TrainerState):
             value = getattr(self.state, option.name)
+            if option.name == "epoch" and value is None:
+                continue  # a stream has no epochs
             if isinstance(option.default, int | float) and not isinstance(value, int | float):
                 raise TypeError(f"{option.name} in trainer_state.json is no number")
         # A resumed run logs as often as its own config says, not the earlier one's.
