@@ -151,7 +151,7 @@ def test_show_finds_a_dialogue_by_index_or_by_line(tmp_path: Path, tiny_chatglm:
         show(path, model=tiny_chatglm, line=2)
     with pytest.raises(DataError, match="no row that begins on line 9"):
         show(path, model=tiny_chatglm, line=9)
-    with pytest.raises(DataError, match=r"has no dialogue 5; it has 2, .*\n.*a.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"has no dialogue 5; it has 2; .*:\n.*a.jsonl:2: not JSON"):
         show(path, model=tiny_chatglm, index=5)
 
 

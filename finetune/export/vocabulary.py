@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.names import CHAT_TEMPLATE, SENTENCEPIECE, TOKENIZER, TOKENIZER_CONFIG
 from finetune.artifacts.weights import TensorInfo
 from finetune.errors import ConfigError, ModelError
 from finetune.export.adapter import Adapter
@@ -16,8 +17,8 @@ EMBEDDING_AND_HEAD = (
 )
 _SIZES = ("vocab_size", "padded_vocab_size")
 _FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "chat_template.jinja"),
+    *(TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE, CHAT_TEMPLATE),
+    *("special_tokens_map.json", "added_tokens.json"),
 )
 
 
@@ -72,7 +73,7 @@ def tokenizer_of(adapter: Path, rows: int) -> tuple[dict[str, Path], list[str]]:
         return {}, []
     files = {name: adapter / name for name in _FILES if (adapter / name).is_file()}
     said = f"the vocabulary has {rows} tokens more than the base's"
-    if "tokenizer.json" in files or "tokenizer.model" in files:
+    if TOKENIZER in files or SENTENCEPIECE in files:
         return files, [f"{said}; the tokenizer is the adapter's"]
     return {}, [
         f"{said}, and {adapter} brings no tokenizer: copy the one with these tokens into the merged folder"
