@@ -13,6 +13,8 @@ import socket
 import stat
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -93,6 +95,15 @@ def try_lock(path: Path, *, make: bool = True) -> Lock | None:
                 return Lock(descriptor)
             os.close(descriptor)  # renamed or removed by whoever held it before
     return None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The block, when no other process is in one of the same path; it is waited for."""
+    while (lock := try_lock(path)) is None:
+        time.sleep(0.05)
+    with lock:
+        yield
 
 
 def is_held(path: Path) -> bool:

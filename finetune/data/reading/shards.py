@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from zlib import crc32
 
 from finetune.artifacts import hub
 from finetune.artifacts.hub import Repository
@@ -19,7 +20,7 @@ from finetune.data.reading.images import ImageFiles
 from finetune.data.reading.sources import FileRows, Reading, SourceSpec
 from finetune.errors import DataError
 from finetune.storage.files import second_name
-from finetune.storage.lock import is_running
+from finetune.storage.lock import is_running, locked
 
 FOLDER = "streams"
 """Where shards of hubs lie while they are read, under the cache."""
@@ -140,11 +141,13 @@ class ShardReader:
         """A link of this reader to a shard that is fetched where it is not there."""
         own = self._own_folder() / f"{number}-{Path(shard.file).name}"
         for _ in range(_TRIES):
-            common = hub.fetch_file(repository, shard.file, self._folder(repository))
-            try:
-                return own if second_name(common, own) else common
-            except FileNotFoundError:
-                continue  # another reader was done with it in this moment
+            # One at a time: the hub's library would write over a file that another reader has linked.
+            with locked(own.parents[1] / f"{crc32(shard.name.encode()):08x}.lock"):
+                common = hub.fetch_file(repository, shard.file, self._folder(repository))
+                try:
+                    return own if second_name(common, own) else common
+                except FileNotFoundError:
+                    continue  # another reader was done with it in this moment
         raise DataError(
             f"{shard.name}: it disappears from {self._root} as often as it is fetched; give the same command again"
         )
@@ -162,7 +165,7 @@ class ShardReader:
         readers = self._root / "readers"
         own = readers / f"{socket.gethostname()}:{os.getpid()}"
         own.mkdir(parents=True, exist_ok=True)
-        for folder in readers.iterdir():
+        for folder in (entry for entry in readers.iterdir() if entry.is_dir()):
             host, _, process = folder.name.rpartition(":")
             if host == socket.gethostname() and not is_running(int(process)):
                 for link in folder.iterdir():
