@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from finetune.artifacts import hub, remote_files
 from finetune.artifacts.hub import Repository
 from finetune.artifacts.resolve import is_hub_id, local_folder
 from finetune.data.reading.files import expand
+from finetune.data.reading.shards import ShardReader, StreamShard
+from finetune.data.reading.sources import AS_IS, SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
 
 ROOT = Path(__file__).parent.parent
@@ -277,3 +281,32 @@ def test_shards_of_a_hub_lie_here_only_while_they_are_read(scheme: str, tmp_path
     assert resumed == seen[2]
     assert list(fetched.values()) == [download_hubs.COMMIT]
     assert len(left) <= 8  # those that the second, unfinished reading has open
+
+
+def test_readers_of_one_shard_fetch_it_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Repository("huggingface", "owner/name", download_hubs.COMMIT)
+    shard = StreamShard(0, "hf://owner/name/a.jsonl", len(ROW), there, "a.jsonl")
+    inside, most = [], []
+
+    def fetched(_: Repository, path: str, folder: Path) -> Path:
+        """As the hub's library does where the file lies in its cache: a copy over what is not whole."""
+        if (folder / path).is_file() and (folder / path).stat().st_size == len(ROW):
+            return folder / path
+        inside.append(path)
+        most.append(len(inside))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"")
+        time.sleep(0.05)
+        (folder / path).write_bytes(ROW)
+        inside.pop()
+        return folder / path
+
+    monkeypatch.setattr(hub, "fetch_file", fetched)
+    others = [StreamShard(0, str(tmp_path), 0)] * 4  # so that each reader's link has its own name
+    readers = [ShardReader([*others[:n], shard], [SourceSpec("x")], AS_IS, tmp_path) for n in range(4)]  # fmt: skip
+    with ThreadPoolExecutor(4) as threads:
+        rows = list(threads.map(lambda n: len(list(readers[n].open(n, 0))), range(4)))
+    assert max(most) == 1
+    assert rows == [1] * 4

@@ -15,7 +15,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,10 @@ from typing import Any
 from finetune import console, launcher
 from finetune.errors import DataError, SpaceError
 from finetune.storage import folders
-from finetune.storage.lock import Lock, is_held, try_lock
+from finetune.storage.lock import is_held, locked
 from finetune.storage.manifest import recorded, seal, verify
 
 _POLL_SECONDS = 0.05
-_QUIET_SECONDS = 1.0
-"""How long a lock is waited for before the wait is mentioned."""
 _RANK_0_HEAD_START_SECONDS = 60.0
 """How long the other ranks of a machine leave the work, and with it the progress shown, to the first."""
 
@@ -81,7 +79,10 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], Mapping[str, Any
         with _explained(root):
             root.mkdir(parents=True, exist_ok=True)
         _wait_for_first_rank(folder, lock)
-        with _locked(lock, f"tokenised data {folder}"):
+        with ExitStack() as held:
+            with _explained(root):
+                waiting = f"waiting for another process that is preparing tokenised data {folder}"
+                held.enter_context(locked(lock, waiting))
             _build_missing(folder, build)
     return Entry(folder, recorded(folder).facts)
 
@@ -117,24 +118,6 @@ def _explained(root: Path) -> Iterator[None]:
             f"{root}: cannot keep tokenised data here ({error.strerror}); "
             "set data.cache_dir or FINETUNE_CACHE to a folder that you can write to"
         ) from error
-
-
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """Holds an exclusive lock on `path`; says so once when it has to wait for it."""
-    started, said = time.monotonic(), False
-    while (lock := _try_lock(path)) is None:
-        if not said and time.monotonic() - started > _QUIET_SECONDS:
-            console.say(f"waiting for another process that is preparing {what}")
-            said = True
-        time.sleep(_POLL_SECONDS)
-    with lock:
-        yield
-
-
-def _try_lock(path: Path) -> Lock | None:
-    with _explained(path.parent):
-        return try_lock(path)
 
 
 def _wait_for_first_rank(folder: Path, lock: Path) -> None:

@@ -23,6 +23,8 @@ from finetune.errors import ConfigError
 
 _TRIES, _PAUSE_SECONDS = 4, 0.05
 """Somebody who only asks whether a lock is held has it for an instant."""
+_QUIET_SECONDS = 1.0
+"""How long a lock is waited for before the wait is mentioned."""
 # flock on a folder over NFS says EBADF: there it needs a descriptor that may write.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
@@ -98,10 +100,19 @@ def try_lock(path: Path, *, make: bool = True) -> Lock | None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """The block, when no other process is in one of the same path; it is waited for."""
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """The block, when no other process is in one of the same path; a longer wait is said once.
+
+    Args:
+        path: As for `try_lock`, which may raise.
+        waiting: What is said when that takes longer than a second.
+    """
+    started, said = time.monotonic(), False
     while (lock := try_lock(path)) is None:
-        time.sleep(0.05)
+        if not said and time.monotonic() - started > _QUIET_SECONDS:
+            console.say(waiting)
+            said = True
+        time.sleep(_PAUSE_SECONDS)
     with lock:
         yield
 

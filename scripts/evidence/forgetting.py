@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from made_pages import put
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAIN = ROOT / "data" / "support_desk"
@@ -262,10 +262,7 @@ def main() -> None:
     made = written(folder, found)
     print(f"{made}\n{(time.perf_counter() - begun) / 60:.1f} min")
     if given.write:
-        for page in (ROOT / "docs/evaluation.md", ROOT / "docs/evaluation_zh.md"):
-            text = page.read_text(encoding="utf-8")
-            text = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{made}\n{END}", text, flags=re.DOTALL)  # fmt: skip
-            page.write_text(text, encoding="utf-8")
+        put(ROOT / "docs/evaluation.md", BEGIN, made, END)
 
 
 if __name__ == "__main__":

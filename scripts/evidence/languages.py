@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
+
+from made_pages import put
 
 ROOT = Path(__file__).resolve().parents[2]
 SENTENCES = Path(__file__).with_name("languages.jsonl")
@@ -59,10 +60,7 @@ def main() -> None:
     made = table(options.definition)
     print(made)
     if options.write:
-        marked = f"{BEGIN}\n{made}\n{END}"
-        for page in (options.write, options.write.with_stem(f"{options.write.stem}_zh")):
-            text = re.sub(f"{BEGIN}.*{END}", marked, page.read_text("utf-8"), flags=re.DOTALL)
-            page.write_text(text, encoding="utf-8")
+        put(options.write, BEGIN, made, END)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from made_pages import put
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -134,10 +135,7 @@ def main() -> None:
     made = "\n".join([*told(found), inside])
     print(made)
     if given.write:
-        for page in (ROOT / "docs/evaluation.md", ROOT / "docs/evaluation_zh.md"):
-            text = page.read_text(encoding="utf-8")
-            text = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{made}\n{END}", text, flags=re.DOTALL)  # fmt: skip
-            page.write_text(text, encoding="utf-8")
+        put(ROOT / "docs/evaluation.md", BEGIN, made, END)
 
 
 if __name__ == "__main__":

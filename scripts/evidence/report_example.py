@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from made_pages import put
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = "data/support_desk/heldout.jsonl"
@@ -72,11 +73,7 @@ def document(folder: Path, docs: Path) -> None:
     """Pictures of the page into docs/images, the table into docs/report.md and its Chinese twin."""
     (docs / "images").mkdir(exist_ok=True)
     pictures(ROOT / folder / "report.html", docs / "images")
-    made = f"{BEGIN}\n{table(ROOT / folder)}\n{END}"
-    for page in filter(Path.exists, (docs / "report.md", docs / "report_zh.md")):
-        text = page.read_text(encoding="utf-8")
-        text = re.sub(f"{BEGIN}.*?{END}", lambda _: made, text, flags=re.DOTALL)
-        page.write_text(text, encoding="utf-8")
+    put(docs / "report.md", BEGIN, table(ROOT / folder), END)
     print(f"wrote {docs}")
 
 

@@ -142,7 +142,8 @@ class ShardReader:
         own = self._own_folder() / f"{number}-{Path(shard.file).name}"
         for _ in range(_TRIES):
             # One at a time: the hub's library would write over a file that another reader has linked.
-            with locked(own.parents[1] / f"{crc32(shard.name.encode()):08x}.lock"):
+            lock = own.parents[1] / f"{crc32(shard.name.encode()):08x}.lock"
+            with locked(lock, f"waiting for another process that is fetching {shard.name}"):
                 common = hub.fetch_file(repository, shard.file, self._folder(repository))
                 try:
                     return own if second_name(common, own) else common
