@@ -21,6 +21,7 @@ from finetune.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+BEGIN, END = "<|begin_of_image|>", "<|end_of_image|>"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded; where Pillow begins to warn of decompression bombs."""
@@ -109,6 +110,24 @@ class ImageSpec:
     def tokens(self) -> int:
         """Tokens of an image's whole span."""
         return self.patches + 2
+
+
+def image_tokens(
+    path: str, spec: TakesImages | None, control_ids: Mapping[str, int]
+) -> tuple[int, ...]:
+    """An image's span: as many placeholders as the model has patches for it, between begin and end.
+
+    DataError when the checkpoint's tokenizer has no such tokens.
+    """
+    tokens = (BEGIN, spec.patch_token if spec else "<|endoftext|>", END)
+    missing = [token for token in tokens if token not in control_ids]
+    if missing:
+        raise DataError(
+            f"this checkpoint's tokenizer has no {missing[0]}: it takes no images; use GLM-4V-9B, or "
+            "leave the images out"
+        )
+    begin, patch, end = (control_ids[token] for token in tokens)
+    return (begin, *[patch] * (spec.patches_of(path) if spec else 1), end)
 
 
 def image_spec(config: Mapping[str, Any]) -> ImageSpec | None:

@@ -42,22 +42,12 @@ def own_messages(
     conversation: Conversation, template: ChatTemplate
 ) -> tuple[list[JsonMessage], Sequence[Mapping[str, Any]] | None]:
     """The dialogue as the checkpoint's own template takes it: messages, and `tools` if an argument."""
-    messages: list[JsonMessage] = [
-        {"role": m.role, "content": m.content} | ({"metadata": m.metadata} if m.metadata else {})
-        for m in conversation.messages
-        if m.content or m.role != "system"
-    ]
-    if not conversation.tools or template.layout.tools == "argument":
-        return messages, list(conversation.tools) or None
-    if not messages or messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": ""})
-    messages[0]["tools"] = list(conversation.tools)
-    return messages, None
+    return template.layout.template_input(conversation)
 
 
 def check_against_own_template(template: ChatTemplate, jinja: JinjaTemplate) -> None:
     """Raise DataError unless our ids of the probe are those of the checkpoint's own template."""
-    probe = _suitable(template)
+    probe = template.layout.suited(_PROBE)
     asked = replace(probe, messages=probe.messages[:-1])
     cases = [
         (probe, False, template.render([probe])[0].input_ids[:-1].tolist()),
@@ -69,22 +59,8 @@ def check_against_own_template(template: ChatTemplate, jinja: JinjaTemplate) -> 
         theirs = template.tokenizer.backend.encode(text, add_special_tokens=False).ids
         if ours != theirs:
             raise DataError(
-                "this checkpoint's chat template lays a dialogue out differently from GLM-4's rules, "
-                "and training on it would go wrong.\n"
+                "this checkpoint's chat template lays a dialogue out differently from "
+                f"{template.layout.name}'s rules, and training on it would go wrong.\n"
                 f"its template: {text!r}\nour layout:   {template.decode(ours)!r}\n"
                 "Use a checkpoint of the GLM-4 family, or correct its chat_template"
             )
-
-
-def _suitable(template: ChatTemplate) -> Conversation:
-    """The probe without what the checkpoint's template has no place for."""
-    layout = template.layout
-    calls = "observation" in layout.clean and "assistant" in layout.named_roles
-    # Where <think> is a token of its own, the template's text and typed text are not the same.
-    thinks = not {"<think>", "</think>"} & template.tokenizer.control_ids.keys()
-    kept = [
-        m if thinks else replace(m, content=m.content.split("</think>")[-1])
-        for m in _PROBE.messages
-        if m.role in layout.clean and (calls or not (m.metadata or m.role == "observation"))
-    ]
-    return replace(_PROBE, messages=tuple(kept), tools=_PROBE.tools if template.takes_tools else ())

@@ -77,6 +77,11 @@ class ChatTokenizer:
     image: TakesImages | None = None
     """How the checkpoint takes images, if it does."""
 
+    def trusted(self, text: str) -> list[int]:
+        """Ids of text that the checkpoint's template wrote, its control strings matched."""
+        with explain_panic():
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
+
 
 def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> ChatTokenizer:
     """The tokenizer and chat template of a folder or hub id; ModelError when it has none.

@@ -1,0 +1,200 @@
+r"""GLM-4's layout: a role token, a name or nothing, a line break and the text.
+
+    [gMASK]<sop><|user|>\nQ<|assistant|>get_weather\n{"city": "北京"}<|observation|>\n{"t": 20}<|assistant|>\n20度。
+
+GLM-4-9B-Chat, GLM-4V, GLM-4-0414, GLM-Z1, GLM-Edge and GLM-4.1V. They differ in where tool definitions
+go, in what becomes of white space, and in how a generation prompt ends; a `ChatLayout` says so, which is
+observed. Under GLM-Z1, which thinks, an example is a turn: see `finetune.data.chat.thinking`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from finetune.data.chat import thinking
+from finetune.data.chat.image import image_tokens
+from finetune.data.chat.jinja import (
+    HEADERS,
+    ROLES,
+    ChatLayout,
+    JinjaTemplate,
+    JsonMessage,
+    tools_text,
+)
+from finetune.data.chat.layouts.layout import (
+    Layout,
+    Part,
+    Piece,
+    TemplateInput,
+    Texts,
+)
+from finetune.data.chat.spans import TrainOn
+from finetune.data.chat.tokenizer import ChatTokenizer
+from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.errors import DataError
+
+
+class Glm4Layout(Layout):
+    """The layout of a template that was observed to be GLM-4's."""
+
+    name = "GLM-4"
+
+    def __init__(self, tokenizer: ChatTokenizer, jinja: JinjaTemplate, seen: ChatLayout) -> None:
+        self.prefix, self.suffix, self.thinking = seen.prefix, seen.suffix, seen.thinking
+        self.takes_tools = seen.tools != "none"
+        self.rules = " turns" if seen.thinking else ""
+        self._tokenizer, self._seen = tokenizer, seen
+        self._headers = {role: ~tokenizer.control_ids[HEADERS[role]] for role in ROLES}
+        self._control = frozenset(tokenizer.control_ids.values())
+        self._suffix = tuple(~i for i in tokenizer.trusted(seen.suffix))
+        self._keeps_suffix = bool(self._suffix) and not seen.thinking
+
+        @lru_cache(maxsize=4096)
+        def rendered_tools(tools_json: str) -> str:
+            return tools_text(jinja, seen, json.loads(tools_json))
+
+        self._tools_text = rendered_tools
+
+    def pieces(
+        self, conversation: Conversation, stop: int, texts: Texts, opened: int | None = None
+    ) -> list[Piece]:
+        """A piece for the tools and for every message that has text."""
+        pieces = []
+        if conversation.tools:
+            text = self._tools(conversation.tools)
+            pieces.append(Piece(None, (self._headers["system"], texts.number(text))))
+        for index, message in enumerate(conversation.messages[:stop]):
+            if message.role == "system" and not message.content:
+                continue
+            name, body = self._written(message, index)
+            if index == opened:
+                written = thinking.behind_prompt(message, name, body)
+                ops = (self._headers["assistant"], *self._suffix, texts.number(written))
+                pieces.append(Piece(index, ops, 1 + len(self._suffix)))
+            else:
+                pieces.append(Piece(index, self._ops(message, name, body, texts)))
+        return pieces
+
+    def _ops(self, message: Message, name: str, body: str, texts: Texts) -> tuple[int, ...]:
+        header, text = self._headers[message.role], f"{name}\n{body}"
+        if message.image is not None:
+            shown = image_tokens(message.image, self._tokenizer.image, self._tokenizer.control_ids)
+            return (header, texts.number(name + "\n"), *(~i for i in shown), texts.number(body))
+        if self._keeps_suffix and message.role == "assistant" and text.startswith(self.suffix):
+            # These very ids stand at the end of the prompt too.
+            return (header, *self._suffix, texts.number(text.removeprefix(self.suffix)))
+        return (header, texts.number(text))
+
+    def _written(self, message: Message, index: int) -> tuple[str, str]:
+        """Name and content of a message as the checkpoint's template writes them."""
+        role, name, problem = message.role, "", ""
+        if message.metadata:
+            if role in self._seen.named_roles:
+                name = message.metadata
+            elif role == "assistant":
+                problem = "this checkpoint's chat template has no place for tool calls"
+            if "\n" in name:
+                problem = f"its name has a line break: {name!r}"
+        if not message.content:
+            problem = "it has no text, and the published template leaves such a message out"
+        elif role not in self._seen.clean:
+            problem = "this checkpoint's chat template does not know the role"
+        if problem:
+            raise DataError(f"message {index + 1} ({role}): {problem}; correct or remove it")
+        return name, self._seen.clean[role](message.content)
+
+    def _tools(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        if not self.takes_tools:
+            raise DataError(
+                "the dialogue has tools, but this checkpoint's chat template "
+                "has no place for them; use a chat checkpoint or leave the tools out"
+            )
+        # As JSON: a key by value, and plain values for the template to work on.
+        return self._tools_text(json.dumps(tools, ensure_ascii=False))
+
+    def opening(self, conversation: Conversation, reply: int) -> tuple[int, ...]:
+        """`<|assistant|>` and the suffix, but for a call that goes on behind another's thought."""
+        suffix = self._suffix if self.asked(conversation, reply) is None else ()
+        return (self._headers["assistant"], *suffix)
+
+    def asked(self, conversation: Conversation, reply: int) -> int | None:
+        """A turn of several calls goes on by itself, behind its first one's thought."""
+        return thinking.turn_start(conversation.messages, reply) if self.thinking else None
+
+    def parts(self, conversation: Conversation, train_on: TrainOn) -> list[Part]:
+        """The dialogue, or under a thinking checkpoint its turns with loss."""
+        if not self.thinking:
+            return [Part(conversation, "user")]
+        messages = conversation.messages
+        return [
+            Part(
+                part,
+                messages[length].role if (length := len(part.messages)) < len(messages) else "user",
+                thinking.turn_start(part.messages, length),
+            )
+            for part in thinking.turns_with_loss(conversation, train_on)
+        ]
+
+    def parse(self, ids: Iterable[int]) -> Message:
+        """The first line is a function's name, or empty for a plain reply.
+
+        Text without a line break is a plain reply. Under a thinking checkpoint, ids that continue the
+        generation prompt get its `<think>` back; an empty thought goes, and so does that of a call.
+        """
+        text = self._text(ids)
+        suffix = self.suffix
+        if (
+            suffix
+            and not text.startswith(suffix)
+            and (not self.thinking or thinking.THINK_END in text)
+        ):
+            text = suffix + text
+        name, line_break, content = text.partition("\n")
+        if not line_break:
+            return Message("assistant", text)
+        if self.thinking and not name:
+            return thinking.as_message(content)
+        return Message("assistant", content, metadata=name.strip())
+
+    def _text(self, ids: Iterable[int]) -> str:
+        """The text of ids up to the first control token."""
+        listed = [int(i) for i in ids]
+        end = next((place for place, i in enumerate(listed) if i in self._control), len(listed))
+        return str(self._tokenizer.plain.decode(listed[:end], skip_special_tokens=False))
+
+    def visible(self, content: str) -> str:
+        """No reasoning under GLM-Z1."""
+        return self._seen.clean["assistant"](content)
+
+    def template_input(self, conversation: Conversation) -> TemplateInput:
+        """Names as `metadata`; tools as the template's argument or on the first system message."""
+        messages: list[JsonMessage] = [
+            {"role": m.role, "content": m.content}
+            | ({"metadata": m.metadata} if m.metadata else {})
+            for m in conversation.messages
+            if m.content or m.role != "system"
+        ]
+        if not conversation.tools or self._seen.tools == "argument":
+            return TemplateInput(messages, list(conversation.tools) or None)
+        if not messages or messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": ""})
+        messages[0]["tools"] = list(conversation.tools)
+        return TemplateInput(messages, None)
+
+    def suited(self, probe: Conversation) -> Conversation:
+        """The probe without roles, calls and tools that the template does not know."""
+        known = self._seen.clean
+        calls = "observation" in known and "assistant" in self._seen.named_roles
+        # Where <think> is a token of its own, the template's text and typed text are not the same.
+        thinks = not {"<think>", "</think>"} & self._tokenizer.control_ids.keys()
+        kept = [
+            m if thinks else replace(m, content=m.content.split("</think>")[-1])
+            for m in probe.messages
+            if m.role in known and (calls or not (m.metadata or m.role == "observation"))
+        ]
+        tools = probe.tools if self.takes_tools else ()
+        return replace(probe, messages=tuple(kept), tools=tools)

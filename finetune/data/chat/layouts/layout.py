@@ -1,0 +1,110 @@
+"""What a chat layout is: it turns messages into pieces of a dialogue, and reply ids into messages.
+
+A piece is one message, as control tokens and texts. Texts are numbered here and encoded later, all
+of a batch in one call, by a tokenizer that knows no control string.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from finetune.data.chat.jinja import JsonMessage
+from finetune.data.chat.spans import TrainOn
+from finetune.data.dialogue.conversation import Conversation, Message
+
+
+class Piece(NamedTuple):
+    """A run of tokens before encoding. An op below 0 is the token `~op`, else the number of a text."""
+
+    message: int | None
+    ops: tuple[int, ...]
+    given: int = 1
+    """Tokens at the start of a reply that the prompt ends in: its header, and what follows it there."""
+    stops: bool = True
+    """Of a reply: the next token is its stop, which is trained with it."""
+
+
+@dataclass(slots=True)
+class Texts:
+    """Texts of one call into the tokenizer, equal ones once."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def number(self, text: str) -> int:
+        """The text's number, which stands for it in a piece."""
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+class Part(NamedTuple):
+    """What one example of a dialogue is made of."""
+
+    conversation: Conversation
+    """The dialogue up to the end of the example."""
+    stop: str
+    """The role whose header ends the last reply."""
+    opened: int | None = None
+    """The message that is laid out behind the generation prompt, where the template's own rendering
+    of it does not begin so."""
+
+
+class TemplateInput(NamedTuple):
+    """A dialogue as the checkpoint's own template takes it."""
+
+    messages: list[JsonMessage]
+    tools: Sequence[Mapping[str, Any]] | None
+
+
+class Layout(ABC):
+    """How a checkpoint lays dialogues out."""
+
+    name: ClassVar[str]
+    prefix: str
+    """What comes before the first message: `[gMASK]<sop>`."""
+    suffix: str
+    """What a generation prompt writes after `<|assistant|>`."""
+    thinking: bool
+    """The model writes its reasoning in front of a reply, so what an example holds depends on its turn."""
+    takes_tools: bool
+    """The checkpoint's template has a place for tool definitions."""
+    rules: str
+    """Changes when the same dialogue would take other tokens than under another layout."""
+
+    @abstractmethod
+    def pieces(
+        self, conversation: Conversation, stop: int, texts: Texts, opened: int | None = None
+    ) -> list[Piece]:
+        """Tools and `messages[:stop]`; DataError, with the message's number, for what has no place.
+
+        Message `opened` stands behind the generation prompt.
+        """
+
+    @abstractmethod
+    def opening(self, conversation: Conversation, reply: int) -> tuple[int, ...]:
+        """The ops that end the prompt of message `reply`."""
+
+    @abstractmethod
+    def asked(self, conversation: Conversation, reply: int) -> int | None:
+        """The message that is laid out behind the generation prompt where `reply` goes on from it."""
+
+    @abstractmethod
+    def parts(self, conversation: Conversation, train_on: TrainOn) -> list[Part]:
+        """What is learned from a dialogue: all of it at once, or a turn at a time."""
+
+    @abstractmethod
+    def parse(self, ids: Iterable[int]) -> Message:
+        """The message that reply ids say, with or without their stop."""
+
+    @abstractmethod
+    def visible(self, content: str) -> str:
+        """What the template keeps of a reply once it is past."""
+
+    @abstractmethod
+    def template_input(self, conversation: Conversation) -> TemplateInput:
+        """The dialogue for the checkpoint's own template."""
+
+    @abstractmethod
+    def suited(self, probe: Conversation) -> Conversation:
+        """The probe without what the checkpoint's template has no place for."""
