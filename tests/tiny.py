@@ -112,7 +112,11 @@ def save_model(
     tiktoken: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Write a tiny checkpoint of `family` (chatglm, glm or glm4); `overrides` go into its config."""
+    """Write a tiny checkpoint of `family`, any of text; `overrides` go into its config."""
+    if family.startswith("glm4_moe"):
+        import mixtures
+
+        return mixtures.save_model(folder, family, seed=seed, **overrides)
     save_tokenizer(folder, tiktoken=tiktoken)
     config = _configs(family) | overrides
     _write_json(folder / "config.json", config)
@@ -120,7 +124,7 @@ def save_model(
     _write_json(folder / "generation_config.json", generation)
     shapes = chatglm_shapes(config) if family == "chatglm" else _stock_shapes(folder)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: _draw(name, shape, generator) for name, shape in sorted(shapes.items())}
+    tensors = {name: drawn(name, shape, generator) for name, shape in sorted(shapes.items())}
     if family == "chatglm":
         pairs = config["kv_channels"] // 4
         tensors["transformer.rotary_pos_emb.inv_freq"] = 1.0 / 10000.0 ** (
@@ -232,7 +236,8 @@ def _stock_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random numbers for a weight of this name."""
     noise = torch.randn(shape, generator=generator)
     if "norm" in name:
         return 1.0 + 0.1 * noise

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.artifacts.experts import PARTS, fused_part
 from finetune.artifacts.model_config import is_count, is_number, shown
 from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune.artifacts.plain_files import check_folder
@@ -32,7 +33,7 @@ DORA = "lora_magnitude_vector"
 # Settings of peft.LoraConfig under which W + scale * B @ A is not what the adapter computes, or that
 # name modules in a way of their own.
 _REFUSED = (
-    "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
+    "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
     "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "layers_pattern",
     "monteclora_config", "megatron_config", "ensure_weight_tying", "velora_config",
 )  # fmt: skip
@@ -76,7 +77,9 @@ class LoraFiles:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of a model's modules `names` that the config adapts and the file has nothing for."""
-        expected = _targets(self.config, list(names), str(self.folder / ADAPTER_CONFIG))
+        listed = list(names)
+        expected = _targets(self.config, listed, str(self.folder / ADAPTER_CONFIG))
+        expected |= {name for name in listed if _is_parameter(self.config, name)}
         return sorted(expected - set(self.modules))
 
 
@@ -89,14 +92,15 @@ def read_lora(folder: Path) -> LoraFiles:
     config = check_config(folder)
     file = weights_file(folder)
     location = str(folder / ADAPTER_CONFIG)
-    modules, whole, problems = _by_module(file, config)
+    parts, whole, problems = _by_module(file, config)
+    modules = {_adapted_name(module, config): found for module, found in parts.items()}
     for entry in config.get("modules_to_save") or ():
         if not any(_ends_with(name.rpartition(".")[0], entry) for name in whole):
             problems.append(f"modules_to_save names {entry}, and there is no tensor of it")
     ranks = _by_pattern(config, "rank_pattern", "r", modules, location)
     alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", modules, location)
-    for module, parts in modules.items():
-        problems += _part_problems(module, parts, config, ranks[module])
+    for module, tensors in modules.items():
+        problems += _part_problems(module, tensors, config, ranks[module])
     largest = max(ranks.values(), default=0)
     for rank in {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}:
         if rank > max(largest, 64):
@@ -129,6 +133,8 @@ def check_config(folder: Path) -> dict[str, Any]:
     config = adapter_config(folder)
     kind = config.get("peft_type")
     wanted = _LORA if kind == "LORA" else _PREFIX_TUNING
+    if config.get("target_parameters") and not config.get("target_modules", True):
+        wanted = {name: rule for name, rule in wanted.items() if name != "target_modules"}
     said = [
         f"{name}={shown(config[name])} ({reason})"
         for name, (fits, reason) in wanted.items()
@@ -136,7 +142,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     ]
     said += [f"{name} is missing" for name in _NEEDED if name in wanted and name not in config]
     refused = [f"{name}={shown(config[name])}" for name in _REFUSED if config.get(name)]
-    known = {*wanted, *_REFUSED, *_INERT}
+    known = {*wanted, *_REFUSED, *_INERT, *_NEEDED}
     unknown = [f"{n}={shown(v)}" for n, v in sorted(config.items()) if v and n not in known]
     file = folder / ADAPTER_CONFIG
     if said:
@@ -201,6 +207,23 @@ def _by_module(
     return modules, whole, problems
 
 
+def _is_parameter(config: Mapping[str, Any], name: str) -> bool:
+    """Whether `target_parameters` names the weight of a layer, or the fused tensor of experts."""
+    weight = name if fused_part(name) else f"{name}.weight"
+    return any(_ends_with(weight, entry) for entry in config.get("target_parameters") or ())
+
+
+def _adapted_name(module: str, config: Mapping[str, Any]) -> str:
+    """What an entry of the file adapts: of experts the fused tensor, whose adapters PEFT puts in one another.
+
+    The one that is adapted last is outside: of gate_up_proj and down_proj the second.
+    """
+    inner = module.replace(".base_layer", "")
+    parts = [part for part in PARTS if _is_parameter(config, f"{inner}.{part}")]
+    depth = module.count(".base_layer")
+    return f"{inner}.{parts[-1 - depth]}" if depth < len(parts) else module
+
+
 def _refuse(what: str, problems: Collection[str]) -> None:
     if problems:
         listed = "".join(f"\n  {problem}" for problem in list(problems)[:_LISTED])
@@ -220,6 +243,8 @@ def _part_problems(
         a, b = (parts[name].shape for name in names[:2])
         if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
             problems.append(f"{module}: {names[0]} {a} and {names[1]} {b} do not fit")
+        elif fused_part(module) and not a[0] % rank:
+            pass  # as many times the rank as there are experts
         elif a[0] != rank:
             problems.append(f"{module} has rank {a[0]} here and {rank} in {ADAPTER_CONFIG}")
     return problems
@@ -256,7 +281,7 @@ def _by_pattern(
 
 def _targets(config: Mapping[str, Any], names: list[str], location: str) -> set[str]:
     """Those of `names` that the config adapts; none where only PEFT can tell (`all-linear`)."""
-    if config["target_modules"] == ALL_LINEAR:
+    if config["target_modules"] in (ALL_LINEAR, [], None):
         return set()
     found = _chosen(config["target_modules"], names, f"{location}: target_modules")
     if exclude := config.get("exclude_modules"):
@@ -317,6 +342,7 @@ _LORA: dict[str, _Rule] = _SHARED | {
         ),
         "a regex or a list of module names",
     ),
+    "target_parameters": (_or_none(_is_names), "a list of tensors' names"),
     "exclude_modules": (
         _or_none(lambda value: isinstance(value, str) or _is_names(value)),
         "a regex or a list of module names",

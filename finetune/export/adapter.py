@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.artifacts.adapter import DORA, LoraFiles, read_lora
+from finetune.artifacts.experts import PARTS, fused_part, separate_names
 from finetune.artifacts.resolve import adapter_config
 from finetune.artifacts.weights import TensorInfo
 from finetune.errors import ModelError
@@ -70,12 +71,13 @@ def read_adapter(folder: Path) -> Adapter:
     """The adapter of ``folder``; ModelError when merging would not give what it computes."""
     _check_mergeable(folder)
     files = read_lora(folder)
-    return Adapter(
-        folder=folder,
-        files=files,
-        updates={f"{module}.weight": _update(files, module) for module in files.modules},
-        replacements=files.whole,
-    )
+    updates: dict[str, Update] = {}
+    for module in files.modules:
+        if fused_part(module):
+            updates |= _of_experts(files, module)
+        else:
+            updates[f"{module}.weight"] = _update(files, module)
+    return Adapter(folder=folder, files=files, updates=updates, replacements=files.whole)
 
 
 def combined(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -117,6 +119,30 @@ def _check_mergeable(folder: Path) -> None:
         )
     if method.merging:
         raise ModelError(f"{folder} is {method.merging}")
+
+
+def _of_experts(files: LoraFiles, name: str) -> dict[str, Update]:
+    """The update of every expert's own matrices, of one for a fused tensor.
+
+    A is [experts x rank, in] and B is [out, rank x experts], the experts innermost: PEFT's form.
+    """
+    together = _update(files, name)
+    rank, leaves = files.ranks[name], PARTS[name.rpartition(".")[2]]
+    experts = len(together.a) // rank
+    if together.b.shape[0] % len(leaves):
+        raise ModelError(
+            f"{name}: its {together.b.shape[0]} rows are not those of {' and '.join(leaves)}; copy the adapter again"
+        )
+    names = iter(separate_names(name, experts))
+    updates = {}
+    for a, b in zip(
+        together.a.reshape(experts, rank, -1),
+        np.moveaxis(together.b.reshape(len(together.b), rank, experts), 2, 0),
+        strict=True,
+    ):
+        for rows in np.split(b, len(leaves)):
+            updates[next(names)] = Update(a, np.ascontiguousarray(rows), together.scale)
+    return updates
 
 
 def _update(files: LoraFiles, module: str) -> Update:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.artifacts.base_record import check_base
+from finetune.artifacts.experts import fused_names
 from finetune.artifacts.model_config import check_floats
 from finetune.artifacts.names import MODEL_CARD, MODEL_CONFIG, WEIGHTS_INDEX
 from finetune.artifacts.plain_files import check_folder, read_json
@@ -238,6 +239,7 @@ def _check_fit(
 ) -> None:
     embeddings = [name for pair in EMBEDDING_AND_HEAD for name in pair] if longer else []
     modules = [name.removesuffix(".weight") for name, t in present.items() if len(t.shape) == 2]
+    modules += fused_names(present)
     missing = tuned.files.missing(modules) if tuned else []
     problems = [f"it has nothing for {name}, which its config adapts" for name in missing]
     for name, update in (tuned.updates if tuned else {}).items():

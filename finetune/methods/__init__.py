@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.artifacts.base_record import BaseRecord
-from finetune.errors import ModelError
+from finetune.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,11 +120,16 @@ def attach(
         freeze: `model.freeze`.
         start_ids: The text that a prefix starts from, see `ptuning_v2.attach`.
     """
-    from finetune.methods.freezing import frozen_names
+    from finetune.methods.freezing import frozen_names, routers
     from finetune.models.families import family_of
 
-    names = (name for name, _ in model.named_parameters())
-    frozen = frozen_names(names, freeze, vision=family_of(model.config).vision)
+    family = family_of(model.config)
+    names = [name for name, _ in model.named_parameters()]
+    frozen = frozen_names(names, freeze, vision=family.vision) | routers(names, family.router)
+    if section.kind == "ptuning_v2" and family.no_prefix:
+        raise ConfigError(
+            f"method.kind: ptuning_v2 does not run on {family.model_type}: {family.no_prefix}; use lora or full"
+        )
     code = METHODS[section.kind].code
     attached: PreTrainedModel = code.attach(model, section, frozen=frozen, start_ids=start_ids)
     return attached

@@ -40,3 +40,14 @@ def frozen_names(
     if problems:
         raise ConfigError("\n".join(problems))
     return found
+
+
+def routers(names: Iterable[str], router: str | None) -> set[str]:
+    """Those of the parameter `names` that choose among experts: `router` is their modules' pattern.
+
+    A token that goes to other experts is another function at once, and without the loss that keeps experts
+    evenly used in pre-training a few of them take over.
+    """
+    if router is None:
+        return set()
+    return {name for name in names if re.fullmatch(rf"{router}\..+", name)}

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.artifacts.base_record import BaseRecord
+from finetune.artifacts.experts import num_experts, separate_names
 from finetune.artifacts.names import MODEL_WEIGHTS, WEIGHTS_INDEX
 from finetune.artifacts.weights import weight_files
 from finetune.config.schema import FullMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.methods.carried import carry_model_files
+from finetune.methods.full_experts import ahead_of, separated, together
 from finetune.methods.tensor_file import save_config, save_tensors
 from finetune.storage.hashed import hashed_text
 
@@ -75,12 +77,20 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     index: dict[str, str] = {}
     problem: Exception | None = None
     writes = False
-    shards = _shards(model)
+    carried = ahead_of(base)
+    shards = [*_shards(model), *([list(carried)] if carried else [])]
+    experts = num_experts(model.config.to_dict())
+    size = 0
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else MODEL_WEIGHTS
-        index |= dict.fromkeys(names, file)
-        tensors = gather(names)
+        index |= dict.fromkeys(
+            (one for name in names for one in separate_names(name, experts)), file
+        )
+        is_carried = bool(carried) and number == len(shards)
+        # What nothing here reads is the base's own; the others need not gather it.
+        tensors = separated(gather(names)) if not is_carried else carried if writes else {}
         writes = bool(tensors)
+        size += sum(map(_num_bytes, tensors.values()))
         if tensors and problem is None:
             try:
                 save_tensors(tensors, folder / file)
@@ -92,7 +102,6 @@ def save(model: PreTrainedModel, folder: Path, *, base: BaseRecord, gather: Gath
     if not writes:
         return
     if shards[1:]:
-        size = sum(_num_bytes(tensor) for tensor in _state(model).values())
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
         hashed_text(folder / WEIGHTS_INDEX, text + "\n")
     save_config(model.config, folder)
@@ -140,7 +149,7 @@ def restore(model: PreTrainedModel, folder: Path) -> None:
     """
     missing = set(_state(model))
     for file in weight_files(folder):
-        shard = load_file(file)
+        shard = together(load_file(file))
         model.load_state_dict(shard, strict=False)
         missing -= set(shard)
     if missing:

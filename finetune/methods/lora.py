@@ -6,6 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,6 +31,15 @@ from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_WEIGHTS
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
+from finetune.methods.lora_experts import (
+    as_layers,
+    as_peft_reads_it,
+    asked_for,
+    check_options,
+    expert_parameters,
+    parameter_of,
+    targets_as_named,
+)
 from finetune.methods.lora_forward import use_input_format
 from finetune.methods.tensor_file import save_config, save_tensors
 from finetune.models.families import family_of
@@ -53,12 +64,18 @@ def attach(
     Raises:
         ConfigError: A target pattern is no regex, matches nothing, or matches what is no layer.
     """
-    targets = section.target_modules or family_of(model.config).lora_targets
-    hit = _target_modules(model, targets)
+    family = family_of(model.config)
+    targets = section.target_modules or family.lora_targets
+    experts = expert_parameters(model, family.experts)
+    hit, asked = _target_modules(model, targets, experts, family.head)
     excluded = [name for name in hit if f"{name}.weight" in frozen]
     modules = [name for name in hit if name not in excluded]
-    if not modules:
+    parameters = [name for name in asked if name not in frozen]
+    if not modules and not parameters:
         raise ConfigError("model.freeze covers every layer of method.target_modules; nothing is left to train; freeze fewer layers")  # fmt: skip
+    if experts:
+        check_options(section, parameters, modules)
+        targets, excluded = modules, []
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.rank,
@@ -66,17 +83,19 @@ def attach(
         lora_alpha=int(section.alpha) if float(section.alpha).is_integer() else section.alpha,
         lora_dropout=section.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=parameters or None,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         exclude_modules=excluded or None,
         bias="none",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    with targets_as_named() if experts else nullcontext():
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     use_input_format(adapted)
-    found = sum(matched_modules(adapted).values())
-    if targets != ALL_LINEAR and found != len(modules):
+    found, wanted = sum(matched_modules(adapted).values()), len(modules) + len(parameters)
+    if targets != ALL_LINEAR and found != wanted:
         raise ConfigError(
-            f"method.target_modules matches {len(modules)} layers but PEFT adapted {found}; "
+            f"method.target_modules matches {wanted} layers but PEFT adapted {found}; "
             "write the full module names as a regex"
         )
     return adapted
@@ -89,7 +108,11 @@ def is_attached(model: nn.Module) -> bool:
 
 def matched_modules(model: nn.Module) -> dict[str, int]:
     """Adapted layers as name patterns, `transformer.encoder.layers.*.mlp.dense_4h_to_h`: 40."""
-    names = (name for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    names = (
+        parameter_of(name, module) if isinstance(module, ParamWrapper) else name
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    )
     return _patterns(name.removeprefix("base_model.model.") for name in names)
 
 
@@ -107,6 +130,8 @@ def save(
     config.base_model_name_or_path = hub.known_to_peft(base.path)
     config.revision = base.revision
     config.inference_mode = True
+    if family_of(model.config).experts:
+        as_peft_reads_it(model, config)
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
     save_config(config, folder)
@@ -136,6 +161,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
         for note in check_base(folder, Path(base), force=force):
             console.say(note)
     named = [name for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
+    experts = expert_parameters(model, family_of(model.config).experts)
+    named += experts
     if missing := files.missing(named):
         raise ModelError(
             f"{folder / ADAPTER_WEIGHTS} has nothing for {', '.join(missing[:3])}, which its config "
@@ -146,7 +173,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     config.alpha_pattern = config.alpha_pattern or {}
     config.inference_mode = True
     config.init_lora_weights = True  # whatever it was, the trained weights take its place
-    adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
+    if experts:
+        as_layers(model, config)
+    with targets_as_named() if experts else nullcontext():
+        adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
     weights = load_file(folder / ADAPTER_WEIGHTS)
     _check_weights(adapted, weights, folder / ADAPTER_WEIGHTS)
     set_peft_model_state_dict(adapted, weights)
@@ -183,15 +213,24 @@ def rate_scale(section: LoraMethod) -> Callable[[str], float] | None:
     return lambda name: ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
 
 
-def _target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """Full names of the layers that `targets` hits."""
+def _target_modules(
+    model: nn.Module, targets: str | list[str], experts: list[str], head: str
+) -> tuple[list[str], list[str]]:
+    """Full names of the layers that `targets` hits, and of the routed experts' tensors among `experts`."""
     modules = dict(model.named_modules())
-    if targets == ALL_LINEAR:
-        return [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    named = [targets] if isinstance(targets, str) else targets
-    hits = {pattern: _hits(modules, pattern, regex=isinstance(targets, str)) for pattern in named}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    problems = [_no_match(pattern, linear) for pattern, found in hits.items() if not found]
+    if targets == ALL_LINEAR:  # PEFT leaves the head out by itself
+        return [name for name in linear if not (experts and name == head)], []
+    named, regex = [targets] if isinstance(targets, str) else targets, isinstance(targets, str)
+    for module in {name.rpartition(".")[0] for name in experts}:
+        del modules[module]  # no layer; what is in it is asked for by its own name
+    hits = {pattern: _hits(modules, pattern, regex=regex) for pattern in named}
+    asked = {pattern: asked_for(pattern, experts, regex=regex) for pattern in named}
+    problems = [
+        _no_match(pattern, linear, experts)
+        for pattern, found in hits.items()
+        if not found and not asked[pattern]
+    ]
     layers = (nn.Linear, nn.Embedding, nn.Conv2d)
     problems += [
         f"method.target_modules: {pattern!r} matches {name!r}, a {type(modules[name]).__name__}; "
@@ -202,7 +241,7 @@ def _target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
-    return sorted({name for found in hits.values() for name in found})
+    return sorted({n for found in hits.values() for n in found}), sorted({n for found in asked.values() for n in found})  # fmt: skip
 
 
 def _hits(modules: Iterable[str], pattern: str, *, regex: bool) -> list[str]:
@@ -217,11 +256,11 @@ def _hits(modules: Iterable[str], pattern: str, *, regex: bool) -> list[str]:
     return [name for name in modules if name and compiled.fullmatch(name)]
 
 
-def _no_match(pattern: str, linear: list[str]) -> str:
+def _no_match(pattern: str, linear: list[str], experts: list[str]) -> str:
     endings = sorted({name.rpartition(".")[2] for name in linear})
     near = get_close_matches(pattern.rpartition(".")[2], endings, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    there = ", ".join(f"{name} x {count}" for name, count in _patterns(linear).items())
+    there = ", ".join(f"{name} x {count}" for name, count in _patterns([*linear, *experts]).items())
     return (
         f"method.target_modules: {pattern!r} matches no module of this model; {hint}"
         f"linear layers are {there}"

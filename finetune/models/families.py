@@ -17,6 +17,7 @@ from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from finetune.models.glm41v import Glm4vForConditionalGeneration
 from finetune.models.loss import SupervisedHead, SupervisedLoss
+from finetune.models.moe.modeling import Glm4MoeForCausalLM, Glm4MoeLiteForCausalLM
 
 
 class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
@@ -58,6 +59,12 @@ class Family:
     """The output layer, which stays whole when the others are held in 4 bits."""
     vision: str | None = None
     """A part of the name of everything that sees images."""
+    experts: str | None = None
+    """The routed experts of a layer that is a mixture."""
+    router: str | None = None
+    """What chooses among them, which no method trains."""
+    no_prefix: str | None = None
+    """Why it can be given no prefix (P-Tuning v2), as the end of a sentence."""
 
     def sees_images(self, config: Any) -> bool:
         """Whether a checkpoint with this config.json has a vision tower."""
@@ -76,6 +83,18 @@ def _split_layers(text: str) -> dict[str, str]:
         "lora_targets": rf"{text}\.layers\.\d+\."
         r"(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
         "rotary": rf"{text}\.rotary_emb",
+    }
+
+
+def _mixture(text: str, projections: str) -> dict[str, str]:
+    """Names inside transformers' GLM classes whose layers, but for the first, are mixtures of experts."""
+    return {
+        "attention": rf"{text}\.layers\.\d+\.self_attn",
+        "lora_targets": rf"{text}\.layers\.\d+\."
+        rf"(self_attn\.({projections})|mlp\.(shared_experts\.)?(gate_proj|up_proj|down_proj))",
+        "rotary": rf"{text}\.rotary_emb",
+        "experts": rf"{text}\.layers\.\d+\.mlp\.experts",
+        "router": rf"{text}\.layers\.\d+\.mlp\.gate",
     }
 
 
@@ -116,6 +135,21 @@ FAMILIES: dict[str, Family] = {
             **_split_layers(r"model\.language_model"),
             vision="visual",
         ),
+        Family(
+            "glm4_moe",
+            "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7",
+            transformers.Glm4MoeConfig,
+            Glm4MoeForCausalLM,
+            **_mixture("model", "q_proj|k_proj|v_proj|o_proj"),
+        ),
+        Family(
+            "glm4_moe_lite",
+            "GLM-4.7-Flash",
+            transformers.Glm4MoeLiteConfig,
+            Glm4MoeLiteForCausalLM,
+            **_mixture("model", "q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"),
+            no_prefix="its cache holds what keys and values are made from (MLA), for which PEFT's prefix has no form",
+        ),
     )
 }
 
@@ -126,8 +160,6 @@ _EXPERTS = (
 _SEVERAL = "several images in any turn, and its own way to lay them out, are not handled here"
 _ALONE = "it is no chat model of text"
 REFUSED: dict[str, tuple[str, str]] = {
-    "glm4_moe": ("GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _EXPERTS),
-    "glm4_moe_lite": ("GLM-4.7-Flash", _EXPERTS),
     "glm4v_moe": ("GLM-4.5V", _EXPERTS),
     "glm_moe_dsa": ("GLM-5", _EXPERTS),
     "glm5_next": ("GLM-5.3-Flash", _EXPERTS),

@@ -61,6 +61,7 @@ def load_model(
     config_class, model_class = family.config_class, family.model_class
     implementation = _attention(attention)
     wanted = number_format(dtype, sees_images=family.sees_images(read_json(folder / MODEL_CONFIG)))
+    check_mixture(family, wanted, quantization)
     extra = four_bits(wanted, family.unquantized) if quantization == "nf4" else {}
     extra |= {"device_map": device_map} if device_map else {}
     verbosity = transformers.logging.get_verbosity()
@@ -147,6 +148,27 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
     if torch.get_default_dtype() is torch.float16:
         wide_residual.use_in(model, first_layer(model, family))
     return model
+
+
+def check_mixture(family: Family, dtype: torch.dtype, quantization: str | None) -> None:
+    """Refuse what a mixture of experts is not computed in.
+
+    Raises:
+        ModelError: It is one, and float16 or 4 bits are asked for.
+    """
+    if family.experts is None:
+        return
+    if quantization:
+        raise ModelError(
+            f"model.quantization: {quantization} holds linear layers in 4 bits, but nearly all weights of "
+            f"{family.model_type} are experts, which are fused into tensors that are no layers and would "
+            "stay as they are; leave model.quantization out, and shard with deepspeed.zero_stage: 3"
+        )
+    if dtype is torch.float16:
+        raise ModelError(
+            f"{family.model_type} is not computed in float16, whose range sums of experts may leave; "
+            "use model.dtype: bfloat16 on a GPU that has it, or float32"
+        )
 
 
 def text_config(folder: Path) -> Any:

@@ -10,6 +10,7 @@ from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.weights import tensors
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMVisionConfig
+from finetune.models.moe.modeling import first_dense
 
 
 def check_size(folder: Path, config: Any) -> None:
@@ -19,6 +20,11 @@ def check_size(folder: Path, config: Any) -> None:
     attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * head
     asked = text.num_hidden_layers * text.hidden_size * (attention + 3 * text.intermediate_size)
     asked += text.vocab_size * text.hidden_size
+    if experts := getattr(text, "n_routed_experts", None):
+        layers = text.num_hidden_layers - first_dense(text)
+        # What a mixture has in the place of an MLP.
+        wide = 3 * (experts * text.moe_intermediate_size - text.intermediate_size)
+        asked += layers * text.hidden_size * wide
     if isinstance(vision, ChatGLMVisionConfig):
         wide = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
         asked += vision.num_hidden_layers * wide

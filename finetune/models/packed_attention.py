@@ -272,6 +272,12 @@ def _fits_one_kernel(query: Tensor, kwargs: dict[str, Any]) -> bool:
     )
 
 
+def _of_one_size(*states: Tensor) -> list[Tensor]:
+    """Return the tensors with zeros behind each head's numbers, which change no score and no sum."""
+    size = max(tensor.shape[-1] for tensor in states)
+    return [F.pad(tensor, (0, size - tensor.shape[-1])) for tensor in states]
+
+
 def in_documents(
     attention: Callable[..., Any],
     prefix: Callable[[torch.nn.Module], Tensor | None] = lambda module: None,
@@ -291,6 +297,12 @@ def in_documents(
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return [B, T, H, D] from query, key and value [B, H, T, D]."""
+        if (width := value.shape[-1]) != query.shape[
+            -1
+        ]:  # latent attention (MLA) may have two sizes
+            query, key, value = _of_one_size(query, key, value)
+            out, _ = attend(module, query, key, value, attention_mask, documents, **kwargs)
+            return out[..., :width].contiguous(), None
         if documents is None or documents.split is None:
             return whole(module, query, key, value, attention_mask, documents, **kwargs)
         split = documents.split

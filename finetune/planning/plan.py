@@ -7,6 +7,7 @@ Images are not counted: a tower's own activations come on top.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,13 +17,14 @@ import torch
 from torch import nn
 
 from finetune import methods
+from finetune.artifacts.experts import PARTS
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.config.schema import DeepSpeedSection, Method, ModelSection, TrainingSection
 from finetune.methods.optimizers import STATE_BYTES
 from finetune.models.families import family_of
 from finetune.models.kernels import NAMES
-from finetune.models.load import num_heads
+from finetune.models.load import check_mixture, num_heads, text_config
 from finetune.models.number_format import automatic, number_format
 from finetune.models.sequence_parallel import check_heads
 from finetune.models.tiled_mlp import ABOVE
@@ -75,6 +77,10 @@ class Plan:
     """Of the same by the roofline, `planning.roofline`."""
     dtype: str
     """The number format of the frozen weights and of the computation."""
+    parameters: int
+    """Of the model itself."""
+    active_parameters: int
+    """Of these, what a token goes through: in a mixture the experts that it takes."""
     steps: int | None
     """`training.max_steps`; what epochs come to depends on the data."""
     gpu: Gpu
@@ -125,6 +131,8 @@ class Plan:
             "gpu_bytes": self.gpu.bytes,
             "gpus": self.gpu.number,
             "number_format": self.dtype,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "fits": self.fits,
             "bytes_per_token": self.per_token,
             "tokens_per_step_per_gpu": self.tokens_per_step,
@@ -164,6 +172,7 @@ def plan(
     """
     batch = training.batch_size
     dtype = _format(model, gpu, folder)
+    check_mixture(family_of(read_json(folder / MODEL_CONFIG)), dtype, model.quantization)
     subject = own(
         folder,
         method,
@@ -210,6 +219,8 @@ def plan(
         flops=sum(one.flops.values()),
         model_milliseconds=one.milliseconds * training.gradient_accumulation_steps,
         dtype=str(dtype).removeprefix("torch."),
+        parameters=sizes.everything,
+        active_parameters=sizes.active,
         steps=training.max_steps,
         gpu=gpu,
     )
@@ -241,19 +252,27 @@ class _Sizes:
     trained_bytes: int
     """Of the trained weights in the format in which the model computes with them."""
     largest_bytes: int
-    """Of the largest single weight."""
+    """Of the weights of the largest single module."""
+    everything: int
+    """Numbers of the model itself."""
+    active: int
+    """Those of them that a token goes through."""
 
 
 def _sizes(model: ModelSection, method: Method, folder: Path, dtype: torch.dtype) -> _Sizes:
     """All layers are alike: what 40 of them hold follows from one and two."""
     subject = own(folder, method, checkpointing=False, dtype=dtype, sharded=True)
-    one, two = (_sizes_with(subject.build, layers) for layers in (1, 2))
-    further = subject.layers - 1
+    fewest = subject.dense + 1
+    one, two = (_sizes_with(subject.build, layers) for layers in (fewest, fewest + 1))
+    further = subject.layers - fewest
     whole = {name: one[name] + (two[name] - one[name]) * further for name in one}
     frozen, trained = whole["frozen"], whole["trained"]
     if model.quantization is not None:
         frozen -= int(whole["linear"] * (dtype.itemsize - NF4_BYTES))
-    return _Sizes(frozen, trained, whole["trained bytes"], one["largest"])
+    text, everything, active = text_config(folder), whole["own"], whole["own"]
+    if whole["experts"]:
+        active -= whole["experts"] * (text.n_routed_experts - text.num_experts_per_tok) // text.n_routed_experts  # fmt: skip
+    return _Sizes(frozen, trained, whole["trained bytes"], one["largest"], everything, active)
 
 
 def _sizes_with(build: Callable[[int], nn.Module], layers: int) -> dict[str, int]:
@@ -272,8 +291,18 @@ def _sizes_with(build: Callable[[int], nn.Module], layers: int) -> dict[str, int
         "trained": sum(t.numel() for t in trained),
         "trained bytes": sum(t.numel() * t.element_size() for t in trained),
         "linear": sum(linear),
-        "largest": max(t.numel() * t.element_size() for t in weights),
+        "largest": max(
+            sum(t.numel() * t.element_size() for t in module.parameters(recurse=False))
+            for module in model.modules()
+        ),
+        "own": sum(t.numel() for name, t in model.named_parameters() if not _ADDED.search(name)),
+        "experts": sum(t.numel() for name, t in model.named_parameters() if _EXPERTS.search(name)),
     }
+
+
+_ADDED = re.compile(r"lora_|\.prefix\.|^prefix_encoder\.")
+"""In the names of what a method adds to a model."""
+_EXPERTS = re.compile(rf"\.experts\.(base_layer\.)*({'|'.join(PARTS)})$")
 
 
 def _whole(sizes: _Sizes, cost: Cost, gpus: int, optimizer: str) -> dict[str, int]:

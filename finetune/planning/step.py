@@ -1,7 +1,7 @@
 """One training step, counted: forward, backward, clipping and optimizer at the true size of a model.
 
 All layers are alike, so everything counted is linear in their number: a step of 40 layers follows
-from steps of two and three.
+from steps of two and three. In a mixture of experts the first ones are dense, and those that follow alike.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from finetune.models.kernels import running
 from finetune.planning.counting import KINDS, Counting, counting, shapes_only
 from finetune.planning.roofline import Ceilings
 
-FEW, MORE = 2, 3
-"""Layers of the two counted steps."""
+FEW = 2
+"""Layers of the shorter of the two counted steps; the other has one more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Subject:
     """Of a model, input_ids and labels [B, T], and the places whose next label is learnt."""
     layers: int
     """Of the whole model."""
+    dense: int = 0
+    """Of these, how many come first and are of another kind than all that follow."""
     autocast: torch.dtype | None = None
     """In what float32 weights compute."""
     kernels: tuple[str, ...] = ()
@@ -87,8 +89,9 @@ class Cost:
 def count_step(subject: Subject, shape: Shape, ceilings: Ceilings | None = None) -> Cost:
     """The cost of a step, from two short models."""
     ceilings = ceilings or Ceilings()
-    few, more = (count_layers(subject, shape, ceilings, n) for n in (FEW, MORE))
-    further = (subject.layers - FEW) / (MORE - FEW)
+    fewest = max(FEW, subject.dense + 1)
+    few, more = (count_layers(subject, shape, ceilings, n) for n in (fewest, fewest + 1))
+    further = subject.layers - fewest
 
     def at_depth(less: float, larger: float) -> float:
         return less + (larger - less) * further

@@ -17,6 +17,7 @@ from finetune import methods
 from finetune.config.schema import Method
 from finetune.models.kernels import NAMES
 from finetune.models.load import shape_of, text_config
+from finetune.models.moe.modeling import first_dense
 from finetune.models.packed_attention import whole_rows
 from finetune.models.quantization import FourBits, know_checkpoints
 from finetune.models.sequence_parallel import Split
@@ -58,7 +59,9 @@ def own(
             know_checkpoints(model)
         return ready(model, checkpointing=checkpointing)
 
-    return Subject(build, own_loss, text_config(folder).num_hidden_layers, autocast, kernels)
+    text = text_config(folder)
+    dense = first_dense(text)
+    return Subject(build, own_loss, text.num_hidden_layers, dense, autocast, kernels)
 
 
 class PackedLayer(FourBits):

@@ -33,6 +33,16 @@ def rows(plan: Plan) -> list[list[str]]:
         ),
         ["besides, of the driver and libraries", f"about {RUNTIME / GB:.0f} GB"],
         ["number format", _format(plan)],
+        *(
+            [
+                [
+                    "weights of the model",
+                    f"{plan.parameters / 1e9:.1f} billion, of which a token takes {plan.active_parameters / 1e9:.1f}",
+                ]
+            ]
+            if plan.active_parameters < plan.parameters
+            else []
+        ),
         [f"fits into {gpu.bytes / GB:g} GB", "yes" if plan.fits else "no"],
         ["each further token of a batch", f"{plan.per_token / 1e6:.2f} MB"],
         [

@@ -11,6 +11,8 @@ from transformers.models.glm import modeling_glm
 from transformers.models.glm.modeling_glm import GlmMLP, GlmRMSNorm
 from transformers.models.glm4 import modeling_glm4
 from transformers.models.glm4.modeling_glm4 import Glm4MLP, Glm4RMSNorm
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
+from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteRMSNorm
 
 from finetune.models import kernels
 from finetune.models.tiled_mlp import swiglu_mlp
@@ -37,6 +39,14 @@ class _Norm4(_RoundingNorm, Glm4RMSNorm):
     pass
 
 
+class _MoeNorm(_RoundingNorm, Glm4MoeRMSNorm):
+    pass
+
+
+class _MoeLiteNorm(_RoundingNorm, Glm4MoeLiteRMSNorm):
+    pass
+
+
 class _JoinedMLP(nn.Module):
     """transformers' MLP of GLM."""
 
@@ -56,7 +66,10 @@ class _MLP4(_JoinedMLP, Glm4MLP):
     pass
 
 
-_OURS: dict[type, type] = {GlmRMSNorm: _Norm, Glm4RMSNorm: _Norm4, GlmMLP: _MLP, Glm4MLP: _MLP4}
+_OURS: dict[type, type] = {
+    GlmRMSNorm: _Norm, Glm4RMSNorm: _Norm4, Glm4MoeRMSNorm: _MoeNorm,
+    Glm4MoeLiteRMSNorm: _MoeLiteNorm, GlmMLP: _MLP, Glm4MLP: _MLP4,
+}  # fmt: skip
 
 
 def use_in(model: nn.Module) -> None:

@@ -305,10 +305,17 @@ def _step_line(logs: dict[str, float], state: TrainerState, seconds_left: float)
         "supervised",
         *([f"{100 * logs['mfu']:.0f} % of peak"] if "mfu" in logs else []),
         f"padding {100 * logs['padding']:.0f} %",
+        *_of_experts(logs),
         f"memory {logs['memory_gb']:.2f} GB{_of_device(logs)}",
         f"{console.duration(seconds_left)} left",
     ]
     return "  ".join(parts)
+
+
+def _of_experts(logs: dict[str, float]) -> list[str]:
+    if "experts_largest_share" not in logs:
+        return []
+    return [f"busiest expert {100 * logs['experts_largest_share']:.0f} % of a layer's choices"]
 
 
 def _of_device(logs: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from finetune.artifacts.experts import PARTS
 from finetune.distributed import device
 
 # Dense bf16 TFLOP/s that the makers state, by a part of the device's name; the first that is found.
@@ -40,7 +41,13 @@ def work_of(model: nn.Module, mean_length: float, devices: int) -> Work:
     looked up and do not count; the output layer does.
     """
     matrices = trained = 0
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     for module in model.modules():
+        for fused in _of_experts(module):
+            size = int(getattr(fused, "ds_numel", fused.numel()))
+            used = size * text.num_experts_per_tok // text.n_routed_experts
+            matrices += used
+            trained += used if fused.requires_grad else 0
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or isinstance(module, nn.Embedding):
             continue
@@ -51,11 +58,16 @@ def work_of(model: nn.Module, mean_length: float, devices: int) -> Work:
             size *= 2  # two numbers in a byte
         matrices += size
         trained += size if weight.requires_grad else 0
-    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     heads = text.num_hidden_layers * text.num_attention_heads
     channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     attention = 3 * 4 * heads * channels * mean_length / 2
     return Work(4 * matrices + 2 * trained + attention, peak_flops(), devices)
+
+
+def _of_experts(module: nn.Module) -> list[nn.Parameter]:
+    """The fused weights of a layer's routed experts, of which a token takes some."""
+    found = [getattr(module, part, None) for part in PARTS]
+    return [weight for weight in found if isinstance(weight, nn.Parameter)]
 
 
 def peak_flops() -> float | None:
