@@ -97,6 +97,9 @@ def read_lora(folder: Path) -> LoraFiles:
     for entry in config.get("modules_to_save") or ():
         if not any(_ends_with(name.rpartition(".")[0], entry) for name in whole):
             problems.append(f"modules_to_save names {entry}, and there is no tensor of it")
+    for entry in config.get("target_parameters") or ():
+        if not any(_ends_with(name if fused_part(name) else f"{name}.weight", entry) for name in modules):  # fmt: skip
+            problems.append(f"target_parameters names {entry}, and there is no tensor of it")
     ranks = _by_pattern(config, "rank_pattern", "r", modules, location)
     alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", modules, location)
     for module, tensors in modules.items():

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from finetune import methods
-from finetune.artifacts.experts import PARTS
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.config.schema import DeepSpeedSection, Method, ModelSection, TrainingSection
@@ -302,7 +301,8 @@ def _sizes_with(build: Callable[[int], nn.Module], layers: int) -> dict[str, int
 
 _ADDED = re.compile(r"lora_|\.prefix\.|^prefix_encoder\.")
 """In the names of what a method adds to a model."""
-_EXPERTS = re.compile(rf"\.experts\.(base_layer\.)*({'|'.join(PARTS)})$")
+_EXPERTS = re.compile(r"\.experts\.(base_layer\.)*\w+$")
+"""Ends of the names of routed experts' own weights."""
 
 
 def _whole(sizes: _Sizes, cost: Cost, gpus: int, optimizer: str) -> dict[str, int]:
