@@ -21,7 +21,6 @@ from finetune.distributed.processes import fail_together, rank_and_world, reduce
 from finetune.distributed.signals import StopFlag
 from finetune.errors import FinetuneError, NonFiniteError, ProcessError
 from finetune.models.loss import for_model
-from finetune.models.moe.routing import ExpertUse, expert_use, figures
 from finetune.training.arguments import check_distribution
 from finetune.training.callbacks.progress import ProgressCallback
 from finetune.training.callbacks.schedule import (
@@ -167,13 +166,8 @@ class FineTuner(Trainer):
         if self.data.feed is not None:
             self.state.epoch = None  # of a stream the Trainer knows none
         if "loss" in logs:
-            logs = logs | self.progress.throughput.numbers() | figures(self._experts, reduce_sum)
+            logs = logs | self.progress.numbers()
         super().log(logs, start_time)
-
-    @cached_property
-    def _experts(self) -> ExpertUse | None:
-        """Where a mixture counts which experts its tokens take."""
-        return expert_use(self.model)
 
     def mean_loss(self) -> float | None:
         """The mean of the logged losses, of all sessions of the run."""

@@ -16,8 +16,9 @@ from finetune import console, methods
 from finetune.artifacts import checkpoint
 from finetune.config.schema import Method, TrainingSection
 from finetune.distributed.device import local_device, memory_gb
-from finetune.distributed.processes import rank_and_world
+from finetune.distributed.processes import rank_and_world, reduce_sum
 from finetune.evaluation.scores.metrics import metric
+from finetune.models.moe.routing import ExpertUse, expert_use, figures
 from finetune.training.callbacks.throughput import Work, gpu_memory, work_of
 from finetune.training.measuring.choosing import conclusion
 from finetune.training.objective import StepCounts
@@ -196,8 +197,9 @@ class Throughput:
 class ProgressCallback(TrainerCallback):
     """One line per log step, and on a terminal a bar that moves with every step."""
 
-    def __init__(self, work: Work | None = None) -> None:
+    def __init__(self, work: Work | None = None, experts: ExpertUse | None = None) -> None:
         self.throughput = Throughput(work)
+        self._experts = experts
         self._bar: Any = None
         self._done = self._total = 0
         self._estimated = self._said = False
@@ -208,6 +210,10 @@ class ProgressCallback(TrainerCallback):
 
     def __exit__(self, *_: object) -> None:
         self._close()  # a bar that stays would hide the error's message
+
+    def numbers(self) -> dict[str, float]:
+        """What a log line says besides the loss; every process takes part."""
+        return self.throughput.numbers() | figures(self._experts, reduce_sum)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -284,7 +290,8 @@ class ProgressCallback(TrainerCallback):
 
 def progress_of(model: nn.Module, data: RunData) -> ProgressCallback:
     """The progress of a run, which knows the FLOPs of its tokens."""
-    return ProgressCallback(work_of(model, data.mean_attended_length(), rank_and_world()[1]))
+    work = work_of(model, data.mean_attended_length(), rank_and_world()[1])
+    return ProgressCallback(work, expert_use(model))
 
 
 def score_text(name: str, value: float) -> str:
