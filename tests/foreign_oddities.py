@@ -57,10 +57,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "documents": (PAIR | {"documents": [{"text": "x"}]}, "GLM-4 has no place for documents"),
     "videos": ({"messages": CHAT, "videos": ["a.mp4"]}, "videos"),
     "audio": ({"messages": CHAT, "audios": ["a.wav"]}, "audios"),
-    "two images": ({"messages": CHAT, "images": ["a.png", "b.png"]}, "takes one image"),
+    "two images for one place": (
+        {"messages": [CHAT[0] | {"content": "<image>Q"}, CHAT[1]], "images": ["a.png", "b.png"]},
+        "images: brings 2, and there are 1 places for images",
+    ),
     "an image's address": ({"messages": CHAT, "images": ["https://x/a.png"]}, "is a URL"),
     "an image in a reply": (
-        {"messages": [CHAT[0], CHAT[1] | {"image": "a.png"}]}, "only users show one"
+        {"messages": [CHAT[0], CHAT[1] | {"image": "a.png"}]}, "only users and tools show one"
     ),
     "a part without its image": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]]},

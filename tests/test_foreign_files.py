@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from foreign_oddities import NOTED, REFUSED
 from foreign_rows import DIALOGUES, ONE, READ, SINGLE, TOOL, Foreign, messages
 from pyarrow import parquet
 
+from finetune.data.chat.image import ImageSpec
 from finetune.data.dialogue.conversation import Conversation
 from finetune.data.preview.report import check
 from finetune.data.reading.sources import Reading, SourceSpec, read_conversations
@@ -47,8 +49,12 @@ def write_lines(path: Path, row: Row) -> Path:
 @pytest.mark.parametrize("foreign", READ, ids=lambda foreign: foreign.name)
 def test_a_file_is_read_as_it_is_meant(foreign: Foreign, tmp_path: Path) -> None:
     conversation = read(write_lines(tmp_path / "rows.jsonl", foreign.row), foreign)
+    if foreign.image:  # GLM-4V's layout, which no line break between image and question comes into
+        first, *others = conversation.messages
+        text = "".join(ImageSpec(56, 4, 0).laid(first, first.content))
+        conversation = replace(conversation, messages=(replace(first, content=text), *others))
     assert as_turns(conversation) == foreign.expected
-    shown = [m.image for m in conversation.messages if m.image]
+    shown = [*conversation.images]
     assert shown == ([str(tmp_path / foreign.image)] if foreign.image else [])
     if any(turn[0] == "call" for turn in foreign.expected):
         assert [tool["function"]["name"] for tool in conversation.tools] == ["weather"]

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_parts import CALL, REPLY, RESULT, SYSTEM, USER, WEATHER, messages, reason
 
-from finetune.data.dialogue.conversation import Conversation, Message, RowError, validate
+from finetune.data.dialogue.conversation import (
+    Conversation,
+    Message,
+    RowError,
+    ShownImage,
+    validate,
+)
 from finetune.data.dialogue.formats import FORMATS, detect, to_conversation
 
 ARGUMENTS = {"city": "北京", "days": 2}
@@ -244,9 +250,9 @@ def test_arguments_of_built_in_tools_are_plain_text() -> None:
 def test_content_parts_are_joined_and_an_image_is_kept(shown: dict[str, Any]) -> None:
     parts = [{"type": "text", "text": "a"}, shown, {"type": "text", "text": "b"}]
     conversation = messages({"role": "user", "content": parts}, REPLY)
-    assert conversation.messages[0] == Message("user", "ab", image="x.png")
+    assert conversation.messages[0] == Message("user", "ab", images=(ShownImage("x.png", 1),))
     flat = messages({"role": "user", "content": "ab", "image": "x.png"}, REPLY)
-    assert flat == conversation
+    assert flat.messages[0] == Message("user", "ab", images=(ShownImage("x.png"),))
 
 
 def test_train_and_weight_go_with_the_message() -> None:
@@ -310,13 +316,14 @@ def test_an_image_column_with_a_placeholder_in_front_is_an_image_of_the_first_me
     row: dict[str, Any],
 ) -> None:
     question, reply = to_conversation(row).messages
-    assert (question.content, question.image) == ("Q", "a/x.png")
-    assert reply.image is None
+    assert question.content.lstrip() == "Q"
+    assert [image._replace(marked=False) for image in question.images] == [ShownImage("a/x.png")]
+    assert not reply.images
 
 
 def test_a_placeholder_without_an_image_is_text() -> None:
     said = to_conversation({"prompt": "What does <image> do in SVG?", "response": "A"}).messages[0]
-    assert (said.content, said.image) == ("What does <image> do in SVG?", None)
+    assert (said.content, said.images) == ("What does <image> do in SVG?", ())
 
 
 # Whatever a row holds

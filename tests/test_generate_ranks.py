@@ -14,7 +14,7 @@ import pytest
 import test_generate as here
 
 import finetune.models
-from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.generation.generate import generate
 from finetune.generation.load import open_model
 
@@ -30,7 +30,7 @@ def image_prompts(folder: Path) -> tuple[Any, list[Any]]:
     rows = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [json.loads(row)["messages"][0] for row in rows]
     shown = [str(folder / one["image"]) if "image" in one else None for one in asked]
-    messages = [Message("user", one["content"], image=path) for one, path in zip(asked, shown, strict=True)]  # fmt: skip
+    messages = [Message("user", one["content"], images=(ShownImage(path),) if path else ()) for one, path in zip(asked, shown, strict=True)]  # fmt: skip
     requests = [(Conversation((message,)), 1) for message in messages]
     return opened.model, list(opened.template.prompts(requests))
 

@@ -18,7 +18,7 @@ from prompt_lists import reply_prompts
 from finetune.data.chat.image import ImagePrompt, ImageSpec
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
-from finetune.data.dialogue.conversation import Conversation, Message, RowError
+from finetune.data.dialogue.conversation import Conversation, Message, RowError, ShownImage
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
 from finetune.data.examples.packing import PackedDataset
@@ -49,7 +49,9 @@ def conversation(turns: int, *, image: str | None = "x.png", words: int = 3) -> 
     messages = []
     for turn in range(turns):
         text = "hello " * words + str(turn)
-        messages.append(Message("user", text, image=image if turn == 0 else None))
+        messages.append(
+            Message("user", text, images=(ShownImage(image),) if image and turn == 0 else ())
+        )
         messages.append(Message("assistant", f"answer {turn}"))
     return Conversation(tuple(messages), location="f:1")
 
@@ -62,13 +64,17 @@ def examples(path: Path, template: ChatTemplate, folder: Path, **policy: Any) ->
 def test_chats_about_images_have_the_published_ids(glm4_assets: Path) -> None:
     golden = json.loads((glm4_assets / "golden/glm4v/tokenizer_golden.json").read_text("utf-8"))
     tokenizer = load_chat_tokenizer(glm4_assets / "assets" / "glm-4-9b-chat")
-    asked = Message("user", "What is it?", image="x.png")
+    asked = Message("user", "What is it?", images=(ShownImage("x.png"),))
     answered = Conversation((asked, Message("assistant", "A gradient.")))
     for patches in (1, 1600):
         spec = ImageSpec(1120, patches, 151339)
         template = ChatTemplate(replace(tokenizer, image=spec))
         for case, dialogue, reply in (
-            ("image", Conversation((Message("user", "描述这张图片", image="x.png"),)), 1),
+            (
+                "image",
+                Conversation((Message("user", "描述这张图片", images=(ShownImage("x.png"),)),)),
+                1,
+            ),
             ("image_answer", answered, 2),
         ):
             wanted = golden[f"{case}.gen=True"]
@@ -203,7 +209,7 @@ def test_images_lie_under_the_root_that_the_config_names(tmp_path: Path) -> None
     def read(root: Path | None) -> str | None:
         images = ImagePolicy(root=str(root) if root else None, check=True)
         [found] = read_conversations([SourceSpec(str(rows))], Reading(images=images))
-        return found.messages[0].image
+        return found.images[0]
 
     assert read(tmp_path) == str(tmp_path / "images/red.png")
     with pytest.raises(DataError, match="no such file"):
@@ -236,7 +242,8 @@ def test_a_text_checkpoint_refuses_images_by_name(tmp_path: Path) -> None:
     tiny.save_tokenizer(tmp_path / "text")
     text = ChatTemplate(load_chat_tokenizer(tmp_path / "text"))
     with pytest.raises(
-        DataError, match=r"rows\.jsonl:1: shows an image, but this checkpoint takes none"
+        DataError,
+        match=r"rows\.jsonl:1: shows an image, but this checkpoint \(text, model_type None\) takes none",
     ):
         examples(pictures.write_dialogues(tmp_path, 2), text, tmp_path)
 

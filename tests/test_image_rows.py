@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 from row_parts import REPLY, reason
 
-from finetune.data.chat.image import read_image
+from finetune.data.chat.image import ImageSpec, read_image
 from finetune.data.dialogue.formats import to_conversation
 from finetune.data.preview.report import check, show, tokens
 from finetune.data.reading.images import ImagePolicy
@@ -62,8 +62,9 @@ def shown_by(path: Path) -> tuple[str, str]:
     """The first question of a file and its image."""
     reading = Reading(images=ImagePolicy(check=True))
     first = next(read_conversations([SourceSpec(str(path))], reading)).messages[0]
-    assert first.image is not None
-    return first.content, first.image
+    (image,) = first.images
+    (text,) = ImageSpec(56, 4, 0).laid(first, first.content)[1:]
+    return text, image.path
 
 
 def test_bytes_in_parquet_are_read_in_a_list_and_in_a_column(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from finetune.data.chat import glm41v_image
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
-from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.errors import ConfigError, ModelError
 from finetune.export.merge import merge
 from finetune.generation.generate import generate
@@ -53,7 +53,10 @@ def settings(folder: Path, run_dir: Path, method: str, **changes: Any) -> dict[s
 
 
 def asking(image: str | None) -> Conversation:
-    return Conversation((Message("user", "what is this", image=image),), location="here")
+    return Conversation(
+        (Message("user", "what is this", images=(ShownImage(image),) if image else ()),),
+        location="here",
+    )
 
 
 def test_a_prompt_is_what_transformers_own_pieces_make(folder: Path) -> None:

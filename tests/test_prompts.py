@@ -12,7 +12,7 @@ from prompt_lists import reply_prompts
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
-from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.evaluation.predictions import slices_of
 from finetune.generation import prompts as prompts_module
 
@@ -177,7 +177,7 @@ def test_a_turn_with_an_image_stays_when_later_turns_are_dropped() -> None:
     said = ["a picture", "of a cat", "a long question" * 9, "a long answer" * 9, "the last", "fine"]
     roles = ["user", "assistant"] * 3
     messages = tuple(Message(role, text) for role, text in zip(roles, said, strict=True))  # type: ignore[arg-type]
-    messages = (replace(messages[0], image="cat.png"), *messages[1:])
+    messages = (replace(messages[0], images=(ShownImage("cat.png"),)), *messages[1:])
     asked: list[list[str]] = []
 
     class Layout:

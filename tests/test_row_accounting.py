@@ -43,7 +43,7 @@ def is_accounted_for(row: dict[str, Any], name: str) -> bool:
         dialogue = to_conversation(row)
     except RowError:
         return True
-    said = [dialogue.text, *(f"{m.content}{m.metadata}{m.image}" for m in dialogue.messages)]
+    said = [dialogue.text, *(f"{m.content}{m.metadata}{m.images}" for m in dialogue.messages)]
     if CALL_THOUGHT in dialogue.doubts:
         return True
     named = any(name == noted.removesuffix(" of messages") for noted in dialogue.unread)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_parts import REPLY, USER, WEATHER, reason
 
+from finetune.data.chat.image import ImageSpec
 from finetune.data.dialogue import keys
 from finetune.data.dialogue.calls_in_text import CALL_IN_TEXT
-from finetune.data.dialogue.conversation import Message, RowError
+from finetune.data.dialogue.conversation import Message, RowError, ShownImage
 from finetune.data.dialogue.doubts import FEWER_RESULTS, IMAGE_IN_TEXT
 from finetune.data.dialogue.formats import RowRules, to_conversation
 from finetune.data.preview.report import check
@@ -325,17 +326,22 @@ def test_nulls_of_a_table_are_not_in_the_definition_of_a_tool() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "before"),
     [
-        "Which colour?\n<image>",
-        "<image>\nWhich colour?",
-        "<image>Which colour?",
-        "Which colour?<image>",
+        ("Which colour?\n<image>", "Which colour?\n"),
+        ("<image>\nWhich colour?", ""),
+        ("<image>Which colour?", ""),
+        ("Which colour?<image>", "Which colour?"),
     ],
 )
-def test_the_placeholder_of_an_image_may_stand_anywhere_in_the_first_question(text: str) -> None:
+def test_the_placeholder_of_an_image_may_stand_anywhere_in_the_first_question(
+    text: str, before: str
+) -> None:
     row = {"messages": [{"role": "user", "content": text}, REPLY], "images": ["a.png"]}
-    assert to_conversation(row).messages[0] == Message("user", "Which colour?", image="a.png")
+    message = to_conversation(row).messages[0]
+    assert message.images == (ShownImage("a.png", len(before), marked=True),)
+    assert message.content == text.replace("<image>", "")
+    assert ImageSpec(56, 4, 0).laid(message, message.content) == ["", "Which colour?"]
 
 
 def test_a_placeholder_without_an_image_is_counted() -> None:

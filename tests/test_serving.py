@@ -16,7 +16,7 @@ from PIL import Image
 from rows import CALL, TOOL
 from serving import HELLO, data_url, showing
 
-from finetune.data.dialogue.conversation import Message
+from finetune.data.dialogue.conversation import Message, ShownImage
 from finetune.export.merge import merge
 from finetune.generation.generate import generate
 from finetune.generation.load import OpenedModel, open_model
@@ -344,7 +344,7 @@ def test_an_image_is_a_data_url_and_gives_the_reply_of_its_file(
             said[colour] = reply.choices[0].message.content
             path = tmp_path / f"{colour}.png"
             Image.new("RGB", (20, 10), colour).save(path)
-            question = Message("user", "what is this?", image=str(path))
+            question = Message("user", "what is this?", images=(ShownImage(str(path)),))
             text, _, _ = greedy(seeing, question, length=12)
             assert said[colour] == text
     assert said["red"] != said["blue"]

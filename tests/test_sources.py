@@ -119,4 +119,4 @@ def test_images_are_found_beside_their_data_file(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "Q", "image": "images/1.png"}, {"role": "assistant", "content": "A"}]}  # fmt: skip
     path = source(tmp_path, "a.jsonl", [json.dumps(row)])
     (conversation,) = read_conversations([SourceSpec(path)])
-    assert conversation.messages[0].image == f"{tmp_path}/images/1.png"
+    assert conversation.images == (f"{tmp_path}/images/1.png",)

@@ -104,4 +104,4 @@ def test_an_image_beside_a_shard_of_a_hub_is_refused_with_the_way_out(tmp_path: 
     (tmp_path / "images/red.png").write_bytes(a_picture("red"))
     rooted = ImageFiles(replace(policy, root=str(tmp_path)))
     placed = rooted.placed(to_conversation(row), Path("elsewhere"))
-    assert placed.messages[0].image == str(tmp_path / "images/red.png")
+    assert placed.images[0] == str(tmp_path / "images/red.png")

@@ -19,11 +19,12 @@ from dialogues import CONTROL_STRINGS, TOOLS, Z1_TEMPLATE, dialogue, dialogues, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.jinja import JinjaTemplate
 from finetune.data.chat.template import ChatTemplate, Rendered, trained_spans
 from finetune.data.chat.template_check import own_messages
 from finetune.data.chat.tokenizer import ChatTokenizer, load_chat_tokenizer
-from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.data.reading.sources import SourceSpec, read_conversations
 from finetune.errors import DataError
 
@@ -60,7 +61,12 @@ def from_golden(row: dict[str, Any]) -> Conversation:
     for m in row["messages"]:
         tools += m.get("tools") or []
         messages.append(
-            Message(m["role"], m["content"], m.get("metadata", ""), image=m.get("image"))
+            Message(
+                m["role"],
+                m["content"],
+                m.get("metadata", ""),
+                images=(ShownImage(m["image"]),) if m.get("image") else (),
+            )
         )
     return Conversation(tuple(messages), tuple(tools))
 
@@ -99,7 +105,7 @@ def test_ids_and_trained_spans_equal_the_published_ones(
 def test_generation_prompts_equal_the_published_ones_with_an_image_too(
     published: ChatTokenizer, glm4_assets: Path
 ) -> None:
-    template = ChatTemplate(published)
+    template = ChatTemplate(replace(published, image=ImageSpec(1120, 1, 151339)))
     rows = json.loads((glm4_assets / "golden" / "published_token_ids.json").read_text("utf-8"))
     chats = [row for row in rows if row["kind"].startswith("chat")]
     assert [row["kind"] for row in chats].count("chat_image") == 1

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from finetune import console
 from finetune.data.chat.image import ImageError, check_image
-from finetune.data.dialogue.conversation import Conversation, Message, Role, RowError
+from finetune.data.dialogue.conversation import Conversation, Message, Role, RowError, ShownImage
 from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
 from finetune.generation.settings import HERE, Placement
@@ -209,7 +209,8 @@ class Session:
     def _say(self, text: str) -> None:
         before = list(self.history)
         role: Role = "observation" if self._waiting() else "user"
-        self.history.append(Message(role, text, image=None if before else self.image))
+        shown = (ShownImage(self.image),) if self.image and not before else ()
+        self.history.append(Message(role, text, images=shown))
         if self._waiting():
             return
         try:

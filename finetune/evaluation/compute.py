@@ -101,7 +101,7 @@ def _generate_replies(job: EvaluationJob, model: Any, rows: int) -> None:
         batch_size=rows,
     )
     if section.generate and job.settings.sources:
-        reading = job.settings.reading.for_checkpoint(thinks=job.template.layout.thinking)
+        reading = job.settings.reading.for_checkpoint(job.template)
         dialogues = read_conversations(job.settings.sources, reading)
         prompts = PromptStream.of(dialogues, job.template, section, context_length(model))
         how = Answering(

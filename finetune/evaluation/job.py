@@ -87,7 +87,7 @@ def held_out_files(settings: Settings, template: ChatTemplate) -> list[Path]:
     if template.image is None:
         return files
     dialogues = read_conversations(settings.sources, settings.reading)
-    images = (m.image for one in dialogues for m in one.messages if m.image)
+    images = (image for one in dialogues for image in one.images)
     return [*files, *map(Path, dict.fromkeys(images))]
 
 

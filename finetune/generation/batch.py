@@ -284,11 +284,12 @@ def head_size(config: Any) -> int:
 
 
 def image_inputs(prompts: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-    """`pixel_values` and the like of the prompts that show an image; nothing when none does."""
+    """`pixel_values` and the like of the prompts that show images; nothing when none does."""
     shown = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
     if not shown:
         return {}
-    arrays = shown[0].spec.arrays([(prompt.path, "a prompt") for prompt in shown])
+    paths = [(path, "a prompt") for prompt in shown for path in prompt.paths]
+    arrays = shown[0].spec.arrays(paths)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 

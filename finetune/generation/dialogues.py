@@ -83,6 +83,5 @@ class Dialogues:
         images: dict[str, None] = {}
         for prompt in self.prompts(template, check_images=True):
             lengths.append(len(prompt.prompt_ids))
-            messages = prompt.conversation.messages
-            images |= dict.fromkeys(message.image for message in messages if message.image)
+            images |= dict.fromkeys(prompt.conversation.images)
         return Measured(lengths, SeenFiles.of([*self.files, *map(Path, images)]))

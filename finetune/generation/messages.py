@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.dialogue.conversation import Message
+from finetune.data.dialogue.images import with_placeholders
 from finetune.generation.stream import FUNCTION_NAME
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ def message_json(message: Message) -> dict[str, Any]:
     plain: dict[str, Any] = {"role": message.role}
     if message.metadata:
         plain["metadata"] = message.metadata
-    plain["content"] = message.content
-    if message.image:
-        plain["image"] = message.image
+    if [(image.at, image.marked) for image in message.images] == [(0, False)]:
+        return plain | {"content": message.content, "image": message.images[0].path}
+    plain["content"] = with_placeholders(message)
+    if message.images:
+        plain["images"] = [image.path for image in message.images]
     return plain
 
 

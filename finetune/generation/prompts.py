@@ -19,6 +19,7 @@ import numpy.typing as npt
 from finetune import console
 from finetune.config.schema import EvaluationSection
 from finetune.data.chat.image import ImagePrompt
+from finetune.data.chat.spans import keeps_first_turn
 from finetune.data.dialogue.conversation import Conversation, Message
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ReplyPrompt:
     @property
     def images(self) -> tuple[str, ...]:
         """Paths of the images that the prompt shows."""
-        return (self.prompt_ids.path,) if isinstance(self.prompt_ids, ImagePrompt) else ()
+        return self.prompt_ids.paths if isinstance(self.prompt_ids, ImagePrompt) else ()
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,8 @@ def _shortened(
 ) -> list[int] | None:
     """The prompt with as many turns as fit, or None when not even its last turn does.
 
-    A turn reaches from a user message to the next; system messages, tools and a turn with an image
-    always stay.
+    A turn reaches from a user message to the next; system messages and tools always stay, and the first
+    turn where it alone shows images.
     """
     if max_prompt is None or len(full) <= max_prompt:
         return full
@@ -273,7 +274,7 @@ def _shortened(
     messages = conversation.messages
     system = [message for message in messages[:reply] if message.role == "system"]
     turns = [place for place in range(reply) if messages[place].role == "user"]
-    if turns and messages[turns[0]].image is not None:
+    if turns and keeps_first_turn(messages[turns[0] : reply]):
         system += messages[turns.pop(0) : turns[0] if turns else reply]
     turns = turns[1:]
     fitting = None

@@ -96,7 +96,7 @@ class RunData:
             if len(found) >= count:
                 break
             example = self.train[number]
-            found += [] if example.image else example.input_ids.tolist()
+            found += [] if example.images else example.input_ids.tolist()
         return list(islice(cycle(found), count))
 
     def described(self, feed: StreamFeed | None = None) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def openai_messages(request: Request) -> list[dict[str, Any]]:
         elif message.role == "observation":
             tool = {"role": "tool", "tool_call_id": f"call_{number - 1}"}
             messages.append(tool | {"content": message.content})
-        elif message.image:
-            data = base64.b64encode(Path(message.image).read_bytes()).decode()
+        elif message.images:
+            data = base64.b64encode(Path(message.images[0].path).read_bytes()).decode()
             url = {"url": f"data:image/png;base64,{data}"}
             parts = [{"type": "text", "text": message.content}, {"type": "image_url", "image_url": url}]  # fmt: skip
             messages.append({"role": message.role, "content": parts})

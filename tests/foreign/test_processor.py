@@ -23,7 +23,7 @@ from transformers import (
 from finetune.data.chat.image import pixels
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
-from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.models.processor import ChatGLM4VProcessor
 
 QUESTION = "what is this"
@@ -58,7 +58,10 @@ def test_the_published_snippet_gives_the_ids_and_pixels_of_training(
     template = ChatTemplate(load_chat_tokenizer(folder))
     path = str(folder.parent / "x.png")
     asked = Conversation(
-        (Message("user", QUESTION, image=path), Message("assistant", "it is a picture"))
+        (
+            Message("user", QUESTION, images=(ShownImage(path),)),
+            Message("assistant", "it is a picture"),
+        )
     )
     assert inputs["input_ids"].tolist() == [list(template.prompt(asked, 1))]
     assert np.array_equal(inputs["pixel_values"][0].numpy(), pixels(path, pictures.SIZE))

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.chat.image import ImageError, image_size, read_image
+from finetune.data.chat.image import ImageError, between, image_size, read_image
+from finetune.data.dialogue.conversation import Message
+from finetune.data.dialogue.images import ImageRule
 from finetune.errors import DataError, ModelError
 
 
@@ -27,12 +29,17 @@ class GridSpec:
     patch_token = "<|image|>"
     can_pack: ClassVar[bool] = False  # the model numbers positions itself, over the whole row
     size: ClassVar[int] = 0
+    rule: ClassVar[ImageRule] = ImageRule("GLM-4.1V")
+
+    def laid(self, message: Message, body: str) -> list[str]:
+        """The text with the images where they stand in it."""
+        return between(message, body)
 
     @property
     def rules(self) -> str:
         """Changes when the same image would take other tokens."""
         processor = _processor(self.folder)
-        return f"grid {processor.patch_size} {processor.merge_size} {dict(processor.size)}"
+        return f"placed grid {processor.patch_size} {processor.merge_size} {dict(processor.size)}"
 
     def patches_of(self, image: str) -> int:
         """Tokens between begin and end of an image; its header is read, not its pixels."""

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from finetune.data.dialogue.conversation import Conversation, Message, RowError
+from finetune.data.dialogue.images import ImageRule
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +59,20 @@ class TakesImages(Protocol):
     """Whether dialogues with images may share a row."""
 
     @property
+    def rule(self) -> ImageRule:
+        """How many images a dialogue may show, and who shows them."""
+        ...
+
+    def laid(self, message: Message, body: str) -> list[str]:
+        """The text in front of, between and behind a message's images: one piece more than images.
+
+        Args:
+            message: One that shows images.
+            body: Its content as the checkpoint's template writes it.
+        """
+        ...
+
+    @property
     def size(self) -> int:
         """Width and height in pixels of every image; 0 where they keep their shape."""
         ...
@@ -85,6 +102,21 @@ class ImageSpec:
     """The token that every image begins with, and nothing else."""
     patch_token = "<|endoftext|>"
     can_pack: ClassVar[bool] = True
+    rule: ClassVar[ImageRule] = ImageRule("GLM-4V", most=1)
+
+    def laid(self, message: Message, body: str) -> list[str]:
+        """Nothing in front of the image, and the text without the placeholder's line break behind it.
+
+        So that a placeholder in front and behind gives the same text.
+        """
+        (image,) = message.images
+        if not image.marked:
+            return ["", body]
+        before, behind = body[: image.at], body[image.at :]
+        return [
+            "",
+            before.removesuffix("\n") + behind if before.strip() else behind.removeprefix("\n"),
+        ]
 
     @property
     def rules(self) -> str:
@@ -112,22 +144,30 @@ class ImageSpec:
         return self.patches + 2
 
 
-def image_tokens(
-    path: str, spec: TakesImages | None, control_ids: Mapping[str, int]
-) -> tuple[int, ...]:
-    """An image's span: as many placeholders as the model has patches for it, between begin and end.
+def check_images(rule: ImageRule, conversation: Conversation) -> None:
+    """Raise DataError for an image of the dialogue that the checkpoint cannot be shown."""
+    try:
+        rule.check(conversation.messages)
+    except RowError as error:
+        raise DataError(f"{conversation.location}: {error}") from error
 
-    DataError when the checkpoint's tokenizer has no such tokens.
-    """
-    tokens = (BEGIN, spec.patch_token if spec else "<|endoftext|>", END)
-    missing = [token for token in tokens if token not in control_ids]
-    if missing:
+
+def span_ids(image: TakesImages, control_ids: Mapping[str, int], path: str) -> list[int]:
+    """Ids of an image's span: with as many placeholders as the model has patches for it."""
+    tokens = (BEGIN, image.patch_token, END)
+    if missing := [token for token in tokens if token not in control_ids]:
         raise DataError(
-            f"this checkpoint's tokenizer has no {missing[0]}: it takes no images; use GLM-4V-9B, or "
-            "leave the images out"
+            f"this checkpoint's tokenizer has no {missing[0]}; use the tokenizer of its base"
         )
     begin, patch, end = (control_ids[token] for token in tokens)
-    return (begin, *[patch] * (spec.patches_of(path) if spec else 1), end)
+    return [begin, *[patch] * image.patches_of(path), end]
+
+
+def between(message: Message, body: str) -> list[str]:
+    """The text in front of, between and behind a message's images."""
+    gone = len(message.content) - len(message.content.lstrip()) if body != message.content else 0
+    ends = [min(max(image.at - gone, 0), len(body)) for image in message.images]
+    return [body[start:end] for start, end in pairwise([0, *ends, len(body)])]
 
 
 def image_spec(config: Mapping[str, Any]) -> ImageSpec | None:
@@ -186,16 +226,16 @@ def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
 
 
 class ImagePrompt(list[int]):
-    """The ids of a prompt that shows an image, and where its pixels come from."""
+    """The ids of a prompt that shows images, and where their pixels come from."""
 
-    def __init__(self, ids: Iterable[int], path: str, spec: TakesImages) -> None:
+    def __init__(self, ids: Iterable[int], paths: Sequence[str], spec: TakesImages) -> None:
         super().__init__(ids)
-        self.path = path
+        self.paths = tuple(paths)
         self.spec = spec
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What the model is shown; DataError when it is gone or damaged since it was checked."""
-        return self.spec.arrays([(self.path, "a prompt")])
+        """What the model is shown; DataError when one is gone or damaged since it was checked."""
+        return self.spec.arrays([(path, "a prompt") for path in self.paths])
 
 
 def shown(path: str, size: int, location: str) -> npt.NDArray[np.float32]:

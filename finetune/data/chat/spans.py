@@ -5,14 +5,14 @@ Everything here is arithmetic on positions; nothing is encoded. `T` is the numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.dialogue.conversation import Conversation
+from finetune.data.dialogue.conversation import Conversation, Message
 
 Ids = npt.NDArray[np.int32]
 TrainOn = Literal["every_reply", "last_reply"]
@@ -98,8 +98,9 @@ def shorten(
 ) -> Rendered | None:
     """The same dialogue without its oldest turns, at most `max_length` tokens; nothing is re-encoded.
 
-    A turn reaches from a user message to the next. Tools and system messages always stay, and so
-    does a turn that shows an image. None when nothing that carries loss would fit. Message numbers keep pointing into `conversation`.
+    A turn reaches from a user message to the next. Tools and system messages always stay, and so does the
+    first turn where it alone shows images; where later turns show some too, a turn goes with its images.
+    None when nothing that carries loss would fit. Message numbers keep pointing into `conversation`.
     """
     if len(rendered.input_ids) <= max_length:
         return rendered
@@ -115,15 +116,25 @@ def shorten(
 
 
 def _fixed_runs(rendered: Rendered, conversation: Conversation) -> int:
-    """How many runs always stay: prefix, tools, system messages, a first turn with an image."""
+    """How many runs always stay: prefix, tools, system messages, a first turn that alone shows images."""
     for place, run in enumerate(rendered.runs):
         if run.message is None or conversation.messages[run.message].role == "system":
             continue
-        if conversation.messages[run.message].image is None:
-            return place
-        later = _users(rendered, conversation, place + 1)
+        stays = keeps_first_turn(conversation.messages[run.message :])
+        later = _users(rendered, conversation, place + 1) if stays else [place]
         return later[0] if later else len(rendered.runs)
     return len(rendered.runs)
+
+
+def keeps_first_turn(messages: Sequence[Message]) -> bool:
+    """Whether the turn that the messages begin with shows images, and no later one does.
+
+    Later questions are about what it shows; where they bring images of their own, they are about these.
+    """
+    users = [place for place, message in enumerate(messages) if message.role == "user"]
+    end = users[1] if len(users) > 1 else len(messages)
+    shows = any(message.images for message in messages[:end])
+    return shows and not any(message.images for message in messages[end:])
 
 
 def _turn_starts(rendered: Rendered, conversation: Conversation) -> list[int]:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.data.chat.image import BEGIN, END, ImagePrompt
+from finetune.data.chat.image import BEGIN, END, ImagePrompt, check_images
 from finetune.data.chat.jinja import HEADERS, JinjaTemplate
 from finetune.data.chat.layouts.choice import layout_of
 from finetune.data.chat.layouts.layout import Part, Piece, Texts
@@ -69,6 +69,7 @@ class ChatTemplate:
         self.stop_ids = tokenizer.stop_ids
         self.pad_id = tokenizer.pad_id
         self.image = tokenizer.image
+        self.image_rule = tokenizer.image_rule
         jinja = JinjaTemplate(tokenizer.chat_template, tokenizer.special_tokens)
         self.layout = layout_of(tokenizer, jinja)
         self._control = frozenset(tokenizer.control_ids.values())
@@ -173,6 +174,7 @@ class ChatTemplate:
         self, conversation: Conversation, stop: int, texts: Texts, opened: int | None
     ) -> list[Piece]:
         """Pieces of the prefix and of `messages[:stop]`, or of a text."""
+        check_images(self.image_rule, conversation)
         if conversation.text:
             end = ~self.tokenizer.control_ids["<|endoftext|>"]
             return [self._prefix, Piece(None, (texts.number(conversation.text), end))]
@@ -182,10 +184,8 @@ class ChatTemplate:
             raise DataError(f"{conversation.location}: {error}") from error
 
     def _illustrated(self, ids: list[int], conversation: Conversation, reply: int) -> list[int]:
-        images = [m.image for m in conversation.messages[:reply] if m.image is not None]
-        if self.image is None or not images:
-            return ids
-        return ImagePrompt(ids, images[0], self.image)
+        images = [image.path for m in conversation.messages[:reply] for image in m.images]
+        return ImagePrompt(ids, images, self.image) if self.image and images else ids
 
     def _encode(self, texts: Texts, conversations: Sequence[Conversation]) -> list[list[int]]:
         listed = list(texts.numbers)

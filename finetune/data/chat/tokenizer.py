@@ -31,6 +31,7 @@ from finetune.artifacts.plain_files import check_folder, read_json_if_there
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
 from finetune.data.chat.glm41v_image import GridSpec
 from finetune.data.chat.image import TakesImages, image_spec
+from finetune.data.dialogue.images import ImageRule
 from finetune.errors import DataError, ModelError
 from finetune.storage.cache import default_root, private_folder
 from finetune.storage.files import write_file
@@ -76,6 +77,13 @@ class ChatTokenizer:
     """SHA-256 of the tokenizer's bytes and the template's text."""
     image: TakesImages | None = None
     """How the checkpoint takes images, if it does."""
+    name: str = "a text model"
+    """Which checkpoint it is, as messages name it."""
+
+    @property
+    def image_rule(self) -> ImageRule:
+        """How many images a dialogue may show, and who shows them."""
+        return self.image.rule if self.image else ImageRule(self.name, most=0)
 
     def trusted(self, text: str) -> list[int]:
         """Ids of text that the checkpoint's template wrote, its control strings matched."""
@@ -116,6 +124,7 @@ def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> Chat
         vocab_size=backend.get_vocab_size(),
         fingerprint=_digest(_source_bytes(place), template.encode()),
         image=_image_spec(place),
+        name=f"{Path(str(folder)).name}, model_type {settings.get('model_type')}",
     )
 
 

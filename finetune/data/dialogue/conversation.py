@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant", "observation"]
 Purpose = Literal["train", "predict"]
@@ -15,6 +15,17 @@ PLACEHOLDER = "<image>"
 
 class RowError(ValueError):
     """Why a row is not a dialogue; the text goes behind `file:line: `."""
+
+
+class ShownImage(NamedTuple):
+    """An image where it stands in a message."""
+
+    path: str
+    """Of a file; before the rows' images are looked for, a data URL too."""
+    at: int = 0
+    """Characters of the content in front of it."""
+    marked: bool = False
+    """Whether a placeholder in the text said where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +39,8 @@ class Message:
     """Whether this reply carries loss; None leaves it to `data.train_on`."""
     weight: float = 1.0
     """Weight of this reply's tokens in the loss."""
-    image: str | None = None
-    """Path of an image shown with a user message (GLM-4V)."""
+    images: tuple[ShownImage, ...] = ()
+    """What the message shows, in the order of `at`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,11 @@ class Conversation:
     """What can be trained but is hardly meant, such as a call written as text; one entry each."""
     text: str = ""
     """Plain text in place of messages: a document, of which everything is learned."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of the images that it shows, in reading order."""
+        return tuple(image.path for message in self.messages for image in message.images)
 
 
 # Which kinds of message may stand before which; "start" is the beginning of the dialogue. A call
@@ -104,7 +120,7 @@ def validate(
         if not follows and not _calls_in_words(conversation, index):
             raise RowError(_order_reason(messages, at, index))
         content = message.content
-        if (not content or content.isspace()) and role != "system":
+        if (not content or content.isspace()) and role != "system" and not message.images:
             raise RowError(_empty_reason(now, at[index]))
         before = now
     check_contents(messages, at)
@@ -115,11 +131,11 @@ def validate(
 def check_contents(messages: Sequence[Message], positions: Sequence[int] | None = None) -> None:
     """Raise RowError when a message says what cannot be rendered, wherever it stands.
 
-    Metadata that is no tool's name, an image anywhere but in the first user message, text that no
+    Metadata that is no tool's name, an image that neither a user nor a tool shows, text that no
     tokenizer takes.
     """
     at = positions or range(1, len(messages) + 1)
-    if any(m.metadata or m.image or m.weight != 1.0 or m.train is not None for m in messages):
+    if any(m.metadata or m.images or m.weight != 1.0 or m.train is not None for m in messages):
         for index, message in enumerate(messages):
             _check_fields(message, at[index])
         _check_images(messages, at)
@@ -181,7 +197,7 @@ def _empty_reason(now: str, position: int) -> str:
 
 
 def _check_fields(message: Message, position: int) -> None:
-    """Raise RowError when metadata, train, weight or image do not fit the role."""
+    """Raise RowError when metadata, train or weight do not fit the role."""
     plain = message.role not in ("assistant", "observation")
     if message.metadata and plain:
         raise RowError(f"message {position}: metadata (a tool's name) on {message.role!r}")
@@ -194,29 +210,18 @@ def _check_fields(message: Message, position: int) -> None:
 
 
 def _check_images(messages: Sequence[Message], at: Sequence[int]) -> None:
-    """Raise RowError unless there is at most one image, in the first user message."""
-    users = 0
+    """Raise RowError for an image that nobody shows, and for a placeholder that stands for none."""
+    if not any(message.images for message in messages):
+        return
     for message, position in zip(messages, at, strict=True):
-        users += message.role == "user"
-        if message.image is None:
-            continue
-        if message.role != "user":
-            raise RowError(f"message {position}: an image on {message.role!r}; only users show one")
-        if users > 1:
+        if message.images and message.role not in ("user", "observation"):
             raise RowError(
-                f"message {position}: GLM-4V takes one image, in the first user message: its layout shows it before the first question"
+                f"message {position}: an image on {message.role!r}; only users and tools show one"
             )
-    if users and any(m.image for m in messages):
-        _check_placeholders(messages, at)
-
-
-def _check_placeholders(messages: Sequence[Message], at: Sequence[int]) -> None:
-    """Raise RowError when a text still says where another framework would put the image."""
-    for message, position in zip(messages, at, strict=True):
         if PLACEHOLDER in message.content:
             raise RowError(
-                f"message {position}: {PLACEHOLDER} stands in the text, but GLM-4V shows its one "
-                "image before the first question; remove it"
+                f"message {position}: {PLACEHOLDER} stands in the text, and the row has no image for it; "
+                "add the image, or remove it"
             )
 
 

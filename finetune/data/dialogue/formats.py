@@ -18,7 +18,6 @@ from finetune.data.dialogue import foreign, strict_json
 from finetune.data.dialogue.calls_in_text import structure_in_text, with_calls_read
 from finetune.data.dialogue.columns import PAIRS, Columns, Row
 from finetune.data.dialogue.conversation import (
-    PLACEHOLDER,
     Conversation,
     Message,
     Purpose,
@@ -32,7 +31,7 @@ from finetune.data.dialogue.doubts import (
     may_be_doubtful,
     without_thought,
 )
-from finetune.data.dialogue.images import image_of
+from finetune.data.dialogue.images import ImageRule, with_images_of_row
 from finetune.data.dialogue.keys import CONTEXT, SYSTEM, check_columns
 from finetune.data.dialogue.messages import MessageReader
 from finetune.data.dialogue.tool_calls import order_results, tool_name
@@ -55,6 +54,8 @@ class RowRules:
     """Whether the checkpoint writes its reasoning; None when that is not known."""
     ignore_columns: tuple[str, ...] = ()
     """Columns that are meant to stay unread."""
+    images: ImageRule | None = None
+    """Which images the checkpoint takes; None when that is not known."""
 
 
 PLAIN = RowRules()
@@ -208,7 +209,7 @@ def to_conversation(
         reader = columns_of.pair(row, columns, purpose)
     else:
         reader = _listed(row, next(iter(_BY_NAME[fmt].columns)), rules)
-    messages = _with_image(reader, row)
+    messages = _with_images(reader, row, rules.images)
     if reader.call_ids:
         messages = order_results(messages, reader.call_ids, reader.positions)
     if reader.unread:
@@ -216,6 +217,14 @@ def to_conversation(
     messages, positions, doubts = _settled(messages, reader, rules)
     conversation = Conversation(tuple(messages), reader.tools, location, unread, doubts)
     return validate(conversation, purpose, positions, lenient=rules.turns == "merge")
+
+
+def _with_images(reader: MessageReader, row: Row, rule: ImageRule | None) -> list[Message]:
+    """The messages with what a column of the row shows; RowError for what the checkpoint does not take."""
+    messages = with_images_of_row(reader.messages, reader.positions, row)
+    if rule is not None:
+        rule.check(messages, reader.positions)
+    return messages
 
 
 def _chosen(fmt: str, row: Row, columns: Columns | None, purpose: Purpose) -> tuple[str, ...]:
@@ -328,46 +337,3 @@ def _listed(row: Row, key: str, rules: RowRules) -> MessageReader:
     turns = columns_of.start({**row, "tools": tools} if tools else row)
     turns.read(items)
     return turns
-
-
-def _brings_image(value: Any) -> bool:
-    """Whether a column holds anything; a table writes `{"bytes": null, "path": null}` for nothing."""
-    return any(value.values()) if isinstance(value, dict) else bool(value)
-
-
-def _with_image(reader: MessageReader, row: Row) -> list[Message]:
-    """The messages with the image that a column of the row names.
-
-    LLaMA-Factory writes a list `images`, LLaVA `image`, and both a placeholder anywhere in the first
-    question. GLM-4V shows its image before it, so the placeholder goes. What stands there is a path,
-    a data URL, or bytes.
-    """
-    messages = reader.messages
-    column = next((name for name in ("images", "image") if _brings_image(row.get(name))), None)
-    if column == "images" and _brings_image(row.get("image")):
-        raise RowError("images and image: both bring one; keep one")
-    if column is None:
-        if reader.image_parts:
-            raise RowError(
-                f"message {reader.image_parts[0]}: has a part of type 'image', but neither it nor a "
-                "column 'images' of the row brings the image"
-            )
-        return messages
-    value = row[column]
-    if isinstance(value, list) and len(value) > 1:
-        raise RowError(
-            f"{column}: GLM-4V takes one image, which its layout shows before the first question, and here are {len(value)}"
-        )
-    path = image_of(value[0] if isinstance(value, list) else value, column)
-    first = next((n for n, m in enumerate(messages) if m.role == "user"), None)
-    if first is None:
-        raise RowError(f"{column}: there is no user message to show it with")
-    message = messages[first]
-    if message.image is not None:
-        raise RowError(f"{column}: the first user message names an image too; keep one of them")
-    if message.content.count(PLACEHOLDER) == 1:
-        before, _, behind = message.content.partition(PLACEHOLDER)
-        # Its line break goes with it, so that in front and behind give the same text.
-        text = before.removesuffix("\n") + behind if before.strip() else behind.removeprefix("\n")
-        message = replace(message, content=text)
-    return [*messages[:first], replace(message, image=path), *messages[first + 1 :]]

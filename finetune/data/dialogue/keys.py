@@ -29,7 +29,7 @@ CONTEXT = ("context",)
 
 _READ_IN_ALL = frozenset(
     {
-        *("role", "from", "content", "value", "metadata", "image"),
+        *("role", "from", "content", "value", "metadata", "image", "images"),
         *("train_detail", "mask", *TRAINED, *UNTRAINED, *WEIGHTS),
     }
 )
@@ -52,12 +52,11 @@ _SAME = (("role", "from"), ("content", "value"))
 _REFUSED_IN_MESSAGES = {
     "mask": "some frameworks mean 'trained' by it and others 'left out'; write \"train\": true or false",
     "refusal": "put the text into content",
-    "images": "write one path as 'image'",
     "tools": "tools stand on a system message or in a column of the row",
     "tool_calls": "only an assistant calls tools",
     "function_call": "only an assistant calls tools",
     "audio": "GLM-4 takes no audio",
-    "videos": "GLM-4 takes no video",
+    "videos": "GLM-4 takes no video files; show frames as images",
 }
 _HARMLESS_IN_MESSAGES = frozenset(
     {
@@ -81,8 +80,8 @@ _REFUSED_COLUMNS = {
     "rejected": "preference data holds an unwanted reply, which is not for training",
     "rejected_response": "preference data holds an unwanted reply, which is not for training",
     "rejected_messages": "preference data holds an unwanted reply, which is not for training",
-    "videos": "GLM-4 takes text, and GLM-4V one image",
-    "audios": "GLM-4 takes text, and GLM-4V one image",
+    "videos": "GLM-4 takes text, and those that see take images; show frames as images",
+    "audios": "GLM-4 takes text, and those that see take images",
     "documents": "GLM-4 has no place for documents; write them into the user's text",
 }
 _UNWANTED_IF_FALSE = (

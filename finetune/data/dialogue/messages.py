@@ -8,11 +8,12 @@ counts as absent.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from finetune.data.dialogue import strict_json
-from finetune.data.dialogue.conversation import PLACEHOLDER, Message, Role, RowError
-from finetune.data.dialogue.images import image_of
+from finetune.data.dialogue.conversation import Message, Role, RowError, ShownImage
+from finetune.data.dialogue.images import UNNAMED, brings_image, image_of, images_of, with_own
 from finetune.data.dialogue.keys import Marks, marks_of, unread_of_part
 from finetune.data.dialogue.tool_calls import (
     Call,
@@ -66,8 +67,6 @@ class MessageReader:
         """Keys of messages with text that nothing reads."""
         self.reasoning: dict[int, str] = {}
         """Index into `messages` -> what the reply was thought out with, from a key of its own."""
-        self.image_parts: list[int] = []
-        """Positions of messages with a part that says only that an image stands here."""
         self._marks = _UNMARKED
 
     def add(self, message: Message, position: int, call_id: object = None) -> None:
@@ -122,13 +121,9 @@ class MessageReader:
         self.unread |= set(self._marks.unread)
 
     def _user(self, item: Mapping[str, Any], content: Any, position: int) -> None:
-        text, image = _parts(content, position, self.unread)
-        if image is None and isinstance(content, list) and PLACEHOLDER in text:
-            self.image_parts.append(position)
-        path = item.get("image", image)
-        if path is not None:
-            path = image_of(path, f"message {position}: image")
-        self.add(self._message(item, "user", text, position, image=path), position)
+        text, images = _parts(content, position, self.unread)
+        message = self._message(item, "user", text, position)
+        self.add(_showing(message, images, item, position), position)
 
     def _system(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         tools = read_tools(item.get("tools"))
@@ -156,9 +151,10 @@ class MessageReader:
                 return
         elif content is None:
             content = item.get("observation")
-        text = _result_text(content, position, self.unread)
-        plain = {key: item[key] for key in ("metadata", "image") if key in item}
+        text, images = _result(content, position, self.unread)
+        plain = {key: item[key] for key in ("metadata",) if key in item}
         message = self._message(plain, "observation", text, position)
+        message = _showing(message, images, item, position)
         self.add(message, position, item.get("tool_call_id"))
 
     def _assistant(
@@ -224,9 +220,8 @@ class MessageReader:
         position: int,
         *,
         metadata: str | None = None,
-        image: str | None = None,
     ) -> Message:
-        """A message with the item's `metadata` and `image`, and a reply with its marks."""
+        """A message with the item's `metadata`, and a reply with its marks."""
         if metadata is None:
             metadata = item.get("metadata") or ""
             if not isinstance(metadata, str):
@@ -235,18 +230,36 @@ class MessageReader:
         is_first = self.positions[-1:] != [position]  # of what this item says
         if marks.reasoning and role == "assistant" and is_first:
             self.reasoning[len(self.messages)] = marks.reasoning
-        return Message(role, text, metadata, marks.train, marks.weight, image or item.get("image"))
+        if role in ("system", "assistant") and (key := _image_key(item)):
+            _fail(position, f"an image on {role!r}; only users and tools show one")
+        return Message(role, text, metadata, marks.train, marks.weight)
 
 
-def _result_text(content: Any, position: int, unread: set[str]) -> str:
-    """What a tool gave back, as text: data as JSON, OpenAI's text parts joined."""
+def _image_key(item: Mapping[str, Any]) -> str | None:
+    """The key of a message that names its images."""
+    found = [key for key in ("image", "images") if brings_image(item.get(key))]
+    return found[0] if found else None
+
+
+def _showing(
+    message: Message, images: Sequence[ShownImage], item: Mapping[str, Any], position: int
+) -> Message:
+    """The message with the images of its content's parts, or of a key of its own."""
+    shown = replace(message, images=tuple(images)) if images else message
+    if (key := _image_key(item)) is None:
+        return shown
+    return with_own(shown, images_of(item[key], f"message {position}: {key}"), position)
+
+
+def _result(content: Any, position: int, unread: set[str]) -> tuple[str, list[ShownImage]]:
+    """What a tool gave back: data as JSON, OpenAI's text parts joined, and its images."""
     is_parts = isinstance(content, list) and any(
         isinstance(part, dict) and part.get("type") in ("text", "image", "image_url")
         for part in content
     )
     if isinstance(content, str) or is_parts:
-        return _text(content, position, unread)
-    return strict_json.dump(content)
+        return _parts(content, position, unread)
+    return strict_json.dump(content), []
 
 
 def _parse_call(content: Any, position: int) -> Any:
@@ -264,45 +277,43 @@ def _is_result(item: Any) -> bool:
 
 
 def _text(content: Any, position: int, unread: set[str]) -> str:
-    text, image = _parts(content, position, unread)
-    if image is not None:
-        _fail(position, "shows an image; only user messages can")
+    text, images = _parts(content, position, unread)
+    if images:
+        _fail(position, "shows an image; only users and tools can")
     return text
 
 
 def _odd_part(part: Any, kind: Any) -> str:
     """Why a content part cannot be taken."""
-    if kind in ("image", "image_url"):
-        return (
-            "content has a second image: GLM-4V takes one, which it shows before the first question"
-        )
     if not isinstance(part, dict) or not isinstance(kind, str):
         return "content is a list of other things than parts with a type, such as text"
-    return f"content has a part of type {kind!r}; text and one image are taken"
+    return f"content has a part of type {kind!r}; text and images are taken"
 
 
-def _parts(content: Any, position: int, unread: set[str]) -> tuple[str, str | None]:
-    """(text, image path) of a content that is text or a list of content parts, with `text` or `value`.
+def _parts(content: Any, position: int, unread: set[str]) -> tuple[str, list[ShownImage]]:
+    """(text, images) of a content that is text or a list of content parts, with `text` or `value`.
 
     What a part says besides goes into `unread`.
     """
     if isinstance(content, str):
-        return content, None
+        return content, []
     if not isinstance(content, list) or not content:
         _fail(position, f"content is {strict_json.describe(content)}, not text")
     texts: list[str] = []
-    image = None
+    images: list[ShownImage] = []
+    length = 0
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         said = part.get("text", part.get("value")) if kind == "text" else None
         if isinstance(said, str):
             texts.append(said)
-        elif kind in ("image", "image_url") and image is None:
+            length += len(said)
+        elif kind in ("image", "image_url"):
             given = next((part[k] for k in _IMAGE_KEYS if part.get(k) is not None), None)
             if given is None:  # a column of the row brings it
-                texts.append(PLACEHOLDER)
+                images.append(ShownImage(UNNAMED, length, marked=True))
             else:
-                image = image_of(given, f"message {position}: image")
+                images.append(ShownImage(image_of(given, f"message {position}: image"), length))
         else:
             _fail(position, _odd_part(part, kind))
         if len(part) > 2:
@@ -310,7 +321,7 @@ def _parts(content: Any, position: int, unread: set[str]) -> tuple[str, str | No
                 unread |= unread_of_part(part)
             except RowError as error:
                 _fail(position, str(error))
-    return "".join(texts), image
+    return "".join(texts), images
 
 
 def _fail(position: int, problem: str) -> NoReturn:

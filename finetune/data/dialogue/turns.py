@@ -33,8 +33,6 @@ def _same_side(before: Message, message: Message) -> bool:
         before.role == message.role != "observation"
         and not before.metadata
         and not message.metadata
-        and before.image is None
-        and message.image is None
     )
 
 
@@ -42,4 +40,6 @@ def _joined(before: Message, message: Message) -> Message:
     train = False if False in (before.train, message.train) else before.train or message.train
     weight = min(before.weight, message.weight)
     content = f"{before.content}\n{message.content}"
-    return replace(before, content=content, train=train, weight=weight)
+    behind = len(before.content) + 1
+    images = (*before.images, *(i._replace(at=i.at + behind) for i in message.images))
+    return replace(before, content=content, train=train, weight=weight, images=images)

@@ -50,7 +50,7 @@ class Collator:
         `input_ids`, `labels` (-100 where nothing is learned, not shifted) int64 [B, T];
         of packed rows `position_ids` int64 [B, T];
         `loss_weights` float32 [B, T] only if some supervised token weighs other than 1;
-        `pixel_values` (float32 [N, 3, H, W] for GLM-4V) and what belongs to them only if some document shows an image, in reading order;
+        `pixel_values` (float32 [N, 3, H, W] for GLM-4V) and what belongs to them only if some document shows images, in reading order;
         `image_features` [N, P + 2, D] in their place if they are at hand;
         `sample_ids` int64 [D], not for the model: the index of every document.
 
@@ -69,13 +69,14 @@ class Collator:
         arrays["labels"] = self._padded([[e.labels for e in row] for row in rows], IGNORED)
         if any(e.loss_weights is not None for row in rows for e in row):
             arrays["loss_weights"] = self._padded([[_weights(e) for e in row] for row in rows], 0.0)
-        images = [e for row in rows for e in row if e.image] if self.image else []
+        shown = [(path, e.location) for row in rows for e in row for path in e.images]
+        images = shown if self.image else []
         if self.image is not None and images and self.features is None:
-            arrays |= self.image.arrays([(example.image, example.location) for example in images])
+            arrays |= self.image.arrays(images)
         arrays["sample_ids"] = np.array([e.index for row in rows for e in row], dtype=np.int64)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if images and self.features is not None:
-            batch["image_features"] = self.features([example.image for example in images])
+            batch["image_features"] = self.features([path for path, _ in images])
         return batch
 
     def _positions(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:
@@ -91,7 +92,7 @@ class Collator:
         return {"position_ids": self._padded(counted, 0)}
 
     def _places(self, example: Example) -> np.ndarray:
-        if self.image is None or not example.image:
+        if self.image is None or not example.images:
             return np.arange(len(example.input_ids))
         return self.image.positions(example.input_ids)
 

@@ -41,7 +41,7 @@ __all__ = [
 
 IGNORED = -100
 """The label of a token that carries no loss."""
-FORMAT = 4
+FORMAT = 5
 """Version of the stored file and of the rules that fill it; another one never reads this one's."""
 
 
@@ -59,8 +59,8 @@ class Example:
     """Its place in the dataset."""
     location: str
     """`file:line`."""
-    image: str = ""
-    """Path of the image that it shows, or empty."""
+    images: tuple[str, ...] = ()
+    """Paths of the images that it shows, in reading order."""
 
 
 def example_of(
@@ -69,7 +69,7 @@ def example_of(
     *,
     index: int,
     location: str,
-    image: str,
+    images: Sequence[str],
 ) -> Example:
     """The example of some ids, learned inside `spans` with their weights."""
     labels = np.full(len(input_ids), IGNORED, dtype=np.int64)
@@ -79,7 +79,7 @@ def example_of(
         labels[start:end] = input_ids[start:end]
         weights[start:end] = weight
         is_plain = is_plain and weight == 1.0
-    return Example(input_ids, labels, None if is_plain else weights, index, location, image)
+    return Example(input_ids, labels, None if is_plain else weights, index, location, tuple(images))
 
 
 class PreparedDataset:
@@ -115,17 +115,18 @@ class PreparedDataset:
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
         stored = self.stored[row]
-        known = self._images.get(stored.image) if self._images and stored.image else None
-        # One that is gone is named by whoever opens it.
-        if known is not None and state_of(Path(stored.image)) not in (known, None):
-            raise DataError(
-                f"{self.stored.location(row)}: image {stored.image} was replaced since this run "
-                "began; put it back, or start the run anew"
-            )
+        for image in stored.images if self._images else ():
+            known = self._images.get(image) if self._images else None
+            # One that is gone is named by whoever opens it.
+            if known is not None and state_of(Path(image)) not in (known, None):
+                raise DataError(
+                    f"{self.stored.location(row)}: image {image} was replaced since this run "
+                    "began; put it back, or start the run anew"
+                )
         spans = zip(stored.starts, stored.ends, stored.weights, strict=True)
         location = self.stored.location(row)
         return example_of(
-            stored.input_ids, spans, index=index, location=location, image=stored.image
+            stored.input_ids, spans, index=index, location=location, images=stored.images
         )
 
     def location(self, index: int) -> str:
@@ -190,9 +191,7 @@ def load_examples(
     def read_all(folder: Path) -> dict[str, Any]:
         stream = read_conversations(
             [replace(source, weight=1.0) for source in sources],
-            replace(reading, images=replace(reading.images, check=True)).for_checkpoint(
-                thinks=template.layout.thinking
-            ),
+            replace(reading, images=replace(reading.images, check=True)).for_checkpoint(template),
         )
         numbered = ((stream.source, conversation) for conversation in stream)
         facts = write_examples(

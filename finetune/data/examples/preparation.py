@@ -184,12 +184,12 @@ def _collecting_by_hand() -> Iterator[None]:
 
 
 class Kept(NamedTuple):
-    """What is kept of an example: its ids, the spans that carry loss, its place and image."""
+    """What is kept of an example: its ids, the spans that carry loss, its place and images."""
 
     ids: npt.NDArray[np.int32]
     spans: Sequence[Span]
     location: str
-    image: str
+    images: tuple[str, ...]
 
 
 def examples_of(
@@ -212,7 +212,7 @@ def examples_of(
                 spans = template.trained_spans(block, whole, policy.train_on)
                 tally.keep(source, len(block.input_ids), spans[0].end - spans[0].start)
                 tally.keep_block()
-                yield Kept(block.input_ids, spans, whole.location, "")
+                yield Kept(block.input_ids, spans, whole.location, ())
             continue
         for conversation, rendered in taught:
             kept = _kept(source, conversation, rendered, template, policy, tally)
@@ -243,18 +243,13 @@ def _kept(
     tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
     if template.layout.thinking:
         tally.keep_turn(with_thought=has_thought(conversation))
-    return Kept(fitting.input_ids, spans, conversation.location, _image(conversation, template))
+    return Kept(fitting.input_ids, spans, conversation.location, _images(fitting, conversation))
 
 
-def _image(conversation: Conversation, template: ChatTemplate) -> str:
-    """Path of the image that the dialogue shows; DataError when the checkpoint takes none."""
-    paths = [message.image for message in conversation.messages if message.image]
-    if paths and template.image is None:
-        raise DataError(
-            f"{conversation.location}: shows an image, but this checkpoint takes none (its config.json "
-            "has no vision_config of GLM-4V); use GLM-4V-9B, or leave such rows out"
-        )
-    return paths[0] if paths else ""
+def _images(rendered: Rendered, conversation: Conversation) -> tuple[str, ...]:
+    """Paths of the images of the messages that are left, in reading order."""
+    left = (run.message for run in rendered.runs if run.message is not None)
+    return tuple(image.path for index in left for image in conversation.messages[index].images)
 
 
 def _fit(

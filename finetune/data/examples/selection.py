@@ -162,5 +162,5 @@ def _runs(file: ExampleFile, user_id: int) -> Iterator[list[bytes]]:
         start = int(np.argmax(example.input_ids == user_id))
         ids = example.input_ids[start:]
         windows = np.lib.stride_tricks.sliding_window_view(ids, min(_RUN, len(ids)))
-        shown = example.image.encode()  # other images, other examples
+        shown = "\0".join(example.images).encode()  # other images, other examples
         yield [shown + run.tobytes() for run in np.unique(windows, axis=0)]

@@ -32,8 +32,8 @@ class StoredExample(NamedTuple):
     starts: npt.NDArray[np.int32]
     ends: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
-    image: str
-    """Path of the image that it shows, or empty."""
+    images: tuple[str, ...]
+    """Paths of the images that it shows, in reading order."""
 
 
 class ExampleWriter:
@@ -49,7 +49,7 @@ class ExampleWriter:
                 "ends": pa.list_(pa.int32()),
                 "weights": pa.list_(pa.float32()),
                 "where": pa.string(),
-                "image": pa.string(),
+                "images": pa.list_(pa.string()),
             }
         )
         self._sink = pa.OSFile(str(path), "wb")
@@ -72,9 +72,9 @@ class ExampleWriter:
         input_ids: Sequence[npt.NDArray[np.int32]],
         spans: Sequence[Sequence[Span]],
         location: Sequence[str],
-        images: Sequence[str] | None = None,
+        images: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """Writes some examples: their ids, spans, the `file:line` of each and the image it shows."""
+        """Writes some examples: their ids, spans, the `file:line` of each and the images it shows."""
         import pyarrow as pa
 
         if not input_ids:
@@ -93,7 +93,7 @@ class ExampleWriter:
                 for v in (starts, ends, weights)
             ),
             _texts(location),
-            _texts(images or [""] * len(location)),
+            _lists(images or [()] * len(location)),
         ]
         self.add(pa.record_batch(columns, schema=self._schema))
 
@@ -141,13 +141,13 @@ class ExampleFile:
             batch.starts[spans],
             batch.ends[spans],
             batch.weights[spans],
-            str(batch.images[row].as_py()),
+            batch.images_of(row),
         )
 
     def images(self) -> list[str]:
         """Paths of all images that are shown, each once, in order of first use."""
-        shown = (path for b in self._batches if b.has_images for path in b.images.to_pylist())
-        return [path for path in dict.fromkeys(shown) if path]
+        shown = (path for batch in self._batches for path in batch.images.values.to_pylist())
+        return [*dict.fromkeys(shown)]
 
     def location(self, index: int) -> str:
         """The `file:line` of a row."""
@@ -160,7 +160,7 @@ class ExampleFile:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
     def digests(self) -> npt.NDArray[np.uint64]:
-        """64 bits of each row's ids and image, uint64 [rows]: equal rows have equal ones."""
+        """64 bits of each row's ids and images, uint64 [rows]: equal rows have equal ones."""
         pieces = [batch.digests() for batch in self._batches]
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint64)
 
@@ -182,24 +182,29 @@ class _Batch:
         self.starts = _numbers(starts.values, np.int32)
         self.ends = _numbers(ends.values, np.int32)
         self.weights = _numbers(weights.values, np.float32)
-        self.has_images = bool(self.images.nbytes > self.images.buffers()[1].size)
+        self._has_images = len(self.images.values) > 0
+
+    def images_of(self, row: int) -> tuple[str, ...]:
+        """Paths of the images that a row shows."""
+        return tuple(self.images[row].as_py()) if self._has_images else ()
 
     def digests(self) -> npt.NDArray[np.uint64]:
         """`digests` of its rows."""
-        return digests(self.input_ids, self.token_ends, self.images.to_pylist())
+        shown = self.images.to_pylist() if self._has_images else [()] * len(self.images)
+        return digests(self.input_ids, self.token_ends, shown)
 
 
 def digests(
-    input_ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int32], images: Sequence[str]
+    input_ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int32], images: Sequence[Sequence[str]]
 ) -> npt.NDArray[np.uint64]:
-    """Of each example: the sum of its ids times a fixed random number per position, and its image.
+    """Of each example: the sum of its ids times a fixed random number per position, and its images.
 
     A multilinear hash: two examples that differ collide with a chance of about 2^-64.
 
     Args:
         input_ids: Those of all examples, one after another, none of them empty.
         ends: Where each begins, and the end of the last.
-        images: The image that each shows, or empty.
+        images: Paths of the images that each shows.
     """
     starts, lengths = ends[:-1], np.diff(ends)
     factors = np.random.default_rng(0).integers(
@@ -208,7 +213,7 @@ def digests(
     places = np.arange(len(input_ids)) - np.repeat(starts - starts[0], lengths)
     terms = (input_ids.astype(np.uint64) + np.uint64(1)) * factors[places + 1]
     sums = np.add.reduceat(terms, starts - starts[0]) + lengths.astype(np.uint64) * factors[0]
-    shown = [hashlib.blake2b(p.encode(), digest_size=8).digest() for p in images]
+    shown = [hashlib.blake2b("\0".join(p).encode(), digest_size=8).digest() for p in images]
     return np.asarray(sums ^ np.frombuffer(b"".join(shown), np.uint64), np.uint64)
 
 
@@ -233,6 +238,14 @@ def _texts(texts: Sequence[str]) -> Any:
     ends = ends_of([len(text) for text in encoded])
     buffers = [None, pa.py_buffer(ends.data), pa.py_buffer(b"".join(encoded))]
     return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+
+
+def _lists(texts: Sequence[Sequence[str]]) -> Any:
+    """Lists of strings as an Arrow array."""
+    import pyarrow as pa
+
+    ends = _values(ends_of([len(of_one) for of_one in texts]), np.int32)
+    return pa.ListArray.from_arrays(ends, _texts([text for of_one in texts for text in of_one]))
 
 
 def _numbers(array: Any, kind: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -161,7 +161,7 @@ class ExampleStream:
         self.read = START.counts
         """What was read up to the end of the piece that the last item came from."""
         self._template = template
-        reading = settings.reading.for_checkpoint(thinks=template.layout.thinking)
+        reading = settings.reading.for_checkpoint(template)
         self.settings = replace(settings, reading=reading)
         self._held_out = held_out
         """Digests of held-out examples, which are left out."""
@@ -174,6 +174,7 @@ class ExampleStream:
         settings_of = asdict(self.settings)
         for name in ("on_bad_row", "max_bad_rows", "images"):
             del settings_of["reading"][name]
+        del settings_of["reading"]["rules"]["images"]  # the template's fingerprint tells it
         return key_of(
             {
                 "stream": FORMAT,
@@ -330,7 +331,7 @@ class ExampleStream:
         found = digests(
             np.concatenate([k.ids for k in kept]),
             ends_of([len(k.ids) for k in kept]),
-            [k.image for k in kept],
+            [k.images for k in kept],
         )
         same = np.isin(found, self._held_out).tolist()
         return (
@@ -342,7 +343,7 @@ class ExampleStream:
         """The items of a piece: its examples in order, or packed rows of them in a seeded order."""
         examples = [
             example_of(
-                k.ids, k.spans, index=begun.examples + number, location=k.location, image=k.image
+                k.ids, k.spans, index=begun.examples + number, location=k.location, images=k.images
             )
             for number, k in enumerate(kept)
         ]

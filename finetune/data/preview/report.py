@@ -170,7 +170,7 @@ def check(
     reading = replace(reading_of(section), on_bad_row="collect")
     reading = replace(reading, images=replace(reading.images, check=True))
     if template is not None:
-        reading = reading.for_checkpoint(thinks=template.layout.thinking)
+        reading = reading.for_checkpoint(template)
     reports: list[SourceReport] = []
     bad: list[BadRow] = []
     earlier: set[int] = set()
@@ -227,7 +227,7 @@ class _Census:
         for message in messages:
             kinds[kind(message)] += 1
             kinds["characters"] += len(message.content)
-            kinds["images"] += message.image is not None
+            kinds["images"] += len(message.images)
             if message.role == "assistant":
                 kinds["masked"] += message.train is False or message.weight == 0
                 kinds["undeclared"] += bool(message.metadata) and message.metadata not in names
@@ -284,7 +284,8 @@ def _digest(conversation: Conversation) -> int:
     """64 bits of what the model would see; where it stands and its weights do not matter."""
     digest = blake2b(conversation.text.encode(), digest_size=8)
     for message in conversation.messages:
-        text = f"{message.role}\0{message.metadata}\0{message.content}\0{message.image}\0"
+        shown = [(image.path, image.at) for image in message.images]
+        text = f"{message.role}\0{message.metadata}\0{message.content}\0{shown}\0"
         digest.update(text.encode())
     if conversation.tools:
         digest.update(strict_json.dump(conversation.tools).encode())

@@ -101,7 +101,7 @@ def show(
     template = template_of(model)
     section = with_rows(AS_DEFAULT, **rows)
     reading = replace(reading_of(section), on_bad_row="collect")
-    reading = reading.for_checkpoint(thinks=template.layout.thinking)
+    reading = reading.for_checkpoint(template)
     stream = read_conversations(sources_of(section, path), reading)
     if line is None:
         conversation = _at_index(stream, path, index or 0)
@@ -125,7 +125,7 @@ def tokens(
     """
     template = template_of(model)
     section = with_rows(AS_DEFAULT, **rows)
-    reading = reading_of(section).for_checkpoint(thinks=template.layout.thinking)
+    reading = reading_of(section).for_checkpoint(template)
     stream = read_conversations(sources_of(section, path), reading)
     while batch := list(islice(stream, _BATCH)):
         for conversation, rendered in chain.from_iterable(template.examples(batch, "every_reply")):

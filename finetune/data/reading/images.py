@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from finetune.data.chat.image import ImageError, check_image
-from finetune.data.dialogue.conversation import Conversation, RowError
+from finetune.data.dialogue.conversation import Conversation, RowError, ShownImage
 from finetune.data.dialogue.images import DATA_URL
 from finetune.errors import DataError
 from finetune.storage.cache import default_root
@@ -39,22 +39,26 @@ class ImageFiles:
         self._whole: set[str] = set()
 
     def placed(self, conversation: Conversation, folder: Path) -> Conversation:
-        """The dialogue with its image's path as this process opens it; RowError if it may not.
+        """The dialogue with its images' paths as this process opens them; RowError if it may not.
 
         Args:
-            conversation: A dialogue with the path or data URL that its row says.
+            conversation: A dialogue with the paths or data URLs that its row says.
             folder: The folder of the data file.
         """
-        if not any(message.image for message in conversation.messages):
+        if not any(message.images for message in conversation.messages):
             return conversation
         moved = []
         for message in conversation.messages:
-            if message.image:
-                path = self._path(message.image, folder)
-                self._check(path)
-                message = replace(message, image=path)
+            if message.images:
+                placed = (self._placed(image, folder) for image in message.images)
+                message = replace(message, images=tuple(placed))
             moved.append(message)
         return replace(conversation, messages=tuple(moved))
+
+    def _placed(self, image: ShownImage, folder: Path) -> ShownImage:
+        path = self._path(image.path, folder)
+        self._check(path)
+        return image._replace(path=path)
 
     def _path(self, image: str, folder: Path) -> str:
         if image.startswith(DATA_URL):

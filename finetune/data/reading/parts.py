@@ -42,7 +42,8 @@ class Part:
         for message in conversation.messages:
             if message.role == "assistant":
                 break
-            asked.append(f"{message.role}\0{message.content}\0{message.image or ''}")
+            shown = "\0".join(image.path for image in message.images)
+            asked.append(f"{message.role}\0{message.content}\0{shown}")
         return "\0".join(asked)
 
     def nothing_left(self, paths: str, dialogues: int) -> str:

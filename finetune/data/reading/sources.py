@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.data.dialogue.columns import Columns
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError
@@ -17,6 +17,9 @@ from finetune.data.reading.files import BadRow, Row, expand, read_rows
 from finetune.data.reading.images import ImageFiles, ImagePolicy
 from finetune.data.reading.parts import Part
 from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from finetune.data.chat.template import ChatTemplate
 
 KEPT_REASONS = 1000
 """Bad rows whose reason is kept; the others are only counted."""
@@ -71,9 +74,10 @@ class Reading:
     rules: RowRules = PLAIN
     """What is done about rows that can be read in more than one way."""
 
-    def for_checkpoint(self, *, thinks: bool) -> Reading:
-        """The same for a checkpoint that writes its reasoning, or does not."""
-        return replace(self, rules=replace(self.rules, thinks=thinks))
+    def for_checkpoint(self, template: ChatTemplate) -> Reading:
+        """The same for a checkpoint: whether it writes its reasoning, which images it takes."""
+        thinks, images = template.layout.thinking, template.image_rule
+        return replace(self, rules=replace(self.rules, thinks=thinks, images=images))
 
 
 AS_IS = Reading()

@@ -120,7 +120,7 @@ def _kept(messages: Sequence[Message]) -> Iterator[Message]:
     """The messages with a blank where an empty one must stand."""
     for place, message in enumerate(messages):
         is_question = message.role == "user" and (
-            message.image is not None or place == len(messages) - 1
+            bool(message.images) or place == len(messages) - 1
         )
         if not message.content and (is_question or message.role == "observation"):
             yield replace(message, content=BLANK)

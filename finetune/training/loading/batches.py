@@ -170,9 +170,9 @@ class WithBlanks(torch.utils.data.Dataset[Item]):
 
 
 def blanked(item: Item) -> Item:
-    """The beginning of `item` with every label ignored; all of it where it shows an image."""
+    """The beginning of `item` with every label ignored; all of it where it shows images."""
     example = item if isinstance(item, Example) else item[0]
-    size = len(example.input_ids) if example.image else 2
+    size = len(example.input_ids) if example.images else 2
     blank = replace(
         example,
         input_ids=example.input_ids[:size],

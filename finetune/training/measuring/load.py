@@ -33,7 +33,7 @@ def load_validation(
     section = section.model_copy(update={"batch_size": rows})
     prompts: Sequence[ReplyPrompt] = ()
     if section.generate:
-        reading = data.reading.for_checkpoint(thinks=template.layout.thinking)
+        reading = data.reading.for_checkpoint(template)
         dialogues = read_conversations(data.validation_sources, reading)
         prompts = prompts_of(dialogues, template, section, context_length(model))
     kept = _kept(section, data, model)
@@ -54,7 +54,7 @@ def _kept(section: EvaluationSection, data: RunData, model: Any) -> KeptData | N
     """What the config asks to be kept."""
     if section.keep is None:
         return None
-    reading = data.reading.for_checkpoint(thinks=data.template.layout.thinking)
+    reading = data.reading.for_checkpoint(data.template)
     dialogues = (one for one in read_conversations(data.kept_sources, reading) if one.tools)
     prompts: Sequence[ReplyPrompt] = ()
     if data.kept_sources and section.generate:

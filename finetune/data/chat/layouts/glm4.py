@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any
 
 from finetune.data.chat import thinking
-from finetune.data.chat.image import image_tokens
 from finetune.data.chat.jinja import (
     HEADERS,
     ROLES,
@@ -31,6 +30,7 @@ from finetune.data.chat.layouts.layout import (
     Piece,
     TemplateInput,
     Texts,
+    ops_with_images,
 )
 from finetune.data.chat.spans import TrainOn
 from finetune.data.chat.tokenizer import ChatTokenizer
@@ -81,9 +81,8 @@ class Glm4Layout(Layout):
 
     def _ops(self, message: Message, name: str, body: str, texts: Texts) -> tuple[int, ...]:
         header, text = self._headers[message.role], f"{name}\n{body}"
-        if message.image is not None:
-            shown = image_tokens(message.image, self._tokenizer.image, self._tokenizer.control_ids)
-            return (header, texts.number(name + "\n"), *(~i for i in shown), texts.number(body))
+        if message.images:
+            return (header, *ops_with_images(message, f"{name}\n", body, texts, self._tokenizer))
         if self._keeps_suffix and message.role == "assistant" and text.startswith(self.suffix):
             # These very ids stand at the end of the prompt too.
             return (header, *self._suffix, texts.number(text.removeprefix(self.suffix)))
@@ -99,7 +98,7 @@ class Glm4Layout(Layout):
                 problem = "this checkpoint's chat template has no place for tool calls"
             if "\n" in name:
                 problem = f"its name has a line break: {name!r}"
-        if not message.content:
+        if not message.content and not message.images:
             problem = "it has no text, and the published template leaves such a message out"
         elif role not in self._seen.clean:
             problem = "this checkpoint's chat template does not know the role"

@@ -7,12 +7,14 @@ of a batch in one call, by a tokenizer that knows no control string.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from finetune.data.chat.image import span_ids
 from finetune.data.chat.jinja import JsonMessage
 from finetune.data.chat.spans import TrainOn
+from finetune.data.chat.tokenizer import ChatTokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
 
 
@@ -36,6 +38,27 @@ class Texts:
     def number(self, text: str) -> int:
         """The text's number, which stands for it in a piece."""
         return self.numbers.setdefault(text, len(self.numbers))
+
+
+def ops_with_images(
+    message: Message, head: str, body: str, texts: Texts, tokenizer: ChatTokenizer
+) -> Iterator[int]:
+    """The ops of a message's texts and images; each image where the checkpoint shows it.
+
+    Args:
+        message: One that shows images, of a dialogue that the checkpoint takes.
+        head: What the layout writes in front of the content.
+        body: The content as the checkpoint's template writes it.
+        texts: Where the texts are numbered.
+        tokenizer: The checkpoint's.
+    """
+    assert tokenizer.image is not None  # `check_images` was asked
+    first, *others = tokenizer.image.laid(message, body)
+    yield texts.number(head + first)
+    for image, text in zip(message.images, others, strict=True):
+        yield from (~i for i in span_ids(tokenizer.image, tokenizer.control_ids, image.path))
+        if text:
+            yield texts.number(text)
 
 
 class Part(NamedTuple):
