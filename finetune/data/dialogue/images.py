@@ -62,7 +62,7 @@ class ImageRule:
                 "shows it before the first question; use GLM-4.1V, which takes images in any turn"
             )
         first = messages[users[0]] if users else messages[0]
-        if not first.content or first.content.isspace():
+        if not first.content:
             raise RowError(
                 f"message {at[users[0]]}: content is empty beside the image; write the question"
             )

@@ -230,7 +230,7 @@ class MessageReader:
         is_first = self.positions[-1:] != [position]  # of what this item says
         if marks.reasoning and role == "assistant" and is_first:
             self.reasoning[len(self.messages)] = marks.reasoning
-        if role in ("system", "assistant") and (key := _image_key(item)):
+        if role in ("system", "assistant") and _image_key(item):
             _fail(position, f"an image on {role!r}; only users and tools show one")
         return Message(role, text, metadata, marks.train, marks.weight)
 
