@@ -85,35 +85,47 @@ GRID_TEMPLATE = """[gMASK]<sop>
 """In the manner of GLM-4.1V's."""
 
 
-def save_grid_model(folder: Path) -> Path:
-    """A tiny random GLM-4.1V: images of any shape, a token for 28 x 28 pixels, four to sixteen each."""
+GRID_FAMILIES = {
+    "glm4v": {"head_dim": 8, "partial": 0.5, "sections": [1, 1, 0]},
+    "glm46v": {"head_dim": 8, "partial": 0.5, "sections": [1, 1, 0]},
+    "glm_ocr": {"head_dim": 16, "partial": 1.0, "sections": [2, 3, 3]},
+}  # fmt: skip
+"""As published: GLM-OCR's heads are together wider than the model, and turn as a whole."""
+
+
+def save_grid_model(folder: Path, family: str = "glm4v") -> Path:
+    """A tiny random one whose images keep their shape: a token for 28 x 28 pixels, four to sixteen each."""
     from tokenizers import AddedToken, Tokenizer
-    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+    from finetune.models.families import FAMILIES
 
     tiny.save_tokenizer(folder, chat_template=GRID_TEMPLATE)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken("<|image|>", normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     image = tokenizer.token_to_id("<|image|>")
+    shape: dict[str, Any] = GRID_FAMILIES[family]
     text = {
         "vocab_size": tiny.VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 2048, "pad_token_id": tiny.PAD_ID, "initializer_range": 0.2,
+        "head_dim": shape["head_dim"],
         "rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-            "mrope_section": [1, 1, 0],
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": shape["partial"],
+            "mrope_section": shape["sections"],
         },
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 16, "num_heads": 2, "image_size": 56, "patch_size": 14,
         "out_hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.2,
     }  # fmt: skip
-    config = Glm4vConfig(
+    known = FAMILIES[family]
+    config = known.config_class(
         text_config=text, vision_config=vision, image_token_id=image, video_token_id=image + 1,
         image_start_token_id=BOI, image_end_token_id=EOI, dtype="float32",
     )  # fmt: skip
     torch.manual_seed(0)
-    Glm4vForConditionalGeneration(config).save_pretrained(folder)
+    known.model_class(config).save_pretrained(folder)
     pixels = {"shortest_edge": 2 * 4 * 28**2, "longest_edge": 2 * 16 * 28**2}
     settings = {"size": pixels, "image_processor_type": "Glm4vImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")

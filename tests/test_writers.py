@@ -37,7 +37,7 @@ ALLOWED = {
     "methods/tensor_file.py save_pretrained": "into a folder for temporary files",
     "report/plots.py NamedTemporaryFile": "a font for the painter",
     "serving/requests/images.py write_bytes": IN_A_STAGE,
-    "models/chatglm/vision_cache.py save_file": "to a path of storage.staged_file",
+    "models/vision/feature_cache.py save_file": "to a path of storage.staged_file",
     "training/measuring/choosing.py savez": "into a file of storage.whole_binary",
     "training/vision_features.py save_file": "to a path of storage.staged_file",
 }

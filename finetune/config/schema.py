@@ -75,7 +75,7 @@ class LoraMethod(MethodSection):
     """Dropout on the adapter's input."""
 
     target_modules: str | list[str] | None = None
-    """A regex over full module names, a list of name endings, or `all-linear`; by default attention and MLP of the text layers."""
+    """A regex over full module names, a list of name endings, or `all-linear`; by default attention and MLP of the text layers. In a list `text` and `vision` stand for the layers of that part, so `[text, vision]` adapts the vision encoder too."""
 
     use_rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
@@ -141,7 +141,7 @@ class TrainingSection(Section):
     """Peak learning rate."""
 
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Other peak learning rates by name parts or regexes searched in the names of trained weights, the first that is found; such as `vision.transformer: 1e-6` and `vision: 1e-5` for GLM-4V's tower and its adapter."""
+    """Other peak learning rates by name parts or regexes searched in the names of trained weights, the first that is found; such as `vision.transformer: 1e-6` (of the newer families `visual.blocks`) and `vision: 1e-5` for the vision encoder and what joins it to the text."""
 
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""

@@ -40,9 +40,10 @@ from finetune.methods.lora_experts import (
     parameter_of,
     targets_as_named,
 )
+from finetune.methods.freezing import VISION
 from finetune.methods.lora_forward import use_input_format
 from finetune.methods.tensor_file import save_config, save_tensors
-from finetune.models.families import family_of
+from finetune.models.families import Family, family_of
 
 _ADAPTED = (nn.Linear, nn.Embedding, nn.Conv2d)
 
@@ -65,7 +66,7 @@ def attach(
         ConfigError: A target pattern is no regex, matches nothing, or matches what is no layer.
     """
     family = family_of(model.config)
-    targets = section.target_modules or family.lora_targets
+    targets = _without_parts(section.target_modules, family) or family.lora_targets
     experts = expert_parameters(model, family.experts)
     hit, asked = _target_modules(model, targets, experts, family.head)
     excluded = [name for name in hit if f"{name}.weight" in frozen]
@@ -211,6 +212,19 @@ def rate_scale(section: LoraMethod) -> Callable[[str], float] | None:
     if ratio is None:
         return None
     return lambda name: ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+
+
+def _without_parts(targets: str | list[str] | None, family: Family) -> str | list[str] | None:
+    """`targets`, a list with the parts `text` or `vision` as the regex of their layers and of the others."""
+    parts = {"text": family.lora_targets, VISION: family.vision_lora_targets}
+    if not isinstance(targets, list) or not parts.keys() & set(targets):
+        return targets
+    if VISION in targets and family.vision_lora_targets is None:
+        raise ConfigError(
+            "method.target_modules: this checkpoint has no vision encoder; leave vision out"
+        )
+    named = (parts.get(name) or rf"(.*\.)?{re.escape(name)}" for name in targets)
+    return "|".join(f"({pattern})" for pattern in named)
 
 
 def _target_modules(

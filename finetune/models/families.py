@@ -15,9 +15,9 @@ import transformers
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from finetune.models.glm41v import Glm4vForConditionalGeneration
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.moe.modeling import Glm4MoeForCausalLM, Glm4MoeLiteForCausalLM
+from finetune.models.vision import grids
 
 
 class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
@@ -65,6 +65,8 @@ class Family:
     """What chooses among them, which no method trains."""
     no_prefix: str | None = None
     """Why it can be given no prefix (P-Tuning v2), as the end of a sentence."""
+    vision_lora_targets: str | None = None
+    """The layers of that which LoRA adapts when it is asked to."""
 
     def sees_images(self, config: Any) -> bool:
         """Whether a checkpoint with this config.json has a vision tower."""
@@ -98,6 +100,14 @@ def _mixture(text: str, projections: str) -> dict[str, str]:
     }
 
 
+_GRID_VISION = {
+    "vision": "visual",
+    "vision_lora_targets": r"model\.visual\.(blocks\.\d+\.(attn|mlp)|merger)\."
+    r"(qkv|proj|gate_proj|up_proj|down_proj)",
+}
+"""Names inside transformers' vision encoders of images that keep their shape."""
+
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -112,6 +122,9 @@ FAMILIES: dict[str, Family] = {
             rotary=r"transformer\.rotary_pos_emb",
             head="output_layer",
             vision="vision",
+            vision_lora_targets=r"transformer\.vision\."
+            r"(transformer\.layers\.\d+\.(attention\.(query_key_value|dense)|mlp\.(fc1|fc2))"
+            r"|linear_proj\.(linear_proj|dense_h_to_4h|gate_proj|dense_4h_to_h))",
         ),
         Family(
             "glm",
@@ -129,11 +142,27 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "glm4v",
-            "GLM-4.1V",
+            "GLM-4.1V, GLM-4.6V-Flash, AutoGLM-Phone",
             transformers.Glm4vConfig,
-            Glm4vForConditionalGeneration,
+            grids.Glm4vForConditionalGeneration,
             **_split_layers(r"model\.language_model"),
-            vision="visual",
+            **_GRID_VISION,
+        ),
+        Family(
+            "glm46v",
+            "GLM-4.6V's form around a dense text",
+            transformers.Glm46VConfig,
+            grids.Glm46VForConditionalGeneration,
+            **_split_layers(r"model\.language_model"),
+            **_GRID_VISION,
+        ),
+        Family(
+            "glm_ocr",
+            "GLM-OCR",
+            transformers.GlmOcrConfig,
+            grids.GlmOcrForConditionalGeneration,
+            **_split_layers(r"model\.language_model"),
+            **_GRID_VISION,
         ),
         Family(
             "glm4_moe",
@@ -160,12 +189,10 @@ _EXPERTS = (
 _SEVERAL = "several images in any turn, and its own way to lay them out, are not handled here"
 _ALONE = "it is no chat model of text"
 REFUSED: dict[str, tuple[str, str]] = {
-    "glm4v_moe": ("GLM-4.5V", _EXPERTS),
+    "glm4v_moe": ("GLM-4.5V, GLM-4.6V", _EXPERTS),
     "glm_moe_dsa": ("GLM-5", _EXPERTS),
     "glm5_next": ("GLM-5.3-Flash", _EXPERTS),
-    "glm46v": ("GLM-4.6V's form", _SEVERAL),
     "glmga": ("GLM-GA, in GLM-4.6V's form", _SEVERAL),
-    "glm_ocr": ("GLM-OCR", _SEVERAL),
     "glm_image": ("GLM-Image", _ALONE),
     "glmasr": ("GLM-ASR", _ALONE),
 }

@@ -37,10 +37,13 @@ def document_starts(
     """Return bool [B, T], true at each first token, or None when the batch is not packed.
 
     Positions 0 1 2 0 1 are two documents. Only a zero starts one: the repeated positions of an
-    image's patches do not. With a mask or a cache the positions say nothing about documents.
+    image's patches do not. Of several coordinates [C, B, T] the first counts, time. With a mask or a
+    cache the positions say nothing about documents.
     """
     if position_ids is None or attention_mask is not None or past_key_values is not None:
         return None
+    if position_ids.dim() == 3:
+        position_ids = position_ids[0]
     starts = position_ids == 0
     if not bool(starts[:, 1:].any()):
         return None

@@ -144,9 +144,15 @@ def tokenizer_file(folder: str | Path, revision: str | None = None) -> Path:
     return _kept(key) or _keep(key, _convert(model, added).to_str())
 
 
+def _grids(place: Path, config: Mapping[str, Any]) -> TakesImages:
+    return GridSpec(str(place), int(config["image_start_token_id"]))
+
+
 _IMAGES: dict[str, Callable[[Path, Mapping[str, Any]], TakesImages | None]] = {
     "chatglm": lambda _, config: image_spec(config),
-    "glm4v": lambda place, config: GridSpec(str(place), int(config["image_start_token_id"])),
+    "glm4v": _grids,
+    "glm46v": _grids,
+    "glm_ocr": _grids,
 }
 """How each family takes images, by `model_type`; a family that is not here takes none."""
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Item: TypeAlias = "Example | Sequence[Example]"
-Features: TypeAlias = "Callable[[Sequence[str]], torch.Tensor]"
+Features: TypeAlias = "Callable[[Sequence[str]], dict[str, torch.Tensor]]"
 
 
 class Collator:
@@ -51,7 +51,7 @@ class Collator:
         of packed rows `position_ids` int64 [B, T];
         `loss_weights` float32 [B, T] only if some supervised token weighs other than 1;
         `pixel_values` (float32 [N, 3, H, W] for GLM-4V) and what belongs to them only if some document shows images, in reading order;
-        `image_features` [N, P + 2, D] in their place if they are at hand;
+        `image_features` in the place of pixels if they are at hand;
         `sample_ids` int64 [D], not for the model: the index of every document.
 
         Images are decoded here, so in the loader's workers if there are any.
@@ -76,7 +76,7 @@ class Collator:
         arrays["sample_ids"] = np.array([e.index for row in rows for e in row], dtype=np.int64)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if images and self.features is not None:
-            batch["image_features"] = self.features([path for path, _ in images])
+            batch |= self.features([path for path, _ in images])
         return batch
 
     def _positions(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:

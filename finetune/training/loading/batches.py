@@ -23,7 +23,7 @@ from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import IGNORED, Example
 from finetune.distributed.device import pins_memory
 from finetune.distributed.signals import SIGNALS
-from finetune.models.chatglm.vision_cache import vision_cache
+from finetune.models.vision.feature_cache import vision_cache
 from finetune.storage.cache import default_root
 from finetune.training.objective import Objective, SupervisedTokens
 from finetune.training.prepare_model import PreparedModel
@@ -82,11 +82,12 @@ def training_data(
 ) -> TrainingData:
     """The examples of a run, and how they become batches; a stream goes on where `checkpoint` says."""
     template, features = data.template, None
-    if section.cache_image_features and (images := data.train.images()):
+    images = data.train.images() if section.cache_image_features else []
+    if images and template.image is not None:
         features = vision_cache(
             prepared.model,
             images,
-            template.image.size if template.image else 0,
+            template.image,
             root=Path(section.cache_dir) if section.cache_dir else default_root(),
             base=prepared.base.fingerprint,
             dtype=prepared.dtype,
