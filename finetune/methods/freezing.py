@@ -6,14 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from finetune.errors import ConfigError
-
-VISION = "vision"
-"""Names the vision encoder and what joins it to the text in every family."""
-
-
-def part_pattern(pattern: str, vision: str | None) -> str:
-    """What a part of a model that a user names is called in this family; other patterns as they are."""
-    return vision if vision and pattern == VISION else pattern
+from finetune.models.families import VISION
 
 
 def frozen_names(
@@ -34,7 +27,7 @@ def frozen_names(
     problems = []
     for pattern in patterns:
         try:
-            compiled = re.compile(part_pattern(pattern, vision))
+            compiled = re.compile(vision if vision and pattern == VISION else pattern)
         except re.error as error:
             problems.append(f"model.freeze: {pattern!r} is not a regex: {error}; correct it")
             continue

@@ -40,10 +40,9 @@ from finetune.methods.lora_experts import (
     parameter_of,
     targets_as_named,
 )
-from finetune.methods.freezing import VISION
 from finetune.methods.lora_forward import use_input_format
 from finetune.methods.tensor_file import save_config, save_tensors
-from finetune.models.families import Family, family_of
+from finetune.models.families import VISION, Family, family_of
 
 _ADAPTED = (nn.Linear, nn.Embedding, nn.Conv2d)
 

@@ -40,6 +40,10 @@ class Glm4ForCausalLM(SupervisedLoss, transformers.Glm4ForCausalLM):
         self.lm_head.__class__ = SupervisedHead
 
 
+VISION = "vision"
+"""Names the vision encoder, and what joins it to the text, in every family."""
+
+
 @dataclass(frozen=True)
 class Family:
     """What checkpoints of one `model_type` are made of; names are regexes over full module names."""
@@ -71,6 +75,10 @@ class Family:
     def sees_images(self, config: Any) -> bool:
         """Whether a checkpoint with this config.json has a vision tower."""
         return bool(self.vision and config.get("vision_config"))
+
+    def part(self, pattern: str) -> str:
+        """What `vision` is called in this family; other patterns as they are."""
+        return self.vision if self.vision and pattern == VISION else pattern
 
     @property
     def unquantized(self) -> Sequence[str]:

@@ -24,7 +24,6 @@ from finetune.config.schema import (
 from finetune.distributed.device import has_accelerator, local_device, refuse_unused
 from finetune.distributed.processes import rank_and_world
 from finetune.methods import BaseRecord
-from finetune.methods.freezing import part_pattern
 from finetune.models.families import family_of
 from finetune.models.load import load_model, num_heads
 from finetune.models.number_format import number_format
@@ -125,8 +124,8 @@ def prepare_model(
         if precision.weights != dtype and not weight.requires_grad:
             weight.data = weight.data.to(dtype)  # one at a time: only what learns is float32
     scale = methods.rate_scale(method)
-    vision = family_of(config).vision
-    by_name = {part_pattern(name, vision): r for name, r in training.learning_rates.items()}
+    family = family_of(config)
+    by_name = {family.part(name): rate for name, rate in training.learning_rates.items()}
     rates = Rates(training.learning_rate, by_name, scale)
     return PreparedModel(model, base, arguments, deepspeed, dtype, rates, section, method, split)
 
