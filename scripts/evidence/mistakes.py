@@ -39,11 +39,13 @@ COMPUTED: dict[type[ast.operator], tuple[str, str]] = {
     ast.BitAnd: ("&", "|"),
     ast.BitOr: ("|", "&"),
 }
+ORDERED = {"isinstance", "issubclass", "hasattr", "getattr", "cast"}
+"""Calls whose arguments nobody swaps: it would fail wherever it is reached."""
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "sum": "max"}
 
 
 def mistakes(source: str) -> list[Mistake]:
-    """Turned comparisons, signs, conditions and flags, numbers off by one, calls left out."""
+    """Turned comparisons, signs and flags, conditions turned or left out, numbers off by one, other keys, swapped arguments, calls left out."""
     found = dict.fromkeys(_Finder(source).found())
     return sorted(found)
 
@@ -52,6 +54,7 @@ class _Finder:
     def __init__(self, source: str) -> None:
         self._source = source
         self._tree = ast.parse(source)
+        self._keys = sorted(set(_keys(self._tree)))
 
     def found(self) -> Iterator[Mistake]:
         skipped = self._not_code()
@@ -79,9 +82,13 @@ class _Finder:
             case ast.Compare(left=left, ops=[op], comparators=[right]):
                 for symbol in COMPARED[type(op)]:
                     yield self._put(node, f"{self._text(left)} {symbol} {self._text(right)}")
-            case ast.BoolOp(op=op, values=[first, *others]):
-                word = " or " if isinstance(op, ast.And) else " and "
-                yield self._put(node, word.join(map(self._text, [first, *others])), closed=True)
+            case ast.BoolOp(op=op, values=values):
+                word, other = (" and ", " or ")[:: 1 if isinstance(op, ast.And) else -1]
+                texts = [self._text(value) for value in values]
+                yield self._put(node, other.join(texts), closed=True)
+                for left_out in range(len(texts)):
+                    kept = [text for place, text in enumerate(texts) if place != left_out]
+                    yield self._put(node, word.join(kept), closed=True)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 yield self._put(node, self._text(operand), closed=True)
             case ast.BinOp(left=left, op=op, right=right) if _is_number(node):
@@ -101,10 +108,37 @@ class _Finder:
                 yield self._put(node, str(not value))
             case ast.Constant(value=int() as value):
                 yield self._put(node, str(value + 1))
-            case ast.Expr(value=ast.Call()):
-                yield self._put(node, "pass")
+            case ast.Expr(value=ast.Call(func=function)):
+                if not self._text(function).startswith(("logger.info", "logger.debug")):
+                    yield self._put(node, "pass")
             case ast.Call(func=ast.Name(id=name) as function) if name in NAMES:
                 yield self._put(function, NAMES[name])
+            case ast.Call(
+                args=[
+                    ast.Name() | ast.Attribute() as one,
+                    ast.Name() | ast.Attribute() as two,
+                    *rest,
+                ]
+            ) if self._text(node.func) not in ORDERED:
+                given = [self._text(two), self._text(one), *map(self._text, rest)]
+                given += [self._keyword(keyword) for keyword in node.keywords]
+                yield self._put(node, f"{self._text(node.func)}({', '.join(given)})")
+            case ast.Subscript(slice=ast.Constant(value=str(key)) as place):
+                yield from self._another_key(place, key)
+            case ast.Call(
+                func=ast.Attribute(attr="get"), args=[ast.Constant(value=str(key)) as place, *_]
+            ):
+                yield from self._another_key(place, key)
+
+    def _another_key(self, node: ast.Constant, key: str) -> Iterator[Mistake]:
+        """The next key that the module reads anywhere."""
+        if len(self._keys) > 1:
+            following = self._keys[(self._keys.index(key) + 1) % len(self._keys)]
+            yield self._put(node, repr(following).replace("'", '"'))
+
+    def _keyword(self, keyword: ast.keyword) -> str:
+        value = self._text(keyword.value)
+        return f"{keyword.arg}={value}" if keyword.arg else f"**{value}"
 
     def _text(self, node: ast.AST) -> str:
         return ast.get_source_segment(self._source, node) or ""
@@ -114,6 +148,15 @@ class _Finder:
         assert place is not None
         new = f"({new})" if closed else new
         return Mistake(place.lineno, place.col_offset, self._text(node), new)
+
+
+def _keys(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(slice=ast.Constant(value=str(key))):
+                yield key
+            case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=str(key)), *_]):
+                yield key
 
 
 def _is_number(node: ast.BinOp) -> bool:

@@ -2,18 +2,19 @@
 
     python scripts/evidence/mutate.py --change main            # lines that differ from main
     python scripts/evidence/mutate.py finetune/data/chat/spans.py --most 40
+    python scripts/evidence/mutate.py finetune --most 100 --seed 3   # drawn over all rooms alike
     python scripts/evidence/mutate.py --list mistakes.jsonl    # {"file", "old", "new"[, "tests"]} a line
 
-Works in a copy of the tree. The heavy libraries are imported once; each mistake gets a forked process
-that imports the project anew and runs the tests that name the module, then those of its room, up to the
-first failure. Prints a line for each and ends with 1 when one survived. A survivor is a missing test, or
-a change that changes nothing: which of both, somebody has to look at.
+Works in a copy of the tree. The tests that name the module or its room are imported once; each mistake gets
+a forked process that runs the tests that call the function with the mistake (`called.py` has seen them do it
+once), quick ones first, up to the first failure. So most mistakes take a second. Tests that start processes
+come last and only with `--processes`. Prints a line for each and ends with 1 when one survived. A survivor
+is a missing test, or a change that changes nothing: which of both, somebody has to look at.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -24,17 +25,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import called  # noqa: E402
 from mistakes import mistakes  # noqa: E402
+from warm_tests import OPTIONS, WarmTests, forked  # noqa: E402
 
 COPIED = [
     "finetune",
@@ -57,10 +59,6 @@ COPIED += [
     "constraints.txt",
 ]
 COPIED += ["CONTRIBUTING.md", "CONTRIBUTING_zh.md", "LICENSE"]
-REWRITTEN = "pytest.PytestAssertRewriteWarning"
-"""pytest would have liked to see its plugins before they were imported."""
-PR_SET_PDEATHSIG = 1
-"""Linux: the signal that a process gets when its parent is gone."""
 SLOW = re.compile(r"subprocess|torchrun|command_line|browser|\brun_command")
 """Words of test files that start processes; they come last."""
 
@@ -108,6 +106,18 @@ def changed_lines(commit: str) -> dict[str, set[int]]:
             start, count = int(match[1]), int(match[2] or 1)
             found.setdefault(file, set()).update(range(start, start + count))
     return {file: lines for file, lines in found.items() if file.endswith(".py")}
+
+
+def modules(names: Sequence[str]) -> list[str]:
+    """The modules that are named, and all of the folders that are."""
+    paths = [
+        found
+        for name in names
+        for found in (
+            [ROOT / name] if name.endswith(".py") else sorted((ROOT / name).rglob("*.py"))
+        )
+    ]
+    return [path.relative_to(ROOT).as_posix() for path in paths]
 
 
 def made(files: dict[str, set[int] | None], most: int, seed: int) -> list[Mutation]:
@@ -168,28 +178,6 @@ def copied() -> Path:
     return folder
 
 
-def forked(work: Callable[[], int], log: Path) -> int:
-    """The id of a process that ends with what `work` returns; all that it prints goes to `log`."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:  # whatever happens, this process never goes on with what its parent was doing
-        os.setsid()
-        with suppress(AttributeError):  # only Linux lets a child end with its parent
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        with log.open("w", encoding="utf-8") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        code = work()
-        sys.stdout.flush()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
-
-
 def warm_up(tests: Sequence[str], folder: Path) -> None:
     """Imports here what the tests import, but for the project and the tests themselves."""
     found = folder / "imported"
@@ -197,9 +185,9 @@ def warm_up(tests: Sequence[str], folder: Path) -> None:
     def scout() -> int:
         import pytest
 
-        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *tests])
+        pytest.main(["--collect-only", *OPTIONS, *tests])
         ours = {path.stem for path in Path("tests").glob("*.py")} | {"finetune", "tests"}
-        ours |= {"__main__", "mistakes", "xdist"}
+        ours |= {"__main__", "mistakes", "mutate", "warm_tests", "called", "xdist"}
         names = [n for n in sys.modules if n.partition(".")[0] not in ours and "pytest" not in n]
         found.write_text("\n".join(names), encoding="utf-8")
         return 0
@@ -212,15 +200,14 @@ def warm_up(tests: Sequence[str], folder: Path) -> None:
             continue
 
 
-def first_failure(tests: Sequence[str], log: Path, seconds: float) -> str:
-    """The first of the tests that fails, in a process of their own; "" when all pass."""
+def fresh_failure(tests: Sequence[str], log: Path, seconds: float) -> str:
+    """The first of the tests that fails where all is imported anew; "" when all pass."""
 
     def run() -> int:
         import pytest
 
         sys.dont_write_bytecode = True
-        quiet = ["-q", "--tb=line", "-p", "no:cacheprovider"]
-        return int(pytest.main([*quiet, "-W", f"ignore::{REWRITTEN}", "-x", *tests]))
+        return int(pytest.main([*OPTIONS, "--tb=line", "-x", *tests]))
 
     child = forked(run, log)
     end = time.monotonic() + seconds
@@ -241,57 +228,143 @@ def first_failure(tests: Sequence[str], log: Path, seconds: float) -> str:
 
 
 class Laboratory:
-    """A copy of the tree in which mistakes are made."""
+    """A copy of the tree in which mistakes are made, and what its tests call."""
 
-    def __init__(self, folder: Path, seconds: float) -> None:
+    def __init__(self, folder: Path, warm: WarmTests, seconds: float, *, processes: bool) -> None:
         self._folder = folder
+        self._warm = warm
         self._seconds = seconds
+        self._processes = processes
+        self._calls: dict[str, called.Calls] = {}
         self._sound: dict[str, bool] = {}
         """Tests by whether they pass in the copy as it is."""
 
-    def noticed_by(self, mutation: Mutation, tests: Sequence[str]) -> str:
+    def noticed_by(self, mutation: Mutation, near: Sequence[str], room: Sequence[str]) -> str:
         """The test that fails because of the mistake; "" when none does."""
         path = self._folder / mutation.file
         whole = path.read_text(encoding="utf-8")
-        while tests:
-            path.write_text(mutation.applied(whole), encoding="utf-8")
-            try:
-                found = self._first_failure([*tests, *self._unsound()])
-            finally:
-                path.write_text(whole, encoding="utf-8")
-            if "::" not in found:
+        new = mutation.applied(whole)
+        seconds = self._chosen(mutation, whole, near, room)
+        while tests := [test for test in seconds if self._sound.get(test, True)]:
+            found = self._warm.first_failure(tests, mutation.file, new, seconds)
+            if found is None:
+                path.write_text(new, encoding="utf-8")
+                try:
+                    found = fresh_failure(tests, self._folder / "log", 20 + 5 * self._seconds)
+                finally:
+                    path.write_text(whole, encoding="utf-8")
+            if found not in seconds:
                 return found
             if found not in self._sound:
-                self._sound[found] = not self._first_failure([found])
+                again = self._warm.first_failure([found], mutation.file, whole, seconds)
+                self._sound[found] = not again
             if self._sound[found]:
                 return found
         return ""
 
-    def _first_failure(self, tests: Sequence[str]) -> str:
-        return first_failure(tests, self._folder / "log", self._seconds)
+    def _chosen(
+        self, mutation: Mutation, source: str, near: Sequence[str], room: Sequence[str]
+    ) -> dict[str, float]:
+        """The tests that are run, with the seconds that they take, as long as there is time for them."""
+        if mutation.tests:
+            return {
+                name: test.seconds
+                for file in {one.partition("::")[0] for one in mutation.tests}
+                for name, test in self._of(file).items()
+                if any(name.startswith(one) for one in mutation.tests)
+            }
+        wanted = self._functions(mutation, source)
+        chosen: dict[str, float] = {}
+        left = self._seconds
+        for files in (near, room):
+            calls = {n: t for file in files for n, t in self._of(file).items()}
+            hit = {n: t.seconds for n, t in calls.items() if wanted & set(t.calls)}
+            if self._processes and files is near:
+                hit |= {n: 8.0 for n, t in calls.items() if t.starts_process}
+            for name in sorted(hit, key=lambda one: hit[one]):
+                if (left := left - hit[name]) > 0:
+                    chosen[name] = hit[name]
+        return chosen
 
-    def _unsound(self) -> list[str]:
-        return [f"--deselect={test}" for test, is_sound in self._sound.items() if not is_sound]
+    def _functions(self, mutation: Mutation, source: str) -> set[str]:
+        """The functions that a test must call to notice."""
+        line = mutation.line or source[: source.index(mutation.old)].count("\n") + 1
+        if around := called.functions_at(source, line):
+            return {f"{mutation.file}:{around[0]}"}
+        name = called.name_at(source, line)
+        found = called.that_mention(name, self._folder) if name else set()
+        every = {
+            f"{mutation.file}:{f}"
+            for n in range(source.count("\n"))
+            for f in called.functions_at(source, n + 1)
+        }
+        return found | every
+
+    def _of(self, file: str) -> called.Calls:
+        if file not in self._calls:
+            seen = called.kept(self._folder / file)
+            if seen is None and file in self._warm.files:
+                seen = self._warm.watched(file)
+            self._calls[file] = seen or {}
+        return self._calls[file]
 
 
-def outcomes(
-    mutations: Sequence[Mutation], seconds: float, *, room_too: bool
-) -> Iterator[tuple[Mutation, str, float]]:
-    """Each mutation with what noticed it, "" for none, and the seconds that it took."""
+@contextmanager
+def workshop(files: Sequence[str]) -> Iterator[tuple[Path, WarmTests]]:
+    """A copy of the tree, and the tests of these files ready to run in it."""
     folder = copied()
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(folder / "tests")]
     os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{folder / 'tests'}"
-    chosen = {one: list(one.tests) or tests_of(one.file, room_too=room_too) for one in mutations}
-    laboratory = Laboratory(folder, seconds)
+    warm = None
     try:
-        warm_up(sorted({t.partition("::")[0] for tests in chosen.values() for t in tests}), folder)
-        for one in mutations:
-            begun = time.monotonic()
-            yield one, laboratory.noticed_by(one, chosen[one]), time.monotonic() - begun
+        warm_up(files, folder)
+        warm = WarmTests(folder, files)
+        yield folder, warm
     finally:
+        if warm is not None:
+            warm.close()
         os.chdir(ROOT)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def outcomes(
+    mutations: Sequence[Mutation], seconds: float, *, room_too: bool, processes: bool
+) -> Iterator[tuple[Mutation, str, float]]:
+    """Each mutation with what noticed it, "" for none, and the seconds that it took."""
+    near = {one: tests_of(one.file, room_too=False) for one in mutations}
+    room = {
+        one: [t for t in tests_of(one.file, room_too=room_too) if t not in near[one]]
+        for one in mutations
+    }
+    files = {
+        t.partition("::")[0] for one in mutations for t in (*near[one], *room[one], *one.tests)
+    }
+    with workshop(sorted(files)) as (folder, warm):
+        laboratory = Laboratory(folder, warm, seconds, processes=processes)
+        for one in mutations:
+            begun = time.monotonic()
+            yield one, laboratory.noticed_by(one, near[one], room[one]), time.monotonic() - begun
+
+
+def watched() -> int:
+    """Sees what every test calls that was not seen yet; 0."""
+    unseen = [
+        f"tests/{path.name}"
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if called.kept(path) is None
+    ]
+    for start in range(0, len(unseen), 40):
+        with workshop(unseen[start : start + 40]) as (_, warm):
+            for file in sorted(warm.files):
+                tests = warm.watched(file).values()
+                started = sum(test.starts_process for test in tests)
+                seconds = sum(test.seconds for test in tests)
+                print(
+                    f"{file}: {len(tests)} tests, {started} start processes, {seconds:.0f} s",
+                    flush=True,
+                )
+    return 0
 
 
 def main() -> int:
@@ -304,14 +377,20 @@ def main() -> int:
     parser.add_argument("--list", type=Path, metavar="FILE", help="mistakes of a person's own")
     parser.add_argument("--most", type=int, default=60, help="mistakes that are made (60)")
     parser.add_argument("--seed", type=int, default=0, help="draws them (0)")
-    parser.add_argument("--seconds", type=float, default=300, help="for one mistake (300)")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests for one mistake (60)")
     parser.add_argument("--near", action="store_true", help="only tests that name the module")
+    parser.add_argument("--processes", action="store_true", help="tests that start processes too")
     parser.add_argument("--tests", nargs="*", default=(), help="instead of the room's")
+    parser.add_argument(
+        "--watch", action="store_true", help="only see what all tests call: later runs are quicker"
+    )
     asked = parser.parse_args()
+    if asked.watch:
+        return watched()
     if asked.list:
         mutations = listed(asked.list)
     else:
-        lines: dict[str, set[int] | None] = dict.fromkeys(asked.files)
+        lines: dict[str, set[int] | None] = dict.fromkeys(modules(asked.files))
         lines |= changed_lines(asked.change) if asked.change else {}
         mutations = made(lines, asked.most, asked.seed)
     if asked.tests:
@@ -319,7 +398,9 @@ def main() -> int:
             Mutation(m.file, m.old, m.new, m.line, m.column, tuple(asked.tests)) for m in mutations
         ]
     counts = Counter[bool]()
-    for one, found, seconds in outcomes(mutations, asked.seconds, room_too=not asked.near):
+    for one, found, seconds in outcomes(
+        mutations, asked.seconds, room_too=not asked.near, processes=asked.processes
+    ):
         counts[bool(found)] += 1
         print(f"{'caught  ' if found else 'SURVIVED'} {seconds:5.1f} s  {one}  {found}", flush=True)
     print(f"{counts[True]} of {counts.total()} mistakes were noticed")
