@@ -23,7 +23,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.generation.stream import Piece
 from finetune.serving.answers import DONE, Answer, ChatAnswer, TextAnswer, event
 from finetune.serving.engine import Engine, stopping
-from finetune.serving.errors import ApiError
+from finetune.serving.errors import ApiError, not_here
 from finetune.serving.guard import Access, Guard
 from finetune.serving.heap import trimmed
 from finetune.serving.job import ReplyJob
@@ -309,7 +309,8 @@ def _tell(request: Request, error: Exception) -> Response:
     """Any error in OpenAI's form."""
     if isinstance(error, HTTPException):
         what = f"{request.method} {request.url.path[:80]}"
-        error = ApiError(error.status_code, f"{what}: {error.detail}")
+        told = not_here(request.url.path) if error.status_code == 404 else error.detail
+        error = ApiError(error.status_code, f"{what}: {told}")
     if not isinstance(error, ApiError):
         error = ApiError(500, "something went wrong here; the server's log says what")
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None

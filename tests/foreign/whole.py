@@ -27,6 +27,9 @@ FAMILIES = {
 }
 PEFT_FAMILIES = {"chatglm": "`chatglm`"}
 
+HOURS = 3 * 3600
+"""What a family may take: a quarter of an hour on idle cores, and several times that on busy ones."""
+
 Skips = dict[str, dict[str, list[str]]]
 """By suite and family, then by reason, the tests that skip."""
 
@@ -36,7 +39,7 @@ def run_all(suites: list[str]) -> dict[str, dict[str, Outcome]]:
     found: dict[str, dict[str, Outcome]] = {}
     if "transformers" in suites:
         for family in FAMILIES:
-            outcomes = run("transformers", [family], timeout=1800, show=True)
+            outcomes = run("transformers", [family], timeout=HOURS, show=True)
             found[f"transformers {family}"] = _by_test(outcomes)
     if "peft" in suites:
         for family in PEFT_FAMILIES:
@@ -51,7 +54,7 @@ def run_peft(family: str, tests: list[str], *, show: bool = False) -> dict[str, 
 
     with tempfile.TemporaryDirectory() as place:
         os.environ["FOREIGN_MODEL"] = str(tiny.save_model(Path(place) / family, family))
-        return run("peft", tests, timeout=1800, show=show)
+        return run("peft", tests, timeout=HOURS, show=show)
 
 
 def skips_of(outcomes: Mapping[str, Outcome]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,6 +53,30 @@ def test_every_mode_gives_parts_and_lists(endpoint: str, mode: Mode) -> None:
 def test_the_default_way(random: str) -> None:
     made = instructor.from_provider(f"openai/{MODEL}", base_url=random, api_key=KEY)
     assert isinstance(made.chat.completions.create(messages=ASK, response_model=Pet), Pet)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_works_asynchronously(endpoint: str, mode: Mode) -> None:
+    async def asked() -> Any:
+        async with openai.AsyncOpenAI(base_url=endpoint, api_key=KEY, max_retries=0) as other:
+            chats = instructor.from_openai(other, mode=mode).chat.completions
+            options: Any = {"model": MODEL, "messages": ASK, "response_model": Pet}
+            made, raw = await chats.create_with_completion(**options)
+            parts = [part async for part in chats.create_partial(**options)]
+            return made, raw, parts[-1]
+
+    made, raw, last = asyncio.run(asked())
+    assert isinstance(made, Pet)
+    assert raw.usage.completion_tokens > 0
+    assert last.model_dump() == made.model_dump()
+
+
+@pytest.mark.parametrize("mode", [Mode.RESPONSES_TOOLS])
+def test_the_modes_of_the_responses_api_say_what_to_set(random: str, mode: Mode) -> None:
+    with pytest.raises(Exception, match="does not begin with RESPONSES"):
+        client(random, mode).chat.completions.create(
+            model=MODEL, messages=ASK, response_model=Pet, max_retries=0
+        )
 
 
 def test_several_calls_at_once(obedient: str) -> None:

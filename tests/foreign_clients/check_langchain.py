@@ -11,7 +11,8 @@ from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import ToolException, tool
-from langchain_openai import ChatOpenAI, OpenAI
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from openai import NotFoundError
 
 
 @tool
@@ -109,3 +110,61 @@ def test_an_agents_answer_is_structured(random: str, strategy: Any) -> None:
     agent = create_agent(model(random), [], response_format=strategy)
     made = agent.invoke({"messages": [("user", QUESTION)]}, {"recursion_limit": 8})
     assert isinstance(made["structured_response"], Pet)
+
+
+def test_calls_and_classes_come_asynchronously_and_streamed(random: str) -> None:
+    bound = model(random).bind_tools([get_weather], tool_choice="any", parallel_tool_calls=True)
+    structured = model(random).with_structured_output(Pet)
+
+    async def asked() -> Any:
+        joined = None
+        async for part in bound.astream(QUESTION):
+            joined = part if joined is None else joined + part
+        whole = await bound.ainvoke(QUESTION)
+        parts = [part async for part in structured.astream(QUESTION)]
+        several = await structured.abatch([QUESTION] * 2)
+        events = [event["event"] async for event in bound.astream_events(QUESTION)]
+        return joined, whole, parts, several, events
+
+    joined, whole, parts, several, events = asyncio.run(asked())
+    assert [call["args"] for call in joined.tool_calls] == [
+        call["args"] for call in whole.tool_calls
+    ]
+    assert isinstance(parts[-1], Pet)
+    assert several == [parts[-1]] * 2
+    assert "on_chat_model_stream" in events
+
+
+def test_an_agent_works_asynchronously_and_answers_in_a_class_after_its_tools(
+    random: str, obedient: str
+) -> None:
+    plain = create_agent(model(obedient), [get_weather])
+    structured = create_agent(model(random), [get_weather], response_format=ProviderStrategy(Pet))
+    asked: Any = {"messages": [("user", QUESTION)]}
+
+    async def steps() -> Any:
+        streamed = [part async for part in plain.astream(asked, stream_mode="updates")]
+        said = await plain.ainvoke(asked)
+        return streamed, said, await structured.ainvoke(asked, {"recursion_limit": 8})
+
+    streamed, said, made = asyncio.run(steps())
+    assert [next(iter(part)) for part in streamed] == ["model", "tools", "model"]
+    assert "sunny in 上海" in said["messages"][-1].content
+    assert isinstance(made["structured_response"], Pet)
+
+
+def test_results_of_two_calls_of_one_turn_are_read(obedient: str) -> None:
+    calls: Any = [{"name": "get_weather", "args": {"city": c}, "id": c} for c in ("a", "b")]
+    results = [ToolMessage(f"fine in {c}", tool_call_id=c) for c in ("a", "b")]
+    history = [HumanMessage(QUESTION), AIMessage("", tool_calls=calls), *results]
+    assert "fine in b" in model(obedient).bind_tools([get_weather]).invoke(history).content
+
+
+def test_what_is_not_served_says_what_to_set(random: str) -> None:
+    with pytest.raises(NotFoundError, match="use_responses_api=False"):
+        model(random, use_responses_api=True).invoke(QUESTION)
+    embeddings = OpenAIEmbeddings(
+        base_url=random, api_key=KEY, model=MODEL, check_embedding_ctx_length=False
+    )
+    with pytest.raises(NotFoundError, match="give no embeddings"):
+        embeddings.embed_query("once")

@@ -81,3 +81,33 @@ def test_the_router_passes_on(random: str) -> None:
     location = {"model": f"openai/{MODEL}", "api_base": random, "api_key": KEY}
     router = litellm.Router([{"model_name": "mine", "litellm_params": location}])
     assert router.completion(model="mine", messages=ASK, max_tokens=4).choices[0].message.content
+
+
+def test_calls_and_objects_come_asynchronously_and_streamed(random: str) -> None:
+    options: Any = {"model": f"openai/{MODEL}", "messages": ASK, "api_base": random, "api_key": KEY}
+    must: Any = {"tools": [WEATHER, CLOCK], "tool_choice": "required"}
+
+    async def asked() -> Any:
+        streams = [
+            await litellm.acompletion(**options, **more, stream=True)
+            for more in (must, {"response_format": Pet})
+        ]
+        return [[part async for part in stream] for stream in streams]
+
+    called, written = (litellm.stream_chunk_builder(parts) for parts in asyncio.run(asked()))
+    [call, *_] = called.choices[0].message.tool_calls
+    [whole, *_] = ask(random, **must).choices[0].message.tool_calls
+    assert call.function.arguments == whole.function.arguments
+    Pet.model_validate_json(written.choices[0].message.content)
+
+
+def test_the_responses_api_is_bridged_by_the_provider_for_vllm_and_refused_by_openais(
+    random: str,
+) -> None:
+    options: Any = {"input": QUESTION, "api_base": random, "api_key": KEY, "max_output_tokens": 8}
+    made = litellm.responses(model=f"hosted_vllm/{MODEL}", **options)
+    assert made.output[-1].content[0].text
+    with pytest.raises(litellm.NotFoundError, match="/v1/chat/completions"):
+        litellm.responses(model=f"openai/{MODEL}", **options)
+    with pytest.raises(litellm.NotFoundError, match="give no embeddings"):
+        litellm.embedding(model=f"openai/{MODEL}", input=["a"], api_base=random, api_key=KEY)

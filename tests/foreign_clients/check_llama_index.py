@@ -91,3 +91,32 @@ def test_an_agent_calls_reads_and_answers(obedient: str, function: Any, answer: 
         return str(await agent.run(user_msg=QUESTION))
 
     assert answer in asyncio.run(run())
+
+
+def test_calls_and_classes_come_asynchronously_and_streamed(random: str) -> None:
+    llm = model(random)
+    tool = FunctionTool.from_defaults(get_weather)
+    prompt = PromptTemplate("{question}")
+
+    async def asked() -> Any:
+        whole = await llm.achat_with_tools([tool], user_msg=QUESTION, tool_required=True)
+        parts = [
+            part
+            async for part in await llm.astream_chat_with_tools(
+                [tool], user_msg=QUESTION, tool_required=True
+            )
+        ]
+        made = await llm.astructured_predict(Pet, prompt, question=QUESTION)
+        growing = [
+            part
+            async for part in await llm.astream_structured_predict(Pet, prompt, question=QUESTION)
+        ]
+        said = [part async for part in await llm.astream_chat(ASK)]
+        return whole, parts[-1], made, growing[-1], said[-1]
+
+    whole, last, made, grown, said = asyncio.run(asked())
+    calls = [llm.get_tool_calls_from_response(answer) for answer in (whole, last)]
+    assert calls[0][0].tool_kwargs == calls[1][0].tool_kwargs
+    assert isinstance(made, Pet)
+    assert grown.model_dump() == made.model_dump()
+    assert said.message.content

@@ -134,8 +134,21 @@ def test_errors_are_the_librarys_own(random: str) -> None:
     assert caught.value.param == "temperature"
     with pytest.raises(openai.AuthenticationError):
         client(random, api_key="another").chat.completions.create(model=MODEL, messages=ASK)
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match="give no embeddings"):
         client(random).embeddings.create(model=MODEL, input="a")
+
+
+def test_the_responses_api_is_refused_with_the_address_that_is_served(random: str) -> None:
+    responses = client(random).responses
+    with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        responses.create(model=MODEL, input=QUESTION)
+    with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        responses.parse(model=MODEL, input=QUESTION, text_format=Pet)
+    with (
+        pytest.raises(openai.NotFoundError, match="/v1/chat/completions"),
+        responses.stream(model=MODEL, input=QUESTION) as events,
+    ):
+        list(events)
 
 
 def test_what_an_agent_sends_back_when_things_went_wrong(random: str) -> None:
@@ -153,3 +166,73 @@ def test_what_an_agent_sends_back_when_things_went_wrong(random: str) -> None:
         model=MODEL, messages=history, tools=[CLOCK], tool_choice="required"
     )
     assert made.choices[0].message.tool_calls
+
+
+def test_a_streamed_call_comes_in_parts_that_join(random: str) -> None:
+    asked: Any = {"model": MODEL, "messages": ASK, "tools": [WEATHER, CLOCK], "seed": 1}
+    asked |= {"tool_choice": "required"}
+    whole = client(random).chat.completions.create(**asked).choices[0].message.tool_calls
+
+    async def parts() -> Any:
+        async with openai.AsyncOpenAI(base_url=random, api_key=KEY, max_retries=0) as other:
+            chunks = await other.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+            return [chunk async for chunk in chunks]
+
+    chunks = asyncio.run(parts())
+    assert chunks[-1].usage.completion_tokens > 0
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "tool_calls"
+    calls: dict[int, list[str]] = {}
+    for chunk in chunks:
+        for part in chunk.choices[0].delta.tool_calls or [] if chunk.choices else []:
+            call = calls.setdefault(part.index, ["", ""])
+            call[0] += part.function.name or ""
+            call[1] += part.function.arguments or ""
+    assert list(calls) == list(range(len(whole)))
+    assert [tuple(call) for call in calls.values()] == [
+        (call.function.name, call.function.arguments) for call in whole
+    ]
+
+
+def test_an_asynchronous_stream_of_a_class_tells_its_parts(random: str) -> None:
+    async def parts() -> Any:
+        async with openai.AsyncOpenAI(base_url=random, api_key=KEY, max_retries=0) as other:
+            chats = other.chat.completions
+            whole = await chats.parse(model=MODEL, messages=ASK, response_format=Pet)
+            async with chats.stream(model=MODEL, messages=ASK, response_format=Pet) as stream:
+                kinds = [event.type async for event in stream]
+                return whole, kinds, await stream.get_final_completion()
+
+    whole, kinds, streamed = asyncio.run(parts())
+    assert {"content.delta", "content.done"} <= set(kinds)
+    assert streamed.choices[0].message.parsed == whole.choices[0].message.parsed
+
+
+def test_two_calls_of_one_turn_and_both_results_are_read(obedient: str) -> None:
+    calls = [
+        {"id": name, "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+        for name in "ab"
+    ]
+    history: list[Any] = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "a", "content": "first"},
+        {"role": "tool", "tool_call_id": "b", "content": "second"},
+    ]
+    made = client(obedient).chat.completions.create(
+        model=MODEL, messages=history, tools=[CLOCK], parallel_tool_calls=True
+    )
+    assert "second" in made.choices[0].message.content
+
+
+def test_raw_answers_are_given_too(random: str) -> None:
+    asked: Any = {"model": MODEL, "messages": ASK, "max_tokens": 4}
+    raw = client(random).chat.completions.with_raw_response.create(**asked)
+    assert raw.http_response.status_code == 200
+    with client(random).chat.completions.with_streaming_response.create(
+        **asked, stream=True
+    ) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert raw.parse().choices[0].message.content

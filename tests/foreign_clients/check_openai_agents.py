@@ -12,7 +12,10 @@ from agents import (
     ModelSettings,
     OpenAIChatCompletionsModel,
     Runner,
+    SQLiteSession,
     function_tool,
+    set_default_openai_api,
+    set_default_openai_client,
     set_tracing_disabled,
 )
 from asked import KEY, MODEL, QUESTION, Owner, Pet
@@ -92,3 +95,37 @@ def test_one_agent_hands_over_to_another(obedient: str) -> None:
     other = Agent(name="other", model=model(obedient))
     first = Agent(name="first", model=model(obedient), handoffs=[other])
     assert run(first)
+
+
+def test_one_agent_is_a_tool_of_another(obedient: str) -> None:
+    other = Agent(name="other", model=model(obedient))
+    tool = other.as_tool(tool_name="ask", tool_description="Asks the other.")
+    assert "I was told" in run(Agent(name="first", model=model(obedient), tools=[tool]))
+
+
+def test_a_session_keeps_its_calls_and_goes_on(obedient: str) -> None:
+    settings = ModelSettings(parallel_tool_calls=True)
+    agent = Agent(name="a", model=model(obedient), tools=[get_weather], model_settings=settings)
+    session = SQLiteSession("one")
+
+    async def asked() -> Any:
+        first = await Runner.run(agent, QUESTION, session=session, max_turns=6)
+        again = await Runner.run(agent, "and tomorrow?", session=session, max_turns=6)
+        return first.final_output, again.final_output
+
+    assert all("sunny in 上海" in said for said in asyncio.run(asked()))
+
+
+def test_the_default_is_the_responses_api_whose_refusal_names_the_setting_that_works(
+    random: str,
+) -> None:
+    client = openai.AsyncOpenAI(base_url=random, api_key=KEY, max_retries=0)
+    set_default_openai_client(client, use_for_tracing=False)
+    agent = Agent(name="a", model=MODEL, model_settings=ModelSettings(max_tokens=8))
+    with pytest.raises(openai.NotFoundError, match="set_default_openai_api"):
+        run(agent)
+    set_default_openai_api("chat_completions")
+    try:
+        assert run(agent)
+    finally:
+        set_default_openai_api("responses")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from asked import KEY, MODEL, QUESTION, Owner, Pet
 from pydantic_ai import Agent, ModelRetry, NativeOutput, PromptedOutput, ToolOutput, UsageLimits
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.exceptions import ModelHTTPError
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 FEW = UsageLimits(request_limit=8)
@@ -68,3 +69,41 @@ def test_a_tool_that_asks_again_is_asked_again(obedient: str) -> None:
     assert tries == ["上海"]
     assert "which one?" in said
     assert "sunny" in agent.run_sync(QUESTION, usage_limits=FEW).output
+
+
+def test_events_are_streamed_while_tools_are_called(obedient: str) -> None:
+    agent = Agent(model(obedient))
+
+    @agent.tool_plain
+    async def get_weather(city: str) -> str:
+        """The weather of a city."""
+        return f"sunny in {city}"
+
+    async def asked() -> Any:
+        kinds = []
+        async with agent.iter(QUESTION, usage_limits=FEW) as run:
+            async for node in run:
+                if Agent.is_model_request_node(node) or Agent.is_call_tools_node(node):
+                    async with node.stream(run.ctx) as events:
+                        kinds += [event.event_kind async for event in events]
+        return kinds, run.result.output
+
+    kinds, said = asyncio.run(asked())
+    assert {"part_start", "function_tool_call", "function_tool_result"} <= set(kinds)
+    assert "sunny in 上海" in said
+
+
+def test_a_class_grows_while_it_is_streamed(random: str) -> None:
+    agent: Any = Agent(model(random), output_type=NativeOutput(Pet))
+
+    async def asked() -> Any:
+        async with agent.run_stream(QUESTION, usage_limits=FEW) as run:
+            return [part async for part in run.stream_output(debounce_by=None)]
+
+    assert isinstance(asyncio.run(asked())[-1], Pet)
+
+
+def test_the_responses_api_says_what_to_set(random: str) -> None:
+    other = OpenAIResponsesModel(MODEL, provider=OpenAIProvider(base_url=random, api_key=KEY))
+    with pytest.raises(ModelHTTPError, match="OpenAIChatModel"):
+        Agent(other).run_sync(QUESTION)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from asked import KEY, MODEL, QUESTION
-from smolagents import ChatMessage, CodeAgent, OpenAIModel, ToolCallingAgent, tool
+from smolagents import ChatMessage, CodeAgent, LiteLLMModel, OpenAIModel, ToolCallingAgent, tool
 
 
 @tool
@@ -53,3 +53,17 @@ def test_the_agent_that_writes_code_is_answered(random: str, structured: bool) -
     steps = [step for step in agent.memory.steps if hasattr(step, "model_output")]
     assert steps
     assert all(step.model_output for step in steps[:2])
+
+
+def test_messages_go_by_litellm_too(random: str) -> None:
+    asked = [ChatMessage(role="user", content=[{"type": "text", "text": QUESTION}])]
+    by_litellm = LiteLLMModel(
+        model_id=f"openai/{MODEL}", api_base=random, api_key=KEY, max_tokens=8
+    )
+    assert by_litellm.generate(asked).content == model(random, max_tokens=8).generate(asked).content
+
+
+def test_the_steps_of_an_agent_are_streamed(random: str) -> None:
+    agent = ToolCallingAgent([get_weather], model(random), max_steps=2, stream_outputs=True)
+    steps = [type(step).__name__ for step in agent.run(QUESTION, stream=True)]
+    assert {"ChatMessageStreamDelta", "ToolCall", "ActionStep"} <= set(steps)
