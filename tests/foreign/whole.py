@@ -8,11 +8,14 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from tests.foreign.runner import HERE, ROOT, Outcome, run
+from tests.foreign.sources import source_of
 
 SKIPS = HERE / "skips.json"
 PAGES = (ROOT / "docs/foreign_tests.md", ROOT / "docs/foreign_tests_zh.md")
@@ -30,21 +33,53 @@ PEFT_FAMILIES = {"chatglm": "`chatglm`"}
 HOURS = 3 * 3600
 """What a family may take: a quarter of an hour on idle cores, and several times that on busy ones."""
 
+PART = 6
+"""So many of PEFT's tests, each on some thirty methods, are run by one process."""
+
 Skips = dict[str, dict[str, list[str]]]
 """By suite and family, then by reason, the tests that skip."""
 
 
-def run_all(suites: list[str]) -> dict[str, dict[str, Outcome]]:
-    """The outcomes of each family by test, of transformers' suite, PEFT's or both."""
+def run_all(suites: list[str], folder: Path | None = None) -> dict[str, dict[str, Outcome]]:
+    """The outcomes of each family by test, of transformers' suite, PEFT's or both.
+
+    What a folder holds of an earlier run is taken from there; what is run now is kept in it.
+    """
     found: dict[str, dict[str, Outcome]] = {}
     if "transformers" in suites:
         for family in FAMILIES:
-            outcomes = run("transformers", [family], timeout=HOURS, show=True)
-            found[f"transformers {family}"] = _by_test(outcomes)
+            tests = partial(run, "transformers", [family], timeout=HOURS, show=True)
+            found[f"transformers {family}"] = _by_test(_once(folder, family, tests))
     if "peft" in suites:
         for family in PEFT_FAMILIES:
-            found[f"peft {family}"] = _by_test(run_peft(family, ["TestDecoder"], show=True))
+            outcomes: dict[str, Outcome] = {}
+            names = _peft_names()
+            for start in range(0, len(names), PART):
+                part = [f"TestDecoder::{name}" for name in names[start : start + PART]]
+                tests = partial(run_peft, family, part, show=True)
+                outcomes |= _once(folder, f"peft-{family}-{start // PART}", tests)
+            found[f"peft {family}"] = _by_test(outcomes)
     return found
+
+
+def _once(
+    folder: Path | None, name: str, tests: Callable[[], dict[str, Outcome]]
+) -> dict[str, Outcome]:
+    """The outcomes that the folder has under a name, else those of the tests."""
+    if folder is None:
+        return tests()
+    kept = folder / f"{name}.json"
+    if not kept.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tests()
+        kept.write_text(json.dumps({test: asdict(outcome) for test, outcome in made.items()}))
+    return {test: Outcome(**values) for test, values in json.loads(kept.read_text()).items()}
+
+
+def _peft_names() -> list[str]:
+    """PEFT's tests of decoders by name."""
+    text = (source_of("peft") / "test_decoder_models.py").read_text(encoding="utf-8")
+    return re.findall(r"^    def (test_\w+)\(", text, re.M)
 
 
 def run_peft(family: str, tests: list[str], *, show: bool = False) -> dict[str, Outcome]:
