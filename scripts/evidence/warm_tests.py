@@ -208,7 +208,13 @@ class WarmTests:
         self._root = root
         down, self._ask = os.pipe()
         self._hear, up = os.pipe()
-        self.process = forked(lambda: _serve(root, files, down, up), root / "log-warm")
+
+        def serve() -> int:
+            os.close(self._ask)  # else the process would wait for a question of its own
+            os.close(self._hear)
+            return _serve(root, files, down, up)
+
+        self.process = forked(serve, root / "log-warm")
         os.close(down)
         os.close(up)
         self._answers = os.fdopen(self._hear, encoding="utf-8")
