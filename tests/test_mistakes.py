@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts" / "evidence"))
 import called
 import mutate
 from mistakes import mistakes
-from mutate import Mutation
+from mutations import Mutation
 from warm_tests import exchanged
 
 SOURCE = '''

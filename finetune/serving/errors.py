@@ -7,7 +7,7 @@ from typing import Any
 NOT_HERE = {
     "responses": "the Responses API is not served; ask /v1/chat/completions instead: openai-agents with "
     "set_default_openai_api('chat_completions'), langchain with use_responses_api=False, pydantic-ai with "
-    "OpenAIChatModel ('openai-chat:NAME'), litellm with the provider hosted_vllm/, instructor with a mode "
+    "OpenAIChatModel ('openai-chat:NAME'), litellm with use_chat_completions_api=True, instructor with a mode "
     "whose name does not begin with RESPONSES, smolagents with OpenAIModel",
     "embeddings": "the models served here write text and give no embeddings; point the embedding client at "
     "another server",

@@ -139,6 +139,11 @@ def functions_at(source: str, line: int) -> list[str]:
     return found[::-1]
 
 
+def functions_of(source: str) -> list[str]:
+    """The qualified names of all functions."""
+    return [name for name, _, _ in _functions(ast.parse(source), "")]
+
+
 def name_at(source: str, line: int) -> str:
     """The constant or class of a module that a line belongs to; "" when there is none."""
     for node in ast.parse(source).body:

@@ -15,28 +15,24 @@ is a missing test, or a change that changes nothing: which of both, somebody has
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import called  # noqa: E402
-from mistakes import mistakes  # noqa: E402
-from warm_tests import OPTIONS, WarmTests, forked  # noqa: E402
+from mutations import Mutation, changed_lines, listed, made, modules  # noqa: E402
+from warm_tests import HANGING, OPTIONS, WarmTests, forked  # noqa: E402
 
 COPIED = [
     "finetune",
@@ -63,89 +59,8 @@ SLOW = re.compile(r"subprocess|torchrun|command_line|browser|\brun_command")
 """Words of test files that start processes; they come last."""
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """One mistake: a text of a file and what stands there instead."""
-
-    file: str
-    old: str
-    new: str
-    line: int = 0
-    """Where the text begins; 0: it stands in the file once."""
-    column: int = 0
-    tests: tuple[str, ...] = ()
-    """The tests that are run; none: those of the module and its room."""
-
-    def applied(self, source: str) -> str:
-        """The file with the mistake in it."""
-        if not self.line:
-            if source.count(self.old) != 1:
-                raise SystemExit(f"{self.file}: {source.count(self.old)} × {self.old!r}, not 1")
-            return source.replace(self.old, self.new)
-        lines = source.encode().splitlines(keepends=True)
-        start = sum(map(len, lines[: self.line - 1])) + self.column
-        data = source.encode()
-        assert data[start:].startswith(self.old.encode()), (self.file, self.line, self.old)
-        return (data[:start] + self.new.encode() + data[start + len(self.old.encode()) :]).decode()
-
-    def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line else self.file
-        return f"{place}: {' '.join(self.old.split())[:60]} -> {' '.join(self.new.split())[:60]}"
-
-
-def changed_lines(commit: str) -> dict[str, set[int]]:
-    """Lines of the package that differ from a commit, by file."""
-    command = ["git", "diff", "-U0", commit, "--", "finetune"]
-    diff = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    found: dict[str, set[int]] = {}
-    file = ""
-    for line in diff.splitlines():
-        if line.startswith("+++ "):
-            file = line.removeprefix("+++ b/")
-        elif match := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
-            start, count = int(match[1]), int(match[2] or 1)
-            found.setdefault(file, set()).update(range(start, start + count))
-    return {file: lines for file, lines in found.items() if file.endswith(".py")}
-
-
-def modules(names: Sequence[str]) -> list[str]:
-    """The modules that are named, and all of the folders that are."""
-    paths = [
-        found
-        for name in names
-        for found in (
-            [ROOT / name] if name.endswith(".py") else sorted((ROOT / name).rglob("*.py"))
-        )
-    ]
-    return [path.relative_to(ROOT).as_posix() for path in paths]
-
-
-def made(files: dict[str, set[int] | None], most: int, seed: int) -> list[Mutation]:
-    """At most so many of the mistakes that the files' lines (None: all) allow, drawn by a seed."""
-    all_of_them = [
-        Mutation(file, one.old, one.new, one.line, one.column)
-        for file, lines in files.items()
-        for one in mistakes((ROOT / file).read_text(encoding="utf-8"))
-        if lines is None or one.line in lines
-    ]
-    drawn = random.Random(seed).sample(all_of_them, min(most, len(all_of_them)))
-    return sorted(drawn, key=lambda one: (one.file, one.line, one.column))
-
-
-def listed(path: Path) -> list[Mutation]:
-    """The mistakes of a file, one a line."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [
-        Mutation(
-            row["file"],
-            row["old"],
-            row["new"],
-            row.get("line", 0),
-            row.get("column", 0),
-            tuple(row.get("tests", ())),
-        )
-        for row in rows
-    ]
+PROCESS_SECONDS = 8.0
+"""What a test takes that starts a process, about."""
 
 
 def tests_of(file: str, *, room_too: bool) -> list[str]:
@@ -241,50 +156,64 @@ class Laboratory:
 
     def noticed_by(self, mutation: Mutation, near: Sequence[str], room: Sequence[str]) -> str:
         """The test that fails because of the mistake; "" when none does."""
-        path = self._folder / mutation.file
-        whole = path.read_text(encoding="utf-8")
-        new = mutation.applied(whole)
-        seconds = self._chosen(mutation, whole, near, room)
+        source = (self._folder / mutation.file).read_text(encoding="utf-8")
+        if mutation.tests:
+            files = {test.partition("::")[0] for test in mutation.tests}
+            calls = {name: test.seconds for file in files for name, test in self._of(file).items()}
+            named = {n: calls[n] for n in calls if n.startswith(mutation.tests)}
+            return self._first(mutation, source, named)
+        wanted = self._functions(mutation, source)
+        left = self._seconds
+        for files in (near, room):
+            chosen, left = self._chosen(files, wanted, left)
+            if found := self._first(mutation, source, chosen):
+                return found
+        return self._first(mutation, source, self._process_tests(near))
+
+    def _first(self, mutation: Mutation, source: str, seconds: dict[str, float]) -> str:
+        """The first of the tests that fails because of the mistake."""
+        new = mutation.applied(source)
         while tests := [test for test in seconds if self._sound.get(test, True)]:
             found = self._warm.first_failure(tests, mutation.file, new, seconds)
             if found is None:
-                path.write_text(new, encoding="utf-8")
-                try:
-                    found = fresh_failure(tests, self._folder / "log", 20 + 5 * self._seconds)
-                finally:
-                    path.write_text(whole, encoding="utf-8")
-            if found not in seconds:
+                found = self._fresh(tests, mutation.file, source, new)
+            test = found.removeprefix(HANGING)
+            if test not in seconds:
                 return found
-            if found not in self._sound:
-                again = self._warm.first_failure([found], mutation.file, whole, seconds)
-                self._sound[found] = not again
-            if self._sound[found]:
+            if test not in self._sound:
+                again = self._warm.first_failure([test], mutation.file, source, seconds)
+                self._sound[test] = not again
+            if self._sound[test]:
                 return found
         return ""
 
+    def _fresh(self, tests: Sequence[str], file: str, old: str, new: str) -> str:
+        path = self._folder / file
+        path.write_text(new, encoding="utf-8")
+        try:
+            return fresh_failure(tests, self._folder / "log", 20 + 5 * self._seconds)
+        finally:
+            path.write_text(old, encoding="utf-8")
+
     def _chosen(
-        self, mutation: Mutation, source: str, near: Sequence[str], room: Sequence[str]
-    ) -> dict[str, float]:
-        """The tests that are run, with the seconds that they take, as long as there is time for them."""
-        if mutation.tests:
-            return {
-                name: test.seconds
-                for file in {one.partition("::")[0] for one in mutation.tests}
-                for name, test in self._of(file).items()
-                if any(name.startswith(one) for one in mutation.tests)
-            }
-        wanted = self._functions(mutation, source)
+        self, files: Iterable[str], wanted: set[str], seconds: float
+    ) -> tuple[dict[str, float], float]:
+        """Tests that call one of the functions with what they take, quick ones first, and the time left."""
+        calls = {n: t for file in files for n, t in self._of(file).items()}
+        hit = {n: t.seconds for n, t in calls.items() if wanted & set(t.calls)}
         chosen: dict[str, float] = {}
-        left = self._seconds
-        for files in (near, room):
-            calls = {n: t for file in files for n, t in self._of(file).items()}
-            hit = {n: t.seconds for n, t in calls.items() if wanted & set(t.calls)}
-            if self._processes and files is near:
-                hit |= {n: 8.0 for n, t in calls.items() if t.starts_process}
-            for name in sorted(hit, key=lambda one: hit[one]):
-                if (left := left - hit[name]) > 0:
-                    chosen[name] = hit[name]
-        return chosen
+        for name in sorted(hit, key=lambda one: hit[one]):
+            if seconds > hit[name]:
+                seconds -= hit[name]
+                chosen[name] = hit[name]
+        return chosen, seconds
+
+    def _process_tests(self, near: Sequence[str]) -> dict[str, float]:
+        """Tests of a module's own files that cannot be watched, if these are run at all."""
+        if not self._processes:
+            return {}
+        calls = {n: t for file in near for n, t in self._of(file).items()}
+        return {n: PROCESS_SECONDS for n, t in calls.items() if t.starts_process}
 
     def _functions(self, mutation: Mutation, source: str) -> set[str]:
         """The functions that a test must call to notice."""
@@ -293,12 +222,7 @@ class Laboratory:
             return {f"{mutation.file}:{around[0]}"}
         name = called.name_at(source, line)
         found = called.that_mention(name, self._folder) if name else set()
-        every = {
-            f"{mutation.file}:{f}"
-            for n in range(source.count("\n"))
-            for f in called.functions_at(source, n + 1)
-        }
-        return found | every
+        return found | {f"{mutation.file}:{function}" for function in called.functions_of(source)}
 
     def _of(self, file: str) -> called.Calls:
         if file not in self._calls:

@@ -39,6 +39,8 @@ OPTIONS = [
 HANGS = (20.0, 10.0)
 """A test is given so many seconds, and so many times what it takes without a mistake."""
 
+HANGING = "no end: "
+
 
 def forked(work: Callable[[], int], log: Path) -> int:
     """The id of a process that ends with what `work` returns; all that it prints goes to `log`."""
@@ -166,7 +168,7 @@ class Collected:
             if time.monotonic() - since > HANGS[0] + HANGS[1] * seconds.get(running, 0.0):
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return f"no end: {running or 'pytest'}"
+                return f"{HANGING}{running or 'pytest'}"
             time.sleep(0.02)
         code = os.waitstatus_to_exitcode(status)
         if code == 3:

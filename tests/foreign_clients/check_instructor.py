@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from typing import Any
 
 import instructor
 import openai
 import pytest
-from asked import KEY, MODEL, QUESTION, Owner, Pet
+from asked import KEY, MODEL, QUESTION, Owner, Pet, run
 from instructor import Mode
 from pydantic import BaseModel, field_validator
 
@@ -65,7 +64,7 @@ def test_every_mode_works_asynchronously(endpoint: str, mode: Mode) -> None:
             parts = [part async for part in chats.create_partial(**options)]
             return made, raw, parts[-1]
 
-    made, raw, last = asyncio.run(asked())
+    made, raw, last = run(asked())
     assert isinstance(made, Pet)
     assert raw.usage.completion_tokens > 0
     assert last.model_dump() == made.model_dump()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
-from asked import KEY, MODEL, QUESTION, Owner, Pet
+from asked import KEY, MODEL, QUESTION, Owner, Pet, run
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
@@ -43,7 +42,7 @@ def test_a_reply_whole_streamed_in_batches_and_asynchronous(random: str) -> None
     assert "".join(part.content for part in parts) == whole.content
     assert sum(part.usage_metadata["output_tokens"] for part in parts if part.usage_metadata) == 8
     assert [one.content for one in short.batch([QUESTION] * 3)] == [whole.content] * 3
-    assert asyncio.run(short.ainvoke(QUESTION)).content == whole.content
+    assert run(short.ainvoke(QUESTION)).content == whole.content
 
 
 def test_a_text_goes_on(random: str) -> None:
@@ -126,7 +125,7 @@ def test_calls_and_classes_come_asynchronously_and_streamed(random: str) -> None
         events = [event["event"] async for event in bound.astream_events(QUESTION)]
         return joined, whole, parts, several, events
 
-    joined, whole, parts, several, events = asyncio.run(asked())
+    joined, whole, parts, several, events = run(asked())
     assert [call["args"] for call in joined.tool_calls] == [
         call["args"] for call in whole.tool_calls
     ]
@@ -147,7 +146,7 @@ def test_an_agent_works_asynchronously_and_answers_in_a_class_after_its_tools(
         said = await plain.ainvoke(asked)
         return streamed, said, await structured.ainvoke(asked, {"recursion_limit": 8})
 
-    streamed, said, made = asyncio.run(steps())
+    streamed, said, made = run(steps())
     assert [next(iter(part)) for part in streamed] == ["model", "tools", "model"]
     assert "sunny in 上海" in said["messages"][-1].content
     assert isinstance(made["structured_response"], Pet)

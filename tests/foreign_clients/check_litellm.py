@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import litellm
 import pytest
-from asked import KEY, MODEL, QUESTION, Pet
+from asked import KEY, MODEL, QUESTION, Pet, run
 from check_openai import CLOCK, WEATHER
 
 ASK = [{"role": "user", "content": QUESTION}]
@@ -28,7 +27,7 @@ def test_a_reply_whole_streamed_and_asynchronous(random: str) -> None:
     later = litellm.acompletion(
         model=f"openai/{MODEL}", messages=ASK, api_base=random, api_key=KEY, max_tokens=8
     )
-    assert asyncio.run(later).choices[0].message.content == whole
+    assert run(later).choices[0].message.content == whole
 
 
 def test_a_text_goes_on(random: str) -> None:
@@ -94,20 +93,20 @@ def test_calls_and_objects_come_asynchronously_and_streamed(random: str) -> None
         ]
         return [[part async for part in stream] for stream in streams]
 
-    called, written = (litellm.stream_chunk_builder(parts) for parts in asyncio.run(asked()))
+    called, written = (litellm.stream_chunk_builder(parts) for parts in run(asked()))
     [call, *_] = called.choices[0].message.tool_calls
     [whole, *_] = ask(random, **must).choices[0].message.tool_calls
     assert call.function.arguments == whole.function.arguments
     Pet.model_validate_json(written.choices[0].message.content)
 
 
-def test_the_responses_api_is_bridged_by_the_provider_for_vllm_and_refused_by_openais(
+def test_the_responses_api_goes_over_chats_and_its_refusal_says_how(
     random: str,
 ) -> None:
     options: Any = {"input": QUESTION, "api_base": random, "api_key": KEY, "max_output_tokens": 8}
-    made = litellm.responses(model=f"hosted_vllm/{MODEL}", **options)
+    made = litellm.responses(model=f"openai/{MODEL}", use_chat_completions_api=True, **options)
     assert made.output[-1].content[0].text
-    with pytest.raises(litellm.NotFoundError, match="/v1/chat/completions"):
+    with pytest.raises(litellm.NotFoundError, match="use_chat_completions_api=True"):
         litellm.responses(model=f"openai/{MODEL}", **options)
     with pytest.raises(litellm.NotFoundError, match="give no embeddings"):
         litellm.embedding(model=f"openai/{MODEL}", input=["a"], api_base=random, api_key=KEY)

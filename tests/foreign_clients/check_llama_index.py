@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
-from asked import KEY, MODEL, QUESTION, Owner, Pet
+from asked import KEY, MODEL, QUESTION, Owner, Pet, run
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.llms import ChatMessage, MessageRole
 from llama_index.core.prompts import PromptTemplate
@@ -44,7 +43,7 @@ def test_chats_and_texts_whole_streamed_and_asynchronous(random: str) -> None:
         said = llm.complete("once").text
         assert said
         assert list(llm.stream_complete("once"))[-1].text == said
-        assert asyncio.run(llm.acomplete("once")).text == said
+        assert run(llm.acomplete("once")).text == said
         answer = llm.chat(ASK).message.content
         assert answer
         assert list(llm.stream_chat(ASK))[-1].message.content == answer
@@ -87,10 +86,10 @@ def test_structured_prediction(random: str, kind: Any) -> None:
 def test_an_agent_calls_reads_and_answers(obedient: str, function: Any, answer: str) -> None:
     agent = FunctionAgent(tools=[function], llm=model(obedient), system_prompt="You help.")
 
-    async def run() -> str:
+    async def answered() -> str:
         return str(await agent.run(user_msg=QUESTION))
 
-    assert answer in asyncio.run(run())
+    assert answer in run(answered())
 
 
 def test_calls_and_classes_come_asynchronously_and_streamed(random: str) -> None:
@@ -114,7 +113,7 @@ def test_calls_and_classes_come_asynchronously_and_streamed(random: str) -> None
         said = [part async for part in await llm.astream_chat(ASK)]
         return whole, parts[-1], made, growing[-1], said[-1]
 
-    whole, last, made, grown, said = asyncio.run(asked())
+    whole, last, made, grown, said = run(asked())
     calls = [llm.get_tool_calls_from_response(answer) for answer in (whole, last)]
     assert calls[0][0].tool_kwargs == calls[1][0].tool_kwargs
     assert isinstance(made, Pet)

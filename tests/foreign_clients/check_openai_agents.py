@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import openai
@@ -19,6 +18,7 @@ from agents import (
     set_tracing_disabled,
 )
 from asked import KEY, MODEL, QUESTION, Owner, Pet
+from asked import run as in_one_loop
 
 set_tracing_disabled(True)
 
@@ -32,7 +32,7 @@ def run(agent: Any) -> Any:
     async def asked() -> Any:
         return await Runner.run(agent, QUESTION, max_turns=6)
 
-    return asyncio.run(asked()).final_output
+    return in_one_loop(asked()).final_output
 
 
 def run_streamed(agent: Any) -> Any:
@@ -42,7 +42,7 @@ def run_streamed(agent: Any) -> Any:
             pass
         return running.final_output
 
-    return asyncio.run(asked())
+    return in_one_loop(asked())
 
 
 @function_tool
@@ -113,7 +113,7 @@ def test_a_session_keeps_its_calls_and_goes_on(obedient: str) -> None:
         again = await Runner.run(agent, "and tomorrow?", session=session, max_turns=6)
         return first.final_output, again.final_output
 
-    assert all("sunny in 上海" in said for said in asyncio.run(asked()))
+    assert all("sunny in 上海" in said for said in in_one_loop(asked()))
 
 
 def test_the_default_is_the_responses_api_whose_refusal_names_the_setting_that_works(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
-from asked import KEY, MODEL, QUESTION, Owner, Pet
+from asked import KEY, MODEL, QUESTION, Owner, Pet, run
 from pydantic_ai import Agent, ModelRetry, NativeOutput, PromptedOutput, ToolOutput, UsageLimits
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -30,7 +29,7 @@ def test_text_whole_and_streamed(random: str) -> None:
         async with agent.run_stream(QUESTION) as run:
             return "".join([part async for part in run.stream_text(delta=True)])
 
-    assert asyncio.run(stream()) == said.output
+    assert run(stream()) == said.output
 
 
 @pytest.mark.parametrize("kind", [Pet, Owner])
@@ -45,7 +44,7 @@ def test_structured_output(random: str, obedient: str, kind: Any, way: Any) -> N
         async with agent.run_stream(QUESTION, usage_limits=FEW) as run:
             return await run.get_output()
 
-    assert isinstance(asyncio.run(stream()), kind)
+    assert isinstance(run(stream()), kind)
 
 
 def test_one_of_several_classes(random: str) -> None:
@@ -88,7 +87,7 @@ def test_events_are_streamed_while_tools_are_called(obedient: str) -> None:
                         kinds += [event.event_kind async for event in events]
         return kinds, run.result.output
 
-    kinds, said = asyncio.run(asked())
+    kinds, said = run(asked())
     assert {"part_start", "function_tool_call", "function_tool_result"} <= set(kinds)
     assert "sunny in 上海" in said
 
@@ -100,7 +99,7 @@ def test_a_class_grows_while_it_is_streamed(random: str) -> None:
         async with agent.run_stream(QUESTION, usage_limits=FEW) as run:
             return [part async for part in run.stream_output(debounce_by=None)]
 
-    assert isinstance(asyncio.run(asked())[-1], Pet)
+    assert isinstance(run(asked())[-1], Pet)
 
 
 def test_the_responses_api_says_what_to_set(random: str) -> None:
