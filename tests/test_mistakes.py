@@ -65,11 +65,12 @@ def test_a_text_of_a_list_must_stand_in_the_file_once() -> None:
         Mutation("f.py", "a + 1", "a").applied(SOURCE)
 
 
-def test_the_tests_of_a_module_come_before_those_of_its_room() -> None:
-    found = mutate.tests_of("finetune/serving/requests/fields.py", room_too=True)
-    assert found[0] == "tests/test_serving_chats.py"
-    assert "tests/test_serving_engine.py" in found
-    assert "tests/test_lora.py" not in found
+def test_the_tests_of_a_module_come_before_those_of_its_room_and_all_others() -> None:
+    near, room, others = mutate.groups_of("finetune/serving/requests/fields.py")
+    assert "tests/test_serving_chats.py" in near
+    assert "tests/test_serving_engine.py" in room
+    assert "tests/test_lora.py" in others
+    assert mutate.groups_of("finetune/serving/requests/fields.py", near_only=True) == [near]
 
 
 CODE = """

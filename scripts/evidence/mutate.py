@@ -5,9 +5,9 @@
     python scripts/evidence/mutate.py finetune --most 100 --seed 3   # drawn over all rooms alike
     python scripts/evidence/mutate.py --list mistakes.jsonl    # {"file", "old", "new"[, "tests"]} a line
 
-Works in a copy of the tree. The tests that name the module or its room are imported once; each mistake gets
-a forked process that runs the tests that call the function with the mistake (`called.py` has seen them do it
-once), quick ones first, up to the first failure. So most mistakes take a second. Tests that start processes
+Works in a copy of the tree. The tests are imported once; each mistake gets a forked process that runs the
+tests that call the function with the mistake (`called.py` has seen them do it once): those that name its module,
+its room, then all others, quick ones first, up to the first failure. So most mistakes take a second. Tests that start processes
 come last and only with `--processes`. Prints a line for each and ends with 1 when one survived. A survivor
 is a missing test, or a change that changes nothing: which of both, somebody has to look at.
 """
@@ -15,6 +15,7 @@ is a missing test, or a change that changes nothing: which of both, somebody has
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -55,29 +56,22 @@ COPIED += [
     "constraints.txt",
 ]
 COPIED += ["CONTRIBUTING.md", "CONTRIBUTING_zh.md", "LICENSE"]
-SLOW = re.compile(r"subprocess|torchrun|command_line|browser|\brun_command")
-"""Words of test files that start processes; they come last."""
-
-
 PROCESS_SECONDS = 8.0
 """What a test takes that starts a process, about."""
 
 
-def tests_of(file: str, *, room_too: bool) -> list[str]:
-    """Test files that name the module, then those that name its room; quick ones first in both."""
+def groups_of(file: str, *, near_only: bool = False) -> list[list[str]]:
+    """Test files that name a module, those that name its room, and all others."""
     module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     room = ".".join(module.split(".")[:2])
-    near, far = [], []
+    package, _, name = module.rpartition(".")
+    near = rf"{re.escape(module)}\b|from {re.escape(package)} import [^\n]*\b{name}\b"
+    groups: list[list[str]] = [[], [], []]
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         text = path.read_text(encoding="utf-8")
-        package, _, name = module.rpartition(".")
-        names = rf"{re.escape(module)}\b|from {re.escape(package)} import [^\n]*\b{name}\b"
-        slow = len(SLOW.findall(text))
-        if re.search(names, text):
-            near.append((slow, path.name))
-        elif room_too and re.search(rf"{re.escape(room)}\b", text):
-            far.append((slow, path.name))
-    return [f"tests/{name}" for _, name in [*sorted(near), *sorted(far)]]
+        place = 0 if re.search(near, text) else 1 if re.search(rf"{re.escape(room)}\b", text) else 2
+        groups[place].append(f"tests/{path.name}")
+    return groups[:1] if near_only else groups
 
 
 def copied() -> Path:
@@ -154,8 +148,8 @@ class Laboratory:
         self._sound: dict[str, bool] = {}
         """Tests by whether they pass in the copy as it is."""
 
-    def noticed_by(self, mutation: Mutation, near: Sequence[str], room: Sequence[str]) -> str:
-        """The test that fails because of the mistake; "" when none does."""
+    def noticed_by(self, mutation: Mutation, groups: Sequence[Sequence[str]]) -> str:
+        """The test that fails because of the mistake, of the first group of files that has one; "" for none."""
         source = (self._folder / mutation.file).read_text(encoding="utf-8")
         if mutation.tests:
             files = {test.partition("::")[0] for test in mutation.tests}
@@ -164,11 +158,11 @@ class Laboratory:
             return self._first(mutation, source, named)
         wanted = self._functions(mutation, source)
         left = self._seconds
-        for files in (near, room):
+        for files in groups:
             chosen, left = self._chosen(files, wanted, left)
             if found := self._first(mutation, source, chosen):
                 return found
-        return self._first(mutation, source, self._process_tests(near))
+        return self._first(mutation, source, self._process_tests(groups[0]))
 
     def _first(self, mutation: Mutation, source: str, seconds: dict[str, float]) -> str:
         """The first of the tests that fails because of the mistake."""
@@ -256,19 +250,17 @@ def outcomes(
     mutations: Sequence[Mutation], seconds: float, *, room_too: bool, processes: bool
 ) -> Iterator[tuple[Mutation, str, float]]:
     """Each mutation with what noticed it, "" for none, and the seconds that it took."""
-    near = {one: tests_of(one.file, room_too=False) for one in mutations}
-    room = {
-        one: [t for t in tests_of(one.file, room_too=room_too) if t not in near[one]]
-        for one in mutations
-    }
+    groups = {one: groups_of(one.file, near_only=not room_too) for one in mutations}
     files = {
-        t.partition("::")[0] for one in mutations for t in (*near[one], *room[one], *one.tests)
+        test.partition("::")[0]
+        for one, found in groups.items()
+        for test in (one.tests or itertools.chain.from_iterable(found))
     }
     with workshop(sorted(files)) as (folder, warm):
         laboratory = Laboratory(folder, warm, seconds, processes=processes)
         for one in mutations:
             begun = time.monotonic()
-            yield one, laboratory.noticed_by(one, near[one], room[one]), time.monotonic() - begun
+            yield one, laboratory.noticed_by(one, groups[one]), time.monotonic() - begun
 
 
 def watched() -> int:

@@ -83,7 +83,7 @@ def codes(source: str, path: str) -> tuple[list[CodeType], list[tuple[Any, ...]]
 
 
 def exchanged(old: str, new: str, path: Path) -> bool:
-    """Puts the new code into the functions of an imported module; False when that does not say it all."""
+    """Puts the new code into the functions of an imported module; False when that does not say it all, or nothing of it is imported."""
     (before, once), (after, then) = codes(old, str(path)), codes(new, str(path))
     if once != then or [c.co_qualname for c in before] != [c.co_qualname for c in after]:
         return False
@@ -92,13 +92,15 @@ def exchanged(old: str, new: str, path: Path) -> bool:
         for b, a in zip(before, after, strict=True)
         if b.co_freevars == a.co_freevars
     }
+    count = 0
     for function in [one for one in gc.get_objects() if type(one) is FunctionType]:
         code = function.__code__
         if code.co_filename == str(path):
             found = by_place.get((code.co_qualname, code.co_firstlineno))
             if found is not None:
                 function.__code__ = found
-    return True
+                count += 1
+    return count > 0
 
 
 class Collected:
@@ -116,7 +118,6 @@ class Collected:
         self._session = session
         self.items = {item.nodeid: item for item in session.items}
         session.config._tmp_path_factory.getbasetemp()
-        gc.freeze()
         self._serve(self)
         return True
 
