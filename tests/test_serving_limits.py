@@ -119,28 +119,6 @@ def test_a_body_that_is_not_clean_json_is_refused(
     assert reason in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("path", "remedy"),
-    [
-        ("/v1/responses", "set_default_openai_api('chat_completions')"),
-        ("/v1/responses/resp_1/cancel", "use_responses_api=False"),
-        ("/v1/messages", "Anthropic"),
-        ("/v1/fine_tuning/jobs", "finetune train"),
-        ("/v1/audio/speech", "only text"),
-        ("/v1/threads", "send them whole"),
-        ("/chat/completions", "/v1/chat/completions"),
-        ("/v1/v1/chat/completions", "the address is /v1/chat/completions"),
-        ("/nothing", "served are /v1/chat/completions"),
-    ],
-)
-def test_an_address_that_is_not_served_says_what_to_ask_instead(
-    server: serving.Served, path: str, remedy: str
-) -> None:
-    answer = httpx.post(f"{server.url}{path}", json={})
-    assert answer.status_code == 404
-    assert remedy in answer.json()["error"]["message"]
-
-
 def test_other_paths_models_methods_and_kinds_of_body_have_errors_of_the_same_form(
     server: serving.Served,
 ) -> None:

@@ -173,3 +173,25 @@ def test_null_is_absence_in_any_field(opened: OpenedModel) -> None:
 
     for field in set(NULLABLE) - {"model", "prompt"}:
         assert read(**{field: None}) == read(), field
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("/v1/responses", "set_default_openai_api('chat_completions')"),
+        ("/v1/responses/resp_1/cancel", "use_responses_api=False"),
+        ("/v1/messages", "Anthropic"),
+        ("/v1/fine_tuning/jobs", "finetune train"),
+        ("/v1/audio/speech", "only text"),
+        ("/v1/threads", "send them whole"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "the address is /v1/chat/completions"),
+        ("/nothing", "served are /v1/chat/completions"),
+    ],
+)
+def test_an_address_that_is_not_served_says_what_to_ask_instead(
+    server: serving.Served, path: str, remedy: str
+) -> None:
+    answer = httpx.post(f"{server.url}{path}", json={})
+    assert answer.status_code == 404
+    assert remedy in answer.json()["error"]["message"]
