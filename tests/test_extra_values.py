@@ -51,6 +51,23 @@ def test_an_optimizer_whose_library_is_missing_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("library", "mark"),
+    [(library, mark) for library, marks in extras.BY_LIBRARY.items() for mark in marks],
+)
+def test_every_name_with_the_mark_of_a_library_asks_for_it(
+    library: str, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == library else real(name))
+    every = {*extras.optimizer_names(), *extras.NAMED_OPTIMIZERS}
+    names = [n for n in every if n.startswith(mark) or (mark == "bnb" and "bnb" in n)]
+    asked = [name for name in names if name not in extras.NAMED_OPTIMIZERS]
+    for name in asked:
+        assert library in extras.extra_problems({"optim": name}).get("optim", ""), name
+    assert asked or set(names) & extras.NAMED_OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize(
     "good",
     [
         {"optim": "sgd", "adam_beta2": 0.95, "adam_epsilon": 1},
