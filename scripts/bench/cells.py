@@ -26,7 +26,7 @@ for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu"), ("HF_HU
     os.environ.setdefault(name, value)
 
 Settings = dict[str, Any]
-FAMILIES = ("chatglm", "glm", "glm4", "glm4v", "glm4.1v")
+FAMILIES = ("chatglm", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm4v", "glm4.1v")
 
 
 @dataclass(frozen=True)
