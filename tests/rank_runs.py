@@ -253,7 +253,46 @@ def split_rows(bench: Bench) -> dict[str, Any]:
     return runs_of
 
 
+# --- mixtures of experts ----------------------------------------------------------------------------------
+
+
+def mixtures(bench: Bench) -> dict[str, Any]:
+    """Losses, weights and expert figures of a mixture in two processes, beside one without DeepSpeed."""
+    import tiny
+    from closeness import SMOOTH_STEPS
+    from safetensors.torch import load_file
+
+    model = tiny.save_model(bench.folder / "mixture", "glm4_moe")
+    experts = {"kind": "lora", "rank": 4, "dropout": 0.0, "target_modules": ["q_proj", "experts"]}
+    found: dict[str, Any] = {}
+    for name, method in (("full", {"kind": "full"}), ("experts", experts)):
+        weights: dict[int, dict[str, Any]] = {}
+        for stage in (0, 2, 3):
+            run = f"mixture {name} {stage}"
+            deepspeed = {"deepspeed": {"zero_stage": stage}} if stage else {}
+            outcome = bench.run(
+                run, 2 if stage else 1, None, {"method": method} | deepspeed,
+                **SMOOTH_STEPS | {"model__path": str(model), "training__max_steps": 2, "training__batch_size": 1 if stage else 2},
+            )  # fmt: skip
+            folder = bench.folder / run
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]  # fmt: skip
+            weights[stage] = {}
+            for file in sorted((folder / "checkpoint-2").glob("*model*.safetensors")):
+                weights[stage] |= load_file(file)
+            far = max(
+                (float((weights[stage][key] - tensor).abs().max()) for key, tensor in weights[0].items()),
+                default=None,
+            )  # fmt: skip
+            logged = ("loss", "experts_share_1", "experts_entropy_2", "experts_largest_share")
+            found[run] = outcome | {
+                "far": far, "tensors": len(weights[stage]),
+                "logged": [[line[key] for key in logged] for line in lines if "loss" in line],
+            }  # fmt: skip
+    return found
+
+
 PARTS = {
+    "mixtures": mixtures,
     "split rows": split_rows,
     "gathers": gathers,
     "failures": failures,
@@ -264,7 +303,7 @@ PARTS = {
 def main() -> None:
     """Every part, or those that are named."""
     bench = Bench(Path(sys.argv[1]))
-    asked = sys.argv[2:] or ["gathers", "failures", "split rows"]
+    asked = sys.argv[2:] or ["gathers", "failures", "split rows", "mixtures"]
     print(json.dumps({name: PARTS[name](bench) for name in asked}))
     sys.stdout.flush()
     os._exit(0)

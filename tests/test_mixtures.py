@@ -62,6 +62,7 @@ def test_experts_lie_apart_on_disk_as_published(folder: Path) -> None:
 
 def test_every_way_to_run_the_experts_gives_the_same_logits_and_gradients(folder: Path) -> None:
     model = load_model(folder)
+    assert model.config._experts_implementation == "grouped_mm"
     found = {}
     for way in ("eager", "grouped_mm", "batched_mm"):
         model.set_experts_implementation(way)

@@ -34,6 +34,20 @@ def test_under_zero_3_no_token_of_a_reply_gathers_a_weight(found: dict[str, Any]
     assert "layer by layer" not in "".join(whole["said"])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("method", ["full", "experts"])
+def test_a_mixture_learns_in_two_processes_what_it_learns_in_one(
+    found: dict[str, Any], method: str, stage: int
+) -> None:
+    alone, both = (found["mixtures"][f"mixture {method} {number}"] for number in (0, stage))
+    assert both["codes"] == [0, 0], both["said"]
+    assert both["tensors"] == alone["tensors"] > 0
+    assert both["far"] < 1e-5
+    # Losses, and which experts the tokens of all processes took.
+    for ours, theirs in zip(both["logged"], alone["logged"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

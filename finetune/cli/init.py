@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from finetune import console
+from finetune.artifacts.experts import num_experts
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
@@ -85,9 +86,10 @@ def draft(data: str, model: str, gpu: Gpu, output: Path) -> Draft:
         console.warn(note)
     (source,) = report.sources
     folder = local_folder(model, files=TOKENIZER_FILES)
-    sees = read_json(folder / MODEL_CONFIG).get("vision_config") is not None
+    config = read_json(folder / MODEL_CONFIG)
+    narrow = config.get("vision_config") is None and not num_experts(config)
     least = None
-    for rung in _rungs(source, gpu.number, sees=sees):
+    for rung in _rungs(source, gpu.number, narrow=narrow):
         tree = _tree(source, model, rung, gpu.number, output)
         _, found = planned(RunConfig.model_validate(tree), gpu)
         if found.fits:
@@ -100,14 +102,15 @@ def draft(data: str, model: str, gpu: Gpu, output: Path) -> Draft:
     )
 
 
-def _rungs(source: SourceReport, gpus: int, *, sees: bool) -> Iterator[Rung]:
+def _rungs(source: SourceReport, gpus: int, *, narrow: bool) -> Iterator[Rung]:
+    """From the fastest on; `narrow` where the weights may be held in 4 bits."""
     length = _row(source)
     yield Rung(length, "all activations are kept, the fastest way", checkpointing=False)
     yield Rung(length, "activations are computed again: a third more time, much less memory")
     if gpus > 1:
         yield Rung(length, "the weights are cut over the GPUs", shards=True)
     while True:
-        if not sees:
+        if narrow:
             yield Rung(length, "the frozen weights are held in 4 bits (QLoRA)", quantized=True)
         length //= 2
         if source.images or length < SHORTEST_ROW:

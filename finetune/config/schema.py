@@ -75,7 +75,7 @@ class LoraMethod(MethodSection):
     """Dropout on the adapter's input."""
 
     target_modules: str | list[str] | None = None
-    """A regex over full module names, a list of name endings, or `all-linear`; by default attention and MLP of the text layers. In a list `text` and `vision` stand for the layers of that part, so `[text, vision]` adapts the vision encoder too."""
+    """A regex over full module names, a list of name endings, or `all-linear`; by default attention and MLP of the text layers, in a mixture of experts the shared experts. In a list `text` and `vision` stand for the layers of that part, so `[text, vision]` adapts the vision encoder too. Routed experts only where an entry names `experts`, with `dropout: 0`."""
 
     use_rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""

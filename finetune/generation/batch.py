@@ -193,13 +193,12 @@ class Batch:
     def attend_step(self) -> None:
         """The same like that of `step`: one token behind a cache that is not empty."""
         cache = _new_cache(self._model)
-        config = self._model.config.get_text_config()
-        blank = torch.zeros(
-            1, config.num_key_value_heads, 1, head_size(config),
-            dtype=self._model.dtype, device=self._model.device,
-        )  # fmt: skip
+        blank = [
+            torch.zeros(1, heads, 1, size, dtype=self._model.dtype, device=self._model.device)
+            for heads, size in cached_sizes(self._model.config.get_text_config())
+        ]
         for layer in cache.layers:
-            layer.update(blank, blank)
+            layer.update(*blank)
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
         _forward(self._model, cache, ids, torch.ones_like(ids).expand(1, 2), ids + 1)
 
@@ -276,11 +275,12 @@ def beginnings(prompts: Sequence[Prompt]) -> list[int]:
     return found
 
 
-def head_size(config: Any) -> int:
-    """Numbers of a key or a value of one head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+def cached_sizes(config: Any) -> list[tuple[int, int]]:
+    """Heads, and the numbers of each, of a token's keys and of its values in the cache of a layer."""
+    if latent := getattr(config, "kv_lora_rank", None):  # MLA keeps what both are made from
+        return [(1, latent), (1, config.qk_rope_head_dim)]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [(config.num_key_value_heads, int(size))] * 2
 
 
 def image_inputs(prompts: Sequence[Any], device: torch.device) -> dict[str, Tensor]:

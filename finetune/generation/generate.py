@@ -19,7 +19,7 @@ from finetune.distributed.processes import (
     reduce_max,
 )
 from finetune.errors import DataError
-from finetune.generation.batch import Prompt, SharedPrefix, beginnings, head_size
+from finetune.generation.batch import Prompt, SharedPrefix, beginnings, cached_sizes
 from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
 from finetune.generation.prompts import window_size
 
@@ -357,11 +357,8 @@ def rows_at_once(model: Any, asked: int | Literal["auto"], longest: int) -> int:
 def cache_tokens(model: Any, size: int | None = None) -> int:
     """Tokens whose keys and values fit into `size` bytes, by default `CACHE_BYTES`."""
     config = model.config.get_text_config()
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    return int(
-        (CACHE_BYTES if size is None else size)
-        // (2 * heads * head_size(config) * model.dtype.itemsize)
-    )
+    numbers = config.num_hidden_layers * sum(heads * each for heads, each in cached_sizes(config))
+    return int((CACHE_BYTES if size is None else size) // (numbers * model.dtype.itemsize))
 
 
 def check_context(

@@ -21,6 +21,11 @@ def check_size(folder: Path, config: Any) -> None:
     asked = text.num_hidden_layers * text.hidden_size * (attention + 3 * text.intermediate_size)
     asked += text.vocab_size * text.hidden_size
     if experts := getattr(text, "n_routed_experts", None):
+        if not 0 < text.num_experts_per_tok <= experts:
+            raise ModelError(
+                f"{folder}: a token takes {text.num_experts_per_tok} of {experts} experts by its {MODEL_CONFIG}; "
+                "use the config.json that belongs to it"
+            )
         layers = text.num_hidden_layers - first_dense(text)
         # What a mixture has in the place of an MLP.
         wide = 3 * (experts * text.moe_intermediate_size - text.intermediate_size)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import launcher
+from finetune.artifacts.experts import num_experts
+from finetune.artifacts.names import MODEL_CONFIG
+from finetune.artifacts.plain_files import read_json_if_there
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
 from finetune.config.schema import (
     DeepSpeedSection,
@@ -17,7 +20,7 @@ from finetune.config.schema import (
     ModelSection,
     TrainingSection,
 )
-from finetune.errors import OutOfMemoryError, is_out_of_memory
+from finetune.errors import ModelError, OutOfMemoryError, is_out_of_memory
 from finetune.methods import METHODS
 
 if TYPE_CHECKING:
@@ -96,6 +99,14 @@ class RunMemory:
             f"To reduce memory, cheapest first:{knobs}"
         )
 
+    def _is_mixture(self) -> bool:
+        """Whether most weights are experts, which are not held in 4 bits."""
+        try:
+            folder = local_folder(self.model.path, self.model.revision, files=TOKENIZER_FILES)
+        except ModelError:
+            return False  # the message is about memory, whatever else is wrong
+        return num_experts(read_json_if_there(folder / MODEL_CONFIG)) > 0
+
     def _planned(self) -> str:
         """What the plan of this run says; why there is none, when it cannot be made."""
         from finetune.planning.plan import Gpu
@@ -134,8 +145,9 @@ class RunMemory:
         if model.dtype in ("auto", "float32"):
             knobs.append(f"model.dtype=bfloat16 (now {model.dtype})")
         method = METHODS[self.method.kind]
+        narrows = "model.quantization" in method.less_memory
         if method.less_memory and (model.quantization is None or method.less_memory_if_quantized):
-            knobs.append(method.less_memory)
+            knobs += [] if narrows and self._is_mixture() else [method.less_memory]
         if self.evaluation is not None and self.evaluation.generate:
             knobs.append(
                 f"evaluation.batch_size (now {self.evaluation.batch_size}), if it ran out while "

@@ -27,6 +27,11 @@ class OfTransformers:
         """Not: experts that lie apart on disk are put together as for transformers' own class."""
         return False
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Yes, as transformers finds by reading the source of its own class."""
+        return True
+
 
 class CountsExperts(OfTransformers):
     """Goes before a text model of transformers whose layers are mixtures."""

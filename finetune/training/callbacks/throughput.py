@@ -59,7 +59,8 @@ def work_of(model: nn.Module, mean_length: float, devices: int) -> Work:
         matrices += size
         trained += size if weight.requires_grad else 0
     heads = text.num_hidden_layers * text.num_attention_heads
-    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    channels = getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
+    channels = channels or text.hidden_size // text.num_attention_heads
     attention = 3 * 4 * heads * channels * mean_length / 2
     return Work(4 * matrices + 2 * trained + attention, peak_flops(), devices)
 
