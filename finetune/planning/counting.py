@@ -232,6 +232,11 @@ def _bytes(name: str, given: Iterable[Tensor], made: Iterable[Tensor]) -> int:
 def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     if name in ATTENTION_FLOPS:
         return int(ATTENTION_FLOPS[name](*args))
+    if (
+        name == "_grouped_mm"
+    ):  # of experts: rows [S, K] and weights [E, K, N], or for their gradient [S, N]
+        rows, others = args[:2]
+        return int(2 * rows.numel() * others.shape[-1])
     packet = func.overloadpacket
     if packet not in flop_registry and name.endswith("_"):  # in place: addmm_
         packet = getattr(torch.ops.aten, name[:-1], packet)

@@ -79,7 +79,7 @@ class Plan:
     parameters: int
     """Of the model itself."""
     active_parameters: int
-    """Of these, what a token goes through: in a mixture the experts that it takes."""
+    """Of these, what a token goes through: in a mixture the experts that it takes, and no table of tokens."""
     steps: int | None
     """`training.max_steps`; what epochs come to depends on the data."""
     gpu: Gpu
@@ -270,7 +270,8 @@ def _sizes(model: ModelSection, method: Method, folder: Path, dtype: torch.dtype
         frozen -= int(whole["linear"] * (dtype.itemsize - NF4_BYTES))
     text, everything, active = text_config(folder), whole["own"], whole["own"]
     if whole["experts"]:
-        active -= whole["experts"] * (text.n_routed_experts - text.num_experts_per_tok) // text.n_routed_experts  # fmt: skip
+        unused = text.n_routed_experts - text.num_experts_per_tok
+        active -= whole["experts"] * unused // text.n_routed_experts + text.vocab_size * text.hidden_size  # fmt: skip
     return _Sizes(frozen, trained, whole["trained bytes"], one["largest"], everything, active)
 
 
