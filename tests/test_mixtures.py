@@ -246,12 +246,18 @@ def bytes_of(tensor: TensorInfo) -> bytes:
     return tensor.file.read_bytes()[tensor.start : tensor.end]
 
 
-def test_routed_experts_want_no_dropout_and_no_dora(folder: Path) -> None:
+def test_routed_experts_want_no_dropout_no_dora_and_no_zero_3(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"method\.dropout is 0\.1, but .* set method\.dropout: 0"
     ):
         methods.attach(load_model(folder), LoraMethod(target_modules=["experts"]))
     with pytest.raises(ConfigError, match=r"method\.use_dora: PEFT opens no DoRA"):
         methods.attach(load_model(folder), LoraMethod(use_dora=True))
+    dealt_out = load_model(folder)
+    next(dealt_out.parameters()).ds_id = 0
+    with pytest.raises(
+        ConfigError, match=r"ZeRO-3 has not gathered them; set deepspeed\.zero_stage: 2"
+    ):
+        methods.attach(dealt_out, LoraMethod(dropout=0.0, target_modules=["experts"]))
     with pytest.raises(ConfigError, match=r"mlp\.experts\.gate_up_proj x 2"):
         methods.attach(load_model(folder), LoraMethod(target_modules=["expert"]))

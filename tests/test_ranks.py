@@ -34,8 +34,7 @@ def test_under_zero_3_no_token_of_a_reply_gathers_a_weight(found: dict[str, Any]
     assert "layer by layer" not in "".join(whole["said"])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("method", ["full", "experts"])
+@pytest.mark.parametrize(("method", "stage"), [("full", 2), ("full", 3), ("experts", 2)])
 def test_a_mixture_learns_in_two_processes_what_it_learns_in_one(
     found: dict[str, Any], method: str, stage: int
 ) -> None:

@@ -74,7 +74,8 @@ def attach(
     if not modules and not parameters:
         raise ConfigError("model.freeze covers every layer of method.target_modules; nothing is left to train; freeze fewer layers")  # fmt: skip
     if experts:
-        check_options(section, parameters, modules)
+        apart = any(hasattr(weight, "ds_id") for weight in model.parameters())
+        check_options(section, parameters, modules, apart=apart)
         targets, excluded = modules, []
     config = LoraConfig(
         task_type="CAUSAL_LM",

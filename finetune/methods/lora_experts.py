@@ -51,12 +51,19 @@ def asked_for(pattern: str, names: Sequence[str], *, regex: bool) -> list[str]:
     return [name for name in names if hits(name) or hits(name.rpartition(".")[0])]
 
 
-def check_options(section: LoraMethod, parameters: Sequence[str], modules: Iterable[str]) -> None:
-    """Refuse options that PEFT has no form for.
+def check_options(
+    section: LoraMethod, parameters: Sequence[str], modules: Iterable[str], *, apart: bool
+) -> None:
+    """Refuse options that PEFT has no form for; `apart` where ZeRO-3 has dealt the weights out.
 
     Raises:
         ConfigError: Names them.
     """
+    if parameters and apart:
+        raise ConfigError(
+            "method.target_modules names routed experts, whose adapters PEFT reads outside of any layer's forward "
+            "pass, where ZeRO-3 has not gathered them; set deepspeed.zero_stage: 2 or less, or leave the experts out"
+        )
     if parameters and section.dropout:
         raise ConfigError(
             f"method.dropout is {section.dropout:g}, but the adapters of routed experts are added to the weights "
