@@ -18,7 +18,12 @@ import pictures  # noqa: E402
 import runs  # noqa: E402
 import tiny  # noqa: E402
 
-FAMILIES = {"lora_hf": "glm", "lora_0414": "glm4", "quickstart": "glm"}
+FAMILIES = {
+    "lora_hf": "glm",
+    "lora_0414": "glm4",
+    "quickstart": "glm",
+    "lora_flash": "glm4_moe_lite",
+}
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -49,6 +54,7 @@ def main(folder: Path) -> None:
             ("chatglm", {"seq_length": 131072}),
             ("glm", {"max_position_embeddings": 131072}),
             ("glm4", {"max_position_embeddings": 131072}),
+            ("glm4_moe_lite", {"max_position_embeddings": 131072}),
         )
     }
     models["glm4v"] = pictures.save_model(folder / "glm4v", seq_length=8192)
