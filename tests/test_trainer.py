@@ -16,6 +16,7 @@ from closeness import SMOOTH_STEPS, assert_trained_alike, loss_rounding
 from transformers import AutoConfig
 
 from finetune.errors import ConfigError
+from finetune.training.trainer import FineTuner
 
 
 @pytest.fixture(scope="module")
@@ -275,3 +276,19 @@ def test_processes_that_would_train_apart_are_refused(
     arguments: Any = SimpleNamespace(deepspeed=deepspeed)
     with pytest.raises(ConfigError, match="start with torchrun"):
         settings.check_distribution(accelerator, arguments)
+
+
+def test_all_layers_are_in_training_mode_from_the_first_step_on(
+    tiny_glm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else none is recomputed: a fresh adapter says that it is in training mode, its base is not."""
+    seen: list[bool] = []
+    original = FineTuner.compute_loss
+
+    def watched(self: Any, model: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(all(module.training for module in model.modules()))
+        return original(self, model, *rest, **more)
+
+    monkeypatch.setattr(FineTuner, "compute_loss", watched)
+    runs.run_here(runs.config(tiny_glm, data, tmp_path / "run", training__max_steps=2))
+    assert seen == [True, True]

@@ -266,6 +266,8 @@ class FineTuner(Trainer):
         resumed run gets its streams from the checkpoint, where there is one for this process.
         """
         self.add_callback(StoppedIsSaved())  # behind the user's
+        # A fresh adapter is in training mode around a base that is not, whose layers would recompute nothing.
+        self.model.train()
         torch.manual_seed(self.saver.training.seed + rank_and_world()[0] + (step << 32))
         self.train(str(folder) if folder else None)
 
