@@ -75,7 +75,7 @@ def count_experts(text: nn.Module, layers: nn.ModuleList) -> None:
     """Give the routers of a text model's layers one place to count in, and the model that place."""
     found = {n: getattr(layer.mlp, "gate", None) for n, layer in enumerate(layers)}
     routers: dict[int, Any] = {n: router for n, router in found.items() if router is not None}
-    experts = max((len(router.weight) for router in routers.values()), default=0)
+    experts = max((router.num_experts for router in routers.values()), default=0)
     use = ExpertUse(list(routers), experts)
     for place, router in enumerate(routers.values()):
         router.__class__ = _ROUTERS[type(router)]
