@@ -148,6 +148,7 @@ class Chat:
         """
         from finetune.generation.generate import Extras, SeededSampling, generate
         from finetune.generation.messages import message_json, reply_messages
+        from finetune.generation.sampling import Sampling
 
         asked = [_conversation(row, "predict") for row in rows]
         written = generate(
@@ -156,7 +157,7 @@ class Chat:
             self.template.prompts([(each, len(each.messages)) for each in asked]),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            extras=Extras(sampling=SeededSampling(temperature, seed) if temperature else None),
+            extras=Extras(SeededSampling(Sampling(temperature), seed) if temperature else None),
         )
         return [
             message_json(reply_messages(reply.ids, self.template, each.tools)[0])

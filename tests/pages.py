@@ -70,7 +70,8 @@ def served(models: dict[str, OpenedModel], folder: Path | None, **options: Any) 
             written = serving.Scripted(
                 models[name].template, lambda prompt, name=name: answer(name, prompt)
             )
-            written.put_in_place(writer.decoder)
+            for lane in writer.lanes.values():
+                written.put_in_place(lane.decoder)
             server.scripts[name] = written
         yield server
 

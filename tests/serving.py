@@ -81,16 +81,17 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
         assert not thread.is_alive()
 
 
-def save_talkative(folder: Path, family: str = "glm", *, ends: bool = True) -> Path:
+def save_talkative(folder: Path, family: str = "glm", *, ends: bool = True, **shape: Any) -> Path:
     """A tiny model that says text for a while: of the control tokens it knows `<|user|>` alone.
 
     Without `ends` it does not know that one either, and has room for a very long reply.
     """
-    tiny.save_model(folder, family, **({} if ends else {"max_position_embeddings": 200_000}))
+    shape = shape if ends else {"max_position_embeddings": 200_000, **shape}
+    tiny.save_model(folder, family, **shape)
     tensors = load_file(folder / "model.safetensors")
     [head] = [name for name in tensors if name.endswith(("lm_head.weight", "output_layer.weight"))]
     known = {tiny.CONTROL_IDS["<|user|>"]} if ends else set()
-    silent = [n for n in range(tiny.NUM_RANKS, tiny.VOCAB_SIZE) if n not in known]
+    silent = [n for n in range(tiny.NUM_RANKS, len(tensors[head])) if n not in known]
     tensors[head][silent] = 0.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -18,6 +18,7 @@ from finetune.generation import batch as tensors
 from finetune.generation import generate as generation
 from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.generate import Extras, Reply, SeededSampling, generate, plan_batches
+from finetune.generation.sampling import Sampling
 from finetune.methods import ptuning_v2
 
 
@@ -301,7 +302,7 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(
     asked = prompts(3)
     greedy = generate(glm, Stops(), asked, max_new_tokens=8, batch_size=3)
     for temperature in (1e-320, 1e-30, 9e-6):
-        extras = Extras(SeededSampling(temperature))
+        extras = Extras(SeededSampling(Sampling(temperature)))
         assert generate(glm, Stops(), asked, max_new_tokens=8, batch_size=3, extras=extras) == greedy  # fmt: skip
 
 
@@ -309,7 +310,7 @@ def test_sampled_replies_depend_on_the_seed_and_not_on_the_batch(glm: Any) -> No
     asked = prompts(9)
 
     def sampled(seed: int, size: int, first: int = 0) -> list[tuple[int, ...]]:
-        extras = Extras(SeededSampling(temperature=0.8, seed=seed, first=first))
+        extras = Extras(SeededSampling(Sampling(0.8), seed=seed, first=first))
         found = generate(
             glm, Stops(), asked[first:], max_new_tokens=12, batch_size=size, extras=extras
         )

@@ -285,7 +285,7 @@ def test_serve_and_chat_open_the_page_with_what_the_command_says(
     (served, serving_options), (chatted, chat_options) = opened
     assert served == chatted == {"base": base, "tuned": base}
     assert serving_options.page == html.PageOptions(Path(save))
-    assert chat_options.page == html.PageOptions(None, "Be kind.", {"temperature": 0.5, "max_tokens": 1024})  # fmt: skip
+    assert chat_options.page == html.PageOptions(None, "Be kind.", {"temperature": 0.5, "top_p": 0.8, "max_tokens": 1024})  # fmt: skip
     assert chat_options.port == 0
     for words in (["serve", base, "--save-to", save], ["chat", base, "--save-to", save], ["chat", base, f"a={base}"]):  # fmt: skip
         with pytest.raises(SystemExit) as end:

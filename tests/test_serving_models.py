@@ -72,8 +72,8 @@ def test_checkpoints_of_a_training_run_are_picked_up_and_old_ones_let_go(
         assert list(rules) == ["base", "run", "run@3", "run@4", "run@5"], "three, and no broken one"
         assert set(engine.writers) == {"base", "run@3", "run@4", "run@5"}
         assert rules["run"].name == "run@5"
-        base = engine.writers["base"].decoder
-        new = engine.writers["run@5"].decoder
+        base = engine.writers["base"].lanes["short"].decoder
+        new = engine.writers["run@5"].lanes["short"].decoder
         first, second = (one.batch._model for one in (base, new))
         kept = {parameter.data_ptr() for parameter in first.parameters()}
         assert kept <= {parameter.data_ptr() for parameter in second.parameters()}, (
@@ -142,7 +142,9 @@ def test_what_goes_wrong_with_one_model_harms_no_other(
         raise RuntimeError("no more")
 
     with serving.served(opened) as server:
-        monkeypatch.setattr(server.engine.writers["lora"].decoder.batch, "step", broken)
+        monkeypatch.setattr(
+            server.engine.writers["lora"].lanes["short"].decoder.batch, "step", broken
+        )
         create = server.client.chat.completions.create
         with pytest.raises(openai.InternalServerError):
             create(model="lora", messages=HELLO, max_tokens=5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +17,7 @@ from finetune.data.chat.image import ImageError, check_image
 from finetune.data.dialogue.conversation import Conversation, Message, Role, RowError, ShownImage
 from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
+from finetune.generation.sampling import GREEDY, Sampling
 from finetune.generation.settings import HERE, Placement
 from finetune.generation.stream import Piece, ReplyStream
 
@@ -28,8 +29,6 @@ HELP = """\
 /help          this
 /quit          leave; so does Ctrl-D. Ctrl-C stops a reply
 A line that ends in \\ goes on in the next one; // at the start stands for /."""
-TOP_P = 0.8
-"""Nucleus of sampling, as in the generation_config.json of glm-4-9b-chat."""
 
 
 def chat(
@@ -38,7 +37,8 @@ def chat(
     base: str | None = None,
     system: str | None = None,
     max_new_tokens: int = 1024,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
+    seed: int | None = None,
     placement: Placement = HERE,
 ) -> None:
     """Opens `target` (a model, an adapter or a checkpoint) and talks until the input ends."""
@@ -47,7 +47,7 @@ def chat(
     console.say(f"opening {target} ...")
     opened = open_model(target, base=base, placement=placement)
     name = target if opened.kind == "model" else f"{target} on {opened.base}"
-    voice = Voice(opened.model, opened.template, max_new_tokens, temperature)
+    voice = Voice(opened.model, opened.template, max_new_tokens, sampling, seed)
     terminal = Terminal(sys.stdin, sys.stdout)
     terminal.line(f"{name}; /help shows the commands, /quit leaves")
     Session(voice, terminal, system or "").run()
@@ -98,7 +98,11 @@ class Voice:
     model: Any
     template: Any
     max_new_tokens: int
-    temperature: float = 0.0
+    sampling: Sampling = GREEDY
+    seed: int | None = None
+    """Of the first reply; the next ones follow it. None: others each time."""
+    replies: int = 0
+    """Asked for so far."""
 
     def room(self, conversation: Conversation) -> bool:
         """Whether the dialogue and a reply fit into the model's context."""
@@ -116,7 +120,9 @@ class Voice:
 
         prompt = self.template.prompt(conversation, len(conversation.messages))
         speech = Speech(self.template, conversation.tools, show)
-        decoding = Decoding(self.max_new_tokens, self.temperature, TOP_P)
+        seed = None if self.seed is None else self.seed + self.replies
+        decoding = Decoding(self.max_new_tokens, seed=seed, **asdict(self.sampling))
+        self.replies += 1
         request = Request(prompt, decoding, speech.take)
         with suppress(KeyboardInterrupt), evaluating(self.model):
             write_replies(self.model, self.template.stop_ids, [request], slots=1)

@@ -46,6 +46,48 @@ SaveTo = Annotated[
         help="Where the page saves votes (votes.jsonl) and dialogues as training rows (rows.jsonl).",
     ),
 ]
+Temperature = Annotated[
+    float, typer.Option(metavar="X", min=0, help="0 always takes the likeliest token.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        min=0,
+        max=1,
+        help="Draw from the likeliest tokens of this probability together.",
+    ),
+]
+TopK = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Draw from so many of the likeliest tokens; 0: all.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        min=0,
+        max=1,
+        help="Draw tokens that have this part of the likeliest one's probability.",
+    ),
+]
+PresencePenalty = Annotated[
+    float,
+    typer.Option(metavar="X", min=-2, max=2, help="Taken off tokens that stand in the reply."),
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        min=-2,
+        max=2,
+        help="Taken off tokens for each time that they stand in the reply.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(metavar="X", help="Above 1: tokens of prompt and reply come less often.")
+]
+CHAT_TOP_P = 0.8
+"""Nucleus of sampling, as in the generation_config.json of glm-4-9b-chat."""
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")]
 
 
@@ -71,6 +113,17 @@ def predict(
     rows: Rows = None,
     json_schema: JsonSchema = None,
     require_call: RequireCall = False,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of drawn tokens.")] = 0,
+    num_replies: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Replies to each dialogue, drawn one by one.")
+    ] = 1,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -84,6 +137,7 @@ def predict(
         from finetune.generation.dialogues import RowOptions
         from finetune.generation.predict import PredictOptions
         from finetune.generation.predict import predict as run
+        from finetune.generation.sampling import Sampling
         from finetune.generation.settings import Placement
         from finetune.generation.structured import read_form
 
@@ -94,6 +148,17 @@ def predict(
             RowOptions(columns, format, image_root, tuple(rows or ())),
             form=read_form(json_schema, must_call=require_call),
             placement=Placement(device_map, quantization),
+            sampling=Sampling(
+                temperature,
+                1.0 if top_p is None else top_p,
+                top_k,
+                min_p,
+                presence_penalty,
+                frequency_penalty,
+                repetition_penalty,
+            ),
+            seed=seed,
+            num_replies=num_replies,
         )
         emit(run(target, data, output, base=base, options=options, overwrite=overwrite))
 
@@ -148,25 +213,48 @@ def chat(
     quantization: Quantization = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     max_new_tokens: MaxNewTokens = 1024,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", min=0, help="0 always takes the likeliest token.")
-    ] = 0.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of drawn tokens; by default others each time.")
+    ] = None,
     web: Annotated[
         bool,
         typer.Option("--web", help="In a browser, several models side by side, on a free port."),
     ] = False,
     save_to: SaveTo = None,
 ) -> None:
-    """Talk to models in the terminal, or in a browser."""
+    """Talk to models in the terminal, or in a browser.
+
+    With a temperature --top-p is 0.8, unless you say otherwise.
+    """
+    from finetune.generation.sampling import Sampling
     from finetune.generation.settings import Placement
 
+    if top_p is None:
+        top_p = CHAT_TOP_P if temperature else 1.0
+    how = Sampling(
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        presence_penalty,
+        frequency_penalty,
+        repetition_penalty,
+    )
     if web:
         from finetune.serving.page.html import PageOptions
         from finetune.serving.serve import ServeOptions
         from finetune.serving.serve import serve as run_page
 
         targets = _by_name(target, None, more or ())
-        sampling = {"temperature": temperature, "max_tokens": max_new_tokens}
+        sampling = {"max_tokens": max_new_tokens, **how.by_request_field}
+        sampling |= {} if seed is None else {"seed": seed}
         page = PageOptions(save_to, system or "", sampling)
         placement = Placement(device_map, quantization)
         run_page(targets, base=base, options=ServeOptions(port=0, page=page, placement=placement))
@@ -181,7 +269,8 @@ def chat(
         base=base,
         system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        sampling=how,
+        seed=seed,
         placement=Placement(device_map, quantization),
     )
 

@@ -21,6 +21,7 @@ from finetune.evaluation.tasks.harness import Asking
 from finetune.evaluation.tasks.table import TaskTable
 from finetune.generation.prompts import PromptStream, window_size
 from finetune.generation.replies import Answering, answered
+from finetune.generation.sampling import Sampling
 
 
 def run(jobs: Sequence[EvaluationJob]) -> None:
@@ -106,7 +107,7 @@ def _generate_replies(job: EvaluationJob, model: Any, rows: int) -> None:
         prompts = PromptStream.of(dialogues, job.template, section, context_length(model))
         how = Answering(
             job.template, rows, journal,
-            options.temperature, options.seed, options.form,
+            Sampling(options.temperature), options.seed, options.form,
         )  # fmt: skip
         for window in answered(generator, prompts, how, behind=number):
             pairs = (predicted(prompt, reply.ids, reply.stopped) for prompt, reply in window)

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -141,7 +141,8 @@ def score_external(source: Path, output: Path, scoring: Scoring, *, like: Path |
     """Writes the predictions of `source` to `output`, row by row.
 
     Args:
-        source: rows `{"prompt", "predict", "label"}` or `{"prompt", "prediction", "reference"}`.
+        source: rows `{"prompt", "predict", "label"}` or `{"prompt", "prediction", "reference"}`, or lines of
+            `predict`, in which several replies to a dialogue count as one, by their mean.
         output: the file to write.
         scoring: how they are scored.
         like: predictions of another target; the rows must answer the same references, and are
@@ -169,6 +170,8 @@ def _external(source: Path) -> Iterator[Prediction]:
 
 
 def _prediction(row: Any, location: str) -> Prediction:
+    if isinstance(row, dict) and {"where", "messages", "stopped"} <= set(row):
+        return _of_predict(row, location)
     names = next((names for names in LAYOUTS if isinstance(row, dict) and set(names) <= set(row)), None)  # fmt: skip
     if names is None:
         wanted = " or ".join(f'{{"{reply}", "{reference}"}}' for reply, reference in LAYOUTS)
@@ -188,6 +191,32 @@ def _prediction(row: Any, location: str) -> Prediction:
         reference=Message("assistant", reference),
         stopped=stopped if isinstance(stopped, bool) else None,
         slices=slices if isinstance(slices, dict) else {"language": language(reference)},
+    )
+
+
+def _of_predict(row: Mapping[str, Any], location: str) -> Prediction:
+    """The prediction that a line of `finetune predict` is."""
+    if "reference" not in row:
+        raise DataError(
+            f"{location}: the dialogue had no reply to compare with; give `predict` dialogues that end with one"
+        )
+    messages = row["messages"]
+    begin = len(messages)
+    while begin and messages[begin - 1]["role"] == "assistant":
+        begin -= 1
+    reply, reference = (
+        Message("assistant", one["content"], one.get("metadata", ""))
+        for one in (messages[begin], row["reference"])
+    )
+    return Prediction(
+        location=row["where"],
+        message=begin,
+        prompt="\n".join(message["content"] for message in messages[:begin]),
+        reply=reply,
+        reference=reference,
+        stopped=row["stopped"],
+        tools=tuple(row.get("tools", ())),
+        slices={"language": language(text(reference))},
     )
 
 

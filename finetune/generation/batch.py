@@ -38,16 +38,12 @@ class SharedPrefix:
     """Keys and values of the tokens that all prompts begin with; none when those are few."""
 
     def __init__(self, model: Any, prompts: Sequence[Prompt]) -> None:
-        self.ids = shared_prefix(prompts)
+        self.ids: list[int] = []
         self.layers: list[tuple[Tensor, Tensor]] = []
         """Of every layer [1, heads, P, size], twice."""
-        if not self.ids:
-            return
-        cache = _new_cache(model)
-        ids = torch.tensor([self.ids], device=model.device)
-        positions = torch.arange(len(self.ids), device=model.device)[None]
-        _read(model, cache, ids, positions)
-        self.layers = [(layer.keys, layer.values) for layer in cache.layers]
+        if ids := shared_prefix(prompts):
+            made = self.more(model, ids)
+            self.ids, self.layers = made.ids, made.layers
 
     @classmethod
     def kept(cls, ids: Sequence[int], layers: Sequence[tuple[Tensor, Tensor]]) -> SharedPrefix:
@@ -60,6 +56,14 @@ class SharedPrefix:
         """Those of so many first tokens."""
         layers = [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers]
         return SharedPrefix.kept(self.ids[:tokens], layers)
+
+    def more(self, model: Any, ids: Sequence[int]) -> SharedPrefix:
+        """Those of the same tokens with `ids` behind them, which are computed."""
+        cache, begin = self.cache(model, 1), len(self.ids)
+        positions = torch.arange(begin, begin + len(ids), device=model.device)[None]
+        _read(model, cache, torch.tensor([ids], device=model.device), positions)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return SharedPrefix.kept([*self.ids, *ids], layers)
 
     def cache(self, model: Any, rows: int) -> Cache:
         """A cache of `rows` rows that have the prefix behind them."""

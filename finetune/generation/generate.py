@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -22,6 +22,7 @@ from finetune.errors import DataError
 from finetune.generation.batch import Prompt, SharedPrefix, beginnings, cached_sizes
 from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
 from finetune.generation.prompts import window_size
+from finetune.generation.sampling import Sampling
 
 Row: TypeAlias = "list[Any]"
 """A reply as JSON holds it: index, ids, whether it stopped."""
@@ -64,8 +65,7 @@ class Reply:
 class SeededSampling:
     """Tokens drawn by their probability; a reply depends on its prompt's number and the seed alone."""
 
-    temperature: float
-    """Above 0; small values stay near the likeliest token."""
+    how: Sampling
     seed: int = 0
     first: int = 0
     """Number of the first prompt among all that are asked."""
@@ -73,7 +73,7 @@ class SeededSampling:
     def decoding(self, max_new_tokens: int, number: int) -> Decoding:
         """That of prompt `number` of this call."""
         seed = (self.seed * 1_000_003 + self.first + number) % 2**63
-        return Decoding(max_new_tokens, self.temperature, seed=seed)
+        return Decoding(max_new_tokens, seed=seed, **asdict(self.how))
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,4 +72,6 @@ def reply_row(prompt: ReplyPrompt, reply: Reply) -> dict[str, Any]:
             }
             for number, call in enumerate(calls)
         ]
+    if prompt.index < len(conversation.messages):
+        row["reference"] = message_json(prompt.reference)
     return row | {"stopped": reply.stopped}

@@ -3,17 +3,19 @@
     {"where": "in.jsonl:3", "messages": [..., {"role": "assistant", "content": "..."}], "stopped": true}
 
 The last messages are the reply; everything before them is what the model was given. A reply that
-calls functions brings them in OpenAI's form too, as "tool_calls". Lines are kept while they come:
+calls functions brings them in OpenAI's form too, as "tool_calls". Of a dialogue that ends with a reply
+that reply is the "reference". Several replies to a dialogue follow each other, "reply": 0, 1, ... Lines are kept while they come:
 `<output>.part` grows window by window, and the same command after a crash goes on behind them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,6 +26,7 @@ from finetune.generation.load import HERE, Placement
 from finetune.generation.messages import reply_row
 from finetune.generation.prompts import window_size
 from finetune.generation.replies import Answering, Backend, answered
+from finetune.generation.sampling import GREEDY, Sampling
 from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.files import file_digest
 from finetune.storage.journal import ResumableOutput, rows
@@ -31,6 +34,7 @@ from finetune.storage.outputs import check_output
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
+    from finetune.generation.prompts import ReplyPrompt
 
 HASHED_WHOLE = 256 << 20
 """Bytes up to which a file of the model is told from another one by its content."""
@@ -47,6 +51,28 @@ class PredictOptions:
     form: Form = ANY_FORM
     """What every reply must be."""
     placement: Placement = HERE
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    """Of drawn tokens."""
+    num_replies: int = 1
+    """To each dialogue."""
+
+    def check(self) -> None:
+        """Raises ConfigError for what does not go together."""
+        if self.num_replies > 1 and not self.sampling.temperature:
+            raise ConfigError(
+                f"{self.num_replies} greedy replies to a dialogue are all the same; add --temperature, or ask for one"
+            )
+        away = {
+            "--json-schema and --require-call": self.form != ANY_FORM,
+            "--device-map and --quantization": self.placement != HERE,
+            "sampling and --num-replies": self.sampling != GREEDY,
+        }
+        for what, is_asked in away.items():
+            if self.backend == "vllm" and is_asked:
+                raise ConfigError(
+                    f"{what} go with --backend transformers; choose that, or leave them out"
+                )
 
 
 class _Work(NamedTuple):
@@ -93,14 +119,7 @@ def predict(
     inputs = [*read, *_files_of(target), *(_files_of(base) if base else [])]
     check_output(output, inputs, overwrite=overwrite, is_ours=_is_output)
     template = open_template(target, base=base)
-    if options.backend == "vllm" and options.form != ANY_FORM:
-        raise ConfigError(
-            "--json-schema and --require-call go with --backend transformers; choose that, or leave them out"
-        )
-    if options.backend == "vllm" and options.placement != HERE:
-        raise ConfigError(
-            "--device-map and --quantization go with --backend transformers; choose that, or leave them out"
-        )
+    options.check()
     options.form.check(template)
     work = _Work(target, base, options, dialogues, template, dialogues.measured(template))
     window = window_size(options.batch_size)
@@ -155,19 +174,25 @@ def _check_context(limit: int | None, work: _Work) -> None:
 def _answer_all(work: _Work, part: ResumableOutput, backend: Backend) -> dict[str, Any]:
     from finetune.distributed.processes import broadcast_from_rank0, is_rank0
 
-    total, options = len(work.measured.lengths), work.options
+    options = work.options
+    total = len(work.measured.lengths) * options.num_replies
     stopped = broadcast_from_rank0(partial(part.open, _stopped))
     if stopped:
-        console.say(
-            f"{len(stopped)} of {total} dialogues are answered already; resuming behind them"
-        )
-    how = Answering(work.template, options.batch_size, part.journal, form=options.form)
-    prompts = work.dialogues.prompts(work.template)
+        console.say(f"{len(stopped)} of {total} replies are there already; resuming behind them")
+    how = Answering(
+        work.template, options.batch_size, part.journal,
+        options.sampling, options.seed, options.form,
+    )  # fmt: skip
+    prompts = _each_several_times(work.dialogues.prompts(work.template), options.num_replies)
     for window in answered(backend, prompts, how, behind=len(stopped), total=total):
+        begin = len(stopped)
         stopped += [reply.stopped for _, reply in window]
-        part.journal.append(reply_row(prompt, reply) for prompt, reply in window)
+        part.journal.append(
+            reply_row(prompt, reply) | _number(begin + place, options.num_replies)
+            for place, (prompt, reply) in enumerate(window)
+        )
         if total > len(stopped):
-            console.say(f"{len(stopped)} of {total} dialogues answered")
+            console.say(f"{len(stopped)} of {total} replies written")
     stopped = broadcast_from_rank0(lambda: stopped)
     if is_rank0():
         work.measured.seen.check(
@@ -180,6 +205,16 @@ def _answer_all(work: _Work, part: ResumableOutput, backend: Backend) -> dict[st
         + (f"; {cut} were cut at {options.max_new_tokens} tokens" if cut else "")
     )
     return {"output": str(part.output), "replies": total, "cut": cut}
+
+
+def _each_several_times(prompts: Iterable[ReplyPrompt], times: int) -> Iterator[ReplyPrompt]:
+    for prompt in prompts:
+        yield from repeat(prompt, times)
+
+
+def _number(place: int, num_replies: int) -> dict[str, int]:
+    """Which reply to its dialogue the one at this place is, where there are several."""
+    return {"reply": place % num_replies} if num_replies > 1 else {}
 
 
 def _stopped(row: Mapping[str, Any]) -> bool:

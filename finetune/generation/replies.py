@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from finetune.generation.prompts import ReplyPrompt, window_size
+from finetune.generation.sampling import GREEDY, Sampling
 from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.journal import Journal
 
@@ -42,8 +43,7 @@ class Answering:
     batch_size: int
     journal: Journal
     """Opened on rank 0; of `window` rows."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token."""
+    sampling: Sampling = GREEDY
     seed: int = 0
     form: Form = ANY_FORM
     """What every reply must be."""
@@ -57,7 +57,9 @@ class Answering:
         """What is asked besides, of a window that begins with prompt `number`."""
         from finetune.generation.generate import Extras, SeededSampling
 
-        sampling = SeededSampling(self.temperature, self.seed, number) if self.temperature else None
+        sampling = None
+        if self.sampling != GREEDY:
+            sampling = SeededSampling(self.sampling, self.seed, number)
         tools = [prompt.tools for prompt in prompts]
         return Extras(sampling, self.form.constraint_at(self.template, tools))
 

@@ -1,11 +1,12 @@
 """The endpoint beside `transformers serve`: tokens a second and the time to the first token, in turns.
 
-    python scripts/bench/endpoint_peers.py [--other /tmp/before] [--rounds 2] [--json]
+    python scripts/bench/endpoint_peers.py [--other /tmp/before] [--vllm VLLM_ENV] [--rounds 3] [--json]
 
-1, 8 and 32 clients stream replies of 32 to 64 tokens of a tiny random model that never ends by itself, so that
-every server writes the same number of tokens. Each server runs in a process of its own, one after the other,
-`--rounds` times; the figures are the best round's tokens a second, and the medians of the first tokens' times.
-`--other` adds the endpoint of another checkout.
+1, 8 and 32 clients stream replies of 32 to 64 tokens of a random model (58 million parameters, `glm` layout,
+float32) that never ends by itself, so that every server writes the same number of tokens. Each server runs in
+a process of its own on one thread, one after the other, `--rounds` times; the figures are medians over the
+rounds, those of the first tokens of the p50 and p95 of each. `--other` adds the endpoint of another checkout,
+`--vllm` vLLM of an environment of its own (its engine in processes of its own; see docs/serving.md).
 
 Bar: ahead of `transformers serve` in tokens a second and in p95 of the first token at 8 and 32 clients.
 """
@@ -18,44 +19,73 @@ import json
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-CLIENTS = {1: 8, 8: 48, 32: 96}
+CLIENTS = {1: 4, 8: 24, 32: 64}
 """Clients -> requests in all."""
+SHAPE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 32_768,
+}
+FIGURES = ("tokens_per_s", "first_p50", "first_p95", "cpu_ms_per_token")
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """What the others need."""
+
+    other: Path | None
+    vllm: Path | None
+
+
+def command_of(kind: str, model: Path, port: int, peers: Peers) -> tuple[list[str], Path]:
+    """How a server is started, and from which checkout."""
+    if kind.startswith("transformers"):
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--port", str(port), "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+        return command + (["--continuous-batching"] if "continuous" in kind else []), ROOT
+    if kind == "vllm":
+        return [str(peers.vllm / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--generation-config", "vllm"], ROOT  # fmt: skip
+    command = [sys.executable, "-m", "finetune", "serve", str(model), "--port", str(port), "--name", str(model)]  # fmt: skip
+    checkout = peers.other if kind == "before" and peers.other else ROOT
+    return [*command, "--batch-size", "32"], checkout
 
 
 @contextmanager
-def served(kind: str, model: Path, other: Path | None) -> Iterator[tuple[str, str]]:
-    """A server until the block ends: its URL, and what it calls the model."""
+def served(kind: str, model: Path, peers: Peers) -> Iterator[tuple[str, int]]:
+    """A server until the block ends: its URL, and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    checkout = other if kind == "before" and other else ROOT
-    if kind.startswith("transformers"):
-        command = ["-m", "transformers.cli.transformers", "serve", str(model), "--port", str(port), "--device", "cpu", "--dtype", "float32"]  # fmt: skip
-        command += ["--continuous-batching"] if "continuous" in kind else []
-        name = str(model)
-    else:
-        command, name = ["-m", "finetune", "serve", str(model), "--port", str(port), "--name", "tiny", "--batch-size", "32"], "tiny"  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    command, checkout = command_of(kind, model, port, peers)
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # fmt: skip
+    if kind == "vllm":
+        del environment["PYTHONPATH"]
     with tempfile.NamedTemporaryFile("w+") as log:
         server = subprocess.Popen(
-            [sys.executable, *command], env=environment, stdout=log, stderr=subprocess.STDOUT
+            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
         url = f"http://127.0.0.1:{port}"
         try:
             wait_for(url, server, Path(log.name))
-            yield url, name
+            yield url, server.pid
         finally:
             server.terminate()
             try:
@@ -64,9 +94,15 @@ def served(kind: str, model: Path, other: Path | None) -> Iterator[tuple[str, st
                 server.kill()
 
 
+def cpu_seconds(process: int) -> float:
+    """Of a process and those that it started, so far."""
+    family = [psutil.Process(process), *psutil.Process(process).children(recursive=True)]
+    return sum(sum(one.cpu_times()[:2]) for one in family)
+
+
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     """Returns when the server answers; ends the program with its log when it does not."""
-    for _ in range(1200):
+    for _ in range(1800):
         try:
             if httpx.get(f"{url}/health").status_code == 200:
                 return
@@ -99,7 +135,7 @@ async def load(url: str, model: str, clients: int, requests: int) -> dict[str, A
     """What so many clients meet."""
     numbers = iter(range(requests))
     firsts, texts = list[float](), dict[int, str]()
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:  # fmt: skip
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:  # fmt: skip
 
         async def one() -> None:
             for number in numbers:
@@ -118,44 +154,72 @@ async def load(url: str, model: str, clients: int, requests: int) -> dict[str, A
     }
 
 
+def measure(kind: str, model: Path, peers: Peers) -> dict[int, dict[str, Any]]:
+    """One start of one server: what 1, 8 and 32 clients meet."""
+    found = {}
+    with served(kind, model, peers) as (url, process):
+        asyncio.run(load(url, str(model), 2, 4))  # what is made once is no request's cost
+        for clients, requests in CLIENTS.items():
+            begun = cpu_seconds(process)
+            found[clients] = asyncio.run(load(url, str(model), clients, requests))
+            spent = cpu_seconds(process) - begun
+            found[clients]["cpu_ms_per_token"] = 1000 * spent / sum(map(wanted, range(requests)))
+    return found
+
+
 def main() -> int:
     """Measures in turns; 1 when the bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--other", type=Path, help="a checkout to compare with")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--vllm", type=Path, help="an environment with vLLM")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="some of: here, before, transformers, ...")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     import serving
 
-    kinds = ["here", *(["before"] if options.other else []), "transformers", "transformers, continuous"]  # fmt: skip
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {k: {n: [] for n in CLIENTS} for k in kinds}
+    peers = Peers(options.other, options.vllm)
+    kinds = ["here", "transformers", "transformers, continuous"]
+    kinds += [*(["before"] if peers.other else []), *(["vllm"] if peers.vllm else [])]
+    kinds = [kind for kind in kinds if not options.only or kind in options.only]
+    found: dict[str, list[dict[int, dict[str, Any]]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        model = serving.save_talkative(Path(folder) / "model", ends=False)
+        model = serving.save_talkative(Path(folder) / "model", ends=False, **SHAPE)
         for _ in range(options.rounds):
             for kind in kinds:
-                with served(kind, model, options.other) as (url, name):
-                    asyncio.run(load(url, name, 2, 4))  # what is made once is no request's cost
-                    for clients, requests in CLIENTS.items():
-                        found[kind][clients].append(asyncio.run(load(url, name, clients, requests)))
+                found[kind].append(measure(kind, model, peers))
     rows = {}
-    for kind, loads in found.items():
-        for clients, runs in loads.items():
-            best = max(runs, key=lambda run: run["tokens_per_s"])
-            here = found["here"][clients][0]["texts"]
-            same = sum(re.sub(r"\s", "", best["texts"][n]) == re.sub(r"\s", "", here[n]) for n in here)  # fmt: skip
-            rows[f"{kind}/{clients}"] = {key: best[key] for key in ("tokens_per_s", "first_p50", "first_p95")} | {"same": f"{same}/{len(here)}"}  # fmt: skip
-    if options.json:
-        print(json.dumps(rows))
-    for name, row in rows.items() if not options.json else ():
-        print(f"{name}: {row['tokens_per_s']:.0f} tokens/s, first token p50 {row['first_p50']:.3f} s, p95 {row['first_p95']:.3f} s, same replies {row['same']}")  # fmt: skip
-    peers = [kind for kind in kinds if kind.startswith("transformers")]
-    ahead = all(
-        rows[f"here/{n}"]["tokens_per_s"] > rows[f"{kind}/{n}"]["tokens_per_s"]
-        and rows[f"here/{n}"]["first_p95"] < rows[f"{kind}/{n}"]["first_p95"]
-        for kind in peers
+    for kind, runs in found.items():
+        for clients in CLIENTS:
+            here, texts = found[kinds[0]][0][clients]["texts"], runs[0][clients]["texts"]
+            same = sum(bare(texts[n]) == bare(here[n]) for n in here)
+            row = {key: statistics.median(run[clients][key] for run in runs) for key in FIGURES}
+            rows[f"{kind}/{clients}"] = {**row, "same": f"{same}/{len(here)}"}
+    print(json.dumps(rows) if options.json else table(rows))
+    behind = [
+        f"{kind}/{n}"
+        for kind in kinds
+        if kind.startswith("transformers")
         for n in (8, 32)
+        if rows[f"here/{n}"]["tokens_per_s"] <= rows[f"{kind}/{n}"]["tokens_per_s"]
+        or rows[f"here/{n}"]["first_p95"] >= rows[f"{kind}/{n}"]["first_p95"]
+    ]
+    print("\n".join(f"behind {name}" for name in behind) or "the bar is met", file=sys.stderr)
+    return int(bool(behind))
+
+
+def bare(text: str) -> str:
+    """Text without white space, which servers strip differently."""
+    return re.sub(r"\s", "", text)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A line a server and load."""
+    return "\n".join(
+        f"{name}: {row['tokens_per_s']:.0f} tokens/s, first token p50 {row['first_p50']:.3f} s, "
+        f"p95 {row['first_p95']:.3f} s, {row['cpu_ms_per_token']:.1f} ms of CPU a token, same replies {row['same']}"
+        for name, row in rows.items()
     )
-    return int(not ahead)
 
 
 if __name__ == "__main__":

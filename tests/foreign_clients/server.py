@@ -148,7 +148,8 @@ def both() -> Iterator[dict[str, str]]:
             serving.served(opened, **options) as obedient,
         ):
             writer = obedient.engine.writers["tiny"]
-            writer.decoder = Obedient(writer.decoder, opened.template)
+            for lane in writer.lanes.values():
+                lane.decoder = Obedient(lane.decoder, opened.template)
             yield {"random": random.url, "obedient": obedient.url}
 
 

@@ -1,0 +1,198 @@
+"""The replies that one model writes: new prompts are read piece by piece between the tokens of others.
+
+Of every prompt a round reads one piece at most, so that nobody's next token waits for a long prompt. A long
+prompt and the reply to it stand in a batch of their own: a batch is as wide as its widest row.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from finetune.data.chat.image import ImagePrompt
+from finetune.data.chat.template import ChatTemplate
+from finetune.generation.batch import SharedPrefix
+from finetune.generation.decoder import Decoder, DecodingRow
+from finetune.serving.errors import ApiError
+from finetune.serving.job import ReplyJob
+from finetune.serving.memory import KeptPrompts
+from finetune.serving.requests.rules import ReplyRequest
+
+PIECE = 512
+"""Tokens that a round reads of the first long prompt, and as many of short ones together."""
+LONG = 8192
+"""Tokens of prompt and reply from which on a row stands among long ones."""
+Width: TypeAlias = Literal["short", "long"]
+WIDTHS: tuple[Width, Width] = ("short", "long")
+
+
+def width_of(request: ReplyRequest) -> Width:
+    """Among which rows a reply is written; it does not depend on who else is there."""
+    return "long" if request.num_tokens >= LONG else "short"
+
+
+class Reading:
+    """A prompt that is being read, for one reply or several."""
+
+    def __init__(self, job: ReplyJob, known: SharedPrefix) -> None:
+        self.jobs = [job]
+        self.prompt = job.request.prompt
+        self.known = known
+        """What has been computed of it."""
+
+    @property
+    def left(self) -> int:
+        """Tokens that have not been read."""
+        return len(self.prompt) - len(self.known.ids)
+
+    @property
+    def is_long(self) -> bool:
+        """There is more of it than a round reads. An image is read at once, with its prompt."""
+        return self.left > PIECE and not isinstance(self.prompt, ImagePrompt)
+
+    def advance(self, model: Any) -> None:
+        """Reads one piece, short of the last one."""
+        begin = len(self.known.ids)
+        self.known = self.known.more(model, self.prompt[begin : begin + PIECE])
+
+    def drop_cancelled(self) -> None:
+        """Lets go of replies that nobody waits for."""
+        for job in self.jobs:
+            if job.cancelled:
+                job.release()
+        self.jobs = [job for job in self.jobs if not job.cancelled]
+
+
+class Writer:
+    """What one model reads and writes; `take` brings work, `go_on` does a round of it."""
+
+    def __init__(self, model: Any, template: ChatTemplate) -> None:
+        self.memory = KeptPrompts()
+        self.lanes = {width: Lane(model, template, self.memory) for width in WIDTHS}
+        self._reading: list[Reading] = []
+        self._model = model
+
+    @property
+    def jobs(self) -> list[ReplyJob]:
+        """All that are in work."""
+        read = [job for reading in self._reading for job in reading.jobs]
+        return read + [job for lane in self.lanes.values() for job, _ in lane.running]
+
+    def take(self, job: ReplyJob) -> None:
+        """A new job; the prompt of several replies is read once."""
+        for reading in self._reading:
+            if reading.prompt is job.request.prompt:
+                reading.jobs.append(job)
+                return
+        known = self.memory.beginning_of(job.request.prompt)
+        self._reading.append(Reading(job, known or SharedPrefix.kept([], [])))
+
+    def go_on(self) -> None:
+        """Reads pieces of new prompts, and gives every reply one more token."""
+        for reading in self._reading:
+            reading.drop_cancelled()
+        self._reading = [reading for reading in self._reading if reading.jobs]
+        whole = self._whole()
+        long = next((reading for reading in self._reading if reading.is_long), None)
+        if long is not None:
+            self._advance(long)
+        for width, lane in self.lanes.items():
+            lane.go_on([one for one in whole if width_of(one.jobs[0].request) == width])
+
+    def _whole(self) -> list[Reading]:
+        """The first of the prompts whose rest is short, as many as one round reads; they leave the queue."""
+        found, widest = list[Reading](), 0
+        for reading in [one for one in self._reading if not one.is_long]:
+            widest = max(widest, reading.left)
+            if found and (len(found) + 1) * widest > PIECE:
+                break
+            found.append(reading)
+        self._reading = [one for one in self._reading if one not in found]
+        return found
+
+    def _advance(self, long: Reading) -> None:
+        try:
+            long.advance(self._model)
+        except Exception as error:
+            self._reading.remove(long)
+            for job in long.jobs:
+                fail(job, error)
+
+
+class Lane:
+    """Rows that are written together."""
+
+    def __init__(self, model: Any, template: ChatTemplate, memory: KeptPrompts) -> None:
+        self.running: list[tuple[ReplyJob, DecodingRow]] = []
+        self.decoder = Decoder(model, template.stop_ids)
+        self._model = model
+        self._template = template
+        self._memory = memory
+
+    def go_on(self, read: Sequence[Reading]) -> None:
+        """Takes in prompts whose last piece is to be read, and gives every reply one more token."""
+        try:
+            self._add([job for one in read if not one.known.ids for job in one.jobs])
+            for one in read:
+                if one.known.ids:
+                    self._add(one.jobs, one.known)
+            if self.decoder.active:
+                self.decoder.step()
+            self._settle()
+        except Exception as error:  # whatever it is, it must not end the server
+            self._fail_all(error)
+
+    def _add(self, jobs: Sequence[ReplyJob], known: SharedPrefix | None = None) -> None:
+        """Computes prompts together; where that fails each alone, so that one harms no other."""
+        if not jobs:
+            return
+        requests = [job.as_request() for job in jobs]
+        try:
+            rows = self.decoder.add(requests, known)
+        except Exception as error:
+            if self.decoder.batch.is_lost:
+                for job in jobs:
+                    fail(job, error)
+                raise
+            if len(jobs) == 1:
+                fail(jobs[0], error)
+            else:
+                for job in jobs:
+                    self._add([job], known)
+            return
+        self.running += zip(jobs, rows, strict=True)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tells the clients whose replies have ended, and makes room where half of them have."""
+        for job, row in self.running:
+            if row.error is not None:
+                fail(job, row.error)
+            elif row.is_done:
+                job.finish(row.stopped)
+                if not isinstance(row.request.prompt, ImagePrompt):
+                    self._memory.keep(self.decoder.taken(row))
+        self.running = [(job, row) for job, row in self.running if not row.is_done]
+        if self.decoder.is_sparse:
+            self.decoder.drop_done()
+
+    def _fail_all(self, error: Exception) -> None:
+        for job, _ in self.running:
+            fail(job, error)
+        self.running = []
+        self.decoder = Decoder(self._model, self._template.stop_ids)
+
+
+def fail(job: ReplyJob, error: Exception) -> None:
+    """Tells a client that its reply cannot be written, and the log why."""
+    traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, torch.OutOfMemoryError):
+        text = "out of memory; shorten the messages or the reply"
+        job.fail(ApiError(503, text, code="overloaded"))
+    else:
+        text = "the model failed; the server's log says why"
+        job.fail(ApiError(500, text, code="model_failed"))
