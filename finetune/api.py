@@ -148,7 +148,7 @@ class Chat:
         """
         from finetune.generation.generate import Extras, SeededSampling, generate
         from finetune.generation.messages import message_json, reply_messages
-        from finetune.generation.sampling import Sampling
+        from finetune.generation.settings import Sampling
 
         asked = [_conversation(row, "predict") for row in rows]
         written = generate(

@@ -25,7 +25,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import ConfigError, DataError
-from finetune.generation.sampling import GREEDY, Sampling
+from finetune.generation.settings import GREEDY, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}

@@ -18,7 +18,7 @@ from finetune.generation import batch as tensors
 from finetune.generation import generate as generation
 from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.generate import Extras, Reply, SeededSampling, generate, plan_batches
-from finetune.generation.sampling import Sampling
+from finetune.generation.settings import Sampling
 from finetune.methods import ptuning_v2
 
 

@@ -65,9 +65,9 @@ def test_models_answer_side_by_side_in_markdown_with_code_and_formulas(page: pag
         const count = (node, what) => node.querySelectorAll(what).length;
         return [count(one, 'strong'), count(one, 'math'), count(two, 'math[display=block]'), count(two, 'math mfrac'), count(two, 'td'),
                 two.querySelector('pre code').textContent.split('\\n').length, two.querySelector('.code-head span').textContent,
-                two.querySelector('details.thought').open, two.querySelector('.thought .plain').textContent]""")
-    assert found[:7] == [1, 1, 1, 1, 4, 3, "python"]
-    assert found[7:] == [False, "It is a quadratic equation.\nThe discriminant decides."]
+                two.querySelector('pre .hljs-keyword')?.textContent, two.querySelector('details.thought').open, two.querySelector('.thought .plain').textContent]""")
+    assert found[:8] == [1, 1, 1, 1, 4, 3, "python", "def"]
+    assert found[8:] == [False, "It is a quadratic equation.\nThe discriminant decides."]
     assert "\\frac" not in long, "a formula's source is not shown beside it"
     assert "tokens" in page.run("return document.querySelector('.answer header small').textContent")
     for width, dark in ((1280, True), (390, False), (390, True)):
@@ -80,6 +80,71 @@ def test_models_answer_side_by_side_in_markdown_with_code_and_formulas(page: pag
     texts = page.run("return [...document.querySelectorAll('button')].map((node) => node.textContent)")  # fmt: skip
     assert {"发送", "新对话", "存为训练数据", "A 更好", "平局"} <= set(texts)
     assert page.run("return document.documentElement.lang") == "zh"
+
+
+CONTRASTS = """
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const rgba = (css) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = css; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255); };
+    const over = (front, back) => [0, 1, 2].map((i) => front[i] * front[3] + back[i] * (1 - front[3])).concat(1);
+    const light = (c) => { const [r, g, b] = c.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const ground = (node) => node ? over(rgba(getComputedStyle(node).backgroundColor), ground(node.parentElement)) : [1, 1, 1, 1];
+    const measured = (node, text, style) => {
+      const back = ground(node), [a, b] = [light(over(rgba(style.color), back)), light(back)].sort((x, y) => y - x);
+      const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && parseInt(style.fontWeight) >= 700);
+      return [(a + 0.05) / (b + 0.05), large ? 3 : 4.5, `${text.trim().slice(0, 30)} (${node.tagName} ${node.className})`];
+    };
+    const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let text; (text = walker.nextNode()); ) {
+      const node = text.parentElement;
+      if (!text.data.trim() || !node.checkVisibility() || node.closest('script, style, :disabled')) continue;
+      found.push(measured(node, text.data, getComputedStyle(node)));
+    }
+    for (const node of document.querySelectorAll('input, textarea')) {
+      if (!node.checkVisibility()) continue;
+      found.push(measured(node, node.value || node.id, getComputedStyle(node)));
+      if (node.placeholder) found.push(measured(node, node.placeholder, getComputedStyle(node, '::placeholder')));
+    }
+    return found"""
+
+
+def test_every_text_has_the_contrast_of_wcag_aa_in_light_and_in_dark(page: pages.Page) -> None:
+    page.run("document.getElementById('settings').open = true; document.querySelector('main').scrollIntoView()")  # fmt: skip
+    page.write("tools", json.dumps([pages.WEATHER]))
+    page.send("weather?")
+    page.write("tools", "[")
+    page.until("return document.getElementById('tools-told').className === 'bad'")
+    page.write("tools", "")
+    page.send("How do I solve a quadratic equation?")
+    page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    page.click("Tokens", 2)
+    page.until("return document.querySelector('.tokens .trained')")
+    seen: set[str] = set()
+    for dark in (False, True):
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        found = page.run(CONTRASTS)
+        faint = [f"{text}: {ratio:.2f}" for ratio, wanted, text in found if ratio < wanted]
+        assert faint == [], "dark" if dark else "light"
+        seen |= {text.partition("(")[2] for _, _, text in found}
+        assert len(found) > 80
+    assert {"SPAN hljs-keyword)", "B )", "SPAN trained)", "SUMMARY )"} <= seen
+
+
+def test_what_is_set_on_the_page_is_asked_of_the_server(page: pages.Page) -> None:
+    """Sampling and system text as they are typed; what is left empty is not sent."""
+    page.run("document.getElementById('settings').open = true")
+    page.write("system", "Be short.")
+    wanted = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "seed": 11, "max_tokens": 50}  # fmt: skip
+    for name, value in wanted.items():
+        page.write(f"s-{name}", str(value))
+    page.run("const real = window.fetch; window.sent = []; window.fetch = (path, more) => { sent.push(more.body); return real(path, more); }")  # fmt: skip
+    page.send("hello")
+    bodies = [json.loads(body) for body in page.run("return sent") if body and "messages" in body]
+    assert [body["model"] for body in bodies] == ["base", "tuned"]
+    for body in bodies:
+        assert {name: body.get(name) for name in wanted} == wanted
+        assert body["messages"][0] == {"role": "system", "content": "Be short."}
+        assert "presence_penalty" not in body
 
 
 def test_replies_come_token_by_token_and_can_be_stopped_retried_and_asked_otherwise(

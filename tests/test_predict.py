@@ -31,7 +31,7 @@ from finetune.generation.dialogues import Dialogues, RowOptions
 from finetune.generation.load import open_model
 from finetune.generation.messages import as_reply, reply_messages
 from finetune.generation.predict import PredictOptions, predict
-from finetune.generation.sampling import GREEDY, Sampling
+from finetune.generation.settings import GREEDY, Sampling
 from finetune.storage.journal import Journal, ResumableOutput
 
 
@@ -263,13 +263,13 @@ def test_drawn_replies_to_a_dialogue_follow_each_other_and_outlive_a_crash(
 def test_evaluation_takes_what_predict_wrote_and_several_replies_count_as_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def line(number: int, reply: str, **more: Any) -> dict[str, Any]:
-        said = {"role": "assistant", "content": reply}
+    def line(number: int, text: str, **more: Any) -> dict[str, Any]:
+        said = {"role": "assistant", "content": text}
         return {"where": f"in.jsonl:{number}", "messages": [*turns("how?"), said], "stopped": True} | more  # fmt: skip
 
     wanted = {"reference": {"role": "assistant", "content": "yes"}}
     said = [(1, "yes"), (1, "yes"), (1, "no"), (2, "no"), (2, "no"), (2, "no")]
-    rows = [line(number, reply, reply=at % 3, **wanted) for at, (number, reply) in enumerate(said)]
+    rows = [line(number, text, reply=at % 3, **wanted) for at, (number, text) in enumerate(said)]
     source = write_rows(tmp_path / "out.jsonl", rows)
     with pytest.raises(SystemExit) as end:
         main(["evaluate", "--predictions", str(source), "--output", str(tmp_path / "scores")])

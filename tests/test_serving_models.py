@@ -18,7 +18,9 @@ from serving import HELLO
 
 from finetune.cli.inference_commands import _by_name
 from finetune.errors import ConfigError
+from finetune.generation.batch import Batch
 from finetune.generation.load import OpenedModel, SideBySide, open_model, open_side_by_side
+from finetune.serving import engine as engine_module
 from finetune.serving.serve import ServeOptions, _assembled, _watch
 from finetune.storage.manifest import seal
 
@@ -163,3 +165,36 @@ def test_models_are_named_on_the_command_line(folders: dict[str, Path]) -> None:
     ):
         with pytest.raises(ConfigError, match=reason):
             _by_name(base, None, [more])
+
+
+def test_rows_of_a_base_and_of_plain_adapters_are_one_pass_and_each_as_alone(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rank 4 and 8, on all layers and on some; DoRA, a prefix and another base have passes of their own."""
+    base = folders["base"]
+    targets = {
+        **folders,
+        "narrow": make_adapter(tmp_path / "narrow", base, seed=9, r=8, target_modules=["q_proj"]),
+        "dora": make_adapter(tmp_path / "dora", base, seed=7, use_dora=True),
+    }
+    passes: list[int] = []
+    step = Batch.step
+
+    def counting(batch: Batch, tokens: Any) -> Any:
+        passes.append(len(tokens))
+        return step(batch, tokens)
+
+    monkeypatch.setattr(Batch, "step", counting)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 2.0)
+    asked = [(name, {"max_tokens": 14, "logprobs": True, "top_logprobs": 1}) for name in targets]
+    with serving.served(open_side_by_side(targets), batch_size=len(asked)) as server:
+        writers = server.engine.writers
+        shared = {name for name, one in writers.items() if one is writers["base"]}
+        said = replies(server, asked)
+    assert shared == {"base", "lora", "other", "narrow"}
+    assert passes.count(4) >= 10, "four models, one pass"
+    for name, folder in targets.items():
+        with serving.served({name: open_model(folder)}) as alone:
+            own = {other: text for (other, _), text in zip(asked, said, strict=True)}
+            assert replies(alone, [(name, {"max_tokens": 14})]) == [own[name]], name
+    assert len(set(said)) == len(said)

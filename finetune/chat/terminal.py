@@ -17,8 +17,7 @@ from finetune.data.chat.image import ImageError, check_image
 from finetune.data.dialogue.conversation import Conversation, Message, Role, RowError, ShownImage
 from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
-from finetune.generation.sampling import GREEDY, Sampling
-from finetune.generation.settings import HERE, Placement
+from finetune.generation.settings import GREEDY, HERE, Placement, Sampling
 from finetune.generation.stream import Piece, ReplyStream
 
 HELP = """\

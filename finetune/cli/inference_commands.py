@@ -137,8 +137,7 @@ def predict(
         from finetune.generation.dialogues import RowOptions
         from finetune.generation.predict import PredictOptions
         from finetune.generation.predict import predict as run
-        from finetune.generation.sampling import Sampling
-        from finetune.generation.settings import Placement
+        from finetune.generation.settings import Placement, Sampling
         from finetune.generation.structured import read_form
 
         options = PredictOptions(
@@ -233,8 +232,7 @@ def chat(
 
     With a temperature --top-p is 0.8, unless you say otherwise.
     """
-    from finetune.generation.sampling import Sampling
-    from finetune.generation.settings import Placement
+    from finetune.generation.settings import Placement, Sampling
 
     if top_p is None:
         top_p = CHAT_TOP_P if temperature else 1.0

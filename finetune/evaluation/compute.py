@@ -21,7 +21,7 @@ from finetune.evaluation.tasks.harness import Asking
 from finetune.evaluation.tasks.table import TaskTable
 from finetune.generation.prompts import PromptStream, window_size
 from finetune.generation.replies import Answering, answered
-from finetune.generation.sampling import Sampling
+from finetune.generation.settings import Sampling
 
 
 def run(jobs: Sequence[EvaluationJob]) -> None:

@@ -108,6 +108,8 @@ class Request:
     constraint: Constraint | None = None
     scores: Scores | None = None
     """Where the log probabilities of the reply's tokens go, if they are wanted."""
+    adapter: str = ""
+    """Which of the model's adapters writes the reply, where it has several."""
 
 
 class DecodingRow:
@@ -220,6 +222,8 @@ class Decoder:
     ) -> None:
         self.batch = Batch(model, prefix if prefix is not None else SharedPrefix(model, []))
         self._stop_ids = frozenset(stop_ids)
+        self._choose: Callable[[list[str]], object] | None = getattr(model, "choose", None)
+        """Of a model with several adapters: says which row is whose."""
         self._rows: list[DecodingRow] = []
         """As they stand in the batch; some have ended."""
 
@@ -233,10 +237,12 @@ class Decoder:
     ) -> list[DecodingRow]:
         """Computes new prompts and chooses the first token of each; the rows that were there wait.
 
-        Of prompts that begin with `prefix` only the rest is computed.
+        Of prompts that begin with `prefix` only the rest is computed. All are for one adapter.
         """
         rows = [DecodingRow(request) for request in requests]
         self.drop_done()
+        if self._choose is not None:
+            self._choose([requests[0].adapter])
         logits = self.batch.prefill([request.prompt for request in requests], prefix)
         self._rows += rows
         self._append(rows, logits)
@@ -244,6 +250,8 @@ class Decoder:
 
     def step(self) -> None:
         """One more token for every row."""
+        if self._choose is not None:
+            self._choose([row.request.adapter for row in self._rows])
         logits = self.batch.step([(row.ids or [0])[-1] for row in self._rows])
         self._append(self._rows, logits)
 

@@ -22,7 +22,7 @@ from finetune.errors import DataError
 from finetune.generation.batch import Prompt, SharedPrefix, beginnings, cached_sizes
 from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
 from finetune.generation.prompts import window_size
-from finetune.generation.sampling import Sampling
+from finetune.generation.settings import Sampling
 
 Row: TypeAlias = "list[Any]"
 """A reply as JSON holds it: index, ids, whether it stopped."""

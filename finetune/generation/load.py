@@ -38,6 +38,8 @@ class OpenedModel:
     kind: Literal["adapter", "model"]
     base: str
     """The model that an adapter was opened on; of a whole model, itself."""
+    plain: Any = None
+    """Of one that was opened beside others: the base alone, which they share."""
 
 
 class Models:
@@ -75,10 +77,10 @@ class Models:
         template = open_template(target, base=base)
         weights = self._load(target, base, None)
         if not is_adapter(target):
-            return OpenedModel(self._base, template, "model", weights.path)
+            return OpenedModel(self._base, template, "model", weights.path, self._base)
         method = of_adapter(adapter_config(Path(target)).get("peft_type"), Path(target))
         adapted = method.code.load_adapter(_sharing(self._base), Path(target))
-        return OpenedModel(self._placed(adapted), template, "adapter", weights.path)
+        return OpenedModel(self._placed(adapted), template, "adapter", weights.path, self._base)
 
     def key(
         self, target: str | Path, *, base: str | None = None, like: str | None = None

@@ -26,7 +26,7 @@ from finetune.generation.load import HERE, Placement
 from finetune.generation.messages import reply_row
 from finetune.generation.prompts import window_size
 from finetune.generation.replies import Answering, Backend, answered
-from finetune.generation.sampling import GREEDY, Sampling
+from finetune.generation.settings import GREEDY, Sampling
 from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.files import file_digest
 from finetune.storage.journal import ResumableOutput, rows

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from finetune.generation.prompts import ReplyPrompt, window_size
-from finetune.generation.sampling import GREEDY, Sampling
+from finetune.generation.settings import GREEDY, Sampling
 from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.journal import Journal
 

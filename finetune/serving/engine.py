@@ -10,10 +10,10 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
-from finetune.data.chat.template import ChatTemplate
 from finetune.distributed.map_batches import evaluating
+from finetune.generation.load import OpenedModel
+from finetune.methods.lora_rows import AdapterRows, can_share
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob
 from finetune.serving.writer import WIDTHS, Writer, width_of
@@ -27,14 +27,19 @@ TOKEN_BUDGET = 65_536
 class Engine:
     """Answers jobs with one model or several, several jobs at once.
 
-    Replies of one model are computed together, those of several models in turns, a token each.
+    Replies of a base and of plain LoRA adapters on it are computed together, those of other models in
+    turns, a token each.
     """
 
-    def __init__(self, models: Mapping[str, tuple[Any, ChatTemplate]], *, batch_size: int) -> None:
+    def __init__(self, models: Mapping[str, OpenedModel], *, batch_size: int, more_come: bool = False) -> None:  # fmt: skip
         self.draining = False
         """No new job is taken."""
-        self.writers = {name: Writer(*model) for name, model in models.items()}
-        self._models = [model for model, _ in models.values()]
+        self._shares = more_come or len(models) > 1
+        self._shared: dict[int, Writer] = {}
+        """By the identity of the base."""
+        self.writers = {name: self._writer(name, opened) for name, opened in models.items()}
+        own = {id(one): one for opened in models.values() for one in (opened.model, opened.plain)}
+        self._models = [model for model in own.values() if model is not None]
         self._batch_size = batch_size
         self._waiting: deque[ReplyJob] = deque()
         self._change = threading.Condition()
@@ -51,19 +56,42 @@ class Engine:
             self._waiting.extend(jobs)
             self._change.notify()
 
-    def put(self, name: str, model: Any, template: ChatTemplate) -> None:
+    def put(self, name: str, opened: OpenedModel) -> None:
         """One more model, from the next request on."""
-        model.eval()
+        opened.model.eval()
         with self._change:
-            self.writers = {**self.writers, name: Writer(model, template)}
+            self.writers = {**self.writers, name: self._writer(name, opened)}
 
     def drop(self, name: str) -> bool:
         """Lets go of a model; False while somebody is being answered by it."""
         with self._change:
-            if self.writers[name].jobs or any(j.request.model == name for j in self._waiting):
+            if any(j.request.model == name for j in (*self.writers[name].jobs, *self._waiting)):
                 return False
+            writer = self.writers[name]
             self.writers = {key: one for key, one in self.writers.items() if key != name}
+            if isinstance(writer.model, AdapterRows):
+                writer.model.drop(name)
+                writer.memories.pop(name, None)
         return True
+
+    def _writer(self, name: str, opened: OpenedModel) -> Writer:
+        """What writes a model's replies: where bases and adapters may share a pass, one for all of them."""
+        is_base = opened.model is opened.plain
+        if not self._shares or not (is_base or can_share(opened.model)):
+            return Writer(opened.model, opened.template)
+        writer = self._shared.get(id(opened.plain))
+        if writer is None:
+            writer = Writer(AdapterRows(opened.plain), opened.template)
+            self._shared[id(opened.plain)] = writer
+        elif writer.stop_ids != opened.template.stop_ids:
+            return Writer(opened.model, opened.template)
+        if not is_base:
+            writer.model.put(name, opened.model)
+        return writer
+
+    @property
+    def _all_writers(self) -> list[Writer]:
+        return list({id(writer): writer for writer in self.writers.values()}.values())
 
     @property
     def load(self) -> tuple[int, int]:
@@ -73,7 +101,8 @@ class Engine:
     @property
     def remembered_tokens(self) -> int:
         """Tokens of prompts that needed no computing, so far."""
-        return sum(writer.memory.used_tokens for writer in self.writers.values())
+        memories = [one for writer in self._all_writers for one in [*writer.memories.values()]]
+        return sum(memory.used_tokens for memory in memories)
 
     def drain(self) -> None:
         """Refuses what waits and what may come; what is being written goes on. Safe in a handler."""
@@ -100,7 +129,7 @@ class Engine:
             while self._has_work():
                 for job in self._admitted():
                     self.writers[job.request.model].take(job)
-                for writer in [*self.writers.values()]:
+                for writer in self._all_writers:
                     writer.go_on()
 
     def _has_work(self) -> bool:
@@ -112,7 +141,7 @@ class Engine:
             return bool(self._running() or self._waiting)
 
     def _running(self) -> list[ReplyJob]:
-        return [job for writer in self.writers.values() for job in writer.jobs]
+        return [job for writer in self._all_writers for job in writer.jobs]
 
     def _admitted(self) -> list[ReplyJob]:
         """Those of the waiting who fit beside what is in work, in their order among long and short ones."""

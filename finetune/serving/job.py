@@ -50,7 +50,9 @@ class ReplyJob:
     def as_request(self) -> Request:
         """What the decoder is asked for."""
         asked = self.request
-        return Request(asked.prompt, asked.decoding, self.take, asked.constraint, self.scores)
+        return Request(
+            asked.prompt, asked.decoding, self.take, asked.constraint, self.scores, asked.model
+        )
 
     def take(self, token: int) -> bool:
         """Reads one more token, which is no stop; True when no more is wanted."""

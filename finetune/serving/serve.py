@@ -122,10 +122,7 @@ def _assembled(
             _ = (
                 one.structures
             )  # two seconds for GLM-4's vocabulary, which no request shall wait for
-    engine = Engine(
-        {name: (opened.model, opened.template) for name, opened in models.items()},
-        batch_size=options.batch_size,
-    )
+    engine = Engine(models, batch_size=options.batch_size, more_come=bool(options.watch))
     limits = Limits(options.max_requests, options.max_request_mb << 20)
     hosts = {"localhost", options.host.lower(), *(host.lower() for host in options.allow_hosts)}
     return make_app(engine, rules, limits, Access(hosts, key), options.page), engine, rules
@@ -147,7 +144,7 @@ def _watch(
         raise ConfigError(f"--watch {run}: another model is called {run.name!r}; rename the first with --name")  # fmt: skip
 
     def put(name: str, newest: str, opened: OpenedModel) -> None:
-        engine.put(name, opened.model, opened.template)
+        engine.put(name, opened)
         rules[name] = rules[newest] = _rules(name, opened, options)
 
     def drop(name: str) -> bool:

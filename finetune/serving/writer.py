@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
 from finetune.generation.batch import SharedPrefix
 from finetune.generation.decoder import Decoder, DecodingRow
+from finetune.methods.lora_rows import AdapterRows
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob
 from finetune.serving.memory import KeptPrompts
@@ -41,6 +43,7 @@ class Reading:
     def __init__(self, job: ReplyJob, known: SharedPrefix) -> None:
         self.jobs = [job]
         self.prompt = job.request.prompt
+        self.name = job.request.model
         self.known = known
         """What has been computed of it."""
 
@@ -68,13 +71,16 @@ class Reading:
 
 
 class Writer:
-    """What one model reads and writes; `take` brings work, `go_on` does a round of it."""
+    """What one model reads and writes, or a base with its adapters; `take` brings work, `go_on` does a round."""
 
     def __init__(self, model: Any, template: ChatTemplate) -> None:
-        self.memory = KeptPrompts()
-        self.lanes = {width: Lane(model, template, self.memory) for width in WIDTHS}
+        self.memories: defaultdict[str, KeptPrompts] = defaultdict(KeptPrompts)
+        """What is remembered of each model."""
+        self.lanes = {width: Lane(model, template, self.memories) for width in WIDTHS}
+        self.model = model
+        """An `AdapterRows` where there are adapters."""
+        self.stop_ids = template.stop_ids
         self._reading: list[Reading] = []
-        self._model = model
 
     @property
     def jobs(self) -> list[ReplyJob]:
@@ -88,7 +94,7 @@ class Writer:
             if reading.prompt is job.request.prompt:
                 reading.jobs.append(job)
                 return
-        known = self.memory.beginning_of(job.request.prompt)
+        known = self.memories[job.request.model].beginning_of(job.request.prompt)
         self._reading.append(Reading(job, known or SharedPrefix.kept([], [])))
 
     def go_on(self) -> None:
@@ -116,7 +122,9 @@ class Writer:
 
     def _advance(self, long: Reading) -> None:
         try:
-            long.advance(self._model)
+            if isinstance(self.model, AdapterRows):
+                self.model.choose([long.name])
+            long.advance(self.model)
         except Exception as error:
             self._reading.remove(long)
             for job in long.jobs:
@@ -126,17 +134,21 @@ class Writer:
 class Lane:
     """Rows that are written together."""
 
-    def __init__(self, model: Any, template: ChatTemplate, memory: KeptPrompts) -> None:
+    def __init__(
+        self, model: Any, template: ChatTemplate, memories: Mapping[str, KeptPrompts]
+    ) -> None:
         self.running: list[tuple[ReplyJob, DecodingRow]] = []
         self.decoder = Decoder(model, template.stop_ids)
         self._model = model
         self._template = template
-        self._memory = memory
+        self._memories = memories
 
     def go_on(self, read: Sequence[Reading]) -> None:
         """Takes in prompts whose last piece is to be read, and gives every reply one more token."""
         try:
-            self._add([job for one in read if not one.known.ids for job in one.jobs])
+            new = [one for one in read if not one.known.ids]
+            for name in dict.fromkeys(one.name for one in new):
+                self._add([job for one in new if one.name == name for job in one.jobs])
             for one in read:
                 if one.known.ids:
                     self._add(one.jobs, one.known)
@@ -175,7 +187,7 @@ class Lane:
             elif row.is_done:
                 job.finish(row.stopped)
                 if not isinstance(row.request.prompt, ImagePrompt):
-                    self._memory.keep(self.decoder.taken(row))
+                    self._memories[job.request.model].keep(self.decoder.taken(row))
         self.running = [(job, row) for job, row in self.running if not row.is_done]
         if self.decoder.is_sparse:
             self.decoder.drop_done()

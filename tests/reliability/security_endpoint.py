@@ -41,12 +41,13 @@ def _template() -> Any:
 def _client(key: str | None = None, **limits: int) -> Any:
     from starlette.testclient import TestClient
 
+    from finetune.generation.load import OpenedModel
     from finetune.serving.app import Limits, make_app
     from finetune.serving.engine import Engine
     from finetune.serving.guard import Access
     from finetune.serving.requests.rules import RequestRules
 
-    engine = Engine({"m": (_Model(), _template())}, batch_size=1)
+    engine = Engine({"m": OpenedModel(_Model(), _template(), "model", "m")}, batch_size=1)
     rules = RequestRules("m", _template(), 512, 8)
     bounds = Limits(limits.get("requests", 4), limits.get("body_bytes", 1 << 20))
     access = Access({"localhost"}, key.encode() if key else None)

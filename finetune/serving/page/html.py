@@ -17,7 +17,7 @@ from finetune.webpages import hashed, templates, theme
 ASSETS = Path(__file__).parent / "assets"
 LIBRARIES = Path(__file__).parent / "libraries"
 SCRIPTS = (
-    *(LIBRARIES / name for name in ("marked.js", "purify.js", "katex.js")),
+    *(LIBRARIES / name for name in ("marked.js", "purify.js", "highlight.js", "katex.js")),
     *(ASSETS / name for name in ("elements.js", "markdown.js", "talk.js", "view.js", "page.js")),
 )
 _WORDS = re.compile(r'\bt\("([^"]+)"\)|data-t="([^"]+)"')

@@ -2,6 +2,13 @@
 const SIGNS = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
 const escaped = (text) => String(text).replace(/[&<>"']/g, (sign) => SIGNS[sign]);
 const LONGEST_MARKDOWN = 200_000; // characters; more is shown as it is
+const LONGEST_COLOURED = 20_000; // characters of code; it is read again with every token
+
+function coloured(code, lang) {
+  const language = (lang || "").trim().split(/[\s,{]/)[0];
+  if (code.length > LONGEST_COLOURED || !hljs.getLanguage(language)) return escaped(code);
+  return hljs.highlight(code, { language, ignoreIllegals: true }).value;
+}
 
 function formula(source, displayMode) {
   const made = katex.renderToString(source, {
@@ -35,7 +42,7 @@ marked.use({
     html: ({ text }) => escaped(text),
     image: ({ href, text }) => `<a href="${escaped(href)}">${escaped(text || href)}</a>`, // nothing is fetched
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
-    code: ({ text, lang }) => `<pre data-lang="${escaped((lang || "").slice(0, 30))}"><code>${escaped(text)}</code></pre>`,
+    code: ({ text, lang }) => `<pre data-lang="${escaped((lang || "").slice(0, 30))}"><code>${coloured(text, lang)}</code></pre>`,
   },
 });
 
