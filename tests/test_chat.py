@@ -20,12 +20,11 @@ import pytest
 import tiny
 
 from finetune.chat.terminal import Session, Speech, Terminal, Voice, read_tools_file
-from finetune.cli import main
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
-from finetune.errors import ConfigError, DataError
-from finetune.generation.settings import GREEDY, Sampling
+from finetune.errors import DataError
+from finetune.generation.settings import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
@@ -259,48 +258,6 @@ def test_a_temperature_makes_replies_differ(model: Any, template: ChatTemplate) 
         voice = Voice(model, template, max_new_tokens=12, sampling=Sampling(1.5, top_p=0.8))
         said.append(voice.reply(conversation, lambda text: None)[0].content)
     assert len(set(said)) > 1
-
-
-def test_a_seed_makes_a_chat_repeatable_and_its_replies_follow_each_other(
-    model: Any, template: ChatTemplate
-) -> None:
-    conversation = Conversation((Message("user", "hello"),))
-    how = Sampling(1.3, top_k=20, min_p=0.01, frequency_penalty=0.3)
-
-    def said(seed: int) -> list[str]:
-        voice = Voice(model, template, max_new_tokens=12, sampling=how, seed=seed)
-        return [voice.reply(conversation, lambda _: None)[0].content for _ in range(3)]
-
-    first = said(7)
-    assert said(7) == first
-    assert said(8)[:2] == first[1:]
-    assert len(set(first)) > 1
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("temperature", -0.1), ("top_p", 1.1), ("top_k", -1), ("min_p", 2), ("presence_penalty", 3),
-     ("frequency_penalty", -3), ("repetition_penalty", 0)],
-)  # fmt: skip
-def test_settings_that_mean_nothing_are_refused_by_name(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is {value}; it must be"):
-        Sampling(**{name: value})  # type: ignore[arg-type]
-
-
-def test_the_commands_options_reach_the_chat(
-    tiny_glm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr("finetune.chat.terminal.chat", lambda *_, **how: told.append((how["sampling"], how["seed"])))  # fmt: skip
-    given = "--temperature 0.7 --top-p 0.9 --top-k 5 --min-p 0.1 --presence-penalty 0.2 --frequency-penalty 0.3 --repetition-penalty 1.1 --seed 4"
-    for words in ([], ["--temperature", "0.7"], given.split()):
-        with pytest.raises(SystemExit):
-            main(["chat", str(tiny_glm), *words])
-    assert told == [
-        (GREEDY, None),
-        (Sampling(0.7, top_p=0.8), None),
-        (Sampling(0.7, 0.9, 5, 0.1, 0.2, 0.3, 1.1), 4),
-    ]
 
 
 def test_ctrl_c_keeps_what_was_said_and_the_chat_goes_on(

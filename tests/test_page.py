@@ -109,15 +109,14 @@ CONTRASTS = """
 
 def test_every_text_has_the_contrast_of_wcag_aa_in_light_and_in_dark(page: pages.Page) -> None:
     page.run("document.getElementById('settings').open = true; document.querySelector('main').scrollIntoView()")  # fmt: skip
+    page.send("How do I solve a quadratic equation?")
+    page.click("Tokens")
+    page.until("return document.querySelector('.tokens .trained')")
     page.write("tools", json.dumps([pages.WEATHER]))
     page.send("weather?")
     page.write("tools", "[")
     page.until("return document.getElementById('tools-told').className === 'bad'")
-    page.write("tools", "")
-    page.send("How do I solve a quadratic equation?")
     page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    page.click("Tokens", 2)
-    page.until("return document.querySelector('.tokens .trained')")
     seen: set[str] = set()
     for dark in (False, True):
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]

@@ -18,7 +18,6 @@ from adapters import make_adapter
 from command_line import ROOT
 from rows import CALL, TOOL, Rows, answering, read_rows, spoken, turns, write_rows
 
-from finetune.cli import main
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Message
@@ -31,7 +30,6 @@ from finetune.generation.dialogues import Dialogues, RowOptions
 from finetune.generation.load import open_model
 from finetune.generation.messages import as_reply, reply_messages
 from finetune.generation.predict import PredictOptions, predict
-from finetune.generation.settings import GREEDY, Sampling
 from finetune.storage.journal import Journal, ResumableOutput
 
 
@@ -230,60 +228,6 @@ def test_after_a_crash_of_vllm_answered_dialogues_are_kept_and_not_asked_again(
     again = [prompt for asked in questions[3:] for prompt in asked]
     assert len(again) == 3
     assert not [prompt for prompt in again if prompt in kept]
-
-
-def test_drawn_replies_to_a_dialogue_follow_each_other_and_outlive_a_crash(
-    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By seed, whatever stands in one batch; of one alone they are what they are among others."""
-    source = write_rows(tmp_path / "in.jsonl", dialogues(4))
-    drawn = replace(OPTIONS, sampling=Sampling(1.2, top_k=40), seed=3, num_replies=3)
-    monkeypatch.setattr(prompts, "BATCHES_PER_WINDOW", 1)
-    predict(str(tiny_glm), [str(source)], tmp_path / "whole.jsonl", options=replace(drawn, batch_size=5))  # fmt: skip
-    fail_at_call(3, monkeypatch)
-    out = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError):
-        predict(str(tiny_glm), [str(source)], out, options=drawn)
-    predict(str(tiny_glm), [str(source)], out, options=drawn)
-    rows = read_rows(out)
-    assert rows == read_rows(tmp_path / "whole.jsonl")
-    assert [(row["where"], row["reply"]) for row in rows] == [
-        (f"{source}:{line}", reply) for line in (1, 2, 3, 4) for reply in (0, 1, 2)
-    ]
-    said = [row["messages"][-1]["content"] for row in rows]
-    assert len(set(said)) > 8
-    predict(str(tiny_glm), [str(source)], tmp_path / "other.jsonl", options=replace(drawn, seed=4))
-    assert said != [row["messages"][-1]["content"] for row in read_rows(tmp_path / "other.jsonl")]
-    with pytest.raises(ConfigError, match="3 greedy replies to a dialogue are all the same"):
-        predict(str(tiny_glm), [str(source)], tmp_path / "no.jsonl", options=replace(drawn, sampling=GREEDY))  # fmt: skip
-    with pytest.raises(ConfigError, match="sampling and --num-replies go with --backend transf"):
-        predict(str(tiny_glm), [str(source)], tmp_path / "no.jsonl", options=replace(drawn, backend="vllm"))  # fmt: skip
-
-
-def test_evaluation_takes_what_predict_wrote_and_several_replies_count_as_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def line(number: int, text: str, **more: Any) -> dict[str, Any]:
-        said = {"role": "assistant", "content": text}
-        return {"where": f"in.jsonl:{number}", "messages": [*turns("how?"), said], "stopped": True} | more  # fmt: skip
-
-    wanted = {"reference": {"role": "assistant", "content": "yes"}}
-    said = [(1, "yes"), (1, "yes"), (1, "no"), (2, "no"), (2, "no"), (2, "no")]
-    rows = [line(number, text, reply=at % 3, **wanted) for at, (number, text) in enumerate(said)]
-    source = write_rows(tmp_path / "out.jsonl", rows)
-    with pytest.raises(SystemExit) as end:
-        main(["evaluate", "--predictions", str(source), "--output", str(tmp_path / "scores")])
-    assert end.value.code == 0
-    target = json.loads((tmp_path / "scores/evaluation.json").read_text())["targets"][0]
-    exact = target["scores"]["exact_match"]
-    assert exact["value"] == pytest.approx(100 / 3)
-    # Two dialogues with means of 2/3 and 0: resamples of two units reach no further than these.
-    assert (exact["low"], exact["high"]) == (0, pytest.approx(200 / 3))
-    write_rows(source, [line(1, "yes")])
-    with pytest.raises(SystemExit) as end:
-        main(["evaluate", "--predictions", str(source), "--output", str(tmp_path / "none")])
-    assert end.value.code != 0
-    assert "had no reply to compare with" in capsys.readouterr().err
 
 
 def test_what_vllm_cannot_do_is_said_before_it_starts(

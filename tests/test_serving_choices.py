@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,12 @@ from serving import HELLO
 
 from finetune.data.dialogue.conversation import Message
 from finetune.distributed.map_batches import evaluating
-from finetune.generation.decoder import Decoder
+from finetune.generation.decoder import Decoder, Decoding, Request, write_replies
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving.answers import _bytes_of
+from finetune.serving.requests.chat import AskedChat
+from finetune.serving.requests.completion import AskedCompletion
+from finetune.serving.requests.rules import RequestRules
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,37 @@ def test_the_bytes_of_tokens_are_those_of_their_text(opened: OpenedModel, text: 
     ids = opened.template.tokenizer.plain.encode(text, add_special_tokens=False).ids
     assert b"".join(_bytes_of(backend.id_to_token(i)) for i in ids) == text.encode()
     assert _bytes_of("<|user|>") == b"<|user|>"
+
+
+FIELDS: tuple[dict[str, Any], ...] = (
+    {}, {"presence_penalty": 1.7}, {"frequency_penalty": 1.5}, {"repetition_penalty": 1.6}, {"temperature": 1.3, "seed": 3},
+    {"temperature": 1.3, "seed": 3, "top_p": 0.4}, {"temperature": 1.3, "seed": 3, "top_k": 3}, {"temperature": 1.3, "seed": 3, "min_p": 0.3},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["chat/completions", "completions"])
+def test_every_field_of_sampling_means_what_it_means_to_the_decoder(
+    server: serving.Served, opened: OpenedModel, address: str
+) -> None:
+    said, rules = [], RequestRules("tiny", opened.template, 2048, 1024)
+    for fields in FIELDS:
+        asked = {"messages": HELLO} if "chat" in address else {"prompt": "hello 你好 there"}
+        body = {"model": "tiny", "max_tokens": 20, "logprobs": 1 if "prompt" in asked else True, **asked, **fields}  # fmt: skip
+        choice = httpx.post(f"{server.url}/v1/{address}", json=body).json()["choices"][0]
+        found = choice["logprobs"]
+        said.append(
+            found["tokens"] if "prompt" in asked else [t["token"] for t in found["content"]]
+        )
+        read = AskedChat if "messages" in asked else AskedCompletion
+        [asked_for] = read(json.dumps(body).encode(), {"tiny": rules}).replies()
+        prompt = asked_for.prompt
+        request = Request(prompt, Decoding(20, **fields))
+        with evaluating(opened.model):
+            [row] = write_replies(opened.model, opened.template.stop_ids, [request], slots=1)
+        spell = opened.template.tokenizer.backend.id_to_token
+        wanted = [_bytes_of(spell(token)).decode(errors="replace") for token in row.ids]
+        assert said[-1] == wanted, fields
+    assert len({tuple(one) for one in said}) == len(FIELDS), "every field changes the reply"
 
 
 def test_what_was_done_is_counted(opened: OpenedModel) -> None:

@@ -1,6 +1,7 @@
 """Does OpenVINO write the same tokens? A merged model through optimum-intel, 20 prompts of each family.
 
     python -m venv ov && ov/bin/pip install torch==2.13.0 'optimum-intel[openvino]==2.2.0'
+    ov/bin/pip uninstall --yes torchvision    # beside a torch without CUDA PyPI's one does not import
     python scripts/evidence/openvino_check.py ov
 
 Here: a tiny random base, a LoRA adapter merged into it by `finetune merge` (of the published layout also
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 NEW_TOKENS = 32
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 ROUNDING = 1e-3
 """Of float32 logits of size 10."""
 THERE = """
@@ -78,7 +81,7 @@ def exported(model: Path, environment: Path) -> Path:
     """What optimum-intel makes of a model."""
     out = model.with_name("openvino")
     command = [str(environment / "bin/optimum-cli"), "export", "openvino", "--model", str(model), "--task", "text-generation-with-past", "--weight-format", "fp32", str(out)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=ALONE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return out
@@ -102,7 +105,7 @@ def compare(family: str, folder: Path, environment: Path) -> tuple[bool, str]:
     question, answer = folder / "asked.json", folder / "answers.json"
     question.write_text(json.dumps({"dialogues": asked, "new": NEW_TOKENS, "stops": stops, "pad": pad}))  # fmt: skip
     out = exported(model, environment)
-    done = subprocess.run([str(environment / "bin/python"), "-c", THERE, str(out), str(question), str(answer)], capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run([str(environment / "bin/python"), "-c", THERE, str(out), str(question), str(answer)], env=ALONE, capture_output=True, text=True, check=False)  # fmt: skip
     if done.returncode:
         raise SystemExit(f"OpenVINO failed on {family}:\n{done.stderr[-3000:]}")
     found = json.loads(answer.read_text())
