@@ -170,7 +170,7 @@ def test_models_are_named_on_the_command_line(folders: dict[str, Path]) -> None:
 def test_rows_of_a_base_and_of_plain_adapters_are_one_pass_and_each_as_alone(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of rank 4 and 8, on all layers and on some; DoRA, a prefix and another base have passes of their own."""
+    """LoRA on all layers and on some, and a prefix; DoRA and another base have passes of their own."""
     base = folders["base"]
     targets = {
         **folders,
@@ -191,8 +191,8 @@ def test_rows_of_a_base_and_of_plain_adapters_are_one_pass_and_each_as_alone(
         writers = server.engine.writers
         shared = {name for name, one in writers.items() if one is writers["base"]}
         said = replies(server, asked)
-    assert shared == {"base", "lora", "other", "narrow"}
-    assert passes.count(4) >= 10, "four models, one pass"
+    assert shared == {"base", "lora", "other", "prefix", "narrow"}
+    assert passes.count(5) >= 10, "five models, one pass"
     for name, folder in targets.items():
         with serving.served({name: open_model(folder)}) as alone:
             own = {other: text for (other, _), text in zip(asked, said, strict=True)}

@@ -157,6 +157,8 @@ def test_a_length_beyond_the_context_is_lowered(opened: OpenedModel) -> None:
     with serving.served(opened, context=20) as small:
         made = create(small, "abc", max_tokens=500)
         assert made.usage.total_tokens <= 20
+        chatted = small.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], max_tokens=500)  # fmt: skip
+        assert chatted.usage.total_tokens <= 20
         with pytest.raises(openai.BadRequestError, match="no room for a reply"):
             create(small, "abc " * 20)
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from finetune.distributed.map_batches import evaluating
 from finetune.generation.load import OpenedModel
 from finetune.methods.lora_rows import AdapterRows, can_share
+from finetune.methods.ptuning_v2 import is_attached
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob
 from finetune.serving.writer import WIDTHS, Writer, width_of
@@ -27,8 +28,8 @@ TOKEN_BUDGET = 65_536
 class Engine:
     """Answers jobs with one model or several, several jobs at once.
 
-    Replies of a base and of plain LoRA adapters on it are computed together, those of other models in
-    turns, a token each.
+    Replies of a base, of plain LoRA adapters and of prefixes on it are computed together, those of other
+    models in turns, a token each.
     """
 
     def __init__(self, models: Mapping[str, OpenedModel], *, batch_size: int, more_come: bool = False) -> None:  # fmt: skip
@@ -70,14 +71,15 @@ class Engine:
             writer = self.writers[name]
             self.writers = {key: one for key, one in self.writers.items() if key != name}
             if isinstance(writer.model, AdapterRows):
-                writer.model.drop(name)
-                writer.memories.pop(name, None)
+                writer.drop(name)
         return True
 
     def _writer(self, name: str, opened: OpenedModel) -> Writer:
         """What writes a model's replies: where bases and adapters may share a pass, one for all of them."""
         is_base = opened.model is opened.plain
-        if not self._shares or not (is_base or can_share(opened.model)):
+        is_prefix = is_attached(opened.model) and opened.template.image is None
+        shares = is_base or can_share(opened.model) or is_prefix
+        if not self._shares or opened.plain is None or not shares:
             return Writer(opened.model, opened.template)
         writer = self._shared.get(id(opened.plain))
         if writer is None:
@@ -86,7 +88,7 @@ class Engine:
         elif writer.stop_ids != opened.template.stop_ids:
             return Writer(opened.model, opened.template)
         if not is_base:
-            writer.model.put(name, opened.model)
+            writer.put(name, opened.model)
         return writer
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal, TypeAlias
 
 from finetune.data.chat.template import ChatTemplate
+from finetune.generation.batch import Prompt
 from finetune.generation.decoder import Request, Scores
 from finetune.generation.stream import Piece, ReplyStream, TextStream
 from finetune.serving.errors import ApiError
@@ -47,11 +48,11 @@ class ReplyJob:
         """Tokens of the reply so far, without its stop."""
         return len(self._reply.ids)
 
-    def as_request(self) -> Request:
-        """What the decoder is asked for."""
+    def as_request(self, prompt: Prompt) -> Request:
+        """What the decoder is asked for, with the prompt as the model reads it."""
         asked = self.request
         return Request(
-            asked.prompt, asked.decoding, self.take, asked.constraint, self.scores, asked.model
+            prompt, asked.decoding, self.take, asked.constraint, self.scores, asked.model
         )
 
     def take(self, token: int) -> bool:

@@ -18,10 +18,12 @@ MOST_TOKENS = 16_384
 class KeptPrompts:
     """The last replies' keys and values with those of their prompts; the oldest go first."""
 
-    def __init__(self, most_tokens: int = MOST_TOKENS) -> None:
+    def __init__(self, most_tokens: int = MOST_TOKENS, *, virtual: int = 0) -> None:
+        """`virtual` first tokens of every prompt are no tokens of it, but a trained prefix."""
         self.used_tokens = 0
         """Tokens of prompts that needed no computing."""
         self._most = most_tokens
+        self._virtual = virtual
         self._kept: list[SharedPrefix] = []
 
     def keep(self, found: SharedPrefix) -> None:
@@ -39,11 +41,11 @@ class KeptPrompts:
             return None  # images look alike in ids
         best = max(self._kept, key=lambda one: _common(one.ids, prompt))
         common = min(_common(best.ids, prompt), len(prompt) - 1)
-        if common < SHORTEST_PREFIX:
+        if common - self._virtual < SHORTEST_PREFIX:
             return None
         self._kept.remove(best)
         self._kept.append(best)
-        self.used_tokens += common
+        self.used_tokens += common - self._virtual
         return best.first(common)
 
 

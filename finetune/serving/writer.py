@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
-from finetune.generation.batch import SharedPrefix
+from finetune.generation.batch import Prompt, SharedPrefix
 from finetune.generation.decoder import Decoder, DecodingRow
+from finetune.methods import ptuning_v2
 from finetune.methods.lora_rows import AdapterRows
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob
@@ -40,12 +42,17 @@ def width_of(request: ReplyRequest) -> Width:
 class Reading:
     """A prompt that is being read, for one reply or several."""
 
-    def __init__(self, job: ReplyJob, known: SharedPrefix) -> None:
+    def __init__(self, job: ReplyJob, prompt: Prompt, known: SharedPrefix) -> None:
         self.jobs = [job]
-        self.prompt = job.request.prompt
+        self.prompt = prompt
+        """With the tokens that a trained prefix stands for."""
         self.name = job.request.model
         self.known = known
         """What has been computed of it."""
+
+    def is_for(self, job: ReplyJob) -> bool:
+        """Whether a job is another reply to this very prompt."""
+        return self.jobs[0].request.prompt is job.request.prompt
 
     @property
     def left(self) -> int:
@@ -76,6 +83,8 @@ class Writer:
     def __init__(self, model: Any, template: ChatTemplate) -> None:
         self.memories: defaultdict[str, KeptPrompts] = defaultdict(KeptPrompts)
         """What is remembered of each model."""
+        self._prefixes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        """Trained keys and values of the models that are a prefix."""
         self.lanes = {width: Lane(model, template, self.memories) for width in WIDTHS}
         self.model = model
         """An `AdapterRows` where there are adapters."""
@@ -91,11 +100,34 @@ class Writer:
     def take(self, job: ReplyJob) -> None:
         """A new job; the prompt of several replies is read once."""
         for reading in self._reading:
-            if reading.prompt is job.request.prompt:
+            if reading.is_for(job):
                 reading.jobs.append(job)
                 return
-        known = self.memories[job.request.model].beginning_of(job.request.prompt)
-        self._reading.append(Reading(job, known or SharedPrefix.kept([], [])))
+        name, prompt = job.request.model, job.request.prompt
+        own = SharedPrefix.kept([], [])
+        if name in self._prefixes:
+            # As if the prefix were tokens that have been read; which ones does not matter.
+            own = SharedPrefix.kept([prompt[0]] * self._num_virtual(name), self._prefixes[name])
+            prompt = [*own.ids, *prompt]
+        known = self.memories[name].beginning_of(prompt)
+        self._reading.append(Reading(job, prompt, known or own))
+
+    def put(self, name: str, adapted: Any) -> None:
+        """One more adapter of the base: plain LoRA, or a prefix; from any thread."""
+        if ptuning_v2.is_attached(adapted):
+            self._prefixes = {**self._prefixes, name: ptuning_v2.key_values(adapted)}
+            self.memories[name] = KeptPrompts(virtual=self._num_virtual(name))
+        else:
+            self.model.put(name, adapted)
+
+    def drop(self, name: str) -> None:
+        """Forgets an adapter of the base."""
+        self.model.drop(name)
+        self._prefixes.pop(name, None)
+        self.memories.pop(name, None)
+
+    def _num_virtual(self, name: str) -> int:
+        return int(self._prefixes[name][0][0].shape[2])
 
     def go_on(self) -> None:
         """Reads pieces of new prompts, and gives every reply one more token."""
@@ -148,21 +180,23 @@ class Lane:
         try:
             new = [one for one in read if not one.known.ids]
             for name in dict.fromkeys(one.name for one in new):
-                self._add([job for one in new if one.name == name for job in one.jobs])
+                self._add([one for one in new if one.name == name])
             for one in read:
                 if one.known.ids:
-                    self._add(one.jobs, one.known)
+                    self._add([one], one.known)
             if self.decoder.active:
                 self.decoder.step()
             self._settle()
         except Exception as error:  # whatever it is, it must not end the server
             self._fail_all(error)
 
-    def _add(self, jobs: Sequence[ReplyJob], known: SharedPrefix | None = None) -> None:
+    def _add(self, read: Sequence[Reading], known: SharedPrefix | None = None) -> None:
         """Computes prompts together; where that fails each alone, so that one harms no other."""
-        if not jobs:
+        asked = [(job, one.prompt) for one in read for job in one.jobs]
+        if not asked:
             return
-        requests = [job.as_request() for job in jobs]
+        jobs = [job for job, _ in asked]
+        requests = [job.as_request(prompt) for job, prompt in asked]
         try:
             rows = self.decoder.add(requests, known)
         except Exception as error:
@@ -170,11 +204,12 @@ class Lane:
                 for job in jobs:
                     fail(job, error)
                 raise
-            if len(jobs) == 1:
-                fail(jobs[0], error)
-            else:
+            if len(read) == 1:
                 for job in jobs:
-                    self._add([job], known)
+                    fail(job, error)
+            else:
+                for one in read:
+                    self._add([one], known)
             return
         self.running += zip(jobs, rows, strict=True)
         self._settle()
