@@ -16,13 +16,17 @@ from typing import Any
 import pictures
 import pytest
 import serving
+import tiny
 from PIL import Image
 from rows import read_rows, turns, write_rows
 
 from finetune.cli import main
+from finetune.data.chat import template
 from finetune.data.dialogue.conversation import Message
 from finetune.generation.load import OpenedModel, open_model
 
+GLM4 = Path(template.__file__).parent / "templates" / "glm4_chat.jinja"
+"""The layout of glm-4-9b-chat, with its built-in tools."""
 WEATHER = {
     "type": "function",
     "function": {
@@ -53,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(folder: Path) -> OpenedModel:
-    return open_model(serving.save_talkative(folder / "glm-4"))
+    model = serving.save_talkative(folder / "glm-4")
+    tiny.save_tokenizer(model, chat_template=GLM4.read_text(encoding="utf-8"))
+    return open_model(model)
 
 
 @pytest.fixture(scope="module")

@@ -148,13 +148,6 @@ def is_attached(model: nn.Module) -> bool:
     return any(isinstance(module, Prefix | EncodedPrefix) for module in model.modules())
 
 
-def key_values(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
-    """Of every layer the prefix's keys and values, each [1, H, N, D]: what a cache holds of N tokens before all others."""
-    layers: list[Any] = list(_attention_layers(model).values())
-    states = [layer.prefix().detach().to(model.dtype) for layer in layers]
-    return [(state[0][None], state[1][None]) for state in states]
-
-
 def matched_modules(model: PreTrainedModel) -> dict[str, int]:
     """Layers with a prefix."""
     return {"prefix of keys and values per attention layer": len(_attention_layers(model))}

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 from finetune.distributed.map_batches import evaluating
 from finetune.generation.load import OpenedModel
-from finetune.methods.lora_rows import AdapterRows, can_share
+from finetune.methods.adapter_rows import AdapterRows, can_share
 from finetune.methods.ptuning_v2 import is_attached
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob

@@ -19,8 +19,7 @@ from finetune.data.chat.image import ImagePrompt
 from finetune.data.chat.template import ChatTemplate
 from finetune.generation.batch import Prompt, SharedPrefix
 from finetune.generation.decoder import Decoder, DecodingRow
-from finetune.methods import ptuning_v2
-from finetune.methods.lora_rows import AdapterRows
+from finetune.methods.adapter_rows import AdapterRows, prefix_of
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob
 from finetune.serving.memory import KeptPrompts
@@ -67,7 +66,7 @@ class Reading:
     def advance(self, model: Any) -> None:
         """Reads one piece, short of the last one."""
         begin = len(self.known.ids)
-        self.known = self.known.more(model, self.prompt[begin : begin + PIECE])
+        self.known = self.known.more(model, [*map(int, self.prompt[begin : begin + PIECE])])
 
     def drop_cancelled(self) -> None:
         """Lets go of replies that nobody waits for."""
@@ -114,8 +113,8 @@ class Writer:
 
     def put(self, name: str, adapted: Any) -> None:
         """One more adapter of the base: plain LoRA, or a prefix; from any thread."""
-        if ptuning_v2.is_attached(adapted):
-            self._prefixes = {**self._prefixes, name: ptuning_v2.key_values(adapted)}
+        if prefix := prefix_of(adapted):
+            self._prefixes = {**self._prefixes, name: prefix}
             self.memories[name] = KeptPrompts(virtual=self._num_virtual(name))
         else:
             self.model.put(name, adapted)

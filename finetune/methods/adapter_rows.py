@@ -1,9 +1,10 @@
-"""LoRA adapters of one base in one batch: each row has what its own adapter adds, or nothing.
+"""Adapters of one base in one batch: each row has what its own adapter adds, or nothing.
 
     y = x Wᵀ of all rows at once; of the rows of adapter a also + x Aₐᵀ (sₐ Bₐ)ᵀ
 
 So a token of many models costs one pass through the base and little more, where a pass for each would read
-all its weights again. The arithmetic of a row is that of `lora_forward`.
+all its weights again. The arithmetic of a row is that of `lora_forward`. A prefix needs no arithmetic of its
+own: it is keys and values that a row's cache begins with.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from finetune.methods.lora_forward import LoraLinear, LowRank
+from finetune.methods.ptuning_v2 import EncodedPrefix, Prefix
 
 ADAPTER = "default"
 """What PEFT calls the only adapter of a model."""
@@ -80,6 +82,14 @@ class AdapterRows:
             layer.lora_B[ADAPTER](low, onto=flat, scale=layer.scaling[ADAPTER])
             if rows is not None:
                 output[rows] = onto
+
+
+def prefix_of(adapted: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Of every layer the keys and values [1, H, N, D] of a P-Tuning v2 prefix of N tokens; [] of other models."""
+    dtype = next(adapted.parameters()).dtype
+    prefixes = [one for one in adapted.modules() if isinstance(one, Prefix | EncodedPrefix)]
+    states = [one().detach().to(dtype) for one in prefixes]
+    return [(state[0][None], state[1][None]) for state in states]
 
 
 def can_share(adapted: Any) -> bool:
