@@ -174,7 +174,9 @@ def test_rows_of_a_base_and_of_plain_adapters_are_one_pass_and_each_as_alone(
     base = folders["base"]
     targets = {
         **folders,
-        "narrow": make_adapter(tmp_path / "narrow", base, seed=9, r=8, target_modules=["q_proj"]),
+        "narrow": make_adapter(
+            tmp_path / "narrow", base, seed=9, r=8, target_modules=["v_proj", "o_proj"]
+        ),
         "dora": make_adapter(tmp_path / "dora", base, seed=7, use_dora=True),
     }
     passes: list[int] = []

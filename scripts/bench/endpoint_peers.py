@@ -209,8 +209,8 @@ def main() -> int:
 
 
 def bare(text: str) -> str:
-    """Text without white space, which servers strip differently."""
-    return re.sub(r"\s", "", text)
+    """Text without white space and broken characters, of which servers make different things."""
+    return re.sub(r"[\s\ufffd]", "", text)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
