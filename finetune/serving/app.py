@@ -198,18 +198,24 @@ class Completions:
 
     async def _jobs(self, asked: Asked) -> list[ReplyJob]:
         """The replies in the model's queue; images are kept until the model has done with all."""
+        if not asked.shows_image:
+            return await self._submitted(asked, bool)
         folder = tempfile.TemporaryDirectory(prefix="finetune-serve-", ignore_cleanup_errors=True)
         try:
-            if asked.shows_image:
-                async with self._desk.decoding:
-                    await asyncio.to_thread(asked.keep_images, Path(folder.name))
-            requests = await asyncio.to_thread(asked.replies)
-            release = Countdown(len(requests), folder.cleanup)
-            jobs = [ReplyJob(request, asked.rules.template, release) for request in requests]
-            self._desk.engine.submit(jobs)
+            async with self._desk.decoding:
+                await asyncio.to_thread(asked.keep_images, Path(folder.name))
+            return await self._submitted(asked, folder.cleanup)
         except BaseException:
             folder.cleanup()
             raise
+
+    async def _submitted(self, asked: Asked, last: Callable[[], object]) -> list[ReplyJob]:
+        """The replies in the model's queue; `last` is called when the model has done with all."""
+        engine = self._desk.engine
+        requests = await asyncio.to_thread(asked.replies)
+        release = Countdown(len(requests), last)
+        jobs = [ReplyJob(request, asked.rules.template, release, engine.outbox) for request in requests]  # fmt: skip
+        engine.submit(jobs)
         return jobs
 
 
@@ -274,6 +280,11 @@ async def _side_by_side(jobs: Sequence[ReplyJob]) -> AsyncIterator[tuple[int, Pi
     Raises:
         ApiError: a reply cannot be written, or not to its end.
     """
+    if len(jobs) == 1:
+        async for own in jobs[0].pieces():
+            yield 0, own
+        yield 0, None
+        return
     coming: asyncio.Queue[tuple[int, Piece | ApiError | None]] = asyncio.Queue()
 
     async def pass_on(index: int) -> None:

@@ -16,7 +16,7 @@ from finetune.generation.load import OpenedModel
 from finetune.methods.adapter_rows import AdapterRows, can_share
 from finetune.methods.ptuning_v2 import is_attached
 from finetune.serving.errors import ApiError
-from finetune.serving.job import ReplyJob
+from finetune.serving.job import Outbox, ReplyJob
 from finetune.serving.writer import WIDTHS, Writer, width_of
 
 GATHER_SECONDS = 0.005
@@ -35,6 +35,8 @@ class Engine:
     def __init__(self, models: Mapping[str, OpenedModel], *, batch_size: int, more_come: bool = False) -> None:  # fmt: skip
         self.draining = False
         """No new job is taken."""
+        self.outbox = Outbox()
+        """Takes what the model's thread has for the clients of jobs."""
         self._shares = more_come or len(models) > 1
         self._shared: dict[int, Writer] = {}
         """By the identity of the base."""
@@ -122,7 +124,7 @@ class Engine:
             refused, self._waiting = self._waiting, deque()
             self._change.notify()
         for job in refused:
-            job.fail(stopping())
+            job.fail(stopping(), at_once=True)
 
     def _work(self) -> None:
         with ExitStack() as modes:
@@ -133,6 +135,7 @@ class Engine:
                     self.writers[job.request.model].take(job)
                 for writer in self._all_writers:
                     writer.go_on()
+                    self.outbox.flush()
 
     def _has_work(self) -> bool:
         """Waits for a job when none is running; False when the server stops."""

@@ -14,16 +14,49 @@ from finetune.generation.stream import Piece, ReplyStream, TextStream
 from finetune.serving.errors import ApiError
 from finetune.serving.requests.rules import ReplyRequest
 
+Event: TypeAlias = "list[Piece] | ApiError | None"
+"""Pieces of a reply; None is its end."""
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
+
+
+class Outbox:
+    """What a round of the model has for its clients: each loop is woken once for all of them."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[ReplyJob, Event]] = []
+
+    def put(self, job: ReplyJob, event: Event) -> None:
+        """Takes an event; from the model's thread."""
+        self._held.append((job, event))
+
+    def flush(self) -> None:
+        """Sends what there is; from the model's thread."""
+        held, self._held = self._held, []
+        for loop in dict.fromkeys(job.loop for job, _ in held):
+            own = [(job, event) for job, event in held if job.loop is loop and not job.cancelled]
+            if own:  # a loop of cancelled jobs may be closed
+                loop.call_soon_threadsafe(_deliver, own)
+
+
+def _deliver(held: Sequence[tuple[ReplyJob, Event]]) -> None:
+    for job, event in held:
+        job.receive(event)
 
 
 class ReplyJob:
     """What a client asked for; `take` to `fail` belong to the model's thread, the rest to the client's."""
 
     def __init__(
-        self, request: ReplyRequest, template: ChatTemplate, release: Callable[[], object] = bool
+        self,
+        request: ReplyRequest,
+        template: ChatTemplate,
+        release: Callable[[], object] = bool,
+        outbox: Outbox | None = None,
     ) -> None:
         self.request = request
+        self.loop = asyncio.get_running_loop()
+        """That of the client."""
+        self._outbox = outbox
         self.release = release
         """Called when the model's thread needs nothing of the request any more, such as its images."""
         self.cancelled = False
@@ -40,8 +73,7 @@ class ReplyJob:
         )
         self._text = StopStrings(request.stops)
         self._num_calls = 0
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[list[Piece] | ApiError | None] = asyncio.Queue()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     @property
     def num_tokens(self) -> int:
@@ -78,9 +110,10 @@ class ReplyJob:
             self.finish_reason = "length"
         self._send(None)
 
-    def fail(self, error: ApiError) -> None:
-        """The reply cannot be written."""
+    def fail(self, error: ApiError, *, at_once: bool = False) -> None:
+        """The reply cannot be written; `at_once` where no round of the model comes behind it."""
         self.release()
+        self._outbox = None if at_once else self._outbox
         self._send(error)
 
     def cancel(self) -> None:
@@ -118,9 +151,17 @@ class ReplyJob:
         if wanted:
             self._send(wanted)
 
-    def _send(self, event: list[Piece] | ApiError | None) -> None:
-        if not self.cancelled:  # then the loop may be closed, too
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+    def receive(self, event: Event) -> None:
+        """Takes what the model's thread has sent."""
+        self._events.put_nowait(event)
+
+    def _send(self, event: Event) -> None:
+        if self.cancelled:  # then the loop may be closed, too
+            return
+        if self._outbox is None:
+            self.loop.call_soon_threadsafe(self.receive, event)
+        else:
+            self._outbox.put(self, event)
 
 
 class StopStrings:

@@ -1,6 +1,6 @@
 """Does OpenVINO write the same tokens? A merged model through optimum-intel, 20 prompts of each family.
 
-    python -m venv ov && ov/bin/pip install torch==2.13.0 'optimum-intel[openvino]==2.2.0'
+    python -m venv ov && ov/bin/pip install torch==2.13.0 'optimum-intel[openvino]==2.2.0' transformers==5.0.0
     ov/bin/pip uninstall --yes torchvision    # beside a torch without CUDA PyPI's one does not import
     python scripts/evidence/openvino_check.py ov
 
