@@ -127,7 +127,7 @@ def test_every_text_has_the_contrast_of_wcag_aa_in_light_and_in_dark(page: pages
             faint = [f"{text}: {ratio:.2f}" for ratio, wanted, text in found if ratio < wanted]
             assert not faint, f"in the {'dark' if dark else 'light'}: {'; '.join(faint)}"
             seen |= {text.rpartition(" (")[2] for _, _, text in found}
-    assert {"SPAN hljs-keyword)", "B )", "SPAN trained)", "SUMMARY )", "SMALL bad)"} <= seen, seen
+    assert {"SPAN hljs-keyword)", "B )", "SPAN trained )", "SUMMARY )", "SMALL bad)"} <= seen, seen
 
 
 def test_what_is_set_on_the_page_is_asked_of_the_server(page: pages.Page) -> None:
