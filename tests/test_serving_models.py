@@ -187,7 +187,7 @@ def test_rows_of_a_base_and_of_plain_adapters_are_one_pass_and_each_as_alone(
         return step(batch, tokens)
 
     monkeypatch.setattr(Batch, "step", counting)
-    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 2.0)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 1.0)
     asked = [(name, {"max_tokens": 14, "logprobs": True, "top_logprobs": 1}) for name in targets]
     with serving.served(open_side_by_side(targets), batch_size=len(asked)) as server:
         writers = server.engine.writers
@@ -195,6 +195,7 @@ def test_rows_of_a_base_and_of_plain_adapters_are_one_pass_and_each_as_alone(
         said = replies(server, asked)
     assert shared == {"base", "lora", "other", "prefix", "narrow"}
     assert passes.count(5) >= 10, "five models, one pass"
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 0.0)
     for name, folder in targets.items():
         with serving.served({name: open_model(folder)}) as alone:
             own = {other: text for (other, _), text in zip(asked, said, strict=True)}

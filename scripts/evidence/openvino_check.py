@@ -31,7 +31,8 @@ ROUNDING = 1e-3
 """Of float32 logits of size 10."""
 THERE = """
 import json, sys
-import openvino, optimum.intel, transformers
+import transformers
+from importlib.metadata import version
 from optimum.intel import OVModelForCausalLM
 
 folder, asked = sys.argv[1], json.load(open(sys.argv[2]))
@@ -43,7 +44,7 @@ for messages in asked["dialogues"]:
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")["input_ids"]
     made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked["new"], do_sample=False, eos_token_id=asked["stops"], pad_token_id=asked["pad"])
     answers.append([ids[0].tolist(), made[0, ids.shape[1]:].tolist()])
-versions = f"optimum-intel {optimum.intel.__version__}, OpenVINO {openvino.__version__.split('-')[0]}, transformers {transformers.__version__}"
+versions = ", ".join(f"{name} {version(name)}" for name in ("optimum-intel", "openvino", "transformers"))
 json.dump({"answers": answers, "versions": versions}, open(sys.argv[3], "w"))
 """
 
