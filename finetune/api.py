@@ -148,7 +148,6 @@ class Chat:
         """
         from finetune.generation.generate import Extras, SeededSampling, generate
         from finetune.generation.messages import message_json, reply_messages
-        from finetune.generation.settings import Sampling
 
         asked = [_conversation(row, "predict") for row in rows]
         written = generate(
@@ -157,7 +156,7 @@ class Chat:
             self.template.prompts([(each, len(each.messages)) for each in asked]),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            extras=Extras(SeededSampling(Sampling(temperature), seed) if temperature else None),
+            extras=Extras(SeededSampling.at(temperature, seed) if temperature else None),
         )
         return [
             message_json(reply_messages(reply.ids, self.template, each.tools)[0])

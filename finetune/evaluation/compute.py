@@ -21,7 +21,6 @@ from finetune.evaluation.tasks.harness import Asking
 from finetune.evaluation.tasks.table import TaskTable
 from finetune.generation.prompts import PromptStream, window_size
 from finetune.generation.replies import Answering, answered
-from finetune.generation.settings import Sampling
 
 
 def run(jobs: Sequence[EvaluationJob]) -> None:
@@ -107,7 +106,7 @@ def _generate_replies(job: EvaluationJob, model: Any, rows: int) -> None:
         prompts = PromptStream.of(dialogues, job.template, section, context_length(model))
         how = Answering(
             job.template, rows, journal,
-            Sampling(options.temperature), options.seed, options.form,
+            options.sampling, options.seed, options.form,
         )  # fmt: skip
         for window in answered(generator, prompts, how, behind=number):
             pairs = (predicted(prompt, reply.ids, reply.stopped) for prompt, reply in window)

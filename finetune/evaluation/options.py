@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scoring import Scoring
-from finetune.generation.settings import HERE, Placement, Settings
+from finetune.generation.settings import HERE, Placement, Sampling, Settings
 from finetune.generation.structured import ANY_FORM, Form
 
 GENERATING = ("torch", "transformers", "peft", "tokenizers")
@@ -40,6 +40,11 @@ class Options:
     overwrite: bool = False
     """Replace files in the output folder that this program did not write, too."""
     placement: Placement = HERE
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature)
 
     @property
     def decoding(self) -> str:

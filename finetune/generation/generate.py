@@ -70,6 +70,11 @@ class SeededSampling:
     first: int = 0
     """Number of the first prompt among all that are asked."""
 
+    @classmethod
+    def at(cls, temperature: float, seed: int = 0) -> SeededSampling:
+        """With a temperature alone."""
+        return cls(Sampling(temperature), seed)
+
     def decoding(self, max_new_tokens: int, number: int) -> Decoding:
         """That of prompt `number` of this call."""
         seed = (self.seed * 1_000_003 + self.first + number) % 2**63

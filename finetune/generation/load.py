@@ -22,8 +22,10 @@ from finetune.artifacts.resolve import (
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.errors import ConfigError, ModelError
+from finetune.generation.settings import GREEDY as GREEDY
 from finetune.generation.settings import HERE as HERE
 from finetune.generation.settings import Placement as Placement
+from finetune.generation.settings import Sampling as Sampling
 from finetune.generation.settings import settings_of
 from finetune.methods import of_adapter
 

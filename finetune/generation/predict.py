@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from finetune import console
 from finetune.errors import ConfigError, DataError
 from finetune.generation.dialogues import Dialogues, Measured, RowOptions
-from finetune.generation.load import HERE, Placement
+from finetune.generation.load import GREEDY, HERE, Placement, Sampling
 from finetune.generation.messages import reply_row
 from finetune.generation.prompts import window_size
 from finetune.generation.replies import Answering, Backend, answered
-from finetune.generation.settings import GREEDY, Sampling
 from finetune.generation.structured import ANY_FORM, Form
 from finetune.storage.files import file_digest
 from finetune.storage.journal import ResumableOutput, rows
