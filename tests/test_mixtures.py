@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 
 from finetune import methods
 from finetune.artifacts.base_record import BaseRecord
@@ -20,6 +21,7 @@ from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.export.merge import merge
 from finetune.methods import full, lora
+from finetune.methods.experts_forward import ExpertsLora
 from finetune.models.load import load_model
 from finetune.models.moe.routing import balances, expert_use
 
@@ -240,6 +242,33 @@ def test_an_adapter_opens_here_and_in_plain_peft_and_merges_alike(
     for name, tensor in tensors(folder).items():
         if name.startswith("model.layers.3."):  # predicts ahead: nothing here reads it
             assert bytes_of(tensors(tmp_path / "merged")[name]) == bytes_of(tensor)
+
+
+@pytest.mark.parametrize("targets", [["experts"], ["experts.down_proj", "o_proj"]])
+def test_adapters_of_experts_learn_as_with_peft_and_make_no_weights_anew(
+    folder: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = LoraMethod(rank=4, dropout=0.0, target_modules=targets)
+    model = methods.attach(load_model(folder), section)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.05
+    found = {}
+    for way in ("ours", "PEFT's"):
+        model.zero_grad()
+        with monkeypatch.context() as patched:
+            if way == "ours":
+                patched.delattr(ParamWrapper, "_activate_lora")
+            else:
+                patched.setattr(ExpertsLora, "_adapters", lambda self: None)
+            loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
+            loss.backward()
+        gradients = {n: w.grad.clone() for n, w in model.named_parameters() if w.requires_grad}
+        found[way] = float(loss), gradients
+    assert found["ours"][0] == pytest.approx(found["PEFT's"][0], abs=1e-6)
+    for name, gradient in found["ours"][1].items():
+        assert torch.allclose(gradient, found["PEFT's"][1][name], atol=1e-6), name
 
 
 def bytes_of(tensor: TensorInfo) -> bytes:

@@ -31,6 +31,7 @@ from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_WEIGHTS
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
+from finetune.methods import experts_forward
 from finetune.methods.lora_experts import (
     as_layers,
     as_peft_reads_it,
@@ -93,6 +94,7 @@ def attach(
     with targets_as_named() if experts else nullcontext():
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     use_input_format(adapted)
+    experts_forward.use_in(adapted)
     found, wanted = sum(matched_modules(adapted).values()), len(modules) + len(parameters)
     if targets != ALL_LINEAR and found != wanted:
         raise ConfigError(
@@ -182,6 +184,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     _check_weights(adapted, weights, folder / ADAPTER_WEIGHTS)
     set_peft_model_state_dict(adapted, weights)
     use_input_format(adapted)
+    experts_forward.use_in(adapted)
     return adapted.eval()
 
 
