@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.jinja import JinjaTemplate
 from finetune.data.chat.template import ChatTemplate, Rendered, trained_spans
-from finetune.data.chat.template_check import own_messages
+from finetune.data.chat.template_check import own_text
 from finetune.data.chat.tokenizer import ChatTokenizer, load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.data.reading.sources import SourceSpec, read_conversations
@@ -154,9 +154,7 @@ def test_laws_hold_on_all_real_dialogues(
 def own_ids(template: ChatTemplate, conversation: Conversation) -> list[int]:
     """What the checkpoint's own template and tokenizer make of a dialogue."""
     jinja = JinjaTemplate(template.tokenizer.chat_template, {})
-    messages, tools = own_messages(conversation, template)
-    text = jinja.render(messages, tools=tools)
-    return list(template.tokenizer.backend.encode(text, add_special_tokens=False).ids)
+    return template.tokenizer.trusted(own_text(conversation, template, jinja))
 
 
 def test_jinja_renders_as_transformers_does() -> None:

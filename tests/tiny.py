@@ -73,6 +73,11 @@ def _trained() -> str:
     return str(tokenizer.to_str())
 
 
+def bare_tokenizer() -> str:
+    """tokenizer.json as text; whoever takes it puts control tokens of another kind in."""
+    return _trained()
+
+
 def save_tokenizer(
     folder: Path, *, tiktoken: bool = False, chat_template: str = CHAT_TEMPLATE
 ) -> None:

@@ -18,7 +18,7 @@ from finetune.data.dialogue.conversation import Conversation, Message, Role, Row
 from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
 from finetune.generation.settings import GREEDY, HERE, Placement, Sampling
-from finetune.generation.stream import Piece, ReplyStream
+from finetune.generation.stream import Piece, reply_stream
 
 HELP = """\
 /reset         forget the dialogue, keep the system message and the tools
@@ -135,9 +135,9 @@ class Speech:
     def __init__(
         self, template: Any, tools: Sequence[Mapping[str, Any]], show: Callable[[str], None]
     ) -> None:
-        self._stream = ReplyStream(template, tools)
+        self._stream = reply_stream(template, tools)
         self._show = show
-        self._begun = False
+        self._begun = self._thinks = False
 
     @property
     def ids(self) -> list[int]:
@@ -155,6 +155,9 @@ class Speech:
 
     def _show_pieces(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
+            if piece.is_thought != self._thinks:
+                self._show("<think>\n" if piece.is_thought else "\n</think>\n\n")
+                self._thinks = piece.is_thought
             if piece.name:
                 line_break = "\n" if self._begun else ""
                 self._show(f"{line_break}→ {piece.name} {piece.text}")

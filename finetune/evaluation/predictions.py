@@ -115,7 +115,7 @@ def read_unscored(row: Mapping[str, Any]) -> Prediction:
 def predicted(prompt: ReplyPrompt, ids: tuple[int, ...], stopped: bool) -> Prediction:
     """The prediction that a model's new tokens are."""
     return Prediction(
-        reply=prompt.template.parse(ids),
+        reply=prompt.template.parse(ids, prompt.tools),
         reference=prompt.reference,
         stopped=stopped,
         tools=tuple(prompt.tools),

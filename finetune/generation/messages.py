@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetune.data.chat.layouts.glm45 import Glm45Layout
+from finetune.data.chat.thinking import arguments_of
 from finetune.data.dialogue.conversation import Message
 from finetune.data.dialogue.images import with_placeholders
-from finetune.generation.stream import FUNCTION_NAME
+from finetune.generation.stream import FUNCTION_NAME, reply_stream
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
@@ -28,15 +30,25 @@ def as_reply(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
 def reply_messages(
     ids: Sequence[int], template: ChatTemplate, tools: Sequence[Mapping[str, Any]]
 ) -> list[Message]:
-    """The messages that generated ids hold: one, or several calls of one turn."""
-    assistant = template.tokenizer.control_ids["<|assistant|>"]
-    messages: list[Message] = []
-    rest = list(ids)
-    while not messages or (rest and messages[-1].metadata):
-        end = rest.index(assistant) if assistant in rest else len(rest)
-        messages.append(as_reply(template.parse(rest[:end]), tools))
-        rest = rest[end + 1 :]
-    return messages
+    """The messages that generated ids hold: one, or several of one turn."""
+    messages = template.messages(ids, tools)
+    if isinstance(template.layout, Glm45Layout):  # a call there is one by its tokens
+        return (
+            messages if tools or not any(m.metadata for m in messages) else as_text(ids, template)
+        )
+    found: list[Message] = []
+    for message in messages:
+        found.append(as_reply(message, tools))
+        if not found[-1].metadata:
+            break
+    return found
+
+
+def as_text(ids: Sequence[int], template: ChatTemplate) -> list[Message]:
+    """A reply whose tags of calls are text, as nothing can be called."""
+    stream = reply_stream(template, ())
+    pieces = [piece for token in ids for piece in stream.take(int(token))] + stream.finish()
+    return [Message("assistant", "".join(piece.text for piece in pieces if not piece.is_thought))]
 
 
 def message_json(message: Message) -> dict[str, Any]:
@@ -68,7 +80,7 @@ def reply_row(prompt: ReplyPrompt, reply: Reply) -> dict[str, Any]:
             {
                 "id": f"call_{number}",
                 "type": "function",
-                "function": {"name": call.metadata, "arguments": call.content},
+                "function": {"name": call.metadata, "arguments": arguments_of(call)},
             }
             for number, call in enumerate(calls)
         ]

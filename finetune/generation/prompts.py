@@ -74,11 +74,16 @@ class ReplyPrompt:
         return self.conversation.tools
 
     @property
+    def opened(self) -> str:
+        """What the prompt ends in behind `<|assistant|>`, such as `<think>`."""
+        return self.template.layout.opens(self.conversation, self.index)
+
+    @property
     def reference(self) -> Message:
-        """The reply that the dialogue has there; a call is compared without its thought."""
+        """The reply that the dialogue has there, as one is read; a call is compared without its thought."""
         reference = self.conversation.messages[self.index]
         if not reference.metadata:
-            return reference
+            return self.template.layout.as_read(reference)
         return replace(reference, content=self.template.visible(reference))
 
     @property
@@ -282,7 +287,9 @@ def _shortened(
     while first < stop:
         middle = (first + stop) // 2
         kept = (*system, *messages[turns[middle] : reply])
-        ids = template.prompt(replace(conversation, messages=kept), len(kept))
+        # The reply stays, as its prompt may say whether it has a thought.
+        shorter = replace(conversation, messages=(*kept, *messages[reply : reply + 1]))
+        ids = template.prompt(shorter, len(kept))
         if len(ids) <= max_prompt:
             fitting, stop = ids, middle
         else:

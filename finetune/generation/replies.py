@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from finetune.generation.prompts import ReplyPrompt, window_size
 from finetune.generation.settings import GREEDY, Sampling
-from finetune.generation.structured import ANY_FORM, Form
+from finetune.generation.structured import ANY_FORM, Form, PromptForm
 from finetune.storage.journal import Journal
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Answering:
         sampling = None
         if self.sampling != GREEDY:
             sampling = SeededSampling(self.sampling, self.seed, number)
-        tools = [prompt.tools for prompt in prompts]
-        return Extras(sampling, self.form.constraint_at(self.template, tools))
+        asked = [PromptForm(prompt.tools, prompt.opened) for prompt in prompts]
+        return Extras(sampling, self.form.constraint_at(self.template, asked))
 
 
 def answered(

@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune.data.chat.characters import Characters
+from finetune.data.chat.layouts.glm45 import Glm45Layout
+from finetune.data.chat.layouts.tag_reader import Said, TagReader
 from finetune.data.chat.thinking import THINK, THINK_END
 
 FUNCTION_NAME = re.compile(r"[\w.-]+")
@@ -19,6 +22,23 @@ class Piece(NamedTuple):
     """Number of the call whose arguments `text` goes on; None: it goes on the reply's own text."""
     name: str = ""
     """The function's name, in the first piece of a call."""
+    is_thought: bool = False
+    """`text` is reasoning, which a layout with tokens for it keeps apart from the reply's text."""
+
+
+def reply_stream(
+    template: Any, tools: Sequence[Mapping[str, Any]], *, thinks: bool | None = None
+) -> ReplyStream | TagStream:
+    """What reads a reply in the checkpoint's layout.
+
+    Args:
+        template: The checkpoint's ChatTemplate.
+        tools: What the dialogue offers.
+        thinks: What the dialogue says about thinking, as its prompt ended so.
+    """
+    if isinstance(template.layout, Glm45Layout):
+        return TagStream(template, tools, thinks=thinks)
+    return ReplyStream(template, tools)
 
 
 class ReplyStream:
@@ -31,10 +51,11 @@ class ReplyStream:
         """The model ended the reply, with a stop or with a control token that no reply holds."""
         self._plain = template.tokenizer.plain
         self._control = frozenset(template.tokenizer.control_ids.values()) | set(template.stop_ids)
+        self._spoken = template.layout.spoken
         self._next_call = template.tokenizer.control_ids["<|assistant|>"]
         self._offers_tools = bool(tools)
         self._calls = 0
-        self._characters = _Characters(self._plain)
+        self._characters = Characters(self._plain)
         self._head: str | None = ""
         self._is_call = False
         self._thought = _Thought(bool(tools)) if template.layout.thinking else None
@@ -49,9 +70,14 @@ class ReplyStream:
             self.ids.append(token)
             opening += self.finish()
             self._calls += 1
-            self._characters = _Characters(self._plain)
+            self._characters = Characters(self._plain)
             self._head, self._is_call, self._thought = "", False, None
             return opening
+        if token in self._spoken:
+            self.ids.append(token)
+            text = self._characters.rest() + self._spoken[token]
+            self._characters = Characters(self._plain)
+            return opening + self._feed(text)
         if token in self._control:
             self.over = True
             return opening
@@ -97,6 +123,53 @@ class ReplyStream:
         return pieces
 
 
+class TagStream:
+    """Reads a reply in GLM-4.5's layout; an argument comes when it is whole."""
+
+    def __init__(
+        self, template: Any, tools: Sequence[Mapping[str, Any]], *, thinks: bool | None
+    ) -> None:
+        self.ids: list[int] = []
+        """The reply so far, without its stop."""
+        in_thought = thinks is not False and template.layout.form.prompt.endswith(THINK)
+        self._reader = TagReader(
+            template.tokenizer, tools, in_thought=in_thought, takes_calls=bool(tools)
+        )
+        self._stops = frozenset(template.stop_ids)
+        self._calls = -1
+
+    @property
+    def over(self) -> bool:
+        """The model ended the reply, with a stop or with a control token that no reply holds."""
+        return self._reader.over
+
+    def take(self, token: int) -> list[Piece]:
+        """What the next token adds that can be shown."""
+        if token in self._stops:
+            self._reader.over = True
+        pieces = self._pieces(self._reader.take(token))
+        if not self.over:
+            self.ids.append(token)
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What is left at the end, as of a call that was cut off."""
+        return self._pieces(self._reader.finish())
+
+    def _pieces(self, said: Sequence[Said]) -> list[Piece]:
+        pieces: list[Piece] = []
+        name = ""
+        for kind, text in said:
+            if kind == "call":
+                self._calls, name = self._calls + 1, text
+            elif kind == "arguments":
+                pieces.append(Piece(text, self._calls, name))
+                name = ""
+            else:
+                pieces.append(Piece(text, is_thought=kind == "thought"))
+        return pieces
+
+
 class TextStream:
     """Reads a text while it is written; every character comes whole, and nothing else is made of it."""
 
@@ -106,7 +179,7 @@ class TextStream:
         self.over = False
         """The model ended the text with a control token."""
         self._control = frozenset(template.tokenizer.control_ids.values()) | set(template.stop_ids)
-        self._characters = _Characters(template.tokenizer.plain)
+        self._characters = Characters(template.tokenizer.plain)
 
     def take(self, token: int) -> list[Piece]:
         """What the next token adds that can be shown."""
@@ -163,27 +236,4 @@ class _Thought:
     def _show(self, end: int) -> str:
         text = self._text[self._shown : end]
         self._shown = max(self._shown, end)
-        return text
-
-
-class _Characters:
-    """Tokens -> text, each character when its last byte is there."""
-
-    def __init__(self, plain: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._plain = plain
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._told = 0
-
-    def step(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._stream.step(self._plain, token) or ""
-        self._told += len(text)
-        return text
-
-    def rest(self) -> str:
-        text = str(self._plain.decode(self._ids, skip_special_tokens=False))[self._told :]
-        self._told += len(text)
         return text

@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finetune.data.chat.layouts.glm45 import Glm45Layout
+from finetune.data.chat.layouts.tag_grammar import tag_grammar
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import RowError
 from finetune.data.dialogue.tool_calls import BUILT_IN, tool_name
@@ -50,6 +52,16 @@ class Structure:
     """The reply may hold more than one call."""
     strict: bool = False
     """Keywords of a schema that cannot be enforced are refused, not left to the model."""
+    opened: str | None = None
+    """What the prompt ends in behind `<|assistant|>`; None: as the template's prompt does."""
+
+
+class PromptForm(NamedTuple):
+    """What a constraint must know of a prompt."""
+
+    tools: Sequence[Mapping[str, Any]]
+    opened: str | None = None
+    """What it ends in behind `<|assistant|>`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +92,22 @@ class Form:
             check_installed()
 
     def constraint_at(
-        self, template: ChatTemplate, tools: Sequence[Sequence[Mapping[str, Any]]]
+        self, template: ChatTemplate, asked: Sequence[PromptForm]
     ) -> Callable[[int], GrammarConstraint | None] | None:
-        """For each prompt, by its place in the list, what its reply must be; `tools` are the prompts'."""
+        """For each prompt, by its place in the list, what its reply must be."""
         if not self.schema and not self.must_call:
             return None
         structures = Structures(template)
 
         def constraint(number: int) -> GrammarConstraint | None:
-            if self.must_call and tools[number]:
-                return structures.constraint(Structure(None, tools[number], many_calls=True))
-            return (
-                structures.constraint(Structure(json.loads(self.schema))) if self.schema else None
-            )
+            tools, opened = asked[number]
+            if self.must_call and tools:
+                wanted = Structure(None, tools, many_calls=True, opened=opened)
+            elif self.schema:
+                wanted = Structure(json.loads(self.schema), opened=opened)
+            else:
+                return None
+            return structures.constraint(wanted)
 
         return constraint
 
@@ -174,9 +189,7 @@ class Structures:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._tokenizer = _tokenizer_of(
-            template.tokenizer.backend.to_str(), tuple(template.stop_ids)
-        )
+        self._tokenizer = _tokenizer_of(_tags_as_tokens(template), tuple(template.stop_ids))
 
     def constraint(self, structure: Structure) -> GrammarConstraint:
         """A fresh constraint for one reply; DataError when the structure cannot be compiled."""
@@ -197,6 +210,8 @@ class Structures:
 
     def grammar(self, structure: Structure) -> str:
         """The structure in Lark's language."""
+        if isinstance(self._template.layout, Glm45Layout):
+            return tag_grammar(structure, self._template.layout, _json_rule)
         thinking = self._template.layout.thinking
         kinds, rules = [], []
         if structure.schema is not None:
@@ -222,6 +237,17 @@ def check_installed() -> None:
         raise ConfigError(
             "structured output needs llguidance: pip install 'glm4-finetune[structured]'"
         ) from error
+
+
+def _tags_as_tokens(template: ChatTemplate) -> str:
+    """The tokenizer as text, in which tags of a reply are control tokens: a grammar names them so."""
+    text = template.tokenizer.backend.to_str()
+    if not isinstance(template.layout, Glm45Layout):
+        return text
+    described = json.loads(text)
+    for token in described["added_tokens"]:
+        token["special"] = True
+    return json.dumps(described)
 
 
 @lru_cache(maxsize=4)

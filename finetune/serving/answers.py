@@ -100,7 +100,8 @@ class ChatAnswer(Answer):
         if piece is None:
             return {"delta": {}}
         if piece.call is None:
-            return {"delta": {"content": piece.text}}
+            key = "reasoning_content" if piece.is_thought else "content"
+            return {"delta": {key: piece.text}}
         more = _call(piece) if piece.name else {"function": {"arguments": piece.text}}
         return {"delta": {"tool_calls": [{"index": piece.call, **more}]}}
 
@@ -193,15 +194,20 @@ def event(value: dict[str, Any]) -> str:
 
 def _message(pieces: Iterable[Piece]) -> dict[str, Any]:
     text: list[str] = []
+    thought: list[str] = []
     calls: list[dict[str, Any]] = []
     for piece in pieces:
-        if piece.call is None:
+        if piece.is_thought:
+            thought.append(piece.text)
+        elif piece.call is None:
             text.append(piece.text)
         elif piece.name:
             calls.append(_call(piece))
         else:
             calls[piece.call]["function"]["arguments"] += piece.text
     message: dict[str, Any] = {"role": "assistant", "content": "".join(text), "refusal": None}
+    if thought:
+        message["reasoning_content"] = "".join(thought)
     if calls:
         message |= {"content": "".join(text) or None, "tool_calls": calls}
     return message

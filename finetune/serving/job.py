@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from finetune.data.chat.template import ChatTemplate
 from finetune.generation.batch import Prompt
 from finetune.generation.decoder import Request, Scores
-from finetune.generation.stream import Piece, ReplyStream, TextStream
+from finetune.generation.stream import Piece, TextStream, reply_stream
 from finetune.serving.errors import ApiError
 from finetune.serving.requests.rules import ReplyRequest
 
@@ -69,7 +69,9 @@ class ReplyJob:
         """From the queue to the first token, once it has come."""
         self._begun = time.monotonic()
         self._reply = (
-            TextStream(template) if request.is_text else ReplyStream(template, request.tools)
+            TextStream(template)
+            if request.is_text
+            else reply_stream(template, request.tools, thinks=request.thinks)
         )
         self._text = StopStrings(request.stops)
         self._num_calls = 0
@@ -144,7 +146,7 @@ class ReplyJob:
             self._num_calls += bool(piece.name)
             if self._enough:
                 break
-            if piece.call is not None:
+            if piece.call is not None or piece.is_thought:
                 wanted.append(piece)
             elif text := self._text.feed(piece.text):
                 wanted.append(Piece(text))

@@ -52,14 +52,19 @@ class JinjaTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The dialogue as text; raises DataError when the template itself refuses it."""
+        """The dialogue as text; raises DataError when the template itself refuses it.
+
+        `options` are what the template takes besides, such as `enable_thinking`.
+        """
         values = {
             "messages": list(messages),
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self._special_tokens,
+            **(options or {}),
         }
         try:
             return self._sandbox.render(values)

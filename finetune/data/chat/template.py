@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from finetune.data.chat.image import BEGIN, END, ImagePrompt, check_images
 from finetune.data.chat.jinja import HEADERS, JinjaTemplate
 from finetune.data.chat.layouts.choice import layout_of
-from finetune.data.chat.layouts.layout import Part, Piece, Texts
+from finetune.data.chat.layouts.layout import ExamplePart, PlannedRun, Texts
 from finetune.data.chat.spans import (
     Ids,
     MessageRun,
@@ -75,7 +76,7 @@ class ChatTemplate:
         self._control = frozenset(tokenizer.control_ids.values())
         self._is_control = np.zeros(max(*self._control, tokenizer.vocab_size) + 1, dtype=bool)
         self._is_control[list(self._control)] = True
-        self._prefix = Piece(None, tuple(~i for i in tokenizer.trusted(self.layout.prefix)))
+        self._prefix = PlannedRun(None, tuple(~i for i in tokenizer.trusted(self.layout.prefix)))
         made_of = f"{tokenizer.fingerprint} rules {RULES_VERSION}{self.layout.rules}"
         if self.image is not None:
             made_of += f" image {self.image.rules}"
@@ -98,7 +99,7 @@ class ChatTemplate:
         A reply that ends the dialogue, a call too, is followed by `<|user|>`, the stop that the
         model must write there. Plain text stands between the prefix and `<|endoftext|>`.
         """
-        return self._rendered([Part(conversation, "user") for conversation in conversations])
+        return self._rendered([ExamplePart(c, self.layout.stop(c)) for c in conversations])
 
     def examples(
         self, conversations: Sequence[Conversation], train_on: TrainOn
@@ -115,13 +116,13 @@ class ChatTemplate:
         done = iter(taught)
         return [list(islice(done, len(of_one))) for of_one in parts]
 
-    def _rendered(self, parts: Sequence[Part]) -> list[Rendered]:
+    def _rendered(self, parts: Sequence[ExamplePart]) -> list[Rendered]:
         texts = Texts()
         plans = []
         for conversation, stop, opened in parts:
             plan = self._plan(conversation, len(conversation.messages), texts, opened)
             if conversation.messages and conversation.messages[-1].role == "assistant":
-                plan.append(Piece(None, (~self.tokenizer.control_ids[HEADERS[stop]],)))
+                plan.append(PlannedRun(None, (~self.tokenizer.control_ids[HEADERS[stop]],)))
             plans.append(plan)
         conversations = [part.conversation for part in parts]
         flat, bounds = self._assemble(plans, self._encode(texts, conversations))
@@ -146,20 +147,30 @@ class ChatTemplate:
         texts = Texts()
         plans = []
         for conversation, reply in requests:
-            opened = self.layout.asked(conversation, reply)
-            opening = Piece(None, self.layout.opening(conversation, reply))
-            plans.append([*self._plan(conversation, reply, texts, opened), opening])
+            plan = self._plan(conversation, reply, texts, self.layout.asked(conversation, reply))
+            with _named(conversation):
+                plan.append(PlannedRun(None, self.layout.opening(conversation, reply)))
+            plans.append(plan)
         flat, bounds = self._assemble(plans, self._encode(texts, [c for c, _ in requests]))
         ids = [flat[positions[0] : positions[-1]].tolist() for positions in bounds]
         return [self._illustrated(i, c, reply) for i, (c, reply) in zip(ids, requests, strict=True)]
 
-    def parse(self, ids: Iterable[int]) -> Message:
-        """The message that reply ids say, with or without their stop."""
-        return self.layout.parse(ids)
+    def parse(self, ids: Iterable[int], tools: Sequence[Mapping[str, Any]] = ()) -> Message:
+        """The message that reply ids say, with or without their stop; of several the first."""
+        return self.layout.parse(ids, tools)
+
+    def messages(
+        self, ids: Iterable[int], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Message]:
+        """The messages that generated ids hold: one, or several of one turn of the model.
+
+        `tools` are the dialogue's; their schemas may decide which arguments of a call are text.
+        """
+        return self.layout.messages(ids, tools)
 
     def visible(self, reply: Message) -> str:
         """What the checkpoint's template keeps of a reply once it is past: no reasoning under GLM-Z1."""
-        return self.layout.visible(reply.content)
+        return self.layout.visible(reply)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of any ids, control tokens shown; an image as the three published tokens."""
@@ -172,16 +183,14 @@ class ChatTemplate:
 
     def _plan(
         self, conversation: Conversation, stop: int, texts: Texts, opened: int | None
-    ) -> list[Piece]:
+    ) -> list[PlannedRun]:
         """Pieces of the prefix and of `messages[:stop]`, or of a text."""
         check_images(self.image_rule, conversation)
         if conversation.text:
             end = ~self.tokenizer.control_ids["<|endoftext|>"]
-            return [self._prefix, Piece(None, (texts.number(conversation.text), end))]
-        try:
+            return [self._prefix, PlannedRun(None, (texts.number(conversation.text), end))]
+        with _named(conversation):
             return [self._prefix, *self.layout.pieces(conversation, stop, texts, opened)]
-        except DataError as error:
-            raise DataError(f"{conversation.location}: {error}") from error
 
     def _illustrated(self, ids: list[int], conversation: Conversation, reply: int) -> list[int]:
         images = [image.path for m in conversation.messages[:reply] for image in m.images]
@@ -197,7 +206,7 @@ class ChatTemplate:
         return [encoding.ids for encoding in encodings]
 
     def _assemble(
-        self, plans: Sequence[Sequence[Piece]], texts: Sequence[list[int]]
+        self, plans: Sequence[Sequence[PlannedRun]], texts: Sequence[list[int]]
     ) -> tuple[Ids, list[list[int]]]:
         """All ids in one array, and per plan the positions of its pieces' starts and its end."""
         flat: list[int] = []
@@ -221,8 +230,17 @@ class ChatTemplate:
         return ids, bounds
 
 
+@contextmanager
+def _named(conversation: Conversation) -> Iterator[None]:
+    """DataErrors say which dialogue they are about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{conversation.location}: {error}") from error
+
+
 def _rendered(
-    flat: Ids, positions: Sequence[int], plan: Sequence[Piece], conversation: Conversation
+    flat: Ids, positions: Sequence[int], plan: Sequence[PlannedRun], conversation: Conversation
 ) -> Rendered:
     base = positions[0]
     runs = tuple(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.chat.jinja import JinjaTemplate, JsonMessage
+from finetune.data.chat.jinja import JinjaTemplate
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import DataError
 
@@ -38,29 +38,34 @@ _PROBE = Conversation(
 )
 
 
-def own_messages(
-    conversation: Conversation, template: ChatTemplate
-) -> tuple[list[JsonMessage], Sequence[Mapping[str, Any]] | None]:
-    """The dialogue as the checkpoint's own template takes it: messages, and `tools` if an argument."""
-    return template.layout.template_input(conversation)
-
-
 def check_against_own_template(template: ChatTemplate, jinja: JinjaTemplate) -> None:
-    """Raise DataError unless our ids of the probe are those of the checkpoint's own template."""
-    probe = template.layout.suited(_PROBE)
-    asked = replace(probe, messages=probe.messages[:-1])
-    cases = [
-        (probe, False, template.render([probe])[0].input_ids[:-1].tolist()),
-        (asked, True, template.prompt(asked, len(asked.messages))),
-    ]
-    for dialogue, generation, ours in cases:
-        messages, tools = own_messages(dialogue, template)
-        text = jinja.render(messages, tools=tools, add_generation_prompt=generation)
-        theirs = template.tokenizer.backend.encode(text, add_special_tokens=False).ids
-        if ours != theirs:
-            raise DataError(
-                "this checkpoint's chat template lays a dialogue out differently from "
-                f"{template.layout.name}'s rules, and training on it would go wrong.\n"
-                f"its template: {text!r}\nour layout:   {template.decode(ours)!r}\n"
-                "Use a checkpoint of the GLM-4 family, or correct its chat_template"
-            )
+    """Raise DataError unless our ids of the probes are those of the checkpoint's own template."""
+    for probe in template.layout.probes(_PROBE):
+        asked = replace(probe, messages=probe.messages[:-1])
+        cases = [
+            (probe, False, template.render([probe])[0].input_ids[:-1].tolist()),
+            (asked, True, template.prompt(asked, len(asked.messages))),
+        ]
+        for dialogue, generation, ours in cases:
+            theirs = own_text(dialogue, template, jinja, add_generation_prompt=generation)
+            if ours != template.tokenizer.trusted(theirs):
+                raise DataError(
+                    "this checkpoint's chat template lays a dialogue out differently from "
+                    f"{template.layout.name}'s rules, and training on it would go wrong.\n"
+                    f"its template: {theirs!r}\nour layout:   {template.decode(ours)!r}\n"
+                    "Use a checkpoint of the GLM-4 family, or correct its chat_template"
+                )
+
+
+def own_text(
+    conversation: Conversation,
+    template: ChatTemplate,
+    jinja: JinjaTemplate,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The dialogue as the checkpoint's own template writes it."""
+    messages, tools, options = template.layout.template_input(conversation)
+    return jinja.render(
+        messages, tools=tools, add_generation_prompt=add_generation_prompt, options=options
+    )

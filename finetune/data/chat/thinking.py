@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from finetune.data.chat.spans import TrainOn
@@ -25,6 +26,12 @@ THINK, THINK_END = "<think>", "</think>"
 EMPTY_THOUGHT = "\n\n"
 """What stands between the tags of a reply without reasoning."""
 
+SPOKEN = (THINK, THINK_END, "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>")
+"""Tags that a model writes into its replies, where its tokenizer has tokens for them."""
+_PARTS = re.compile(
+    r"(\s*)(?:(<think>)(.*?)(</think>))?(\s*)(?:(<answer>)(.*)(</answer>)(\s*)\Z)?", re.DOTALL
+)
+_TAG_GROUPS = (1, 3, 5, 7)
 _FUNCTION_NAME = re.compile(r"[\w.-]+")
 
 
@@ -51,6 +58,23 @@ def split(content: str) -> Thought:
     return Thought(tagged.removeprefix(THINK) if tagged.startswith(THINK) else thought, said)
 
 
+class SpokenPart(NamedTuple):
+    """A tag of a reply, or text before, between or behind tags."""
+
+    text: str
+    is_tag: bool
+
+
+def spoken_parts(text: str) -> list[SpokenPart]:
+    """A reply cut at the tags of the thought that it begins with, and of the answer that it ends in."""
+    match = _PARTS.match(text)
+    assert match is not None
+    groups = [*enumerate(match.groups()), (-1, text[match.end() :])]
+    runs = groupby(groups, key=lambda group: group[0] in _TAG_GROUPS and bool(group[1]))
+    joined = (("".join(part or "" for _, part in run), is_tag) for is_tag, run in runs)
+    return [SpokenPart(part, is_tag) for part, is_tag in joined if part]
+
+
 def turns_with_loss(conversation: Conversation, train_on: TrainOn) -> list[Conversation]:
     """Per turn of the model that carries loss the dialogue up to its end, with loss on it alone."""
     if conversation.text:
@@ -64,7 +88,7 @@ def turns_with_loss(conversation: Conversation, train_on: TrainOn) -> list[Conve
         start = turn_start(messages, index + 1)
         assert start is not None
         marked = [
-            replace(m, train=place >= start and _is_trained(m, place == replies[-1], train_on))
+            replace(m, train=place >= start and is_trained(m, place == replies[-1], train_on))
             if m.role == "assistant"
             else m
             for place, m in enumerate(messages[: index + 1])
@@ -74,7 +98,8 @@ def turns_with_loss(conversation: Conversation, train_on: TrainOn) -> list[Conve
     return found
 
 
-def _is_trained(message: Message, is_last: bool, train_on: TrainOn) -> bool:
+def is_trained(message: Message, is_last: bool, train_on: TrainOn) -> bool:
+    """Whether a reply carries loss."""
     return message.train if message.train is not None else train_on == "every_reply" or is_last
 
 
@@ -102,10 +127,28 @@ def behind_prompt(message: Message, name: str, visible: str) -> str:
     return f"{thought.thought}{THINK_END}{thought.said}".rstrip()
 
 
-def has_thought(conversation: Conversation) -> bool:
-    """Whether the dialogue's last turn was thought out."""
-    start = turn_start(conversation.messages, len(conversation.messages))
-    return start is not None and not split(conversation.messages[start].content).is_empty
+def split_message(message: Message) -> Thought:
+    """The reasoning and the rest of a reply or of a call, whose arguments may speak of tags."""
+    content = message.content
+    if not message.metadata or THINK_END not in content or content.lstrip().startswith("{"):
+        return split(content) if not message.metadata else Thought("", content)
+    thought, _, said = content.partition(THINK_END)
+    return Thought(thought.lstrip().removeprefix(THINK), said)
+
+
+def arguments_of(call: Message) -> str:
+    """The arguments of a call, without the thought that may stand in front of them."""
+    return split_message(call).said.strip() if call.content.startswith(THINK) else call.content
+
+
+def thoughts(conversation: Conversation) -> list[bool]:
+    """For each turn of the model that may carry loss whether it was thought out."""
+    found = []
+    for role, run in groupby(conversation.messages, key=lambda message: message.role):
+        turn = list(run)
+        if role == "assistant" and any(message.train is not False for message in turn):
+            found.append(not split_message(turn[0]).is_empty)
+    return found
 
 
 def as_message(content: str) -> Message:

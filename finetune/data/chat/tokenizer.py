@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ class ChatTokenizer:
         """Ids of text that the checkpoint's template wrote, its control strings matched."""
         with explain_panic():
             return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def split(self, text: str) -> list[str]:
+        """Text that the checkpoint's template wrote, cut where control strings begin and end."""
+        longest_first = sorted(self.control_ids, key=len, reverse=True)
+        pattern = f"({'|'.join(map(re.escape, longest_first))})"
+        return [part for part in re.split(pattern, text) if part]
 
 
 def load_chat_tokenizer(folder: str | Path, revision: str | None = None) -> ChatTokenizer:

@@ -29,6 +29,8 @@ PAIRS = (
     ("user", "assistant"),
 )
 """Column names of prompt/response rows that need not be named."""
+TEMPLATE = "chat_template_kwargs"
+"""The column of what a chat template takes besides, as TRL and vLLM name it."""
 ALPACA_REPLIES = ("output", "response", "answer", "completion", "target")
 
 
@@ -46,6 +48,18 @@ def start(row: Row) -> MessageReader:
     if given:
         turns.add(Message("system", _column(row, given[0])), 0)
     return turns
+
+
+def thinks(row: Row) -> tuple[bool | None, tuple[str, ...]]:
+    """What a row says about thinking, and what else it tells the template, which is not read."""
+    given = row.get(TEMPLATE)
+    if given is not None and not isinstance(given, dict):
+        raise RowError(f"{TEMPLATE}: is {strict_json.describe(given)}, not an object")
+    said = {key: value for key, value in (given or {}).items() if value is not None}
+    thinking = said.pop("enable_thinking", None)
+    if thinking is not None and not isinstance(thinking, bool):
+        raise RowError(f"{TEMPLATE}: enable_thinking is {strict_json.describe(thinking)}, not true or false")  # fmt: skip
+    return thinking, tuple(f"{TEMPLATE}.{key}" for key in said)
 
 
 def _column(row: Row, name: str) -> str:

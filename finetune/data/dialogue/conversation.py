@@ -58,6 +58,8 @@ class Conversation:
     """What can be trained but is hardly meant, such as a call written as text; one entry each."""
     text: str = ""
     """Plain text in place of messages: a document, of which everything is learned."""
+    thinks: bool | None = None
+    """Whether the model is to think, where its template has a switch; None leaves it to the template."""
 
     @property
     def images(self) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ class RowLayout(NamedTuple):
     """For a form of its own: the row in the `messages` layout."""
 
 
-_COMMON = frozenset({"tools", "functions", "images", "image", *SYSTEM})
+_COMMON = frozenset({"tools", "functions", "images", "image", columns_of.TEMPLATE, *SYSTEM})
 _QUESTION = frozenset({"history", *CONTEXT})
 
 
@@ -196,6 +196,8 @@ def to_conversation(
     layout = _BY_NAME[fmt]
     chosen = _chosen(fmt, row, columns, purpose)
     unread = check_columns(row, _read_by(fmt, chosen)) if len(row) > 1 else ()
+    thinks, left = columns_of.thinks(row) if columns_of.TEMPLATE in row else (None, ())
+    unread = (*unread, *left)
     if fmt == "text":
         return foreign.document(row, location, unread, purpose)
     if layout.as_messages is not None:
@@ -215,7 +217,9 @@ def to_conversation(
     if reader.unread:
         unread = (*unread, *(f"{key} of messages" for key in sorted(reader.unread)))
     messages, positions, doubts = _settled(messages, reader, rules)
-    conversation = Conversation(tuple(messages), reader.tools, location, unread, doubts)
+    conversation = Conversation(
+        tuple(messages), reader.tools, location, unread, doubts, thinks=thinks
+    )
     return validate(conversation, purpose, positions, lenient=rules.turns == "merge")
 
 

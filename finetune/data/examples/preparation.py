@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from finetune import console
 from finetune.data.chat.spans import blocks
-from finetune.data.chat.thinking import has_thought
+from finetune.data.chat.thinking import thoughts
 from finetune.data.examples.store import ExampleWriter, Span
 from finetune.errors import DataError
 
@@ -68,7 +68,7 @@ class ExampleCounts:
     text_blocks: int = 0
     """Examples that are plain text, at most `max_length` tokens each; a document gives one or more."""
     turns: int = 0
-    """Examples of dialogues that gave one per turn, as they do under a thinking checkpoint."""
+    """Turns of the model in them, counted under a thinking checkpoint."""
     without_thought: int = 0
     """Those of them that are trained behind an empty thought."""
     truncated: int = 0
@@ -242,7 +242,7 @@ def _kept(
         tally.truncate(len(rendered.runs) - len(fitting.runs))
     tally.keep(source, len(fitting.input_ids), sum(s.end - s.start for s in spans))
     if template.layout.thinking:
-        tally.keep_turn(with_thought=has_thought(conversation))
+        tally.keep_turns(thoughts(conversation))
     return Kept(fitting.input_ids, spans, conversation.location, _images(fitting, conversation))
 
 
@@ -297,10 +297,10 @@ class Tally:
         """One of them is a block of plain text."""
         self._totals["text_blocks"] += 1
 
-    def keep_turn(self, *, with_thought: bool) -> None:
-        """One of them is a turn of a dialogue of a thinking checkpoint."""
-        self._totals["turns"] += 1
-        self._totals["without_thought"] += not with_thought
+    def keep_turns(self, thought_out: Sequence[bool]) -> None:
+        """One of them holds turns of a dialogue of a thinking checkpoint, with and without thoughts."""
+        self._totals["turns"] += len(thought_out)
+        self._totals["without_thought"] += thought_out.count(False)
 
     def truncate(self, num_messages: int) -> None:
         """A dialogue lost its oldest turns."""

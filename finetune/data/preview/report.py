@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.chat.thinking import has_thought
+from finetune.data.chat.thinking import thoughts
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import Conversation, Message, calls_in_words, kind
 from finetune.data.dialogue.tool_calls import tool_name
@@ -100,7 +100,7 @@ class SourceReport:
     texts: int = 0
     """Documents of plain text among the dialogues."""
     turns_with_loss: int = 0
-    """Examples that a thinking checkpoint is given, one per turn that carries loss."""
+    """Turns of the model that carry loss, counted under a thinking checkpoint."""
     without_thought: int = 0
     """Those of them without reasoning."""
 
@@ -212,8 +212,9 @@ class _Census:
                 self.lengths.append(len(rendered.input_ids))
                 self.supervised += sum(end - start for start, end, _ in spans)
                 if template.layout.thinking and not conversation.text:
-                    self.turns += 1
-                    self.without_thought += not has_thought(conversation)
+                    found = thoughts(conversation)
+                    self.turns += len(found)
+                    self.without_thought += found.count(False)
 
     def _count(self, conversation: Conversation) -> None:
         kinds, messages = self.kinds, conversation.messages

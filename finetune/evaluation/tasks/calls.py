@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finetune.data.chat.thinking import arguments_of
 from finetune.data.dialogue.conversation import Conversation, Message, RowError
 from finetune.data.dialogue.tool_calls import read_tools
 from finetune.errors import ConfigError, DataError, ModelError
@@ -101,7 +102,10 @@ def ask(
         questions = [one for _, one in _first(questions, max_samples)]
     prompts = template.prompts([(one.conversation, len(one.conversation.messages)) for one in questions])  # fmt: skip
     replies = generate(model, template, prompts, max_new_tokens=512, batch_size=batch_size)
-    given = [calls_of(template, reply.ids) for reply in replies]
+    given = [
+        calls_of(template, reply.ids, one.conversation.tools)
+        for reply, one in zip(replies, questions, strict=True)
+    ]
     rights = [100.0 * one.is_right(calls) for one, calls in zip(questions, given, strict=True)]
     found = {}
     for name in (*dict.fromkeys(one.category for one in questions), "all"):
@@ -115,18 +119,14 @@ def ask(
     return found
 
 
-def calls_of(template: ChatTemplate, ids: Sequence[int]) -> list[MadeCall]:
-    """The calls of a reply: runs between `<|assistant|>`, each a name, a line break and JSON."""
-    header = template.tokenizer.control_ids["<|assistant|>"]
-    runs: list[list[int]] = [[]]
-    for token in ids:
-        if token == header:
-            runs.append([])
-        else:
-            runs[-1].append(token)
-    messages = (template.parse(run) for run in runs)
+def calls_of(
+    template: ChatTemplate, ids: Sequence[int], tools: Sequence[Mapping[str, Any]]
+) -> list[MadeCall]:
+    """The calls of a reply."""
     return [
-        MadeCall(m.metadata.strip(), _arguments(m.content)) for m in messages if m.metadata.strip()
+        MadeCall(message.metadata.strip(), _arguments(arguments_of(message)))
+        for message in template.messages(ids, tools)
+        if message.metadata.strip()
     ]
 
 

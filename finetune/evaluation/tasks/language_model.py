@@ -142,7 +142,7 @@ class OpenLanguageModel(LM):
         if context in self._chats:
             before = self._chats[context]
             follows = context.endswith("<|assistant|>")
-            after = self._encode(self._break + continuation.lstrip() if follows else continuation)
+            after = self._opened(continuation.lstrip()) if follows else self._encode(continuation)
         else:
             blank = len(context) - len(context.rstrip())
             if context and blank:
@@ -152,10 +152,12 @@ class OpenLanguageModel(LM):
         room = self._room + 1 - len(after)
         return Scored(tuple(before[-room:]), tuple(after))
 
-    @property
-    def _break(self) -> str:
-        """What stands between `<|assistant|>` and a plain reply, where the prompt does not end in it."""
-        return "" if self._template.layout.suffix else "\n"
+    def _opened(self, text: str) -> list[int]:
+        """A plain reply as it stands behind the prompt, such as with a line break before it."""
+        lead, tokenizer = self._template.layout.lead, self._template.tokenizer
+        if any(part in tokenizer.control_ids for part in tokenizer.split(lead)):
+            return tokenizer.trusted(lead) + self._encode(text)
+        return self._encode(lead + text)
 
     def _context_ids(self, context: str) -> tuple[int, ...]:
         return self._chats.get(context) or self._text_ids(context)

@@ -92,7 +92,8 @@ def _replies(request: ChatRequest, rules: RequestRules) -> list[ReplyRequest]:
             many_calls=request.parallel_tool_calls,
             stream=request.stream,
             include_usage=request.stream_options.include_usage,
-            constraint=_constraint(request, conversation.tools, rules),
+            constraint=_constraint(request, conversation, rules),
+            thinks=conversation.thinks,
             top_logprobs=request.top_logprobs if request.logprobs else None,
         )
         for number in range(request.n)
@@ -101,17 +102,24 @@ def _replies(request: ChatRequest, rules: RequestRules) -> list[ReplyRequest]:
 
 def _conversation(request: ChatRequest, rules: RequestRules) -> Conversation:
     tools = None if request.tool_choice == "none" else request.tools
-    read = history.lenient if rules.history == "lenient" else history.strict
+    layout, thinks = rules.template.layout, request.chat_template_kwargs.enable_thinking
+    if thinks is False and layout.thinking and not layout.has_switch:
+        raise bad_request("enable_thinking: this model's template has no switch for it", "chat_template_kwargs")  # fmt: skip
     try:
-        return read(request.messages, tools)
+        if rules.history == "strict":
+            conversation = history.strict(request.messages, tools)
+        else:
+            conversation = history.lenient(request.messages, tools, thoughts=layout.has_switch)
     except RowError as error:
         raise bad_request(str(error), "messages") from error
+    return replace(conversation, thinks=thinks) if layout.has_switch else conversation
 
 
 def _constraint(
-    request: ChatRequest, tools: Sequence[Mapping[str, Any]], rules: RequestRules
+    request: ChatRequest, conversation: Conversation, rules: RequestRules
 ) -> Constraint | None:
     """What the reply must be, if anything is said about it."""
+    tools: Sequence[Mapping[str, Any]] = conversation.tools
     choice, wanted = request.tool_choice, request.response_format
     must_call = choice == "required" or isinstance(choice, NamedTool)
     schema = wanted.schema_wanted if wanted is not None and not must_call else None
@@ -124,7 +132,8 @@ def _constraint(
     from finetune.generation.structured import Structure
 
     strict = bool(wanted and wanted.json_schema and wanted.json_schema.strict)
-    structure = Structure(schema, tools, request.parallel_tool_calls, strict)
+    opened = rules.template.layout.opens(conversation, len(conversation.messages))
+    structure = Structure(schema, tools, request.parallel_tool_calls, strict, opened)
     field = "tools" if must_call else "response_format"
     try:
         return rules.structures.constraint(structure)

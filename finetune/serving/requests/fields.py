@@ -155,6 +155,12 @@ class SamplingFields(Strict):
     prompt_cache_retention: Any = None
 
 
+class TemplateOptions(Strict):
+    """What a chat template takes besides the dialogue."""
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(SamplingFields):
     """The fields of `/v1/chat/completions`."""
 
@@ -167,6 +173,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] = 0
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
 
 
 class CompletionRequest(SamplingFields):

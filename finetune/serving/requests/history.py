@@ -7,7 +7,8 @@ asked twice. The messages are laid out in the order in which they came, and:
     an empty tool result or last question  stays, as a blank; an image without a question too
     arguments of a call that are no JSON   stay as they are; none at all are {}
     results of several calls               stand in the order of the calls where their ids tell it
-    a refusal, reasoning of earlier turns  the refusal is the reply's text; the reasoning is left out
+    a refusal, reasoning of earlier turns  the refusal is the reply's text; the reasoning is left out,
+                                           but where the template has a place for it (GLM-4.5)
 
 `--history strict` takes none of this: there, a request is read as training data is.
 """
@@ -44,12 +45,15 @@ def strict(messages: Sequence[Any], tools: Any) -> Conversation:
     return conversation
 
 
-def lenient(messages: Sequence[Any], tools: Any) -> Conversation:
-    """The dialogue by the rules above; RowError for what is no message at all."""
+def lenient(messages: Sequence[Any], tools: Any, *, thoughts: bool = False) -> Conversation:
+    """The dialogue by the rules above; RowError for what is no message at all.
+
+    `thoughts`: the reasoning of earlier replies is kept, for a template that has a place for it.
+    """
     reader = MessageReader(read_tools(tools))
     for number, message in enumerate(messages, 1):
         try:
-            _read(reader, message, number)
+            _read(reader, message, number, thoughts=thoughts)
         except RowError as error:
             reason = re.sub(r"^message \d+: ", "", str(error))
             raise RowError(f"message {number}: {reason}") from error
@@ -60,23 +64,34 @@ def lenient(messages: Sequence[Any], tools: Any) -> Conversation:
     return Conversation(tuple(kept), reader.tools, "messages")
 
 
-def _read(reader: MessageReader, message: Any, number: int) -> None:
+def _read(reader: MessageReader, message: Any, number: int, *, thoughts: bool) -> None:
     """Appends what one message says."""
     if not isinstance(message, dict):
         raise RowError(f"is {strict_json.describe(message)}, not an object")
     item = {key: value for key, value in message.items() if value is not None}
     content = item.get("content") or item.get("refusal") or ""
     calls = item.pop("tool_calls", None) or item.pop("function_call", None) or []
+    thought = _thought(item) if thoughts else ""
     item = {key: value for key, value in item.items() if key not in (*_NOT_TEXT, "function_call")}
     item["content"] = _without_refusals(content)
     if item.get("role") != "assistant":
         reader.read([item])
         return
     if item["content"] or not calls:
+        if isinstance(item["content"], str):
+            item["content"], thought = thought + item["content"], ""
         reader.read([item])
     for call in calls if isinstance(calls, list) else [calls]:
         name, arguments, call_id = _call(call)
-        reader.add(Message("assistant", arguments, name), number, call_id)
+        reader.add(Message("assistant", thought + arguments, name), number, call_id)
+        thought = ""
+
+
+def _thought(item: Mapping[str, Any]) -> str:
+    """The reasoning that a reply came with, as it stands in front of it."""
+    text = item.get("reasoning_content") or item.get("reasoning")
+    is_said = item.get("role") == "assistant" and isinstance(text, str) and text.strip()
+    return f"<think>\n{str(text).strip()}\n</think>\n\n" if is_said else ""
 
 
 def _call(call: Any) -> tuple[str, str, Any]:

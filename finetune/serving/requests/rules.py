@@ -75,6 +75,8 @@ class ReplyRequest:
     is_text: bool = False
     """The reply is text as it comes, without the layout of a dialogue."""
     constraint: Constraint | None = None
+    thinks: bool | None = None
+    """Whether the model is to think, where its template has a switch."""
     top_logprobs: int | None = None
     """How many of the likeliest tokens are told beside each token; None: no probabilities at all."""
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from finetune.data.chat import thinking
@@ -25,9 +26,9 @@ from finetune.data.chat.jinja import (
     tools_text,
 )
 from finetune.data.chat.layouts.layout import (
+    ExamplePart,
     Layout,
-    Part,
-    Piece,
+    PlannedRun,
     TemplateInput,
     Texts,
     ops_with_images,
@@ -45,13 +46,19 @@ class Glm4Layout(Layout):
 
     def __init__(self, tokenizer: ChatTokenizer, jinja: JinjaTemplate, seen: ChatLayout) -> None:
         self.prefix, self.suffix, self.thinking = seen.prefix, seen.suffix, seen.thinking
+        self.has_switch = False
+        self.lead = "" if seen.suffix else "\n"
         self.takes_tools = seen.tools != "none"
-        self.rules = " turns" if seen.thinking else ""
+        self.rules = " turns" if seen.thinking else " opened" if seen.suffix else ""
         self._tokenizer, self._seen = tokenizer, seen
         self._headers = {role: ~tokenizer.control_ids[HEADERS[role]] for role in ROLES}
         self._control = frozenset(tokenizer.control_ids.values())
         self._suffix = tuple(~i for i in tokenizer.trusted(seen.suffix))
         self._keeps_suffix = bool(self._suffix) and not seen.thinking
+        ids = tokenizer.control_ids
+        writes_tags = "<answer>" in ids  # GLM-4.1V
+        self.spoken = {ids[t]: t for t in thinking.SPOKEN if t in ids} if writes_tags else {}
+        self.rules += " spoken" if writes_tags else ""
 
         @lru_cache(maxsize=4096)
         def rendered_tools(tools_json: str) -> str:
@@ -61,12 +68,12 @@ class Glm4Layout(Layout):
 
     def pieces(
         self, conversation: Conversation, stop: int, texts: Texts, opened: int | None = None
-    ) -> list[Piece]:
+    ) -> list[PlannedRun]:
         """A piece for the tools and for every message that has text."""
         pieces = []
         if conversation.tools:
             text = self._tools(conversation.tools)
-            pieces.append(Piece(None, (self._headers["system"], texts.number(text))))
+            pieces.append(PlannedRun(None, (self._headers["system"], texts.number(text))))
         for index, message in enumerate(conversation.messages[:stop]):
             if message.role == "system" and not message.content:
                 continue
@@ -74,19 +81,35 @@ class Glm4Layout(Layout):
             if index == opened:
                 written = thinking.behind_prompt(message, name, body)
                 ops = (self._headers["assistant"], *self._suffix, texts.number(written))
-                pieces.append(Piece(index, ops, 1 + len(self._suffix)))
+                pieces.append(PlannedRun(index, ops, 1 + len(self._suffix)))
             else:
-                pieces.append(Piece(index, self._ops(message, name, body, texts)))
+                pieces.append(self._piece(index, message, name, body, texts))
         return pieces
 
-    def _ops(self, message: Message, name: str, body: str, texts: Texts) -> tuple[int, ...]:
+    def _piece(
+        self, index: int, message: Message, name: str, body: str, texts: Texts
+    ) -> PlannedRun:
         header, text = self._headers[message.role], f"{name}\n{body}"
         if message.images:
-            return (header, *ops_with_images(message, f"{name}\n", body, texts, self._tokenizer))
-        if self._keeps_suffix and message.role == "assistant" and text.startswith(self.suffix):
+            shown = ops_with_images(message, f"{name}\n", body, texts, self._tokenizer)
+            return PlannedRun(index, (header, *shown))
+        if message.role != "assistant":
+            return PlannedRun(index, (header, texts.number(text)))
+        if self._keeps_suffix and text.startswith(self.suffix):
             # These very ids stand at the end of the prompt too.
-            return (header, *self._suffix, texts.number(text.removeprefix(self.suffix)))
-        return (header, texts.number(text))
+            said = self._said(text.removeprefix(self.suffix), texts)
+            return PlannedRun(index, (header, *self._suffix, *said), 1 + len(self._suffix))
+        return PlannedRun(index, (header, *self._said(text, texts)))
+
+    def _said(self, text: str, texts: Texts) -> list[int]:
+        """A reply, its thought between tokens where the tokenizer has some (GLM-4.1V)."""
+        if not self.spoken:
+            return [texts.number(text)]
+        ids = self._tokenizer.control_ids
+        return [
+            ~ids[part] if is_tag and part in ids else texts.number(part)
+            for part, is_tag in thinking.spoken_parts(text)
+        ]
 
     def _written(self, message: Message, index: int) -> tuple[str, str]:
         """Name and content of a message as the checkpoint's template writes them."""
@@ -124,13 +147,13 @@ class Glm4Layout(Layout):
         """A turn of several calls goes on by itself, behind its first one's thought."""
         return thinking.turn_start(conversation.messages, reply) if self.thinking else None
 
-    def parts(self, conversation: Conversation, train_on: TrainOn) -> list[Part]:
+    def parts(self, conversation: Conversation, train_on: TrainOn) -> list[ExamplePart]:
         """The dialogue, or under a thinking checkpoint its turns with loss."""
         if not self.thinking:
-            return [Part(conversation, "user")]
+            return [ExamplePart(conversation, "user")]
         messages = conversation.messages
         return [
-            Part(
+            ExamplePart(
                 part,
                 messages[length].role if (length := len(part.messages)) < len(messages) else "user",
                 thinking.turn_start(part.messages, length),
@@ -138,7 +161,7 @@ class Glm4Layout(Layout):
             for part in thinking.turns_with_loss(conversation, train_on)
         ]
 
-    def parse(self, ids: Iterable[int]) -> Message:
+    def parse(self, ids: Iterable[int], tools: Sequence[Mapping[str, Any]] = ()) -> Message:
         """The first line is a function's name, or empty for a plain reply.
 
         Text without a line break is a plain reply. Under a thinking checkpoint, ids that continue the
@@ -159,15 +182,33 @@ class Glm4Layout(Layout):
             return thinking.as_message(content)
         return Message("assistant", content, metadata=name.strip())
 
+    def messages(self, ids: Iterable[int], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+        """Several of one turn follow each other behind `<|assistant|>`."""
+        runs: list[list[int]] = [[]]
+        for token in map(int, ids):
+            if token == ~self._headers["assistant"]:
+                runs.append([])
+            else:
+                runs[-1].append(token)
+        return [self.parse(run) for place, run in enumerate(runs) if run or not place]
+
     def _text(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first control token."""
         listed = [int(i) for i in ids]
-        end = next((place for place, i in enumerate(listed) if i in self._control), len(listed))
-        return str(self._tokenizer.plain.decode(listed[:end], skip_special_tokens=False))
+        ends = self._control - self.spoken.keys()
+        said = listed[: next((place for place, i in enumerate(listed) if i in ends), len(listed))]
+        runs = groupby(said, key=lambda i: i if i in self.spoken else None)
+        decode = self._tokenizer.plain.decode
+        return "".join(
+            decode(list(run), skip_special_tokens=False)
+            if tag is None
+            else self.spoken[tag] * len(list(run))
+            for tag, run in runs
+        )
 
-    def visible(self, content: str) -> str:
+    def visible(self, message: Message) -> str:
         """No reasoning under GLM-Z1."""
-        return self._seen.clean["assistant"](content)
+        return self._seen.clean["assistant"](message.content)
 
     def template_input(self, conversation: Conversation) -> TemplateInput:
         """Names as `metadata`; tools as the template's argument or on the first system message."""
@@ -184,16 +225,17 @@ class Glm4Layout(Layout):
         messages[0]["tools"] = list(conversation.tools)
         return TemplateInput(messages, None)
 
-    def suited(self, probe: Conversation) -> Conversation:
+    def probes(self, probe: Conversation) -> list[Conversation]:
         """The probe without roles, calls and tools that the template does not know."""
         known = self._seen.clean
         calls = "observation" in known and "assistant" in self._seen.named_roles
-        # Where <think> is a token of its own, the template's text and typed text are not the same.
-        thinks = not {"<think>", "</think>"} & self._tokenizer.control_ids.keys()
+        # Where <think> is a token that no reply is written with, typed tags are not the template's.
+        tags = {thinking.THINK, thinking.THINK_END} & self._tokenizer.control_ids.keys()
+        plain = bool(tags) and not self.spoken
         kept = [
-            m if thinks else replace(m, content=m.content.split("</think>")[-1])
+            replace(m, content=m.content.split(thinking.THINK_END)[-1]) if plain else m
             for m in probe.messages
             if m.role in known and (calls or not (m.metadata or m.role == "observation"))
         ]
         tools = probe.tools if self.takes_tools else ()
-        return replace(probe, messages=tuple(kept), tools=tools)
+        return [replace(probe, messages=tuple(kept), tools=tools)]

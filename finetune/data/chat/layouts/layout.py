@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from finetune.data.chat.image import span_ids
@@ -18,7 +19,7 @@ from finetune.data.chat.tokenizer import ChatTokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
 
 
-class Piece(NamedTuple):
+class PlannedRun(NamedTuple):
     """A run of tokens before encoding. An op below 0 is the token `~op`, else the number of a text."""
 
     message: int | None
@@ -61,7 +62,7 @@ def ops_with_images(
             yield texts.number(text)
 
 
-class Part(NamedTuple):
+class ExamplePart(NamedTuple):
     """What one example of a dialogue is made of."""
 
     conversation: Conversation
@@ -78,6 +79,8 @@ class TemplateInput(NamedTuple):
 
     messages: list[JsonMessage]
     tools: Sequence[Mapping[str, Any]] | None
+    options: Mapping[str, Any] = MappingProxyType({})
+    """What the template takes besides, such as `enable_thinking`."""
 
 
 class Layout(ABC):
@@ -90,15 +93,21 @@ class Layout(ABC):
     """What a generation prompt writes after `<|assistant|>`."""
     thinking: bool
     """The model writes its reasoning in front of a reply, so what an example holds depends on its turn."""
+    has_switch: bool
+    """The template says whether the model is to think (`enable_thinking`)."""
     takes_tools: bool
     """The checkpoint's template has a place for tool definitions."""
+    spoken: Mapping[int, str]
+    """Control tokens that are part of a reply's text, such as `<answer>` of GLM-4.1V."""
+    lead: str
+    """What a plain reply without a thought begins with behind the generation prompt."""
     rules: str
     """Changes when the same dialogue would take other tokens than under another layout."""
 
     @abstractmethod
     def pieces(
         self, conversation: Conversation, stop: int, texts: Texts, opened: int | None = None
-    ) -> list[Piece]:
+    ) -> list[PlannedRun]:
         """Tools and `messages[:stop]`; DataError, with the message's number, for what has no place.
 
         Message `opened` stands behind the generation prompt.
@@ -108,26 +117,42 @@ class Layout(ABC):
     def opening(self, conversation: Conversation, reply: int) -> tuple[int, ...]:
         """The ops that end the prompt of message `reply`."""
 
+    def opens(self, conversation: Conversation, reply: int) -> str:
+        """The text behind `<|assistant|>` that `opening` ends in."""
+        return self.suffix
+
     @abstractmethod
     def asked(self, conversation: Conversation, reply: int) -> int | None:
         """The message that is laid out behind the generation prompt where `reply` goes on from it."""
 
     @abstractmethod
-    def parts(self, conversation: Conversation, train_on: TrainOn) -> list[Part]:
+    def parts(self, conversation: Conversation, train_on: TrainOn) -> list[ExamplePart]:
         """What is learned from a dialogue: all of it at once, or a turn at a time."""
 
     @abstractmethod
-    def parse(self, ids: Iterable[int]) -> Message:
+    def parse(self, ids: Iterable[int], tools: Sequence[Mapping[str, Any]] = ()) -> Message:
         """The message that reply ids say, with or without their stop."""
 
+    def stop(self, conversation: Conversation) -> str:
+        """The role whose header the model writes at the end of the dialogue's last reply."""
+        return "user"
+
     @abstractmethod
-    def visible(self, content: str) -> str:
+    def messages(self, ids: Iterable[int], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+        """The messages that generated ids hold: one, or several of one turn."""
+
+    @abstractmethod
+    def visible(self, message: Message) -> str:
         """What the template keeps of a reply once it is past."""
+
+    def as_read(self, message: Message) -> Message:
+        """A reply that is no call as `parse` gives it back, for a comparison."""
+        return message
 
     @abstractmethod
     def template_input(self, conversation: Conversation) -> TemplateInput:
         """The dialogue for the checkpoint's own template."""
 
     @abstractmethod
-    def suited(self, probe: Conversation) -> Conversation:
-        """The probe without what the checkpoint's template has no place for."""
+    def probes(self, probe: Conversation) -> list[Conversation]:
+        """Dialogues to compare with the checkpoint's own template, made of one that holds much."""
