@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(root: Path) -> OpenedModel:
-    return open_model(serving.save_talkative(root / "talkative"))
+    return open_model(newer.save_model(root / "model", "GLM-4.5"))
 
 
 @pytest.fixture(scope="module", params=newer.TAGGED)
