@@ -38,7 +38,7 @@ def width_of(request: ReplyRequest) -> Width:
     return "long" if request.num_tokens >= LONG else "short"
 
 
-class Reading:
+class PendingPrompt:
     """A prompt that is being read, for one reply or several."""
 
     def __init__(self, job: ReplyJob, prompt: Prompt, known: SharedPrefix) -> None:
@@ -88,7 +88,7 @@ class Writer:
         self.model = model
         """An `AdapterRows` where there are adapters."""
         self.stop_ids = template.stop_ids
-        self._reading: list[Reading] = []
+        self._reading: list[PendingPrompt] = []
 
     @property
     def jobs(self) -> list[ReplyJob]:
@@ -109,7 +109,7 @@ class Writer:
             own = SharedPrefix.kept([prompt[0]] * self._num_virtual(name), self._prefixes[name])
             prompt = [*own.ids, *prompt]
         known = self.memories[name].beginning_of(prompt)
-        self._reading.append(Reading(job, prompt, known or own))
+        self._reading.append(PendingPrompt(job, prompt, known or own))
 
     def put(self, name: str, adapted: Any) -> None:
         """One more adapter of the base: plain LoRA, or a prefix; from any thread."""
@@ -140,9 +140,9 @@ class Writer:
         for width, lane in self.lanes.items():
             lane.go_on([one for one in whole if width_of(one.jobs[0].request) == width])
 
-    def _whole(self) -> list[Reading]:
+    def _whole(self) -> list[PendingPrompt]:
         """The first of the prompts whose rest is short, as many as one round reads; they leave the queue."""
-        found, widest = list[Reading](), 0
+        found, widest = list[PendingPrompt](), 0
         for reading in [one for one in self._reading if not one.is_long]:
             widest = max(widest, reading.left)
             if found and (len(found) + 1) * widest > PIECE:
@@ -151,7 +151,7 @@ class Writer:
         self._reading = [one for one in self._reading if one not in found]
         return found
 
-    def _advance(self, long: Reading) -> None:
+    def _advance(self, long: PendingPrompt) -> None:
         try:
             if isinstance(self.model, AdapterRows):
                 self.model.choose([long.name])
@@ -174,7 +174,7 @@ class Lane:
         self._template = template
         self._memories = memories
 
-    def go_on(self, read: Sequence[Reading]) -> None:
+    def go_on(self, read: Sequence[PendingPrompt]) -> None:
         """Takes in prompts whose last piece is to be read, and gives every reply one more token."""
         try:
             new = [one for one in read if not one.known.ids]
@@ -189,7 +189,7 @@ class Lane:
         except Exception as error:  # whatever it is, it must not end the server
             self._fail_all(error)
 
-    def _add(self, read: Sequence[Reading], known: SharedPrefix | None = None) -> None:
+    def _add(self, read: Sequence[PendingPrompt], known: SharedPrefix | None = None) -> None:
         """Computes prompts together; where that fails each alone, so that one harms no other."""
         asked = [(job, one.prompt) for one in read for job in one.jobs]
         if not asked:
