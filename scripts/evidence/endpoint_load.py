@@ -3,13 +3,17 @@
     python scripts/evidence/endpoint_load.py [--clients 64] [--seconds 300]
 
 A tiny random model is served by `finetune serve` in a process of its own, whose memory is watched. Two
-of three requests are ordinary and compared, text
-for text, with what the same request got alone; the others are the odd requests and bombs of
-`tests/reliability/strangers_endpoint.py`, clients that leave in the middle, and headers that never end.
-The time is cut into three legs with a quiet moment behind each, in which memory is read: in the middle of
-the load it is that of the requests that happen to be there. Prints one line with counts, and ends with 1
-if an ordinary request was answered otherwise, or if what is held in the quiet grew by more than 2 percent
-after the first leg.
+of three requests are ordinary (chats, text completions, tools that must be called, replies by a schema,
+several replies, log probabilities; greedy and sampled, whole and streaming) and compared with what the
+same request got alone. The others are the odd requests and bombs of
+`tests/reliability/strangers_endpoint.py`, bodies that are no JSON, clients that leave in the middle of
+their request or of the reply, that read nothing of it, and headers that never end.
+
+The time is cut into legs with a quiet moment behind each, in which memory is read: in the middle of the
+load it is that of the requests that happen to be there. A first leg, in which the heap and the kept
+prompts fill, warms up. Prints one line with counts, and ends with 1 if an ordinary request was answered
+otherwise, or if what is held in the quiet grew by more than 2 percent from the warm server's to the
+last leg's.
 """
 
 from __future__ import annotations
@@ -35,21 +39,48 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-LEGS = 3
+LEGS = 5
+WARM_UP_SECONDS = 60
+QUESTIONS = 60
 
 from finetune.serving.heap import TRIM_SECONDS  # noqa: E402
 
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"at": {"enum": ["sky", "sea"]}}},
+    },
+}
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.2},
+    {"tools": [TOOL], "tool_choice": "required", "max_tokens": 120},
+    {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
+        "max_tokens": 60,
+    },
+    {"n": 2, "temperature": 0.9},
+    {"logprobs": True, "top_logprobs": 2},
+)
+
 
 def ordinary(number: int) -> dict[str, Any]:
-    """One of 40 requests: greedy and sampled, short and long, whole and streaming."""
-    body = {"model": "tiny", "max_tokens": 4 + number % 37, "stream": bool(number % 2)}
+    """One of `QUESTIONS` requests, of every kind, short and long, whole and streaming."""
+    body = {
+        "model": "tiny",
+        "max_tokens": 4 + number % 37,
+        "stream": bool(number % 2),
+        "seed": number,
+    }
     question = f"question {number} {'the dog ' * (number % 11)}"
-    sampled = {"temperature": 1.2, "seed": number} if number % 3 == 0 else {}
-    return body | sampled | {"messages": [{"role": "user", "content": question}]}
+    messages = [{"role": "user", "content": question}]
+    return body | KINDS[number // 2 % len(KINDS)] | {"messages": messages}
 
 
 async def text_of(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    """The reply with its end, as lines of a stream or as a message."""
+    """The replies with their ends, as events of a stream or as messages."""
     try:
         answer = await client.post("/v1/chat/completions", json=body)
     except httpx.HTTPError as error:
@@ -57,20 +88,47 @@ async def text_of(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
     if answer.status_code != 200:
         return f"{answer.status_code} {answer.text[:200]}"
     if not body["stream"]:
-        choice = answer.json()["choices"][0]
-        return f"{choice['finish_reason']} {choice['message']['content']}"
+        return " | ".join(said(choice["message"], choice) for choice in answer.json()["choices"])
     chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line[6:7] == "{"]
-    parts = [chunk["choices"][0] for chunk in chunks]
-    said = "".join(part["delta"].get("content") or "" for part in parts)
-    return f"{parts[-1]['finish_reason']} {said}"
+    parts = [part for chunk in chunks for part in chunk["choices"]]
+    by_reply = [[p for p in parts if p["index"] == n] for n in range(body.get("n", 1))]
+    return " | ".join("".join(said(part["delta"], part) for part in reply) for reply in by_reply)
+
+
+def said(message: dict[str, Any], choice: dict[str, Any]) -> str:
+    """What is said and called, and the end."""
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    called = "".join(f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls)
+    return f"{message.get('content') or ''}{called}{choice['finish_reason'] or ''}"
+
+
+HOSTILE = (
+    "odd",
+    "odd",
+    "leaves",
+    "slow header",
+    "half a body",
+    "reads nothing",
+    "no JSON",
+    "noise",
+)
+NO_JSON = (
+    b"",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"a":1' + b"0" * 100_000,
+    b"null",
+    b'{"model":"tiny"}',
+    b"\0",
+)
 
 
 async def hostile(client: httpx.AsyncClient, chance: random.Random, bodies: list[Any]) -> str:
     """Something that no other client should notice; returns its kind and what came of it."""
-    kind = chance.choice(["odd", "odd", "leaves", "slow header"])
+    kind = chance.choice(HOSTILE)
     try:
         return await sent(kind, client, chance, bodies)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, OSError) as error:
         return f"{kind} {type(error).__name__}"
 
 
@@ -79,16 +137,30 @@ async def sent(kind: str, client: httpx.AsyncClient, chance: random.Random, bodi
     if kind == "odd":
         answer = await client.post("/v1/chat/completions", json=chance.choice(bodies))
         return f"{kind} {answer.status_code}"
+    if kind == "no JSON":
+        headers = {"Content-Type": "application/json"}
+        body = chance.choice(NO_JSON)
+        answer = await client.post("/v1/chat/completions", content=body, headers=headers)
+        return f"{kind} {answer.status_code}"
+    body = ordinary(chance.randrange(QUESTIONS)) | {"stream": True, "max_tokens": 200}
     if kind == "leaves":
-        body = ordinary(chance.randrange(40)) | {"stream": True, "max_tokens": 200}
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             async for _ in answer.aiter_lines():
                 break
         return kind
+    whole = client.build_request("POST", "/v1/chat/completions", json=body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in whole.headers.items())
+    request = f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + whole.content
+    raw = {
+        "slow header": b"POST /v1/chat/completions HTTP/1.1\r\nX-Never: ",
+        "half a body": request[:-20],
+        "reads nothing": request,
+        "noise": chance.randbytes(300),
+    }
     with socket.create_connection((client.base_url.host, client.base_url.port)) as slow:
         slow.setblocking(False)
-        slow.send(b"POST /v1/chat/completions HTTP/1.1\r\nX-Never: ")
-        await asyncio.sleep(chance.random())
+        slow.send(raw[kind])
+        await asyncio.sleep(3 * chance.random())
     return kind
 
 
@@ -124,36 +196,38 @@ def cpu_seconds(process: int) -> float:
 async def load(
     url: str, process: int, options: argparse.Namespace, bodies: list[Any]
 ) -> tuple[Counter[str], list[int], list[int]]:
-    """Counts of what came; the memory of the server in the quiet after each leg, and thirty times in all."""
+    """Counts of what came; the memory of the server in the quiet after each leg, and every five seconds."""
     counts: Counter[str] = Counter()
     quiet: list[int] = []
     sizes: list[int] = []
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        alone = [await text_of(client, ordinary(number)) for number in range(40)]
+        alone = [await text_of(client, ordinary(number)) for number in range(QUESTIONS)]
 
         async def one(chance: random.Random, end: float) -> None:
             while time.monotonic() < end:
                 if chance.random() < 1 / 3:
                     counts[await hostile(client, chance, bodies)] += 1
                     continue
-                asked = chance.randrange(40)
-                said = await text_of(client, ordinary(asked))
-                if said != alone[asked]:
-                    print(f"{asked}: {said!r}, alone {alone[asked]!r}", file=sys.stderr)
-                counts["ordinary, as alone" if said == alone[asked] else "ORDINARY, OTHERWISE"] += 1
+                asked = chance.randrange(QUESTIONS)
+                told = await text_of(client, ordinary(asked))
+                if told != alone[asked]:
+                    print(f"{asked}: {told!r}, alone {alone[asked]!r}", file=sys.stderr)
+                counts["ordinary, as alone" if told == alone[asked] else "ORDINARY, OTHERWISE"] += 1
 
         async def watch(end: float) -> None:
             while time.monotonic() < end:
-                await asyncio.sleep(options.seconds / 30)
+                await asyncio.sleep(5)
                 sizes.append(pages(process))
 
-        for leg in range(LEGS):
-            end = time.monotonic() + options.seconds / LEGS
+        for leg in range(LEGS + 1):
+            seconds = options.seconds / LEGS if leg else WARM_UP_SECONDS
+            end = time.monotonic() + seconds
             chances = [random.Random(f"{leg} {number}") for number in range(options.clients)]
             await asyncio.gather(watch(end), *(one(chance, end) for chance in chances))
             await asyncio.sleep(TRIM_SECONDS + 2)
             quiet.append(pages(process))
+            print(f"leg {leg}: {quiet[-1]} pages, {sum(counts.values())} requests", file=sys.stderr)
     return counts, quiet, sizes
 
 
@@ -171,7 +245,7 @@ def main() -> int:
     bodies += [body for body, _ in strangers._bombs().values()]
     with tempfile.TemporaryDirectory() as folder:
         model = serving.save_talkative(Path(folder) / "model")
-        with served(model, Path(folder) / "log", options.clients + 8) as (url, process):
+        with served(model, Path(folder) / "log", 2 * options.clients) as (url, process):
             begun = cpu_seconds(process)
             counts, quiet, sizes = asyncio.run(load(url, process, options, bodies))
             cpu = cpu_seconds(process) - begun
@@ -181,7 +255,7 @@ def main() -> int:
     levels = ", ".join(f"{size * unit:.0f}" for size in quiet)
     print(
         f"{told}; {cpu:.0f} CPU seconds; memory {levels} MB in the quiet after each leg "
-        f"({grown:+.1%} after the first), at most {max(sizes) * unit:.0f} MB"
+        f"({grown:+.1%} from the warm server to the end), at most {max(sizes) * unit:.0f} MB"
     )
     well = counts["ordinary, as alone"] and not counts["ORDINARY, OTHERWISE"] and grown < 0.02
     return 0 if well else 1
