@@ -179,7 +179,7 @@ def test_a_regex_without_end_is_given_up(
     change_config(adapter, **{key: {CATASTROPHE: 4} if key.endswith("pattern") else CATASTROPHE})
     started = time.perf_counter()
     with pytest.raises(ModelError, match=f"{key}: matching"):
-        read_lora(adapter).missing([f"{'a' * 40}.weight"])
+        read_lora(adapter).misfits([f"{'a' * 40}.weight"])
     assert time.perf_counter() - started < 5
 
 

@@ -43,6 +43,7 @@ _INERT = (
     "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "encoder_hidden_size",
     "init_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
 )  # fmt: skip
+_OF_TRAINING = ("init_lora_weights", "megatron_core")
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and others change it.
 _KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
 
@@ -75,12 +76,21 @@ class LoraFiles:
         rank = self.ranks[module]
         return self.alphas[module] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of a model's modules `names` that the config adapts and the file has nothing for."""
-        listed = list(names)
-        expected = _targets(self.config, listed, str(self.folder / ADAPTER_CONFIG))
-        expected |= {name for name in listed if _is_parameter(self.config, name)}
-        return sorted(expected - set(self.modules))
+    def misfits(self, names: Iterable[str]) -> list[str]:
+        """In words, where the file and its config disagree about a model's modules `names`."""
+        names = list(names)
+        expected = _targets(self.config, names, str(self.folder / ADAPTER_CONFIG))
+        expected |= {name for name in names if _is_parameter(self.config, name)}
+        problems = [
+            f"it has nothing for {name}, which its config adapts"
+            for name in sorted(expected - set(self.modules))
+        ]
+        if self.config["target_modules"] != ALL_LINEAR:
+            problems += [
+                f"it holds {name}, which its config does not adapt"
+                for name in sorted(set(self.modules) & set(names) - expected)
+            ]
+        return problems
 
 
 def read_lora(folder: Path) -> LoraFiles:
@@ -144,6 +154,10 @@ def check_config(folder: Path) -> dict[str, Any]:
         if name in config and not fits(config[name])
     ]
     said += [f"{name} is missing" for name in _NEEDED if name in wanted and name not in config]
+    if config.get("layers_to_transform") is not None and isinstance(
+        config.get("target_modules"), str
+    ):
+        said.append("layers_to_transform is not for target_modules that is a regex")
     refused = [f"{name}={shown(config[name])}" for name in _REFUSED if config.get(name)]
     known = {*wanted, *_REFUSED, *_INERT, *_NEEDED}
     unknown = [f"{n}={shown(v)}" for n, v in sorted(config.items()) if v and n not in known]
@@ -156,6 +170,18 @@ def check_config(folder: Path) -> dict[str, Any]:
             "Merge the adapter with PEFT's merge_and_unload and open the merged model"
         )
     return config
+
+
+def understood(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a LoRA's checked config its reader needs; the rest is of how it was trained.
+
+    PEFT would check that, too, and it reads null in some settings as a value.
+    """
+    return {
+        name: value
+        for name, value in config.items()
+        if name in _LORA and name not in _OF_TRAINING and value is not None
+    }
 
 
 def check_complete(

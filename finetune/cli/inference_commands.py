@@ -184,15 +184,17 @@ def replay(
         if output is not None:
             check_output_file(output)
         from finetune.config.forgetting import ReplaySection
-        from finetune.generation.replay import replay_of, write_replay
+        from finetune.generation.replay import check_replay_output, replay_of, write_replay
 
         section = ReplaySection(prompts=prompts, max_new_tokens=max_new_tokens)
+        if output is not None:
+            check_replay_output(section, model, output, overwrite=overwrite)
         files = replay_of(section, model, None)
         console.say(
             f"{files.replies} replies, {files.cut} left out that did not end: {files.train.parent}"
         )
         if output is not None:
-            write_replay(files, output, overwrite=overwrite)
+            write_replay(files, output)
         emit(
             {
                 "train": str(files.train),

@@ -34,7 +34,7 @@ def check_place(output: Path, targets: Sequence[Target], options: Options) -> No
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is not a folder; choose another")
     for name in names:
-        refuse_odd(output / name)
+        refuse_odd(output / name, inside=output)
     for target in targets:
         for name in names:
             if Path(target.path).is_file() and is_same_file(output / name, Path(target.path)):

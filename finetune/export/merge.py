@@ -240,8 +240,7 @@ def _check_fit(
     embeddings = [name for pair in EMBEDDING_AND_HEAD for name in pair] if longer else []
     modules = [name.removesuffix(".weight") for name, t in present.items() if len(t.shape) == 2]
     modules += fused_names(present)
-    missing = tuned.files.missing(modules) if tuned else []
-    problems = [f"it has nothing for {name}, which its config adapts" for name in missing]
+    problems = tuned.files.misfits(modules) if tuned else []
     for name, update in (tuned.updates if tuned else {}).items():
         wanted = (update.b.shape[0], update.a.shape[1])
         if name not in present:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
+from finetune.artifacts.adapter import check_config, understood
 from finetune.artifacts.weights import tensors
-from finetune.errors import ModelError
+from finetune.errors import ModelError, is_out_of_memory
 from finetune.models.library_logging import quiet_libraries
 from finetune.models.load import load_model
 
@@ -47,7 +48,15 @@ def check_parity(
     with torch.inference_mode():
         model = load_model(base, device_map=device_map)
         prompts = _prompts(model.config)
-        before = _logits(_adapted(model, adapters), prompts)
+        try:
+            before = _logits(_adapted(model, adapters), prompts)
+        except Exception as error:  # whatever settings of others make PEFT raise
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"PEFT does not open what was merged ({type(error).__name__}: {error}); copy the "
+                "adapter again"
+            ) from error
         del model
         gc.collect()
         after_model = load_model(written, device_map=device_map)
@@ -68,7 +77,8 @@ def _adapted(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     for number, (folder, weight) in enumerate(adapters):
         name = f"adapter_{number}"
         if number == 0:
-            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            config = LoraConfig(**understood(check_config(folder)), inference_mode=True)
+            model = PeftModel.from_pretrained(model, str(folder), name, config=config)
         else:
             model.load_adapter(str(folder), adapter_name=name)
         for module in model.modules():

@@ -165,11 +165,17 @@ def _is_held_out(row: Mapping[str, Any]) -> bool:
     return int(sha256(text.encode()).hexdigest(), 16) % ONE_IN == 0
 
 
-def write_replay(files: ReplayFiles, output: Path, *, overwrite: bool) -> None:
-    """Copies the replies, held-out ones last, to one file, which may be there only if said."""
-    check_output(
-        output, [files.train, files.held_out], overwrite=overwrite, is_ours=lambda _: False
-    )
+def check_replay_output(
+    section: ReplaySection, model: str, output: Path, *, overwrite: bool
+) -> None:
+    """ConfigError unless the replies may be written to `output`: over nothing that they are made of."""
+    read = [file for path in _listed(section.prompts) for file in expand(path)]
+    read += [default_root(), *([Path(model)] if is_folder(model) else [])]
+    check_output(output, read, overwrite=overwrite, is_ours=lambda _: False)
+
+
+def write_replay(files: ReplayFiles, output: Path) -> None:
+    """Copies the replies, held-out ones last, to one file."""
     with whole_file(output) as file:
         for part in (files.train, files.held_out):
             with part.open(encoding="utf-8") as lines:

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 
 from finetune import console
 from finetune.artifacts import hub
-from finetune.artifacts.adapter import ALL_LINEAR, check_complete, read_lora
+from finetune.artifacts.adapter import ALL_LINEAR, check_complete, read_lora, understood
 from finetune.artifacts.base_record import BaseRecord, check_base
-from finetune.artifacts.names import ADAPTER_WEIGHTS
+from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune.config.schema import LoraMethod
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ConfigError, ModelError, is_out_of_memory
 from finetune.methods import experts_forward
 from finetune.methods.lora_experts import (
     as_layers,
@@ -166,20 +166,24 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, force: bool = False) -
     named = [name for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
     experts = expert_parameters(model, family_of(model.config).experts)
     named += experts
-    if missing := files.missing(named):
+    if problems := files.misfits(named):
         raise ModelError(
-            f"{folder / ADAPTER_WEIGHTS} has nothing for {', '.join(missing[:3])}, which its config "
-            f"adapts ({len(missing)} in all); copy the adapter again, or give its own base"
+            f"{folder / ADAPTER_WEIGHTS}: {'; '.join(problems[:3])} ({len(problems)} in all); "
+            "copy the adapter again, or give its own base"
         )
-    config = LoraConfig.from_pretrained(folder)
-    config.rank_pattern = config.rank_pattern or {}  # PEFT does not take null for absence
-    config.alpha_pattern = config.alpha_pattern or {}
-    config.inference_mode = True
-    config.init_lora_weights = True  # whatever it was, the trained weights take its place
-    if experts:
-        as_layers(model, config)
-    with targets_as_named() if experts else nullcontext():
-        adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
+    try:
+        config = LoraConfig(**understood(files.config), inference_mode=True)
+        if experts:
+            as_layers(model, config)
+        with targets_as_named() if experts else nullcontext():
+            adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
+    except Exception as error:  # whatever settings of others make PEFT raise
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG} cannot be used ({type(error).__name__}: {error}); copy the "
+            "adapter again"
+        ) from error
     weights = load_file(folder / ADAPTER_WEIGHTS)
     _check_weights(adapted, weights, folder / ADAPTER_WEIGHTS)
     set_peft_model_state_dict(adapted, weights)

@@ -25,7 +25,8 @@ from finetune.report.page import (
     runs_of,
 )
 from finetune.report.page_data import read_content
-from finetune.storage.files import whole_binary, write_file
+from finetune.storage.files import refuse_odd, whole_binary
+from finetune.storage.outputs import write_marked
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 FOLDER = "plots"
@@ -38,6 +39,8 @@ FAMILIES = (
     "PingFang SC", "Microsoft YaHei", "Arial", "Helvetica", "sans-serif",
 )  # fmt: skip
 """Fonts in the order in which they are tried. Aileron comes with Pillow: no label of a PNG file is missing."""
+MARK = ".whisker { stroke-width: 5;"
+"""What tells our own pictures."""
 STYLE = """
 text { font-family: FAMILIES; fill: #3a3833; font-size: 11px } .title { font-weight: bold; font-size: 13px }
 .grid { stroke: #ebe9e4 } .axis { stroke: #bdbab2 } .tick { fill: #6f6b63; font-size: 10.5px }
@@ -58,17 +61,22 @@ def write_plots(folder: Path) -> list[Path]:
     """
     evaluation = read_evaluation(folder)
     pictures = _pictures(folder, evaluation)
-    (folder / FOLDER).mkdir(exist_ok=True)
     drawn = [folder / FOLDER / f"{name}.svg" for name in pictures]
+    bitmaps = [file.with_suffix(".png") for file in drawn]
+    for file in (*drawn, *bitmaps):
+        refuse_odd(file, inside=folder)
+    for vector, bitmap in zip(drawn, bitmaps, strict=True):
+        if bitmap.exists() and not vector.exists():
+            raise ConfigError(f"{bitmap} was not written by this program; move it away")
+    (folder / FOLDER).mkdir(exist_ok=True)
     for file, picture in zip(drawn, pictures.values(), strict=True):
-        write_file(file, picture)
+        write_marked(file, picture, mark=MARK)
     try:
         import resvg_py  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"{folder / FOLDER} has SVG files only; PNG files need: pip install 'glm4-finetune[report]'"
         ) from error
-    bitmaps = [file.with_suffix(".png") for file in drawn]
     for file, picture in zip(bitmaps, pictures.values(), strict=True):
         with whole_binary(file) as out:
             out.write(painted(picture))

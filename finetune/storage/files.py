@@ -70,13 +70,18 @@ def kind_of(path: Path) -> str:
     return "" if mode == stat.S_IFREG else _KINDS.get(mode, "no regular file")
 
 
-def refuse_odd(path: Path) -> None:
+def refuse_odd(path: Path, *, inside: Path | None = None) -> None:
     """ConfigError when `path` is anything but a regular file or a free name.
 
     A rename would put a file in the place of a device, a pipe or a link. A file or a link to nowhere
-    where a folder of the path should be is named, too.
+    where a folder of the path should be is named, too, and any link on the way from the folder `inside`.
     """
     for folder in reversed(path.parents):
+        if inside is not None and inside in folder.parents and folder.is_symlink():
+            raise ConfigError(
+                f"{folder} is a link to {folder.readlink()}, and {path} would be written through it; "
+                "remove the link"
+            )
         if os.path.lexists(folder) and not folder.is_dir():
             raise ConfigError(
                 f"{folder} is {kind_of(folder) or 'a file'} and no folder, so {path} cannot be "

@@ -262,7 +262,7 @@ def result_files(
             if not overwrite:
                 refuse_others(folder, recorded(stage).files, ours)
             for name in recorded(stage).files:
-                refuse_odd(folder / name)
+                refuse_odd(folder / name, inside=folder)
             stage.rename(folder / READY)
             fsync_folder(folder)
         finally:

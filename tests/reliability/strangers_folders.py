@@ -100,6 +100,8 @@ ADAPTERS: dict[str, Change] = {
     "a regex without end, rank_pattern": adapter_config(rank_pattern={CATASTROPHE: 4}),
     "a regex without end, alpha_pattern": adapter_config(alpha_pattern={CATASTROPHE: 4}),
     "targets that are not in the file": adapter_config(target_modules=["q_proj", "lm_head"]),
+    "targets that are nowhere": adapter_config(target_modules=["x"]),
+    "fewer targets than the file": adapter_config(target_modules=["q_proj"]),
     "a config of 200,000 brackets": lambda folder: _write(
         folder / "adapter_config.json", '{"a":' * 200_000 + "1" + "}" * 200_000
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from tests.reliability.frame import Case
 from tests.reliability.places import command, dialogues_file, glm_folder, trained
 from tests.reliability.strangers_folders import TENSORS, WEIGHTS, _adapter, tensors
 from tests.reliability.strangers_outputs import ODD, Place
-from tests.reliability.writers import evaluate, refused, state, write
+from tests.reliability.writers import ask, evaluate, refused, state, write
 
 # --- any writer, any odd target ------------------------------------------------------------------
 
@@ -36,6 +37,8 @@ WRITERS: dict[str, tuple[str, Callable[[Path], tuple[int, str]]]] = {
     "data split, its file": ("out/train.jsonl", lambda folder: command("data", "split", dialogues_file(), "--output", folder / "out", "--share", 0.3)),
     "init": ("x.yaml", lambda folder: command("init", "--data", dialogues_file(), "--model", glm_folder(), "--gpus", 1, "--gpu", "24GB", "--output", folder / "x.yaml")),
     "migrate": ("x.yaml", lambda folder: command("migrate", _old_config(folder), "--data", dialogues_file(), "--model", glm_folder(), "--output", folder / "x.yaml")),
+    "board": ("x.html", lambda folder: command("board", trained("lora").parent, "--output", folder / "x.html")),
+    "replay": ("x.jsonl", lambda folder: command("replay", glm_folder(), "--prompts", ask(folder), "--output", folder / "x.jsonl")),
 }  # fmt: skip
 
 
@@ -58,11 +61,43 @@ def odd_page(name: str, make: Place, folder: Path) -> None:
     code, said = evaluate(folder / "eval")
     assert code == 0, said[-800:]
     path = folder / "eval" / name
-    path.unlink()
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
     make(path)
     before = state(path), state(path.with_name("target"))
     refused(*command("report", folder / "eval"), path.name)
     assert (state(path), state(path.with_name("target"))) == before
+
+
+def over_what_is_read(name: str, folder: Path) -> None:
+    """`--overwrite` is no leave to write over what the command reads."""
+    if name == "board":
+        run = Path(shutil.copytree(trained("lora"), folder / "runs/one"))
+        target, words = run / "metrics.jsonl", ("board", run.parent)
+    elif name == "replay, its prompts":
+        target = ask(folder)
+        words = ("replay", glm_folder(), "--prompts", target)
+    else:
+        model = Path(shutil.copytree(glm_folder(), folder / "model"))
+        target, words = model / "config.json", ("replay", model, "--prompts", ask(folder))
+    before = state(target)
+    refused(*command(*words, "--output", target, "--overwrite"), target.name)
+    assert state(target) == before
+
+
+def through_a_linked_folder(name: str, folder: Path) -> None:
+    """A folder of a result that leads elsewhere: nothing is written there."""
+    code, said = evaluate(folder / "eval")
+    assert code == 0, said[-800:]
+    shutil.rmtree(folder / "eval" / name, ignore_errors=True)
+    (folder / "elsewhere").mkdir()
+    (folder / "eval" / name).symlink_to(folder / "elsewhere")
+    if name == "plots":
+        code, said = command("report", folder / "eval")
+    else:
+        code, said = evaluate(folder / "eval", "--overwrite")
+    refused(code, said, name)
+    assert not list((folder / "elsewhere").iterdir())
 
 
 # --- any signal, any command ---------------------------------------------------------------------
@@ -101,8 +136,6 @@ def asked_to_end(name: str, number: int, folder: Path) -> None:
 
 def null_field(file: str, key: str, name: str, folder: Path) -> None:
     """Absence, or refused by name in one message; never a traceback."""
-    import shutil
-
     if file == "adapter_config.json":
         target = _adapter(folder)
     else:
@@ -123,8 +156,6 @@ def null_field(file: str, key: str, name: str, folder: Path) -> None:
 
 def null_in_record(file: str, key: str, folder: Path) -> None:
     """A record of ours that a stranger has written: resumed as without it, or refused in words."""
-    import shutil
-
     from finetune.storage.manifest import seal
 
     run = Path(shutil.copytree(trained("lora"), folder / "run"))
@@ -179,7 +210,12 @@ def _writers() -> Iterator[Case]:
             if (writer, kind) != ("data split", "a folder"):  # whose files are the next writer's
                 run = partial(odd_target, writer, make)
                 yield Case(f"writers: {writer} where {kind} is", run)
-        yield Case(f"writers: report where {kind} is", partial(odd_page, "report.html", make))
+        for name in ("report.html", "plots/lengths.svg", "plots/lengths.png"):
+            yield Case(f"writers: report where {name}, {kind}, is", partial(odd_page, name, make))
+    for name in ("board", "replay, its prompts", "replay, its model"):
+        yield Case(f"writers: {name} over what it reads", partial(over_what_is_read, name))
+    for name in ("plots", "predictions"):
+        yield Case(f"writers: {name} is a link", partial(through_a_linked_folder, name))
 
 
 def _nulls() -> Iterator[Case]:
