@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,12 @@ _NEEDED = ("target_modules", "num_virtual_tokens")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
 _LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")
 _LISTED = 5
+_LISTS = (
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
+_MANY = 1024
+_STRONGEST = 1e6  # of an alpha; they are 8 to 1,024, and a float32 must hold every product with it
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ def read_lora(folder: Path) -> LoraFiles:
     config = check_config(folder)
     file = weights_file(folder)
     location = str(folder / ADAPTER_CONFIG)
-    parts, whole, problems = _by_module(file, config)
+    stored = read_shard(file).tensors
+    _refuse(f"{folder / ADAPTER_CONFIG} is too long", _too_long(config, len(stored)))
+    parts, whole, problems = _by_module(stored, config)
     modules = {_adapted_name(module, config): found for module, found in parts.items()}
     for entry in config.get("modules_to_save") or ():
         if not any(_ends_with(name.rpartition(".")[0], entry) for name in whole):
@@ -207,14 +215,25 @@ def check_complete(
     _refuse(f"{file} does not fit the base or its {ADAPTER_CONFIG}", problems)
 
 
+def _too_long(config: Mapping[str, Any], num_tensors: int) -> list[str]:
+    """Lists with far more entries than the file has tensors: each is compared with every module."""
+    sizes = {
+        name: len(config[name]) for name in _LISTS if isinstance(config.get(name), list | dict)
+    }
+    return [
+        f"{name} has {size} entries, and the file {num_tensors} tensors"
+        for name, size in sizes.items()
+        if size > max(_MANY, num_tensors)
+    ]
+
+
 def _by_module(
-    file: Path, config: Mapping[str, Any]
+    stored: Sequence[TensorInfo], config: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo], list[str]]:
     """The parts of each adapted module, the tensors that were trained whole, and what is neither."""
     modules: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     problems = []
-    stored = read_shard(file).tensors
     # PEFT saves both embeddings whole where one of them is adapted, and only there.
     adapted = [match["module"] for t in stored if (match := _PART.fullmatch(t.name))]
     embeddings = any(module.rpartition(".")[2] in _EMBEDDINGS for module in adapted)
@@ -333,6 +352,10 @@ def _chosen(entry: str | list[str], names: list[str], location: str) -> set[str]
 _Rule = tuple[Callable[[Any], bool], str]
 
 
+def _is_strength(value: Any) -> bool:
+    return is_number(value) and abs(value) <= _STRONGEST
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
 
@@ -363,7 +386,7 @@ _SHARED: dict[str, _Rule] = {
 }
 _LORA: dict[str, _Rule] = _SHARED | {
     "r": (is_count, "a rank is a whole number above 0"),
-    "lora_alpha": (is_number, "a finite number"),
+    "lora_alpha": (_is_strength, f"a number up to {_STRONGEST:g}"),
     "lora_dropout": (lambda value: is_number(value) and 0 <= value <= 1, "from 0 to 1"),
     "target_modules": (
         lambda value: (
@@ -379,7 +402,7 @@ _LORA: dict[str, _Rule] = _SHARED | {
     "modules_to_save": (_or_none(_is_names), "a list of module names"),
     "layers_to_transform": (_or_none(_is_layers), "numbers of layers"),
     "rank_pattern": (_values(is_count), "ranks by pattern"),
-    "alpha_pattern": (_values(is_number), "finite numbers by pattern"),
+    "alpha_pattern": (_values(_is_strength), f"numbers up to {_STRONGEST:g} by pattern"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": (
         lambda value: isinstance(value, (bool, str, type(None))) and value in _KEEPS_BASE,

@@ -112,6 +112,14 @@ class Request:
     """Which of the model's adapters writes the reply, where it has several."""
 
 
+NOT_FINITE = (
+    "the model's logits are not finite numbers: its weights are too large or damaged, or model.dtype is "
+    "too narrow for them; use another checkpoint"
+)
+_NONE = -1
+"""In place of the likeliest token, where the logits are no numbers."""
+
+
 class DecodingRow:
     """A reply while it is written."""
 
@@ -129,6 +137,8 @@ class DecodingRow:
     def append(self, logits: Tensor, likeliest: int, stop_ids: frozenset[int]) -> None:
         """Chooses the next token by its logits [V]."""
         try:
+            if likeliest == _NONE:
+                raise ModelError(NOT_FINITE)
             token = self._choose(logits, likeliest)
             if self.request.scores is not None and token not in stop_ids:
                 self.request.scores.add(token, logits)
@@ -199,9 +209,7 @@ class Sampler:
             warm = self._cuts(torch.empty(0), warm[None])[0]
         chances = warm.softmax(dim=-1)
         if not bool(chances.isfinite().all()):
-            raise ModelError(
-                "the model's logits are not finite numbers; nothing can be drawn; use another checkpoint"
-            )
+            raise ModelError(NOT_FINITE)
         if chances.device.type == "cpu":
             return int(torch.multinomial(chances, 1, generator=self._random))
         # One number goes to the device, instead of the whole vocabulary to the processor.
@@ -273,7 +281,8 @@ class Decoder:
         return 4 * len(self.active) <= 3 * len(self._rows)
 
     def _append(self, rows: Sequence[DecodingRow], logits: Tensor) -> None:
-        likeliest = logits.argmax(dim=-1).tolist()
+        largest, at = logits.max(dim=-1)  # not a number, where one of the logits is none
+        likeliest = torch.where(largest.isfinite(), at, _NONE).tolist()
         for place, row in enumerate(rows):
             if not row.is_done:
                 row.append(logits[place], likeliest[place], self._stop_ids)

@@ -1,14 +1,15 @@
-"""This checkout beside another one, on a CPU: preparing, a step, memory, in turns.
+"""This checkout beside another one, on a CPU: preparing, a step, replies, memory, in turns.
 
     git worktree add /tmp/before COMMIT
     python scripts/bench/against.py /tmp/before [--rounds 3] [--rows 100000]
 
 prepare   the quickstart's dialogues, repeated to so many rows, in a cache that is empty, and one step; less
           the same of 40 rows
+predict   replies of 32 tokens to 600 dialogues less those to 40, as the command is typed, for each of the 560
 step      60 steps of the quickstart on its tiny model less 4, for each of the 56
 memory    the most that either process took
 
-CPU seconds of the whole process tree of `finetune train`, medians of the rounds. 1 when a ratio is above 1.05,
+CPU seconds of the whole process tree of the command, medians of the rounds. 1 when a ratio is above 1.05,
 which is the noise of two rounds of one checkout.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = 1.05
 FEW_ROWS, SHORT, LONG = 40, 4, 60
+ASKED = 600
 Figures = dict[str, float]
 
 
@@ -37,6 +39,11 @@ def train(checkout: Path, folder: Path, *overrides: str) -> Figures:
         f"training.output_dir={tempfile.mkdtemp(dir=folder)}/run", "training.num_epochs=null",
         "data.validation=null", "evaluation.at_start=false", "training.save_every_steps=100000", *overrides,
     ]  # fmt: skip
+    return run(checkout, command)
+
+
+def run(checkout: Path, command: list[str]) -> Figures:
+    """CPU seconds and MB of a command of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as said:
         running = subprocess.Popen(command, cwd=checkout, env=environment, stdout=said, stderr=said)
@@ -47,13 +54,26 @@ def train(checkout: Path, folder: Path, *overrides: str) -> Figures:
     return {"cpu": used.ru_utime + used.ru_stime, "mb": used.ru_maxrss / 1024}
 
 
+def predict(checkout: Path, folder: Path, name: str) -> Figures:
+    """The same of `finetune predict` on the rows of a file."""
+    command = [
+        sys.executable, "-m", "finetune", "predict", str(folder / "model"), "--max-new-tokens", "32",
+        "--data", str(folder / f"{name}.jsonl"), "--output", f"{tempfile.mkdtemp(dir=folder)}/replies.jsonl",
+    ]  # fmt: skip
+    return run(checkout, command)
+
+
 def measure(checkout: Path, folder: Path) -> Figures:
     """One round."""
     one = "training.max_steps=1"
     few = train(checkout, folder, one, f"data.train={folder / 'few.jsonl'}")
     many = train(checkout, folder, one, f"data.train={folder / 'many.jsonl'}")
     short, long = (train(checkout, folder, f"training.max_steps={n}") for n in (SHORT, LONG))
+    first, asked = predict(checkout, folder, "few"), predict(checkout, folder, "asked")
     return {
+        "predict, CPU ms a reply": 1000 * (asked["cpu"] - first["cpu"]) / (ASKED - FEW_ROWS),
+        "predict, MB": asked["mb"],
+        "predict, start and 40 replies, CPU s": first["cpu"],
         "prepare, CPU s": many["cpu"] - few["cpu"],
         "prepare, MB": many["mb"],
         "step, CPU ms": 1000 * (long["cpu"] - short["cpu"]) / (LONG - SHORT),
@@ -75,8 +95,13 @@ def main() -> int:
         make = [sys.executable, "scripts/fixtures/quickstart_model.py", str(folder / "model"), "--tiny"]  # fmt: skip
         subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
         lines = (ROOT / "data/support_desk/train.jsonl").read_text(encoding="utf-8").splitlines()
-        for name, number in (("few", FEW_ROWS), ("many", asked.rows)):
+        for name, number in (("few", FEW_ROWS), ("asked", ASKED), ("many", asked.rows)):
             rows = [lines[n % len(lines)] + "\n" for n in range(number)]
+            if name == "asked":  # no two prompts alike: of one that was answered some is remembered
+                rows = [
+                    row.replace('"content": "', f'"content": "{n}. ', 1)
+                    for n, row in enumerate(rows)
+                ]
             (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
         found: dict[Path, list[Figures]] = {ROOT: [], asked.other.resolve(): []}
         for _ in range(asked.rounds):

@@ -101,6 +101,10 @@ ADAPTERS: dict[str, Change] = {
     "a regex without end, alpha_pattern": adapter_config(alpha_pattern={CATASTROPHE: 4}),
     "targets that are not in the file": adapter_config(target_modules=["q_proj", "lm_head"]),
     "targets that are nowhere": adapter_config(target_modules=["x"]),
+    "100,000 targets": adapter_config(target_modules=[f"layer_{n}" for n in range(100_000)]),
+    "100,000 ranks": adapter_config(rank_pattern={f"layer_{n}": 4 for n in range(100_000)}),
+    "layers of a regex": adapter_config(layers_to_transform=[0]),
+    "settings of a start that are none": adapter_config(eva_config=7, target_modules=["x"]),
     "fewer targets than the file": adapter_config(target_modules=["q_proj"]),
     "a config of 200,000 brackets": lambda folder: _write(
         folder / "adapter_config.json", '{"a":' * 200_000 + "1" + "}" * 200_000

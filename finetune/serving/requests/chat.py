@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import Conversation, RowError
 from finetune.data.dialogue.tool_calls import tool_name
 from finetune.errors import ConfigError, DataError
@@ -66,6 +67,7 @@ def read_tokens(body: bytes, models: Mapping[str, RequestRules]) -> tuple[list[i
             raise bad_request("prompt: Input should be a text", "prompt")
         name = value.get("model")
         rules = rules_of(str(name), models) if name is not None else next(iter(models.values()))
+        rules.check_length([value["prompt"]], times=8)
         plain = rules.template.tokenizer.plain
         return list(plain.encode(value["prompt"], add_special_tokens=False).ids), rules
     asked = AskedChat(body, models)
@@ -76,6 +78,8 @@ def read_tokens(body: bytes, models: Mapping[str, RequestRules]) -> tuple[list[i
 
 def _replies(request: ChatRequest, rules: RequestRules) -> list[ReplyRequest]:
     conversation = _conversation(request, rules)
+    tools = [strict_json.dump(tool) for tool in conversation.tools]
+    rules.check_length([*(message.content for message in conversation.messages), *tools])
     try:
         prompt = rules.template.prompt(conversation, len(conversation.messages))
     except DataError as error:

@@ -75,6 +75,7 @@ def _ids(prompt: str | Sequence[int], rules: RequestRules) -> list[int]:
         return list(prompt)
     if problem := text_problem(prompt):
         raise bad_request(f"prompt: {problem}", "prompt")
+    rules.check_length([prompt])
     try:
         [rendered] = template.render([Conversation((), text=prompt)])
     except DataError as error:

@@ -208,7 +208,7 @@ def parse(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, list[str]]:
 def read_json(body: bytes) -> Any:
     """The value of a body; ApiError when it is no clean JSON."""
     try:
-        return strict_json.parse(body.decode())
+        return strict_json.parse(body.decode().removeprefix("\ufeff"))  # a mark of some clients
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except RowError as error:

@@ -113,14 +113,20 @@ def _call(call: Any) -> tuple[str, str, Any]:
 
 
 def _without_refusals(content: Any) -> Any:
-    """A content whose parts are text or images: a refusal is text too."""
+    """A content whose parts are text or images: a refusal is text too, and null is no text."""
     if not isinstance(content, list):
         return content
-    return [
+    parts = [
         {"type": "text", "text": part.get("refusal")}
         if isinstance(part, dict) and part.get("type") == "refusal"
         else part
         for part in content
+    ]
+    return [
+        {**part, "text": ""}
+        if isinstance(part, dict) and part.get("type") == "text" and part.get("text") is None
+        else part
+        for part in parts
     ]
 
 

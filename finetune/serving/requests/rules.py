@@ -24,6 +24,9 @@ NEVER_TAKEN = {
 """Fields of other servers that would run what a client brings: never left out in silence."""
 
 
+_PIECE, _CUT = 50_000, 16
+
+
 @dataclass(frozen=True)
 class RequestRules:
     """What a request is measured against."""
@@ -49,6 +52,27 @@ class RequestRules:
         if names and self.strict_fields:
             reasons = [f"{name[:60]}: is not supported here" for name in names[:5]]
             raise bad_request("; ".join(reasons), names[0][:60])
+
+    def check_length(self, texts: Sequence[str], *, times: int = 1) -> None:
+        """Raises ApiError for texts of far more tokens than the context has, `times` over.
+
+        No more of them are counted than that, and in pieces, between which others are read. What is
+        cut in the middle of a word makes a few tokens more, which are not counted.
+        """
+        most = self.context and times * self.context
+        if most is None or sum(map(len, texts)) <= 4 * most:
+            return
+        plain, left = self.template.tokenizer.plain, most
+        for text in texts:
+            for begin in range(0, len(text), _PIECE):
+                piece = text[begin : begin + _PIECE]
+                left -= max(0, len(plain.encode(piece, add_special_tokens=False).ids) - _CUT)
+                if left < 0:
+                    raise bad_request(
+                        f"the prompt has more than the {most} tokens that fit; shorten the messages",
+                        "messages",
+                        "context_length_exceeded",
+                    )
 
     @cached_property
     def structures(self) -> Structures:
