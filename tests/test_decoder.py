@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from finetune.errors import ModelError
-from finetune.generation.decoder import Decoding, DecodingRow, Request, Sampler, token_at
+from finetune.generation.decoder import Decoder, Decoding, DecodingRow, Request, Sampler, token_at
 
 
 def test_numbers_that_are_none_name_themselves() -> None:
@@ -68,3 +69,14 @@ def test_a_reply_without_a_seed_is_drawn_anew_each_time_and_one_with_a_seed_is_n
 
     assert drawn(None) != drawn(None)
     assert drawn(3) == drawn(3) != drawn(4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 1}])
+def test_logits_that_are_no_numbers_end_their_row_alone(value: float, how: dict[str, Any]) -> None:
+    rows = [DecodingRow(Request([3], Decoding(9, **how))) for _ in range(2)]
+    logits = torch.zeros(2, 5)
+    logits[1] = value
+    Decoder._append(SimpleNamespace(_stop_ids=frozenset()), rows, logits)  # type: ignore[arg-type]
+    assert rows[0].error is None
+    assert "not finite numbers" in str(rows[1].error)

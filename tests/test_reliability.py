@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability import promises
+from tests.reliability import attacks, promises
 from tests.reliability.frame import Case, in_fork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,27 @@ def test_the_recorded_totals_are_n_of_n_and_reach_their_bars(suite: str) -> None
     counts = promises.load()[suite]["all"].values()
     assert all(survived == of for survived, of in counts)
     assert sum(of for _, of in counts) >= BARS[suite]
+
+
+def test_every_attack_of_strangers_has_cases_in_groups_that_survived() -> None:
+    recorded = {
+        (suite, group): pair
+        for suite, columns in promises.load().items()
+        for group, pair in columns["all"].items()
+    }
+    assert attacks.tried() == 527
+    for one in attacks.attacks():
+        found = [recorded.get(pair, [0, 0]) for pair in one.groups]
+        assert all(survived == of > 0 for survived, of in found), one
+        assert sum(of for _, of in found) >= one.tried, one
+
+
+def test_an_attack_without_its_cases_is_named() -> None:
+    one = attacks.Attack("one", 2, ("saves / crash: a [b]*",))
+    names = ["saves / crash: a [b] 1", "saves / crash: a [b] 2"]
+    assert one.problem(names) == ""
+    assert one.problem(names[:1]) == "one: 1 cases for 2"
+    assert "no case" in one.problem(["saves / crash: a b"])
 
 
 @pytest.mark.parametrize("page", list(promises.HEADS))

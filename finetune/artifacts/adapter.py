@@ -386,7 +386,7 @@ _SHARED: dict[str, _Rule] = {
 }
 _LORA: dict[str, _Rule] = _SHARED | {
     "r": (is_count, "a rank is a whole number above 0"),
-    "lora_alpha": (_is_strength, f"a number up to {_STRONGEST:g}"),
+    "lora_alpha": (_is_strength, "a number up to 1e6"),
     "lora_dropout": (lambda value: is_number(value) and 0 <= value <= 1, "from 0 to 1"),
     "target_modules": (
         lambda value: (
@@ -402,7 +402,7 @@ _LORA: dict[str, _Rule] = _SHARED | {
     "modules_to_save": (_or_none(_is_names), "a list of module names"),
     "layers_to_transform": (_or_none(_is_layers), "numbers of layers"),
     "rank_pattern": (_values(is_count), "ranks by pattern"),
-    "alpha_pattern": (_values(_is_strength), f"numbers up to {_STRONGEST:g} by pattern"),
+    "alpha_pattern": (_values(_is_strength), "numbers up to 1e6 by pattern"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": (
         lambda value: isinstance(value, (bool, str, type(None))) and value in _KEEPS_BASE,

@@ -85,8 +85,8 @@ def _disk_error(error: Exception) -> SpaceError | None:
     location = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     said = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
     return SpaceError(
-        f"{location}the disk cannot be written or read ({said}); free some space or repair it, and give the "
-        "same command again"
+        f"{location}the disk cannot be written or read ({said}); free some space, repair it or choose "
+        "another place, and give the same command again"
     )
 
 

@@ -112,12 +112,17 @@ class Request:
     """Which of the model's adapters writes the reply, where it has several."""
 
 
-NOT_FINITE = (
-    "the model's logits are not finite numbers: its weights are too large or damaged, or model.dtype is "
-    "too narrow for them; use another checkpoint"
-)
 _NONE = -1
 """In place of the likeliest token, where the logits are no numbers."""
+
+
+def _require_finite(is_finite: bool) -> None:
+    """ModelError for logits that are NaN or infinite."""
+    if not is_finite:
+        raise ModelError(
+            "the model's logits are not finite numbers: its weights are too large or damaged, or "
+            "model.dtype is too narrow for them; use another checkpoint"
+        )
 
 
 class DecodingRow:
@@ -137,8 +142,7 @@ class DecodingRow:
     def append(self, logits: Tensor, likeliest: int, stop_ids: frozenset[int]) -> None:
         """Chooses the next token by its logits [V]."""
         try:
-            if likeliest == _NONE:
-                raise ModelError(NOT_FINITE)
+            _require_finite(likeliest != _NONE)
             token = self._choose(logits, likeliest)
             if self.request.scores is not None and token not in stop_ids:
                 self.request.scores.add(token, logits)
@@ -208,8 +212,7 @@ class Sampler:
         if self._cuts:
             warm = self._cuts(torch.empty(0), warm[None])[0]
         chances = warm.softmax(dim=-1)
-        if not bool(chances.isfinite().all()):
-            raise ModelError(NOT_FINITE)
+        _require_finite(bool(chances.isfinite().all()))
         if chances.device.type == "cpu":
             return int(torch.multinomial(chances, 1, generator=self._random))
         # One number goes to the device, instead of the whole vocabulary to the processor.

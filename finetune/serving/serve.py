@@ -244,6 +244,7 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     """
     import uvicorn
 
+    from finetune.distributed.signals import SIGNALS
     from finetune.serving.guard import KEEP_ALIVE_SECONDS, TimedProtocol
 
     config = uvicorn.Config(
@@ -269,8 +270,9 @@ def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     # Instead of uvicorn's own, which ends the process with the signal once more; and for a signal
     # that comes when uvicorn has ended.
     server.handle_exit = stop  # type: ignore[method-assign]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop)
     try:
         server.run(sockets=[listener])
     finally:

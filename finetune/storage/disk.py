@@ -10,8 +10,15 @@ from contextlib import contextmanager
 from finetune import console
 from finetune.console import NO_SPACE
 
-FAILING = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
-"""The disk or the network file system fails; a read-only mount is what Linux makes of a bad disk."""
+FAILING = (
+    errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ENXIO,
+    errno.ENODEV, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EBUSY, errno.ENFILE, errno.EMFILE,
+    errno.EACCES, errno.EPERM, errno.EKEYEXPIRED,
+)  # fmt: skip
+"""The disk or the network file system fails, or takes no more of this user.
+
+A read-only mount is what Linux makes of a bad disk; a ticket that runs out ends permissions.
+"""
 
 # How safetensors (Rust) and torch.save (C++) word it; neither raises OSError.
 _NO_SPACE_TEXT = re.compile(
@@ -19,7 +26,9 @@ _NO_SPACE_TEXT = re.compile(
     r"|PytorchStreamWriter failed|unexpected pos|iostream error",
     re.IGNORECASE,
 )
-_FAILING_TEXT = re.compile(r"os error (5|30|116|110|121|107)\b|Input/output error", re.IGNORECASE)
+_FAILING_TEXT = re.compile(
+    rf"os error ({'|'.join(map(str, FAILING))})\b|Input/output error", re.IGNORECASE
+)
 
 
 def is_out_of_space(error: BaseException | None) -> bool:

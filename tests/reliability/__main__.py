@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection
 
-from tests.reliability import promises
+from tests.reliability import attacks, promises
 from tests.reliability.frame import ROOT, SUITES, Results, run_suite
 from tests.reliability.mutations import MUTATIONS
 
@@ -78,6 +78,7 @@ def main() -> int:
     if options.mutations:
         return mutations(asked)
     problems = []
+    names: dict[str, list[str]] = {}
     for suite, groups in asked.items():
         results = run_suite(suite, groups=groups, subset=options.subset, stock=options.stock)
         counts = by_group(results)
@@ -86,9 +87,12 @@ def main() -> int:
         column = "stock" if options.stock else "subset" if options.subset else "all"
         if options.write_tables:
             promises.record(suite, column, counts, whole=not groups)
+        if not (groups or options.subset or options.stock):
+            names[suite] = [f"{suite} / {name}" for name in results]
         if not options.stock:
             problems += [f"{suite} / {name}: {why}" for name, why in results.items() if why]
             problems += promises.fallen(suite, column, counts, groups)
+    problems += attacks.problems([name for found in names.values() for name in found], names)
     if options.write_tables:
         promises.write_tables()
     for problem in problems:

@@ -247,9 +247,9 @@ def one_of_two(bench: Bench) -> Iterator[Case]:
     late = {0: "the optimizer step", 1: "when the run is saved"}
     yield Case("signal_on_2: both, one when all is saved", partial(to_one, bench, None, late))
     yield Case("signal_on_2: the launcher dies after it asked", partial(launcher_dies, bench))
-    for number in (TERM, INT):
+    for number in (TERM, INT, signal.SIGHUP):
         run = partial(to_torchrun, bench, number)
-        yield Case(f"signal_on_2: {NAMES[number]} to torchrun", run, seconds=240.0)
+        yield Case(f"signal_on_2: {signal.Signals(number).name} to torchrun", run, seconds=240.0)
 
 
 def to_one(bench: Bench, stage: int | None, moments: dict[int, str], folder: Path) -> str:

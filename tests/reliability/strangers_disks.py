@@ -110,6 +110,41 @@ def killed(writer: str, last: int, folder: Path) -> None:
     assert not left, left
 
 
+def killed_in_the_middle(call: int, folder: Path) -> None:
+    """predict killed behind a batch, more than once: every row is answered once, as in one go."""
+    from finetune.generation import prompts
+
+    prompts.BATCHES_PER_WINDOW = 1
+    data = ask(folder, 9)
+    for number in range(2):
+        if (child := os.fork()) == 0:
+            faults.at("finetune.storage.journal", "Journal._add", call + number, lambda: os._exit(9), after=True)  # fmt: skip
+            predict(data, folder / "out.jsonl")
+            os._exit(0)
+        os.waitpid(child, 0)
+    code, said = predict(data, folder / "out.jsonl")
+    assert code == 0, said[-800:]
+    code, said = predict(data, folder / "whole.jsonl")
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+    assert not list(folder.glob("*.part*"))
+
+
+def cache_killed(last: int, folder: Path) -> None:
+    """Killed at a change of the disk while data are prepared: the next start prepares them anew."""
+    from finetune.storage import cache
+
+    os.environ["FINETUNE_CACHE"] = str(folder / "cache")
+    if (child := os.fork()) == 0:
+        faults.during(cache, "_build_missing", faults.exit_at(last))
+        write("train", folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    code, said = write("train", folder)
+    assert code == 0, said[-800:]
+    left = [path.name for path in (folder / "cache").rglob(".staging-*")]
+    assert not left, left
+
+
 def merge_ended_by(number: int, folder: Path) -> None:
     """A merge that is asked to end leaves no staging folder of a model's size."""
     source = trained("lora") / "checkpoint-2"
@@ -185,6 +220,20 @@ def train_goes_on(what: str, number: int, folder: Path) -> None:
     assert (folder / "run/checkpoint-3/manifest.json").exists()
     if what == "best.json":
         assert (folder / "run/best.json").exists()
+
+
+def stays_full(folder: Path) -> None:
+    """No save and no predictions for the whole run: said, without a traceback, and the code is 6."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for number in range(1, 9):
+        faults.at("finetune.storage.folders", "seal", number, fail)
+        faults.at("finetune.training.measuring.validation", "write_predictions", number, fail)
+    changes = {"data__validation": str(dialogues_file()), "evaluation__every_steps": 1}
+    code, said = command("train", config(folder, training__max_steps=3, evaluation__max_new_tokens=2, **changes))  # fmt: skip
+    refused(code, said, "no room", codes=(6,))
 
 
 def network_disk(writer: str, what: str, number: int, folder: Path) -> None:
@@ -268,6 +317,10 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"ended: predict, change {last + 1} of its end", partial(killed, "predict", last)
         )
+    for call in range(1, 9):
+        yield Case(f"killed: predict, write {call}", partial(killed_in_the_middle, call))
+    for last in range(0, 16, 2):
+        yield Case(f"killed: the token cache, change {last + 1}", partial(cache_killed, last))
     for number in (signal.SIGTERM, signal.SIGHUP):
         yield Case(f"ended: merge by {number.name}", partial(merge_ended_by, int(number)))
     yield from _disks()
@@ -284,6 +337,12 @@ def _disks() -> Iterator[Case]:
             yield Case(f"disk: {writer}, {name}", partial(bad_disk, writer, number))
         for what in ("a save", "the rename of a save", "best.json", "predictions"):
             yield Case(f"disk: training, {name} in {what}", partial(train_goes_on, what, number))
+    for number in (errno.EACCES, errno.EMFILE, errno.ENXIO, errno.ESTALE):
+        name = errno.errorcode[number]
+        yield Case(f"disk: predict, {name}", partial(bad_disk, "predict", number))
+        for what in ("a save", "best.json", "predictions"):
+            yield Case(f"disk: training, {name} in {what}", partial(train_goes_on, what, number))
+    yield Case("disk: training, a disk that stays full", stays_full)
     for writer in PLACES:
         for number in (errno.EINVAL, errno.ENOTSUP):
             run = partial(network_disk, writer, "sync", number)

@@ -131,6 +131,34 @@ def asked_to_end(name: str, number: int, folder: Path) -> None:
     assert not left, left
 
 
+def server_asked_to_end(number: int, folder: Path) -> None:
+    """A server ends in order, with 0, whatever asks it to."""
+    import http.client
+    import time
+
+    import runs
+
+    port = runs.free_port()
+    if (child := os.fork()) == 0:
+        code, said = command("serve", glm_folder(), "--port", port)
+        (folder / "said").write_text(said)
+        os._exit(code)
+    for _ in range(400):
+        time.sleep(0.05)
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                break
+        except OSError:
+            continue
+    os.kill(child, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said = (folder / "said").read_text()
+    assert code == 0, (code, said[-800:])
+    assert said.rstrip().endswith("stopped"), said[-800:]
+
+
 # --- any field that is null ----------------------------------------------------------------------
 
 
@@ -198,6 +226,8 @@ def cases() -> Iterator[Case]:
         for number in SIGNALS:
             run = partial(asked_to_end, name, number)
             yield Case(f"told: {name} by {number.name}", run)
+    for number in SIGNALS:
+        yield Case(f"told: serve by {number.name}", partial(server_asked_to_end, number))
     yield from _nulls()
     for what in TENSORS:
         for place in (0, -1):

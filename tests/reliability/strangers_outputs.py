@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from tests.reliability import faults
 from tests.reliability.frame import Case, in_fork
 from tests.reliability.places import command, dialogues_file, glm_folder, trained
 from tests.reliability.writers import PLACES, ask, config, evaluate, predict, refused, state, write
@@ -111,6 +112,24 @@ def part_of_another(folder: Path) -> None:
     assert part.read_text() == "mine"
 
 
+def part_of_zeros(folder: Path) -> None:
+    """What a power cut leaves of our own part file: begun anew."""
+    from finetune.generation import prompts
+
+    prompts.BATCHES_PER_WINDOW = 1
+    data, part = ask(folder), folder / "out.jsonl.part"
+    if (child := os.fork()) == 0:
+        faults.at("finetune.storage.journal", "Journal.append", 3, lambda: os._exit(9))
+        predict(data, folder / "out.jsonl")
+        os._exit(0)
+    os.waitpid(child, 0)
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(lines[0] + bytes(len(lines[1]) - 1) + b"\n")
+    code, said = predict(data, folder / "out.jsonl")
+    assert code == 0, said[-800:]
+    assert len((folder / "out.jsonl").read_text().splitlines()) == 3
+
+
 def run_in_its_data(source: str, folder: Path) -> None:
     """A run directory below the data would be read as data by the next start."""
     data = folder / "data"
@@ -176,6 +195,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"outputs: predict over its input, {how}", partial(over_its_input, how))
     yield Case("outputs: evaluate over the predictions that it scores", scored_over_itself)
     yield Case("outputs: predict beside a part file of another", part_of_another)
+    yield Case("outputs: predict beside a part file of zeros", part_of_zeros)
     for source in ("data", "data/**/*.jsonl", "data/../data"):
         yield Case(f"outputs: a run inside {source}", partial(run_in_its_data, source))
     yield Case("outputs: our own are replaced", ours_again)

@@ -63,6 +63,7 @@ def ways_to_end(bench: Bench) -> Iterator[Case]:
 
 def numbers(bench: Bench) -> Iterator[Case]:
     """Weights that an update poisons at a step that saves, and settings that poison them."""
+    yield Case("poison: a score that is no number is never the best", never_the_best)
     for name, value in VALUES.items():
         for place in (0, -1):
             run = partial(poisoned, bench, value, place)
@@ -117,6 +118,18 @@ def not_finite(run_dir: Path) -> str:
         if not all(torch.isfinite(weight).all() for weight in runs.weights(folder).values())
     ]
     return f"saved were {bad}" if bad else ""
+
+
+def never_the_best(folder: Path) -> None:
+    """Of no score is a value that is no number the best, nor in the way of a later one."""
+    from finetune.evaluation.scores.metrics import CHOOSING, is_better
+
+    for name in CHOOSING:
+        for value in VALUES.values():
+            assert not is_better(name, value, than=1.0), (name, value)
+            assert not is_better(name, value, than=None), (name, value)
+            if value != value or is_better(name, 1.0, than=2.0) == (value > 0):
+                assert is_better(name, 1.0, than=value), (name, value)
 
 
 def odd_seed(bench: Bench, seed: int, folder: Path) -> str:
