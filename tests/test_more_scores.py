@@ -158,6 +158,12 @@ class _Endpoint(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][0]["content"]
         type(self).asked.append(text)
+        if type(self).rule.startswith("http"):
+            self.send_response(307)
+            self.send_header("Location", f"{type(self).rule}/chat/completions")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if type(self).failures:
             type(self).failures -= 1
             self.send_error(503 if type(self).rule != "refuses" else 401)
@@ -210,6 +216,13 @@ def test_a_judge_that_always_takes_the_first_answer_is_level_and_does_not_agree(
     with endpoint("first") as (name, _):
         [one, other, _] = Judge.of(name, tmp_path).win_rates(PAIRS)
     assert one == other == {judge.WIN: 50.0, judge.AGREE: 0.0}
+
+
+def test_a_judge_that_sends_elsewhere_is_named_and_nobody_there_is_asked(tmp_path: Path) -> None:
+    with endpoint() as (elsewhere, other), endpoint(elsewhere.partition("@")[2]) as (name, server):
+        with pytest.raises(DataError, match="does not answer .307"):
+            list(Judge.of(name, tmp_path).win_rates(PAIRS[:1]))
+    assert (len(server.asked), other.asked) == (2, [])
 
 
 def test_a_judge_that_fails_is_asked_again_and_one_that_refuses_is_named(

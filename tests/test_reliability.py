@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_every_attack_of_strangers_has_cases_in_groups_that_survived() -> None:
         found = [recorded.get(pair, [0, 0]) for pair in one.groups]
         assert all(survived == of > 0 for survived, of in found), one
         assert sum(of for _, of in found) >= one.tried, one
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "SECURITY_zh.md"])
+def test_every_promise_of_security_names_cases_that_survived_or_a_test(page: str) -> None:
+    rows = [
+        line.split("|")
+        for line in (ROOT / page).read_text("utf-8").splitlines()
+        if line[:2] == "| "
+    ]
+    named = [re.findall("`([^`]+)`", row[-2]) for row in rows[1:]]
+    assert len(named) == 14
+    recorded = {
+        f"{suite}:{group}" for suite, columns in promises.load().items() for group in columns["all"]
+    }
+    for names in named[:-1]:  # the other processes of a run are trusted
+        assert names
+        for name in names:
+            assert name in recorded or (ROOT / name).is_file(), name
 
 
 def test_an_attack_without_its_cases_is_named() -> None:
