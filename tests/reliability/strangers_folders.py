@@ -122,6 +122,8 @@ MODELS: dict[str, Change] = {
     "an unknown rope": config("config.json", rope_parameters={"rope_type": "odd", "rope_theta": 1.0}),
     "use_cache of a text": config("config.json", use_cache="no"),
     "tie_word_embeddings of a text": config("config.json", tie_word_embeddings="x"),
+    "a model_type of a list": config("config.json", model_type=[]),
+    "a family of images without its tokens": config("config.json", model_type="glm4v"),
     "no layers": config("config.json", num_hidden_layers=0),
     "half a head": config("config.json", num_attention_heads=0.5),
     "a config of 200,000 brackets": lambda folder: _write(

@@ -167,7 +167,15 @@ _IMAGES: dict[str, Callable[[Path, Mapping[str, Any]], TakesImages | None]] = {
 def _image_spec(place: Path) -> TakesImages | None:
     config = read_json_if_there(place / MODEL_CONFIG)
     kind = config.get("model_type")
-    return _IMAGES[kind](place, config) if kind in _IMAGES else None
+    if not isinstance(kind, str) or kind not in _IMAGES:
+        return None
+    try:
+        return _IMAGES[kind](place, config)
+    except (KeyError, TypeError, ValueError) as error:  # a key that is missing, or no number
+        raise ModelError(
+            f"{place / MODEL_CONFIG} does not say how images are taken ({type(error).__name__}: {error}); "
+            "use the config.json that belongs to these weights"
+        ) from error
 
 
 def _open(path: Path) -> Tokenizer:
