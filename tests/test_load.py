@@ -176,3 +176,16 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     change_config(folder, intermediate_size=48)
     with pytest.raises(ModelError, match=r"of another shape: model\.layers\.0\.mlp\.down_proj"):
         load_model(folder)
+
+
+def test_what_a_config_says_of_outputs_changes_none(folder: Path) -> None:
+    change_config(folder, return_dict=False, output_hidden_states=True)
+    out = load_model(folder, dtype="float32")(input_ids=torch.tensor([[1, 2]]))
+    assert out.logits.shape[:2] == (1, 2)
+    assert out.hidden_states is None
+
+
+def test_a_billion_labels_are_refused_before_they_are_made(folder: Path) -> None:
+    change_config(folder, num_labels=10**9)
+    with pytest.raises(ModelError, match="num_labels is 1000000000"):
+        load_model(folder, dtype="float32")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.artifacts.names import BEST
-from finetune.artifacts.plain_files import check_plain
+from finetune.artifacts.plain_files import LARGEST_JSON, check_plain
 from finetune.errors import CheckpointError
 from finetune.storage.files import write_file
 from finetune.storage.folders import delete
@@ -116,7 +116,7 @@ def forget_best(run_dir: Path) -> None:
 
 def best(run_dir: Path) -> Path | None:
     """The checkpoint noted by ``set_best``, if it is still there."""
-    check_plain(run_dir / BEST)
+    check_plain(run_dir / BEST, largest=LARGEST_JSON)
     try:
         record = json.loads((run_dir / BEST).read_text(encoding="utf-8"))
         folder = run_dir / Path(str(record["checkpoint"])).name

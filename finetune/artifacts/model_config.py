@@ -26,6 +26,10 @@ _NUMBERS = (
     "attention_dropout", "hidden_dropout", "dropout_prob", "initializer_range", "partial_rotary_factor",
 )  # fmt: skip
 _FLAGS = ("use_cache", "tie_word_embeddings", "add_qkv_bias", "attention_bias", "rmsnorm")
+_LABELS = ("num_labels", "_num_labels")
+_MOST_LABELS = (
+    10_000  # transformers makes two dicts of so many entries, which a chat model never reads
+)
 _IDS = (
     "eos_token_id",
     "pad_token_id",
@@ -92,6 +96,7 @@ def _problems(values: Mapping[str, Any], layers: int, side: int) -> list[str]:
         ),
         (_SIDES, lambda v: is_count(v, side), f"from 1 to {side} (the longest side of a tensor)"),
         (_COUNTS, is_count, "a whole number above 0"),
+        (_LABELS, lambda v: is_count(v, _MOST_LABELS), f"from 1 to {_MOST_LABELS}"),
         (_NUMBERS, is_number, "a finite number"),
         (_FLAGS, lambda v: isinstance(v, bool), "true or false"),
         (_IDS, _is_ids, "a token id"),

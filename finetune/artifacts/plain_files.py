@@ -13,8 +13,10 @@ LARGEST_JSON = 256 << 20
 """Bytes; a tokenizer.json or an index of a large model has a tenth of it."""
 
 
-def check_plain(path: Path) -> None:
+def check_plain(path: Path, *, largest: int | None = None) -> None:
     """Refuse a file that is a device, a pipe or a socket, or a link that leads out of its folder.
+
+    One that is read whole is refused above `largest` bytes, too.
 
     The hub's cache is made of links: `snapshots/REVISION/NAME` to `blobs/HASH` of the same model.
 
@@ -22,7 +24,7 @@ def check_plain(path: Path) -> None:
         ModelError: `path` is no plain file of its folder. A file that is not there is no problem.
     """
     try:
-        kind = path.stat().st_mode
+        kind, size = path.stat().st_mode, path.stat().st_size
         folder, target = path.parent.resolve(), path.resolve()
     except FileNotFoundError:
         if path.is_symlink():
@@ -36,6 +38,8 @@ def check_plain(path: Path) -> None:
         ) from error
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise ModelError(f"{path} is not a plain file (a device, a pipe or a socket); remove it")
+    if largest is not None and size > largest:
+        raise ModelError(f"{path} is larger than {largest >> 20} MiB; copy it again")
     if not path.is_symlink() or target.is_relative_to(folder):
         return
     if folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs"):
@@ -66,10 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: There is no such file, or it holds something else.
     """
-    check_plain(path)
+    check_plain(path, largest=LARGEST_JSON)
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ModelError(f"{path} is larger than {LARGEST_JSON >> 20} MiB; copy it again")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.parent} has no {path.name}; copy the whole folder again") from None

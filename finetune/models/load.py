@@ -69,6 +69,8 @@ def load_model(
     try:
         config = config_class.from_pretrained(folder)
         check_size(folder, config)
+        for part in (config, config.get_text_config()):  # what it says of outputs is not for us
+            part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
         model, report = model_class.from_pretrained(
             folder,
             config=config,

@@ -22,7 +22,7 @@ from pydantic import (
 
 from finetune.artifacts import checkpoint
 from finetune.artifacts.names import EVALUATION, RUN_CONFIG, RUN_DATA, RUN_METRICS
-from finetune.artifacts.plain_files import check_plain
+from finetune.artifacts.plain_files import LARGEST_JSON, check_plain
 from finetune.config.yaml_text import parse_file
 from finetune.errors import ConfigError
 from finetune.evaluation.schema import LARGEST
@@ -170,7 +170,10 @@ def _predictions(folder: Path) -> dict[int, Path]:
     found = [
         (re.fullmatch(r"predictions-(\d+)\.jsonl", file.name), file) for file in folder.iterdir()
     ]
-    return dict(sorted((int(name[1]), file) for name, file in found if name))
+    named = dict(sorted((int(name[1]), file) for name, file in found if name))
+    for file in named.values():
+        check_plain(file)
+    return named
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -183,7 +186,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _history(file: Path) -> Iterator[dict[str, Any]]:
-    check_plain(file)
+    check_plain(file, largest=LARGEST_JSON)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -203,7 +206,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _data(file: Path) -> dict[str, Any]:
-    check_plain(file)
+    check_plain(file, largest=LARGEST_JSON)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -15,6 +15,8 @@ from finetune.storage.files import file_digest, fsync_folder, json_line, sweep, 
 from finetune.storage.lock import Lock, try_lock
 
 T = TypeVar("T")
+LONGEST_LINE = 64 << 20
+"""Bytes; what is longer was not written here."""
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]], *, durable: bool = True) -> None:
@@ -75,7 +77,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for line in file:
+        while line := file.readline(LONGEST_LINE):
             if not line.endswith(b"\n"):
                 return
             try:

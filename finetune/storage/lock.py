@@ -140,7 +140,8 @@ def holder(path: Path) -> str:
     """Who holds the lock, in words, as far as a file says it."""
     for file in (path, _owner_file(path)):
         try:
-            said = file.read_text(encoding="utf-8", errors="replace")[:512].strip()
+            with file.open(encoding="utf-8", errors="replace") as opened:
+                said = opened.read(512).strip()
         except OSError:
             continue
         if said:

@@ -19,6 +19,8 @@ from finetune.errors import CheckpointError
 from finetune.storage.files import fsync_folder, moved, write_file
 
 MANIFEST = "manifest.json"
+LARGEST = 256 << 20
+"""Bytes of one; a million files have half of it."""
 
 _CHUNK = 1 << 20
 _HASH_THREADS = 4
@@ -180,6 +182,8 @@ def _read(folder: Path) -> Manifest | str:
     try:
         if file.exists() and not file.is_file():
             return f"{MANIFEST} is not a file"  # a pipe would be waited for
+        if file.exists() and file.stat().st_size > LARGEST:
+            return f"{MANIFEST} is larger than {LARGEST >> 20} MiB"
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return f"{MANIFEST} is missing: the save did not finish, or this is no checkpoint"

@@ -122,6 +122,7 @@ MODELS: dict[str, Change] = {
     "an unknown rope": config("config.json", rope_parameters={"rope_type": "odd", "rope_theta": 1.0}),
     "use_cache of a text": config("config.json", use_cache="no"),
     "tie_word_embeddings of a text": config("config.json", tie_word_embeddings="x"),
+    "10^9 labels": config("config.json", num_labels=10**9),
     "a model_type of a list": config("config.json", model_type=[]),
     "a family of images without its tokens": config("config.json", model_type="glm4v"),
     "no layers": config("config.json", num_hidden_layers=0),

@@ -28,7 +28,7 @@ from finetune.artifacts.names import (
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
-from finetune.artifacts.plain_files import check_folder, read_json_if_there
+from finetune.artifacts.plain_files import check_folder, check_plain, read_json_if_there
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
 from finetune.data.chat.glm41v_image import GridSpec
 from finetune.data.chat.image import TakesImages, image_spec
@@ -51,6 +51,8 @@ NEEDED_TOKENS = (
 )  # fmt: skip
 
 BUILT_IN_TEMPLATE = Path(__file__).parent / "templates" / "glm4_chat.jinja"
+LARGEST_TEMPLATE = 1 << 20
+"""Bytes; published ones have up to twenty thousand."""
 """The layout of glm-4-9b-chat, for checkpoints that bring no template."""
 
 CONVERSION_VERSION = 1
@@ -253,6 +255,7 @@ def _pad_id(
 def _chat_template(place: Path, config: Mapping[str, Any]) -> str:
     """The checkpoint's own template, where transformers looks for it; else the built-in one."""
     if (file := place / CHAT_TEMPLATE).is_file():
+        check_plain(file, largest=LARGEST_TEMPLATE)
         return file.read_text(encoding="utf-8")
     stored = read_json_if_there(place / OLDER_CHAT_TEMPLATE).get("chat_template")
     stored = config.get("chat_template") if stored is None else stored
