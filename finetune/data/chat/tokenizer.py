@@ -28,7 +28,12 @@ from finetune.artifacts.names import (
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
-from finetune.artifacts.plain_files import check_folder, check_plain, read_json_if_there
+from finetune.artifacts.plain_files import (
+    LARGEST_JSON,
+    check_folder,
+    check_plain,
+    read_json_if_there,
+)
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
 from finetune.data.chat.glm41v_image import GridSpec
 from finetune.data.chat.image import TakesImages, image_spec
@@ -181,6 +186,7 @@ def _image_spec(place: Path) -> TakesImages | None:
 
 
 def _open(path: Path) -> Tokenizer:
+    check_plain(path, largest=LARGEST_JSON)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
