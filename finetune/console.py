@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
 """Who reads the output is gone: `| head` has ended, the terminal or its connection was closed."""
+_SHOWN = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
+}
+"""Control characters as pictures of them: those that a terminal would obey, or that turn lines around."""
 PLAIN_PROGRESS_SECONDS = 5.0
 """In a log file a progress line appears at most this often."""
 
@@ -46,12 +52,17 @@ def on_terminal() -> bool:
     return _stream().isatty() and os.environ.get("TERM") != "dumb"
 
 
+def shown(text: str) -> str:
+    """The text as it may reach a terminal, each character in its place: nothing in it is obeyed."""
+    return text.translate(_SHOWN)
+
+
 def say(text: str | Text = "") -> None:
     """One line (or several) for the user; a rich Text keeps its colours on a terminal."""
     if not is_rank0():
         return
     if on_terminal():
-        _rich().print(text, soft_wrap=True)
+        _rich().print(_shown(text), soft_wrap=True)
     else:
         _write(_stream(), str(text))
 
@@ -63,7 +74,7 @@ def warn(text: str) -> None:
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         from rich.text import Text
 
-        line = Text.assemble((word("warning: "), "bold yellow"), sentence(text))
+        line = Text.assemble((word("warning: "), "bold yellow"), shown(sentence(text)))
         _rich(stderr=True).print(line, soft_wrap=True)
     else:
         _write(sys.stderr, word("warning: ") + sentence(text))
@@ -118,7 +129,8 @@ class ProgressBar:
         self.done += n
         if self._bar is not None:
             bar, task = self._bar
-            bar.update(task, completed=self.done, description=f"{self.label} {note}".rstrip())
+            label = shown(f"{self.label} {note}".rstrip())
+            bar.update(task, completed=self.done, description=label)
         elif is_rank0() and time.monotonic() - self._last >= PLAIN_PROGRESS_SECONDS:
             self._last = time.monotonic()
             self._said = self.done
@@ -158,7 +170,7 @@ def progress(total: int | None, label: str) -> Iterator[ProgressBar]:
         TimeLeftColumn(),
     )
     with Progress(*columns, console=_rich(), transient=True) as bar:
-        bar_or_lines._bar = (bar, bar.add_task(label, total=total))
+        bar_or_lines._bar = (bar, bar.add_task(shown(label), total=total))
         yield bar_or_lines
 
 
@@ -220,7 +232,7 @@ def _stream() -> TextIO:
 
 def _write(stream: TextIO, text: str) -> None:
     with _output(stream):
-        stream.write(text + "\n")
+        stream.write(shown(text) + "\n")
         stream.flush()
 
 
@@ -305,6 +317,15 @@ def _rich(stderr: bool = False) -> Console:
     return _consoles[stderr]
 
 
+def _shown(text: str | Text) -> Text:
+    """A rich Text, as `shown` has it."""
+    from rich.text import Text
+
+    made = Text(text) if isinstance(text, str) else text.copy()
+    made.plain = shown(made.plain)
+    return made
+
+
 def _rich_table(
     headers: Sequence[str], rows: Sequence[Sequence[object]], numeric: Sequence[bool]
 ) -> None:
@@ -314,11 +335,11 @@ def _rich_table(
 
     grid = Table(box=SIMPLE_HEAD)
     for header, right in zip(headers, numeric, strict=True):
-        grid.add_column(Text(header), justify="right" if right else "left", overflow="fold")
+        grid.add_column(Text(shown(header)), justify="right" if right else "left", overflow="fold")
     for row in rows:
         grid.add_row(
             *(
-                cell if isinstance(cell, Text) else Text("" if cell is None else str(cell))
+                _shown(cell if isinstance(cell, Text) else "" if cell is None else str(cell))
                 for cell in row
             )
         )

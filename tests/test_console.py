@@ -163,3 +163,26 @@ def test_a_lost_output_is_said_on_the_other_one() -> None:
     )
     assert done.stderr.count("the output is gone") == 1
     assert "the run goes on" in done.stderr
+
+
+EVIL = "\x1b]52;c;aGk=\x07\x1b[2J\r\x9b1m\u202eabc"
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_control_characters_are_shown_and_never_obeyed(watched, monkeypatch, capsys):
+    from rich.text import Text
+
+    monkeypatch.setattr(console, "on_terminal", lambda: watched)
+    monkeypatch.setattr(console, "_consoles", {})
+    monkeypatch.setenv("COLUMNS", "200")
+    styled = Text(EVIL, "green")
+    for say in (console.say, console.warn, console.error):
+        say(EVIL)
+    console.say(styled)
+    console.table([EVIL], [[EVIL], [styled]])
+    said = "".join(capsys.readouterr())
+    assert not {"\x07", "\r", "\x9b", "\u202e"} & set(said)
+    assert "\x1b]" not in said
+    assert "\x1b[2J" not in said
+    assert said.count("␛]52;c;aGk=␇␛[2J␍") >= 7
+    assert styled.plain == EVIL.replace("\x07", "").replace("\r", "")  # as rich itself keeps it

@@ -162,9 +162,8 @@ def check_config(folder: Path) -> dict[str, Any]:
         if name in config and not fits(config[name])
     ]
     said += [f"{name} is missing" for name in _NEEDED if name in wanted and name not in config]
-    if config.get("layers_to_transform") is not None and isinstance(
-        config.get("target_modules"), str
-    ):
+    numbered = config.get("layers_to_transform") is not None and not config.get("layers_pattern")
+    if numbered and isinstance(config.get("target_modules"), str):
         said.append("layers_to_transform is not for target_modules that is a regex")
     refused = [f"{name}={shown(config[name])}" for name in _REFUSED if config.get(name)]
     known = {*wanted, *_REFUSED, *_INERT, *_NEEDED}

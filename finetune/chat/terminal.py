@@ -71,8 +71,8 @@ class Terminal:
         return line
 
     def show(self, text: str) -> None:
-        """Text at once, without a line break."""
-        self._sink.write(text)
+        """Text at once, without a line break; nothing in it is obeyed."""
+        self._sink.write(console.shown(text))
         self._sink.flush()
 
     def line(self, text: str = "") -> None:

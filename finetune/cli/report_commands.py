@@ -45,9 +45,8 @@ def report(
         from finetune.report.export import comma_separated, markdown
 
         evaluation = read_evaluation(folder)
-        sys.stdout.write(
-            markdown(evaluation) if format == "markdown" else comma_separated(evaluation)
-        )
+        made = markdown(evaluation) if format == "markdown" else comma_separated(evaluation)
+        sys.stdout.write(console.shown(made) if sys.stdout.isatty() else made)
         return
     from finetune.report.plots import write_plots
 

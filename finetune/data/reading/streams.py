@@ -22,6 +22,8 @@ Layout = Literal["json", "csv", "parquet", "arrow", "text"]
 TEXT_SUFFIXES = (".txt", ".md")
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
+"""Behind a byte from 0x50 to 0x5f: what pzstd and others put in front, and decoders pass over."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 _OTHER_KINDS = {
     _LFS: "it is a Git LFS pointer, not the data; fetch the data with `git lfs pull`",
@@ -99,7 +101,7 @@ def open_stream(path: Path) -> Iterator[Stream]:
             layout = "text"
         if head.startswith(_GZIP):
             yield Stream(gzip.GzipFile(fileobj=raw), layout)  # type: ignore[arg-type]
-        elif head == _ZSTD:
+        elif head == _ZSTD or (head[1:] == _ZSTD_SKIPPABLE and 0x50 <= head[0] < 0x60):
             yield Stream(io.BufferedReader(_ZstdReader(raw)), layout)
         elif head and name.endswith((".gz", ".zst")):
             raise StreamError(

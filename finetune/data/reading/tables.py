@@ -24,7 +24,7 @@ def read_parquet(path: Path, skip: int = 0) -> Iterator[Row | BadRow]:
     from pyarrow import parquet
 
     def batches() -> Iterator[Any]:
-        with parquet.ParquetFile(path, pre_buffer=False) as reader:
+        with parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as reader:
             left = skip
             for group in range(reader.num_row_groups):
                 size = reader.metadata.row_group(group).num_rows
