@@ -56,6 +56,7 @@ NEEDED_TOKENS = (
 )  # fmt: skip
 
 BUILT_IN_TEMPLATE = Path(__file__).parent / "templates" / "glm4_chat.jinja"
+MOST_GROWTH = 256
 LARGEST_TEMPLATE = 1 << 20
 """Bytes; published ones have up to twenty thousand."""
 """The layout of glm-4-9b-chat, for checkpoints that bring no template."""
@@ -193,9 +194,24 @@ def _open(path: Path) -> Tokenizer:
         raise ModelError(
             f"{path}: not a tokenizer.json that can be read: {error}; copy it again"
         ) from error
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        if part is not None and _growth(json.loads(part.__getstate__())) > MOST_GROWTH:
+            raise ModelError(
+                f"{path} replaces characters by texts, over and over: one becomes more than "
+                f"{MOST_GROWTH}; use the tokenizer of the base"
+            )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _growth(part: Any) -> int:
+    """How many times longer a normalizer or a decoder can make a text, about."""
+    if not isinstance(part, dict):
+        return 1
+    steps = part.get("normalizers") or part.get("decoders") or []
+    own = len(str(part.get("content", ""))) if part.get("type") == "Replace" else 1
+    return math.prod([max(1, own), *map(_growth, steps)])
 
 
 @contextmanager
