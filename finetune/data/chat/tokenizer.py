@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -211,7 +213,8 @@ def _growth(part: Any) -> int:
         return 1
     steps = part.get("normalizers") or part.get("decoders") or []
     own = len(str(part.get("content", ""))) if part.get("type") == "Replace" else 1
-    return math.prod([max(1, own), *map(_growth, steps)])
+    growth: int = math.prod([max(1, own), *map(_growth, steps)])
+    return growth
 
 
 @contextmanager
