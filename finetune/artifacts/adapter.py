@@ -16,11 +16,10 @@ from typing import Any
 
 from finetune.artifacts.experts import PARTS, fused_part
 from finetune.artifacts.model_config import is_count, is_number, shown
-from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from finetune.artifacts.plain_files import check_folder
+from finetune.artifacts.names import ADAPTER_CONFIG
 from finetune.artifacts.regex import match_names
 from finetune.artifacts.resolve import adapter_config
-from finetune.artifacts.weights import FLOATS, TensorInfo, read_shard
+from finetune.artifacts.weights import FLOATS, TensorInfo, adapter_file, read_shard
 from finetune.errors import ModelError
 
 PREFIX = "base_model.model."
@@ -57,8 +56,8 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
 _LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")
 _LISTED = 5
 _LISTS = (
-    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "rank_pattern",
-    "alpha_pattern",
+    "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform",
+    "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 _MANY = 1024
 _STRONGEST = 1e6  # of an alpha; they are 8 to 1,024, and a float32 must hold every product with it
@@ -106,7 +105,7 @@ def read_lora(folder: Path) -> LoraFiles:
         ModelError: It is not; every problem is named.
     """
     config = check_config(folder)
-    file = weights_file(folder)
+    file = adapter_file(folder)
     location = str(folder / ADAPTER_CONFIG)
     stored = read_shard(file).tensors
     _refuse(f"{folder / ADAPTER_CONFIG} is too long", _too_long(config, len(stored)))
@@ -134,17 +133,6 @@ def read_lora(folder: Path) -> LoraFiles:
     )
 
 
-def weights_file(folder: Path) -> Path:
-    """The adapter's safetensors file; ModelError when there is none."""
-    check_folder(folder)
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(
-            f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors adapters are opened (an "
-            "adapter_model.bin is a pickle: convert it with PEFT). Give the folder of a checkpoint"
-        )
-    return folder / ADAPTER_WEIGHTS
-
-
 def check_config(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of `folder`, of a LoRA or a prefix, when all of it is understood.
 
@@ -156,11 +144,8 @@ def check_config(folder: Path) -> dict[str, Any]:
     wanted = _LORA if kind == "LORA" else _PREFIX_TUNING
     if config.get("target_parameters") and not config.get("target_modules", True):
         wanted = {name: rule for name, rule in wanted.items() if name != "target_modules"}
-    said = [
-        f"{name}={shown(config[name])} ({reason})"
-        for name, (fits, reason) in wanted.items()
-        if name in config and not fits(config[name])
-    ]
+    given = {name: rule for name, rule in wanted.items() if name in config}
+    said = [f"{n}={shown(config[n])} ({why})" for n, (fits, why) in given.items() if not fits(config[n])]  # fmt: skip
     said += [f"{name} is missing" for name in _NEEDED if name in wanted and name not in config]
     numbered = config.get("layers_to_transform") is not None and not config.get("layers_pattern")
     if numbered and isinstance(config.get("target_modules"), str):
@@ -369,28 +354,21 @@ def _or_none(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _values(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        value is None or (isinstance(value, dict) and all(rule(one) for one in value.values()))
-    )
+    return _or_none(lambda value: isinstance(value, dict) and all(map(rule, value.values())))
 
 
 _FLAG: _Rule = (lambda value: value is None or isinstance(value, bool), "true or false")
 _TEXT: _Rule = (_or_none(lambda value: isinstance(value, str)), "a text")
 _SIZE: _Rule = (_or_none(is_count), "a whole number above 0")
 _TASK: _Rule = (lambda value: value in (None, "CAUSAL_LM"), "only CAUSAL_LM is opened")
-_SHARED: dict[str, _Rule] = {
-    "base_model_name_or_path": _TEXT,
-    "revision": _TEXT,
-    "task_type": _TASK,
-}
+_NAMES: _Rule = (_or_none(_is_names), "a list of module names")
+_SHARED: dict[str, _Rule] = {"base_model_name_or_path": _TEXT, "revision": _TEXT, "task_type": _TASK}  # fmt: skip
 _LORA: dict[str, _Rule] = _SHARED | {
     "r": (is_count, "a rank is a whole number above 0"),
     "lora_alpha": (_is_strength, "a number up to 1e6"),
     "lora_dropout": (lambda value: is_number(value) and 0 <= value <= 1, "from 0 to 1"),
     "target_modules": (
-        lambda value: (
-            (isinstance(value, str) and value != "") or (_is_names(value) and value != [])
-        ),
+        lambda value: value not in ("", []) and (isinstance(value, str) or _is_names(value)),
         "a regex or a list of module names",
     ),
     "target_parameters": (_or_none(_is_names), "a list of tensors' names"),
@@ -398,7 +376,7 @@ _LORA: dict[str, _Rule] = _SHARED | {
         _or_none(lambda value: isinstance(value, str) or _is_names(value)),
         "a regex or a list of module names",
     ),
-    "modules_to_save": (_or_none(_is_names), "a list of module names"),
+    "modules_to_save": _NAMES,
     "layers_to_transform": (_or_none(_is_layers), "numbers of layers"),
     "rank_pattern": (_values(is_count), "ranks by pattern"),
     "alpha_pattern": (_values(_is_strength), "numbers up to 1e6 by pattern"),
@@ -409,16 +387,11 @@ _LORA: dict[str, _Rule] = _SHARED | {
     ),
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
-    "megatron_core": (
-        lambda value: value in (None, "megatron.core"),
-        "code of others is not imported",
-    ),
-}
+    "megatron_core": (lambda value: value in (None, "megatron.core"), "code of others is not imported"),
+}  # fmt: skip
 _PREFIX_TUNING: dict[str, _Rule] = _SHARED | {
     "num_virtual_tokens": (is_count, "a whole number above 0"),
-    "token_dim": _SIZE,
-    "num_layers": _SIZE,
-    "num_attention_heads": _SIZE,
+    **dict.fromkeys(("token_dim", "num_layers", "num_attention_heads"), _SIZE),
     "num_transformer_submodules": (lambda value: value in (None, 1), "only 1 is opened"),
     "prefix_projection": _FLAG,
     "modules_to_save": (lambda value: not value, "a prefix has none"),

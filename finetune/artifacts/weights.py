@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.names import MODEL_CONFIG, MODEL_WEIGHTS, WEIGHTS_INDEX
-from finetune.artifacts.plain_files import check_plain, read_json
+from finetune.artifacts.names import ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS, WEIGHTS_INDEX
+from finetune.artifacts.plain_files import check_folder, check_plain, read_json
 from finetune.errors import ModelError
 
 ITEM_SIZE = {
@@ -168,3 +168,14 @@ def _tensor(file: Path, name: str, entry: dict[str, Any], data_start: int) -> Te
     if tensor.dtype in ITEM_SIZE and tensor.size != wanted:
         raise ValueError(f"{name} has {tensor.size} bytes instead of {wanted}")
     return tensor
+
+
+def adapter_file(folder: Path) -> Path:
+    """The adapter's safetensors file; ModelError when there is none."""
+    check_folder(folder)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(
+            f"{folder} has no {ADAPTER_WEIGHTS}; only safetensors adapters are opened (an "
+            "adapter_model.bin is a pickle: convert it with PEFT). Give the folder of a checkpoint"
+        )
+    return folder / ADAPTER_WEIGHTS

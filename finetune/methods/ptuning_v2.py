@@ -31,10 +31,10 @@ from transformers.models.glm.modeling_glm import eager_attention_forward
 
 from finetune import console
 from finetune.artifacts import hub
-from finetune.artifacts.adapter import PREFIX_TENSOR, check_config, weights_file
+from finetune.artifacts.adapter import PREFIX_TENSOR, check_config
 from finetune.artifacts.base_record import BaseRecord, check_base
 from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX_ENCODER, PREFIX_UNITS
-from finetune.artifacts.weights import FLOATS, read_shard
+from finetune.artifacts.weights import FLOATS, adapter_file, read_shard
 from finetune.config.schema import PTuningV2Method
 from finetune.errors import ConfigError, ModelError
 from finetune.methods import prefix_init
@@ -269,7 +269,7 @@ def _key_value_shape(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _flat_weights(folder: Path) -> Tensor:
-    path = weights_file(folder)
+    path = adapter_file(folder)
     stored = {tensor.name: tensor for tensor in read_shard(path).tensors}
     flat = stored.get(PREFIX_TENSOR)
     if flat is None or len(stored) != 1 or flat.dtype not in FLOATS or len(flat.shape) != 2:
