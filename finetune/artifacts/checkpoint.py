@@ -122,6 +122,6 @@ def best(run_dir: Path) -> Path | None:
         folder = run_dir / Path(str(record["checkpoint"])).name
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{run_dir / BEST} is damaged; delete it") from None
     return folder if step_of(folder) is not None and folder.is_dir() else None

@@ -191,6 +191,8 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); delete it") from error
     for line in text.splitlines():
         try:
             record = json.loads(line)

@@ -155,6 +155,9 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a braille character: four rows of two dots."""
 
 
+MANY_POINTS = 1000
+
+
 def curve(points: Sequence[tuple[float, float]], *, columns: int = 60, rows: int = 8) -> list[str]:
     """Lines of text that draw values over steps, the axes' ends beside them; none for fewer than two points."""
     if len(points) < 2:
@@ -162,7 +165,8 @@ def curve(points: Sequence[tuple[float, float]], *, columns: int = 60, rows: int
     steps, values = zip(*points, strict=True)
     low, high = min(values), max(values)
     cells = [[0] * columns for _ in range(rows)]
-    for step, value in _between(points, 2 * columns):
+    many = len(points) > MANY_POINTS  # then they lie close enough by themselves
+    for step, value in points if many else _between(points, 2 * columns):
         x = round((step - steps[0]) / (steps[-1] - steps[0] or 1) * (2 * columns - 1))
         y = round((high - value) / (high - low or 1) * (4 * rows - 1))
         cells[y // 4][x // 2] |= DOTS[y % 4][x % 2]

@@ -163,7 +163,11 @@ def _open(path: Path, *, make: bool) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise ConfigError(f"{path} is a link, which a lock never follows; remove it") from None
-        raise
+        if error.errno != errno.ENXIO:  # a socket
+            raise
+        raise ConfigError(
+            f"{path} is not a regular file; remove it or choose another name"
+        ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ConfigError(f"{path} is not a regular file; remove it or choose another name")
