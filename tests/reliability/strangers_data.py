@@ -106,6 +106,10 @@ def _tools(count: int) -> Callable[[Path], None]:
 
 SLOW: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a gigabyte of blank lines, packed": ("x.jsonl.gz", _zipped("\n", 1024)),
+    "a gigabyte of blank lines in a table, packed": ("x.csv.gz", _zipped("\n", 1024)),
+    "a gigabyte of blank lines behind a header": ("x.csv.gz", lambda path: path.write_bytes(gzip.compress(b"prompt,response\n" + b"\n" * 2**28, 1))),
+    "blank lines between two rows": ("x.jsonl", lambda path: path.write_text(json.dumps(ROWS[0]) + "\n" * 10**8 + json.dumps(ROWS[1]) + "\n")),
+    "a gigabyte of blank lines of plain text": ("x.txt.gz", _zipped("\n", 1024)),
     "a gigabyte of spaces, packed": ("x.jsonl.gz", _zipped(" ", 1024)),
     "100 MB of line ends": ("x.jsonl", lambda path: path.write_bytes(b"\r" * 10**8)),
     "an array of 2 * 10^7 numbers": ("x.json", lambda path: path.write_bytes(b"[" + b"1," * 2 * 10**7 + b"1]")),

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import RowError
-from finetune.data.reading.streams import MAX_ROW, BadRow, Row, lines, text_chunks
+from finetune.data.reading.streams import MAX_ROW, BadRow, Row, lines_with_text, text_chunks
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOO_LONG = f"the row is longer than {MAX_ROW >> 20} MiB"
@@ -23,26 +23,26 @@ def read_json(file: BinaryIO, name: str, skip: int = 0) -> Iterator[Row | BadRow
     The first `skip` rows are passed over, those of a JSONL file without parsing them.
     """
     source: Iterator[bytes] = text_chunks(file)
-    head = b""
-    for chunk in source:
-        head += chunk
+    line, head = 1, b""
+    for head in source:
         if head.strip():
             break
+        line += head.count(b"\n")
     source = chain([head], source)
     if head.lstrip().startswith(b"["):
-        yield from islice(_Array(source, name).rows(), skip, None)
+        yield from islice(_Array(source, name, line).rows(), skip, None)
     else:
-        yield from _read_lines(source, name, skip)
+        yield from _read_lines(lines_with_text(source, line), name, skip)
 
 
-def _read_lines(source: Iterator[bytes], name: str, skip: int) -> Iterator[Row | BadRow]:
+def _read_lines(
+    source: Iterator[tuple[int, bytes | None]], name: str, skip: int
+) -> Iterator[Row | BadRow]:
     parse = strict_json.parse
     first = True
-    for number, raw in lines(source):
+    for number, raw in source:
         location = f"{name}:{number}"
         raw = raw if raw is None else raw.strip()
-        if raw == b"":
-            continue
         if skip:
             skip -= 1
             first = False
@@ -78,14 +78,14 @@ def _not_utf8(byte: int, offset: int) -> str:
 class _Array:
     """A JSON array read through a window of text that moves over the file."""
 
-    def __init__(self, source: Iterator[bytes], name: str) -> None:
+    def __init__(self, source: Iterator[bytes], name: str, line: int = 1) -> None:
         self._source = source
         # Bytes that are not UTF-8 come as U+DC80..U+DCFF, so that only their row is bad.
         self._decode_bytes = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._text = ""
         self._at = 0
         self._name = name
-        self._line = 1
+        self._line = line
         self._counted = 0  # newlines in _text before this offset are in _line
 
     def rows(self) -> Iterator[Row | BadRow]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -208,3 +209,34 @@ def lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
             tail, too_long = b"", True
     if tail or too_long:
         yield number + 1, None if too_long or len(tail) > MAX_ROW else tail
+
+
+_TEXT = re.compile(rb"\S[^\n]*")
+
+
+def lines_with_text(chunks: Iterable[bytes], number: int = 1) -> Iterator[tuple[int, bytes | None]]:
+    """(number, text without white space in front) of each line that has any; None for one longer than MAX_ROW.
+
+    Lines without text are counted, a gigabyte of them in seconds. `number` is that of the first.
+    """
+    tail = b""
+    too_long = False
+    for chunk in chunks:
+        whole, end, tail = (tail + chunk).rpartition(b"\n")
+        whole += end
+        if too_long and not whole:
+            tail = b""
+        elif too_long:
+            whole, number, too_long = whole.partition(b"\n")[2], number + 1, False
+        counted = 0
+        for line in _TEXT.finditer(whole):
+            number += whole.count(b"\n", counted, line.start())
+            counted = line.start()
+            yield number, None if len(line[0]) > MAX_ROW else line[0]
+        number += whole.count(b"\n", counted)
+        tail = tail.lstrip()
+        if len(tail) > MAX_ROW:
+            yield number, None
+            tail, too_long = b"", True
+    if tail:
+        yield number, tail

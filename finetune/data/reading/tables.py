@@ -14,6 +14,8 @@ from finetune.data.reading.streams import MAX_ROW, BadRow, Row, lines, text_chun
 
 _ROWS_AT_ONCE = 256
 _LINES_TO_TELL_GBK = 1000
+_MOST_BLANK = 1_000_000
+"""Lines in a row; a small packed file may hold billions of them, each of which takes its time."""
 
 
 def read_parquet(path: Path, skip: int = 0) -> Iterator[Row | BadRow]:
@@ -137,10 +139,13 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
     This way a row with such a byte can be named.
     """
-    encoding = "utf-8"
+    encoding, blank = "utf-8", 0
     for number, line in lines(text_chunks(file, newlines="keep")):
         if line is None:
             raise csv.Error(f"a line is longer than {MAX_ROW >> 20} MiB")
+        blank = 0 if line.strip() else blank + 1
+        if blank > _MOST_BLANK:
+            raise csv.Error(f"more than {_MOST_BLANK:,} blank lines in a row; remove them")
         if encoding == "utf-8" and number <= _LINES_TO_TELL_GBK and _is_gbk(line):
             console.say(f"{name}: read as GBK from line {number}; save it as UTF-8 to be sure")
             encoding = "gb18030"
