@@ -321,7 +321,9 @@ def _shown(text: str | Text) -> Text:
     """A rich Text, as `shown` has it."""
     from rich.text import Text
 
-    made = Text(text) if isinstance(text, str) else text.copy()
+    if isinstance(text, str):
+        return Text(shown(text))
+    made = text.copy()
     made.plain = shown(made.plain)
     return made
 

@@ -214,7 +214,7 @@ def family_of(config: Any) -> Family:
         ModelError: It is none of these.
     """
     name = config.get("model_type") if isinstance(config, dict) else config.model_type
-    name = name if isinstance(name, str) else repr(name)
+    name = name if isinstance(name, str | None) else repr(name)
     if name not in FAMILIES:
         known = ", ".join(f"{one.model_type} ({one.checkpoints})" for one in FAMILIES.values())
         if name in REFUSED:
