@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 KEPT_REASONS = 1000
 """Bad rows whose reason is kept; the others are only counted."""
+MOST_BAD = 100_000
+"""Of one file when nearly none of its rows is good: reading on would take time and tell nothing."""
 LISTED = 30
 """Bad rows that an error message lists."""
 _SAMPLE = 20  # rows by which a file's layout is told
@@ -229,7 +231,12 @@ class ConversationStream(Iterator[Conversation]):
             self.rows += file.num_unknown
             return
         self.formats[str(path)] = file.format
+        rows_before, bad_before = self.rows, self.num_bad
         for item in file:
+            bad_here = self.num_bad - bad_before
+            if bad_here > MOST_BAD and bad_here > 0.9 * (self.rows - rows_before):
+                self._bad(BadRow(item.location, "nearly all rows so far are bad; the rest is not read", fatal=True))  # fmt: skip
+                return
             self.rows += 1
             if isinstance(item, BadRow):
                 self._bad(item)
