@@ -171,6 +171,7 @@ def test_a_named_checkpoint_is_never_replaced_by_another(tmp_path: Path) -> None
     [
         ("loss", {}, False),
         ("loss", {"validation": "other rows"}, True),
+        ("loss", {"general": "other rows"}, True),
         ("loss", {"evaluation.best_metric": "bleu-4"}, True),
         ("loss", {"evaluation.max_samples": 7}, False),  # says nothing about a loss
         ("bleu-4", {"evaluation.max_samples": 7}, True),
@@ -187,17 +188,21 @@ def test_best_and_patience_begin_anew_when_what_they_compare_has_changed(
     anew: bool,
 ) -> None:
     with folders.staged(tmp_path / "checkpoint-2") as stage:
-        saved = record({**CONFIG, "evaluation": {"best_metric": metric}}, validation="rows")
+        config = {**CONFIG, "evaluation": {"best_metric": metric}}
+        saved = record(config, validation="rows", general="rows")
         write(stage, saved)
     checkpoint.set_best(tmp_path, tmp_path / "checkpoint-2", metric, 1.0)
     now = {**saved, "config": dict(saved["config"]), "facts": dict(saved["facts"])}
     for key, value in change.items():
-        now["facts" if key == "validation" else "config"][key] = value
+        now["facts" if key in ("validation", "general") else "config"][key] = value
+    (tmp_path / "untuned.npz").write_bytes(b"what the untuned model scored on these rows")
     begun = resume.start(tmp_path, "auto", now)
     assert (begun.folder, begun.step) == (tmp_path / "checkpoint-2", 2)
     assert begun.compares_anew is anew
     assert (checkpoint.best(tmp_path) is None) is anew
     assert ("begin anew" in capsys.readouterr().out) is anew
+    other_rows = bool({*change} & {"validation", "general"})
+    assert (tmp_path / "untuned.npz").exists() is not other_rows
 
 
 def test_other_held_out_examples_are_listed_by_name(tmp_path: Path) -> None:

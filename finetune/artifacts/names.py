@@ -41,6 +41,8 @@ RUN_CONFIG = "config.yaml"
 RUN_DATA = "data.json"
 RUN_METRICS = "metrics.jsonl"
 BEST = "best.json"
+UNTUNED = "untuned.npz"
+"""What the untuned model scored, which every evaluation is compared with."""
 
 # An evaluation
 EVALUATION = "evaluation.json"

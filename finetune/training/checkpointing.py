@@ -277,6 +277,8 @@ def run_record(config: Mapping[str, Any], data: RunData, prepared: PreparedModel
         facts["processes"] = rank_and_world()[1]
     if data.validation is not None:
         facts["validation"] = data.validation.fingerprint
+    if data.kept is not None:
+        facts["general"] = data.kept.fingerprint
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
     if prepared.deepspeed is not None:
         versions["deepspeed"] = version("deepspeed")

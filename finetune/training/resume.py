@@ -13,7 +13,7 @@ from typing import Any
 from finetune import __version__, console
 from finetune.artifacts import checkpoint
 from finetune.artifacts.checkpoint import checkpoints, newest_good
-from finetune.artifacts.names import RUN_RECORD
+from finetune.artifacts.names import RUN_RECORD, UNTUNED
 from finetune.errors import CheckpointError
 from finetune.storage.manifest import verify, walk
 
@@ -46,11 +46,13 @@ FACTS = {
 # These may differ; the difference is said.
 LISTED_FACTS = {
     "validation": "the held-out examples",
+    "general": "the general set of evaluation.keep",
     # Only with DeepSpeed, which cuts the optimizer's state into as many parts.
     "processes": "the number of processes",
 }
 
-COMPARED = ("evaluation.best_metric", "evaluation.choose", "evaluation.keep", LISTED_FACTS["validation"])  # fmt: skip
+OF_DATA = (LISTED_FACTS["validation"], LISTED_FACTS["general"])
+COMPARED = ("evaluation.best_metric", "evaluation.choose", "evaluation.keep", *OF_DATA)
 """What a score is judged against: when it changes, the best score so far says nothing any more."""
 COMPARED_REPLIES = ("evaluation.replies", "evaluation.max_new_tokens", "evaluation.max_samples")
 """The same for scores of generated replies."""
@@ -314,6 +316,8 @@ def start(run_dir: Path, resume: str, now: Mapping[str, Any]) -> Start:
     if anew:
         console.say("  so the best checkpoint and evaluation.patience begin anew")
         checkpoint.forget_best(run_dir)
+    if any(change.key in OF_DATA for change in changes):  # what the untuned model scored on others
+        (run_dir / UNTUNED).unlink(missing_ok=True)
     return Start(folder, checkpoint.step_of(folder) or 0, anew)
 
 

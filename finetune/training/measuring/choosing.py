@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune import console
+from finetune.artifacts.names import UNTUNED
 from finetune.evaluation.scores import forgetting
 from finetune.evaluation.scores.forgetting import Criterion
 from finetune.evaluation.scores.statistics import Measure
@@ -19,8 +20,8 @@ from finetune.storage.disk import BestEffort
 from finetune.storage.files import whole_binary
 from finetune.training.measuring.keeping import KeptData
 
-UNTUNED, CHOICES = "untuned.npz", "choices.jsonl"
-"""In the run directory: what the untuned model scored, and the tests of every evaluation."""
+CHOICES = "choices.jsonl"
+"""In the run directory: the tests of every evaluation."""
 CHOSEN = "chosen"
 """1 at an evaluation whose checkpoint becomes the best, 0 at others."""
 
