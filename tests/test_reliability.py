@@ -13,7 +13,15 @@ from tests.reliability import attacks, promises
 from tests.reliability.frame import Case, in_fork
 
 ROOT = Path(__file__).resolve().parent.parent
-BARS = {"saves": 120, "signals": 40, "resume": 110, "inputs": 250, "artifacts": 45, "security": 100}
+BARS = {
+    "saves": 120,
+    "signals": 40,
+    "resume": 110,
+    "inputs": 250,
+    "artifacts": 45,
+    "security": 100,
+    "strangers": 1000,
+}
 
 
 @pytest.mark.parametrize("suite", list(BARS))
