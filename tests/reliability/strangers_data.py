@@ -232,7 +232,7 @@ def changed_image(change: Callable[[Path], object], meanwhile: bool, folder: Pat
     (folder / "x.yaml").write_text(json.dumps(settings))
     if (child := os.fork()) == 0:
         act = partial(change, image) if meanwhile else partial(os._exit, 9)
-        faults.at("finetune.training.callbacks.schedule", "Schedule.on_step_end", 2, act)
+        faults.at("finetune.training.callbacks.schedule", "Schedule.on_step_end", 3, act)
         code, said = command("train", folder / "x.yaml")
         (folder / "said").write_text(said)
         os._exit(code)
