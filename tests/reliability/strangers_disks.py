@@ -319,7 +319,7 @@ def cases() -> Iterator[Case]:
         )
     for call in range(1, 9):
         yield Case(f"killed: predict, write {call}", partial(killed_in_the_middle, call))
-    for last in range(11):
+    for last in range(9):
         yield Case(f"killed: the token cache, change {last + 1}", partial(cache_killed, last))
     for number in (signal.SIGTERM, signal.SIGHUP):
         yield Case(f"ended: merge by {number.name}", partial(merge_ended_by, int(number)))
