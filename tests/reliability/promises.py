@@ -79,9 +79,9 @@ PROMISES = [
         "security",
     ),
     Promise(
-        "what strangers bring is read whole or refused by name: odd outputs and inputs, two writers at once, adapters, models, "
-        "report folders, hostile requests beside ordinary ones",
-        "陌生人带来的东西要么完整读取，要么指名拒绝：奇怪的输入输出、两个写入者、适配器、模型、报告目录，以及与普通请求混在一起的恶意请求",
+        "what strangers bring is read whole or refused by name: odd outputs and inputs, two writers at once, damaged tables and "
+        "endless rows, adapters, models, tokenizers, folders of runs and reports, hostile requests beside ordinary ones",
+        "陌生人带来的东西要么完整读取，要么指名拒绝：奇怪的输入输出、两个写入者、损坏的表格和没有尽头的行、适配器、模型、分词器、训练与报告目录，以及与普通请求混在一起的恶意请求",
         "strangers",
     ),
 ]
