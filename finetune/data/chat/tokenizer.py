@@ -182,10 +182,7 @@ def _image_spec(place: Path) -> TakesImages | None:
     try:
         return _IMAGES[kind](place, config)
     except (KeyError, TypeError, ValueError) as error:  # a key that is missing, or no number
-        raise ModelError(
-            f"{place / MODEL_CONFIG} does not say how images are taken ({type(error).__name__}: {error}); "
-            "use the config.json that belongs to these weights"
-        ) from error
+        raise ModelError(f"{place / MODEL_CONFIG} does not say how images are taken ({type(error).__name__}: {error}); use the config.json that belongs to these weights") from error  # fmt: skip
 
 
 def _open(path: Path) -> Tokenizer:
@@ -196,12 +193,9 @@ def _open(path: Path) -> Tokenizer:
         raise ModelError(
             f"{path}: not a tokenizer.json that can be read: {error}; copy it again"
         ) from error
-    for part in (tokenizer.normalizer, tokenizer.decoder):
-        if part is not None and _growth(json.loads(part.__getstate__())) > MOST_GROWTH:
-            raise ModelError(
-                f"{path} replaces characters by texts, over and over: one becomes more than "
-                f"{MOST_GROWTH}; use the tokenizer of the base"
-            )
+    parts = [one for one in (tokenizer.normalizer, tokenizer.decoder) if one is not None]
+    if any(_growth(json.loads(one.__getstate__())) > MOST_GROWTH for one in parts):
+        raise ModelError(f"{path} replaces characters by texts, over and over: one becomes more than {MOST_GROWTH}; use the tokenizer of the base")  # fmt: skip
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
