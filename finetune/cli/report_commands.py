@@ -124,15 +124,10 @@ def board(
     if output is None:
         pages.serve(folder, port=port, every=every)
         return
-    from finetune.report.runs import find_runs
-    from finetune.storage.files import write_file
-    from finetune.storage.outputs import check_output
-
     check_output_file(output)
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists already; choose another --output, or say --overwrite")
-    check_output(output, [run.path for run in find_runs(folder)], overwrite=True, is_ours=bool)
-    write_file(output, pages.page(folder))
+    pages.write(folder, output)
     console.say(f"board: {output}")
 
 

@@ -23,6 +23,8 @@ from finetune.report.page import asset
 from finetune.report.page_data import ASSETS
 from finetune.report.runs import Run, find_runs
 from finetune.report.status import Status, read_status
+from finetune.storage.files import write_file
+from finetune.storage.outputs import check_output
 from finetune.webpages import hashed, templates, theme
 
 CURVES = {
@@ -52,6 +54,13 @@ def serve(folder: Path, *, port: int, every: float) -> None:
     with server:
         console.say(f"http://127.0.0.1:{server.server_port}  the runs in {folder}; Ctrl-C ends it")
         server.serve_forever()
+
+
+def write(folder: Path, output: Path) -> None:
+    """The page as it is now as a file, which may lie in none of the runs; ConfigError for one that does."""
+    runs = [run.path for run in find_runs(folder)]
+    check_output(output, runs, overwrite=True, is_ours=bool)
+    write_file(output, page(folder))
 
 
 def page(folder: Path, *, every: float = 0.0) -> str:
