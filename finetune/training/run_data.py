@@ -22,7 +22,7 @@ from finetune.data.examples.dataset import (
 from finetune.data.examples.packing import PackedDataset
 from finetune.data.examples.stream import ExampleStream, StreamSample
 from finetune.data.reading.sources import Reading, SourceSpec
-from finetune.errors import ConfigError, DataError
+from finetune.errors import DataError
 
 if TYPE_CHECKING:
     from finetune.training.loading.streams import StreamFeed
@@ -142,14 +142,6 @@ def plan_of(lengths: Lengths, section: DataSection, training: TrainingSection) -
         training.seed,
         group_by_length=section.group_by_length and not section.packing,
     )
-
-
-def check_packing(section: DataSection, template: ChatTemplate) -> None:
-    """ConfigError where documents in a row cannot be told apart."""
-    if section.packing and template.image is not None and not template.image.can_pack:
-        raise ConfigError(
-            "data.packing: this checkpoint's positions of images do not tell documents apart; leave it out"
-        )
 
 
 def check_overlap(

@@ -1,4 +1,4 @@
-"""Images as GLM-4.1V takes them: of any shape, in a grid of patches that follows it.
+"""Images as GLM-4.1V and what came after it take them: any number, of any shape, in a grid of patches.
 
 The work is done by transformers' own image processor, the one that needs Pillow and no torchvision.
 """
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.chat.image import ImageError, between, image_size, read_image
+from finetune.data.chat.image import ImageError, between, image_size, turned_image
 from finetune.data.dialogue.conversation import Message
 from finetune.data.dialogue.images import ImageRule
 from finetune.errors import DataError, ModelError
@@ -21,15 +21,20 @@ from finetune.errors import DataError, ModelError
 
 @dataclass(frozen=True, slots=True)
 class GridSpec:
-    """How a GLM-4.1V checkpoint takes images."""
+    """How a checkpoint takes images that keep their shape."""
 
     folder: str
     """Where its preprocessor_config.json lies."""
     begin_id: int
+    checkpoints: str = "GLM-4.1V"
+    """Which ones it is about, in messages."""
     patch_token = "<|image|>"
-    can_pack: ClassVar[bool] = False  # the model numbers positions itself, over the whole row
     size: ClassVar[int] = 0
-    rule: ClassVar[ImageRule] = ImageRule("GLM-4.1V")
+
+    @property
+    def rule(self) -> ImageRule:
+        """Any number, wherever the checkpoint's template has a place for them."""
+        return ImageRule(self.checkpoints)
 
     def laid(self, message: Message, body: str) -> list[str]:
         """The text with the images where they stand in it."""
@@ -51,16 +56,34 @@ class GridSpec:
             raise DataError(f"image {image}: {error}") from error
         return int(count // processor.merge_size**2)
 
-    def positions(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """The places of the tokens; the model makes three coordinates of them."""
-        return np.arange(len(ids))
+    def positions(
+        self, ids: npt.NDArray[np.int32], grids: npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.int64]:
+        """Time, height and width [3, T]: of text all three count on, of an image they are its grid.
+
+        An image of 2 x 3 tokens behind position 4: time 5 5 5 5 5 5, height 5 5 5 6 6 6, width 5 6 7 5 6 7;
+        the text goes on at 8, behind the longer side. The numbers are those of the model's `get_rope_index`.
+        """
+        side, parts = _processor(self.folder).merge_size, []
+        place = end = 0
+        begins = np.flatnonzero(ids == self.begin_id) + 1
+        for begin, (time, height, width) in zip(
+            begins.tolist(), [] if grids is None else grids.tolist(), strict=True
+        ):
+            shape = (time, height // side, width // side)
+            text = np.arange(place, place + begin - end)
+            place += begin - end
+            parts += [np.tile(text, (3, 1)), np.indices(shape).reshape(3, -1) + place]
+            place, end = place + max(shape[1:]), begin + int(np.prod(shape))
+        parts.append(np.tile(np.arange(place, place + len(ids) - end), (3, 1)))
+        return np.concatenate(parts, axis=1)
 
     def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
         """`pixel_values` [patches of all, C] and `image_grid_thw` [N, 3] of (path, who shows it)."""
         opened = []
         for path, location in images:
             try:
-                opened.append(read_image(path))
+                opened.append(turned_image(path))
             except ImageError as error:
                 raise DataError(f"{location}: image {path}: {error}") from error
         made = _processor(self.folder)(images=opened, return_tensors="np")

@@ -55,9 +55,6 @@ class TakesImages(Protocol):
         """Changes when the same image would take other tokens."""
         ...
 
-    can_pack: ClassVar[bool]
-    """Whether dialogues with images may share a row."""
-
     @property
     def rule(self) -> ImageRule:
         """How many images a dialogue may show, and who shows them."""
@@ -81,8 +78,15 @@ class TakesImages(Protocol):
         """Tokens between begin and end of an image."""
         ...
 
-    def positions(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Rotary positions of one document's tokens."""
+    def positions(
+        self, ids: npt.NDArray[np.int32], grids: npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.int64]:
+        """Rotary positions of one document's T tokens: [T], or of several coordinates [3, T].
+
+        Args:
+            ids: The document's.
+            grids: Rows of `image_grid_thw` of its images, where `arrays` gives one.
+        """
         ...
 
     def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
@@ -101,7 +105,6 @@ class ImageSpec:
     begin_id: int
     """The token that every image begins with, and nothing else."""
     patch_token = "<|endoftext|>"
-    can_pack: ClassVar[bool] = True
     rule: ClassVar[ImageRule] = ImageRule("GLM-4V", most=1)
 
     def laid(self, message: Message, body: str) -> list[str]:
@@ -127,7 +130,9 @@ class ImageSpec:
         """Tokens between begin and end of an image."""
         return self.patches
 
-    def positions(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    def positions(
+        self, ids: npt.NDArray[np.int32], grids: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
         """Of a document with an image: begin p, every patch p + 1, end p + 2."""
         steps = np.ones(len(ids), dtype=np.int64)
         for begin in np.flatnonzero(ids == self.begin_id):
@@ -198,6 +203,14 @@ def read_image(path: str | Path) -> Image:
     """An image file as RGB: turned as its EXIF says, transparency on white, first frame."""
     with opened_image(path) as image:
         return rgb_of(image)
+
+
+def turned_image(path: str | Path) -> Image:
+    """An image file as it is stored, turned as its EXIF says; first frame."""
+    from PIL import ImageOps
+
+    with opened_image(path) as image:
+        return ImageOps.exif_transpose(image)  # a copy, which is decoded
 
 
 def rgb_of(image: Image) -> Image:

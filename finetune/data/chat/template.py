@@ -18,6 +18,8 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -36,9 +38,10 @@ from finetune.data.chat.spans import (
     shorten,
     trained_spans,
 )
-from finetune.data.chat.template_check import check_against_own_template
+from finetune.data.chat.template_check import check_against_own_template, roles_with_images
 from finetune.data.chat.tokenizer import ChatTokenizer, explain_panic
 from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.data.dialogue.images import ImageRule
 from finetune.errors import DataError
 
 __all__ = ["ChatTemplate", "MessageRun", "Rendered", "ReplySpan", "shorten", "trained_spans"]
@@ -70,8 +73,7 @@ class ChatTemplate:
         self.stop_ids = tokenizer.stop_ids
         self.pad_id = tokenizer.pad_id
         self.image = tokenizer.image
-        self.image_rule = tokenizer.image_rule
-        jinja = JinjaTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        self.jinja = jinja = JinjaTemplate(tokenizer.chat_template, tokenizer.special_tokens)
         self.layout = layout_of(tokenizer, jinja)
         self._control = frozenset(tokenizer.control_ids.values())
         self._is_control = np.zeros(max(*self._control, tokenizer.vocab_size) + 1, dtype=bool)
@@ -82,6 +84,12 @@ class ChatTemplate:
             made_of += f" image {self.image.rules}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
         check_against_own_template(self, jinja)
+
+    @cached_property
+    def image_rule(self) -> ImageRule:
+        """How many images a dialogue may show, and whose messages the checkpoint's template shows them in."""
+        rule = self.tokenizer.image_rule
+        return rule if rule.most is not None else replace(rule, roles=roles_with_images(self))
 
     @property
     def user_id(self) -> int:
@@ -185,7 +193,8 @@ class ChatTemplate:
         self, conversation: Conversation, stop: int, texts: Texts, opened: int | None
     ) -> list[PlannedRun]:
         """Pieces of the prefix and of `messages[:stop]`, or of a text."""
-        check_images(self.image_rule, conversation)
+        if any(message.images for message in conversation.messages):
+            check_images(self.image_rule, conversation)
         if conversation.text:
             end = ~self.tokenizer.control_ids["<|endoftext|>"]
             return [self._prefix, PlannedRun(None, (texts.number(conversation.text), end))]

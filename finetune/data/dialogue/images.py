@@ -41,8 +41,9 @@ class ImageRule:
         for message, position in zip(messages, at, strict=True):
             if message.images and message.role not in self.roles:
                 raise RowError(
-                    f"message {position}: an image on {message.role!r}, and {self.checkpoint} is shown images by "
-                    f"{' and '.join(self.roles)} messages only; move it there"
+                    f"message {position}: an image on {message.role!r}, and the chat template of this "
+                    f"{self.checkpoint} has a place for images in {' and '.join(self.roles) or 'no'} messages; "
+                    "move it, or use a checkpoint whose template has one"
                 )
         if self.most == 1:
             self._check_one(messages, at)

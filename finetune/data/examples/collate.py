@@ -48,7 +48,7 @@ class Collator:
         """A batch.
 
         `input_ids`, `labels` (-100 where nothing is learned, not shifted) int64 [B, T];
-        of packed rows `position_ids` int64 [B, T];
+        of packed rows `position_ids` int64 [B, T], or [3, B, T] with images that keep their shape;
         `loss_weights` float32 [B, T] only if some supervised token weighs other than 1;
         `pixel_values` (float32 [N, 3, H, W] for GLM-4V) and what belongs to them only if some document shows images, in reading order;
         `image_features` in the place of pixels if they are at hand;
@@ -62,39 +62,64 @@ class Collator:
         rows = [[item] if isinstance(item, Example) else list(item) for item in items]
         if self.flatten:
             rows = [[example for row in rows for example in row]]
-        arrays = self._positions(rows) if packed else {}
+        arrays: dict[str, np.ndarray] = {}
         arrays["input_ids"] = self._padded(
             [[e.input_ids for e in row] for row in rows], self.pad_id
         )
         arrays["labels"] = self._padded([[e.labels for e in row] for row in rows], IGNORED)
         if any(e.loss_weights is not None for row in rows for e in row):
             arrays["loss_weights"] = self._padded([[_weights(e) for e in row] for row in rows], 0.0)
-        shown = [(path, e.location) for row in rows for e in row for path in e.images]
-        images = shown if self.image else []
-        if self.image is not None and images and self.features is None:
-            arrays |= self.image.arrays(images)
         arrays["sample_ids"] = np.array([e.index for row in rows for e in row], dtype=np.int64)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if images and self.features is not None:
-            batch |= self.features([path for path, _ in images])
+        shown = [(path, e.location) for row in rows for e in row for path in e.images]
+        if self.image is not None and shown:
+            batch |= self._images(self.image, shown)
+        if packed:
+            grids = batch.get("image_grid_thw")
+            positions = self._positions(rows, None if grids is None else grids.numpy())
+            batch["position_ids"] = torch.from_numpy(positions)
         return batch
 
-    def _positions(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:
+    def _images(
+        self, spec: TakesImages, shown: Sequence[tuple[str, str]]
+    ) -> dict[str, torch.Tensor]:
+        """What the model is told of the images: their pixels, or what is at hand in their place."""
+        import torch
+
+        if self.features is not None:
+            return self.features([path for path, _ in shown])
+        return {name: torch.from_numpy(array) for name, array in spec.arrays(shown).items()}
+
+    def _positions(self, rows: list[list[Example]], grids: np.ndarray | None) -> np.ndarray:
         """Counts from 0 in every document; the padding of a row counts as one more document.
 
-        The patches of an image share a position. Their number never restarts the count.
+        What positions the patches of an image have is the checkpoint's; they never restart the count.
         """
-        width = self._width(rows)
+        width, seen = self._width(rows), 0
         counted = []
         for row in rows:
+            places = []
+            for example in row:
+                number = len(example.images)
+                own = None if grids is None else grids[seen : seen + number]
+                places.append(self._places(example, own))
+                seen += number
             padding = width - sum(len(e.input_ids) for e in row)
-            counted.append([*(self._places(e) for e in row), np.arange(padding)])
-        return {"position_ids": self._padded(counted, 0)}
+            counted.append([*places, np.arange(padding)])
+        axes = max(piece.ndim for row in counted for piece in row)
+        if axes == 1:
+            return self._padded(counted, 0)
+        return np.stack(
+            [
+                self._padded([[p if p.ndim == 1 else p[axis] for p in row] for row in counted], 0)
+                for axis in range(3)
+            ]
+        )
 
-    def _places(self, example: Example) -> np.ndarray:
+    def _places(self, example: Example, grids: np.ndarray | None) -> np.ndarray:
         if self.image is None or not example.images:
             return np.arange(len(example.input_ids))
-        return self.image.positions(example.input_ids)
+        return self.image.positions(example.input_ids, grids)
 
     def _width(self, rows: list[list[Example]]) -> int:
         longest = max(sum(len(e.input_ids) for e in row) for row in rows)

@@ -31,7 +31,7 @@ from finetune.data.reading.shards import shards_of
 from finetune.data.reading.sources import SourceSpec
 from finetune.generation.replay import replay_of
 from finetune.training.run_data import RunData as RunData
-from finetune.training.run_data import check_overlap, check_packing, plan_of, report
+from finetune.training.run_data import check_overlap, plan_of, report
 
 
 def load_run_data(
@@ -59,7 +59,6 @@ def load_run_data(
     sources = (*training_sources(section), *replay)
     train = _examples(section, sources, template, training.seed, selection)
     report("training", train.counts, len(train))
-    check_packing(section, template)
     items = _items(train, section, training.seed)
     plan = plan_of(items.lengths, section, training)
     console.say(f"padding: {100 * plan.padding():.1f} % of the tokens of an epoch")
@@ -96,7 +95,6 @@ def _streamed(
     held_out: tuple[SourceSpec, ...],
 ) -> RunData:
     """A stream of training examples, of which the first are read now."""
-    check_packing(section, template)
     sources, reading = training_sources(section), reading_of(section)
     policy = LengthPolicy(section.max_length, section.train_on, section.on_too_long)
     stream = ExampleStream(
