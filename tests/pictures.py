@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from finetune.data.dialogue.conversation import Message, ShownImage
+
 BOI, EOI = tiny.CONTROL_IDS["<|begin_of_image|>"], tiny.CONTROL_IDS["<|end_of_image|>"]
 SIZE, NUM_PATCHES = 56, 4
 VISION = {
@@ -132,3 +134,25 @@ def save_grid_model(folder: Path, family: str = "glm4v") -> Path:
     generation = {"eos_token_id": tiny.EOS_IDS, "pad_token_id": tiny.PAD_ID}
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     return folder
+
+
+NAMES = ("a.png", "b.png", "c.png")
+
+
+def draw(folder: Path) -> Path:
+    """`NAMES`, of one colour each and of sizes that take four to sixteen tokens."""
+    sizes, colours = ((60, 60), (40, 120), (150, 70)), ("red", "green", "blue")
+    for name, size, colour in zip(NAMES, sizes, colours, strict=True):
+        Image.new("RGB", size, colour).save(folder / name)
+    return folder
+
+
+def user(*parts: str, folder: Path | None = None) -> Message:
+    """A question of texts and, where a part is the name of one, pictures."""
+    text, shown = "", []
+    for part in parts:
+        if part in NAMES:
+            shown.append(ShownImage(str(folder / part) if folder else part, len(text)))
+        else:
+            text += part
+    return Message("user", text, images=tuple(shown))

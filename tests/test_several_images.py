@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
-from PIL import Image
+from pictures import NAMES, user
 from prompt_lists import reply_prompts
 from pyarrow import parquet
 
@@ -35,7 +35,6 @@ from finetune.generation.load import open_model
 from finetune.generation.messages import message_json
 from scripts.evidence import image_prompts
 
-NAMES = ("a.png", "b.png", "c.png")
 ANSWER = {"role": "assistant", "content": "A"}
 
 
@@ -51,24 +50,7 @@ def template(folder: Path) -> ChatTemplate:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of one colour each, of sizes that take four to sixteen tokens."""
-    place = tmp_path_factory.mktemp("drawn")
-    for name, size, colour in zip(
-        NAMES, ((60, 60), (40, 120), (150, 70)), ("red", "green", "blue"), strict=True
-    ):
-        Image.new("RGB", size, colour).save(place / name)
-    return place
-
-
-def user(*parts: str, folder: Path | None = None) -> Message:
-    """A question of texts and, where a part is the name of one, pictures."""
-    text, shown = "", []
-    for part in parts:
-        if part in NAMES:
-            shown.append(ShownImage(str(folder / part) if folder else part, len(text)))
-        else:
-            text += part
-    return Message("user", text, images=tuple(shown))
+    return pictures.draw(tmp_path_factory.mktemp("drawn"))
 
 
 def asked(row: dict[str, Any]) -> list[Message]:

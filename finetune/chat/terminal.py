@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from finetune import console
 from finetune.data.chat.image import ImageError, check_image
+from finetune.data.chat.spans import keeps_first_turn
 from finetune.data.dialogue.conversation import Conversation, Message, Role, RowError, ShownImage
 from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
@@ -23,7 +24,7 @@ from finetune.generation.stream import Piece, reply_stream
 HELP = """\
 /reset         forget the dialogue, keep the system message and the tools
 /system TEXT   set the system message and start afresh; without TEXT remove it
-/image FILE    show an image with the next message and start afresh (GLM-4V)
+/image FILE    show an image with the next message, several one by one; GLM-4V, which takes one, starts afresh
 /tools FILE    offer the functions in a JSON file and start afresh; without FILE remove them
 /help          this
 /quit          leave; so does Ctrl-D. Ctrl-C stops a reply
@@ -175,8 +176,8 @@ class Session:
     system: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     history: list[Message] = field(default_factory=list)
-    image: str | None = None
-    """Shown with the dialogue's first message."""
+    images: list[str] = field(default_factory=list)
+    """Shown with the next message."""
 
     def run(self) -> None:
         """Reads lines and answers them until the input ends or /quit."""
@@ -217,7 +218,7 @@ class Session:
     def _say(self, text: str) -> None:
         before = list(self.history)
         role: Role = "observation" if self._waiting() else "user"
-        shown = (ShownImage(self.image),) if self.image and not before else ()
+        shown = tuple(map(ShownImage, self.images)) if role == "user" else ()
         self.history.append(Message(role, text, images=shown))
         if self._waiting():
             return
@@ -231,17 +232,18 @@ class Session:
         self.terminal.line()
         if all(message.content.strip() for message in reply):
             self.history += reply
+            self.images = []
         else:
             self.history = before
             self.terminal.line("(no reply; your message is forgotten)")
 
     def _make_room(self) -> None:
-        """Forgets the oldest turns until the dialogue and a reply fit; never one with an image."""
+        """Forgets the oldest turns until the dialogue and a reply fit; not the only one with images."""
         forgotten = 0
         while not self.voice.room(self._conversation()):
             turns = [i for i, m in enumerate(self.history) if m.role == "user"]
-            kept = self.history[: turns[1]] if self.image and len(turns) > 1 else []
-            oldest = 1 if self.image else 0
+            oldest = 1 if keeps_first_turn(self.history) else 0
+            kept = self.history[: turns[1]] if oldest and len(turns) > 1 else []
             if len(turns) < oldest + 2:
                 raise DataError("this does not fit into the model's context; make it shorter")
             self.history = kept + self.history[turns[oldest + 1] :]
@@ -271,17 +273,23 @@ class Session:
             self.system = rest
         elif name == "/tools":
             self.tools = read_tools_file(Path(rest)) if rest else ()
-        self.image = self._checked_image(rest) if name == "/image" else None
-        self.history = []
+        image = [self._checked_image(rest)] if name == "/image" else []
+        if image and self.voice.template.image_rule.most is None:
+            self.images += image
+            self.terminal.line(f"(shown with your next message: {', '.join(self.images)})")
+            return
+        self.images, self.history = image, []
         named = ", ".join(tool_name(tool) for tool in self.tools)
         state = [f"system message: {self.system}" if self.system else "no system message"]
         state += [f"tools: {named}"] if named else []
-        state += [f"image: {self.image}, shown with your next message"] if self.image else []
+        state += [f"image: {image[0]}, shown with your next message"] if image else []
         self.terminal.line(f"(a new dialogue; {'; '.join(state)})")
 
     def _checked_image(self, path: str) -> str:
         if self.voice.template.image is None:
-            raise DataError("this model takes no images; leave them out, or open a GLM-4V")
+            raise DataError(
+                "this model takes no images; leave them out, or open a GLM-4V or GLM-4.1V"
+            )
         if not path:
             raise DataError("which image? Type /image FILE")
         try:

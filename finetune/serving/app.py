@@ -108,6 +108,7 @@ def _add_cards(app: FastAPI, models: Mapping[str, RequestRules]) -> None:
             "owned_by": "local",
             "max_model_len": models[name].context,
             "takes_images": models[name].template.image is not None,
+            "max_images": models[name].most_images,
         }
 
     @app.get("/v1/models")

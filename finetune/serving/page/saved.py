@@ -130,7 +130,7 @@ def _shown(conversation: Conversation, rules: RequestRules) -> ShowResult:
 
 
 def training_row(dialogue: Dialogue, folder: Path) -> dict[str, Any]:
-    """The row of a dialogue; its image becomes a file below `folder`."""
+    """The row of a dialogue; its images become files below `folder`."""
     images: list[str] = []
     messages = [_message(one, folder, images) for one in dialogue.messages]
     row: dict[str, Any] = {"messages": messages}
@@ -157,11 +157,14 @@ def _message(message: Any, folder: Path, images: list[str]) -> Any:
     kept = {key: message[key] for key in _KEYS if key in message}
     content = kept.get("content")
     if isinstance(content, list):
+        shown = [_saved(part, folder) for part in content if is_image(part)]
+        images += shown
         texts = [
             part.get("text") for part in content if isinstance(part, dict) and not is_image(part)
         ]
-        images += [_saved(part, folder) for part in content if is_image(part)]
         kept["content"] = "\n".join(text for text in texts if isinstance(text, str))
+        if shown:  # parts say where each of `images` stands
+            kept["content"] = [{"type": "image"} if is_image(part) else part for part in content]
     return kept
 
 

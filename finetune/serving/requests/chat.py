@@ -23,7 +23,7 @@ from finetune.serving.requests.fields import ChatRequest, NamedTool, parse, read
 from finetune.serving.requests.images import check_sources, with_image_files
 from finetune.serving.requests.rules import ReplyRequest, RequestRules, decoding, rules_of
 
-BOUNDS = {"messages": 4096, "content parts": 8192, "calls": 1024, "images": 1}
+BOUNDS = {"messages": 4096, "content parts": 8192, "calls": 1024}
 """Of one request; a dialogue that a model answers well is far below."""
 
 
@@ -40,7 +40,7 @@ class AskedChat:
         self.shows_image = bool(sizes["images"])
         if self.shows_image and self.rules.template.image is None:
             raise bad_request("this model takes no images; GLM-4V does", "messages")
-        for what, bound in BOUNDS.items():
+        for what, bound in (BOUNDS | {"images": self.rules.most_images}).items():
             if sizes[what] > bound:
                 raise bad_request(
                     f"{sizes[what]} {what} are more than the {bound} taken", "messages"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from finetune.generation.structured import Structures
 
 
+MANY_IMAGES = 32
+"""Of a request, for models that take any number."""
 NEVER_TAKEN = {
     "chat_template": "prompts are laid out by the checkpoint's own template",
     "trust_remote_code": "no code of a checkpoint is ever run",
@@ -73,6 +75,11 @@ class RequestRules:
                         "messages",
                         "context_length_exceeded",
                     )
+    @property
+    def most_images(self) -> int:
+        """How many images a request may show."""
+        most = self.template.image_rule.most
+        return MANY_IMAGES if most is None else most
 
     @cached_property
     def structures(self) -> Structures:

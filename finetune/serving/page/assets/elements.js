@@ -3,12 +3,12 @@
 const setup = JSON.parse(document.getElementById("setup").textContent);
 const state = {
   language: setup.language ?? (navigator.language.startsWith("zh") ? "zh" : "en"),
-  models: [], // { name, images }
+  models: [], // { name, images: how many of a dialogue }
   columns: [], // names of the models side by side
   system: setup.system, tools: "", sampling: { ...setup.sampling }, hidden: false,
   key: "", // lives here only
-  turns: [], // { text, picture, order, answers, vote }
-  draft: "", picture: null, editing: null,
+  turns: [], // { text, pictures, order, answers, vote }
+  draft: "", pictures: [], editing: null,
 };
 const byId = (id) => document.getElementById(id);
 const t = (text) => (state.language === "zh" ? setup.words[text] ?? text : text);

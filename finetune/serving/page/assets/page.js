@@ -47,7 +47,7 @@ async function openModels() {
   }
   try {
     const found = await (await ask("v1/models")).json();
-    state.models = found.data.map((model) => ({ name: model.id, images: model.takes_images }));
+    state.models = found.data.map((model) => ({ name: model.id, images: model.max_images }));
     const names = state.models.map((model) => model.name);
     state.columns = state.columns.filter((name) => names.includes(name));
     if (!state.columns.length) state.columns = names.slice(0, 2);
@@ -77,7 +77,7 @@ document.addEventListener("keydown", (event) => {
   const last = state.turns.length - 1;
   if (event.key === "Escape") {
     if (writing().length) stopAll();
-    else if (state.editing !== null) { Object.assign(state, { editing: null, draft: "", picture: null }); drawComposer(); }
+    else if (state.editing !== null) { Object.assign(state, { editing: null, draft: "", pictures: [] }); drawComposer(); }
   } else if (typing(event) || event.ctrlKey || event.metaKey || event.target.tagName === "BUTTON") return;
   else if (event.key === "/") { event.preventDefault(); byId("draft").focus(); }
   else if (last >= 0 && voteNode(last) && state.turns[last].vote === null) {
@@ -96,15 +96,15 @@ function begin() {
   });
   byId("language").addEventListener("click", () => { state.language = state.language === "zh" ? "en" : "zh"; drawFrame(); });
   byId("new").addEventListener("click", () => { stopAll(); Object.assign(state, { turns: [], editing: null }); tell(""); drawAll(); byId("draft").focus(); });
-  byId("image").addEventListener("change", (event) => { takePicture(event.target.files[0]); event.target.value = ""; });
+  byId("image").addEventListener("change", (event) => { takePictures(event.target.files); event.target.value = ""; });
   document.addEventListener("paste", (event) => {
-    const image = [...event.clipboardData.files].find((file) => file.type.startsWith("image/"));
-    if (image) { event.preventDefault(); takePicture(image); }
+    const images = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
+    if (images.length) { event.preventDefault(); takePictures(images); }
   });
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => {
     event.preventDefault(); // a dropped page would replace this one
-    if (event.dataTransfer.files.length) takePicture(event.dataTransfer.files[0]);
+    if (event.dataTransfer.files.length) takePictures(event.dataTransfer.files);
   });
   drawFrame();
   openModels();

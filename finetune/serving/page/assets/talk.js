@@ -25,8 +25,8 @@ const toolNames = (tools) => tools.map((tool) => tool.function?.name ?? tool.nam
 function messagesOf(column, last, whole = false) {
   const messages = state.system.trim() ? [{ role: "system", content: state.system }] : [];
   for (const turn of state.turns.slice(0, last + 1)) {
-    const image = { type: "image_url", image_url: { url: turn.picture } };
-    messages.push({ role: "user", content: turn.picture ? [image, { type: "text", text: turn.text }] : turn.text });
+    const images = turn.pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+    messages.push({ role: "user", content: images.length ? [...images, { type: "text", text: turn.text }] : turn.text });
     for (const step of turn.answers[column].steps) {
       const content = whole ? step.text : thoughtOf(step.text).said;
       if (!content && !step.calls.length) continue;
@@ -95,7 +95,7 @@ const stopAll = () => writing().forEach((answer) => answer.stop.abort());
 
 function send() {
   const text = state.draft.trim();
-  if (writing().length || !state.columns.length || (!text && !state.picture)) return;
+  if (writing().length || !state.columns.length || (!text && !state.pictures.length)) return;
   try { readTools(state.tools); } catch { byId("tools").focus(); return; }
   if (state.editing !== null) state.turns.length = state.editing;
   const models = [...state.columns];
@@ -104,10 +104,10 @@ function send() {
   const order = models.map((_, at) => at);
   if (state.hidden && Math.random() < 0.5) order.reverse();
   if (state.hidden && order.length > 2) order.sort(() => Math.random() - 0.5);
-  const picture = state.turns.length ? null : state.picture;
+  const pictures = state.pictures.slice(0, roomForPictures());
   const dialogue = state.turns[0]?.dialogue ?? Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
-  state.turns.push({ dialogue, text, picture, models, order, hidden: state.hidden, answers: models.map(newAnswer), vote: null });
-  Object.assign(state, { draft: "", picture: null, editing: null });
+  state.turns.push({ dialogue, text, pictures, models, order, hidden: state.hidden, answers: models.map(newAnswer), vote: null });
+  Object.assign(state, { draft: "", pictures: [], editing: null });
   drawAll();
   window.scrollTo(0, document.documentElement.scrollHeight);
   models.forEach((_, column) => goOn(state.turns.length - 1, column));
@@ -121,7 +121,7 @@ function retry(turn, column) {
 }
 
 function edit(turn) {
-  Object.assign(state, { draft: state.turns[turn].text, picture: state.turns[turn].picture, editing: turn });
+  Object.assign(state, { draft: state.turns[turn].text, pictures: [...state.turns[turn].pictures], editing: turn });
   drawComposer();
   byId("draft").focus();
 }
@@ -167,10 +167,27 @@ async function showTokens(turn, column) {
   drawAnswer(turn, column);
 }
 
+// How many pictures may go with the next message: GLM-4V sees one, with the first.
+function roomForPictures() {
+  const each = state.models.filter((model) => state.columns.includes(model.name)).map((model) => model.images);
+  const before = state.editing === null ? state.turns : state.turns.slice(0, state.editing);
+  const most = Math.min(...each);
+  if (!each.some((images) => images)) return 0;
+  if (most <= 1) return before.length ? 0 : 1;
+  return most - before.reduce((sum, turn) => sum + turn.pictures.length, 0);
+}
+
+function takePictures(files) {
+  for (const file of files) takePicture(file);
+}
+
 function takePicture(file) {
   if (!file || !file.type.startsWith("image/")) return tell(t("this is no image"), "bad");
   if (file.size > LARGEST_PICTURE) return tell(t("the image is larger than 10 MB"), "bad");
   const reader = new FileReader();
-  reader.onload = () => { state.picture = reader.result; drawComposer(); };
+  reader.onload = () => {
+    state.pictures = [...state.pictures, reader.result].slice(-Math.max(1, roomForPictures()));
+    drawComposer();
+  };
   reader.readAsDataURL(file);
 }

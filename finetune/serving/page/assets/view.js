@@ -90,7 +90,7 @@ function turnNode(number) {
   nodes.turns[number] = { answers: Object.fromEntries(turn.order.map((column, place) => [column, answers[place]])) };
   return h("section", { className: "turn" },
     h("div", { className: "question" },
-      turn.picture && h("img", { src: turn.picture, alt: t("the image of this dialogue"), className: "picture" }),
+      turn.pictures.map((src) => h("img", { src, alt: t("the image of this dialogue"), className: "picture" })),
       h("div", { className: "plain" }, turn.text),
       button(t("Edit"), () => edit(number), { className: "small" })),
     h("div", { className: `columns n${turn.models.length}` }, answers),
@@ -138,14 +138,14 @@ function drawSoon(turn, column) {
 
 function drawComposer() {
   const busy = writing().length > 0;
-  const shows = state.models.some((model) => model.images && state.columns.includes(model.name)) && !state.turns.length;
+  const shows = roomForPictures() > 0;
   byId("draft").value = state.draft;
   byId("send").textContent = busy ? t("Stop") : state.editing !== null ? t("Send again") : t("Send");
   byId("send").disabled = !busy && !state.columns.length;
-  byId("image-row").hidden = !shows && !state.picture;
-  byId("picture-box").replaceChildren(...(state.picture ? [
-    h("img", { src: state.picture, alt: t("the image to be sent"), className: "thumbnail" }),
-    button(t("Remove the image"), () => { state.picture = null; drawComposer(); }, { className: "small" })] : []));
+  byId("image-row").hidden = !shows && !state.pictures.length;
+  byId("picture-box").replaceChildren(...state.pictures.flatMap((src, at) => [
+    h("img", { src, alt: t("the image to be sent"), className: "thumbnail" }),
+    button(t("Remove the image"), () => { state.pictures.splice(at, 1); drawComposer(); }, { className: "small" })]));
 }
 
 function drawModels() {
