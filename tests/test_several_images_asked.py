@@ -75,10 +75,11 @@ def test_a_request_of_too_many_images_or_pixels_is_refused_before_one_is_decoded
     template: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.serving.requests.images.check_image", lambda *_, **__: 1 // 0)
-    small, large = shown_part((20, 10), "red"), shown_part((4900, 5000), "red")
+    monkeypatch.setattr("finetune.serving.requests.images.MAX_PIXELS_TOGETHER", 7_000)
+    small, large = shown_part((20, 10), "red"), shown_part((40, 50), "red")
     for content, reason in (
         ([small] * 33, "33 images are more than the 32 taken"),
-        ([large] * 5, "the images have more than 100,000,000 pixels together"),
+        ([large] * 4, "the images have more than 7,000 pixels together"),
     ):
         body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
         with pytest.raises(ApiError, match=reason):
@@ -95,7 +96,7 @@ def test_a_request_names_no_file_of_the_server(
 
 
 def test_a_saved_row_keeps_every_image_at_its_place(drawn: Path, tmp_path: Path) -> None:
-    dialogue = Dialogue.model_validate({"messages": [
+    dialogue = Dialogue.model_validate({"model": "tiny", "messages": [
         {"role": "user", "content": [shown_part((60, 60), "red"), text_part("Q")]}, ANSWER,
         {"role": "user", "content": [text_part("and "), shown_part((40, 120), "green"), text_part("?")]}, ANSWER,
     ]})  # fmt: skip

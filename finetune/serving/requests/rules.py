@@ -75,6 +75,7 @@ class RequestRules:
                         "messages",
                         "context_length_exceeded",
                     )
+
     @property
     def most_images(self) -> int:
         """How many images a request may show."""
