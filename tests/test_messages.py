@@ -49,6 +49,7 @@ WITHOUT = {
     "data/reading/streams.py:_refuse_other_kinds": "each of the table it reads from says it",
     "chat/terminal.py:_make_room": "said in the chat, below the message",
     "chat/terminal.py:_checked_image": "said in the chat, below the message",
+    "data/chat/layouts/glm4.py:_tools": "every caller puts the row in front",
     "data/chat/image.py:opened_image": "every caller puts the image's path in front",
     "generation/structured.py:_check": "every caller puts the schema's file in front",
     "export/shards.py:_read": "another program cuts the file off, which is the news",

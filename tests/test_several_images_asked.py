@@ -11,9 +11,9 @@ import pictures
 import pytest
 import serving
 from pictures import NAMES, user
-from PIL import Image
 
 from finetune.chat.terminal import Session, Terminal, Voice
+from finetune.data.chat.image import image_size
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
@@ -106,7 +106,7 @@ def test_a_saved_row_keeps_every_image_at_its_place(drawn: Path, tmp_path: Path)
         ("Q", [0]),
         ("and ?", [4]),
     ]
-    sizes = [Image.open(i.path).size for m in questions for i in m.images]
+    sizes = [image_size(i.path) for m in questions for i in m.images]
     assert sizes == [(60, 60), (40, 120)]
 
 
