@@ -107,7 +107,7 @@ def _shows_alike(template: ChatTemplate, role: Role) -> bool:
         text = template.jinja.render(shown_messages, tools=tools, options=options)
     except DataError:
         return False
-    return ours == template.tokenizer.trusted(text)
+    return bool(ours == template.tokenizer.trusted(text))
 
 
 def with_parts(conversation: Conversation, messages: Sequence[JsonMessage]) -> list[JsonMessage]:
