@@ -48,14 +48,23 @@ def template_of(folder: Path, name: str) -> ChatTemplate:
 
 
 _text = st.text('ab \n你😀.,"', min_size=1, max_size=8).filter(str.strip)
-_any = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20)
-    | st.floats(allow_nan=False, allow_infinity=False) | st.text(_any, max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(_any, max_size=4), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-arguments = st.dictionaries(st.text(_any, min_size=1, max_size=5), json_values, max_size=3)
+
+
+def _objects(characters: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, Any]]:
+    """JSON objects whose texts are of these characters."""
+    values = st.recursive(
+        st.none() | st.booleans() | st.integers(-(10**20), 10**20)
+        | st.floats(allow_nan=False, allow_infinity=False) | st.text(characters, max_size=8),
+        lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(characters, max_size=4), inner, max_size=3),
+        max_leaves=6,
+    )  # fmt: skip
+    return st.dictionaries(st.text(characters, min_size=1, max_size=5), values, max_size=3)
+
+
+arguments = _objects(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+_untagged = _objects(st.characters(exclude_characters="\0<[/", exclude_categories=["Cs"]))
+"""Without what begins a tag: a template's own rendering cannot tell typed tags from its own."""
 
 
 @st.composite
@@ -78,7 +87,7 @@ def dialogues_with_calls(draw: st.DrawFn, thoughts: bool = True) -> Conversation
                 turns.append(("reply", thought() + draw(_text).strip()))
             for number in range(calls):
                 before = "" if number or has_text else thought()
-                made = json.dumps(draw(arguments), ensure_ascii=False)
+                made = json.dumps(draw(_untagged), ensure_ascii=False)
                 turns.append(("call", before + made, draw(st.sampled_from("fg"))))
             turns += [("tool", draw(_text)) for _ in range(calls)]
         turns.append(("reply", thought() + draw(_text).strip()))

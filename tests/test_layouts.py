@@ -104,8 +104,11 @@ def test_thinking_switched_off_is_trained_behind_the_templates_prompt_for_it(roo
     one = newer.template_of(root, "GLM-4.5")
     assert one.render([typed])[0].input_ids.tolist()[:-1] == own_ids(one, typed)
     thoughtful = replace(dialogue(("user", "q"), ("reply", THOUGHT)), thinks=False)
-    with pytest.raises(DataError, match="has reasoning, but thinking is switched off"):
-        one.render([thoughtful])
+    with pytest.raises(
+        DataError, match=r"file\.jsonl:1: message 2 .*has reasoning, but thinking is"
+    ):
+        one.examples([thoughtful], "every_reply")
+    assert one.render([thoughtful])[0].input_ids.tolist()[:-1] == own_ids(one, thoughtful)
 
 
 def test_a_row_switches_thinking_off_as_trl_has_it() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import newer
@@ -14,7 +16,7 @@ import runs
 import serving
 from dialogues import dialogue
 
-from finetune.chat.terminal import Speech
+from finetune.chat.terminal import Session, Speech, Terminal
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.evaluation.evaluate import evaluate
@@ -198,6 +200,26 @@ def test_pieces_are_those_of_the_whole_reply(template: ChatTemplate) -> None:
         speech.take(token)
     speech.finish()
     assert "".join(shown) == ('<think>\n先想。\n</think>\n\n好。\n→ f {"a": "5", "b": 7}\n→ g {}')
+
+
+def test_chat_switches_thinking_where_the_template_can(template: ChatTemplate) -> None:
+    asked: list[Conversation] = []
+
+    def reply(conversation: Conversation, show: Any) -> list[Message]:
+        asked.append(conversation)
+        return [Message("assistant", "好。")]
+
+    voice = SimpleNamespace(template=template, room=lambda _: True, reply=reply)
+    sink = io.StringIO()
+    Session(voice, Terminal(io.StringIO("q\n/think off\nq\n/think\n"), sink)).run()
+    assert [conversation.thinks for conversation in asked] == [None, False]
+    assert len(asked[1].messages) == 1
+    assert "thinking off)" in sink.getvalue()
+    assert "error: on or off?" in sink.getvalue()
+    voice.template = SimpleNamespace(layout=SimpleNamespace(has_switch=False))
+    sink = io.StringIO()
+    Session(voice, Terminal(io.StringIO("/think off\n"), sink)).run()
+    assert "error: this model's chat template has no switch for thinking" in sink.getvalue()
 
 
 def test_without_tools_the_tags_of_a_call_are_text(template: ChatTemplate) -> None:

@@ -26,6 +26,7 @@ HELP = """\
 /system TEXT   set the system message and start afresh; without TEXT remove it
 /image FILE    show an image with the next message, several one by one; GLM-4V, which takes one, starts afresh
 /tools FILE    offer the functions in a JSON file and start afresh; without FILE remove them
+/think off|on  whether the model is to think and start afresh (GLM-4.5 and later)
 /help          this
 /quit          leave; so does Ctrl-D. Ctrl-C stops a reply
 A line that ends in \\ goes on in the next one; // at the start stands for /."""
@@ -119,7 +120,7 @@ class Voice:
         from finetune.generation.messages import reply_messages
 
         prompt = self.template.prompt(conversation, len(conversation.messages))
-        speech = Speech(self.template, conversation.tools, show)
+        speech = Speech(self.template, conversation.tools, show, thinks=conversation.thinks)
         seed = None if self.seed is None else self.seed + self.replies
         decoding = Decoding(self.max_new_tokens, seed=seed, **asdict(self.sampling))
         self.replies += 1
@@ -134,9 +135,14 @@ class Speech:
     """Shows a reply while it is written; a call as `→ name arguments`."""
 
     def __init__(
-        self, template: Any, tools: Sequence[Mapping[str, Any]], show: Callable[[str], None]
+        self,
+        template: Any,
+        tools: Sequence[Mapping[str, Any]],
+        show: Callable[[str], None],
+        *,
+        thinks: bool | None = None,
     ) -> None:
-        self._stream = reply_stream(template, tools)
+        self._stream = reply_stream(template, tools, thinks=thinks)
         self._show = show
         self._begun = self._thinks = False
 
@@ -178,6 +184,8 @@ class Session:
     history: list[Message] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     """Shown with the next message."""
+    thinks: bool | None = None
+    """What `/think` said."""
 
     def run(self) -> None:
         """Reads lines and answers them until the input ends or /quit."""
@@ -253,14 +261,15 @@ class Session:
 
     def _conversation(self) -> Conversation:
         head = [Message("system", self.system)] if self.system else []
-        return Conversation((*head, *self.history), self.tools, "the chat")
+        messages = (*head, *self.history)
+        return Conversation(messages, self.tools, "the chat", thinks=self.thinks)
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name == "/help":
             self.terminal.line(HELP)
-        elif name in ("/reset", "/system", "/tools", "/image"):
+        elif name in ("/reset", "/system", "/tools", "/image", "/think"):
             try:
                 self._begin(name, rest)
             except FinetuneError as error:
@@ -273,6 +282,8 @@ class Session:
             self.system = rest
         elif name == "/tools":
             self.tools = read_tools_file(Path(rest)) if rest else ()
+        elif name == "/think":
+            self.thinks = self._switched(rest)
         image = [self._checked_image(rest)] if name == "/image" else []
         if image and self.voice.template.image_rule.most is None:
             self.images += image
@@ -283,7 +294,15 @@ class Session:
         state = [f"system message: {self.system}" if self.system else "no system message"]
         state += [f"tools: {named}"] if named else []
         state += [f"image: {image[0]}, shown with your next message"] if image else []
+        state += [f"thinking {'on' if self.thinks else 'off'}"] if self.thinks is not None else []
         self.terminal.line(f"(a new dialogue; {'; '.join(state)})")
+
+    def _switched(self, rest: str) -> bool:
+        if not self.voice.template.layout.has_switch:
+            raise DataError("this model's chat template has no switch for thinking")
+        if rest not in ("on", "off"):
+            raise DataError("on or off? Type /think off")
+        return rest == "on"
 
     def _checked_image(self, path: str) -> str:
         if self.voice.template.image is None:

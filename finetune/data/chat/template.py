@@ -116,7 +116,10 @@ class ChatTemplate:
 
         The prompt of every reply that carries loss is a prefix of its example.
         """
-        parts = [self.layout.parts(c, train_on) for c in conversations]
+        parts = []
+        for conversation in conversations:
+            with _named(conversation):
+                parts.append(self.layout.parts(conversation, train_on))
         flat = [part for of_one in parts for part in of_one]
         taught = [
             Taught(p.conversation, r) for p, r in zip(flat, self._rendered(flat), strict=True)

@@ -227,9 +227,7 @@ class Glm45Layout(Layout):
     def _opening(self, thought: str, thinks: bool | None) -> str:
         """The generation prompt behind which a reply stands, with or without a thought."""
         form = self.form
-        if thinks is False:
-            if thought:
-                raise DataError("it has reasoning, but thinking is switched off")
+        if thinks is False and not thought:
             return form.prompt_off
         begins = form.thought[0] if thought else form.no_thought + form.before_reply
         return form.prompt if begins.startswith(form.prompt) else form.prompt_off
@@ -251,6 +249,12 @@ class Glm45Layout(Layout):
             return [ExamplePart(conversation, self.stop(conversation))]
         last = thinking.turn_start(messages, replies[-1] + 1) or 0  # a turn is one reply
         trained = {i for i in replies if thinking.is_trained(messages[i], i >= last, train_on)}
+        for i in trained if conversation.thinks is False else ():
+            if self._thought(messages[i]):
+                raise DataError(
+                    f"message {i + 1} (assistant): it has reasoning, but thinking is switched off; "
+                    "leave out one of them"
+                )
         users = [index for index, message in enumerate(messages) if message.role == "user"]
         ends = [len(messages)]
         if any(self._thought(messages[i]) for i in trained if i < max(users, default=0)):
