@@ -13,12 +13,14 @@ from dialogues import dialogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.chat.image import between
 from finetune.data.chat.jinja import JinjaTemplate
 from finetune.data.chat.layouts import call_values
 from finetune.data.chat.template import ChatTemplate, shorten, trained_spans
 from finetune.data.chat.template_check import own_text
-from finetune.data.dialogue.conversation import Conversation, Message, RowError
+from finetune.data.dialogue.conversation import Conversation, Message, RowError, ShownImage
 from finetune.data.dialogue.formats import to_conversation
+from finetune.data.dialogue.images import ImageRule
 from finetune.errors import DataError
 
 THOUGHT = "<think>\n先想。\n</think>\n\n答"
@@ -81,7 +83,7 @@ def test_a_question_is_an_example_where_the_template_drops_a_thought(root: Path)
     ]
 
 
-def test_a_dialogue_without_thoughts_is_one_example(template: ChatTemplate) -> None:
+def test_a_laid_outwithout_thoughts_is_one_example(template: ChatTemplate) -> None:
     plain = dialogue(("user", "q"), ("reply", "a"), ("user", "r"), ("reply", "b"))
     assert len(template.examples([plain], "every_reply")[0]) == 1
     assert marked(template, plain)[0].count("«") == 2
@@ -147,6 +149,45 @@ def test_glm_4_1v_thinks_in_tokens_of_its_own(root: Path) -> None:
         assert not {tokens[t] for t in ("<think>", "<answer>", "<|endoftext|>")} & set(ids)
         whole = template.tokenizer.plain.encode(typed, add_special_tokens=False).ids
         assert ids[-len(whole) - 1 : -1] == whole
+
+
+class OnePatch:
+    """Images of one patch each, of which nothing is opened."""
+
+    patch_token, rules, size, can_pack = "<|image|>", "one patch", 0, False
+    rule = ImageRule("these checkpoints", roles=("user", "observation"))
+
+    def __init__(self, begin_id: int) -> None:
+        self.begin_id = begin_id
+
+    def patches_of(self, image: str) -> int:
+        return 1
+
+    def laid(self, message: Message, body: str) -> list[str]:
+        return between(message, body)
+
+
+@pytest.mark.parametrize("name", ["GLM-4.1V", "GLM-OCR"])
+def test_images_stand_in_the_text_where_the_template_shows_them(root: Path, name: str) -> None:
+    tokenizer = newer.template_of(root, name).tokenizer
+    begin = tokenizer.control_ids["<|begin_of_image|>"]
+    template = ChatTemplate(replace(tokenizer, image=OnePatch(begin)))
+    shown = Message("user", "see this or that", images=(ShownImage("a", 4), ShownImage("b", 9)))
+    result = Message("observation", "here:", images=(ShownImage("c", 5),))
+    image = {"type": "image"}
+    parts = [{"type": "text", "text": "see "}, image, {"type": "text", "text": "this "}, image,
+             {"type": "text", "text": "or that"}]  # fmt: skip
+    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+    laid_out = [shown]
+    if name == "GLM-OCR":
+        call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        messages.append({"role": "tool", "content": [{"type": "text", "text": "here:"}, image]})
+        laid_out += [Message("assistant", "{}", "f"), result]
+    jinja = JinjaTemplate(tokenizer.chat_template, {})
+    theirs = tokenizer.trusted(jinja.render(messages, add_generation_prompt=True))
+    conversation = Conversation(tuple(laid_out))
+    assert list(template.prompt(conversation, len(laid_out))) == theirs
 
 
 # --- laws ----------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ class Glm45Layout(Layout):
         self._headers = {role: ~tokenizer.control_ids[HEADERS[role]] for role in ROLES}
         self._tags = {tag: ~tokenizer.control_ids[tag] for tag in TAGS}
         constants = (
-            form.no_thought, *form.thought, *form.call, *form.argument, *form.result, form.user_off,
+            form.no_thought, *form.thought, *form.call, *form.argument, *form.result,
+            *form.result_with_images, form.user_off,
             *form.tools, form.prompt, form.prompt_off,
         )  # fmt: skip
         self._constants = {text: self._split(text) for text in constants}
@@ -112,9 +113,10 @@ class Glm45Layout(Layout):
         if message.role == "observation":
             if index == 0 or conversation.messages[index - 1].role != "observation":
                 yield self._headers["observation"]
-            yield from self._constants[form.result[0]]
+            before, behind = form.result_with_images if message.images else form.result
+            yield from self._constants[before]
             yield from self._shown(message, message.content)
-            yield from self._constants[form.result[1]]
+            yield from self._constants[behind]
             return
         yield self._headers[message.role]
         yield form.before_text

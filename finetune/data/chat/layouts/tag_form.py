@@ -42,6 +42,8 @@ class TagForm:
     """Before a key, between key and value, behind the value."""
     result: tuple[str, str]
     """Around a tool's result; the first of several stands behind `<|observation|>`."""
+    result_with_images: tuple[str, str]
+    """The same where the result is a list of texts and images."""
     prompt: str
     """What a generation prompt ends in behind `<|assistant|>`."""
     prompt_off: str
@@ -91,7 +93,8 @@ class _Reader:
             before_reply=before_reply,
             call=(before_name, after_name, call_end),
             argument=(before_key.removeprefix(after_name), middle, end.removesuffix(call_end)),
-            result=self._result(),
+            result=self._result("果"),
+            result_with_images=self._result([{"type": "text", "text": "果"}]),
             prompt=_cut(asking, self._user + HEADERS["assistant"])[1],
             prompt_off=prompt_off,
             user_off=user_off,
@@ -106,10 +109,10 @@ class _Reader:
     def _call(self, arguments: dict[str, Any], no_thought: str) -> str:
         return _cut(self._reply(_calling(arguments)), no_thought)[1]
 
-    def _result(self) -> tuple[str, str]:
+    def _result(self, content: Any) -> tuple[str, str]:
         called = [_USER, _calling({})]
         before = self._template.render(called) + HEADERS["observation"]
-        text = self._template.render([*called, {"role": "tool", "content": "果"}])
+        text = self._template.render([*called, {"role": "tool", "content": content}])
         opened, closed = _cut(_cut(text, before)[1], "果")
         return opened, closed
 
