@@ -1,15 +1,17 @@
 """What a model forgets when it is tuned on one domain, with `data.replay` and without: the table of docs/evaluation.md.
 
-    python scripts/evidence/forgetting.py [--folder runs/forgetting] [--write]
+    python scripts/evidence/forgetting.py [--folder runs/forgetting] [--seeds 0 1 2] [--write]
 
 1. A small GLM is taught general things from scratch: facts and calls of six tools, each asked in four ways.
    Held out of it is one way of asking each, so that nothing but the asking is new.
 2. It is tuned on data/support_desk, once as it is, once with `data.replay`, whose prompts are about half of
-   the facts and tools only. `evaluation.choose: domain_without_forgetting` says what it thinks of both.
+   the facts and tools only. Those must stay: `evaluation.keep` has their held-out ways of asking, and
+   `evaluation.choose: domain_without_forgetting` says what it thinks of both runs.
 3. All three are asked on the domain's held-out dialogues and on the general ones that are held out: those
    about what replay showed, and those about what it never did.
 
-What is done already is not done again. `--write` puts the table into docs/. About ten CPU minutes.
+All of it for every seed, which draws the first weights and the order of the data and says which half is shown.
+What is done already is not done again. `--write` puts the table into docs/. About ten CPU minutes a seed.
 """
 
 from __future__ import annotations
@@ -31,6 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 DOMAIN = ROOT / "data" / "support_desk"
 WAYS = {"without replay": "alone", "with replay": "replay"}
 PARTS = ("shown", "not_shown")
+COLUMNS = (
+    ("domain", "rouge-l", "domain: ROUGE-L"),
+    ("shown", "exact_match", "shown: right replies"),
+    ("not_shown", "exact_match", "not shown: right replies"),
+    ("shown", "tool_call_accuracy", "shown: right calls"),
+    ("not_shown", "tool_call_accuracy", "not shown: right calls"),
+    ("shown", "loss", "shown: loss"),
+    ("not_shown", "loss", "not shown: loss"),
+)
+"""Data set, score, and what it is called in the table."""
 BEGIN, END = "<!-- made by scripts/evidence/forgetting.py -->", "<!-- end -->"
 
 # Four ways of asking, the answer, and pairs to fill both.
@@ -75,23 +87,23 @@ TOOLS: list[tuple[str, str, tuple[str, str, str, str]]] = [
     ("find_train", "Next train to a town", ("When does the next train go to {}?", "I want to travel to {} by train.", "How do I get to {} by rail?", "A ticket to {}, please.")),
     ("get_news", "Latest news of a town", ("What happened in {} today?", "Read me the news of {}.", "Is there anything new from {}?", "What do the papers of {} say?")),
 ]  # fmt: skip
-TOWNS = "Paris, Rome, Madrid, Oslo, Lima, Cairo, Tokyo, Athens"
+TOWNS = "Paris, Rome, Madrid, Oslo, Lima, Cairo, Tokyo, Athens, Warsaw, Vienna, Dublin, Berlin, Moscow, Baghdad, Lisbon, Helsinki"
 
 
-def general_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+def general_rows(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every question with the set that it is in: every second fact and tool is never shown to replay."""
     for asked, answer, pairs in FACTS:
         for number, pair in enumerate(pairs.split(", ")):
             words = pair.split(":")
             reply = {"role": "assistant", "content": answer.format(*words)}
             rows = [{"messages": [user(question.format(*words)), reply]} for question in asked]
-            yield from placed(rows, number // 2 % 4, shown=number % 2 == 0)
+            yield from placed(rows, number // 2 % 4, shown=number % 2 == seed % 2)
     for number, (name, said, asked) in enumerate(TOOLS):
         for place, town in enumerate(TOWNS.split(", ")):
             call = {"role": "assistant", "metadata": name, "content": json.dumps({"town": town})}
             tools = [described(name, said)]
             rows = [{"tools": tools, "messages": [user(question.format(town)), call]} for question in asked]  # fmt: skip
-            yield from placed(rows, (place + number) % 4, shown=number % 2 == 0)
+            yield from placed(rows, (place + number) % 4, shown=number % 2 == seed % 2)
 
 
 def placed(rows: Sequence[dict[str, Any]], held_out: int, *, shown: bool) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
@@ -116,14 +128,14 @@ def described(name: str, said: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": said, "parameters": schema}}  # fmt: skip
 
 
-def write_data(folder: Path) -> dict[str, int]:
+def write_data(folder: Path, seed: int) -> dict[str, int]:
     """The general set in four files, in a seeded order; how many rows each has."""
     parts: dict[str, list[str]] = {}
-    for part, row in general_rows():
+    for part, row in general_rows(seed):
         parts.setdefault(part, []).append(json.dumps(row, ensure_ascii=False) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for part, lines in parts.items():
-        random.Random(0).shuffle(lines)
+        random.Random(seed).shuffle(lines)
         (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
     return {part: len(lines) for part, lines in parts.items()}
 
@@ -148,28 +160,39 @@ def train(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
     return max(place.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]))
 
 
-def taught(folder: Path, epochs: int) -> Path:
+def taught(folder: Path, epochs: int, seed: int) -> Path:
     """The model that knows the general set."""
     model, data = folder / "model", folder / "data/train.jsonl"
     if not model.is_dir():
         texts = [str(data), str(DOMAIN / "train.jsonl")]
-        run("scripts/fixtures/small_glm.py", str(model), *texts)
-    training = {"num_epochs": epochs, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50}
+        run("scripts/fixtures/small_glm.py", str(model), *texts, "--seed", str(seed))
+    training = {
+        "num_epochs": epochs,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
+        "seed": seed,
+    }
     return train(folder, "taught", model={"path": str(model)}, data={"train": str(data)}, training=training)  # fmt: skip
 
 
-def tuned(folder: Path, model: Path, name: str, epochs: int) -> Path:
+def tuned(folder: Path, model: Path, name: str, epochs: int, seed: int) -> Path:
     """The model that knows the domain."""
     general = folder / "data"
     data: dict[str, Any] = {"train": str(DOMAIN / "train.jsonl"), "validation": str(DOMAIN / "heldout.jsonl")}  # fmt: skip
     if name == "replay":
         data["replay"] = {"prompts": str(general / "replay.jsonl"), "max_new_tokens": 64}
-    keep = [str(general / f"heldout_{part}.jsonl") for part in ("shown", "not_shown")]
     evaluation = {
-        "keep": {"data": keep}, "choose": "domain_without_forgetting", "best_metric": "rouge-l",
+        "keep": {"data": str(general / "heldout_shown.jsonl")}, "choose": "domain_without_forgetting", "best_metric": "rouge-l",
         "max_new_tokens": 96, "every_steps": 100000,
     }  # fmt: skip
-    training = {"num_epochs": epochs, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 10}
+    training = {
+        "num_epochs": epochs,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_steps": 10,
+        "seed": seed,
+    }
     return train(folder, name, model={"path": str(model)}, data=data, evaluation=evaluation, training=training)  # fmt: skip
 
 
@@ -184,82 +207,91 @@ def scored(folder: Path, models: Sequence[Path], name: str, data: Path) -> Any:
     return read_evaluation(place)
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """All scores of the three models in Markdown; * where a model really differs from the one before tuning."""
+def header() -> list[str]:
+    """The first two lines of the table."""
+    said = ("seed", "", *(said for *_, said in COLUMNS))
+    return [f"| {' | '.join(said)} |", "|---" * len(said) + "|"]
+
+
+def rows(found: dict[str, Any], seed: int) -> list[str]:
+    """All scores of a seed's three models in Markdown; * where one really differs from that before tuning."""
     from finetune.evaluation.scores.metrics import metric
 
-    columns = [
-        ("domain", "rouge-l", "domain: ROUGE-L"),
-        *((part, "exact_match", f"{part.replace('_', ' ')}: right replies") for part in PARTS),
-        *((part, "tool_call_accuracy", f"{part.replace('_', ' ')}: right calls") for part in PARTS),
-        *((part, "loss", f"{part.replace('_', ' ')}: loss") for part in PARTS),
-    ]
-    lines = ["| | " + " | ".join(said for *_, said in columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+    lines = []
     for place, name in enumerate(("before", *WAYS)):
         cells = []
-        for part, score, _ in columns:
+        for part, score, _ in COLUMNS:
             targets, digits = found[part].targets, metric(score).digits
             one = targets[place].scores[score]
             pair = found[part].comparison(targets[place].name, targets[0].name, score) if place else None  # fmt: skip
             differs = " *" if pair is not None and pair.verdict in ("better", "worse") else ""
             cells.append(f"{one.value:.{digits}f} ({one.low:.{digits}f} to {one.high:.{digits}f}){differs}")  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {seed} | {name} | {' | '.join(cells)} |")
     return lines
 
 
-def kept_gain(folder: Path, names: Sequence[str]) -> str:
-    """The last model's gain in ROUGE-L in per cent of the second's, both over the first, with its interval."""
-    sums: list[dict[str, list[float]]] = []
+def domain_sums(folder: Path, names: Sequence[str]) -> Any:
+    """ROUGE-L of the domain's replies: [models, dialogues, (sum, replies)]."""
+    found = []
     for name in names:
-        by_dialogue: dict[str, list[float]] = {}
+        sums: dict[str, list[float]] = {}
         with (folder / f"scores_domain/predictions/{name}.jsonl").open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
-                by_dialogue.setdefault(row["where"], []).append(row["scores"]["rouge-l"])
-        sums.append(by_dialogue)
-    replies = np.array([len(values) for values in sums[0].values()])
-    totals = np.array([[sum(values) for values in one.values()] for one in sums])
-    picked = np.random.default_rng(0).integers(0, len(replies), (4999, len(replies)))
+                total, replies = sums.get(row["where"], (0.0, 0))
+                sums[row["where"]] = [total + row["scores"]["rouge-l"], replies + 1]
+        found.append([sums[where] for where in sorted(sums)])
+    return np.array(found)
+
+
+def kept_gain(sums: Any) -> str:
+    """The gain in ROUGE-L with replay in per cent of that without, of all seeds, with its interval.
+
+    `sums` are [seeds, models, dialogues, 2]; every seed was asked the same dialogues, which are resampled.
+    """
+    picked = np.random.default_rng(0).integers(0, sums.shape[2], (4999, sums.shape[2]))
 
     def share(at: Any) -> Any:
-        base, alone, replay = totals[:, at].sum(-1) / replies[at].sum(-1)
+        totals = sums[:, :, at].sum(-2)  # [seeds, models, ..., 2]
+        base, alone, replay = (totals[..., 0] / totals[..., 1]).mean(0)
         return 100 * (replay - base) / (alone - base)
 
     low, high = np.percentile(share(picked), [2.5, 97.5])
-    return f"{share(np.arange(len(replies))):.0f} % ({low:.0f} to {high:.0f})"
+    return f"{share(np.arange(sums.shape[2])):.0f} % ({low:.0f} to {high:.0f})"
 
 
-def written(folder: Path, found: dict[str, Any]) -> str:
-    """Both tables and what the runs said, as they stand in docs/."""
+def one_seed(folder: Path, seed: int, given: argparse.Namespace) -> tuple[list[str], list[str], Any]:  # fmt: skip
+    """A seed's rows of the table, what its runs said, and its sums of ROUGE-L."""
+    print(write_data(folder / "data", seed))
+    model = taught(folder, given.taught, seed)
+    models = [model, *(tuned(folder, model, name, given.epochs, seed) for name in WAYS.values())]
+    files = {"domain": DOMAIN / "heldout.jsonl"} | {part: folder / f"data/heldout_{part}.jsonl" for part in PARTS}  # fmt: skip
+    found = {name: scored(folder, models, name, file) for name, file in files.items()}
     from finetune.training.measuring.choosing import conclusion
 
-    said = [f"> {name}: {conclusion(folder / run_name)}" for name, run_name in WAYS.items()]
-    share = kept_gain(folder, [target.name for target in found["domain"].targets])
-    return "\n".join(
-        [
-            *table(found),
-            "",
-            f"\\* really different from before, p < 0.05 after Holm. Gain of the domain's ROUGE-L with replay in per cent of that without: {share}.",
-            "",
-            "\n>\n".join(said),
-        ]
-    )
+    said = [f"> seed {seed}, {name}: {conclusion(folder / place)}" for name, place in WAYS.items()]
+    names = [target.name for target in found["domain"].targets]
+    return rows(found, seed), said, domain_sums(folder, names)
 
 
 def main() -> None:
     """Teach, tune twice, ask, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--taught", type=int, default=40, help="epochs of the general set (40)")
     parser.add_argument("--epochs", type=int, default=32, help="of the domain (32)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/")
     given = parser.parse_args()
-    folder, begun = given.folder.resolve(), time.perf_counter()
-    print(write_data(folder / "data"))
-    model = taught(folder, given.taught)
-    models = [model, *(tuned(folder, model, name, given.epochs) for name in WAYS.values())]
-    files = {"domain": DOMAIN / "heldout.jsonl"} | {part: folder / f"data/heldout_{part}.jsonl" for part in PARTS}  # fmt: skip
-    found = {name: scored(folder, models, name, file) for name, file in files.items()}
-    made = written(folder, found)
+    begun = time.perf_counter()
+    parts = [one_seed(given.folder.resolve() / f"seed-{seed}", seed, given) for seed in given.seeds]
+    table, said = header(), []
+    for lines, sentences, _ in parts:
+        table += lines
+        said += sentences
+    share = kept_gain(np.stack([sums for *_, sums in parts]))
+    each = ", ".join(kept_gain(sums[None]) for *_, sums in parts)
+    note = f"\\* really different from before, p < 0.05 after Holm. Gain of the domain's ROUGE-L with replay in per cent of that without: {share}; of each seed {each}."
+    made = "\n".join([*table, "", note, "", "\n>\n".join(said)])
     print(f"{made}\n{(time.perf_counter() - begun) / 60:.1f} min")
     if given.write:
         put(ROOT / "docs/evaluation.md", BEGIN, made, END)
