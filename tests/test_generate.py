@@ -20,6 +20,8 @@ from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.generate import Extras, Reply, SeededSampling, generate, plan_batches
 from finetune.generation.settings import Sampling
 from finetune.methods import ptuning_v2
+from finetune.models.kernels import products
+from finetune.models.load import load_model
 
 
 @dataclass
@@ -102,6 +104,8 @@ SPEED_PATHS: dict[str, list[tuple[Any, str, Any]]] = {
     "rows that ended stay": [(Decoder, "is_sparse", False)],
     "batches not dealt together": [(generation, "FULL_BATCH", 1)],
     "one row at a time": [(generation, "CACHE_BYTES", 1)],
+    "torch's own products": [(products, "_gains", lambda: False)],
+    "masks made by transformers": [(tensors, "_takes_documents", lambda model: False)],
 }
 
 
@@ -109,7 +113,9 @@ SPEED_PATHS: dict[str, list[tuple[Any, str, Any]]] = {
 def test_every_speed_path_on_and_off_gives_the_same_tokens(
     family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = open_tiny(request.getfixturevalue(f"tiny_{family}"))
+    monkeypatch.setattr(products, "FEWEST", 1)
+    monkeypatch.setattr(products, "_gains", products._is_right)
+    model = load_model(request.getfixturevalue(f"tiny_{family}"), dtype="float32")
     stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))
     system = prompts(1, longest=30, seed=7)[0] * 2
     wholes = [[*system, *rest] for rest in prompts(12, longest=16)]

@@ -16,6 +16,7 @@ from torch import nn
 from finetune.artifacts.resolve import local_folder
 from finetune.errors import ModelError
 from finetune.models.families import FAMILIES, family_of
+from finetune.models.kernels.products import ReplyingLinear
 from finetune.models.load import load_model
 from finetune.models.loss import SupervisedHead
 
@@ -96,7 +97,9 @@ def test_default_lora_targets_are_all_linear_layers_of_the_blocks(
 ) -> None:
     model = load_model(request.getfixturevalue(f"tiny_{name}"))
     pattern = FAMILIES[name].lora_targets
-    linear = {n for n, module in model.named_modules() if type(module) is nn.Linear}
+    linear = {
+        n for n, module in model.named_modules() if type(module) in (nn.Linear, ReplyingLinear)
+    }
     hit = {n for n, _ in model.named_modules() if re.fullmatch(pattern, n)}
     assert hit == linear  # the head is a SupervisedHead and stays out
     assert len(hit) == 2 * {"chatglm": 4, "glm": 6, "glm4": 6}[name]

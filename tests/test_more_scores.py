@@ -232,7 +232,7 @@ def test_a_judge_that_sends_elsewhere_is_named_and_nobody_there_is_asked(tmp_pat
 def test_a_judge_that_fails_is_asked_again_and_one_that_refuses_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.evaluation.scores.judge.time.sleep", lambda _: None)
+    monkeypatch.setattr("finetune.generation.backends.address.time.sleep", lambda _: None)
     with endpoint(failures=2) as (name, server):
         found = list(Judge.of(name, tmp_path / "a").win_rates(PAIRS))
         assert found[0][judge.WIN] == 100.0

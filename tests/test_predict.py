@@ -9,13 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import tiny
 from adapters import make_adapter
 from command_line import ROOT
+from fake_vllm import FakeVllm
 from rows import CALL, TOOL, Rows, answering, read_rows, spoken, turns, write_rows
 
 from finetune.data.chat.template import ChatTemplate
@@ -144,44 +145,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
     assert kept >= 8
     assert sum(map(len, asked)) <= 11 - kept  # a batch of the next window may have been kept, too
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-class FakeVllm(ModuleType):
-    """What `finetune.generation.vllm` uses of vLLM, answered by our own generation."""
-
-    def __init__(self, model: Any, template: ChatTemplate) -> None:
-        super().__init__("vllm")
-        self.lora = SimpleNamespace(request=SimpleNamespace(LoRARequest=lambda *words: words))
-        self.SamplingParams = SimpleNamespace
-        self.opened: dict[str, Any] = {}
-        self.requests: list[Any] = []
-
-        def generate(asked: Any, sampling: Any, *, use_tqdm: bool, lora_request: Any) -> list[Any]:
-            assert (sampling.temperature, sampling.detokenize) == (0, False)
-            assert sampling.stop_token_ids == list(template.stop_ids)
-            self.requests.append(lora_request)
-            replies = generation.generate(
-                model, template, [one["prompt_token_ids"] for one in asked],
-                max_new_tokens=sampling.max_tokens, batch_size=len(asked),
-            )  # fmt: skip
-            return [SimpleNamespace(outputs=[self._output(reply, template)]) for reply in replies]
-
-        def open_model(**options: Any) -> Any:
-            self.opened = options
-            return SimpleNamespace(generate=generate)
-
-        self.LLM = open_model
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Stand where vLLM is imported from."""
-        monkeypatch.setitem(sys.modules, "vllm", self)
-        monkeypatch.setitem(sys.modules, "vllm.lora", self.lora)
-        monkeypatch.setitem(sys.modules, "vllm.lora.request", self.lora.request)
-
-    def _output(self, reply: generation.Reply, template: ChatTemplate) -> Any:
-        stop = [template.stop_ids[1]] if reply.stopped else []
-        reason = "stop" if reply.stopped else "length"
-        return SimpleNamespace(token_ids=[*reply.ids, *stop], finish_reason=reason)
 
 
 def test_vllm_is_asked_with_ids_and_its_replies_are_written_like_ours(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finetune.cli import main
@@ -61,3 +62,20 @@ def test_wrong_lines_are_named_and_models_are_refused_beside_votes(
         main(["evaluate", "runs/x", "--votes", str(file)])
     assert end.value.code == 2
     assert "--votes scores what people said" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ties", "lowest", "highest"), [(0.0, 0.92, 0.98), (0.3, 0.95, 1.0)])
+def test_the_interval_of_votes_holds_the_truth(
+    ties: float, lowest: float, highest: float, tmp_path: Path
+) -> None:
+    """Sixty dialogues, every third voted on twice alike; ties vary less than Wilson's interval takes them to."""
+    chance, held, rounds = np.random.default_rng(0), 0, 300
+    truth = 100 * (0.6 * (1 - ties) + 0.5 * ties)
+    for _ in range(rounds):
+        votes = []
+        for dialogue in range(60):
+            winner = None if chance.random() < ties else "a" if chance.random() < 0.6 else "b"
+            votes += [(["a", "b"], winner, str(dialogue))] * (1 + (dialogue % 3 == 0))
+        [duel] = score_votes([write(tmp_path, *votes)])
+        held += duel.low <= truth <= duel.high
+    assert lowest <= held / rounds <= highest

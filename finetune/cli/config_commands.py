@@ -99,15 +99,19 @@ def plan(
     """
     from finetune.config.load import load_config
     from finetune.planning import words
+    from finetune.planning.evaluating import planned_evaluation
     from finetune.planning.plan import Gpu
 
     size, flops = gigabytes(gpu), 1e12 * peak
     machine = Gpu(size, number=gpus, peak_flops=flops, share=share, native_bf16=bf16)
-    memory, found = planned(load_config(config, overrides or []), machine)
+    asked = load_config(config, overrides or [])
+    memory, found = planned(asked, machine)
+    evaluation = planned_evaluation(found, asked)
     if as_json:
         with console.json_output() as emit:
-            emit(found.numbers())
+            emit(found.numbers() | (evaluation.numbers() if evaluation else {}))
         return
-    console.table([str(config), f"{gpus} x {gpu}"], words.rows(found))
+    more = evaluation.rows() if evaluation else []
+    console.table([str(config), f"{gpus} x {gpu}"], [*words.rows(found), *more])
     for knob in words.knobs(found, memory.less()):
         console.say(knob)

@@ -74,6 +74,17 @@ def evaluate(
     batch_size: Annotated[
         str | None, typer.Option(metavar="N", help="Prompts generated at once, or `auto`.")
     ] = None,
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What generates the replies; vllm in an environment of its own."),
+    ] = "transformers",
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="openai:MODEL@URL",
+            help="A server of OpenAI's API that has the one model named and replies for it.",
+        ),
+    ] = None,
     device_map: DeviceMap = None,
     quantization: Quantization = None,
     definition: Annotated[
@@ -206,6 +217,8 @@ def evaluate(
             form=form,
             overwrite=overwrite,
             placement=Placement(device_map, quantization),
+            backend=backend,
+            endpoint=endpoint or "",
         )
         found = run(models, data or (), output=output, changes=changes, options=options)
         if console.is_rank0():

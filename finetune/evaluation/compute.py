@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,15 +13,31 @@ import numpy as np
 
 from finetune import console
 from finetune.data.examples.collate import Collator
-from finetune.data.reading.sources import read_conversations
 from finetune.errors import NonFiniteError
 from finetune.evaluation.job import EvaluationJob, held_out_files
 from finetune.evaluation.predictions import predicted
 from finetune.evaluation.tasks.ask import ask
 from finetune.evaluation.tasks.harness import Asking
 from finetune.evaluation.tasks.table import TaskTable
-from finetune.generation.prompts import PromptStream, window_size
-from finetune.generation.replies import Answering, answered
+from finetune.generation.backends.address import Address
+from finetune.generation.prompts import window_size
+from finetune.generation.replies import Answering, Backend, answered
+
+AT_ONCE = 32
+"""Requests of an endpoint under way, where `evaluation.batch_size` is `auto`."""
+
+
+@dataclass(frozen=True)
+class Replying:
+    """What answers the prompts of one model."""
+
+    backend: Backend
+    positions: int | None
+    """Tokens that a prompt and its reply have room in; None where that is not known."""
+    rows: int
+    """Prompts at once."""
+    facts: Callable[[], dict[str, Any]]
+    """What is written down about it in the end."""
 
 
 def run(jobs: Sequence[EvaluationJob]) -> None:
@@ -38,13 +55,21 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
         on_rank0 = is_rank0()
         models = Models(missing[0].options.placement)
         for job in missing:
-            opened = models.open(job.target.path, base=job.target.base, like=job.target.like)
             console.say(f"{job.target.name}: {job.target.path}")
             with job.results.locked() if on_rank0 else nullcontext():
-                rows = _rows_at_once(job, opened.model, on_rank0)
-                _ask_tasks(job, opened.model, rows)
-                _measure_losses(job, opened.model, on_rank0)
-                _generate_replies(job, opened.model, rows)
+                if job.options.endpoint:
+                    _generate_replies(job, _through_endpoint(job))
+                    continue
+                target = job.target
+                model = models.open(target.path, base=target.base, like=target.like).model
+                rows = _rows_at_once(job, model, on_rank0)
+                _ask_tasks(job, model, rows)
+                _measure_losses(job, model, on_rank0)
+                if job.options.backend == "vllm":
+                    models, model = Models(job.options.placement), None  # vLLM takes its memory
+                    _generate_replies(job, _through_vllm(job, rows))
+                    continue
+                _generate_replies(job, _through_model(job, model, rows))
 
 
 def _rows_at_once(job: EvaluationJob, model: Any, on_rank0: bool) -> int:
@@ -82,33 +107,69 @@ def _measure_losses(job: EvaluationJob, model: Any, on_rank0: bool) -> None:
             job.results.write_losses(name, found.losses, found.weights)
 
 
-def _generate_replies(job: EvaluationJob, model: Any, rows: int) -> None:
-    from finetune.distributed.processes import broadcast_from_rank0, is_rank0
+def _through_model(job: EvaluationJob, model: Any, rows: int) -> Replying:
+    """Our own generation, on all processes together."""
     from finetune.generation.generate import Generator, context_length
+
+    longest = job.settings.evaluation.max_new_tokens
+    generator = Generator(model, job.template, max_new_tokens=longest, batch_size=rows)
+
+    def facts() -> dict[str, Any]:
+        return {"dtype": str(model.dtype), "prompts_per_rank": generator.prompts_per_rank}
+
+    return Replying(generator, context_length(model), rows, facts)
+
+
+def _through_endpoint(job: EvaluationJob) -> Replying:
+    """A server that has the model; of its folder here only the tokenizer and config.json are read."""
+    from finetune.generation.backends.endpoint import EndpointGenerator
+    from finetune.generation.backends.vllm import context_of
+
+    section = job.settings.evaluation
+    rows = AT_ONCE if section.batch_size == "auto" else section.batch_size
+    backend = EndpointGenerator(
+        Address.of(job.options.endpoint, "--endpoint"), job.template,
+        max_new_tokens=section.max_new_tokens, at_once=rows,
+    )  # fmt: skip
+    positions = context_of(job.target.path, job.target.base)
+    return Replying(backend, positions, rows, lambda: {"dtype": "that of the endpoint"})
+
+
+def _through_vllm(job: EvaluationJob, rows: int) -> Replying:
+    """The same from vLLM, in this process."""
+    from finetune.generation.backends.vllm import VllmGenerator, context_of, number_format
+
+    target, section = job.target, job.settings.evaluation
+    positions = context_of(target.path, target.base)
+    lengths = (len(prompt.prompt_ids) for prompt in job.prompts(positions))
+    backend = VllmGenerator(
+        target.path, job.template, base=target.base,
+        max_length=max(lengths, default=1) + section.max_new_tokens,
+        max_new_tokens=section.max_new_tokens,
+    )  # fmt: skip
+    return Replying(
+        backend, positions, rows, lambda: {"dtype": f"torch.{number_format(target.path)}"}
+    )
+
+
+def _generate_replies(job: EvaluationJob, by: Replying) -> None:
+    from finetune.distributed.processes import broadcast_from_rank0, is_rank0
 
     section, results, options = job.settings.evaluation, job.results, job.options
     begun = time.perf_counter()
     if broadcast_from_rank0(lambda: results.facts) is not None:
         return
-    journal = results.journal(window_size(rows))
+    journal = results.journal(window_size(by.rows))
     number = broadcast_from_rank0(partial(results.num_kept, journal))
     if number:
         console.say(f"{number} replies are there already; going on behind them")
-    generator = Generator(
-        model,
-        job.template,
-        max_new_tokens=section.max_new_tokens,
-        batch_size=rows,
-    )
     if section.generate and job.settings.sources:
-        reading = job.settings.reading.for_checkpoint(job.template)
-        dialogues = read_conversations(job.settings.sources, reading)
-        prompts = PromptStream.of(dialogues, job.template, section, context_length(model))
+        prompts = job.prompts(by.positions)
         how = Answering(
-            job.template, rows, journal,
+            job.template, by.rows, journal,
             options.sampling, options.seed, options.form,
         )  # fmt: skip
-        for window in answered(generator, prompts, how, behind=number):
+        for window in answered(by.backend, prompts, how, behind=number):
             pairs = (predicted(prompt, reply.ids, reply.stopped) for prompt, reply in window)
             journal.append(one.unscored_row for one in pairs)
             number += len(window)
@@ -116,9 +177,8 @@ def _generate_replies(job: EvaluationJob, model: Any, rows: int) -> None:
     if is_rank0():
         seconds = time.perf_counter() - begun
         job.seen.check(held_out_files(job.settings, job.template), "they were evaluated")
-        facts: dict[str, Any] = {"seconds": seconds, "dtype": str(model.dtype), "replies": number}
-        facts |= {"prompts_per_rank": generator.prompts_per_rank, "batch_size": rows}
-        results.finish(facts)
+        facts: dict[str, Any] = {"seconds": seconds, "replies": number, "batch_size": by.rows}
+        results.finish(facts | by.facts())
 
 
 def _ask_tasks(job: EvaluationJob, model: Any, rows: int) -> None:

@@ -61,6 +61,11 @@ def evaluate(
         user_metric(name)
     # What can be wrong with the request is found before torch is imported.
     whole = [target for target in found if target.kind != "predictions"]
+    if options.endpoint and len(whole) > 1:
+        raise ConfigError(
+            f"--endpoint replies for one model, and {len(whole)} are named: evaluate them one by one, then "
+            "compare their predictions with --predictions"
+        )
     settings = _settings(whole, data, changes or {}, options) if whole else None
     added.check(options.by_models, default_root())
     jobs = [job.prepare(target, settings, options) for target in whole] if settings else []

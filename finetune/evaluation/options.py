@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scoring import Scoring
@@ -40,6 +40,10 @@ class Options:
     overwrite: bool = False
     """Replace files in the output folder that this program did not write, too."""
     placement: Placement = HERE
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What generates the replies; losses and tasks are always computed here."""
+    endpoint: str = ""
+    """`openai:MODEL@URL` of a server that replies in the place of the model's own weights."""
 
     @property
     def sampling(self) -> Sampling:
@@ -48,9 +52,13 @@ class Options:
 
     @property
     def decoding(self) -> str:
-        """How tokens are chosen, in words."""
+        """How tokens are chosen and by whom, in words."""
         sampled = f"temperature {self.temperature}, seed {self.seed}"
         words = [sampled if self.temperature else "greedy", str(self.form)]
+        if self.endpoint:
+            words.append(f"by {self.endpoint}")
+        elif self.backend != "transformers":
+            words.append(f"by {self.backend}")
         return ", ".join(filter(None, words))
 
 

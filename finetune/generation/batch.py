@@ -161,7 +161,10 @@ class Batch:
         ids = torch.tensor(tokens, device=self._model.device)[:, None]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         self._positions = self._positions + 1
-        return _forward(self._model, self._cache, ids, self._mask, self._positions[:, None])
+        mask = self._mask
+        if _takes_documents(self._model):  # what transformers would make of it at every step
+            mask = mask.bool()[:, None, None]
+        return _forward(self._model, self._cache, ids, mask, self._positions[:, None])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forgets all other rows, and the columns that only they used."""
@@ -338,7 +341,7 @@ def _forward(
     Without a mask attention is causal, and no mask of the new tokens times all is made.
     """
     known: dict[str, Any] = {}
-    if mask is None and str(model.config.get_text_config()._attn_implementation).startswith("document"):  # fmt: skip
+    if mask is None and _takes_documents(model):
         known["documents"] = whole_rows(ids.device)
     output = model(
         input_ids=ids,
@@ -352,6 +355,11 @@ def _forward(
     )
     logits: Tensor = output.logits[:, -1] if last is None else output.logits.flatten(0, 1)
     return logits.float()
+
+
+def _takes_documents(model: Any) -> bool:
+    """Whether its attention is ours, or one that stands before ours."""
+    return str(model.config.get_text_config()._attn_implementation).startswith("document")
 
 
 def _read(

@@ -134,7 +134,7 @@ def _backend(work: _Work) -> Iterator[Backend]:
 
     options = work.options
     if options.backend == "vllm":
-        from finetune.generation.vllm import VllmGenerator, context_of
+        from finetune.generation.backends.vllm import VllmGenerator, context_of
 
         _check_context(context_of(work.target, work.base), work)
         yield VllmGenerator(

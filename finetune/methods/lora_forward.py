@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from finetune.models.kernels.products import ReplyingLinear
 from finetune.models.quantization import FourBits
 
 _turn = 0
@@ -164,7 +165,7 @@ def _format_of(base: Any) -> torch.dtype | None:
     """In what a layer computes; None where that is not known."""
     if isinstance(base, FourBits):
         return base.wide_dtype
-    return base.weight.dtype if type(base) is nn.Linear else None
+    return base.weight.dtype if type(base) in (nn.Linear, ReplyingLinear) else None
 
 
 class LoraLinear(PlainForward, Linear):

@@ -20,7 +20,7 @@ from finetune.distributed import device as devices
 from finetune.errors import ConfigError, ModelError, is_out_of_memory
 from finetune.models import wide_residual
 from finetune.models.families import Family, family_of
-from finetune.models.kernels import check, stock_layers
+from finetune.models.kernels import check, products, stock_layers
 from finetune.models.model_size import check_size
 from finetune.models.number_format import number_format
 from finetune.models.packed_attention import DOCUMENT_SDPA
@@ -101,6 +101,7 @@ def load_model(
         check_widths(model)
         take_over(model)
     stock_layers.use_in(model)
+    products.use_in(model)
     if wanted is torch.float16:
         wide_residual.use_in(model, first_layer(model, family))
     _choose_kernels(kernels, wanted)

@@ -80,9 +80,15 @@ class Plan:
     """Of the model itself."""
     active_parameters: int
     """Of these, what a token goes through: in a mixture the experts that it takes, and no table of tokens."""
+    layers: int
     steps: int | None
     """`training.max_steps`; what epochs come to depends on the data."""
     gpu: Gpu
+
+    @property
+    def model_bytes(self) -> int:
+        """Of the model itself, as wide as it is multiplied."""
+        return self.parameters * int(getattr(torch, self.dtype).itemsize)
 
     @property
     def memory_bytes(self) -> int:
@@ -220,6 +226,7 @@ def plan(
         dtype=str(dtype).removeprefix("torch."),
         parameters=sizes.everything,
         active_parameters=sizes.active,
+        layers=subject.layers,
         steps=training.max_steps,
         gpu=gpu,
     )

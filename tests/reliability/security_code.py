@@ -58,7 +58,7 @@ RULES: dict[str, tuple[Rule, str]] = {
 }  # fmt: skip
 
 
-MEANT = {("addresses opened", "finetune/evaluation/scores/judge.py")}
+MEANT = {("addresses opened", "finetune/generation/backends/address.py")}
 """What is done on purpose: `--judge` asks the endpoint that the command line names."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.glm import modeling_glm
 from transformers.models.glm.modeling_glm import GlmMLP, GlmRMSNorm
@@ -88,7 +89,10 @@ def _rotating(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def rotate(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        if not kernels.runs("rotate", q) or unsqueeze_dim != 1:
+        replies = (
+            q.dtype is torch.float32 and q.device.type == "cpu" and not torch.is_grad_enabled()
+        )
+        if not (kernels.runs("rotate", q) or replies) or unsqueeze_dim != 1:
             turned: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
             return turned
         pairs = cos.shape[-1] // 2  # each angle stands there twice

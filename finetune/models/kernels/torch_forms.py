@@ -29,7 +29,22 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     `cos` and `sin` are [B or 1, 1, T, pairs].
     """
     channels = 2 * cos.shape[-1]
+    if (
+        states.dtype is torch.float32
+        and states.device.type == "cpu"
+        and not torch.is_grad_enabled()
+    ):
+        return _rotate_at_once(states, channels, torch.complex(cos, sin))
     turned, rest = states[..., :channels], states[..., channels:]
     even, odd = turned[..., 0::2], turned[..., 1::2]
     pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return torch.cat((pairs.flatten(-2), rest), dim=-1)
+
+
+def _rotate_at_once(states: Tensor, channels: int, angles: Tensor) -> Tensor:
+    """The same, a pair being a complex number: one product instead of nine steps."""
+    pairs = torch.view_as_complex(torch.unflatten(states[..., :channels], -1, (-1, 2)))
+    turned = torch.view_as_real(pairs * angles).flatten(-2)
+    if channels == states.shape[-1]:
+        return turned
+    return torch.cat((turned, states[..., channels:]), dim=-1)

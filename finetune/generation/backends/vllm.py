@@ -6,6 +6,7 @@ docs/serving.md.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -70,6 +71,7 @@ class VllmGenerator:
             ModelError: vLLM cannot open such an adapter.
         """
         vllm = _import_vllm()
+        _free_device()
         weights = model_base(target, base)
         options: dict[str, Any] = {}
         self._request = None
@@ -79,7 +81,7 @@ class VllmGenerator:
         self._model = vllm.LLM(
             model=weights.path,
             revision=weights.revision,
-            dtype=_dtype(target),
+            dtype=number_format(target),
             max_model_len=max_length,
             skip_tokenizer_init=True,
             trust_remote_code=False,
@@ -134,6 +136,15 @@ def _import_vllm() -> Any:
     return vllm
 
 
+def _free_device() -> None:
+    """Gives back what a model that is gone held on the accelerator: vLLM looks at what is free."""
+    import torch
+
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
 def _rank(adapter: Path) -> int:
     """The least of vLLM's ranks that holds this adapter's."""
     config = adapter_config(adapter)
@@ -151,7 +162,7 @@ def _rank(adapter: Path) -> int:
     return next(allowed for allowed in LORA_RANKS if allowed >= rank)
 
 
-def _dtype(target: str | Path) -> str:
+def number_format(target: str | Path) -> str:
     """The number format that `open_model` would take; vLLM's own `auto` is another."""
     from finetune.distributed.device import has_native_bf16
 

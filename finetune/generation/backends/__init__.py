@@ -1,0 +1,1 @@
+"""Programs that answer in the place of our own generation."""

@@ -1,0 +1,103 @@
+"""Replies from vLLM or an endpoint, in the place of our own generation, are evaluated alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving
+from fake_vllm import FakeVllm
+from rows import turns, write_rows
+
+from finetune.errors import ConfigError, DataError
+from finetune.evaluation.evaluate import Options, evaluate
+from finetune.generation.load import OpenedModel, open_model
+
+CHANGES = {"max_new_tokens": 12, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
+    return open_model(serving.save_talkative(tmp_path_factory.mktemp("model") / "talkative"))
+
+
+@pytest.fixture(scope="module")
+def server(opened: OpenedModel) -> Iterator[serving.Served]:
+    with serving.served(opened) as running:
+        yield running
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"messages": turns(f"question {'dog ' * n}", f"answer {n}")} for n in range(6)]
+    return write_rows(tmp_path / "dev.jsonl", [*rows, {"messages": turns("你好", "hello", "and", "more")}])  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+
+
+def evaluated(opened: OpenedModel, data: Path, place: Path, **options: Any) -> dict[str, Any]:
+    found = evaluate(opened.base, [str(data)], output=place, changes=CHANGES, options=Options(**options))  # fmt: skip
+    return found | {"rows": (place / "predictions.jsonl").read_text("utf-8")}
+
+
+def test_vllm_replies_in_an_evaluation_and_the_loss_is_ours(
+    opened: OpenedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = evaluated(opened, data, tmp_path / "ours")
+    fake = FakeVllm(opened.model, opened.template)
+    fake.install(monkeypatch)
+    theirs = evaluated(opened, data, tmp_path / "theirs", backend="vllm")
+    assert theirs["rows"] == ours["rows"]
+    assert theirs["scores"] == ours["scores"]
+    assert theirs["scores"]["loss"] > 0
+    assert fake.opened["model"] == opened.base
+    said = json.loads((tmp_path / "theirs/evaluation.json").read_text("utf-8"))["settings"]
+    assert said["decoding"] == "greedy, by vllm"
+    assert theirs["settings"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_endpoint_that_serves_the_model_gives_its_replies_and_no_loss(
+    temperature: float, opened: OpenedModel, server: serving.Served, data: Path, tmp_path: Path
+) -> None:
+    ours = evaluated(opened, data, tmp_path / "ours", temperature=temperature, seed=3)
+    address = f"openai:tiny@{server.url}/v1"
+    theirs = evaluated(opened, data, tmp_path / "theirs", endpoint=address, temperature=temperature, seed=3)  # fmt: skip
+    assert theirs["rows"] == ours["rows"]
+    assert {*ours["scores"]} - {*theirs["scores"]} == {"loss", "perplexity"}
+    settings = json.loads((tmp_path / "theirs/evaluation.json").read_text("utf-8"))["settings"]
+    assert settings["decoding"].endswith(f"by {address}")
+
+
+def test_what_replies_from_elsewhere_do_not_go_with_is_said_first(
+    opened: OpenedModel, data: Path, tmp_path: Path
+) -> None:
+    address = "openai:tiny@http://127.0.0.1:9/v1"
+    for options, reason in (
+        ({"endpoint": "tiny"}, "write openai:MODEL@URL"),
+        ({"endpoint": address, "tasks": ("calls:x",)}, "leave out --tasks"),
+        ({"endpoint": address, "general": (str(data),)}, "--regression-data"),
+        ({"backend": "vllm", "temperature": 0.5}, "replies greedily"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            evaluated(opened, data, tmp_path / "out", **options)
+    with pytest.raises(ConfigError, match="replies for one model, and 2 are named"):
+        evaluate([opened.base, str(tmp_path)], [str(data)], options=Options(endpoint=address))
+
+
+def test_an_endpoint_that_is_down_or_refuses_is_named(
+    opened: OpenedModel, server: serving.Served, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr("finetune.generation.backends.address.time.sleep", lambda _: None)
+    for address, reason in (
+        ("openai:tiny@http://127.0.0.1:9/v1", "--endpoint: http://127.0.0.1:9/v1 does not answer"),
+        (f"openai:other@{server.url}/v1", "404"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            evaluated(opened, data, tmp_path / "out", endpoint=address)
