@@ -113,7 +113,8 @@ def _held_out(config: RunConfig) -> HeldOut | None:
 
 def _replies(row: Mapping[str, Any]) -> int:
     """Of a dialogue, those of the assistant; one of any other row."""
-    turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])  # fmt: skip
+    listed = (row[name] for name in ("messages", "conversations") if name in row)
+    turns: Any = next((one for one in listed if isinstance(one, list)), [])
     roles = [turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict)]
     return max(1, sum(role in ("assistant", "gpt") for role in roles))
 
