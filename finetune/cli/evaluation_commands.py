@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -164,6 +164,12 @@ def evaluate(
             "code 8 when one is not met.",
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Again for every new checkpoint of the runs named, until they are over."
+        ),
+    ] = False,
     old_base: Annotated[bool, typer.Option("--base", hidden=True)] = False,
     old_general: Annotated[list[str] | None, typer.Option("--general", hidden=True)] = None,
     old_unit: Annotated[str | None, typer.Option("--bleu-unit", hidden=True)] = None,
@@ -194,7 +200,6 @@ def evaluate(
 
         requirements = read_requirements(require or ())
         definition = _renamed(definition, old_base, old_general, old_unit)
-        models = models_in(targets or ())
         from finetune.evaluation.evaluate import Options
         from finetune.evaluation.evaluate import evaluate as run
         from finetune.evaluation.scores.added import ByModels
@@ -220,9 +225,19 @@ def evaluate(
             backend=backend,
             endpoint=endpoint or "",
         )
-        found = run(models, data or (), output=output, changes=changes, options=options)
-        if console.is_rank0():
-            say_report(Path(found["output"]))
+
+        def evaluated(models: list[str]) -> dict[str, Any]:
+            made = run(models, data or (), output=output, changes=changes, options=options)
+            if console.is_rank0():
+                say_report(Path(made["output"]))
+            return made
+
+        if watch:
+            from finetune.report.watching import until_over
+
+            found = until_over(targets or (), evaluated)
+        else:
+            found = evaluated(models_in(targets or ()))
         emit(found)
         if requirements and console.is_rank0():
             _check_requirements(Path(found["output"]), requirements)
