@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import exit_code
 from rows import turns, write_rows
 
 from finetune.errors import ConfigError
@@ -53,6 +55,7 @@ def test_words_of_tasks_mean_tasks_presets_texts_and_folders(
         Task("mmlu", "text"),
         Task("some,where", "calls"),
     ]
+    assert plan.read_tasks(["ceval"]) == [Task("ceval-valid", "chat")]
     base = plan.read_tasks(["glm4-base"])
     assert {task.kind for task in base} == {"text"}
     assert "gsm8k" in {task.name for task in base}
@@ -175,6 +178,42 @@ def test_a_published_task_reads_its_data_from_a_folder_and_models_are_compared_b
     pair = found.comparison(one, other, names[0])
     assert pair is not None
     assert pair.verdict == "no real difference"
+
+
+def write_choices(place: Path, subjects: list[str], rows: dict[str, list[dict[str, Any]]]) -> None:
+    """A data set with a config for every subject, as those of MMLU and C-Eval are; all have the same rows."""
+    place.mkdir(parents=True)
+    for split, questions in rows.items():
+        write_rows(place / f"{split}.jsonl", questions)
+    files = "".join(f"  - {{split: {split}, path: {split}.jsonl}}\n" for split in rows)
+    configs = "".join(f"- config_name: {subject}\n  data_files:\n{files}" for subject in subjects)
+    (place / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+
+@needs_harness
+def test_mmlu_and_ceval_alone_are_asked_from_a_folder_and_what_was_forgotten_is_told(
+    tiny_glm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = ("mmlu_anatomy", "mmlu_virology", "ceval-valid_accountant", "ceval-valid_law")
+    choices = ["one", "two", "three", "four"]
+    asked = [{"question": f"{n} + 1?", "subject": "x", "choices": choices, "answer": n % 4} for n in range(6)]  # fmt: skip
+    write_choices(tmp_path / "cais/mmlu", ["anatomy", "virology"], {"dev": asked, "validation": asked, "test": asked})  # fmt: skip
+    exam = [
+        {"id": n, "question": f"{n} 加一是？", **dict(zip("ABCD", "一二三四", strict=True)), "answer": "ABCD"[n % 4], "explanation": ""}
+        for n in range(6)
+    ]  # fmt: skip
+    write_choices(tmp_path / "ceval/ceval-exam", ["accountant", "law"], {"dev": exam, "val": exam, "test": exam})  # fmt: skip
+    other = tmp_path / "tuned"
+    shutil.copytree(tiny_glm, other)
+    words = ("evaluate", str(tiny_glm), str(other), "--tasks", ",".join(names), "--tasks-data", str(tmp_path))  # fmt: skip
+    assert exit_code(*words, "--output", str(tmp_path / "out"), "--max-samples", "4") == 0
+    found = read_evaluation(tmp_path / "out")
+    assert found.data == []
+    for name in names:
+        one = found.targets[0].scores[f"{name}/acc"]
+        assert one.n == 4
+        assert one.low <= one.value <= one.high
+    assert "no real difference" in "".join(capfd.readouterr())
 
 
 @pytest.fixture(scope="module")

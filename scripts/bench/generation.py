@@ -54,10 +54,11 @@ def load_model(folder: str, *, stock: bool) -> Any:
     import torch
     import transformers
 
+    if stock:  # nothing of ours is imported, which would change transformers' layers
+        assert "finetune.models" not in sys.modules
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     from finetune.models.load import load_model
 
-    if stock:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return load_model(folder, dtype="float32")
 
 
@@ -161,10 +162,6 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     """Measure one variant in this process."""
     import torch
 
-    from finetune.generation import batch as tensors
-    from finetune.models.library_logging import quiet_libraries
-
-    quiet_libraries()
     torch.set_num_threads(options.threads)
     with TemporaryDirectory() as made:
         if not options.model:
@@ -172,6 +169,8 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         model = load_model(options.model or made, stock=options.variant in DEMO)
     template, prompts, lengths = questions(options)
     if options.variant == "system alone":
+        from finetune.generation import batch as tensors
+
         tensors.SHORTEST_PREFIX = 10**9
     way, size = (demo, DEMO[options.variant]) if options.variant in DEMO else (here, HERE[options.variant])  # fmt: skip
     if options.variant.startswith("static"):

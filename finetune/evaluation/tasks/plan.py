@@ -90,6 +90,10 @@ PRESETS: dict[str, tuple[Figure, ...]] = {
 own, so a difference of a few points from the published figure is no fault of a model."""
 
 
+ALSO = {"ceval": "ceval-valid"}
+"""Names that people type, and the harness's own."""
+
+
 def lengths_of(task: Task) -> list[int]:
     """The lengths of `4k..32k`, doubling; ConfigError for what is no range."""
     typed = f"--tasks {task.kind}:{task.name}"
@@ -136,6 +140,7 @@ def _split(name: str) -> list[str]:
 
 
 def _tasks(word: str) -> Iterator[Task]:
+    word = ALSO.get(word, word)
     if word in PRESETS:
         for figure in PRESETS[word]:
             if runs_code() or not figure.score.startswith(RUNS_CODE):
