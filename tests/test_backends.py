@@ -62,15 +62,14 @@ def test_vllm_replies_in_an_evaluation_and_the_loss_is_ours(
     assert theirs["settings"]["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_endpoint_that_serves_the_model_gives_its_replies_and_no_loss(
-    temperature: float, opened: OpenedModel, server: serving.Served, data: Path, tmp_path: Path
+    opened: OpenedModel, server: serving.Served, data: Path, tmp_path: Path
 ) -> None:
-    ours = evaluated(opened, data, tmp_path / "ours", temperature=temperature, seed=3)
+    ours = evaluated(opened, data, tmp_path / "ours")
     address = f"openai:tiny@{server.url}/v1"
-    theirs = evaluated(opened, data, tmp_path / "theirs", endpoint=address, temperature=temperature, seed=3)  # fmt: skip
+    theirs = evaluated(opened, data, tmp_path / "theirs", endpoint=address)
     assert theirs["rows"] == ours["rows"]
-    assert {*ours["scores"]} - {*theirs["scores"]} == {"loss", "perplexity"}
+    assert {*ours["scores"]} - {*theirs["scores"]} == {"loss"}
     settings = json.loads((tmp_path / "theirs/evaluation.json").read_text("utf-8"))["settings"]
     assert settings["decoding"].endswith(f"by {address}")
 
