@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from finetune.data.chat.image import ImagePrompt
+from finetune.generation.columns import CacheColumns
 from finetune.models.packed_attention import whole_rows
 
 Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
@@ -31,7 +32,6 @@ SHORTEST_PREFIX = 16
 """A shared prefix of fewer tokens is not worth a forward pass of its own."""
 FIRST_PASS_TOKENS = 16384
 """Tokens, with padding, that prompts are read in at once: activations, not the cache, are large then."""
-_HEADROOM = 64  # columns that a buffer grows by
 
 
 class SharedPrefix:
@@ -210,44 +210,6 @@ class Batch:
         _forward(self._model, cache, ids, torch.ones_like(ids).expand(1, 2), ids + 1)
 
 
-class _Columns(DynamicLayer):
-    """Keys and values in buffers with room to the right, so that a step copies one column."""
-
-    keys: Tensor
-    values: Tensor
-    _key_buffer: Tensor
-    _value_buffer: Tensor
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Adds columns; returns all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.hold(key_states, value_states)
-            return self.keys, self.values
-        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if end > self._key_buffer.shape[2]:
-            self._make_room(end)
-        self._key_buffer[:, :, begin:end] = key_states
-        self._value_buffer[:, :, begin:end] = value_states
-        self.keys, self.values = self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
-        return self.keys, self.values
-
-    def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Takes these columns in the place of what was there."""
-        self.keys, self.values = keys, values
-        self._key_buffer, self._value_buffer = keys, values
-
-    def _make_room(self, columns: int) -> None:
-        missing = columns + _HEADROOM - self.keys.shape[2]
-
-        def wider(tensor: Tensor) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, 0, 0, missing))
-
-        self._key_buffer, self._value_buffer = wider(self.keys), wider(self.values)
-
-
 def shared_prefix(prompts: Sequence[Prompt]) -> list[int]:
     """The ids that all of two or more prompts begin with, short of a whole prompt; [] when they are few.
 
@@ -377,7 +339,7 @@ def _read(
 
 def _new_cache(model: Any) -> Cache:
     config = model.config.get_text_config()
-    return Cache(layers=[_Columns() for _ in range(config.num_hidden_layers)])
+    return Cache(layers=[CacheColumns() for _ in range(config.num_hidden_layers)])
 
 
 def _joined(cache: Any, other: Any) -> Any:
