@@ -101,10 +101,9 @@ def load_model(
         check_widths(model)
         take_over(model)
     stock_layers.use_in(model)
-    products.use_in(model)
     if wanted is torch.float16:
         wide_residual.use_in(model, first_layer(model, family))
-    _choose_kernels(kernels, wanted)
+    _choose_kernels(model, kernels, wanted)
     text = model.config.get_text_config()
     if text._attn_implementation == "sdpa":
         text._attn_implementation = DOCUMENT_SDPA
@@ -121,8 +120,10 @@ def _check_flash(text: Any, dtype: torch.dtype) -> None:
         text._attn_implementation = DOCUMENT_SDPA
 
 
-def _choose_kernels(setting: str, dtype: torch.dtype) -> None:
+def _choose_kernels(model: PreTrainedModel, setting: str, dtype: torch.dtype) -> None:
     """Check the kernels on this process's GPU; which of them stay out is said once."""
+    if setting != "torch":
+        products.use_in(model)
     device = torch.device(devices.kind())
     refused = check.choose(setting, device, dtype).refused
     if refused and device not in _told:
