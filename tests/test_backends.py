@@ -14,6 +14,7 @@ from rows import turns, write_rows
 
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation.evaluate import Options, evaluate
+from finetune.generation.backends.choice import BackendChoice
 from finetune.generation.load import OpenedModel, open_model
 
 CHANGES = {"max_new_tokens": 12, "batch_size": 4}
@@ -52,7 +53,7 @@ def test_vllm_replies_in_an_evaluation_and_the_loss_is_ours(
     ours = evaluated(opened, data, tmp_path / "ours")
     fake = FakeVllm(opened.model, opened.template)
     fake.install(monkeypatch)
-    theirs = evaluated(opened, data, tmp_path / "theirs", backend="vllm")
+    theirs = evaluated(opened, data, tmp_path / "theirs", by=BackendChoice("vllm"))
     assert theirs["rows"] == ours["rows"]
     assert theirs["scores"] == ours["scores"]
     assert theirs["scores"]["loss"] > 0
@@ -67,7 +68,7 @@ def test_an_endpoint_that_serves_the_model_gives_its_replies_and_no_loss(
 ) -> None:
     ours = evaluated(opened, data, tmp_path / "ours")
     address = f"openai:tiny@{server.url}/v1"
-    theirs = evaluated(opened, data, tmp_path / "theirs", endpoint=address)
+    theirs = evaluated(opened, data, tmp_path / "theirs", by=BackendChoice(endpoint=address))
     assert theirs["rows"] == ours["rows"]
     assert {*ours["scores"]} - {*theirs["scores"]} == {"loss"}
     settings = json.loads((tmp_path / "theirs/evaluation.json").read_text("utf-8"))["settings"]
@@ -78,16 +79,22 @@ def test_what_replies_from_elsewhere_do_not_go_with_is_said_first(
     opened: OpenedModel, data: Path, tmp_path: Path
 ) -> None:
     address = "openai:tiny@http://127.0.0.1:9/v1"
-    for options, reason in (
-        ({"endpoint": "tiny"}, "write openai:MODEL@URL"),
-        ({"endpoint": address, "tasks": ("calls:x",)}, "leave out --tasks"),
-        ({"endpoint": address, "general": (str(data),)}, "--regression-data"),
-        ({"backend": "vllm", "temperature": 0.5}, "replies greedily"),
-    ):
+    there = BackendChoice(endpoint=address)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"by": BackendChoice(endpoint="tiny")}, "write openai:MODEL@URL"),
+        ({"by": there, "tasks": ("calls:x",)}, "leave out --tasks"),
+        ({"by": there, "general": (str(data),)}, "--regression-data"),
+        ({"by": BackendChoice("vllm"), "temperature": 0.5}, "replies greedily"),
+    ]
+    for options, reason in refused:
         with pytest.raises(ConfigError, match=reason):
             evaluated(opened, data, tmp_path / "out", **options)
     with pytest.raises(ConfigError, match="replies for one model, and 2 are named"):
-        evaluate([opened.base, str(tmp_path)], [str(data)], options=Options(endpoint=address))
+        evaluate(
+            [opened.base, str(tmp_path)],
+            [str(data)],
+            options=Options(by=BackendChoice(endpoint=address)),
+        )
 
 
 def test_an_endpoint_that_is_down_or_refuses_is_named(
@@ -99,4 +106,4 @@ def test_an_endpoint_that_is_down_or_refuses_is_named(
         (f"openai:other@{server.url}/v1", "404"),
     ):
         with pytest.raises(DataError, match=reason):
-            evaluated(opened, data, tmp_path / "out", endpoint=address)
+            evaluated(opened, data, tmp_path / "out", by=BackendChoice(endpoint=address))

@@ -106,7 +106,7 @@ def plan(
     machine = Gpu(size, number=gpus, peak_flops=flops, share=share, native_bf16=bf16)
     asked = load_config(config, overrides or [])
     memory, found = planned(asked, machine)
-    evaluation = planned_evaluation(found, asked)
+    evaluation = planned_evaluation(found, asked.model, asked.data, asked.evaluation)
     if as_json:
         with console.json_output() as emit:
             emit(found.numbers() | (evaluation.numbers() if evaluation else {}))

@@ -13,7 +13,7 @@ from finetune.artifacts.resolve import models_in
 from finetune.cli.data_commands import Columns, ImageRoot, Json, Rows
 from finetune.cli.inference_commands import JsonSchema, Quantization, RequireCall
 from finetune.cli.inputs import DeviceMap, Overwrite
-from finetune.cli.report_commands import say_report, say_votes
+from finetune.cli.report_commands import say_report, say_votes, until_over
 from finetune.config.row_formats import RowFormat
 from finetune.errors import ConfigError
 
@@ -200,7 +200,7 @@ def evaluate(
 
         requirements = read_requirements(require or ())
         definition = _renamed(definition, old_base, old_general, old_unit)
-        from finetune.evaluation.evaluate import Options
+        from finetune.evaluation.evaluate import BackendChoice, Options
         from finetune.evaluation.evaluate import evaluate as run
         from finetune.evaluation.scores.added import ByModels
         from finetune.evaluation.scoring import Scoring
@@ -222,8 +222,7 @@ def evaluate(
             form=form,
             overwrite=overwrite,
             placement=Placement(device_map, quantization),
-            backend=backend,
-            endpoint=endpoint or "",
+            by=BackendChoice(backend, endpoint or ""),
         )
 
         def evaluated(models: list[str]) -> dict[str, Any]:
@@ -233,8 +232,6 @@ def evaluate(
             return made
 
         if watch:
-            from finetune.report.watching import until_over
-
             found = until_over(targets or (), evaluated)
         else:
             found = evaluated(models_in(targets or ()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,6 +158,13 @@ def compare(
         report = run(found, output, overwrite=overwrite)
         say_report(output)
         emit(report)
+
+
+def until_over(runs: Sequence[str], evaluate: Callable[[list[str]], Any]) -> Any:
+    """What `evaluate` made of the last checkpoints of runs; see `report.watching`."""
+    from finetune.report import watching
+
+    return watching.until_over(runs, evaluate)
 
 
 def say_report(folder: Path) -> None:

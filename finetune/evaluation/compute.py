@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,25 +18,9 @@ from finetune.evaluation.predictions import predicted
 from finetune.evaluation.tasks.ask import ask
 from finetune.evaluation.tasks.harness import Asking
 from finetune.evaluation.tasks.table import TaskTable
-from finetune.generation.backends.address import Address
+from finetune.generation.backends.choice import Replying, through_vllm
 from finetune.generation.prompts import window_size
-from finetune.generation.replies import Answering, Backend, answered
-
-AT_ONCE = 32
-"""Requests of an endpoint under way, where `evaluation.batch_size` is `auto`."""
-
-
-@dataclass(frozen=True)
-class Replying:
-    """What answers the prompts of one model."""
-
-    backend: Backend
-    positions: int | None
-    """Tokens that a prompt and its reply have room in; None where that is not known."""
-    rows: int
-    """Prompts at once."""
-    facts: Callable[[], dict[str, Any]]
-    """What is written down about it in the end."""
+from finetune.generation.replies import Answering, answered
 
 
 def run(jobs: Sequence[EvaluationJob]) -> None:
@@ -57,7 +40,7 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
         for job in missing:
             console.say(f"{job.target.name}: {job.target.path}")
             with job.results.locked() if on_rank0 else nullcontext():
-                if job.options.endpoint:
+                if job.options.by.endpoint:
                     _generate_replies(job, _through_endpoint(job))
                     continue
                 target = job.target
@@ -65,7 +48,7 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
                 rows = _rows_at_once(job, model, on_rank0)
                 _ask_tasks(job, model, rows)
                 _measure_losses(job, model, on_rank0)
-                if job.options.backend == "vllm":
+                if job.options.by.backend == "vllm":
                     models, model = Models(job.options.placement), None  # vLLM takes its memory
                     _generate_replies(job, _through_vllm(job, rows))
                     continue
@@ -121,35 +104,18 @@ def _through_model(job: EvaluationJob, model: Any, rows: int) -> Replying:
 
 
 def _through_endpoint(job: EvaluationJob) -> Replying:
-    """A server that has the model; of its folder here only the tokenizer and config.json are read."""
-    from finetune.generation.backends.endpoint import EndpointGenerator
-    from finetune.generation.backends.vllm import context_of
-
-    section = job.settings.evaluation
-    rows = AT_ONCE if section.batch_size == "auto" else section.batch_size
-    backend = EndpointGenerator(
-        Address.of(job.options.endpoint, "--endpoint"), job.template,
-        max_new_tokens=section.max_new_tokens, at_once=rows,
+    section, target = job.settings.evaluation, job.target
+    return job.options.by.at_endpoint(
+        job.template, target.path, base=target.base,
+        rows=section.batch_size, max_new_tokens=section.max_new_tokens,
     )  # fmt: skip
-    positions = context_of(job.target.path, job.target.base)
-    return Replying(backend, positions, rows, lambda: {"dtype": "that of the endpoint"})
 
 
 def _through_vllm(job: EvaluationJob, rows: int) -> Replying:
-    """The same from vLLM, in this process."""
-    from finetune.generation.backends.vllm import VllmGenerator, context_of, number_format
-
-    target, section = job.target, job.settings.evaluation
-    positions = context_of(target.path, target.base)
-    lengths = (len(prompt.prompt_ids) for prompt in job.prompts(positions))
-    backend = VllmGenerator(
-        target.path, job.template, base=target.base,
-        max_length=max(lengths, default=1) + section.max_new_tokens,
-        max_new_tokens=section.max_new_tokens,
+    return through_vllm(
+        job.template, job.target.path, lambda room: (len(one.prompt_ids) for one in job.prompts(room)),
+        base=job.target.base, rows=rows, max_new_tokens=job.settings.evaluation.max_new_tokens,
     )  # fmt: skip
-    return Replying(
-        backend, positions, rows, lambda: {"dtype": f"torch.{number_format(target.path)}"}
-    )
 
 
 def _generate_replies(job: EvaluationJob, by: Replying) -> None:

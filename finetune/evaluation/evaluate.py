@@ -14,13 +14,14 @@ from finetune.evaluation.options import Options
 from finetune.evaluation.scores import added
 from finetune.evaluation.scoring import user_metric
 from finetune.evaluation.targets import Target, find_targets
+from finetune.generation.backends.choice import BackendChoice
 from finetune.generation.settings import Settings, settings_of
 from finetune.storage.cache import default_root
 
 if TYPE_CHECKING:
     pass
 
-__all__ = ["Options", "evaluate"]
+__all__ = ["BackendChoice", "Options", "evaluate"]
 
 
 def evaluate(
@@ -61,7 +62,7 @@ def evaluate(
         user_metric(name)
     # What can be wrong with the request is found before torch is imported.
     whole = [target for target in found if target.kind != "predictions"]
-    if options.endpoint and len(whole) > 1:
+    if options.by.endpoint and len(whole) > 1:
         raise ConfigError(
             f"--endpoint replies for one model, and {len(whole)} are named: evaluate them one by one, then "
             "compare their predictions with --predictions"

@@ -12,16 +12,12 @@ from finetune.data.examples.dataset import PreparedDataset, load_examples
 from finetune.data.reading.files import expand
 from finetune.data.reading.section import sources_of
 from finetune.data.reading.sources import SourceSpec, read_conversations
-from finetune.errors import ConfigError
 from finetune.evaluation.keys import data_key, evaluation_key, tasks_key
 from finetune.evaluation.options import Options
 from finetune.evaluation.store import Results
 from finetune.evaluation.targets import Target
-from finetune.evaluation.tasks.harness import check_harness
-from finetune.generation.backends.address import Address
 from finetune.generation.prompts import PromptStream
 from finetune.generation.settings import Settings
-from finetune.generation.structured import ANY_FORM
 from finetune.storage.cache import key_of
 from finetune.storage.seen import SeenFiles
 
@@ -77,13 +73,12 @@ def prepare(target: Target, settings: Settings, options: Options) -> EvaluationJ
     """
     from finetune.generation.load import open_template
 
-    check_harness(options.tasks)
-    _check_backend(options)
+    options.check()
     template = open_template(target.path, base=target.base)
     options.form.check(template)
     root = Path(settings.data.cache_dir) if settings.data.cache_dir else None
     sources = settings.sources
-    here = sources and not options.endpoint  # an endpoint tells no losses
+    here = sources and not options.by.endpoint  # an endpoint tells no losses
     losses = {"loss": _examples(sources, template, settings)} if here else {}
     if options.general:
         general = sources_of(settings.data, options.general)
@@ -91,27 +86,6 @@ def prepare(target: Target, settings: Settings, options: Options) -> EvaluationJ
     seen = SeenFiles.of(held_out_files(settings, template))
     key = evaluation_key(target, settings, options, seen)
     return EvaluationJob(target, settings, options, template, losses, Results(root, key), seen)
-
-
-def _check_backend(options: Options) -> None:
-    """ConfigError for what replies from elsewhere do not go with."""
-    named = "--endpoint" if options.endpoint else f"--backend {options.backend}"
-    if not options.endpoint and options.backend == "transformers":
-        return
-    if options.endpoint:
-        Address.of(options.endpoint, "--endpoint")
-        if options.tasks or options.general:
-            raise ConfigError(
-                "--endpoint gives replies only: leave out --tasks, --needle and --regression-data, which need the model's weights"
-            )
-    if options.form != ANY_FORM:
-        raise ConfigError(
-            f"--json-schema and --require-call do not go with {named}; leave one of them out"
-        )
-    if options.backend == "vllm" and options.temperature:
-        raise ConfigError(
-            "--backend vllm replies greedily; leave --temperature out, or use --backend transformers"
-        )
 
 
 def held_out_files(settings: Settings, template: ChatTemplate) -> list[Path]:

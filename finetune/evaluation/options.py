@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scoring import Scoring
+from finetune.evaluation.tasks.harness import check_harness
+from finetune.generation.backends.choice import OURS, BackendChoice
 from finetune.generation.settings import HERE, Placement, Sampling, Settings
 from finetune.generation.structured import ANY_FORM, Form
 
@@ -40,10 +42,16 @@ class Options:
     overwrite: bool = False
     """Replace files in the output folder that this program did not write, too."""
     placement: Placement = HERE
-    backend: Literal["transformers", "vllm"] = "transformers"
-    """What generates the replies; losses and tasks are always computed here."""
-    endpoint: str = ""
-    """`openai:MODEL@URL` of a server that replies in the place of the model's own weights."""
+    by: BackendChoice = OURS
+
+    def check(self) -> None:
+        """Raises ConfigError for what does not go together, and where a library is missing."""
+        check_harness(self.tasks)
+        self.by.check(
+            restricted=self.form != ANY_FORM,
+            sampled=self.temperature > 0,
+            needs_weights=bool(self.tasks or self.general),
+        )
 
     @property
     def sampling(self) -> Sampling:
@@ -54,11 +62,7 @@ class Options:
     def decoding(self) -> str:
         """How tokens are chosen and by whom, in words."""
         sampled = f"temperature {self.temperature}, seed {self.seed}"
-        words = [sampled if self.temperature else "greedy", str(self.form)]
-        if self.endpoint:
-            words.append(f"by {self.endpoint}")
-        elif self.backend != "transformers":
-            words.append(f"by {self.backend}")
+        words = [sampled if self.temperature else "greedy", str(self.form), self.by.words]
         return ", ".join(filter(None, words))
 
 

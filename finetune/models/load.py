@@ -20,7 +20,7 @@ from finetune.distributed import device as devices
 from finetune.errors import ConfigError, ModelError, is_out_of_memory
 from finetune.models import wide_residual
 from finetune.models.families import Family, family_of
-from finetune.models.kernels import check, products, stock_layers
+from finetune.models.kernels import check, stock_layers
 from finetune.models.model_size import check_size
 from finetune.models.number_format import number_format
 from finetune.models.packed_attention import DOCUMENT_SDPA
@@ -123,7 +123,7 @@ def _check_flash(text: Any, dtype: torch.dtype) -> None:
 def _choose_kernels(model: PreTrainedModel, setting: str, dtype: torch.dtype) -> None:
     """Check the kernels on this process's GPU; which of them stay out is said once."""
     if setting != "torch":
-        products.use_in(model)
+        stock_layers.use_products_in(model)
     device = torch.device(devices.kind())
     refused = check.choose(setting, device, dtype).refused
     if refused and device not in _told:

@@ -18,7 +18,7 @@ from typing import Any
 from finetune.artifacts.names import MODEL_CONFIG
 from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
-from finetune.config.schema import RunConfig
+from finetune.config.schema import DataSection, EvaluationSection, ModelSection
 from finetune.data.reading.files import BadRow, expand, read_rows
 from finetune.data.reading.section import validation_sources
 from finetune.errors import DataError
@@ -69,12 +69,14 @@ class PlannedEvaluation:
         return [["an evaluation", said]]
 
 
-def planned_evaluation(plan: Plan, config: RunConfig) -> PlannedEvaluation | None:
+def planned_evaluation(
+    plan: Plan, model: ModelSection, data: DataSection, section: EvaluationSection
+) -> PlannedEvaluation | None:
     """The evaluations of a run; None where the held-out data is not on this machine, or there is none."""
-    found = _held_out(config)
+    found = _held_out(model, data, section)
     if found is None:
         return None
-    gpu, section = plan.gpu, config.evaluation
+    gpu = plan.gpu
     reading = 2 * plan.active_parameters * (found.tokens + found.prompt_tokens)
     seconds = reading / (gpu.peak_flops * gpu.share * gpu.number)
     ceilings = Ceilings()
@@ -87,11 +89,11 @@ def planned_evaluation(plan: Plan, config: RunConfig) -> PlannedEvaluation | Non
     return PlannedEvaluation(seconds, None if steps is None else steps * plan.seconds_per_step)
 
 
-def _held_out(config: RunConfig) -> HeldOut | None:
-    if config.data.validation is None:
+def _held_out(model: ModelSection, data: DataSection, section: EvaluationSection) -> HeldOut | None:
+    if data.validation is None:
         return None
     replies = tokens = rows = 0
-    for source in validation_sources(config.data):
+    for source in validation_sources(data):
         if "://" in source.path:
             return None  # nothing is fetched for a plan
         share = source.part.share if source.part is not None else 1.0
@@ -104,8 +106,8 @@ def _held_out(config: RunConfig) -> HeldOut | None:
             rows += math.ceil(share * len(found))
             replies += math.ceil(share * sum(map(_replies, found)))
             tokens += math.ceil(share * file.stat().st_size / BYTES_A_TOKEN)
-    length, section = config.data.max_length, config.evaluation
-    tokens = rows * length if _sees_images(config) else min(tokens, rows * length)
+    length = data.max_length
+    tokens = rows * length if _sees_images(model) else min(tokens, rows * length)
     asked = replies if section.replies == "every_reply" else rows
     asked = min(asked, section.max_samples or asked) if section.generate else 0
     return HeldOut(asked, tokens, tokens * asked // max(1, replies))
@@ -119,8 +121,7 @@ def _replies(row: Mapping[str, Any]) -> int:
     return max(1, sum(role in ("assistant", "gpt") for role in roles))
 
 
-def _sees_images(config: RunConfig) -> bool:
-    section = config.model
+def _sees_images(section: ModelSection) -> bool:
     folder = local_folder(section.path, section.revision, files=TOKENIZER_FILES)
     values = read_json(folder / MODEL_CONFIG)
     return family_of(values).sees_images(values)

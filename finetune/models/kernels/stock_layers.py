@@ -16,6 +16,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
 from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteRMSNorm
 
 from finetune.models import kernels
+from finetune.models.kernels import products
 from finetune.models.tiled_mlp import swiglu_mlp
 
 
@@ -67,6 +68,7 @@ class _MLP4(_JoinedMLP, Glm4MLP):
     pass
 
 
+use_products_in = products.use_in
 _OURS: dict[type, type] = {
     GlmRMSNorm: _Norm, Glm4RMSNorm: _Norm4, Glm4MoeRMSNorm: _MoeNorm,
     Glm4MoeLiteRMSNorm: _MoeLiteNorm, GlmMLP: _MLP, Glm4MLP: _MLP4,
