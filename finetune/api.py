@@ -147,7 +147,7 @@ class Chat:
             batch_size: Dialogues answered at once.
         """
         from finetune.generation.generate import Extras, SeededSampling, generate
-        from finetune.generation.messages import message_json, reply_messages
+        from finetune.generation.messages import message_json, reply_messages, without_thought
 
         asked = [_conversation(row, "predict") for row in rows]
         written = generate(
@@ -159,7 +159,7 @@ class Chat:
             extras=Extras(SeededSampling.at(temperature, seed) if temperature else None),
         )
         return [
-            message_json(reply_messages(reply.ids, self.template, each.tools)[0])
+            message_json(without_thought(reply_messages(reply.ids, self.template, each.tools)[0]))
             for reply, each in zip(written, asked, strict=True)
         ]
 

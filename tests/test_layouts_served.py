@@ -25,7 +25,7 @@ from finetune.evaluation.tasks.calls import calls_of
 from finetune.generation.decoder import Decoder, DecodingRow, Request
 from finetune.generation.generate import Reply
 from finetune.generation.load import OpenedModel, open_model
-from finetune.generation.messages import reply_messages, reply_row
+from finetune.generation.messages import reply_messages, reply_row, without_thought
 from finetune.generation.predict import PredictOptions, predict
 from finetune.generation.prompts import PromptStream
 from finetune.generation.stream import Piece, reply_stream
@@ -240,6 +240,8 @@ def test_predict_writes_rows_that_can_be_trained_on(template: ChatTemplate) -> N
             Message(m["role"], m["content"], m.get("metadata", "")) for m in row["messages"]
         )
         assert again == conversation.messages
+        alone = without_thought(again[1])
+        assert alone.content == ('{"a": "5"}' if alone.metadata else again[1].content)
         assert all(json.loads(c["function"]["arguments"]) is not None for c in row["tool_calls"])
 
 

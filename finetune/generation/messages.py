@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat.layouts.glm45 import Glm45Layout
@@ -49,6 +50,11 @@ def as_text(ids: Sequence[int], template: ChatTemplate) -> list[Message]:
     stream = reply_stream(template, ())
     pieces = [piece for token in ids for piece in stream.take(int(token))] + stream.finish()
     return [Message("assistant", "".join(piece.text for piece in pieces if not piece.is_thought))]
+
+
+def without_thought(message: Message) -> Message:
+    """The message, of a call its arguments alone."""
+    return replace(message, content=arguments_of(message)) if message.metadata else message
 
 
 def message_json(message: Message) -> dict[str, Any]:
