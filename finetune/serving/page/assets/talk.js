@@ -71,7 +71,10 @@ async function goOn(turn, column) {
       if (event.usage) answer.tokens += event.usage.completion_tokens;
       const choice = event.choices[0];
       if (!choice) continue;
-      step.text += choice.delta.content ?? "";
+      const { reasoning_content: thought, content, tool_calls: more } = choice.delta;
+      if (thought) step.text += (step.text ? "" : "<think>") + thought;
+      else if ((content || more) && step.text.startsWith("<think>") && !step.text.includes("</think>")) step.text += "</think>\n\n";
+      step.text += content ?? "";
       for (const call of choice.delta.tool_calls ?? []) {
         const known = (step.calls[call.index] ??= { id: call.id, name: call.function.name, arguments: "", result: null, typed: "" });
         known.arguments += call.function.arguments ?? "";
