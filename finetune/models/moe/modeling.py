@@ -131,5 +131,5 @@ def _finish(model: Any, text_class: type) -> None:
     model.model.__class__ = text_class
     count_experts(model.model, model.model.layers)
     # transformers knows the published depths only.
-    unread = layers_for_prediction(model.config)
-    model._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{n}\." for n in unread}
+    own = {rf"model\.layers\.{n}\." for n in layers_for_prediction(model.config)}
+    model._keys_to_ignore_on_load_unexpected = own | set(model._keys_to_ignore_on_load_unexpected)
