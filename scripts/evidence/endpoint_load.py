@@ -89,7 +89,12 @@ async def text_of(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
         return f"{answer.status_code} {answer.text[:200]}"
     if not body["stream"]:
         return " | ".join(said(choice["message"], choice) for choice in answer.json()["choices"])
-    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line[6:7] == "{"]
+    return streamed(answer.text, body)
+
+
+def streamed(text: str, body: dict[str, Any]) -> str:
+    """The same of the events of a stream."""
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line[6:7] == "{"]
     parts = [part for chunk in chunks for part in chunk["choices"]]
     by_reply = [[p for p in parts if p["index"] == n] for n in range(body.get("n", 1))]
     return " | ".join("".join(said(part["delta"], part) for part in reply) for reply in by_reply)

@@ -32,7 +32,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts/evidence")]
 
-from endpoint_load import ordinary, pages, served, text_of  # noqa: E402
+from endpoint_load import QUESTIONS, ordinary, pages, served, streamed, text_of  # noqa: E402
 
 from finetune.serving.heap import TRIM_SECONDS  # noqa: E402
 
@@ -61,12 +61,13 @@ class Load:
 
     async def slow(self, number: int, chance: random.Random) -> None:
         """A client on a thin line."""
-        body = json.dumps(ordinary(number) | {"stream": True}).encode()
+        asked = ordinary(number) | {"stream": True}
+        body = json.dumps(asked).encode()
         end = socket.socket()
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         end.setblocking(False)
         await asyncio.get_running_loop().sock_connect(end, (self.host, self.port))
-        reader, writer = await asyncio.open_connection(sock=end, limit=2048)
+        reader, writer = await asyncio.open_connection(sock=end, limit=1 << 16)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         request = head.encode() + body
         step = -(-len(request) // 5)
@@ -79,7 +80,9 @@ class Load:
             lines.append(line.decode())
             await asyncio.sleep(chance.uniform(0.0, 0.05))
         writer.close()
-        self._compare("slow", number, _told(lines))
+        is_well = " 200 " in lines[0]
+        told = streamed("".join(lines), asked) if is_well else lines[0].strip()
+        self._compare("slow", number, told)
 
     async def cancelled(self, number: int, chance: random.Random) -> None:
         """A client that leaves when it has seen some tokens, or before the first."""
@@ -101,16 +104,6 @@ class Load:
         self.counts[f"{kind}, as alone" if said == self.alone[number] else "OTHERWISE"] += 1
 
 
-def _told(lines: list[str]) -> str:
-    """As `endpoint_load.text_of` says it."""
-    if " 200 " not in lines[0]:
-        return lines[0].strip()
-    chunks = [json.loads(line[6:]) for line in lines if line[6:7] == "{"]
-    parts = [chunk["choices"][0] for chunk in chunks]
-    said = "".join(part["delta"].get("content") or "" for part in parts)
-    return f"{parts[-1]['finish_reason']} {said}"
-
-
 async def leg(load: Load, requests: int, slow: int, number: int) -> None:
     """All kinds at once."""
     chance = random.Random(number)
@@ -118,11 +111,11 @@ async def leg(load: Load, requests: int, slow: int, number: int) -> None:
 
     async def quick_one() -> None:
         for _ in left:
-            await load.quick(chance.randrange(40))
+            await load.quick(chance.randrange(QUESTIONS))
 
     async def others(count: int, one: Any) -> None:
         for _ in range(count):
-            await one(chance.randrange(40), chance)
+            await one(chance.randrange(QUESTIONS), chance)
 
     each = -(-2 * requests // 5 // slow)
     leaving = requests - 2 * (2 * requests // 5)
@@ -138,7 +131,7 @@ async def measured(url: str, process: int, options: argparse.Namespace) -> tuple
     address = httpx.URL(url)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        alone = [await text_of(client, ordinary(number)) for number in range(40)]
+        alone = [await text_of(client, ordinary(number)) for number in range(QUESTIONS)]
         load = Load(address.host, address.port or 80, client, alone)
         quiet = []
         for number in range(options.legs):
