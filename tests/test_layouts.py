@@ -202,6 +202,9 @@ def test_laws_1_to_5_hold_on_any_dialogue(
     template = newer.template_of(root, name)
     rendered = template.render([conversation])[0]
     assert rendered.input_ids.tolist()[:-1] == own_ids(template, conversation)
+    tokens, control = rendered.input_ids.tolist(), set(template.tokenizer.control_ids.values())
+    for run in rendered.runs[1:]:  # nowhere do two texts meet, which could be one token
+        assert {tokens[run.start - 1], tokens[run.start]} & control
     trained = 0
     for part, example in template.examples([conversation], "every_reply")[0]:
         ids, messages = example.input_ids.tolist(), part.messages

@@ -111,12 +111,7 @@ class Glm45Layout(Layout):
         """A message that the model is shown."""
         message, form = conversation.messages[index], self.form
         if message.role == "observation":
-            if index == 0 or conversation.messages[index - 1].role != "observation":
-                yield self._headers["observation"]
-            before, behind = form.result_with_images if message.images else form.result
-            yield from self._constants[before]
-            yield from self._shown(message, message.content)
-            yield from self._constants[behind]
+            yield from self._result(conversation.messages, index)
             return
         yield self._headers[message.role]
         yield form.before_text
@@ -125,6 +120,26 @@ class Glm45Layout(Layout):
             yield from self._constants[form.user_off]
         else:
             yield from self._shown(message, message.content)
+
+    def _result(self, messages: Sequence[Message], index: int) -> Iterator[str | int]:
+        """A tool's result; the line break before one that follows stands at its end, as one text."""
+        message, following = messages[index], messages[index + 1 : index + 2]
+        begins, ends = self._around(message)
+        if index == 0 or messages[index - 1].role != "observation":
+            yield self._headers["observation"]
+            yield from begins
+        else:
+            yield from begins[isinstance(begins[0], str) :]
+        yield from self._shown(message, message.content)
+        yield from ends
+        if following and following[0].role == "observation":
+            next_begins, _ = self._around(following[0])
+            yield from next_begins[: isinstance(next_begins[0], str)]
+
+    def _around(self, result: Message) -> list[tuple[str | int, ...]]:
+        form = self.form
+        around = form.result_with_images if result.images else form.result
+        return [self._constants[text] for text in around]
 
     def _shown(self, message: Message, body: str) -> Iterator[str | int]:
         """A text with the images of its message, each where it stands."""
