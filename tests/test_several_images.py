@@ -27,7 +27,7 @@ from finetune.data.dialogue.formats import RowRules, to_conversation
 from finetune.data.dialogue.images import ImageRule
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import LengthPolicy, PreparedDataset, load_examples
-from finetune.data.preview.report import check
+from finetune.data.preview.report import check, show
 from finetune.data.reading.sources import SourceSpec, read_conversations
 from finetune.errors import DataError
 from finetune.generation.generate import generate
@@ -356,3 +356,14 @@ def test_positions_of_a_small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 8, 9]
     assert height.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 6, 6, 6, 8, 9]
     assert width.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
+
+
+def test_the_preview_shows_each_image_as_one_piece(
+    drawn: Path, tmp_path: Path, folder: Path
+) -> None:
+    shown = show(str(rows(tmp_path, drawn)), model=folder, index=2)
+    pieces = [token.text for token in shown.tokens]
+    assert sum("<|begin_of_image|>" in piece for piece in pieces) == 5
+    assert all(
+        piece.endswith("<|end_of_image|>") for piece in pieces if "<|begin_of_image|>" in piece
+    )

@@ -225,6 +225,8 @@ def to_conversation(
 
 def _with_images(reader: MessageReader, row: Row, rule: ImageRule | None) -> list[Message]:
     """The messages with what a column of the row shows; RowError for what the checkpoint does not take."""
+    if not (reader.shows_images or row.get("images") or row.get("image")):
+        return reader.messages
     messages = with_images_of_row(reader.messages, reader.positions, row)
     if rule is not None:
         rule.check(messages, reader.positions)

@@ -67,6 +67,8 @@ class MessageReader:
         """Keys of messages with text that nothing reads."""
         self.reasoning: dict[int, str] = {}
         """Index into `messages` -> what the reply was thought out with, from a key of its own."""
+        self.shows_images = False
+        """Whether a message names images, or has a place for some."""
         self._marks = _UNMARKED
 
     def add(self, message: Message, position: int, call_id: object = None) -> None:
@@ -123,7 +125,9 @@ class MessageReader:
     def _user(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         text, images = _parts(content, position, self.unread)
         message = self._message(item, "user", text, position)
-        self.add(_showing(message, images, item, position), position)
+        message = _showing(message, images, item, position)
+        self.shows_images = self.shows_images or bool(message.images)
+        self.add(message, position)
 
     def _system(self, item: Mapping[str, Any], content: Any, position: int) -> None:
         tools = read_tools(item.get("tools"))
@@ -155,6 +159,7 @@ class MessageReader:
         plain = {key: item[key] for key in ("metadata",) if key in item}
         message = self._message(plain, "observation", text, position)
         message = _showing(message, images, item, position)
+        self.shows_images = self.shows_images or bool(message.images)
         self.add(message, position, item.get("tool_call_id"))
 
     def _assistant(
