@@ -149,6 +149,12 @@ def test_a_place_without_an_image_is_refused(content: Any, images: Any, reason: 
         to_conversation(row)
 
 
+def test_a_message_names_its_images_by_one_key() -> None:
+    message = {"role": "user", "content": "Q", "image": "a.png", "images": ["b.png"]}
+    with pytest.raises(RowError, match="message 1: names an 'image' and 'images'"):
+        to_conversation({"messages": [message, ANSWER]})
+
+
 def test_merged_turns_keep_the_places_of_their_images() -> None:
     row = {"messages": [
         {"role": "user", "content": "one", "image": "a.png"},

@@ -80,17 +80,21 @@ class GridSpec:
 
     def arrays(self, images: Sequence[tuple[str, str]]) -> dict[str, npt.NDArray[Any]]:
         """`pixel_values` [patches of all, C] and `image_grid_thw` [N, 3] of (path, who shows it)."""
-        opened = []
-        for path, location in images:
-            try:
-                opened.append(turned_image(path))
-            except ImageError as error:
-                raise DataError(f"{location}: image {path}: {error}") from error
-        made = _processor(self.folder)(images=opened, return_tensors="np")
+        made = [self._made(path, location) for path, location in images]  # one decoded at a time
         return {
-            "pixel_values": made["pixel_values"].astype(np.float32),
-            "image_grid_thw": made["image_grid_thw"].astype(np.int64),
+            "pixel_values": np.concatenate([one["pixel_values"] for one in made]).astype(
+                np.float32
+            ),
+            "image_grid_thw": np.concatenate([one["image_grid_thw"] for one in made]).astype(
+                np.int64
+            ),
         }
+
+    def _made(self, path: str, location: str) -> Any:
+        try:
+            return _processor(self.folder)(images=[turned_image(path)], return_tensors="np")
+        except ImageError as error:
+            raise DataError(f"{location}: image {path}: {error}") from error
 
 
 @lru_cache(maxsize=4)

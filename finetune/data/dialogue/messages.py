@@ -253,6 +253,8 @@ def _showing(
     shown = replace(message, images=tuple(images)) if images else message
     if (key := _image_key(item)) is None:
         return shown
+    if key == "image" and brings_image(item.get("images")):
+        _fail(position, "names an 'image' and 'images'; write all of them as 'images'")
     return with_own(shown, images_of(item[key], f"message {position}: {key}"), position)
 
 
