@@ -155,6 +155,18 @@ def test_a_message_names_its_images_by_one_key() -> None:
         to_conversation({"messages": [message, ANSWER]})
 
 
+def test_a_video_is_refused_and_its_frames_are_not() -> None:
+    frames = [text_part("0.0 s"), image_part("a.png"), text_part("0.5 s"), image_part("b.png")]
+    assert asked({"messages": [{"role": "user", "content": frames}, ANSWER]}) == [
+        user("0.0 s", "a.png", "0.5 s", "b.png")
+    ]
+    video = {"type": "video", "video": "x.mp4"}
+    with pytest.raises(
+        RowError, match=r"message 1: content has a video.* show its frames as images"
+    ):
+        to_conversation({"messages": [{"role": "user", "content": [video]}, ANSWER]})
+
+
 def test_merged_turns_keep_the_places_of_their_images() -> None:
     row = {"messages": [
         {"role": "user", "content": "one", "image": "a.png"},

@@ -292,6 +292,8 @@ def _text(content: Any, position: int, unread: set[str]) -> str:
 
 def _odd_part(part: Any, kind: Any) -> str:
     """Why a content part cannot be taken."""
+    if kind in ("video", "video_url"):
+        return "content has a video, which is not read; show its frames as images, each behind its time in seconds"
     if not isinstance(part, dict) or not isinstance(kind, str):
         return "content is a list of other things than parts with a type, such as text"
     return f"content has a part of type {kind!r}; text and images are taken"
