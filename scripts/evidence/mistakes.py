@@ -119,7 +119,7 @@ class _Finder:
                     ast.Name() | ast.Attribute() as two,
                     *rest,
                 ]
-            ) if self._text(node.func) not in ORDERED:
+            ) if self._text(node.func) not in ORDERED and self._text(one) != self._text(two):
                 given = [self._text(two), self._text(one), *map(self._text, rest)]
                 given += [self._keyword(keyword) for keyword in node.keywords]
                 yield self._put(node, f"{self._text(node.func)}({', '.join(given)})")

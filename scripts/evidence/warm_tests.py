@@ -14,13 +14,14 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
 import called
 
@@ -40,6 +41,8 @@ HANGS = (20.0, 10.0)
 """A test is given so many seconds, and so many times what it takes without a mistake."""
 
 HANGING = "no end: "
+WATCHED = 180.0
+"""Seconds in which a test file is watched; what it had not come to then is not known to call anything."""
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
@@ -127,18 +130,28 @@ class Collected:
 
     def watched(self, file: str, log: Path) -> called.Calls:
         """What the tests of a file call, seen in a process of its own."""
-        found = self.root / "seen.json"
-        found.unlink(missing_ok=True)
 
         def work() -> int:
             watch = called.Watch(self.root)
+
+            def kept(*_: object) -> NoReturn:
+                called.keep(self.root / file, watch.calls)
+                os._exit(0)
+
+            signal.signal(signal.SIGTERM, kept)
             self._session.config.pluginmanager.register(watch)
             for _ in self._run([n for n in self.items if n.partition("::")[0] == file]):
                 pass
-            called.keep(self.root / file, watch.calls)
-            return 0
+            kept()
 
-        os.waitpid(forked(work, log), 0)
+        child = forked(work, log)
+        limit = threading.Timer(WATCHED, os.kill, [child, signal.SIGTERM])
+        worst = threading.Timer(WATCHED + 10, os.killpg, [child, signal.SIGKILL])
+        limit.start()
+        worst.start()
+        os.waitpid(child, 0)
+        limit.cancel()
+        worst.cancel()
         return called.kept(self.root / file) or {}
 
     def first_failure(
