@@ -108,5 +108,5 @@ def test_the_responses_api_goes_over_chats_and_its_refusal_says_how(
     assert made.output[-1].content[0].text
     with pytest.raises(litellm.BadRequestError, match="use_chat_completions_api=True"):
         litellm.responses(model=f"openai/{MODEL}", **options)
-    with pytest.raises(litellm.NotFoundError, match="give no embeddings"):
+    with pytest.raises(litellm.BadRequestError, match="give no embeddings"):
         litellm.embedding(model=f"openai/{MODEL}", input=["a"], api_base=random, api_key=KEY)
