@@ -52,7 +52,7 @@ def mistakes(source: str) -> list[Mistake]:
 
 class _Finder:
     def __init__(self, source: str) -> None:
-        self._source = source
+        self._lines = source.encode().splitlines(keepends=True)
         self._tree = ast.parse(source)
         self._keys = sorted(set(_keys(self._tree)))
 
@@ -140,8 +140,13 @@ class _Finder:
         value = self._text(keyword.value)
         return f"{keyword.arg}={value}" if keyword.arg else f"**{value}"
 
-    def _text(self, node: ast.AST) -> str:
-        return ast.get_source_segment(self._source, node) or ""
+    def _text(self, node: ast.expr | ast.stmt) -> str:
+        """Its source; `ast.get_source_segment` would split the whole source each time."""
+        first, *others = self._lines[node.lineno - 1 : node.end_lineno]
+        if not others:
+            return first[node.col_offset : node.end_col_offset].decode()
+        whole = [first[node.col_offset :], *others[:-1], others[-1][: node.end_col_offset]]
+        return b"".join(whole).decode()
 
     def _put(self, node: ast.AST, new: str, *, closed: bool = False) -> Mistake:
         place = node if isinstance(node, ast.expr | ast.stmt) else None
