@@ -89,20 +89,22 @@ def copied() -> Path:
 
 def warm_up(tests: Sequence[str], folder: Path) -> None:
     """Imports here what the tests import, but for the project and the tests themselves."""
-    found = folder / "imported"
+    libraries = called.STORE / "libraries"
 
     def scout() -> int:
         import pytest
 
         pytest.main(["--collect-only", *OPTIONS, *tests])
         ours = {path.stem for path in Path("tests").glob("*.py")} | {"finetune", "tests"}
-        ours |= {"__main__", "mistakes", "mutate", "warm_tests", "called", "xdist"}
+        ours |= {"__main__", "mistakes", "mutate", "mutations", "warm_tests", "called", "xdist"}
         names = [n for n in sys.modules if n.partition(".")[0] not in ours and "pytest" not in n]
-        found.write_text("\n".join(names), encoding="utf-8")
+        called.STORE.mkdir(parents=True, exist_ok=True)
+        libraries.write_text("\n".join(names), encoding="utf-8")
         return 0
 
-    os.waitpid(forked(scout, folder / "log"), 0)
-    for name in found.read_text(encoding="utf-8").splitlines():
+    if not libraries.is_file():
+        os.waitpid(forked(scout, folder / "log"), 0)
+    for name in libraries.read_text(encoding="utf-8").splitlines():
         try:
             __import__(name)
         except Exception:  # only to save time: the tests import it again, and fail if they need it
