@@ -77,3 +77,11 @@ def test_every_name_with_the_mark_of_a_library_asks_for_it(
 )
 def test_values_of_the_declared_kinds_pass(good: dict[str, object]) -> None:
     assert extras.extra_problems(good) == {}
+
+
+@pytest.mark.parametrize(
+    "taken", sorted({*extras.OWNED, *extras.REFUSED} & {*extras.training_argument_names()})
+)
+def test_nobody_is_sent_from_a_misspelt_name_to_one_that_cannot_be_set(taken: str) -> None:
+    said = extras.extra_problems({f"{taken}_": 1})[f"{taken}_"]
+    assert not said.endswith(f"did you mean {taken}?")

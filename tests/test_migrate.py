@@ -103,6 +103,19 @@ def test_the_demo_means_here_what_it_meant_there(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("swanlab", "trackers"),
+    [("local", ["swanlab"]), ("cloud", ["swanlab"]), ("disabled", None), (None, None)],
+)
+def test_a_tracker_of_the_demo_is_taken_unless_it_is_turned_off(
+    tmp_path: Path, swanlab: str | None, trackers: list[str] | None
+) -> None:
+    found, _ = moved(
+        tmp_path, DEMO | {"swanlab": swanlab, "peft_config": LORA}, model="m", data="d"
+    )
+    assert found.values.get("training.report_to") == trackers
+
+
 def test_registered_data_sets_become_their_files_and_columns(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     register = {

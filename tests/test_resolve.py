@@ -11,7 +11,7 @@ from finetune.artifacts import names, resolve
 from finetune.artifacts.plain_files import check_folder, read_json
 from finetune.errors import ConfigError, FinetuneError, ModelError
 from finetune.report.runs import read_run
-from finetune.storage.manifest import verify
+from finetune.storage.manifest import seal, verify
 
 PRODUCT = Path(names.__file__).parents[1]
 HOMES = {PRODUCT / "artifacts/names.py", PRODUCT / "storage/manifest.py"}
@@ -149,3 +149,18 @@ def test_a_pipe_in_a_run_directory_is_refused_and_not_waited_for(tmp_path: Path,
 def test_a_manifest_that_is_a_pipe_is_damage(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")
     assert verify(tmp_path) == ["manifest.json is not a file"]
+
+
+def test_a_run_among_targets_stands_for_its_good_checkpoints_and_says_which_it_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for name in ("checkpoint-10", "checkpoint-2", "checkpoint-1", "weights-10", "weights-3"):
+        write(run / name / names.ADAPTER_CONFIG, {"peft_type": "LORA"})
+        seal(run / name)
+    (run / "checkpoint-2" / names.ADAPTER_CONFIG).write_text("{}")
+    found = resolve.models_in([str(run), "owner/name", str(run / "weights-10")])
+    good = [str(run / name) for name in ("checkpoint-1", "weights-3", "checkpoint-10")]
+    assert found == [*good, "owner/name", str(run / "weights-10")]
+    said = capsys.readouterr()
+    assert "passed over checkpoint-2: " in said.err + said.out

@@ -164,6 +164,9 @@ class Laboratory:
             chosen, left = self._chosen(files, wanted, left)
             if found := self._first(mutation, source, chosen):
                 return found
+        if left == self._seconds:  # nobody was seen to call it: it may run in a process of its own
+            every = {n: t.seconds for file in groups[0] for n, t in self._of(file).items()}
+            return self._first(mutation, source, every)
         return self._first(mutation, source, self._process_tests(groups[0]))
 
     def _first(self, mutation: Mutation, source: str, seconds: dict[str, float]) -> str:
