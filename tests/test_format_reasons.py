@@ -103,3 +103,10 @@ def test_a_conversation_made_by_hand_is_checked_alike() -> None:
     assert validate(good) is good
     with pytest.raises(RowError, match="message 2 is 'user' but message 1 is too"):
         validate(Conversation((Message("user", "Q"), Message("user", "Q"))), "predict")
+
+
+@pytest.mark.parametrize("asked", ["why", [{"role": "user", "content": "why"}]])
+@pytest.mark.parametrize("said", ["so", [{"role": "assistant", "content": "so"}]])
+def test_each_column_of_a_pair_may_be_a_text_or_messages(asked: Any, said: Any) -> None:
+    read = to_conversation({"prompt": asked, "response": said}).messages
+    assert [(one.role, one.content) for one in read] == [("user", "why"), ("assistant", "so")]

@@ -360,3 +360,19 @@ def test_the_table_of_keys_is_what_the_code_says(page: str) -> None:
     text = (data_keys.ROOT / page).read_text(encoding="utf-8")
     assert data_keys.BEGIN in text
     assert data_keys.with_table(page) == text
+
+
+@pytest.mark.parametrize(
+    ("part", "unread"),
+    [
+        ({"type": "text", "value": "a"}, set()),
+        ({"type": "text", "text": "a"}, set()),
+        ({"type": "image", "value": "a"}, {"value of a content part"}),
+        ({"type": "text", "width": 3}, {"width of a content part"}),
+        ({"type": "text", "text": "a", "width": None}, set()),
+    ],
+)
+def test_keys_of_a_content_part_that_nothing_reads_are_named(
+    part: dict[str, Any], unread: set[str]
+) -> None:
+    assert keys.unread_of_part(part) == unread

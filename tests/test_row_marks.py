@@ -112,6 +112,20 @@ def test_a_call_with_marks_of_its_own_is_counted_and_can_be_read(text: str) -> N
     assert (reply.metadata, json.loads(reply.content)) == ("get_weather", json.loads(CITY))
 
 
+def test_only_what_an_assistant_writes_as_text_is_read_as_a_call() -> None:
+    written = '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    call = {"function": {"name": "get_weather", "arguments": {"city": written}}}
+    messages = [
+        {"role": "user", "content": written},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": written},
+        {"role": "assistant", "content": "fine"},
+    ]
+    row = {"messages": messages, "tools": [WEATHER]}
+    plain, read = (to_conversation(row, rules=rules).messages for rules in (RowRules(), READ))
+    assert list(read) == list(plain)
+
+
 UNREADABLE = [
     "<tool_call>get_weather(Oslo)</tool_call>", "✿FUNCTION✿: get_weather\n✿ARGS✿: Oslo",
     "Action: get_weather\nAction Input: Oslo", "<function_calls>\n</function_calls>",
