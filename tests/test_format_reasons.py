@@ -37,6 +37,7 @@ def test_an_unknown_role_is_told_the_known_ones() -> None:
         ([{"name": "f", "description": "\ud800"}], "tools: the text contains half a surrogate pair"),
         ([{"description": "x"}], "tools: definition 1 has no usable name"),
         ([{"type": "function", "function": {"name": "a\nb"}}], "tools: definition 1 has no usable name"),
+        *(([{"name": name}], "tools: definition 1 has no usable name") for name in ("", " f", "f ", "f\t", "f\n", 3, None)),
         ([{"type": "function", "function": "f"}], "tools: definition 1 has no usable name"),
         ([WEATHER, WEATHER], "tools: 'get_weather' is defined twice"),
         ([{"name": "f", "parameters": "none"}], "tools: parameters of 'f' are not an object"),
