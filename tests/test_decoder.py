@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune.errors import ModelError
+from finetune.generation import batch
 from finetune.generation.decoder import Decoder, Decoding, DecodingRow, Request, Sampler, token_at
 
 
@@ -80,3 +81,13 @@ def test_logits_that_are_no_numbers_end_their_row_alone(value: float, how: dict[
     Decoder._append(SimpleNamespace(_stop_ids=frozenset()), rows, logits)  # type: ignore[arg-type]
     assert rows[0].error is None
     assert "not finite numbers" in str(rows[1].error)
+def test_buffers_of_keys_and_values_hold_all_columns_and_little_more() -> None:
+    layer = batch._Columns()
+    parts = [torch.randn(1, 2, columns, 4) for columns in (3, 1, 70, 1, 200, 1, 1)]
+    for number in range(len(parts)):
+        keys, values = layer.update(parts[number], -parts[number])
+        whole = torch.cat(parts[: number + 1], dim=2)
+        assert torch.equal(keys, whole)
+        assert torch.equal(values, -whole)
+        assert layer._key_buffer.shape[2] - whole.shape[2] <= batch._HEADROOM
+        assert layer._value_buffer.shape == layer._key_buffer.shape
