@@ -37,10 +37,12 @@ class Two(nn.Module):
 def adapted(*, ours: bool, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """Both layers with an adapter that is not zero."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["first", "second"], **options)
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": ["first", "second"]} | options
+    )
     model = get_peft_model(Two().to(dtype), config)
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name:  # its bias too, where it has one
             nn.init.normal_(weight, std=0.3)
     if ours:
         use_input_format(model)
@@ -59,7 +61,12 @@ def outcome(model: Any, given: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}, {"use_dora": True}], ids=str
+    "options",
+    [
+        *({}, {"lora_dropout": 0.3}, {"use_rslora": True}, {"use_dora": True}),
+        {"lora_bias": True, "target_modules": ["first"]},
+    ],
+    ids=str,
 )
 def test_output_and_gradients_are_pefts(options: dict[str, Any]) -> None:
     ours, theirs = adapted(ours=True, **options), adapted(ours=False, **options)

@@ -26,7 +26,7 @@ from finetune.data.examples.dataset import LengthPolicy, load_examples
 from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.generation import generate as generation
-from finetune.generation import prompts
+from finetune.generation import prompts, vllm
 from finetune.generation.dialogues import Dialogues, RowOptions
 from finetune.generation.load import open_model
 from finetune.generation.messages import as_reply, reply_messages
@@ -191,6 +191,19 @@ def test_after_a_crash_of_vllm_answered_dialogues_are_kept_and_not_asked_again(
     again = [prompt for asked in questions[3:] for prompt in asked]
     assert len(again) == 3
     assert not [prompt for prompt in again if prompt in kept]
+
+
+@pytest.mark.parametrize(
+    ("rank", "allowed"),
+    [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64), (65, 128), (128, 128),
+     (129, 256), (256, 256), (257, 320), (320, 320), (321, 512), (512, 512)],
+)  # fmt: skip
+def test_vllm_is_told_the_least_of_its_ranks_that_holds_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, allowed: int
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+    monkeypatch.setattr(vllm, "read_lora", lambda adapter: None)
+    assert vllm._rank(tmp_path) == allowed
 
 
 def test_what_vllm_cannot_do_is_said_before_it_starts(
