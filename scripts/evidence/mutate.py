@@ -60,6 +60,13 @@ PROCESS_SECONDS = 8.0
 """What a test takes that starts a process, about."""
 
 
+def test_files() -> list[Path]:
+    """The files of the tests, but for the whole suites of others."""
+    folders = (ROOT / "tests", ROOT / "tests/foreign")
+    found = [path for folder in folders for path in sorted(folder.glob("test_*.py"))]
+    return [path for path in found if path.name != "test_foreign.py"]
+
+
 def groups_of(file: str, *, near_only: bool = False) -> list[list[str]]:
     """Test files that name a module, those that name its room, and all others."""
     module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
@@ -67,10 +74,10 @@ def groups_of(file: str, *, near_only: bool = False) -> list[list[str]]:
     package, _, name = module.rpartition(".")
     near = rf"{re.escape(module)}\b|from {re.escape(package)} import [^\n]*\b{name}\b"
     groups: list[list[str]] = [[], [], []]
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in test_files():
         text = path.read_text(encoding="utf-8")
         place = 0 if re.search(near, text) else 1 if re.search(rf"{re.escape(room)}\b", text) else 2
-        groups[place].append(f"tests/{path.name}")
+        groups[place].append(path.relative_to(ROOT).as_posix())
     return groups[:1] if near_only else groups
 
 
@@ -270,11 +277,7 @@ def outcomes(
 
 def watched() -> int:
     """Sees what every test calls that was not seen yet; 0."""
-    unseen = [
-        f"tests/{path.name}"
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if called.kept(path) is None
-    ]
+    unseen = [p.relative_to(ROOT).as_posix() for p in test_files() if called.kept(p) is None]
     for start in range(0, len(unseen), 40):
         with workshop(unseen[start : start + 40]) as (_, warm):
             for file in sorted(warm.files):
