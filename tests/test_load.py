@@ -89,6 +89,7 @@ def test_every_weight_has_the_dtype_that_was_asked_for(
         pytest.skip("auto is bfloat16 on this GPU")
     model = load_model(tiny_chatglm, dtype=asked)
     assert {parameter.dtype for parameter in model.parameters()} == {got}
+    assert getattr(model, "sums_in_float32", False) is (got is torch.float16)
 
 
 @pytest.mark.parametrize("name", NAMES)
