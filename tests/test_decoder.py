@@ -81,6 +81,8 @@ def test_logits_that_are_no_numbers_end_their_row_alone(value: float, how: dict[
     Decoder._append(SimpleNamespace(_stop_ids=frozenset()), rows, logits)  # type: ignore[arg-type]
     assert rows[0].error is None
     assert "not finite numbers" in str(rows[1].error)
+
+
 def test_buffers_of_keys_and_values_hold_all_columns_and_little_more() -> None:
     layer = batch._Columns()
     parts = [torch.randn(1, 2, columns, 4) for columns in (3, 1, 70, 1, 200, 1, 1)]
