@@ -48,6 +48,8 @@ WITHOUT = {
     "report/requirements.py:check_requirements": "a result that was asked for, not a mistake",
     "data/reading/streams.py:_refuse_other_kinds": "each of the table it reads from says it",
     "chat/terminal.py:_make_room": "said in the chat, below the message",
+    "chat/terminal.py:_switched": "said in the chat, below the message",
+    "data/chat/layouts/glm45.py:_body": "every caller puts the row and the message in front",
     "chat/terminal.py:_checked_image": "said in the chat, below the message",
     "data/chat/layouts/glm4.py:_tools": "every caller puts the row in front",
     "data/chat/image.py:opened_image": "every caller puts the image's path in front",

@@ -299,7 +299,9 @@ class Session:
 
     def _switched(self, rest: str) -> bool:
         if not self.voice.template.layout.has_switch:
-            raise DataError("this model's chat template has no switch for thinking")
+            raise DataError(
+                "this model's chat template has no switch for thinking; open one that has"
+            )
         if rest not in ("on", "off"):
             raise DataError("on or off? Type /think off")
         return rest == "on"

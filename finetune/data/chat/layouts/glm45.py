@@ -188,7 +188,7 @@ class Glm45Layout(Layout):
         form, said = self.form, thinking.split_message(message).said
         if not message.metadata:
             if not is_first:
-                raise DataError("it stands behind a call of the same turn, where there is no place for text")  # fmt: skip
+                raise DataError("it stands behind a call of the same turn, where there is no place for text; move it in front")  # fmt: skip
             if said.strip():
                 yield form.before_reply
                 yield said.strip()

@@ -105,7 +105,7 @@ def _call_rules(
 ) -> Iterator[str]:
     called, form = tool_name(tool), layout.form
     if called in BUILT_IN:
-        raise DataError(f"{called!r} is called with plain text, which this checkpoint's layout has no place for")  # fmt: skip
+        raise DataError(f"{called!r} is called with plain text, which this checkpoint's layout has no place for; leave it out")  # fmt: skip
     function = tool["function"]
     strict = strict or function.get("strict") is True
     parameters = function.get("parameters") or {}
@@ -138,6 +138,6 @@ def _value(
         return json_rule({**schema, **shared}, strict)
     if strict and (said := [word for word in _OF_TEXTS if word in schema]):
         raise DataError(
-            f"{said[0]!r} of {key!r} cannot be held: texts stand between tags as they are"
+            f"{said[0]!r} of {key!r} cannot be held: texts stand between tags as they are; leave it out"
         )
     return _ANYTHING
