@@ -34,7 +34,7 @@ class ModelSection(Section):
     """Attention implementation; `auto` leaves the choice to transformers (sdpa). The flash ones need the package flash-attn or flash-attn-3, are compared with torch when the model is loaded, and give way to sdpa where they differ."""
 
     kernels: Literal["auto", "torch"] = "auto"
-    """Fused kernels on a GPU; `auto` uses each one that gives torch's numbers on this GPU when the model is loaded, `torch` none."""
+    """Fused kernels on a GPU; `auto` uses each one that gives torch's numbers on this GPU when the model is loaded, and where a model replies on a CPU that is not Intel's the matrix products of oneDNN; `torch` none."""
 
     adapter: NotEmpty | None = None
     """An adapter of `path` to train further, on new data for example: the folder of a checkpoint or of a run (its best checkpoint, else the newest). Its method and options must be those of `method`."""
