@@ -290,6 +290,8 @@ def _digest(conversation: Conversation) -> int:
         digest.update(text.encode())
     if conversation.tools:
         digest.update(strict_json.dump(conversation.tools).encode())
+    if conversation.thinks is not None:
+        digest.update(str(conversation.thinks).encode())
     return int.from_bytes(digest.digest(), "little")
 
 
