@@ -246,6 +246,15 @@ def test_a_dialogue_becomes_a_row_that_training_takes_and_shows_its_mask(page: p
     assert [m["content"] for m in row["messages"]] == ["Be short.", "one", "tuned answers.", "two <|assistant|>", "tuned answers."]  # fmt: skip
 
 
+GIVE = """
+        const data = new DataTransfer();
+        const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+        data.items.add(new File([bytes], 'x.png', {type: arguments[2] ?? 'image/png'}));
+        const more = arguments[1] === 'drop' ? {dataTransfer: data} : {clipboardData: data};
+        document.dispatchEvent(new (arguments[1] === 'drop' ? DragEvent : ClipboardEvent)(arguments[1], {bubbles: true, cancelable: true, ...more}))"""
+"""Pastes or drops a file: its bytes, how, and its kind."""
+
+
 def test_a_picture_is_dropped_or_pasted_and_goes_with_the_first_message(
     page: pages.Page, folder: Path
 ) -> None:
@@ -253,19 +262,13 @@ def test_a_picture_is_dropped_or_pasted_and_goes_with_the_first_message(
     assert page.run("return document.getElementById('image-row').hidden"), "none of them sees"
     page.run("state.columns = ['eyes']; drawAll()")
     assert not page.run("return document.getElementById('image-row').hidden")
-    give = """
-        const data = new DataTransfer();
-        const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
-        data.items.add(new File([bytes], 'x.png', {type: arguments[2] ?? 'image/png'}));
-        const more = arguments[1] === 'drop' ? {dataTransfer: data} : {clipboardData: data};
-        document.dispatchEvent(new (arguments[1] === 'drop' ? DragEvent : ClipboardEvent)(arguments[1], {bubbles: true, cancelable: true, ...more}))"""
     url = serving.data_url((30, 20))
     for way in ("paste", "drop"):
-        page.run(give, url.partition(",")[2], way)
+        page.run(GIVE, url.partition(",")[2], way)
         page.until("return document.querySelector('.thumbnail')")
         if way == "paste":
             page.click("Remove the image")
-    page.run(give, url.partition(",")[2], "drop", "text/html")
+    page.run(GIVE, url.partition(",")[2], "drop", "text/html")
     assert page.run("return document.getElementById('told').textContent") == "this is no image"
     page.send("what is it?")
     assert page.replies() == ["eyes answers."]
@@ -279,6 +282,20 @@ def test_a_picture_is_dropped_or_pasted_and_goes_with_the_first_message(
     with pytest.raises(SystemExit) as end:
         main(["data", "check", str(saved / "rows.jsonl")])
     assert end.value.code == 0
+
+
+def test_several_pictures_go_with_any_message_where_the_model_takes_them(page: pages.Page) -> None:
+    page.run(
+        "state.columns = ['eyes']; state.models.find((one) => one.name === 'eyes').images = 3; drawAll()"
+    )
+    url = serving.data_url((30, 20))
+    for number in (1, 2):
+        page.run(GIVE, url.partition(",")[2], "drop")
+        page.until(f"return document.querySelectorAll('.thumbnail').length === {number}")
+    sent = """
+        state.turns.push({ text: 'q', pictures: state.pictures, answers: [newAnswer()] });
+        return [messagesOf(0, 0)[0].content.map((part) => part.type), roomForPictures()]"""
+    assert page.run(sent) == [["image_url", "image_url", "text"], 1]
 
 
 def test_the_page_can_be_used_without_a_mouse_and_every_control_has_a_name(
