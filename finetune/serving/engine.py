@@ -78,10 +78,11 @@ class Engine:
 
     def _writer(self, name: str, opened: OpenedModel) -> Writer:
         """What writes a model's replies: where bases and adapters may share a pass, one for all of them."""
+        if not self._shares or opened.plain is None:
+            return Writer(opened.model, opened.template)
         is_base = opened.model is opened.plain
         is_prefix = is_attached(opened.model) and opened.template.image is None
-        shares = is_base or can_share(opened.model) or is_prefix
-        if not self._shares or opened.plain is None or not shares:
+        if not (is_base or is_prefix or can_share(opened.model)):
             return Writer(opened.model, opened.template)
         writer = self._shared.get(id(opened.plain))
         if writer is None:
