@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from finetune.methods.lora_forward import LoraLinear, LowRank
 from finetune.methods.ptuning_v2 import EncodedPrefix, Prefix
+from finetune.models.quantization import FourBits
 
 ADAPTER = "default"
 """What PEFT calls the only adapter of a model."""
@@ -106,7 +107,8 @@ def can_share(adapted: Any) -> bool:
 def _is_plain(layer: Any) -> bool:
     return (
         type(layer) is LoraLinear
-        and type(layer.base_layer) is nn.Linear
+        and isinstance(layer.base_layer, nn.Linear)
+        and not isinstance(layer.base_layer, FourBits)
         and type(layer.lora_A[ADAPTER]) is LowRank
         and type(layer.lora_B[ADAPTER]) is LowRank
         and not layer.lora_variant
