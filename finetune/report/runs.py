@@ -148,7 +148,8 @@ def find_runs(folder: Path) -> list[Run]:
             and EVALUATION not in files  # it keeps copies of the runs' records
             and not name.startswith((".", "checkpoint-", "weights-"))
         )  # fmt: skip
-        if RUN_CONFIG in files and (RUN_METRICS in files or checkpoint.checkpoints(Path(place))):
+        is_run = (Path(place) / RUN_CONFIG).is_file()  # no link to nothing
+        if is_run and (RUN_METRICS in files or checkpoint.checkpoints(Path(place))):
             found.append(Path(place))
     return [
         read_run(path) for path in sorted(found, key=lambda p: (p / RUN_CONFIG).stat().st_mtime)
@@ -170,7 +171,7 @@ def _predictions(folder: Path) -> dict[int, Path]:
     found = [
         (re.fullmatch(r"predictions-(\d+)\.jsonl", file.name), file) for file in folder.iterdir()
     ]
-    named = dict(sorted((int(name[1]), file) for name, file in found if name))
+    named = dict(sorted((int(n[1]), file) for n, file in found if n and not file.is_dir()))
     for file in named.values():
         check_plain(file)
     return named
