@@ -62,6 +62,29 @@ def write_dialogues(folder: Path, count: int, *, every: int = 2, seed: int = 0) 
     return path
 
 
+def write_albums(folder: Path, count: int) -> Path:
+    """`count` dialogues by turns of text, of one picture, and of three of different sizes in two questions."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    sizes = [(60, 60), (90, 60), (60, 120)]
+    for number, colour in enumerate(COLOURS):
+        Image.new("RGB", sizes[number % 3], colour).save(images / f"{colour}.png")
+    lines = []
+    for number in range(count):
+        shown = [COLOURS[(number + step) % len(COLOURS)] for step in range(3)]
+        parts = [{"type": "image", "image": f"images/{colour}.png"} for colour in shown]
+        ask = {"type": "text", "text": "what is this " * (1 + number % 3)}
+        turns = [[[ask]], [[parts[0], ask]], [[parts[0], ask, parts[1]], [ask, parts[2]]]]
+        messages: list[dict[str, Any]] = []
+        for turn in turns[number % 3]:
+            reply = {"role": "assistant", "content": f"{shown[0]} {number % 3}"}
+            messages += [{"role": "user", "content": turn}, reply]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    path = folder / "rows.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 GRID_TEMPLATE = """[gMASK]<sop>
 {%- for msg in messages %}
     {%- if msg.role == 'system' %}
