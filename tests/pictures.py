@@ -114,6 +114,7 @@ GRID_FAMILIES = {
     "glm4v": {"head_dim": 8, "partial": 0.5, "sections": [1, 1, 0]},
     "glm46v": {"head_dim": 8, "partial": 0.5, "sections": [1, 1, 0]},
     "glm_ocr": {"head_dim": 16, "partial": 1.0, "sections": [2, 3, 3]},
+    "glm4v_moe": {"head_dim": 8, "partial": 0.5, "sections": [1, 1, 0]},
 }  # fmt: skip
 """As published: GLM-OCR's heads are together wider than the model, and turn as a whole."""
 
@@ -140,6 +141,11 @@ def save_grid_model(folder: Path, family: str = "glm4v") -> Path:
             "mrope_section": shape["sections"],
         },
     }  # fmt: skip
+    if family == "glm4v_moe":
+        text |= {
+            "num_hidden_layers": 3, "moe_intermediate_size": 16, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 16, "num_heads": 2, "image_size": 56, "patch_size": 14,
         "out_hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.2,

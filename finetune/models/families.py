@@ -18,6 +18,7 @@ from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.moe.modeling import Glm4MoeForCausalLM, Glm4MoeLiteForCausalLM
 from finetune.models.vision import grids
+from finetune.models.vision.mixture import Glm4vMoeForConditionalGeneration
 
 
 class GlmForCausalLM(SupervisedLoss, transformers.GlmForCausalLM):
@@ -173,6 +174,14 @@ FAMILIES: dict[str, Family] = {
             **_GRID_VISION,
         ),
         Family(
+            "glm4v_moe",
+            "GLM-4.5V, GLM-4.6V",
+            transformers.Glm4vMoeConfig,
+            Glm4vMoeForConditionalGeneration,
+            **_mixture(r"model\.language_model", "q_proj|k_proj|v_proj|o_proj"),
+            **_GRID_VISION,
+        ),
+        Family(
             "glm4_moe",
             "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7",
             transformers.Glm4MoeConfig,
@@ -197,7 +206,6 @@ _EXPERTS = (
 _SEVERAL = "several images in any turn, and its own way to lay them out, are not handled here"
 _ALONE = "it is no chat model of text"
 REFUSED: dict[str, tuple[str, str]] = {
-    "glm4v_moe": ("GLM-4.5V, GLM-4.6V", _EXPERTS),
     "glm_moe_dsa": ("GLM-5", _EXPERTS),
     "glm5_next": ("GLM-5.3-Flash", _EXPERTS),
     "glmga": ("GLM-GA, in GLM-4.6V's form", _SEVERAL),

@@ -26,7 +26,11 @@ for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu"), ("HF_HU
     os.environ.setdefault(name, value)
 
 Settings = dict[str, Any]
-FAMILIES = ("chatglm", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm4v", "glm4.1v")
+FAMILIES = (
+    "chatglm", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm4v",
+    "glm4.1v", "glm46v", "glm_ocr", "glm4v_moe",
+)  # fmt: skip
+"""Of `model_type` chatglm with and without images, and the others; glm4v is GLM-4V, glm4.1v the later type of that name."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,21 @@ def subject(
 ) -> tuple[Path, Path, dict[str, Any]]:
     """A tiny model, `count` dialogues for it, and what its runs change in a config.
 
-    Of `glm4v` and `glm4.1v` the tower is frozen, and every third dialogue shows an image: batches with and
-    without one meet in the same forward pass of two processes.
+    Where there is a tower it is frozen. Of GLM-4V every third dialogue shows an image, of the later ones
+    two do, up to three images in two turns: batches with and without meet in the same forward pass of
+    two processes.
     """
     import pictures
     import runs
     import tiny
 
-    if family in ("glm4v", "glm4.1v"):
-        save = pictures.save_model if family == "glm4v" else pictures.save_grid_model
-        model = save(folder / "model")
+    seeing = {"model__freeze": ["vision"], "data__group_by_length": False}
+    if family == "glm4v":
         data = pictures.write_dialogues(folder / "data", count, every=3)
-        return model, data, {"model__freeze": ["vision"], "data__group_by_length": False}
+        return pictures.save_model(folder / "model"), data, seeing
+    if (grid := {"glm4.1v": "glm4v"}.get(family, family)) in pictures.GRID_FAMILIES:
+        model = pictures.save_grid_model(folder / "model", grid)
+        return model, pictures.write_albums(folder / "data", count), seeing
     model = tiny.save_model(folder / "model", family)
     return model, runs.write_dialogues(folder / "train.jsonl", count, weights=weights), {}
 

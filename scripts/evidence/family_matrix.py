@@ -171,7 +171,17 @@ def _shown(opened: Any) -> dict[str, Any]:
     token = getattr(opened.model.config, "image_token_id", None)
     if token is None:
         return {}
-    ids = [1, pictures.BOI, *[token] * 4, pictures.EOI, 7, pictures.BOI, *[token] * 6, pictures.EOI, 5]
+    ids = [
+        1,
+        pictures.BOI,
+        *[token] * 4,
+        pictures.EOI,
+        7,
+        pictures.BOI,
+        *[token] * 6,
+        pictures.EOI,
+        5,
+    ]
     pixels = torch.linspace(-2, 2, (16 + 24) * 3 * 2 * 14 * 14).view(40, -1)
     grid = torch.tensor([[1, 4, 4], [1, 4, 6]])
     return {"input_ids": torch.tensor([ids]), "pixel_values": pixels, "image_grid_thw": grid}
@@ -289,9 +299,10 @@ def main() -> int:
         folder = Path(temporary)
         os.environ["FINETUNE_CACHE"] = str(folder / "cache")
         cells.import_libraries()
+        import serving  # noqa: F401
+
         import finetune.generation.load
         import finetune.serving.serve  # noqa: F401
-        import serving  # noqa: F401
 
         for place, plain in places(options, folder):
             found = measure(place, plain)

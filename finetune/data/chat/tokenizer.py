@@ -173,6 +173,7 @@ _IMAGES: dict[str, Callable[[Path, Mapping[str, Any]], TakesImages | None]] = {
     "glm4v": _grids,
     "glm46v": _grids,
     "glm_ocr": _grids,
+    "glm4v_moe": _grids,
 }
 """How each family takes images, by `model_type`; a family that is not here takes none."""
 

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteTopkRouter
+from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeTextTopkRouter
 
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.moe.routing import ExpertUse, Router
@@ -68,7 +69,15 @@ class _LiteRouter(Router, Glm4MoeLiteTopkRouter):
     pass
 
 
-_ROUTERS: dict[type, type] = {Glm4MoeTopkRouter: _Router, Glm4MoeLiteTopkRouter: _LiteRouter}
+class _VisionRouter(Router, Glm4vMoeTextTopkRouter):
+    pass
+
+
+_ROUTERS: dict[type, type] = {
+    Glm4MoeTopkRouter: _Router,
+    Glm4MoeLiteTopkRouter: _LiteRouter,
+    Glm4vMoeTextTopkRouter: _VisionRouter,
+}
 
 
 def count_experts(text: nn.Module, layers: nn.ModuleList) -> None:

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from finetune.errors import ModelError
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.packed_attention import document_starts, positions_in_documents
 
@@ -184,6 +185,11 @@ class Glm46VForConditionalGeneration(GridLoss, transformers.Glm46VForConditional
     """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
 
     def __init__(self, config: Any) -> None:
+        if config.text_config.model_type != "glm4v_text":
+            raise ModelError(
+                f"model_type 'glm46v' around a text of model_type {config.text_config.model_type!r} is not "
+                "supported; use a checkpoint of model_type 'glm4v_moe' or 'glm4v'"
+            )
         super().__init__(config)
         self.model.__class__ = Glm46VModel
         self.lm_head.__class__ = SupervisedHead
