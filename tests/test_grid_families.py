@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from finetune.artifacts.plain_files import read_json
 from finetune.config.schema import LoraMethod
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.export.merge import merge
 from finetune.generation.load import open_model
 from finetune.methods import attach
@@ -26,6 +27,8 @@ from finetune.models.families import FAMILIES
 from finetune.models.load import load_model
 
 FAMILIES_OF_GRIDS = sorted(pictures.GRID_FAMILIES)
+ADAPTED = {"glm4v_moe": 4 * 3 + 3 + 3 * 2}
+"""Layers of the text; of a mixture attention, the dense layer and the shared experts. Else 6 in each of two."""
 SHAPES = [(4, 4), (4, 6), (2, 8), (6, 4), (2, 2)]
 """Height and width of images, in patches."""
 
@@ -187,7 +190,7 @@ def test_lora_on_text_and_vision_adapts_the_layers_of_both_and_no_others(pair: P
     }
     seeing = {name for name in named if ".visual." in name}
     assert len(seeing) == 5 * 2 + 4
-    assert len(named - seeing) == 6 * 2
+    assert len(named - seeing) == ADAPTED.get(family.model_type, 6 * 2)
     assert family.head not in " ".join(named)
     with pytest.raises(ConfigError, match="freeze covers every layer"):
         attach(load_model(pair.folder), LoraMethod(target_modules=["vision"]), freeze=["vision"])
@@ -207,7 +210,7 @@ def test_lora_on_both_parts_learns_and_merges_into_both(family: str, tmp_path: P
     before, after = (load_file(one / "model.safetensors") for one in (model, tmp_path / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert sum(".visual." in name for name in changed) == 5 * 2 + 4
-    assert sum(".language_model." in name for name in changed) == 6 * 2
+    assert sum(".language_model." in name for name in changed) == ADAPTED.get(family, 6 * 2)
     opened, merged = open_model(Path(done["checkpoint"])).model, load_model(tmp_path / "merged")
     kinds = Pair(model, merged, None)
     ids, shown = torch.tensor([kinds.row(*TWO_TURNS)]), kinds.shown(*SHAPES)
@@ -241,3 +244,12 @@ def test_features_kept_on_disk_train_as_the_encoder_does_which_then_rests(tmp_pa
     assert looks[1:] == [3, 0]
     assert_trained_alike(tmp_path / "kept", tmp_path / "seen")
     assert runs.adapter_hash(tmp_path / "again", 3) == runs.adapter_hash(tmp_path / "kept", 3)
+
+
+def test_glm46v_around_a_mixture_names_the_type_to_use(tmp_path: Path) -> None:
+    folder = pictures.save_grid_model(tmp_path, "glm46v")
+    config = read_json(folder / "config.json")
+    config["text_config"] = {"model_type": "glm4v_moe_text"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match="'glm4v_moe_text' is not supported; use a checkpoint"):
+        load_model(folder)
