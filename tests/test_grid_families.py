@@ -206,7 +206,8 @@ def test_lora_on_both_parts_learns_and_merges_into_both(family: str, tmp_path: P
         training__learning_rates={"vision": 2e-2}, training__activation_checkpointing=True,
     ) | {"method": lora}  # fmt: skip
     done = runs.run_here(settings)
-    merge(Path(done["checkpoint"]), tmp_path / "merged")
+    report = merge(Path(done["checkpoint"]), tmp_path / "merged", check="full")
+    assert report.largest_difference is not None
     before, after = (load_file(one / "model.safetensors") for one in (model, tmp_path / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert sum(".visual." in name for name in changed) == 5 * 2 + 4

@@ -103,7 +103,22 @@ def _prompts(config: Any) -> list[Inputs]:
         pixels = torch.randn(1, 3, size, size, generator=generator)
         seen = torch.cat([torch.tensor([span]), ids[0]], dim=1)
         prompts.append({"input_ids": seen, "pixel_values": pixels})
+    elif getattr(config, "image_token_id", None) is not None:
+        prompts.append(_two_images(config, ids[0], generator))
     return prompts
+
+
+def _two_images(config: Any, text: torch.Tensor, generator: torch.Generator) -> Inputs:
+    """A prompt with two images of four tokens each, of a family whose images keep their shape."""
+    vision = config.vision_config
+    side = 2 * vision.spatial_merge_size
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    span = [config.image_start_token_id, *[config.image_token_id] * 4, config.image_end_token_id]
+    return {
+        "input_ids": torch.cat([torch.tensor([span]), text, torch.tensor([span])], dim=1),
+        "pixel_values": torch.randn(2 * side * side, width, generator=generator),
+        "image_grid_thw": torch.tensor([[1, side, side]] * 2),
+    }
 
 
 def _logits(model: torch.nn.Module, prompts: list[Inputs]) -> list[torch.Tensor]:
