@@ -119,7 +119,7 @@ GRID_FAMILIES = {
 """As published: GLM-OCR's heads are together wider than the model, and turn as a whole."""
 
 
-def save_grid_model(folder: Path, family: str = "glm4v") -> Path:
+def save_grid_model(folder: Path, family: str = "glm4v", *, width: int = 32) -> Path:
     """A tiny random one whose images keep their shape: a token for 28 x 28 pixels, four to sixteen each."""
     from tokenizers import AddedToken, Tokenizer
 
@@ -132,7 +132,7 @@ def save_grid_model(folder: Path, family: str = "glm4v") -> Path:
     image = tokenizer.token_to_id("<|image|>")
     shape: dict[str, Any] = GRID_FAMILIES[family]
     text = {
-        "vocab_size": tiny.VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64,
+        "vocab_size": tiny.VOCAB_SIZE, "hidden_size": width, "intermediate_size": 2 * width,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 2048, "pad_token_id": tiny.PAD_ID, "initializer_range": 0.2,
         "head_dim": shape["head_dim"],
@@ -148,7 +148,7 @@ def save_grid_model(folder: Path, family: str = "glm4v") -> Path:
         }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 16, "num_heads": 2, "image_size": 56, "patch_size": 14,
-        "out_hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.2,
+        "out_hidden_size": width, "intermediate_size": 32, "initializer_range": 0.2,
     }  # fmt: skip
     known = FAMILIES[family]
     config = known.config_class(
