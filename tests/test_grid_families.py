@@ -15,7 +15,7 @@ import tiny
 import torch
 import transformers
 from closeness import SMOOTH_STEPS, assert_trained_alike
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.artifacts.plain_files import read_json
@@ -269,3 +269,20 @@ def test_four_bits_hold_the_layers_of_the_text_and_leave_the_encoder_whole(tmp_p
     with torch.no_grad():
         seen = [torch.cat(model.model.get_image_features(**shown).pooler_output) for model in (narrow, wide)]  # fmt: skip
     assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_layer_that_predicts_ahead_stays_in_what_is_saved(kind: str, tmp_path: Path) -> None:
+    model = pictures.save_grid_model(tmp_path / "model", "glm_ocr")
+    ahead = {"model.language_model.layers.2.eh_proj.weight": torch.randn(32, 64)}
+    file = model / "model.safetensors"
+    save_file(load_file(file) | ahead, file, metadata={"format": "pt"})
+    data = pictures.write_albums(tmp_path / "data", 4)
+    settings = runs.config(model, data, tmp_path / "run", training__max_steps=1) | {"method": {"kind": kind}}  # fmt: skip
+    checkpoint = Path(runs.run_here(settings)["checkpoint"])
+    merge(checkpoint, tmp_path / "merged")
+    places = [tmp_path / "merged", *([checkpoint] if kind == "full" else [])]
+    for place in places:
+        saved = load_file(place / "model.safetensors")
+        assert all(torch.equal(saved[name], tensor) for name, tensor in ahead.items())
+        assert saved.keys() == load_file(file).keys()

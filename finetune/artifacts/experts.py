@@ -67,6 +67,6 @@ def of_prediction(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     found = []
     for name in names:
         match = _LAYER.match(name)
-        if match and num_experts(config) and int(match[1]) >= layers and ".visual." not in name:
+        if match and 0 < layers <= int(match[1]) and ".visual." not in name:
             found.append(name)
     return found

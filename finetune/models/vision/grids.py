@@ -202,3 +202,7 @@ class GlmOcrForConditionalGeneration(GridLoss, transformers.GlmOcrForConditional
         super().__init__(config)
         self.model.__class__ = GlmOcrModel
         self.lm_head.__class__ = SupervisedHead
+        # The layer behind the last predicts a token further ahead (MTP); transformers knows its number in
+        # the published depth only.
+        behind = config.text_config.num_hidden_layers
+        self._keys_to_ignore_on_load_unexpected = {rf"model\.language_model\.layers\.{behind}\."}
