@@ -119,13 +119,22 @@ def resumed(place: Place) -> str:
     return "" if same else "other weights"
 
 
-def evaluated(place: Place) -> str:
-    """How the replies of `finetune evaluate` differ from those of the run."""
+def command(*words: str) -> None:
+    """One finetune command, in this process; SystemExit where it does not end well."""
     from finetune.cli import main
 
+    try:
+        main(words)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def evaluated(place: Place) -> str:
+    """How the replies of `finetune evaluate` differ from those of the run."""
     run_dir = place.folder / place.name
     out = place.folder / f"{place.name}-evaluated"
-    main(["evaluate", str(run_dir / f"checkpoint-{LAST}"), "--output", str(out)])
+    command("evaluate", str(run_dir / f"checkpoint-{LAST}"), "--output", str(out))
     pair = [replies(out / "predictions.jsonl"), replies(run_dir / f"predictions-{LAST}.jsonl")]
     return "" if pair[0] == pair[1] else "other replies than the run's"
 
@@ -141,12 +150,11 @@ def merged(place: Place) -> str:
     import transformers
 
     from finetune.artifacts.plain_files import read_json
-    from finetune.cli import main
     from finetune.generation.load import open_model
 
     checkpoint = place.folder / place.name / f"checkpoint-{LAST}"
     out = place.folder / f"{place.name}-merged"
-    main(["merge", str(checkpoint), "--output", str(out)])
+    command("merge", str(checkpoint), "--output", str(out))
     (architecture,) = read_json(out / "config.json")["architectures"]
     own = getattr(transformers, architecture, None)
     ours = open_model(checkpoint)
@@ -192,12 +200,11 @@ def served(place: Place) -> str:
     import serving
 
     from finetune.chat.terminal import Session, Terminal, Voice
-    from finetune.cli import main
     from finetune.generation.load import open_model
 
     checkpoint = str(place.folder / place.name / f"checkpoint-{LAST}")
     out = place.folder / f"{place.name}-predicted.jsonl"
-    main(["predict", checkpoint, "--data", str(place.data), "--output", str(out), "--max-new-tokens", "6"])  # fmt: skip
+    command("predict", checkpoint, "--data", str(place.data), "--output", str(out), "--max-new-tokens", "6")  # fmt: skip
     rows = [json.loads(line)["messages"] for line in place.data.read_text("utf-8").splitlines()]
     asked = {"max_tokens": 6, "temperature": 0.0}
     opened, problems = open_model(checkpoint), []
