@@ -144,6 +144,11 @@ def replies(file: Path) -> list[str]:
     return [json.loads(line)["prediction"] for line in file.read_text("utf-8").splitlines()]
 
 
+def predicted(file: Path) -> list[dict[str, Any]]:
+    """The replies that `finetune predict` wrote, as messages."""
+    return [json.loads(line)["messages"][-1] for line in file.read_text("utf-8").splitlines()]
+
+
 def merged(place: Place) -> str:
     """How the merged folder, in transformers' own class, differs from the adapter."""
     import torch
@@ -209,10 +214,11 @@ def served(place: Place) -> str:
     asked = {"max_tokens": 6, "temperature": 0.0}
     opened, problems = open_model(checkpoint), []
     with serving.served(opened) as server:
-        for row, said in zip(rows[:3], replies(out), strict=False):
+        for row, last in zip(rows[:3], predicted(out), strict=False):
             messages = [_as_openai(message, place.data.parent) for message in row[:-1]]
             answer = server.client.chat.completions.create(model="tiny", messages=messages, **asked)
-            if (answer.choices[0].message.content or "").strip() != said.strip():
+            said = answer.choices[0].message
+            if not last.get("metadata") and (said.content or "").strip() != last["content"].strip():
                 problems.append("the endpoint's reply is not predict's")
     screen = io.StringIO()
     lines = io.StringIO("hello there\n/quit\n")
