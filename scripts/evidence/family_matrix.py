@@ -276,14 +276,18 @@ def measure(place: Place, plain: Path) -> dict[str, str]:
 
 def places(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Place, Path]]:
     """The cells, each with the run in one process without DeepSpeed that it is compared with."""
-    for family in options.families:
+    for number, family in enumerate(options.families):
         at = folder / family
         at.mkdir(parents=True)
         model, data, changes = cells.subject(family, at, 12)
-        for method in options.methods:
+        methods, stages = options.methods, options.stages
+        if options.one:
+            methods = [methods[number % len(methods)]]
+            stages = [stages[(number + number // 3) % len(stages)]]
+        for method in methods:
             first = Place(family, method, "none", model, data, changes, at)
             ran(first.run(first.name, 1), at)
-            for stage in options.stages:
+            for stage in stages:
                 yield Place(family, method, stage, model, data, changes, at), at / first.name
         shutil.rmtree(at)
 
@@ -305,6 +309,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", choices=cells.FAMILIES, default=list(cells.FAMILIES))  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--stages", nargs="+", choices=("0", "2", "3"), default=["0", "2", "3"])
+    parser.add_argument("--one", action="store_true", help="one cell for each family, in turn")
     options = parser.parse_args()
     held = json.loads(options.file.read_text("utf-8")) if options.file.is_file() else {"cells": {}}
     bad = 0
