@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,6 +197,23 @@ def test_lora_on_text_and_vision_adapts_the_layers_of_both_and_no_others(pair: P
     assert family.head not in " ".join(named)
     with pytest.raises(ConfigError, match="freeze covers every layer"):
         attach(load_model(pair.folder), LoraMethod(target_modules=["vision"]), freeze=["vision"])
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "glm46v", "glm_ocr"])
+def test_at_full_size_every_layer_of_both_parts_is_found_by_its_name(kind: str) -> None:
+    family = FAMILIES[kind]
+    config = family.config_class()  # transformers' own values are the published ones
+    with torch.device("meta"):
+        names = [name for name, _ in family.model_class(config).named_modules()]
+    layers = config.get_text_config().num_hidden_layers
+
+    def found(pattern: str | None) -> int:
+        return sum(bool(re.fullmatch(str(pattern), name)) for name in names)
+
+    assert found(family.lora_targets) == 6 * layers
+    assert found(family.attention) == layers
+    assert found(family.rotary) == 1
+    assert found(family.vision_lora_targets) == 5 * config.vision_config.depth + 4
 
 
 @pytest.mark.parametrize("family", FAMILIES_OF_GRIDS)
