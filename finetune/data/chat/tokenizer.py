@@ -170,10 +170,7 @@ def _grids(place: Path, config: Mapping[str, Any]) -> TakesImages:
 
 _IMAGES: dict[str, Callable[[Path, Mapping[str, Any]], TakesImages | None]] = {
     "chatglm": lambda _, config: image_spec(config),
-    "glm4v": _grids,
-    "glm46v": _grids,
-    "glm_ocr": _grids,
-    "glm4v_moe": _grids,
+    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glm4v_moe"), _grids),
 }
 """How each family takes images, by `model_type`; a family that is not here takes none."""
 
