@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Reasons:
         self.numbers: dict[str, int] = {}
 
     def of(self, text: str) -> int:
-        """The number of a reason."""
+        """The number of a reason, whatever folder it names."""
+        text = re.sub(r"\S*/checkpoint-\d+", "FOLDER", text)
         return self.numbers.setdefault(text, len(self.numbers) + 1)
 
 
