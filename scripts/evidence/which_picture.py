@@ -67,12 +67,12 @@ def dialogue(pictures: dict[str, list[str]], chooser: random.Random, kind: str) 
     parts = [shown(number, path) for number, path in enumerate(paths, 1)]
     ask = [{"type": "text", "text": question}]
     turns = [parts[0] + parts[1] + parts[2] + ask]
-    if kind == "turns":
-        turns = (
-            [parts[0], parts[1] + parts[2] + ask]
-            if asked % 2
-            else [parts[0] + parts[1], parts[2] + ask]
-        )
+    if kind == "turns":  # where a turn ends says nothing of the answer
+        first = chooser.choice([1, 2])
+        turns = [
+            [part for shows in parts[:first] for part in shows],
+            [part for shows in parts[first:] for part in shows] + ask,
+        ]
     messages: list[Row] = []
     for turn in turns[:-1]:
         messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": "seen"}]
@@ -135,7 +135,7 @@ def main() -> int:
     """Make data and model, train, ask; 1 when it has not learnt to tell them apart."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--family", default="glm4v")
     given = parser.parse_args()
     folder = given.folder.resolve()
