@@ -3,7 +3,7 @@
 Dialogues are drawn at random: one to four turns, up to three images among the words of a question, of sizes from
 12 to 700 pixels, with and without alpha, grey, with palettes, turned by EXIF. Each is laid out here and by
 transformers' `Glm4vProcessor` or `Glm46VProcessor` with the checkpoint's template and its Pillow image processor.
-Their video processor needs torchvision and is left out. A minute or two of one CPU core for 200.
+Their video processor needs torchvision and is left out. Half a minute of one CPU core for 200.
 
     python scripts/evidence/image_prompts.py FOLDER [--family glm4v|glm46v|glm_ocr] [--count 200] [--seed 0]
 
