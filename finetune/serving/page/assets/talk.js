@@ -72,8 +72,13 @@ async function goOn(turn, column) {
       const choice = event.choices[0];
       if (!choice) continue;
       const { reasoning_content: thought, content, tool_calls: more } = choice.delta;
-      if (thought) step.text += (step.text ? "" : "<think>") + thought;
-      else if ((content || more) && step.text.startsWith("<think>") && !step.text.includes("</think>")) step.text += "</think>\n\n";
+      if (thought) {
+        step.text += (step.thinks ? "" : "<think>") + thought;
+        step.thinks = true;
+      } else if ((content || more) && step.thinks) {
+        step.text += "</think>\n\n"; // where a model writes <think> into its text, it also ends it there
+        step.thinks = false;
+      }
       step.text += content ?? "";
       for (const call of choice.delta.tool_calls ?? []) {
         const known = (step.calls[call.index] ??= { id: call.id, name: call.function.name, arguments: "", result: null, typed: "" });
