@@ -202,6 +202,8 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tokenizer: ChatTokenizer) ->
         "{{ messages.append(1) }}",
         "{{ '{0.__class__.__mro__}'.format('') }}",
         "{{ namespace(__class__=1) }}",
+        "{% set n = namespace(_a=1) %}fine",
+        "{% set n = namespace({'_a': 1}) %}fine",
         "{% set n = namespace() %}{% set n.__class__ = 1 %}",
     ):
         with pytest.raises(DataError, match="chat template failed"):
