@@ -26,7 +26,8 @@ from finetune.data.examples.dataset import LengthPolicy, load_examples
 from finetune.data.reading.sources import SourceSpec
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.generation import generate as generation
-from finetune.generation import prompts, vllm
+from finetune.generation import prompts
+from finetune.generation.backends import vllm
 from finetune.generation.dialogues import Dialogues, RowOptions
 from finetune.generation.load import open_model
 from finetune.generation.messages import as_reply, reply_messages
