@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md")])
 GROUP: Any = typer.main.get_command(app)
 OF_OTHERS = {"--nnodes", "--rdzv-endpoint", "--ipc", "--shm-size",  # options of torchrun, SLURM, vLLM and llama.cpp that stand alone in a sentence
-    "--shutdown_timeout", "--signal", "--generation-config", "--trust-remote-code", "--jinja", "--no-repack",
+    "--shutdown_timeout", "--signal", "--generation-config", "--trust-remote-code", "--jinja", "--no-repack", "--reasoning-parser",
 }  # fmt: skip
 
 
