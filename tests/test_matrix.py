@@ -94,6 +94,20 @@ def test_a_resumed_run_is_equal_bit_for_bit(
     assert (found["equal"], found["of"]) == (2, 2)
 
 
+def test_a_cell_of_the_table_of_families_is_trained_resumed_evaluated_merged_and_served(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "cells.json"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/evidence/family_matrix.py"), str(file),
+         "--families", "glm4v_moe", "--methods", "lora", "--stages", "2"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    steps = json.loads(file.read_text(encoding="utf-8"))["cells"]["glm4v_moe"]["lora"]["2"]
+    assert steps == dict.fromkeys(("train", "resume", "evaluate", "merge", "serve"), "")
+
+
 def test_a_run_goes_on_at_another_number_of_processes_under_zero_too() -> None:
     found = answer("scripts/bench/world_size.py", "--json")
     assert found["good"], found
