@@ -149,14 +149,14 @@ def test_another_way_to_read_has_another_fingerprint(template, tmp_path, changes
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(template, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", 2)
-    original = template.render
+    original = template.examples
 
-    def render(conversations):
+    def examples(conversations, train_on):
         with path.open("a") as file:
             file.write('{"prompt": "a", "response": "b"}\n')
-        return original(conversations)
+        return original(conversations, train_on)
 
-    monkeypatch.setattr(template, "render", render)
+    monkeypatch.setattr(template, "examples", examples)
     with pytest.raises(DataError, match="changed while they were read"):
         load(SourceSpec(str(path)), template=template, root=tmp_path / "cache")
     assert not any((tmp_path / "cache" / "examples").glob("*/"))
@@ -164,14 +164,14 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(template, tmp_path, mo
 
 def test_a_change_that_keeps_size_and_time_is_noticed_too(template, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", 2)
-    original, before = template.render, path.stat()
+    original, before = template.examples, path.stat()
 
-    def render(conversations):
+    def examples(conversations, train_on):
         path.write_bytes(path.read_bytes().swapcase())
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        return original(conversations)
+        return original(conversations, train_on)
 
-    monkeypatch.setattr(template, "render", render)
+    monkeypatch.setattr(template, "examples", examples)
     with pytest.raises(DataError, match="changed while they were read"):
         load(SourceSpec(str(path)), template=template, root=tmp_path / "cache")
 

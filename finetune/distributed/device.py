@@ -234,6 +234,12 @@ def synchronize() -> None:
         _module(kind()).synchronize()
 
 
+def give_back_unused() -> None:
+    """Return what this process's allocator holds and does not use to the accelerator."""
+    if has_accelerator():
+        _module(kind()).empty_cache()
+
+
 def prepare_determinism() -> None:
     """What cuBLAS must be told before it is first used, for `deterministic`."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

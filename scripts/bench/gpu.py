@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def step(bench: Bench) -> None:
         else:
             subject = peer(bench.folder, method, checkpointing=checkpointing, liger=False)
         if depth is not None:
-            subject = Subject(subject.build, subject.loss, depth, subject.autocast, subject.kernels)
+            subject = replace(subject, layers=depth)
         cost = count_step(subject, Shape(1, length))
         figures = measured(bench, subject, length)
         bench.answer(

@@ -122,7 +122,7 @@ def page(held: dict[str, Any], words: dict[str, str], *, zh: bool) -> str:
         f"{number}. {(chinese(text.removeprefix(REFUSED)) if zh else text.removeprefix(REFUSED))}"
         for text, number in reasons.numbers.items()
     ]
-    code = "```bash\npython scripts/evidence/family_matrix.py scripts/evidence/family_matrix.json\npython scripts/docs/models_page.py\n```"
+    code = "```bash\n# needs: two processes for half an hour\npython scripts/evidence/family_matrix.py scripts/evidence/family_matrix.json\npython scripts/docs/models_page.py\n```"
     parts = [
         words["title"], words["other"], words["first"], words["families"],
         "\n".join([words["heads"], *families]), words["vllm"].format(tried=tried), words["matrix"],

@@ -162,7 +162,7 @@ def tokenizer_file(folder: str | Path, revision: str | None = None) -> Path:
 
 
 def _grids(place: Path, config: Mapping[str, Any]) -> TakesImages:
-    names = {"glm4v": "GLM-4.1V", "glm46v": "GLM-4.6V-Flash", "glm_ocr": "GLM-OCR"}
+    names = {"glm4v": "GLM-4.1V", "glm46v": "GLM-4.6V", "glm_ocr": "GLM-OCR"}
     return GridSpec(
         str(place), int(config["image_start_token_id"]), names.get(config["model_type"], "GLM-4.5V")
     )

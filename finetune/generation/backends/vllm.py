@@ -138,11 +138,10 @@ def _import_vllm() -> Any:
 
 def _free_device() -> None:
     """Gives back what a model that is gone held on the accelerator: vLLM looks at what is free."""
-    import torch
+    from finetune.distributed import device
 
     gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    device.give_back_unused()
 
 
 def _rank(adapter: Path) -> int:
