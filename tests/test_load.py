@@ -116,7 +116,7 @@ def test_a_missing_package_for_flash_attention_is_named(tiny_glm: Path) -> None:
         load_model(tiny_glm, attention="flash_attention_2")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "glm4_moe", "chatglm4", None])
+@pytest.mark.parametrize("model_type", ["llama", "glm_moe_dsa", "chatglm4", None])
 def test_other_families_are_refused_by_name(folder: Path, model_type: str | None) -> None:
     change_config(folder, model_type=model_type)
     with pytest.raises(ModelError, match=rf"model_type {model_type!r} .*chatglm.*glm.*glm4"):
