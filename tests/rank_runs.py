@@ -212,6 +212,7 @@ def split_rows(bench: Bench) -> dict[str, Any]:
             **changes,
         }
         found = bench.run(name, processes, None, sections, **everything)
+        assert not any(found["codes"]), found["said"]
         folder = Path(everything.get("training__output_dir", bench.folder / name))
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
         losses = {

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from finetune.config.extras import OPTIMIZERS
 from finetune.config.schema import Method, TrainingSection
-from finetune.distributed.device import has_accelerator, prepare_determinism
+from finetune.distributed.device import has_accelerator, pins_memory, prepare_determinism
 from finetune.distributed.processes import is_rank0, rank_and_world
 from finetune.errors import ConfigError
 from finetune.methods import METHODS
@@ -89,7 +89,8 @@ def training_arguments(
             "activation_checkpointing": section.activation_checkpointing,
             "activation_checkpointing_kwargs": {
                 "use_reentrant": False,
-                "offload": section.offload_activations,
+                # On a CPU they lie on the host as they are, and transformers would pin memory that cannot be.
+                "offload": section.offload_activations and pins_memory(),
             },
             "seed": section.seed,
             "optim": OPTIMIZERS[section.optimizer],
