@@ -133,6 +133,25 @@ def test_neither_a_reply_nor_a_short_request_waits_for_a_long_prompt(
     asyncio.run(all_three())
 
 
+def test_prompts_of_like_length_are_read_together_and_the_oldest_first(
+    opened: OpenedModel, writer: Writer, read: list[int]
+) -> None:
+    async def many() -> None:
+        lengths = [20, 170, 20, 170, 20, 170, 20, 170, 20, 170]
+        jobs = [job(opened, words(opened, n, first=40 + k), 3) for k, n in enumerate(lengths)]
+        for one in jobs:
+            writer.take(one)
+        begun: list[list[int]] = []
+        while any(one.finish_reason is None for one in jobs):
+            writer.go_on()
+            begun.append([n for n, one in zip(lengths, jobs, strict=True) if ids(one)])
+        assert begun[0] == [20] * 5
+        assert sum(read) == sum(lengths), "nothing is padded"
+        assert [ids(one) for one in jobs] == [alone(opened, one) for one in jobs]
+
+    asyncio.run(many())
+
+
 def test_a_long_prompt_of_several_replies_is_read_once_and_let_go_when_nobody_waits(
     opened: OpenedModel, writer: Writer, read: list[int]
 ) -> None:

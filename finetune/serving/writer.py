@@ -141,9 +141,13 @@ class Writer:
             lane.go_on([one for one in whole if width_of(one.jobs[0].request) == width])
 
     def _whole(self) -> list[PendingPrompt]:
-        """The first of the prompts whose rest is short, as many as one round reads; they leave the queue."""
+        """Of the prompts whose rest is short as many as one round reads; they leave the queue.
+
+        The oldest, and those that are nearest to it in length: what is read together is as wide as the widest.
+        """
+        short = [one for one in self._reading if not one.is_long]
         found, widest = list[PendingPrompt](), 0
-        for reading in [one for one in self._reading if not one.is_long]:
+        for reading in sorted(short, key=lambda one: abs(one.left - short[0].left)):
             widest = max(widest, reading.left)
             if found and (len(found) + 1) * widest > PIECE:
                 break
