@@ -152,6 +152,28 @@ def test_prompts_of_like_length_are_read_together_and_the_oldest_first(
     asyncio.run(many())
 
 
+def test_prompts_of_which_the_same_beginning_is_known_go_through_the_model_together(
+    opened: OpenedModel, writer: Writer, read: list[int]
+) -> None:
+    async def many() -> None:
+        system = words(opened, 60)
+        first = job(opened, system, 2)
+        writer.take(first)
+        while first.finish_reason is None:
+            writer.go_on()
+        read.clear()
+        jobs = [job(opened, system + words(opened, 5, first=60 + k), 3) for k in range(4)]
+        for one in jobs:
+            writer.take(one)
+        writer.go_on()
+        assert read == [4 * 5]
+        while any(one.finish_reason is None for one in jobs):
+            writer.go_on()
+        assert [ids(one) for one in jobs] == [alone(opened, one) for one in jobs]
+
+    asyncio.run(many())
+
+
 def test_a_long_prompt_of_several_replies_is_read_once_and_let_go_when_nobody_waits(
     opened: OpenedModel, writer: Writer, read: list[int]
 ) -> None:
@@ -189,14 +211,25 @@ def test_a_long_request_leaves_room_for_short_ones_and_its_own_kind_waits(
 
     monkeypatch.setattr(ReplyJob, "finish", noted)
 
-    async def ask(client: Any, length: int, later: float) -> None:
-        await asyncio.sleep(later)
-        await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=length)
+    come = 0
+    submit = engine_module.Engine.submit
+
+    def counted(engine: Any, jobs: Sequence[ReplyJob]) -> None:
+        nonlocal come
+        submit(engine, jobs)
+        come += 1
+
+    monkeypatch.setattr(engine_module.Engine, "submit", counted)
 
     async def four(server: serving.Served) -> None:
         async with server.async_client as client:
-            lengths = (401, 402, 31, 32)
-            await asyncio.gather(*(ask(client, n, 0.02 * i) for i, n in enumerate(lengths)))
+            asked = []
+            for place, length in enumerate((401, 402, 31, 32)):
+                create = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=length)  # fmt: skip
+                asked.append(asyncio.ensure_future(create))
+                while come <= place:
+                    await asyncio.sleep(0.002)
+            await asyncio.gather(*asked)
 
     with serving.served(opened) as server:
         asyncio.run(four(server))

@@ -179,14 +179,16 @@ class Lane:
         self._memories = memories
 
     def go_on(self, read: Sequence[PendingPrompt]) -> None:
-        """Takes in prompts whose last piece is to be read, and gives every reply one more token."""
+        """Takes in prompts whose last piece is to be read, and gives every reply one more token.
+
+        Those of one model of which the same beginning is known go through it together.
+        """
         try:
-            new = [one for one in read if not one.known.ids]
-            for name in dict.fromkeys(one.name for one in new):
-                self._add([one for one in new if one.name == name])
+            alike = defaultdict[tuple[str, tuple[int, ...]], list[PendingPrompt]](list)
             for one in read:
-                if one.known.ids:
-                    self._add([one], one.known)
+                alike[one.name, tuple(one.known.ids)].append(one)
+            for (_, known), group in alike.items():
+                self._add(group, group[0].known if known else None)
             if self.decoder.active:
                 self.decoder.step()
             self._settle()
