@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from finetune import console
+from finetune import collector, console
 from finetune.errors import ConfigError
 from finetune.generation.settings import HERE, Placement
 from finetune.serving.heap import bound_pools
@@ -94,7 +94,9 @@ def serve(
         verb = "answers" if len(targets) == 1 else "answer"
         page = f", the page at {_url(listener)}/" if options.page else ""
         console.say(f"{', '.join(targets)} {verb} at {_url(listener)}/v1{page}; Ctrl-C stops it")
-        _run(app, engine, listener)
+        # A walk of the cycle collector over all of torch would hold everybody's next token up for half a second.
+        with collector.passing_over_the_old():
+            _run(app, engine, listener)
         for watch in watches:
             watch.stop()
     console.say("stopped")
