@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from serving import data_url, showing
 from finetune.distributed.map_batches import evaluating
 from finetune.generation.batch import Batch, SharedPrefix
 from finetune.generation.load import OpenedModel, open_model
+from finetune.serving import serve as serve_module
 from finetune.serving.memory import KeptPrompts
 
 LONG = "the dog and the order of the customer " * 4
@@ -120,3 +122,18 @@ def test_a_prompt_with_an_image_is_never_remembered(tmp_path: Path) -> None:
                 model="tiny", messages=showing(data_url(colour=colour), LONG), max_tokens=2
             )
         assert server.engine.remembered_tokens == 0
+
+
+def test_the_collector_passes_over_libraries_while_the_endpoint_answers(
+    tiny_glm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def answer(app: Any, engine: Any, listener: Any) -> None:
+        held.append(gc.get_freeze_count())
+        engine.close()
+
+    monkeypatch.setattr(serve_module, "_run", answer)
+    before = gc.get_freeze_count()
+    serve_module.serve({"tiny": str(tiny_glm)}, options=serve_module.ServeOptions(port=0))
+    assert held[0] > before + 10_000
