@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from finetune.generation.load import open_model
 from finetune.methods import attach
 from finetune.models.families import FAMILIES
 from finetune.models.load import load_model
-from finetune.models.quantization import FourBits
 
 FAMILIES_OF_GRIDS = sorted(pictures.GRID_FAMILIES)
 ADAPTED = {"glm4v_moe": 4 * 3 + 3 + 3 * 2}
@@ -271,19 +269,6 @@ def test_glm46v_around_a_mixture_names_the_type_to_use() -> None:
     config = family.config_class(text_config={"model_type": "glm4v_moe_text"})
     with pytest.raises(ModelError, match="'glm4v_moe_text' is not supported; use a checkpoint"):
         family.model_class(config)
-
-
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_four_bits_hold_the_layers_of_the_text_and_leave_the_encoder_whole(tmp_path: Path) -> None:
-    folder = pictures.save_grid_model(tmp_path, "glm_ocr", width=64)
-    narrow, wide = load_model(folder, quantization="nf4"), load_model(folder)
-    held = {name for name, module in narrow.named_modules() if isinstance(module, FourBits)}
-    assert len(held) == 6 * 2
-    assert all(name.startswith("model.language_model.layers.") for name in held)
-    shown = Pair(folder, wide, None).shown(*SHAPES)
-    with torch.no_grad():
-        seen = [torch.cat(model.model.get_image_features(**shown).pooler_output) for model in (narrow, wide)]  # fmt: skip
-    assert torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

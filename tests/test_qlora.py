@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
 import runs
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from finetune.config.load import load_config
 from finetune.config.schema import LoraMethod
 from finetune.errors import ConfigError, ModelError
 from finetune.models import load, quantization
+from finetune.models.families import FAMILIES
 from finetune.models.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +69,35 @@ def test_without_bitsandbytes_the_error_says_what_to_install(tiny_glm: Path) -> 
 def test_a_width_that_the_kernels_cannot_take_is_refused_on_a_cpu(tiny_glm: Path) -> None:
     with pytest.raises(ModelError, match=r"widths that 64 divides, but .*q_proj takes 32"):
         load_model(tiny_glm, dtype="float32", quantization="nf4")
+
+
+SEEING = ["chatglm", "glm4v", "glm46v", "glm_ocr"]
+
+
+def seeing(folder: Path, family: str) -> Path:
+    """A tiny checkpoint with a vision encoder whose widths 64 does not divide, and a text whose it does."""
+    if family == "chatglm":
+        return pictures.save_model(folder, **WIDE["chatglm"])
+    return pictures.save_grid_model(folder, family, width=64)
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_four_bits_are_meant_for_the_layers_of_the_text_alone(family: str, tmp_path: Path) -> None:
+    kept = FAMILIES[family].unquantized
+    model = load_model(seeing(tmp_path, family))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    meant = {name for name in linear if should_convert_module(name, list(kept))}
+    assert meant == {n for n in linear if re.fullmatch(FAMILIES[family].lora_targets, n)}
+    assert len(meant) < len(linear) - 5
+
+
+@bitsandbytes
+@pytest.mark.parametrize("family", SEEING)
+def test_a_vision_encoder_beside_four_bits_is_whole(family: str, tmp_path: Path) -> None:
+    narrow = load_model(seeing(tmp_path, family), quantization="nf4")
+    held = {n for n, module in narrow.named_modules() if isinstance(module, quantization.FourBits)}
+    assert held
+    assert all(re.fullmatch(FAMILIES[family].lora_targets, name) for name in held)
 
 
 @bitsandbytes

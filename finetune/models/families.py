@@ -83,8 +83,12 @@ class Family:
 
     @property
     def unquantized(self) -> Sequence[str]:
-        """Modules that stay as they are: the head, whose loss runs in chunks, and the vision encoder."""
-        return [self.head, self.vision] if self.vision else [self.head]
+        """Modules that stay as they are: the head, whose loss runs in chunks, and the vision encoder.
+
+        Regexes that transformers matches from the beginning of a module's full name.
+        """
+        parts = [self.head, self.vision] if self.vision else [self.head]
+        return [rf"(.+\.)?{part}" for part in parts]
 
 
 def _split_layers(text: str) -> dict[str, str]:
