@@ -85,28 +85,9 @@ def write_albums(folder: Path, count: int) -> Path:
     return path
 
 
-GRID_TEMPLATE = """[gMASK]<sop>
-{%- for msg in messages %}
-    {%- if msg.role == 'system' %}
-<|system|>
-{{ msg.content }}
-    {%- elif msg.role == 'user' %}
-<|user|>{{ '\n' }}
-        {%- if msg.content is string %}{{ msg.content }}
-        {%- else %}
-            {%- for item in msg.content %}
-                {%- if item.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>
-                {%- elif item.type == 'text' %}{{ item.text }}
-                {%- endif %}
-            {%- endfor %}
-        {%- endif %}
-    {%- elif msg.role == 'assistant' %}
-<|assistant|>{{ msg.metadata }}
-{{ msg.content }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}<|assistant|>
-{% endif %}"""
+GRID_TEMPLATE = (
+    Path(__file__).resolve().parent.parent / "scripts/fixtures/grid_chat.jinja"
+).read_text(encoding="utf-8")
 """In the manner of GLM-4.1V's."""
 
 

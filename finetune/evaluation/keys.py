@@ -40,9 +40,8 @@ def evaluation_key(target: Target, settings: Settings, options: Options, seen: S
         "number format": _number_format(target, options.placement),
         "versions": versions(GENERATING),
     }
-    if (
-        key["model"] is None or options.by.endpoint
-    ):  # what a hub id or a server stands for may change
+    # What a hub id or a server stands for may change.
+    if key["model"] is None or options.by.endpoint:
         key["process"] = time.time_ns()
     return key_of(key)
 

@@ -204,15 +204,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-_EXPERTS = (
-    "its layers are mixtures of experts, whose weights and router are not trained or merged here"
-)
-_SEVERAL = "several images in any turn, and its own way to lay them out, are not handled here"
+_CHOSEN = "its attention looks at some chosen tokens only (DSA), which nothing here trains"
+_SIZED = "its image processor resizes by a rule of its own, which is not handled here"
 _ALONE = "it is no chat model of text"
 REFUSED: dict[str, tuple[str, str]] = {
-    "glm_moe_dsa": ("GLM-5", _EXPERTS),
-    "glm5_next": ("GLM-5.3-Flash", _EXPERTS),
-    "glmga": ("GLM-GA, in GLM-4.6V's form", _SEVERAL),
+    "glm_moe_dsa": ("GLM-5", _CHOSEN),
+    "glm5_next": ("GLM-5.3-Flash", _CHOSEN),
+    "glmga": ("GLM-GA, in GLM-4.6V's form", _SIZED),
     "glm_image": ("GLM-Image", _ALONE),
     "glmasr": ("GLM-ASR", _ALONE),
 }

@@ -102,15 +102,15 @@ def _held_out(model: ModelSection, data: DataSection, section: EvaluationSection
         except DataError:
             return None
         for file in files:
-            found = [row.value for row in read_rows(file) if not isinstance(row, BadRow)]
-            rows += math.ceil(share * len(found))
-            replies += math.ceil(share * sum(map(_replies, found)))
+            asked = [_replies(row.value) for row in read_rows(file) if not isinstance(row, BadRow)]
+            rows += math.ceil(share * len(asked))
+            replies += math.ceil(share * sum(asked))
             tokens += math.ceil(share * file.stat().st_size / BYTES_A_TOKEN)
     length = data.max_length
     tokens = rows * length if _sees_images(model) else min(tokens, rows * length)
-    asked = replies if section.replies == "every_reply" else rows
-    asked = min(asked, section.max_samples or asked) if section.generate else 0
-    return HeldOut(asked, tokens, tokens * asked // max(1, replies))
+    wanted = replies if section.replies == "every_reply" else rows
+    wanted = min(wanted, section.max_samples or wanted) if section.generate else 0
+    return HeldOut(wanted, tokens, tokens * wanted // max(1, replies))
 
 
 def _replies(row: Mapping[str, Any]) -> int:

@@ -31,7 +31,7 @@ from finetune.data.chat.layouts.layout import (
     PlannedRun,
     TemplateInput,
     Texts,
-    ops_with_images,
+    parts_with_images,
 )
 from finetune.data.chat.spans import TrainOn
 from finetune.data.chat.tokenizer import ChatTokenizer
@@ -90,11 +90,9 @@ class Glm4Layout(Layout):
         self, index: int, message: Message, name: str, body: str, texts: Texts
     ) -> PlannedRun:
         header, text = self._headers[message.role], f"{name}\n{body}"
-        if message.images:
-            shown = ops_with_images(message, f"{name}\n", body, texts, self._tokenizer)
-            return PlannedRun(index, (header, *shown))
         if message.role != "assistant":
-            return PlannedRun(index, (header, texts.number(text)))
+            shown = parts_with_images(message, body, self._tokenizer)
+            return PlannedRun(index, texts.ops(header, f"{name}\n", *shown))
         if self._keeps_suffix and text.startswith(self.suffix):
             # These very ids stand at the end of the prompt too.
             said = self._said(text.removeprefix(self.suffix), texts)

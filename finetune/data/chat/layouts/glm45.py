@@ -19,10 +19,17 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.data.chat import thinking
-from finetune.data.chat.image import span_ids
 from finetune.data.chat.jinja import HEADERS, ROLES, JsonMessage
 from finetune.data.chat.layouts.call_values import value_texts
-from finetune.data.chat.layouts.layout import ExamplePart, Layout, PlannedRun, TemplateInput, Texts
+from finetune.data.chat.layouts.layout import (
+    ExamplePart,
+    Layout,
+    PlannedRun,
+    TemplateInput,
+    Texts,
+    merged,
+    parts_with_images,
+)
 from finetune.data.chat.layouts.tag_form import TagForm
 from finetune.data.chat.layouts.tag_reader import TagReader, as_messages
 from finetune.data.chat.spans import TrainOn
@@ -88,7 +95,7 @@ class Glm45Layout(Layout):
         """A piece for the tools and for every message; those of one turn share its header."""
         found = []
         if conversation.tools:
-            ops = self._ops(texts, self._headers["system"], *self._tools(conversation.tools))
+            ops = texts.ops(self._headers["system"], *self._tools(conversation.tools))
             found.append(PlannedRun(None, ops))
         messages = conversation.messages
         last_user = max((i for i, m in enumerate(messages[:stop]) if m.role == "user"), default=-1)
@@ -99,7 +106,7 @@ class Glm45Layout(Layout):
                 if message.role == "assistant":
                     piece = self._said(conversation, index, texts, keeps=index > last_user)
                 else:
-                    piece = PlannedRun(index, self._ops(texts, *self._given(conversation, index)))
+                    piece = PlannedRun(index, texts.ops(*self._given(conversation, index)))
             except (DataError, RowError) as error:
                 raise DataError(
                     f"message {index + 1} ({message.role}): {error}; correct or remove it"
@@ -116,10 +123,10 @@ class Glm45Layout(Layout):
         yield self._headers[message.role]
         yield form.before_text
         if message.role == "user" and conversation.thinks is False and form.user_off:
-            yield from self._shown(message, message.content.removesuffix(OFF))
+            yield from parts_with_images(message, message.content.removesuffix(OFF), self.tokenizer)
             yield from self._constants[form.user_off]
         else:
-            yield from self._shown(message, message.content)
+            yield from parts_with_images(message, message.content, self.tokenizer)
 
     def _result(self, messages: Sequence[Message], index: int) -> Iterator[str | int]:
         """A tool's result; the line break before one that follows stands at its end, as one text."""
@@ -130,7 +137,7 @@ class Glm45Layout(Layout):
             yield from begins
         else:
             yield from begins[isinstance(begins[0], str) :]
-        yield from self._shown(message, message.content)
+        yield from parts_with_images(message, message.content, self.tokenizer)
         yield from ends
         if following and following[0].role == "observation":
             next_begins, _ = self._around(following[0])
@@ -140,19 +147,6 @@ class Glm45Layout(Layout):
         form = self.form
         around = form.result_with_images if result.images else form.result
         return [self._constants[text] for text in around]
-
-    def _shown(self, message: Message, body: str) -> Iterator[str | int]:
-        """A text with the images of its message, each where it stands."""
-        if not message.images:
-            yield body
-            return
-        image = self.tokenizer.image
-        assert image is not None  # `check_images` was asked
-        first, *others = image.laid(message, body)
-        yield first
-        for one, text in zip(message.images, others, strict=True):
-            yield from (~i for i in span_ids(image, self.tokenizer.control_ids, one.path))
-            yield text
 
     def _said(
         self, conversation: Conversation, index: int, texts: Texts, *, keeps: bool
@@ -167,11 +161,11 @@ class Glm45Layout(Layout):
         if not is_last and messages[index + 1].metadata:  # its line break is part of this text
             body += self._before_next
         if not is_first:
-            return PlannedRun(index, self._ops(texts, *body), 0, is_last)
+            return PlannedRun(index, texts.ops(*body), 0, is_last)
         opening = self._opening(thought, conversation.thinks)
         suffix = self._suffixes[opening]
         rest = _without(self._constants[opening], [*self._spelled(thought), *body])
-        ops = (self._headers["assistant"], *suffix, *self._ops(texts, *rest))
+        ops = (self._headers["assistant"], *suffix, *texts.ops(*rest))
         return PlannedRun(index, ops, 1 + len(suffix), is_last)
 
     def _thought(self, message: Message) -> str:
@@ -216,12 +210,6 @@ class Glm45Layout(Layout):
         """A constant text of the template as texts and the ops of its control tokens."""
         known = self.tokenizer.control_ids
         return tuple(~known[part] if part in known else part for part in self.tokenizer.split(text))
-
-    def _ops(self, texts: Texts, *parts: str | int) -> tuple[int, ...]:
-        """Texts that follow each other are encoded as one, as the template's are."""
-        return tuple(
-            texts.number(part) if isinstance(part, str) else part for part in _merged(parts)
-        )
 
     # --- prompts and examples --------------------------------------------------------------------
 
@@ -360,7 +348,7 @@ class Glm45Layout(Layout):
 
 def _without(start: Sequence[str | int], parts: Sequence[str | int]) -> list[str | int]:
     """The parts behind those that a prompt ends in already."""
-    rest = _merged(parts)
+    rest = merged(parts)
     for given in start:
         first = rest.pop(0)
         if isinstance(given, str) and isinstance(first, str) and first.startswith(given):
@@ -368,14 +356,3 @@ def _without(start: Sequence[str | int], parts: Sequence[str | int]) -> list[str
         else:
             assert given == first, f"a reply that does not begin with {given!r}"
     return rest
-
-
-def _merged(parts: Iterable[str | int]) -> list[str | int]:
-    """The parts with texts that follow each other as one."""
-    found: list[str | int] = []
-    for part in parts:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] += part
-        elif part != "":
-            found.append(part)
-    return found

@@ -40,26 +40,33 @@ class Texts:
         """The text's number, which stands for it in a piece."""
         return self.numbers.setdefault(text, len(self.numbers))
 
+    def ops(self, *parts: str | int) -> tuple[int, ...]:
+        """Parts as ops; texts that follow each other are encoded as one, as the template's are."""
+        return tuple(self.number(p) if isinstance(p, str) else p for p in merged(parts))
 
-def ops_with_images(
-    message: Message, head: str, body: str, texts: Texts, tokenizer: ChatTokenizer
-) -> Iterator[int]:
-    """The ops of a message's texts and images; each image where the checkpoint shows it.
 
-    Args:
-        message: One that shows images, of a dialogue that the checkpoint takes.
-        head: What the layout writes in front of the content.
-        body: The content as the checkpoint's template writes it.
-        texts: Where the texts are numbered.
-        tokenizer: The checkpoint's.
-    """
+def parts_with_images(message: Message, body: str, tokenizer: ChatTokenizer) -> Iterator[str | int]:
+    """The text of a message as the template writes it, `body`, with the ops of its images where they stand."""
+    if not message.images:
+        yield body
+        return
     assert tokenizer.image is not None  # `check_images` was asked
     first, *others = tokenizer.image.laid(message, body)
-    yield texts.number(head + first)
+    yield first
     for image, text in zip(message.images, others, strict=True):
         yield from (~i for i in span_ids(tokenizer.image, tokenizer.control_ids, image.path))
-        if text:
-            yield texts.number(text)
+        yield text
+
+
+def merged(parts: Iterable[str | int]) -> list[str | int]:
+    """The parts with texts that follow each other as one, and without empty ones."""
+    found: list[str | int] = []
+    for part in parts:
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part != "":
+            found.append(part)
+    return found
 
 
 class ExamplePart(NamedTuple):
