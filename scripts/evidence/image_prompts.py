@@ -5,7 +5,7 @@ Dialogues are drawn at random: one to four turns, up to three images among the w
 transformers' `Glm4vProcessor` or `Glm46VProcessor` with the checkpoint's template and its Pillow image processor.
 Their video processor needs torchvision and is left out. Half a minute of one CPU core for 200.
 
-    python scripts/evidence/image_prompts.py FOLDER [--family glm4v|glm46v|glm_ocr] [--count 200] [--seed 0]
+    python scripts/evidence/image_prompts.py FOLDER [--family glm4v|glm46v|glm_ocr|glm4v_moe] [--count 200] [--seed 0]
 
 FOLDER is a GLM-4.1V, GLM-4.6V-Flash or GLM-OCR checkpoint (tokenizer, template, config.json,
 preprocessor_config.json; no weights are read); without one a tiny one of the family is made there. Exit code 1 if any differs.
@@ -98,7 +98,8 @@ def own_processor(folder: Path) -> Any:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     kind = transformers.AutoConfig.from_pretrained(folder).model_type
-    made = transformers.Glm4vProcessor if kind == "glm4v" else transformers.Glm46VProcessor
+    older = kind in ("glm4v", "glm4v_moe")
+    made = transformers.Glm4vProcessor if older else transformers.Glm46VProcessor
 
     class ForImages(made):  # type: ignore[valid-type, misc]
         """Checks no video processor."""
