@@ -99,7 +99,7 @@ def through_vllm(
     rows: int,
     max_new_tokens: int,
 ) -> Replying:
-    """VLLM in this process; `lengths` are those of the prompts in so many positions."""
+    """A vLLM in this process; `lengths` gives those of the prompts, for so many positions."""
     from finetune.generation.backends.vllm import VllmGenerator, context_of, number_format
 
     positions = context_of(target, base)
