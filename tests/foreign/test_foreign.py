@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.foreign import whole
-from tests.foreign.runner import Outcome, run
+from tests.foreign.runner import Outcome, run, run_file
 from tests.foreign.sources import NoSourceError, source_of
 
 TELLING = (Path(__file__).parent / "telling.txt").read_text(encoding="utf-8").split()
@@ -69,3 +69,21 @@ def test_a_failure_and_every_difference_from_the_list_is_a_problem() -> None:
     assert found(a=("failed", "boom")) == ["suite a failed: boom"]
     assert "listed is None" in found(c=("skipped", "no GPU"))[0]
     assert "listed is no GPU" in found(a=("skipped", "too slow"))[0]
+
+
+def test_a_test_that_hangs_or_kills_its_process_is_named_and_the_others_run(tmp_path: Path) -> None:
+    file = tmp_path / "suite_odd.py"
+    file.write_text(
+        "import os, time\n"
+        "def test_a(): pass\n"
+        "def test_kills(): os._exit(9)\n"
+        "def test_fails(): assert False, 'boom'\n"
+        "def test_hangs(): time.sleep(60)\n"
+    )
+    outcomes = run_file(file, [str(file)], timeout=60, limit=1)
+    assert {test: outcome.outcome for test, outcome in outcomes.items()} == {
+        "test_a": "passed", "test_hangs": "failed", "test_kills": "failed", "test_fails": "failed",
+    }  # fmt: skip
+    assert "within 1 s" in outcomes["test_hangs"].reason
+    assert "exit 9" in outcomes["test_kills"].reason
+    assert "boom" in outcomes["test_fails"].reason
