@@ -10,10 +10,13 @@ import httpx
 import openai
 import pytest
 import serving
+import tiny
 import torch
 from dialogues import CONTROL_STRINGS
 
-from finetune.generation.generate import generate
+from finetune.generation.backends.address import Address
+from finetune.generation.backends.endpoint import EndpointGenerator
+from finetune.generation.generate import Extras, SeededSampling, Window, generate
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving.requests.completion import AskedCompletion
 from finetune.serving.requests.fields import UNCHANGED, CompletionRequest
@@ -197,3 +200,33 @@ def test_an_address_that_is_not_served_says_what_to_ask_instead(
     answer = httpx.post(f"{server.url}{path}", json={})
     assert answer.status_code == 404
     assert remedy in answer.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def loose(tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
+    """A model that says control tokens in the middle of a text, as untrained ones do."""
+    return open_model(str(tiny.save_model(tmp_path_factory.mktemp("loose") / "model", "glm")))
+
+
+def test_a_reply_with_its_ids_is_the_one_in_process(loose: OpenedModel) -> None:
+    """Each of 24 sampled replies: the same ids and the same reason to end, whatever tokens come."""
+    prompts = [ids_of(loose, f"{'dog ' * n}and") for n in range(24)]
+    extras = Extras(SeededSampling.at(1.5, seed=3))
+    asked = {"max_new_tokens": 12, "batch_size": 4}
+    ours = generate(loose.model, loose.template, prompts, extras=extras, **asked)
+    with serving.served(loose) as server:
+        address = Address.of(f"openai:tiny@{server.url}/v1", "--endpoint")
+        there = EndpointGenerator(address, loose.template, max_new_tokens=12, at_once=8)
+        [theirs] = there.replies([Window(prompts, extras)])
+        streamed = list(
+            create(server, prompts[0], stream=True, extra_body={"return_token_ids": True})
+        )
+        text = create(server, prompts[0]).choices[0]
+    assert theirs == ours
+    control = {*loose.template.tokenizer.control_ids.values()} - {*loose.template.stop_ids}
+    assert any(control & {*reply.ids} for reply in ours)
+    assert {reply.stopped for reply in ours} == {True, False}
+    told = [token for chunk in streamed for token in chunk.choices[0].model_extra["token_ids"]]
+    [whole] = generate(loose.model, loose.template, prompts[:1], max_new_tokens=16, batch_size=1)
+    assert told == list(whole.ids)
+    assert "token_ids" not in text.model_extra

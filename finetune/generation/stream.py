@@ -173,20 +173,26 @@ class TagStream:
 class TextStream:
     """Reads a text while it is written; every character comes whole, and nothing else is made of it."""
 
-    def __init__(self, template: Any) -> None:
+    def __init__(self, template: Any, *, to_the_stop: bool = False) -> None:
+        """`to_the_stop`: as in `generate` no control token but a stop ends it; the text has none of them."""
         self.ids: list[int] = []
         """The text so far, without its stop."""
         self.over = False
         """The model ended the text with a control token."""
         self._control = frozenset(template.tokenizer.control_ids.values()) | set(template.stop_ids)
-        self._characters = Characters(template.tokenizer.plain)
+        self._ends = frozenset(template.stop_ids) if to_the_stop else self._control
+        self._plain = template.tokenizer.plain
+        self._characters = Characters(self._plain)
 
     def take(self, token: int) -> list[Piece]:
         """What the next token adds that can be shown."""
-        if token in self._control:
+        if token in self._ends:
             self.over = True
             return []
         self.ids.append(token)
+        if token in self._control:
+            rest, self._characters = self.finish(), Characters(self._plain)
+            return rest
         text = self._characters.step(token)
         return [Piece(text)] if text else []
 

@@ -41,6 +41,7 @@ class Answer(ABC):
                 **self.choice(pieces),
                 "logprobs": self.logprobs(self.scored(job), 0),
                 "finish_reason": job.finish_reason,
+                **self.ids(job),
             }
             for index, (job, pieces) in enumerate(replies)
         ]
@@ -64,6 +65,10 @@ class Answer(ABC):
         if job.scores is None:
             return None
         return [_told(scored, self._template) for scored in job.scores.tokens[first:]]
+
+    def ids(self, job: ReplyJob, first: int = 0) -> dict[str, list[int]]:
+        """A reply's ids from number `first` on, as vLLM tells them; nothing when nobody asked."""
+        return {"token_ids": job.ids[first:]} if job.request.tells_ids else {}
 
     @abstractmethod
     def choice(self, pieces: Iterable[Piece]) -> dict[str, Any]:
@@ -150,6 +155,8 @@ class AnswerStream:
         self._answer, self._job, self._index = answer, job, index
         self._told = self._place = 0
         """Tokens whose probabilities have been told, and the characters of their text."""
+        self._num_ids = 0
+        """Ids that have been told."""
 
     def opening(self) -> str:
         """The first event, if there is one before the first token."""
@@ -169,8 +176,10 @@ class AnswerStream:
         logprobs = self._answer.logprobs(told, self._place)
         self._told += len(told or ())
         self._place += sum(len(token["token"]) for token in told or ())
+        ids = self._answer.ids(self._job, self._num_ids)
+        self._num_ids += sum(map(len, ids.values()))
         choice = {"index": self._index, **said, "logprobs": logprobs}
-        return self._answer.chunk({**choice, "finish_reason": finish_reason})
+        return self._answer.chunk({**choice, "finish_reason": finish_reason, **ids})
 
 
 DONE = "data: [DONE]\n\n"

@@ -69,7 +69,7 @@ class ReplyJob:
         """From the queue to the first token, once it has come."""
         self._begun = time.monotonic()
         self._reply = (
-            TextStream(template)
+            TextStream(template, to_the_stop=request.tells_ids)
             if request.is_text
             else reply_stream(template, request.tools, thinks=request.thinks)
         )
@@ -81,6 +81,11 @@ class ReplyJob:
     def num_tokens(self) -> int:
         """Tokens of the reply so far, without its stop."""
         return len(self._reply.ids)
+
+    @property
+    def ids(self) -> list[int]:
+        """They themselves."""
+        return self._reply.ids
 
     def as_request(self, prompt: Prompt) -> Request:
         """What the decoder is asked for, with the prompt as the model reads it."""

@@ -1,7 +1,7 @@
 """The replies of `generate`, from an endpoint that serves the same model: prompt ids in, reply ids out.
 
 It is asked for text completions of ids, so that every token of a prompt is ours and not its chat template's.
-vLLM answers with the reply's ids (`return_token_ids`); of others, ours too, the text is cut into tokens again.
+vLLM and ours answer with the reply's ids (`return_token_ids`); of others the text is cut into tokens again.
 """
 
 from __future__ import annotations

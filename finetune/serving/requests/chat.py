@@ -99,6 +99,7 @@ def _replies(request: ChatRequest, rules: RequestRules) -> list[ReplyRequest]:
             constraint=_constraint(request, conversation, rules),
             thinks=conversation.thinks,
             top_logprobs=request.top_logprobs if request.logprobs else None,
+            tells_ids=request.return_token_ids,
         )
         for number in range(request.n)
     ]

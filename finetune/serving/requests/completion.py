@@ -57,6 +57,7 @@ def _replies(
             include_usage=request.stream_options.include_usage,
             is_text=True,
             top_logprobs=request.logprobs,
+            tells_ids=request.return_token_ids,
         )
         for seed in seeds
     ]

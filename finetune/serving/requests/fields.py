@@ -144,6 +144,7 @@ class SamplingFields(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)] | None = None
     stop: Stops = []
+    return_token_ids: bool = False
 
     # Said to the service, not to the model.
     user: Any = None

@@ -111,6 +111,8 @@ class ReplyRequest:
     """Whether the model is to think, where its template has a switch."""
     top_logprobs: int | None = None
     """How many of the likeliest tokens are told beside each token; None: no probabilities at all."""
+    tells_ids: bool = False
+    """The reply's ids are told, too; one that is text then goes on to a stop, as in `generate`."""
 
     @property
     def num_tokens(self) -> int:
