@@ -49,7 +49,8 @@ class EvaluationJob:
     @property
     def tasks_name(self) -> str:
         """The name under which the scores of tasks are kept."""
-        return tasks_key(self.options.tasks, self.settings.evaluation.max_samples)
+        options = self.options
+        return tasks_key(options.tasks, self.settings.evaluation.max_samples, options.tasks_data)
 
     @property
     def is_done(self) -> bool:

@@ -18,6 +18,8 @@ from finetune.evaluation.options import GENERATING, Options, request
 from finetune.evaluation.scoring import versions
 from finetune.evaluation.targets import Target
 from finetune.evaluation.tasks import plan
+from finetune.evaluation.tasks.harness import harness_version
+from finetune.evaluation.tasks.plan import Task
 from finetune.generation.settings import Placement, Settings, settings_of
 from finetune.storage.cache import key_of
 from finetune.storage.files import file_digest
@@ -25,6 +27,8 @@ from finetune.storage.seen import SeenFiles
 
 FORMAT = 3
 """Version of how replies are generated; results of another one are not used."""
+_TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+"""Endings of what a task of the user's own may read beside its YAML."""
 
 
 def evaluation_key(target: Target, settings: Settings, options: Options, seen: SeenFiles) -> str:
@@ -60,10 +64,28 @@ def model_key(path: str, base: str | None) -> dict[str, Any] | None:
     return key | {"base": inner} if inner else None
 
 
-def tasks_key(names: Sequence[str], most: int | None) -> str:
-    """Changes with the tasks that are asked and the number of their questions."""
-    tasks = [asdict(task) for task in plan.read_tasks(names)]
-    return f"tasks-{key_of({'tasks': tasks, 'most': most, 'format': 2})[:16]}"
+def tasks_key(names: Sequence[str], most: int | None, data: str | None = None) -> str:
+    """Changes with the tasks that are asked, their files, the number of their questions and their harness."""
+    key = {
+        "format": 3,
+        "tasks": [[*asdict(task).values(), _task_files(task)] for task in plan.read_tasks(names)],
+        "most": most,
+        "data": data,
+        "harness": harness_version(),
+    }
+    return f"tasks-{key_of(key)[:16]}"
+
+
+def _task_files(task: Task) -> list[tuple[str, str]]:
+    """The files of a user's own task, those with its functions and data among them, or of the leaderboard."""
+    place = Path(task.name)
+    if task.kind == "calls":
+        files = sorted(place.rglob("BFCL_*.json"))
+    elif task.label != task.name and place.is_file():
+        files = sorted(file for file in place.parent.iterdir() if file.suffix in _TASK_FILES)
+    else:
+        files = []
+    return [(str(file), file_digest(file)) for file in files if file.is_file()]
 
 
 def data_key(paths: Sequence[str]) -> list[tuple[str, str]]:

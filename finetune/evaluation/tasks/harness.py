@@ -34,6 +34,11 @@ class Asking:
     """A folder that holds data sets as `OWNER/NAME`, in which they are looked for first."""
 
 
+def harness_version() -> str:
+    """Of the harness that is installed; nothing without one."""
+    return version("lm-eval") if find_spec(PACKAGE) is not None else ""
+
+
 def check_harness(names: Sequence[str]) -> None:
     """Says before a model is opened what keeps the tasks of `--tasks` from being asked.
 
@@ -117,7 +122,7 @@ def _asked(
             "its YAML names"
         ) from error
     found["group_subtasks"] |= {name: _tagged(manager, name) for name in names if name in manager.all_tags}  # fmt: skip
-    how = f"lm-evaluation-harness {version('lm-eval')}, " + ("chat template" if is_chat else "plain text")  # fmt: skip
+    how = f"lm-evaluation-harness {harness_version()}, " + ("chat template" if is_chat else "plain text")  # fmt: skip
     return {name: score for task in names for name, score in _scores(found, task, how)}
 
 
