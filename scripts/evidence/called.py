@@ -76,7 +76,6 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
         """Watches a test; it is skipped where it would start a process that cannot be watched."""
-        """Watches a test; it is skipped where it would start a process that cannot be watched."""
         self._seen = set()
         test = self.calls[item.nodeid] = Test()
         begin = subprocess.Popen.__init__
@@ -105,7 +104,6 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
         """Remembers what is called for a fixture that others use too."""
-        """Remembers what is called for a fixture that others use too."""
         if fixturedef.scope == "function":
             return (yield)
         outer, self._seen = self._seen, set()
@@ -116,7 +114,6 @@ class Watch:
             self._seen = outer | self._seen
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Adds the time of a part of a test."""
         """Adds the time of a part of a test."""
         self.calls[report.nodeid].seconds += report.duration
 
