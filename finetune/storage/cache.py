@@ -103,7 +103,7 @@ def _build_missing(folder: Path, build: Callable[[Path], Mapping[str, Any]]) -> 
             seal(stage, facts=facts)
     except SpaceError as error:
         raise DataError(
-            f"{folder.parent}: no space left for tokenised data ({error}); make room, or set "
+            f"{folder.parent}: no space left for tokenised data ({error.__cause__}); make room, or set "
             "data.cache_dir or FINETUNE_CACHE to a folder on another disk"
         ) from error
 
