@@ -211,7 +211,7 @@ DEMO: Table = {
     "peft_config.token_dim": _DERIVED,
     "peft_config.num_layers": _DERIVED,
     "peft_config.inference_mode": Nothing("not needed: training trains"),
-    "training_args.generation_config.max_new_tokens": "evaluation.max_new_tokens",
+    "generation_config": Option("evaluation.max_new_tokens", lambda value: value.get("max_new_tokens")),
 }  # fmt: skip
 """The original GLM-4 demo: sections `data_config`, `training_args` and `peft_config`."""
 
