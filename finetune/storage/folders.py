@@ -374,7 +374,7 @@ def _space_error(error: BaseException, final: Path, stage: Path) -> SpaceError |
         return SpaceError(
             f"no room to write {final}: {written / 1e6:.1f} MB were written, {free / 1e6:.1f} MB are free "
             f"with them{f', and the checkpoint before took {needed / 1e6:.1f} MB' if needed else ''}. "
-            "Earlier checkpoints are untouched. Free some space, lower training.keep_checkpoints, "
-            "or choose another training.output_dir"
+            "Earlier checkpoints are untouched. Free some space or write elsewhere; of a run, lower "
+            "training.keep_checkpoints or choose another training.output_dir"
         )
     return SpaceError(f"no room to write {final}; earlier checkpoints are untouched")
