@@ -7,17 +7,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import download_hubs
 import pytest
+import typer
 
 from finetune import cli
 from finetune.artifacts import hub, remote_files
 from finetune.artifacts.hub import Repository
 from finetune.artifacts.resolve import is_hub_id, local_folder
+from finetune.cli import doctor
+from finetune.cli.commands import app
 from finetune.data.reading.files import expand
 from finetune.data.reading.shards import ShardReader, StreamShard
 from finetune.data.reading.sources import AS_IS, SourceSpec
@@ -310,3 +314,27 @@ def test_readers_of_one_shard_fetch_it_one_after_the_other(
         rows = list(threads.map(lambda n: len(list(readers[n].open(n, 0))), range(4)))
     assert max(most) == 1
     assert rows == [1] * 4
+
+
+def test_no_command_has_an_option_of_a_name_that_all_commands_take() -> None:
+    """Else its own would never arrive: `main` takes `--hub NAME` and `--debug` out of every command line."""
+    taken = {"--hub", "--debug"}
+    everywhere = typer.main.get_command(app)
+    assert taken <= {option for parameter in everywhere.params for option in parameter.opts}
+    for name, command in everywhere.commands.items():  # type: ignore[attr-defined]
+        for inner in (command, *getattr(command, "commands", {}).values()):
+            assert not taken & {o for parameter in inner.params for o in parameter.opts}, name
+
+
+def test_doctor_asks_the_hub_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def asking() -> Iterator[doctor.Finding]:
+        asked.append("hub")
+        yield doctor.Finding("hub", "there")
+
+    monkeypatch.setattr(doctor, "_hub", asking)
+    for words, expected in (([], []), (["--online"], ["hub"])):
+        with pytest.raises(SystemExit):
+            cli.main(["doctor", "--json", *words])
+        assert asked == expected

@@ -66,8 +66,8 @@ def _ask(option: str, what: str, default: str | int | None = None) -> str:
 
 @setup_app.command()
 def doctor(
-    hub: Annotated[
-        bool, typer.Option("--hub", help="Ask the model hub too; needs the network.")
+    online: Annotated[
+        bool, typer.Option("--online", help="Ask the model hub too; needs the network.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -78,7 +78,7 @@ def doctor(
     from finetune.cli.doctor import examine
 
     with console.json_output(as_json) as emit:
-        findings = examine(hub=hub)
+        findings = examine(hub=online)
         console.table(
             ["", "found", ""], [[f.what, f.found, "ok" if f.is_well else "!"] for f in findings]
         )
