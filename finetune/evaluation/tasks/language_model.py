@@ -66,7 +66,7 @@ class OpenLanguageModel(LM):
         asked = messages if add_generation_prompt else messages[:-1]
         ids = [int(i) for i in self._template.prompt(Conversation(asked, location="a task"), len(asked))]  # fmt: skip
         if begun:
-            ids += self._encode(f"{self._break}{begun}")
+            ids += self._opened(begun)
         shown = str(self._template.decode(ids))
         self._chats[shown] = tuple(ids)
         return shown
