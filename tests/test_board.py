@@ -123,3 +123,56 @@ def test_a_curve_is_drawn_in_the_terminal(
     with pytest.raises(SystemExit):
         main(["status", str(make_run(tmp_path))])
     assert "loss over steps" in capsys.readouterr().out
+
+
+def test_every_curve_is_drawn_in_its_own_unit_and_each_run_in_its_own_colour(
+    tmp_path: Path,
+) -> None:
+    runs = [make_run(tmp_path, f"run{number}") for number in range(9)]
+    found = board.find_runs(tmp_path)
+    assert len(found) == len(runs)
+    rate, loss = (board._series(found[0], 0, key) for key in ("learning_rate", "loss"))
+    assert [(p.x, p.y) for p in rate.points] == [(1, 1.0), (2, 2.0)], "in units of 1e-4"
+    assert [(p.x, p.y) for p in loss.points] == [(1, 3.0), (2, 2.0)]
+    assert [board._colour(number) for number in range(9)] == [1, 2, 3, 4, 5, 6, 7, 8, 1]
+    titles = [title for title, chart in board._charts(found) if chart]
+    assert titles == [*board.CURVES.values(), "rouge-l"]
+    [held_out] = [one for one in (board._series(found[0], 0, "eval_loss", "line"),) if one.points]
+    assert (held_out.style, [(p.x, p.y) for p in held_out.points]) == ("line", [(2, 2.5)])
+
+
+def test_the_newest_replies_are_shown_a_few_of_them_and_their_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    rows = [{"prompt": "x" * 700 + "end", "reference": ["not", "text"], "prediction": f"reply {n}"} for n in range(5)]  # fmt: skip
+    (run / "predictions-10.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [found] = board._samples(board.find_runs(tmp_path))
+    assert (found["step"], found["name"], found["colour"]) == (10, "lora", 1)
+    assert [row["prediction"] for row in found["rows"]] == ["reply 0", "reply 1", "reply 2"]
+    assert found["rows"][0]["prompt"] == "… " + "x" * 597 + "end"
+    assert found["rows"][0]["reference"] == '["not", "text"]'
+    monkeypatch.setattr(board, "LARGEST_FILE", 100)
+    assert board._samples(board.find_runs(tmp_path)) == [], "too large to be opened for three lines"
+
+
+def test_only_names_of_this_machine_and_known_pages_are_answered(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    handler = type("Handler", (board._Handler,), {"folder": tmp_path, "every": 2.0})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        for host, path, status in (
+            (f"127.0.0.1:{port}", "/", 200), (f"localhost:{port}", "/panels", 200), (f"[::1]:{port}", "/", 200),
+            (f"evil.localhost:{port}", "/", 403), ("localhost.evil.com:80", "/panels", 403), ("", "/", 403),
+            (f"localhost:{port}", "/panels/x", 404), (f"localhost:{port}", "/panels2", 404),
+        ):  # fmt: skip
+            connection = HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", path, headers={"Host": host})
+            answer = connection.getresponse()
+            body = answer.read()
+            assert answer.status == status, (host, path)
+            if status == 200:
+                assert answer.headers["Cache-Control"] == "no-store"
+                assert int(answer.headers["Content-Length"]) == len(body)
+        server.shutdown()
