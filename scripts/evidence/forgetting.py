@@ -1,12 +1,13 @@
 """What a model forgets when it is tuned on one domain, with `data.replay` and without: the table of docs/evaluation.md.
 
-    python scripts/evidence/forgetting.py [--folder runs/forgetting] [--seeds 0 1 2] [--write]
+    python scripts/evidence/forgetting.py [--folder runs/forgetting] [--seeds 0 1 2] [--domain FOLDER] [--write]
 
 1. A small GLM is taught general things from scratch: facts and calls of six tools, each asked in four ways.
    Held out of it is one way of asking each, so that nothing but the asking is new.
-2. It is tuned on data/support_desk, once as it is, once with `data.replay`, whose prompts are about half of
-   the facts and tools only. Those must stay: `evaluation.keep` has their held-out ways of asking, and
-   `evaluation.choose: domain_without_forgetting` says what it thinks of both runs.
+2. It is tuned on one domain, the order desk of scripts/fixtures/make_order_desk.py, once as it is, once with
+   `data.replay`, whose prompts are about half of the facts and tools only. Those must stay: `evaluation.keep`
+   has their held-out ways of asking, and `evaluation.choose: domain_without_forgetting` says what it thinks
+   of both runs. `--domain` names another folder with train.jsonl and heldout.jsonl.
 3. All three are asked on the domain's held-out dialogues and on the general ones that are held out: those
    about what replay showed, and those about what it never did.
 
@@ -30,7 +31,6 @@ import numpy as np
 from made_pages import put
 
 ROOT = Path(__file__).resolve().parents[2]
-DOMAIN = ROOT / "data" / "support_desk"
 WAYS = {"without replay": "alone", "with replay": "replay"}
 PARTS = ("shown", "not_shown")
 COLUMNS = (
@@ -160,11 +160,11 @@ def train(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
     return max(place.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]))
 
 
-def taught(folder: Path, epochs: int, seed: int) -> Path:
+def taught(folder: Path, domain: Path, epochs: int, seed: int) -> Path:
     """The model that knows the general set."""
     model, data = folder / "model", folder / "data/train.jsonl"
     if not model.is_dir():
-        texts = [str(data), str(DOMAIN / "train.jsonl")]
+        texts = [str(data), str(domain / "train.jsonl")]
         run("scripts/fixtures/small_glm.py", str(model), *texts, "--seed", str(seed))
     training = {
         "num_epochs": epochs,
@@ -176,10 +176,10 @@ def taught(folder: Path, epochs: int, seed: int) -> Path:
     return train(folder, "taught", model={"path": str(model)}, data={"train": str(data)}, training=training)  # fmt: skip
 
 
-def tuned(folder: Path, model: Path, name: str, epochs: int, seed: int) -> Path:
+def tuned(folder: Path, model: Path, name: str, given: argparse.Namespace, seed: int) -> Path:
     """The model that knows the domain."""
     general = folder / "data"
-    data: dict[str, Any] = {"train": str(DOMAIN / "train.jsonl"), "validation": str(DOMAIN / "heldout.jsonl")}  # fmt: skip
+    data: dict[str, Any] = {"train": str(given.domain / "train.jsonl"), "validation": str(given.domain / "heldout.jsonl")}  # fmt: skip
     if name == "replay":
         data["replay"] = {"prompts": str(general / "replay.jsonl"), "max_new_tokens": 64}
     evaluation = {
@@ -187,7 +187,7 @@ def tuned(folder: Path, model: Path, name: str, epochs: int, seed: int) -> Path:
         "max_new_tokens": 96, "every_steps": 100000,
     }  # fmt: skip
     training = {
-        "num_epochs": epochs,
+        "num_epochs": given.epochs,
         "batch_size": 16,
         "learning_rate": 1e-3,
         "warmup_steps": 10,
@@ -262,9 +262,9 @@ def kept_gain(sums: Any) -> str:
 def one_seed(folder: Path, seed: int, given: argparse.Namespace) -> tuple[list[str], list[str], Any]:  # fmt: skip
     """A seed's rows of the table, what its runs said, and its sums of ROUGE-L."""
     print(write_data(folder / "data", seed))
-    model = taught(folder, given.taught, seed)
-    models = [model, *(tuned(folder, model, name, given.epochs, seed) for name in WAYS.values())]
-    files = {"domain": DOMAIN / "heldout.jsonl"} | {part: folder / f"data/heldout_{part}.jsonl" for part in PARTS}  # fmt: skip
+    model = taught(folder, given.domain, given.taught, seed)
+    models = [model, *(tuned(folder, model, name, given, seed) for name in WAYS.values())]
+    files = {"domain": given.domain / "heldout.jsonl"} | {part: folder / f"data/heldout_{part}.jsonl" for part in PARTS}  # fmt: skip
     found = {name: scored(folder, models, name, file) for name, file in files.items()}
     from finetune.training.measuring.choosing import conclusion
 
@@ -279,11 +279,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--taught", type=int, default=40, help="epochs of the general set (40)")
-    parser.add_argument("--epochs", type=int, default=32, help="of the domain (32)")
+    parser.add_argument("--epochs", type=int, default=12, help="of the domain (12)")
+    parser.add_argument(
+        "--domain", type=Path, help="folder with train.jsonl and heldout.jsonl (the order desk)"
+    )
     parser.add_argument("--write", action="store_true", help="put the table into docs/")
     given = parser.parse_args()
     begun = time.perf_counter()
-    parts = [one_seed(given.folder.resolve() / f"seed-{seed}", seed, given) for seed in given.seeds]
+    given.folder = given.folder.resolve()
+    if given.domain is None:
+        run("scripts/fixtures/make_order_desk.py", str(given.folder / "domain"))
+    given.domain = (given.domain or given.folder / "domain").resolve()
+    parts = [one_seed(given.folder / f"seed-{seed}", seed, given) for seed in given.seeds]
     table, said = header(), []
     for lines, sentences, _ in parts:
         table += lines
