@@ -33,7 +33,8 @@ def held_out(count: int = 30) -> Rows:
     rows: Rows = []
     for n in range(count):
         texts = [f"question {'dog ' * (n % 5)}{n}", f"answer {n}"]
-        rows.append({"messages": turns(*texts, *(["and", "则是这样"] if n % 3 == 0 else []))})
+        more = ["and", "则是这样"] if n % 3 == 0 else []
+        rows.append({"messages": turns(*texts, *more), "category": f"part {n % 2}"})
     return rows
 
 
@@ -118,7 +119,7 @@ def test_an_evaluation_says_slices_and_what_differs(place: Path, tmp_path: Path)
     report = evaluate(
         checkpoints(place)[:1], output=tmp_path, changes=GENERATE, options=Options(with_base=True)
     )
-    assert {"turns", "language"} <= set(report["slices"])
+    assert {"turns", "category", "language"} <= set(report["slices"])
     for name, values in report["slices"].items():
         counts = [value["base"]["exact_match"]["n"] for value in values.values()]
         assert sum(counts) == 40, name
@@ -137,7 +138,7 @@ def test_an_evaluation_says_slices_and_what_differs(place: Path, tmp_path: Path)
     assert score["low"] < score["value"] < score["high"]
     row = read_rows(tmp_path / "predictions" / "base.jsonl")[1]
     assert row["slices"] | {"source": ""} == {
-        "source": "", "turns": "2", "prompt_length": "1-64 tokens", "kind": "plain",
+        "source": "", "category": "part 0", "turns": "2", "prompt_length": "1-64 tokens", "kind": "plain",
         "language": "chinese",
     }  # fmt: skip
 

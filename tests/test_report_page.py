@@ -145,7 +145,7 @@ def test_samples_are_ordered_by_worst_gain_and_loss(browser: Browser, folder: Pa
 def test_search_and_slices_narrow_what_is_shown(browser: Browser, folder: Path) -> None:
     screens.look(browser, folder / "report.html")
     every = rows(folder, "base-None")
-    choose(browser, "slice", "kind: tool")
+    choose(browser, "slice", "Kind: With tools")
     tools = [i + 1 for i, row in enumerate(every) if row["slices"]["kind"] == "tool"]
     assert shown(browser) == tools[:10]
     assert browser.find_element("id", "count").text == f"{len(tools)} of 40 samples"
@@ -259,7 +259,7 @@ def test_tables_follow_the_chosen_score(browser: Browser, folder: Path) -> None:
     for metric in ("rouge-l", "bleu-4"):
         choose(browser, "slice-metric", metric)
         found = browser.execute_script("return [...document.querySelectorAll('#slice-table tbody tr')].map((row) => [...row.children].map((cell) => cell.textContent))")  # fmt: skip
-        (row,) = [cells for cells in found if cells[0] == "tool"]
+        (row,) = [cells for cells in found if cells[0] == "With tools"]
         scores = evaluation["slices"]["kind"]["tool"]
         wanted = [f"{scores[target['name']][metric]['value']:.1f}" for target in evaluation["targets"]]  # fmt: skip
         assert row[2:] == wanted

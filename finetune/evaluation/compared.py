@@ -36,6 +36,8 @@ from finetune.storage.files import file_digest
 
 LOSSES: tuple[Source, ...] = ("loss", "general_loss")
 """Sets of examples whose loss is taken."""
+MOST_VALUES = 100
+"""Parts of the data by one slice; more are names of single dialogues, and no page could show them."""
 
 
 class ScoredTarget:
@@ -151,12 +153,12 @@ def _on_the_same(scored: Sequence[ScoredTarget]) -> bool:
 
 
 def _slices(scored: Sequence[ScoredTarget]) -> Slices:
-    """Scores of the replies by slice and value; a slice with one value says nothing new."""
+    """Scores of the replies by slice and value; a slice with one value, or very many, says nothing."""
     found: Slices = {}
     for name in SLICES:
         column = np.array(scored[0].slices[name])
         values = [str(value) for value in np.unique(column) if value]
-        if len(values) > 1:
+        if 1 < len(values) <= MOST_VALUES:
             found[name] = {
                 value: {
                     one.target.name: {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Scores: TypeAlias = dict[str, float | None]
 """Name -> value; None where the question does not arise (tool-call validity without tools)."""
-SLICES = ("source", "turns", "prompt_length", "kind", "language")
+SLICES = ("source", "category", "turns", "prompt_length", "kind", "language")
 """Parts of the data by which scores are looked at."""
 _LETTERS = 400
 """Characters of a text that tell its language."""
@@ -138,6 +138,7 @@ def slices_of(prompt: ReplyPrompt) -> dict[str, str]:
     """The value of every slice for one reply."""
     return {
         "source": prompt.location.rpartition(":")[0],
+        "category": prompt.conversation.category,
         "turns": f"{_MOST_TURNS} or more" if prompt.turns >= _MOST_TURNS else str(prompt.turns),
         "prompt_length": _length(len(prompt.prompt_ids)),
         "kind": "tool" if prompt.tools or prompt.reference.metadata else "plain",

@@ -131,7 +131,9 @@ def _packed(number: int, sample: Sample, pictures: _Pictures) -> dict[str, Any]:
         "reference": str(row.get("reference", "")),
         "replies": list(sample.replies),
         "scores": list(sample.scores),
-        "slices": {str(k): str(v) for k, v in slices.items()} if isinstance(slices, dict) else {},
+        "slices": {str(k): str(v) for k, v in slices.items() if v != ""}
+        if isinstance(slices, dict)
+        else {},
     }
     images = row.get("images")
     if isinstance(images, list) and images:

@@ -31,6 +31,10 @@ PAIRS = (
 """Column names of prompt/response rows that need not be named."""
 TEMPLATE = "chat_template_kwargs"
 """The column of what a chat template takes besides, as TRL and vLLM name it."""
+CATEGORIES = ("category", "task_type", "task_name", "task", "domain", "topic", "subject")
+"""Columns that say what a row is an example of."""
+_CATEGORY = 64
+"""Characters of the longest text that is one."""
 ALPACA_REPLIES = ("output", "response", "answer", "completion", "target")
 
 
@@ -60,6 +64,16 @@ def thinks(row: Row) -> tuple[bool | None, tuple[str, ...]]:
     if thinking is not None and not isinstance(thinking, bool):
         raise RowError(f"{TEMPLATE}: enable_thinking is {strict_json.describe(thinking)}, not true or false")  # fmt: skip
     return thinking, tuple(f"{TEMPLATE}.{key}" for key in said)
+
+
+def category(row: Row) -> str:
+    """What a row says it is an example of, in the first of its columns that says so in a short line.
+
+    >>> category({"category": "", "task": "open qa", "topic": "history"}), category({"domain": 3})
+    ('open qa', '')
+    """
+    said = (value.strip() for name in CATEGORIES if isinstance(value := row.get(name), str))
+    return next((one for one in said if one and len(one) <= _CATEGORY and one.isprintable()), "")
 
 
 def _column(row: Row, name: str) -> str:

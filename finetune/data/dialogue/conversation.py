@@ -60,6 +60,8 @@ class Conversation:
     """Plain text in place of messages: a document, of which everything is learned."""
     thinks: bool | None = None
     """Whether the model is to think, where its template has a switch; None leaves it to the template."""
+    category: str = ""
+    """What the row says it is an example of; scores are looked at by it, and nothing else."""
 
     @property
     def images(self) -> tuple[str, ...]:

@@ -197,6 +197,7 @@ def to_conversation(
     chosen = _chosen(fmt, row, columns, purpose)
     unread = check_columns(row, _read_by(fmt, chosen)) if len(row) > 1 else ()
     thinks, left = columns_of.thinks(row) if columns_of.TEMPLATE in row else (None, ())
+    category = columns_of.category(row)
     unread = (*unread, *left)
     if fmt == "text":
         return foreign.document(row, location, unread, purpose)
@@ -218,7 +219,7 @@ def to_conversation(
         unread = (*unread, *(f"{key} of messages" for key in sorted(reader.unread)))
     messages, positions, doubts = _settled(messages, reader, rules)
     conversation = Conversation(
-        tuple(messages), reader.tools, location, unread, doubts, thinks=thinks
+        tuple(messages), reader.tools, location, unread, doubts, thinks=thinks, category=category
     )
     return validate(conversation, purpose, positions, lenient=rules.turns == "merge")
 

@@ -27,7 +27,7 @@ function startSamples(data, at) {
   fillSelect(at("rival"), names, other);
   fillSelect(at("metric"), data.metrics.map((name) => [name, label(name)]), data.headline);
   const slices = slicesOf(data.samples);
-  fillSelect(at("slice"), [["", t("all samples")], ...slices.map(([name, value], place) => [place, label(name) + ": " + value])], "");
+  fillSelect(at("slice"), [["", t("all samples")], ...slices.map(([name, value], place) => [place, sliceName(name) + ": " + sliceValue(name, value)])], "");
 
   const view = { page: 0, places: [] };
   function read() {

@@ -57,7 +57,7 @@ function turnsOf(prompt) {
 
 function card(data, view, place) {
   const sample = data.samples[place];
-  const slices = Object.entries(sample.slices).map(([name, value]) => element("span", null, label(name) + ": " + value));
+  const slices = Object.entries(sample.slices).map(([name, value]) => element("span", null, sliceName(name) + ": " + sliceValue(name, value)));
   const asked = element("div", null,
     ...(sample.images || []).map((picture) => pictureOf(data, picture)),
     element("div", { class: "prompt text", tabindex: "0", role: "group", "aria-label": t("Prompt") },

@@ -20,6 +20,19 @@ function fillSelect(select, pairs, chosen) {
 
 function label(metric) { return metric.replaceAll("_", " "); }
 
+// What a slice is by, and a part of the data, in the page's language.
+function sliceName(slice) {
+  const names = { source: t("Source"), category: t("Category"), turns: t("Turns"), prompt_length: t("Length of the prompt"), kind: t("Kind"), language: t("Language") };
+  return names[slice] || label(slice);
+}
+
+function sliceValue(slice, value) {
+  const kinds = { plain: t("Plain reply"), tool: t("With tools") };
+  const languages = { chinese: t("Chinese"), japanese: t("Japanese"), korean: t("Korean"), "latin script": t("Latin script"), "cyrillic script": t("Cyrillic script"), "arabic script": t("Arabic script"), other: t("Other") };
+  const named = { kind: kinds, language: languages }[slice] || {};
+  return named[value] || (["turns", "prompt_length"].includes(slice) ? value.replace(/^over /, "> ").replace(/^(\d+) or more$/, "≥ $1") : value);
+}
+
 function number(metric, value, signed) {
   if (value === null || value === undefined) return "–";
   const places = metric.endsWith("loss") ? 3 : metric === "perplexity" ? 2 : 1;
@@ -34,13 +47,13 @@ function showSlices(data, metric) {
     ...data.targets.map((target) => element("th", { scope: "col" }, mark(target), target.name)));
   const body = [];
   for (const [slice, values] of Object.entries(data.slices)) {
-    body.push(element("tr", { class: "group" }, element("th", { scope: "colgroup", colspan: data.targets.length + 2 }, label(slice))));
+    body.push(element("tr", { class: "group" }, element("th", { scope: "colgroup", colspan: data.targets.length + 2 }, sliceName(slice))));
     for (const [value, targets] of Object.entries(values)) {
       const scores = data.targets.map((target) => (targets[target.name] || {})[metric] || { value: null, n: 0 });
       const known = scores.map((score) => score.value).filter((found) => found !== null);
       const top = known.length ? (lower ? Math.min(...known) : Math.max(...known)) : 0;
       const span = data.neither.includes(metric) ? null : Math.max(...known.map((found) => Math.abs(found - top)), 0);
-      body.push(element("tr", null, element("th", { scope: "row" }, value),
+      body.push(element("tr", null, element("th", { scope: "row" }, sliceValue(slice, value)),
         element("td", null, String(Math.max(...scores.map((score) => score.n)))),
         ...scores.map((score) => sliceCell(metric, score, top, span))));
     }
@@ -53,7 +66,7 @@ function sliceCell(metric, score, top, span) {
   const far = span ? Math.abs(score.value - top) / span : 0;
   const shade = span === null ? null : far === 0 ? "top" : "shade" + Math.min(3, Math.ceil(far * 3));
   const title = score.low === null || score.low === undefined ? null
-    : number(metric, score.low) + " to " + number(metric, score.high) + ", n = " + score.n;
+    : number(metric, score.low) + " … " + number(metric, score.high) + ", n = " + score.n;
   return element("td", { class: shade, title }, number(metric, score.value));
 }
 
