@@ -105,6 +105,30 @@ def test_a_mistake_in_a_function_reaches_the_imported_one_and_one_outside_needs_
         assert not exchanged(CODE, CODE.replace(old, new), path)
 
 
+CLOSED = """
+def sized(limit, other):
+    def fits(count):
+        return count < limit and count != other
+    return fits
+
+
+def alone():
+    return 1
+"""
+
+
+def test_a_function_that_is_there_already_and_looks_at_other_names_needs_an_import(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "sized.py"
+    module: dict[str, Any] = {}
+    exec(compile(CLOSED, path, "exec"), module)
+    fits = module["sized"](3, 1)
+    assert exchanged(CLOSED, CLOSED.replace("count < limit", "count <= limit"), path)
+    assert fits(3)
+    assert not exchanged(CLOSED, CLOSED.replace(" and count != other", ""), path)
+
+
 def test_the_functions_around_a_line_are_named_as_python_names_them() -> None:
     inner = CODE[: CODE.index("number < LIMIT")].count("\n") + 1
     assert called.functions_at(CODE, inner) == ["Box.holds.<locals>.inner", "Box.holds"]

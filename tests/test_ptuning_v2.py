@@ -168,6 +168,25 @@ def test_left_and_right_padding_give_what_a_row_alone_gives(base: Path) -> None:
     assert_close(left, alone, sums(model))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_beside_a_prefix_padding_on_the_left_is_not_counted_as_positions(
+    tiny_chatglm: Path, cached: bool
+) -> None:
+    """Without a prefix only distances between tokens count, and one more in front would go unseen."""
+    model = tuned(tiny_chatglm)
+    row, pad = padded()[0][:1, :6], torch.full((1, 3), 370)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        alone = model(input_ids=row).logits
+        left = model(torch.cat([pad, row], 1), attention_mask=mask, use_cache=cached)
+        assert_close(left.logits[:, 3:], alone, sums(model))
+        if cached:
+            longer = torch.cat([row, row[:, :1]], 1)
+            more = torch.cat([mask, mask[:, -1:]], 1)
+            said = model(row[:, :1], attention_mask=more, past_key_values=left.past_key_values)
+            assert_close(said.logits[:, -1], model(longer).logits[:, -1], sums(model))
+
+
 @pytest.mark.parametrize("piece", [1024, 4])
 def test_packed_documents_see_the_prefix_and_not_each_other(
     base: Path, piece: int, monkeypatch: pytest.MonkeyPatch

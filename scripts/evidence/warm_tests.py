@@ -102,9 +102,10 @@ def exchanged(old: str, new: str, path: Path) -> bool:
         code = function.__code__
         if code.co_filename == str(path):
             found = by_place.get((code.co_qualname, code.co_firstlineno))
-            if found is not None:
-                function.__code__ = found
-                count += 1
+            if found is None:
+                return False  # a closure that looks at other names by now: it is to be made anew
+            function.__code__ = found
+            count += 1
     return count > 0
 
 

@@ -24,7 +24,7 @@ from finetune.data.chat.image import pixels
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
-from finetune.models.processor import ChatGLM4VProcessor
+from finetune.models.processor import ChatGLM4VProcessor, shows_image, with_image_token
 
 QUESTION = "what is this"
 
@@ -99,6 +99,72 @@ def test_every_way_to_name_a_picture_shows_the_same(folder: Path, image: Image.I
         made = processor.apply_chat_template([{"role": "user", "content": content}], **SNIPPET)
         assert made["input_ids"].equal(expected["input_ids"])
         assert made["pixel_values"].equal(expected["pixel_values"])
+
+
+TOKEN = "<|begin_of_image|><|endoftext|><|end_of_image|>"
+
+
+@pytest.mark.parametrize(
+    ("message", "content", "shown"),
+    [
+        ({"content": "hi"}, "hi", []),
+        ({"content": None}, None, []),
+        ({}, None, []),
+        ({"content": "hi", "image": None}, "hi", []),
+        ({"content": "hi", "image": "a"}, f"{TOKEN}hi", ["a"]),
+        ({"content": None, "image": "a"}, TOKEN, ["a"]),
+        ({"content": [{"type": "text", "text": "x"}, {"text": "y"}, {"type": "z"}]}, "xy", []),
+        ({"content": []}, "", []),
+        ({"content": [{"type": "image", "image": "a"}, {"text": "x"}]}, f"{TOKEN}x", ["a"]),
+        ({"content": [{"text": "x"}, {"type": "image", "url": "a"}]}, f"{TOKEN}x", ["a"]),
+        ({"content": [{"type": "image", "path": "a"}]}, TOKEN, ["a"]),
+        ({"content": [{"type": "image", "base64": "a"}]}, TOKEN, ["a"]),
+        ({"content": [{"type": "image_url", "image_url": "a"}]}, TOKEN, ["a"]),
+        ({"content": [{"type": "image_url", "image_url": {"url": "a"}}]}, TOKEN, ["a"]),
+        ({"content": [{"type": "image", "image": None, "url": "a"}]}, TOKEN, ["a"]),
+        ({"content": [{"type": "image", "path": "b", "url": "a"}]}, TOKEN, ["a"]),
+        ({"content": [{"type": "image", "url": "b"}], "image": "a"}, TOKEN, ["a", "b"]),
+        ({"content": [{"type": "image", "url": n} for n in "ab"]}, TOKEN, ["a", "b"]),
+    ],
+)
+def test_a_message_of_any_form_becomes_text_and_its_pictures(
+    message: dict[str, Any], content: Any, shown: list[str]
+) -> None:
+    given = {"role": "user", "name": "n", **message}
+    said, found = with_image_token(given)
+    assert found == shown
+    assert said.get("content") == content
+    assert said["role"] == "user"
+    assert said["name"] == "n"
+    assert said.keys() - given.keys() <= {"content"}
+    assert not (shown and "image" in said)
+    for conversation in (given, [given], [[{"content": "hi"}, given]]):
+        assert shows_image(conversation) is bool(shown)
+
+
+def test_a_part_without_its_picture_is_named_and_a_text_is_no_conversation() -> None:
+    with pytest.raises(ValueError, match="holds no image, url, path or base64"):
+        with_image_token({"role": "user", "content": [{"type": "image", "text": "x"}]})
+    assert not shows_image("a text")
+
+
+def test_one_picture_is_the_most_that_a_conversation_shows(folder: Path) -> None:
+    processor = AutoProcessor.from_pretrained(folder)
+    one = {"type": "image", "path": str(folder.parent / "x.png")}
+    for row in ([one, one], [one, one, one]):
+        with pytest.raises(ValueError, match="takes one image in a conversation"):
+            processor.apply_chat_template([{"role": "user", "content": row}], **SNIPPET)
+
+
+def test_either_end_of_a_span_that_is_cut_off_is_noticed(folder: Path) -> None:
+    processor = AutoProcessor.from_pretrained(folder)
+    begin, end = processor.tokenizer.convert_tokens_to_ids(
+        ["<|begin_of_image|>", "<|end_of_image|>"]
+    )
+    processor._check_special_mm_tokens([TOKEN], {"input_ids": [[begin, end]]}, [])
+    for ids in ([begin], [end], [end, end]):
+        with pytest.raises(ValueError, match="cut off"):
+            processor._check_special_mm_tokens([TOKEN], {"input_ids": [ids]}, [])
 
 
 def test_a_batch_may_mix_pictures_and_text(folder: Path, image: Image.Image) -> None:
