@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import multiprocessing.util
 import os
 import re
 import subprocess
@@ -72,6 +73,9 @@ class Watch:
         self._of_fixtures: dict[int, set[str]] = {}
         """Fixtures of a module or a session are made once; whoever asks for them calls what they called."""
         self.calls: Calls = {}
+        self._of_forks = root / ".calls-of-forks"
+        self._of_forks.mkdir(exist_ok=True)
+        multiprocessing.util.register_after_fork(self, Watch._go_on_in_a_fork)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
@@ -99,6 +103,9 @@ class Watch:
             for name in item.fixturenames:
                 for made in item._fixtureinfo.name2fixturedefs.get(name, ()):
                     self._seen |= self._of_fixtures.get(id(made), set())
+            for file in self._of_forks.iterdir():
+                self._seen |= set(json.loads(file.read_text("utf-8")))
+                file.unlink()
             test.calls = sorted(self._seen)
 
     @pytest.hookimpl(wrapper=True)
@@ -116,6 +123,16 @@ class Watch:
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Adds the time of a part of a test."""
         self.calls[report.nodeid].seconds += report.duration
+
+    def _go_on_in_a_fork(self) -> None:
+        """What a process calls that a test has forked is written down when that ends."""
+        self._seen = set()
+
+        def tell() -> None:
+            file = self._of_forks / str(os.getpid())
+            file.write_text(json.dumps(sorted(self._seen)), encoding="utf-8")
+
+        multiprocessing.util.Finalize(None, tell, exitpriority=0)
 
     def _is_a_tests_own(self, frame: FrameType | None) -> bool:
         """Whether a process is started by a test, and not by the project (the template's sandbox, say)."""
