@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch or transformers are imported; child processes inherit all of it. Under pytest-xdist
 # the workers inherit the controller's folder, so that converted tokenizers are shared.
@@ -31,6 +32,10 @@ if not os.environ.get("FINETUNE_TEST_GPU"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run on the CPU, slowly
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)
+
+# Property tests draw the same examples each time; HYPOTHESIS_PROFILE=default draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_unconfigure() -> None:
