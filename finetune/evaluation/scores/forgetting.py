@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.evaluation.scores.metrics import metric
-from finetune.evaluation.scores.statistics import LEVEL, Measure, compare, holm, resampled
+from finetune.evaluation.scores.statistics import CHANCE, LEVEL, Measure, compare, holm, resampled
 
 RESAMPLES = 4999
 
@@ -36,7 +36,7 @@ class Criterion:
     @property
     def passes(self) -> bool:
         """Whether it holds by itself."""
-        return self.p < 1 - LEVEL
+        return self.p < CHANCE
 
     def __str__(self) -> str:
         name, digits = metric(self.metric).label, metric(self.metric).digits
@@ -80,7 +80,7 @@ def p_of(criteria: Sequence[Criterion]) -> float:
 
 def qualifies(criteria: Sequence[Criterion], earlier: Sequence[float]) -> bool:
     """Whether a checkpoint passes, beside the p of those before it, after Holm's correction."""
-    return holm([*earlier, p_of(criteria)])[-1] < 1 - LEVEL
+    return holm([*earlier, p_of(criteria)])[-1] < CHANCE
 
 
 def criteria_of(

@@ -30,6 +30,8 @@ Verdict = Literal["better", "worse", "no real difference"]
 RESAMPLES = 1000
 PERMUTATIONS = 9999
 LEVEL = 0.95
+CHANCE = 0.05
+"""What chance makes less often than this is real; `1 - LEVEL` would be a little more, and take in 0.05 itself."""
 _BLOCK = 500_000  # weights held at once, 4 MB
 
 
@@ -272,7 +274,7 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def _verdict(name: str, difference: float, p: float) -> Verdict:
-    if p >= 1 - LEVEL:
+    if p >= CHANCE:
         return "no real difference"
     return "better" if (difference < 0) == metric(name).lower_is_better else "worse"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import DataError
-from finetune.evaluation.scores.statistics import LEVEL, holm
+from finetune.evaluation.scores.statistics import CHANCE, holm
 
 Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
@@ -72,7 +72,7 @@ def _duel(pair: tuple[str, str], units: Sequence[Sequence[float]], p: float) -> 
     rate = _mean([_mean(unit) for unit in units])
     low, high = wilson(rate, len(units))
     verdict = "no real difference"
-    if p < 1 - LEVEL:
+    if p < CHANCE:
         verdict = "better" if rate > 0.5 else "worse"
     return Duel(
         *pair,
