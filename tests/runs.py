@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +152,31 @@ def start_command(
 
 def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int = 2) -> None:
     """Until `count` steps are logged."""
-    for _ in range(1200):
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
         metrics = run_dir / "metrics.jsonl"
         if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    raise AssertionError("no step was logged within a minute")
+    raise AssertionError("no step was logged within four minutes")
+
+
+_ports = itertools.count(random.Random(os.urandom(8)).randrange(1000))
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody else takes before it is used.
+
+    Each worker of the tests has a thousand of its own, below those that outgoing connections are given.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw9").removeprefix("gw")) % 10
+    for number in _ports:
+        port = 20_000 + 1000 * worker + number % 1000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: numbers do not end")
 
 
 def history(run_dir: Path, key: str = "loss") -> list[float]:

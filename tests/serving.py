@@ -77,7 +77,7 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
         if "client" in vars(made):
             made.client.close()
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -97,7 +97,7 @@ def save_talkative(folder: Path, family: str = "glm", *, ends: bool = True, **sh
     return folder
 
 
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits for something that must come."""
     end = time.monotonic() + seconds
     while not true():
@@ -105,7 +105,7 @@ def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-async def until_async(true: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until_async(true: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits without stopping the loop."""
     end = time.monotonic() + seconds
     while not true():
@@ -160,7 +160,7 @@ class Slow:
             return rows
 
         def step(decoder: Decoder) -> None:
-            assert self.go.acquire(timeout=10)
+            assert self.go.acquire(timeout=60)
             for row in decoder.active:
                 row.take(self._token, ())
 

@@ -180,7 +180,7 @@ def test_a_regex_without_end_is_given_up(
     started = time.perf_counter()
     with pytest.raises(ModelError, match=f"{key}: matching"):
         read_lora(adapter).misfits([f"{'a' * 40}.weight"])
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60  # without a limit it is hours
 
 
 def test_a_pattern_matches_as_re_does() -> None:

@@ -88,7 +88,7 @@ def test_it_is_served_to_this_machine_and_follows_the_files(tmp_path: Path) -> N
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def get(path: str, **headers: str) -> tuple[int, str]:
-            connection = HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            connection = HTTPConnection("127.0.0.1", server.server_port, timeout=60)
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()

@@ -16,7 +16,7 @@ class Ranks:
     """Threads in place of processes, with an agreement among them."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=60)
         self.votes: list[int] = []
         self.lock = threading.Lock()
 

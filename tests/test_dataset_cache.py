@@ -141,7 +141,7 @@ def build(folder):
     (folder / "content").write_text("whole")
     with open(sys.argv[2], "a") as log:
         log.write("built\\n")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not Path(sys.argv[3]).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     return {"by": sys.argv[4]}
@@ -163,7 +163,7 @@ def start_builder(root: Path, name: str, *, go: bool = True, **env: str) -> subp
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)
@@ -175,8 +175,8 @@ def test_two_processes_prepare_once_and_the_second_says_that_it_waits(tmp_path):
     second = start_builder(tmp_path, "two", PYTHONUNBUFFERED="1")
     assert second.stdout.readline().startswith("waiting for another process that is preparing")
     (tmp_path / "go").touch()
-    assert first.communicate(timeout=30)[0].strip() == "one"
-    assert second.communicate(timeout=30)[0].strip() == "one"
+    assert first.communicate(timeout=60)[0].strip() == "one"
+    assert second.communicate(timeout=60)[0].strip() == "one"
     assert (tmp_path / "log").read_text() == "built\n"
 
 
@@ -184,10 +184,10 @@ def test_a_killed_builder_leaves_nothing_that_is_read_and_nothing_that_blocks(tm
     killed = start_builder(tmp_path, "killed", go=False)
     wait_for(tmp_path / "log")
     killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=10)
+    killed.communicate(timeout=60)
     assert any(path.name.startswith(".staging-key") for path in tmp_path.iterdir())
     second = start_builder(tmp_path, "second")
-    assert second.communicate(timeout=30)[0].strip() == "second"
+    assert second.communicate(timeout=60)[0].strip() == "second"
     assert not any(path.name.startswith(".staging-key") for path in tmp_path.iterdir())
 
 
@@ -199,8 +199,8 @@ def test_the_first_process_of_a_machine_prepares_even_when_it_comes_last(tmp_pat
     time.sleep(1.0)
     assert not (tmp_path / "log").exists()
     first = start_builder(tmp_path, "rank 0", RANK="0", LOCAL_RANK="0")
-    assert first.communicate(timeout=30)[0].strip() == "rank 0"
-    assert other.communicate(timeout=30)[0].strip() == "rank 0"
+    assert first.communicate(timeout=60)[0].strip() == "rank 0"
+    assert other.communicate(timeout=60)[0].strip() == "rank 0"
     assert (tmp_path / "log").read_text() == "built\n"
 
 

@@ -100,9 +100,13 @@ def test_what_a_front_end_adds_of_its_own_is_left_out_and_named(server: serving.
 def test_models_are_found_and_a_wrong_key_and_old_functions_are_said(
     server: serving.Served,
 ) -> None:
-    found = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {server.key}"})
+    found = httpx.get(
+        f"{server.url}/v1/models", headers={"Authorization": f"Bearer {server.key}"}, timeout=60
+    )
     assert [model["id"] for model in found.json()["data"]] == ["tiny"]
-    refused = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer wrong"})
+    refused = httpx.get(
+        f"{server.url}/v1/models", headers={"Authorization": "Bearer wrong"}, timeout=60
+    )
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     old = asked(server, {"messages": serving.HELLO, "functions": [TOOL["function"]]})
     assert old.status_code == 400

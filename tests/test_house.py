@@ -116,3 +116,31 @@ def test_light_rooms_import_nothing_heavy(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+_WAITS = {"settimeout", "communicate", "wait", "join", "acquire"}
+_REQUESTS = {"get", "post", "head", "options", "request", "stream", "Client", "AsyncClient"}
+
+
+def _impatient(path: Path) -> list[int]:
+    """Lines of calls that give up within a minute, or by httpx's own rule after five seconds."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        of, _, name = ast.unparse(node.func).rpartition(".")
+        limits = [k.value for k in node.keywords if k.arg == "timeout"]
+        limits += node.args[:1] if name in _WAITS else []
+        numbers = [limit.value for limit in limits if isinstance(limit, ast.Constant)]
+        numbers = [number for number in numbers if isinstance(number, int | float)]
+        asks = of == "httpx" and name in _REQUESTS
+        if any(number < 60 for number in numbers) or (asks and not limits):
+            found.append(node.lineno)
+    return found
+
+
+def test_what_must_come_is_waited_for_for_a_minute_on_a_busy_machine(tmp_path: Path) -> None:
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    assert {str(path): lines for path in tests if (lines := _impatient(path))} == {}
+    (tmp_path / "a.py").write_text("x.wait(5)\nhttpx.get(u)\nf(timeout=1)\nx.wait(60)\n','.join(x)")
+    assert _impatient(tmp_path / "a.py") == [1, 2, 3]

@@ -51,7 +51,7 @@ def test_a_loader_process_outlives_a_signal(
     plan, collate = BatchPlan(items.lengths, 4, 2, seed=42), cast(Any, sorted)
     loader = batches.training_loader(
         batches.TrainingData(items, items.lengths, str, plan, collate, SupervisedTokens()),
-        rank=0, workers=1, seconds=20,
+        rank=0, workers=1, seconds=60,
     )  # fmt: skip
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     seen = [index for batch in loader for index in batch]

@@ -55,10 +55,10 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 def test_a_config_that_cannot_be_is_refused_in_words_at_once(tmp_path: Path, key: str) -> None:
     value, reason = HOSTILE[key]
     folder = model(tmp_path / "model", **{key: value})
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ModelError, match=reason):
         load_model(folder)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_sizes_that_are_possible_one_by_one_and_not_together_are_refused(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ def test_the_page_asks_its_own_server_only_and_its_libraries_are_named_with_lice
     asked = page.run("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert asked
     assert all(name.startswith((page.server.url, "data:")) for name in asked)
-    text = httpx.get(f"{page.server.url}/").text
+    text = httpx.get(f"{page.server.url}/", timeout=60).text
     outside = re.sub(r"<script.*?</script>|<style.*?</style>", "", text, flags=re.DOTALL)
     assert re.findall(r"(?:src|href)=[\"']([^\"']+)", outside) == ["data:,", "#draft"]
     table = (html.LIBRARIES / "README.md").read_text()

@@ -129,7 +129,7 @@ def test_every_shell_script_prints_its_help_and_does_nothing(script: Path, tmp_p
     if script.name == "install.sh":
         return  # read by the others; it is no command
     done = subprocess.run(
-        ["bash", str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=20,
+        ["bash", str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "VENV": str(tmp_path / "venv")},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

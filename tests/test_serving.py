@@ -156,7 +156,7 @@ def test_without_a_seed_another_reply_is_drawn_each_time(server: serving.Served)
 def test_a_stream_ends_with_done_once(server: serving.Served, usage: bool) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "stream": True}
     body["stream_options"] = {"include_usage": usage}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
     lines = [line for line in answer.text.splitlines() if line]
     assert lines[-1] == "data: [DONE]"
     assert lines.count("data: [DONE]") == 1

@@ -128,7 +128,9 @@ def test_every_field_of_sampling_means_what_it_means_to_the_decoder(
     for fields in FIELDS:
         asked = {"messages": HELLO} if "chat" in address else {"prompt": "hello 你好 there"}
         body = {"model": "tiny", "max_tokens": 20, "logprobs": 1 if "prompt" in asked else True, **asked, **fields}  # fmt: skip
-        choice = httpx.post(f"{server.url}/v1/{address}", json=body).json()["choices"][0]
+        choice = httpx.post(f"{server.url}/v1/{address}", json=body, timeout=60).json()["choices"][
+            0
+        ]
         found = choice["logprobs"]
         said.append(
             found["tokens"] if "prompt" in asked else [t["token"] for t in found["content"]]
@@ -152,8 +154,8 @@ def test_what_was_done_is_counted(opened: OpenedModel) -> None:
         with pytest.raises(openai.BadRequestError):
             create(server, n=9)
         url = f"{server.url}/metrics"
-        assert httpx.get(url).status_code == 401
-        text = httpx.get(url, headers={"Authorization": f"Bearer {server.key}"}).text
+        assert httpx.get(url, timeout=60).status_code == 401
+        text = httpx.get(url, headers={"Authorization": f"Bearer {server.key}"}, timeout=60).text
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert found['finetune_requests_total{status="200"}'] == "2"
     assert found['finetune_requests_total{status="400"}'] == "1"
@@ -167,7 +169,7 @@ def test_what_was_done_is_counted(opened: OpenedModel) -> None:
 
 def test_tokens_are_those_of_the_prompt(server: serving.Served, opened: OpenedModel) -> None:
     def tokens(**body: Any) -> Any:
-        return httpx.post(f"{server.url}/tokenize", json=body).json()
+        return httpx.post(f"{server.url}/tokenize", json=body, timeout=60).json()
 
     said = tokens(model="tiny", messages=HELLO, tools=[TOOL])
     prompt = serving.prompt_of(opened.template, Message("user", HELLO[0]["content"]), tools=[TOOL])
@@ -187,7 +189,7 @@ def test_a_field_that_nobody_knows_is_named_in_a_header_or_refused(
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 2, "stream": stream} | odd
 
     def post(url: str) -> httpx.Response:
-        return httpx.post(f"{url}/v1/chat/completions", json=body)
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
 
     answer = post(server.url)
     assert answer.status_code == 200

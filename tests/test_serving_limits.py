@@ -114,7 +114,9 @@ def test_a_body_that_is_not_clean_json_is_refused(
     server: serving.Served, body: bytes, reason: str
 ) -> None:
     headers = {"Content-Type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=60
+    )
     assert answer.status_code == 400
     assert reason in answer.json()["error"]["message"]
 
@@ -130,13 +132,15 @@ def test_other_paths_models_methods_and_kinds_of_body_have_errors_of_the_same_fo
         server.client.embeddings.create(model="tiny", input="x")
     assert [model.id for model in server.client.models.list()] == ["tiny"]
     assert server.client.models.retrieve("tiny").object == "model"
-    assert httpx.get(f"{server.url}/v1/chat/completions").status_code == 405
+    assert httpx.get(f"{server.url}/v1/chat/completions", timeout=60).status_code == 405
     for kind in (None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         headers = {} if kind is None else {"Content-Type": kind}
-        plain = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}", headers=headers)
+        plain = httpx.post(
+            f"{server.url}/v1/chat/completions", content=b"{}", headers=headers, timeout=60
+        )
         assert plain.status_code == 415, kind
     assert set(plain.json()["error"]) == {"message", "type", "param", "code"}
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/health", timeout=60).json() == {"status": "ok"}
 
 
 def test_a_fault_of_the_model_is_a_500_and_the_server_lives_on(
@@ -164,13 +168,15 @@ def test_without_the_key_nothing_but_health_answers(
         assert server.client.models.list().data[0].id == "tiny"
         for given in ("wrong", KEY[:-1], KEY + "x", KEY.upper(), "ключ"):
             headers = {"Authorization": f"Bearer {given}".encode()}
-            answer = httpx.get(f"{server.url}/v1/models", headers=headers)
+            answer = httpx.get(f"{server.url}/v1/models", headers=headers, timeout=60)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
-            answer = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json={})
+            answer = httpx.post(
+                f"{server.url}/v1/chat/completions", headers=headers, json={}, timeout=60
+            )
             assert answer.status_code == 401
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/v1/models", timeout=60).status_code == 401
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
         wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="nope", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             wrong.models.list()
@@ -191,7 +197,10 @@ def test_a_name_that_was_made_to_point_here_is_turned_away(
     server: serving.Served, host: str, status: int
 ) -> None:
     for path in ("/v1/models", "/health"):
-        assert httpx.get(f"{server.url}{path}", headers={"Host": host}).status_code == status
+        assert (
+            httpx.get(f"{server.url}{path}", headers={"Host": host}, timeout=60).status_code
+            == status
+        )
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -242,7 +251,7 @@ def test_a_large_body_is_refused_before_it_is_read(server: serving.Served) -> No
     port = int(server.url.rpartition(":")[2])
     chunks = (b" " * 65536 for _ in range(64))
     headers = {"Content-Type": "application/json"}
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as unsized:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as unsized:
         try:
             unsized.request("POST", "/v1/chat/completions", chunks, headers, encode_chunked=True)
         except (BrokenPipeError, ConnectionResetError):
@@ -311,13 +320,16 @@ def test_no_address_is_fetched_no_path_is_read_and_no_bomb_is_decoded(
     with serving.served(seeing) as server:
         for messages, reason in asked:
             body = {"model": "tiny", "messages": messages, "max_tokens": 2}
-            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
             said = answer.json()["error"]["message"]
             assert answer.status_code == 400, said
             assert reason in said, said
             assert str(tmp_path) not in said
         body = {"model": "tiny", "messages": showing(data_url()), "max_tokens": 2}
-        assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
+        assert (
+            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code
+            == 200
+        )
     assert canary.calls == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -198,7 +198,7 @@ def test_a_full_server_says_when_to_come_again(opened: OpenedModel, slow: servin
         first.start()
         serving.until(lambda: len(slow.batches) == 1)
         body = {"model": "tiny", "messages": HELLO}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -263,13 +263,13 @@ def test_the_command_serves_until_sigterm_and_ends_with_0(base: Path) -> None:
         popen.send_signal(signal.SIGTERM)
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")  # it was let finish
-        out, _ = popen.communicate(timeout=40)
+        out, _ = popen.communicate(timeout=60)
     assert popen.returncode == 0
     assert out.endswith("stopped\n")
     assert "Traceback" not in out
     assert KEY not in out
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
+        httpx.get(f"{url}/health", timeout=60)
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
@@ -279,7 +279,7 @@ def test_a_second_signal_ends_the_server_in_the_middle_of_a_reply(
     endless = serving.save_talkative(tmp_path / "endless", ends=False)
     body = {"model": "endless", "messages": HELLO, "max_tokens": 150_000, "stream": True}
     with started(endless) as (popen, url):
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             popen.send_signal(first)
@@ -287,7 +287,7 @@ def test_a_second_signal_ends_the_server_in_the_middle_of_a_reply(
                 next(lines)
             assert popen.poll() is None
             popen.send_signal(signal.SIGINT)
-            assert popen.wait(10) == 128 + signal.SIGINT
+            assert popen.wait(60) == 128 + signal.SIGINT
         out = popen.stdout.read()
     assert out.endswith("stopped in the middle of a reply\n")
     assert "Traceback" not in out

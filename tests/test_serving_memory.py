@@ -64,7 +64,7 @@ def test_a_dialogue_goes_on_as_without_memory_and_computes_only_what_is_new(
     monkeypatch.setattr(Batch, "prefill", counted)
     with serving.served(opened) as server:
         remembered = talk(server, 4)
-        counts = httpx.get(f"{server.url}/metrics").text
+        counts = httpx.get(f"{server.url}/metrics", timeout=60).text
     with_memory, computed[:] = list(computed), []
     monkeypatch.setattr(KeptPrompts, "beginning_of", lambda *_: None)
     with serving.served(opened) as server:

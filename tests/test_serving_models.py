@@ -187,7 +187,7 @@ def test_rows_of_a_base_and_of_plain_adapters_are_one_pass_and_each_as_alone(
         return step(batch, tokens)
 
     monkeypatch.setattr(Batch, "step", counting)
-    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 1.0)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 20)  # until all of them wait
     asked = [(name, {"max_tokens": 14, "logprobs": True, "top_logprobs": 1}) for name in targets]
     with serving.served(open_side_by_side(targets), batch_size=len(asked)) as server:
         writers = server.engine.writers

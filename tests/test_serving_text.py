@@ -141,7 +141,10 @@ def test_what_cannot_be_gone_on_with_is_refused(
 ) -> None:
     body = json.dumps({"model": "tiny", "prompt": START} | fields).encode()
     answer = httpx.post(
-        f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"}
+        f"{server.url}/v1/completions",
+        content=body,
+        headers={"Content-Type": "application/json"},
+        timeout=60,
     )
     assert answer.status_code in (400, 404)
     assert reason in answer.json()["error"]["message"]
@@ -197,7 +200,7 @@ def test_null_is_absence_in_any_field(opened: OpenedModel) -> None:
 def test_an_address_that_is_not_served_says_what_to_ask_instead(
     server: serving.Served, path: str, remedy: str
 ) -> None:
-    answer = httpx.post(f"{server.url}{path}", json={})
+    answer = httpx.post(f"{server.url}{path}", json={}, timeout=60)
     assert answer.status_code == 404
     assert remedy in answer.json()["error"]["message"]
 

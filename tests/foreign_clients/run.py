@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         ).returncode
     finally:
         server.stdin.close()
-        server.wait(30)
+        server.wait(60)
 
 
 if __name__ == "__main__":

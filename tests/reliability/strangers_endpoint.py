@@ -37,7 +37,7 @@ def _body(content: Any = "hi", **more: Any) -> dict[str, Any]:
 async def _post_all(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, Any]]:
     import httpx
 
-    async with httpx.AsyncClient(timeout=40) as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         answers = await asyncio.gather(
             *(client.post(f"{url}/v1/chat/completions", json=body) for body in bodies)
         )
@@ -85,7 +85,7 @@ def _images_of_those_who_left(folder: Path) -> None:
     body = _body() | {"messages": serving.showing(serving.data_url())}
 
     async def mixed(url: str) -> list[int]:
-        async with httpx.AsyncClient(timeout=40) as client:
+        async with httpx.AsyncClient(timeout=60) as client:
 
             def post() -> asyncio.Task[Any]:
                 return asyncio.create_task(client.post(f"{url}/v1/chat/completions", json=body))
@@ -111,7 +111,7 @@ def _slow_headers(sent: bytes, folder: Path) -> None:
     with serving.served(_opened("text")) as server:
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as slow:
-            slow.settimeout(10)
+            slow.settimeout(60)
             slow.sendall(sent)
             with suppress(ConnectionResetError):
                 while slow.recv(1000):
@@ -136,9 +136,9 @@ def _too_many_connections(folder: Path) -> None:
         port = int(server.url.rpartition(":")[2])
         for _ in range(80):
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
         answer = httpx.get(
-            f"{server.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=20
+            f"{server.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
         )
         assert answer.status_code == 200
 
@@ -157,7 +157,7 @@ def _keys_of_any_script(folder: Path) -> None:
             if b"\n" in given or b"\0" in given:
                 continue
             headers = {b"Authorization": b"Bearer " + given}
-            found = httpx.get(f"{server.url}/v1/models", headers=headers).status_code
+            found = httpx.get(f"{server.url}/v1/models", headers=headers, timeout=60).status_code
             assert found == status, (given, found)
 
 

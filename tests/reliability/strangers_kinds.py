@@ -143,10 +143,10 @@ def server_asked_to_end(number: int, folder: Path) -> None:
         code, said = command("serve", glm_folder(), "--port", port)
         (folder / "said").write_text(said)
         os._exit(code)
-    for _ in range(400):
+    for _ in range(2000):
         time.sleep(0.05)
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
                 break
