@@ -167,7 +167,7 @@ def test_only_names_of_this_machine_and_known_pages_are_answered(tmp_path: Path)
             (f"evil.localhost:{port}", "/", 403), ("localhost.evil.com:80", "/panels", 403), ("", "/", 403),
             (f"localhost:{port}", "/panels/x", 404), (f"localhost:{port}", "/panels2", 404),
         ):  # fmt: skip
-            connection = HTTPConnection("127.0.0.1", port, timeout=10)
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
             connection.request("GET", path, headers={"Host": host})
             answer = connection.getresponse()
             body = answer.read()

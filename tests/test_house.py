@@ -118,7 +118,7 @@ def test_light_rooms_import_nothing_heavy(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-_WAITS = {"settimeout", "communicate", "wait", "join", "acquire"}
+_WAITS = {"settimeout", "communicate", "wait", "acquire"}
 _REQUESTS = {"get", "post", "head", "options", "request", "stream", "Client", "AsyncClient"}
 
 

@@ -184,7 +184,7 @@ def test_a_save_beside_training_waits_for_the_one_before_and_its_error_comes_wit
     may_end = threading.Event()
 
     def slowly(self: Saver, snapshot: Snapshot, folder: Path) -> None:
-        may_end.wait(20)
+        may_end.wait(60)
         bench._write(snapshot, folder)
 
     monkeypatch.setattr(Saver, "save_weights", slowly)
