@@ -10,7 +10,14 @@ from types import TracebackType
 from typing import Any
 
 from finetune.artifacts.checkpoint import checkpoints
-from finetune.artifacts.names import BEST, RUN_CONFIG, RUN_DATA, RUN_METRICS
+from finetune.artifacts.names import (
+    ADAPTER_CONFIG,
+    BEST,
+    MODEL_CONFIG,
+    RUN_CONFIG,
+    RUN_DATA,
+    RUN_METRICS,
+)
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.storage import folders
 from finetune.storage.files import kind_of, refuse_odd, write_file
@@ -101,6 +108,11 @@ def _refuse_others(run_dir: Path) -> None:
     if os.path.lexists(run_dir / LOCK) or checkpoints(run_dir):
         return
     mine = (RUN_CONFIG, RUN_DATA, BEST, RUN_METRICS)
+    if taken := [name for name in (MODEL_CONFIG, ADAPTER_CONFIG) if (run_dir / name).exists()]:
+        raise ConfigError(
+            f"training.output_dir: {run_dir} holds a model ({taken[0]}), which would be taken for a run "
+            "from then on; choose another folder"
+        )
     if taken := [name for name in mine if os.path.lexists(run_dir / name)]:
         raise ConfigError(
             f"training.output_dir: {run_dir} is not a run directory, and a run would write over "

@@ -20,6 +20,7 @@ from finetune.data.dialogue.tool_calls import read_tools, tool_name
 from finetune.errors import DataError, FinetuneError
 from finetune.generation.settings import GREEDY, HERE, Placement, Sampling
 from finetune.generation.stream import Piece, reply_stream
+from finetune.storage.given import read_given
 
 HELP = """\
 /reset         forget the dialogue, keep the system message and the tools
@@ -322,11 +323,10 @@ class Session:
 
 def read_tools_file(path: Path) -> tuple[Mapping[str, Any], ...]:
     """The function definitions of a JSON file: a list, in OpenAI's form or bare."""
+    text = read_given(path, str(path), DataError)
+    if not text.strip():
+        raise DataError(f"{path} is empty; write a JSON list of functions into it")
     try:
-        return read_tools(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}; check the path and its permissions"
-        ) from error
+        return read_tools(text)
     except RowError as error:
         raise DataError(f"{path}: {error}") from error

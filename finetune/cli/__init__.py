@@ -73,8 +73,8 @@ def _with_hub(words: Sequence[str]) -> list[str]:
 
 
 def _explained(error: Exception) -> FinetuneError | None:
-    """What the machine refused, as a message: memory or the disk. None for an error that is ours."""
-    return _out_of_memory(error) or _disk_error(error)
+    """What the machine refused, as a message: memory, the disk or a path. None for an error that is ours."""
+    return _out_of_memory(error) or _disk_error(error) or _path_error(error)
 
 
 def _disk_error(error: Exception) -> SpaceError | None:
@@ -87,6 +87,16 @@ def _disk_error(error: Exception) -> SpaceError | None:
     return SpaceError(
         f"{location}the disk cannot be written or read ({said}); free some space, repair it or choose "
         "another place, and give the same command again"
+    )
+
+
+def _path_error(error: Exception) -> ConfigError | None:
+    """What the system says of a path that no check foresaw, such as an output below /proc."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    return ConfigError(
+        f"{os.fsdecode(error.filename)}: {error.strerror}; check the path, or choose another place "
+        "(--debug shows where it was met)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def migrate(
         console.say(f"  {command}")
     if found.to_fill_in:
         console.warn(f"write these into it: {', '.join(found.to_fill_in)}")
-    console.say(f"next: torchrun finetune.py {output}")
+    console.say(f"next: torchrun finetune.py {shlex.quote(str(output))}")
 
 
 @config_app.command()

@@ -186,7 +186,7 @@ def evaluate(
         "replies": replies,
         "max_new_tokens": max_new_tokens,
         "max_samples": max_samples,
-        "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
+        "batch_size": _batch_size(batch_size),
         "columns": columns,
         "format": format,
         "image_root": image_root,
@@ -196,7 +196,7 @@ def evaluate(
         if votes:
             emit(say_votes(votes, targets, data, predictions))
             return
-        from finetune.report.requirements import read_requirements
+        from finetune.report.requirements import check_names, read_requirements
 
         requirements = read_requirements(require or ())
         definition = _renamed(definition, old_base, old_general, old_unit)
@@ -225,6 +225,9 @@ def evaluate(
             by=BackendChoice(backend, endpoint or ""),
         )
 
+        if not options.tasks:
+            check_names(requirements, options.scoring.names)
+
         def evaluated(models: list[str]) -> dict[str, Any]:
             made = run(models, data or (), output=output, changes=changes, options=options)
             if console.is_rank0():
@@ -238,6 +241,15 @@ def evaluate(
         emit(found)
         if requirements and console.is_rank0():
             _check_requirements(Path(found["output"]), requirements)
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    """The number, `auto`, or None where nothing is said."""
+    if text in (None, "auto"):
+        return text
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"--batch-size must be a whole number above 0, or auto; got {text!r}")
+    return int(text)
 
 
 def _check_requirements(folder: Path, requirements: Sequence[Requirement]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from finetune import console
 from finetune.artifacts.experts import num_experts
@@ -16,6 +15,7 @@ from finetune.artifacts.plain_files import read_json
 from finetune.artifacts.resolve import TOKENIZER_FILES, local_folder
 from finetune.cli.inputs import planned
 from finetune.config.schema import RunConfig
+from finetune.config.yaml_text import one_line
 from finetune.data.preview.report import SourceReport, check
 from finetune.errors import ConfigError, DataError
 
@@ -53,18 +53,14 @@ class Draft:
     def text(self) -> str:
         """As a file, its command in the first line."""
         lines = [
-            f"# {self.command}",
+            f"# {' '.join(self.command.split())}",
             "# Written by `finetune init`; docs/config.md has every option.",
         ]
         for section, options in self.tree.items():
             lines.append(f"{section}:")
             for name, value in options.items():
-                shown = yaml.safe_dump(
-                    value, default_flow_style=True, allow_unicode=True, width=10_000
-                )
-                shown = shown.removesuffix("\n").removesuffix("\n...").strip()
                 comment = self.comments.get(f"{section}.{name}")
-                line = f"  {name}: {shown}"
+                line = f"  {name}: {one_line(value)}"
                 lines.append(f"{line:<36} # {comment}" if comment else line)
         return "\n".join(lines) + "\n"
 
@@ -94,7 +90,9 @@ def draft(data: str, model: str, gpu: Gpu, output: Path) -> Draft:
         _, found = planned(RunConfig.model_validate(tree), gpu)
         if found.fits:
             launch = f"finetune launch -n {gpu.number}" if gpu.number > 1 else "finetune train"
-            return Draft(tree, _comments(source, rung, found), f"{launch} {output}", found)
+            return Draft(
+                tree, _comments(source, rung, found), f"{launch} {shlex.quote(str(output))}", found
+            )
         least = min(least or found.memory_bytes, found.memory_bytes)
     raise ConfigError(
         f"{model} does not fit: at the least {(least or 0) / 1e9:.1f} GB are held besides the driver's "

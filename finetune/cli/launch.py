@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from finetune.errors import ConfigError
 
+MOST = 1024
+"""Processes of one machine; it has fewer GPUs and cores."""
 KILLED = 128
 """Exit codes above say the signal that ended a process."""
 
@@ -23,6 +25,8 @@ def launch(processes: str, words: Sequence[str]) -> int:
     place = next((i for i, word in enumerate(words) if word.endswith((".yaml", ".yml"))), None)
     if place is None:
         raise ConfigError("finetune launch: name the YAML file of the run")
+    if processes.removeprefix("-").isdecimal() and not 1 <= int(processes) <= MOST:
+        raise ConfigError(f"--processes must be from 1 to {MOST}, or gpu; got {processes}")
     options, command = list(words[:place]), list(words[place:])
     if not any(option.startswith(("--nnodes", "--rdzv", "--master")) for option in options):
         # By its own name a machine may have no address, as in some containers; torchrun then waits for minutes.

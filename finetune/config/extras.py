@@ -142,6 +142,13 @@ BY_LIBRARY: dict[str, tuple[str, ...]] = {
 }
 """Modules -> what the names of the optimizers that they bring begin with or hold."""
 
+RANGES: dict[str, tuple[float, float | None]] = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (1e-15, None),
+}
+"""What torch's AdamW takes: from, and below. With an epsilon of 0 a weight without a gradient becomes NaN."""
+
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "bool": ("true or false", (bool,)),
     "int": ("a whole number", (int,)),
@@ -226,6 +233,11 @@ def _wrong_value(name: str, value: Any) -> str | None:
     )
     if known and not fits:
         return f"must be {' or '.join(words for words, _ in known)}, got {shown(value)}"
+    low, high = RANGES.get(name, (None, None))
+    if low is not None and not (low <= value and (high is None or value < high)):
+        return (
+            f"must be {low:g} or more{f' and below {high:g}' if high else ''}, got {shown(value)}"
+        )
     return _wrong_optimizer(value) if name == "optim" else None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,12 @@ from finetune.config.migrate_tables import (
     number,
 )
 from finetune.config.schema import held_out_share
+from finetune.config.yaml_text import one_line, shown
 from finetune.errors import ConfigError
+from finetune.storage.given import read_given
 
+MOST_OPTIONS = 10_000
+"""Of another program's configuration; theirs have hundreds."""
 _SECTIONS = ("model", "data", "method", "training", "deepspeed", "evaluation")
 _ALWAYS = {
     "model.path": FILL_IN,
@@ -110,7 +115,7 @@ class Migration:
     def text(self) -> str:
         """The new configuration, with a comment on every line that came from an old one."""
         lines = [f"# From a configuration of {self.program}, by `finetune migrate`."]
-        lines += [f"# {command}" for command in self.commands]
+        lines += [f"# {' '.join(command.split())}" for command in self.commands]
         for section in _SECTIONS:
             options = [key for key in self.values if key.split(".")[0] == section]
             lines += [f"{section}:"] * bool(options)
@@ -128,11 +133,9 @@ class Migration:
             if earlier[0] == key:
                 yield f"{indent}{part}:"
             indent += "  "
-        value = self.values[key]
-        shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
-        shown = shown.removesuffix("\n").removesuffix("\n...").strip()
         origin = self.origins.get(key)
-        yield f"{indent}{inner[-1]}: {shown}" + (f"  # {origin}" if origin else "")
+        value = one_line(self.values[key])
+        yield f"{indent}{inner[-1]}: {value}" + (f"  # {origin}" if origin else "")
 
 
 def _items(value: Any) -> list[Any]:
@@ -194,8 +197,8 @@ def migrate(path: Path, *, model: str | None = None, data: str | None = None) ->
         ConfigError: The file cannot be read, or it is no configuration of a program we know.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(read_given(path, str(path)))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML or JSON: {error}; correct it") from None
     program = program_of(tree)
     if program is None:
@@ -208,7 +211,15 @@ def migrate(path: Path, *, model: str | None = None, data: str | None = None) ->
             f"{path} is not a configuration of {names}; nothing was written. Give the file of one of them"
         )
     found = Migration(program.name)
-    for name, value in _flat(tree, program):
+    try:  # aliases may make a text of a few lines endless
+        options = list(islice(_flat(tree, program), MOST_OPTIONS + 1))
+    except RecursionError:
+        options = []
+    if not options or len(options) > MOST_OPTIONS:
+        raise ConfigError(
+            f"{path} holds more than {MOST_OPTIONS:,} options, or one that holds itself; correct it"
+        )
+    for name, value in options:
         _take(found, program, name, value)
     if model is not None:
         found.values["model.path"] = model
@@ -224,11 +235,12 @@ def migrate(path: Path, *, model: str | None = None, data: str | None = None) ->
 def _flat(tree: Mapping[str, Any], program: Program) -> Iterator[tuple[str, Any]]:
     """(dotted option, value); a mapping that is an option of its own stays whole."""
     for name, value in tree.items():
-        if isinstance(value, Mapping) and f"{name}" not in program.whole_table:
+        plain = " ".join(str(name).split())  # names stand in comments of the new file, a line each
+        if isinstance(value, Mapping) and plain not in program.whole_table:
             for inner, of_inner in _flat(value, program):
-                yield f"{name}.{inner}", of_inner
+                yield f"{plain}.{inner}", of_inner
         else:
-            yield str(name), value
+            yield plain, value
 
 
 def _entry(program: Program, name: str) -> str | Option | Nothing | None:
@@ -258,11 +270,11 @@ def _take(found: Migration, program: Program, name: str, value: Any) -> None:
     try:
         ours = option.value(value)
     except (TypeError, ValueError, KeyError, AttributeError):
-        found.left[name] = f"its value {value!r} is not understood; the option is {option.to}"
+        found.left[name] = f"its value {shown(value)} is not understood; the option is {option.to}"
         return
     if ours is None or ours == []:
         if value not in (None, False, "none", "no", "disabled", []):
-            found.left[name] = option.note or f"{value!r} has no counterpart; see {option.to}"
+            found.left[name] = option.note or f"{shown(value)} has no counterpart; see {option.to}"
         return
     if isinstance(ours, dict):
         for inner, of_inner in ours.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.errors import ConfigError
+from finetune.storage.given import read_given_json
 
 FILL_IN = "FILL-IN"
 """Stands where the old file does not say something that is needed."""
@@ -32,12 +32,7 @@ def read_register(folder: str, beside: Path) -> Register:
     for file in (Path(folder, "dataset_info.json"), beside / folder / "dataset_info.json"):
         if not file.is_file():
             continue
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{file} cannot be read as JSON: {error}; correct or remove it"
-            ) from None
+        entries = read_given_json(file, str(file))
         if not isinstance(entries, Mapping):
             raise ConfigError(
                 f"{file} is not an object of names and data sets; correct or remove it"
@@ -75,15 +70,19 @@ def source_of(name: Any, register: Register, left: dict[str, str]) -> Any:
     }
     columns = {
         ours.get(theirs, theirs): column
-        for theirs, column in (entry.get("columns") or {}).items()
+        for theirs, column in _mapping(entry.get("columns")).items()
         if ours.get(theirs, theirs) != column
     }
     if columns:
         source["columns"] = columns
-    odd = {k: v for k, v in (entry.get("tags") or {}).items() if v not in _READ_TAGS}
+    odd = {k: v for k, v in _mapping(entry.get("tags")).items() if v not in _READ_TAGS}
     if odd:
         left[f"dataset {name}: tags"] = f"{odd} are not read; rename them in the file"
     return source if source.keys() - {"path"} else source["path"]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 _READ_TAGS = frozenset(

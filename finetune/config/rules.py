@@ -111,7 +111,9 @@ def _training(values: _Values) -> Iterator[tuple[Key, str]]:
 
 def _targets(values: _Values) -> Iterator[tuple[Key, str]]:
     pattern = values.raw("method", "target_modules")
-    if pattern in ("all", ["all"]):
+    if pattern == []:
+        yield ("method", "target_modules"), "names no layer; leave it out for those that are usual"
+    elif pattern in ("all", ["all"]):
         yield ("method", "target_modules"), "is no module; every linear layer is all-linear"
     elif isinstance(pattern, str):
         try:
@@ -220,6 +222,8 @@ def _keeping(values: _Values, *, held_out: bool) -> Iterator[tuple[Key, str]]:
 
 
 def _data(values: _Values) -> Iterator[tuple[Key, str]]:
+    if values.raw("data", "train") == []:
+        yield ("data", "train"), "names no file; write one, or a list of them"
     held_out = values.raw("data", "validation")
     is_share = isinstance(held_out, str) and held_out.endswith("%")
     if is_share and held_out_share(held_out) is None:

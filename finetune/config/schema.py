@@ -68,7 +68,7 @@ class LoraMethod(MethodSection):
     rank: Positive = 8
     """Rank of the update."""
 
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
     """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
 
     dropout: Share = 0.1

@@ -7,6 +7,7 @@ schema: `5e-4` is a number (YAML 1.1 reads text), `yes` and `2024-01-01` are tex
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,15 @@ def kind_of(value: Any) -> str:
         return "nothing"
     kinds = {bool: "true/false", int: "a whole number", float: "a number", str: "text"}
     return kinds.get(type(value), "a list" if isinstance(value, list) else "a mapping")
+
+
+def one_line(value: Any) -> str:
+    """A value as it is written behind `key: `, whatever it holds, in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    text = text.removesuffix("\n").removesuffix("\n...").strip()
+    # PyYAML writes YAML 1.1, in which 1e5 is a text.
+    is_read = len(text.splitlines()) == 1 and parse(f"key: {text} #", "").value == {"key": value}
+    return text if is_read else json.dumps(value)
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from finetune.errors import ConfigError
 from finetune.evaluation import compute, folder, job
 from finetune.evaluation.options import Options
 from finetune.evaluation.scores import added
-from finetune.evaluation.scoring import user_metric
+from finetune.evaluation.scoring import check_metrics
 from finetune.evaluation.targets import Target, find_targets
 from finetune.generation.backends.choice import BackendChoice
 from finetune.generation.settings import Settings, settings_of
@@ -58,8 +58,7 @@ def evaluate(
         raise ConfigError("there is nothing to evaluate; name a model, or files with --predictions")
     if options.temperature < 0:
         raise ConfigError(f"temperature is {options.temperature}; it must be 0 (greedy) or more")
-    for name in options.scoring.own:
-        user_metric(name)
+    check_metrics(options.scoring.own)
     # What can be wrong with the request is found before torch is imported.
     whole = [target for target in found if target.kind != "predictions"]
     if options.by.endpoint and len(whole) > 1:

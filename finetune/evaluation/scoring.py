@@ -125,9 +125,24 @@ def user_metric(name: str) -> UserMetric:
         raise ConfigError(
             f"metric {name!r}: {module} has no {function}; correct the name"
         ) from error
+    except (Exception, SystemExit) as error:  # whatever a user's module does
+        raise ConfigError(
+            f"metric {name!r}: {module} cannot be imported ({type(error).__name__}: {error}); correct it"
+        ) from error
     if not callable(found):
         raise ConfigError(f"metric {name!r}: {function} is not a function; name a function")
     return found  # type: ignore[no-any-return]
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raises ConfigError for metrics of the user that cannot be called, or of which two are called alike."""
+    functions = [name.partition(":")[2] for name in names]
+    for name, function in zip(names, functions, strict=True):
+        user_metric(name)
+        if functions.count(function) > 1:
+            raise ConfigError(
+                f"metric {name!r}: another metric is called {function} too; rename one of the functions"
+            )
 
 
 def source_of(name: str) -> str:
@@ -249,7 +264,7 @@ def _called(name: str, reply: str, reference: str, location: str) -> float | Non
     try:
         value = user_metric(name)(reply, reference)
         number = None if value is None else float(value)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"metric {name!r} failed at {location} with {type(error).__name__}: {error}; write it to "
             "take the texts of reply and reference and return a number, or None where it does not apply"

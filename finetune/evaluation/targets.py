@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
@@ -107,10 +108,9 @@ def _bases(targets: Sequence[Target]) -> list[Target]:
 
 def _named(targets: list[Target]) -> list[Target]:
     """The targets with names that are unique and hold nothing odd."""
-    seen: dict[str, int] = {}
-    named = []
+    names: list[str] = []
     for one in targets:
         plain = re.sub(r"[^\w.-]+", "-", one.name).strip("-.") or "target"
-        seen[plain] = seen.get(plain, 0) + 1
-        named.append(replace(one, name=plain if seen[plain] == 1 else f"{plain}-{seen[plain]}"))
-    return named
+        numbered = (f"{plain}-{number}" for number in count(2))
+        names.append(next(name for name in chain([plain], numbered) if name not in names))
+    return [replace(one, name=name) for one, name in zip(targets, names, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +36,10 @@ HERE = Placement()
 """On this process's accelerator, or its CPU; as wide as it was trained."""
 
 
+REPETITION = (0.01, 10.0)
+"""What `repetition_penalty` may be; 1 changes nothing, and beyond these logits are no numbers any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen, where one setting holds for all replies; names as in `decoder.Decoding`."""
@@ -52,15 +57,12 @@ class Sampling:
         for name, low, high in (
             ("temperature", 0.0, None), ("top_p", 0.0, 1.0), ("top_k", 0, None), ("min_p", 0.0, 1.0),
             ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0),
+            ("repetition_penalty", *REPETITION),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
+            if not low <= value <= (sys.float_info.max if high is None else high):  # NaN, too
                 wanted = f"{low} or more" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{name} is {value}; it must be {wanted}")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0, 1 changes nothing"
-            )
 
     @property
     def by_request_field(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import RowError
 from finetune.data.dialogue.tool_calls import BUILT_IN, tool_name
 from finetune.errors import ConfigError, DataError, ModelError
+from finetune.storage.given import read_given
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,15 +123,51 @@ def read_form(schema: Path | None, *, must_call: bool) -> Form:
 
 def read_schema(file: Path, option: str) -> str:
     """The JSON schema in a file, as text; ConfigError when it holds none."""
+    text = read_given(file, f"{option} {file}")
     try:
-        value = strict_json.parse(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RowError) as error:
+        value = strict_json.parse(text)
+    except RowError as error:
         raise ConfigError(f"{option} {file}: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(
             f"{option} {file}: is {strict_json.describe(value)}, not a schema; give a JSON Schema"
         )
+    if reason := _schema_problem(value):
+        raise ConfigError(f"{option} {file}: is no JSON Schema: {reason}; correct it")
     return strict_json.dump(value)
+
+
+def _schema_problem(schema: dict[str, Any]) -> str | None:
+    """What is wrong with a schema; a reference that leads out of it is, for nothing is fetched."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    try:
+        Draft202012Validator.check_schema(schema)
+        place = Registry().resolver_with_root(DRAFT202012.create_resource(schema))
+        for reference in _references(schema):
+            place.lookup(reference)
+    except SchemaError as error:
+        return f"{error.json_path}: {error.message}"[:300]
+    except (Unresolvable, RecursionError) as error:
+        return f"{error}"[:300]
+    return None
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """What `$ref` says, wherever it stands but in values and in parts with an address of their own."""
+    if isinstance(schema, dict) and "$id" not in schema:
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for key, value in schema.items():
+            if key not in ("const", "default", "enum", "examples"):
+                yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)
 
 
 class GrammarConstraint:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 from finetune.errors import ConfigError, RequirementError
 from finetune.evaluation.schema import Evaluation, Score
-from finetune.evaluation.scores.metrics import metric
+from finetune.evaluation.scores.metrics import METRICS, metric
 from finetune.report import sentences
 
 _LIMIT = re.compile(r"(?P<metric>\S+)\s*(?P<sign>>=|<=|>|<)\s*(?P<value>[-+.\deE]+)(?P<surely>\s+surely)?")  # fmt: skip
@@ -62,6 +63,24 @@ def _read(text: str) -> Requirement:
         level = ("no real difference",) if base["kind"] == "not worse" else ()
         return Requirement(text, base["metric"], verdicts=("better", *level))
     raise ValueError(text)
+
+
+def check_names(requirements: Sequence[Requirement], own: Collection[str]) -> None:
+    """ConfigError for scores that no evaluation has, found before hours of generation.
+
+    Args:
+        requirements: what is asked for; of public tasks, whose scores the harness names, only scores of ours.
+        own: names of the user's metrics.
+    """
+    known = [*(one.name for one in METRICS), *own]
+    problems = []
+    for one in requirements:
+        if one.metric not in known and "/" not in one.metric:
+            meant = get_close_matches(one.metric.lower(), known, n=1)
+            said = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(known)}"
+            problems.append(f"--require {one.text!r}: there is no score {one.metric!r}; {said}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def check_requirements(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[str]:

@@ -32,6 +32,8 @@ def until_over(runs: Sequence[str], evaluate: Callable[[list[str]], Found]) -> F
     Raises:
         ConfigError: One is no run, or none of them trains and there is no checkpoint.
     """
+    if not runs:
+        raise ConfigError("--watch looks at runs: name one, such as runs/lora")
     seen: list[str] = []
     found: list[Found] = []
     while True:

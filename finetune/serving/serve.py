@@ -18,6 +18,7 @@ from finetune import collector, console
 from finetune.errors import ConfigError
 from finetune.generation.settings import HERE, Placement
 from finetune.serving.heap import bound_pools
+from finetune.storage.given import read_given
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -208,12 +209,7 @@ def _key(options: ServeOptions, listener: socket.socket) -> bytes | None:
     source, key = f"the variable {KEY_VARIABLE}", os.environ.get(KEY_VARIABLE, "")
     if options.api_key_file is not None:
         source = str(options.api_key_file)
-        try:
-            key = options.api_key_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--api-key-file {source} cannot be read: {error}; check the path and its permissions"
-            ) from error
+        key = read_given(options.api_key_file, f"--api-key-file {source}")
     key = key.strip()
     if key and len(key) < MIN_KEY:
         raise ConfigError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -21,6 +20,7 @@ from finetune.data.reading.streams import TEXT_SUFFIXES, BadRow, Row, StreamErro
 from finetune.data.reading.tables import read_arrow, read_csv, read_parquet
 from finetune.data.reading.texts import read_text
 from finetune.errors import DataError
+from finetune.storage.given import read_given_json
 
 __all__ = ["SUFFIXES", "BadRow", "Row", "expand", "read_rows"]
 
@@ -137,9 +137,10 @@ def _say_splits(folder: Path, files: Sequence[Path]) -> None:
 
 def _refuse_register(folder: Path) -> None:
     """DataError for LLaMA-Factory's data folder, whose dataset_info.json names sets of many kinds."""
+    register = folder / "dataset_info.json"
     try:
-        listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        listed = read_given_json(register, str(register), DataError)
+    except DataError:
         return
     sets = listed if isinstance(listed, dict) else {}
     named = [

@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune.errors import DataError
 from finetune.evaluation.scores.statistics import CHANCE, holm
+from finetune.storage.given import read_given
 
 Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
@@ -113,19 +114,13 @@ def _sign_test(scores: Sequence[float]) -> float:
 
 def _votes(path: Path) -> Iterator[tuple[str, list[str], str | None]]:
     """Dialogue, models and winner of every vote of a file."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}; check the path and its permissions"
-        ) from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_given(path, str(path), DataError).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{place}: is no JSON: {error}; correct the line or remove it"
             ) from error

@@ -23,6 +23,7 @@ from finetune.data.dialogue.conversation import Conversation, Message, RowError
 from finetune.data.dialogue.tool_calls import read_tools
 from finetune.errors import ConfigError, DataError, ModelError
 from finetune.evaluation.tasks.table import TaskScore
+from finetune.storage.given import read_given
 
 if TYPE_CHECKING:
     from finetune.data.chat.template import ChatTemplate
@@ -221,13 +222,9 @@ def _questions(category: str, file: Path) -> Iterator[CallQuestion]:
 
 
 def _rows(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read: {error}; copy the leaderboard's files again"
-        ) from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_given(file, str(file), DataError).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.data.dialogue.conversation import Conversation, Message
+from finetune.errors import ConfigError
 from finetune.evaluation.tasks.table import TaskScore
 
 if TYPE_CHECKING:
@@ -132,7 +133,12 @@ def _with_room(model: Any, lengths: Sequence[int]) -> Iterator[int]:
                 f"needle: keys and values of {length} tokens, held {COPIES} times, do not fit into the "
                 f"{free / 1e9:.1f} GB of memory that are free, which have room for {most}; left out"
             )
-    yield from (length for length in lengths if length <= min(positions, most))
+    fitting = [length for length in lengths if length <= min(positions, most)]
+    if not fitting:
+        raise ConfigError(
+            f"needle: no length fits; ask for {min(positions, most)} tokens or fewer, such as --needle 1k"
+        )
+    yield from fitting
 
 
 def replies_to(model: Any, template: ChatTemplate, asked: Sequence[Hidden]) -> list[list[int]]:

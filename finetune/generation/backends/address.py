@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from finetune.errors import ConfigError, DataError
 
@@ -36,9 +37,14 @@ class Address:
     def of(cls, text: str, option: str) -> Self:
         """The model that `openai:MODEL@URL` names; ConfigError when it names none."""
         found = _FORM.fullmatch(text)
-        if not found:
+        if not found or not _is_address(found["url"]):
             raise ConfigError(
                 f"{option} {text!r}: write openai:MODEL@URL, such as openai:gpt-4o@https://api.openai.com/v1"
+            )
+        if urlsplit(found["url"]).username is not None:
+            raise ConfigError(
+                f"{option}: the address holds a name or a password, which is not sent; set OPENAI_API_KEY "
+                "and leave it out"
             )
         return cls(found["model"], found["url"].rstrip("/"), option)
 
@@ -69,6 +75,15 @@ class Address:
             f"{self.option}: {self.url} does not answer ({problem}); what it answered so far is kept. See "
             "that the address is right up to /v1 and OPENAI_API_KEY is set, and give the same command again"
         )
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL names a host, and a port that there can be."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import RowError
+from finetune.generation.settings import REPETITION
 from finetune.serving.errors import bad_request
 
 
@@ -141,7 +142,7 @@ class SamplingFields(Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=REPETITION[0], le=REPETITION[1])] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)] | None = None
     stop: Stops = []
     return_token_ids: bool = False

@@ -6,7 +6,6 @@ user's may repeat them or say "auto", but not contradict them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from finetune.config.schema import DeepSpeedSection, TrainingSection
 from finetune.distributed import device
 from finetune.errors import ConfigError
 from finetune.planning.sharding import LIVE_WEIGHTS, SUB_GROUP
+from finetune.storage.given import read_given_json
 
 # Objects of a JSON file that are looked into.
 SECTIONS = {
@@ -171,14 +171,7 @@ def _zero(section: DeepSpeedSection, hidden_size: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"deepspeed.config: {path} cannot be read: {error.strerror}; check the path and its permissions"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"deepspeed.config: {path} is not JSON: {error}; correct it") from error
+    given = read_given_json(path, f"deepspeed.config: {path}")
     if not isinstance(given, dict):
         raise ConfigError(f"deepspeed.config: {path} holds no JSON object; write one")
     flat = [name for name in SECTIONS if not isinstance(given.get(name, {}), dict)]
