@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from rows import turns, write_rows
 
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation.evaluate import Options, evaluate
+from finetune.generation.backends.address import Address
 from finetune.generation.backends.choice import BackendChoice
 from finetune.generation.load import OpenedModel, open_model
 
@@ -107,3 +110,49 @@ def test_an_endpoint_that_is_down_or_refuses_is_named(
     ):
         with pytest.raises(DataError, match=reason):
             evaluated(opened, data, tmp_path / "out", by=BackendChoice(endpoint=address))
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "waited"),
+    [
+        ([408, 409, 200], 3, [0.2, 0.8]),
+        ([429, 500, 503, 200], 4, [0.2, 0.8, 3.2]),
+        ([503] * 9, 4, [0.2, 0.8, 3.2]),
+        ([400], 1, []),
+        ([302], 1, []),
+        ([404], 1, []),
+    ],
+)
+def test_an_endpoint_is_asked_again_only_while_it_is_busy(
+    answers: list[int], asked: int, waited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    given = list(answers)
+
+    class Scripted(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            code = given.pop(0)
+            self.send_response(code)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+            self.wfile.write(b'{"ok": 1}')
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr(
+        "finetune.generation.backends.address.time.sleep", lambda s: waits.append(s)
+    )
+    with HTTPServer(("127.0.0.1", 0), Scripted) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = Address.of(f"openai:m@http://127.0.0.1:{server.server_port}/v1/", "--judge")
+        assert address.url.endswith("/v1")
+        if 200 in answers:
+            assert address.post("x", {}) == {"ok": 1}
+        else:
+            with pytest.raises(DataError, match=str(answers[-1])):
+                address.post("x", {})
+        server.shutdown()
+    assert len(answers) - len(given) == asked
+    assert [round(seconds, 3) for seconds in waits if seconds] == waited

@@ -60,6 +60,7 @@ class Address:
             {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"},
         )  # fmt: skip
         for attempt in range(TRIES):
+            time.sleep(0.2 * 4 ** (attempt - 1) if attempt else 0)
             try:
                 with _opener().open(request, timeout=TIMEOUT) as answer:
                     return json.loads(answer.read())
@@ -70,7 +71,6 @@ class Address:
                     break  # asking again would not help
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
-            time.sleep(0.2 * 4**attempt)
         raise DataError(
             f"{self.option}: {self.url} does not answer ({problem}); what it answered so far is kept. See "
             "that the address is right up to /v1 and OPENAI_API_KEY is set, and give the same command again"
