@@ -13,6 +13,17 @@ from finetune import cli
 
 ROOT = Path(__file__).parent.parent
 
+CONFIG = """\
+model:
+  path: some/model
+data:
+  train: no-such-file.jsonl
+method:
+  kind: lora
+training:
+  output_dir: runs/x
+"""
+
 
 def run(*words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python program with these words, as a user would start it."""

@@ -12,23 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, exit_code, run
+from command_line import CONFIG, ROOT, exit_code, run
 
 from finetune.errors import CheckpointError
 
 COMMANDS = ("train", "evaluate", "predict", "merge", "chat", "schema", "init", "status", "data")
 DATA_COMMANDS = ("data check", "data show", "data tokens")
-
-CONFIG = """\
-model:
-  path: some/model
-data:
-  train: no-such-file.jsonl
-method:
-  kind: lora
-training:
-  output_dir: runs/x
-"""
 
 
 @pytest.fixture
