@@ -21,6 +21,8 @@ class FakeVllm(ModuleType):
         self.SamplingParams = SimpleNamespace
         self.opened: dict[str, Any] = {}
         self.requests: list[Any] = []
+        self.ended = 0
+        """How often its processes were ended."""
 
         def generate(asked: Any, sampling: Any, *, use_tqdm: bool, lora_request: Any) -> list[Any]:
             assert (sampling.temperature, sampling.detokenize) == (0, False)
@@ -34,7 +36,9 @@ class FakeVllm(ModuleType):
 
         def open_model(**options: Any) -> Any:
             self.opened = options
-            return SimpleNamespace(generate=generate)
+            core = SimpleNamespace(shutdown=self._end)
+            engine = SimpleNamespace(engine_core=core)
+            return SimpleNamespace(generate=generate, llm_engine=engine)
 
         self.LLM = open_model
 
@@ -43,6 +47,9 @@ class FakeVllm(ModuleType):
         monkeypatch.setitem(sys.modules, "vllm", self)
         monkeypatch.setitem(sys.modules, "vllm.lora", self.lora)
         monkeypatch.setitem(sys.modules, "vllm.lora.request", self.lora.request)
+
+    def _end(self) -> None:
+        self.ended += 1
 
     def _output(self, reply: generation.Reply, template: ChatTemplate) -> Any:
         stop = [template.stop_ids[1]] if reply.stopped else []

@@ -61,6 +61,9 @@ def test_vllm_replies_in_an_evaluation_and_the_loss_is_ours(
     assert theirs["scores"] == ours["scores"]
     assert theirs["scores"]["loss"] > 0
     assert fake.opened["model"] == opened.base
+    assert (
+        fake.ended == 1
+    )  # else the program would wait for vLLM's processes, and the next has no memory
     said = json.loads((tmp_path / "theirs/evaluation.json").read_text("utf-8"))["settings"]
     assert said["decoding"] == "greedy, by vllm"
     assert theirs["settings"]["dtype"] == "float32"

@@ -170,6 +170,7 @@ def test_vllm_is_asked_with_ids_and_its_replies_are_written_like_ours(
         assert fake.opened["max_model_len"] == longest + 5
     assert fake.opened["max_lora_rank"] == 16
     assert fake.requests[0] == ("adapter", 1, str(adapter))
+    assert fake.ended == 1
 
 
 def test_after_a_crash_of_vllm_answered_dialogues_are_kept_and_not_asked_again(

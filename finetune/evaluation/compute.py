@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,8 @@ def run(jobs: Sequence[EvaluationJob]) -> None:
                 _measure_losses(job, model, on_rank0)
                 if job.options.by.backend == "vllm":
                     models, model = Models(job.options.placement), None  # vLLM takes its memory
-                    _generate_replies(job, _through_vllm(job, rows))
+                    with _through_vllm(job, rows) as by:
+                        _generate_replies(job, by)
                     continue
                 _generate_replies(job, _through_model(job, model, rows))
 
@@ -111,7 +112,7 @@ def _through_endpoint(job: EvaluationJob) -> Replying:
     )  # fmt: skip
 
 
-def _through_vllm(job: EvaluationJob, rows: int) -> Replying:
+def _through_vllm(job: EvaluationJob, rows: int) -> AbstractContextManager[Replying]:
     return through_vllm(
         job.template, job.target.path, lambda room: (len(one.prompt_ids) for one in job.prompts(room)),
         base=job.target.base, rows=rows, max_new_tokens=job.settings.evaluation.max_new_tokens,

@@ -137,13 +137,15 @@ def _backend(work: _Work) -> Iterator[Backend]:
         from finetune.generation.backends.vllm import VllmGenerator, context_of
 
         _check_context(context_of(work.target, work.base), work)
-        yield VllmGenerator(
+        generator = VllmGenerator(
             work.target,
             work.template,
             base=work.base,
             max_length=max(work.measured.lengths, default=1) + options.max_new_tokens,
             max_new_tokens=options.max_new_tokens,
         )
+        with closing(generator):
+            yield generator
         return
     from finetune.distributed.processes import joined_processes
     from finetune.generation.load import open_model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +91,7 @@ class BackendChoice:
 OURS = BackendChoice()
 
 
+@contextmanager
 def through_vllm(
     template: ChatTemplate,
     target: str,
@@ -98,14 +100,15 @@ def through_vllm(
     base: str | None,
     rows: int,
     max_new_tokens: int,
-) -> Replying:
-    """A vLLM in this process; `lengths` gives those of the prompts, for so many positions."""
+) -> Iterator[Replying]:
+    """A vLLM of this process, while it is asked; `lengths` gives those of the prompts, for so many positions."""
     from finetune.generation.backends.vllm import VllmGenerator, context_of, number_format
 
     positions = context_of(target, base)
     longest = max(lengths(positions), default=1) + max_new_tokens
-    backend = VllmGenerator(
+    facts = {"dtype": f"torch.{number_format(target)}"}
+    generator = VllmGenerator(
         target, template, base=base, max_length=longest, max_new_tokens=max_new_tokens
     )
-    facts = {"dtype": f"torch.{number_format(target)}"}
-    return Replying(backend, positions, rows, lambda: facts)
+    with closing(generator) as backend:
+        yield Replying(backend, positions, rows, lambda: facts)

@@ -113,6 +113,10 @@ class VllmGenerator:
             )
             yield [_reply(place, output.outputs[0]) for place, output in enumerate(outputs)]
 
+    def close(self) -> None:
+        """Ends vLLM's processes: the next one needs their memory, and Python waits for them when it ends."""
+        self._model.llm_engine.engine_core.shutdown()
+
 
 def _reply(index: int, output: Any) -> Reply:
     """VLLM's ids without the stop, which it keeps as their last."""
