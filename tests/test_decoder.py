@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from finetune.errors import ModelError
-from finetune.generation import columns
 from finetune.generation.decoder import Decoder, Decoding, DecodingRow, Request, Sampler, token_at
+from finetune.models import cache_columns
 
 
 def test_numbers_that_are_none_name_themselves() -> None:
@@ -84,12 +84,12 @@ def test_logits_that_are_no_numbers_end_their_row_alone(value: float, how: dict[
 
 
 def test_buffers_of_keys_and_values_hold_all_columns_and_little_more() -> None:
-    layer = columns.CacheColumns()
+    layer = cache_columns.CacheColumns()
     parts = [torch.randn(1, 2, count, 4) for count in (3, 1, 70, 1, 200, 1, 1)]
     for number in range(len(parts)):
         keys, values = layer.update(parts[number], -parts[number])
         whole = torch.cat(parts[: number + 1], dim=2)
         assert torch.equal(keys, whole)
         assert torch.equal(values, -whole)
-        assert layer._key_buffer.shape[2] - whole.shape[2] <= columns._HEADROOM
+        assert layer._key_buffer.shape[2] - whole.shape[2] <= cache_columns._HEADROOM
         assert layer._value_buffer.shape == layer._key_buffer.shape

@@ -105,6 +105,7 @@ SPEED_PATHS: dict[str, list[tuple[Any, str, Any]]] = {
     "batches not dealt together": [(generation, "FULL_BATCH", 1)],
     "one row at a time": [(generation, "CACHE_BYTES", 1)],
     "torch's own products": [(products, "_gains", lambda: False)],
+    "weights not packed": [(products, "PACKED_SHARE", 10**18)],
     "masks made by transformers": [(tensors, "_takes_documents", lambda model: False)],
 }
 
@@ -114,6 +115,7 @@ def test_every_speed_path_on_and_off_gives_the_same_tokens(
     family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "FEWEST", 1)
+    monkeypatch.setattr(products, "FEWEST_PACKED", 1)
     monkeypatch.setattr(products, "_gains", products._is_right)
     model = load_model(request.getfixturevalue(f"tiny_{family}"), dtype="float32")
     stops = Stops(stop_ids=(*tiny.EOS_IDS, *range(0, tiny.NUM_RANKS, 3)))

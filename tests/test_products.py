@@ -72,10 +72,74 @@ def test_an_operator_that_is_gone_or_wrong_is_not_used(
     def product(rows: torch.Tensor, weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         if broken == "gone":
             raise AttributeError("_linear_pointwise")
-        return rows @ weight.T
+        return rows @ weight.to_dense().T
 
     monkeypatch.setattr(products, "_by_onednn", product)
     assert not products._is_right()
+
+
+@pytest.mark.parametrize(("width", "out"), [(1600, 70), (96, 70), (1600, 6)])
+def test_a_packed_layer_gives_a_row_the_same_bits_alone_and_beside_others(
+    width: int, out: int, calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "FEWEST_PACKED", 1)
+    layer, rows = ReplyingLinear(width, out).eval(), random(9, 1, width)
+    with torch.no_grad(), products.packed(layer):
+        calls.clear()
+        whole = layer(rows)
+        for first, last in ((0, 1), (1, 3), (2, 6), (0, 8)):
+            assert torch.equal(layer(rows[first:last]), whole[first:last])
+        assert layer(rows[0]).shape == (1, out)
+        assert layer(rows[0, 0]).shape == (out,)
+        torch.testing.assert_close(whole, F.linear(rows, layer.weight, layer.bias))
+    is_added_otherwise = products._in_pairs[out, width, torch.get_num_threads()]
+    assert ((2, width) in calls) == is_added_otherwise  # a row alone is then multiplied as two
+
+
+def test_weights_are_packed_while_replies_are_written_and_no_longer(
+    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "FEWEST_PACKED", 1)
+    layer, rows = ReplyingLinear(8, 8).eval(), random(2, 8)
+    with torch.no_grad():
+        before = layer(rows)
+        with products.packed(layer), products.packed(layer):
+            assert [pack.weight for pack in products._packs.values()] == [layer.weight]
+        assert not products._packs
+        with pytest.raises(ZeroDivisionError), products.packed(layer):
+            raise ZeroDivisionError
+        layer.weight += 1
+        with products.packed(layer):
+            assert not torch.equal(layer(rows), before)
+        torch.testing.assert_close(layer(rows), F.linear(rows, layer.weight, layer.bias))
+
+
+def test_a_model_of_more_than_a_quarter_of_the_free_memory_is_not_packed(
+    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "FEWEST_PACKED", 1)
+    layer = ReplyingLinear(8, 8)
+    for free, number in ((4 * 8 * 8 * 4, 1), (4 * 8 * 8 * 4 - 1, 0)):
+        monkeypatch.setattr(products, "free_bytes", lambda free=free: free)
+        with products.packed(layer):
+            assert len(products._packs) == number
+    monkeypatch.setattr(products, "free_bytes", lambda: 1 << 40)
+    for other in (ReplyingLinear(8, 8).bfloat16(), nn.Linear(8, 8)):
+        with products.packed(other):
+            assert not products._packs
+
+
+def test_products_one_by_one_give_each_row_its_own_bits(
+    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, rows = random(70, 96), random(1, 5, 96)
+    with torch.no_grad():
+        for fewest in (1, 10**9):
+            monkeypatch.setattr(products, "FEWEST", fewest)
+            alone = torch.cat([linear(row, weight) for row in rows.split(1, dim=1)], dim=1)
+            with products.one_by_one():
+                assert torch.equal(linear(rows, weight), alone)
+    assert calls == [(1, 1, 96)] * 10
 
 
 def test_every_plain_layer_of_a_loaded_model_multiplies_so(

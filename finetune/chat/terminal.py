@@ -45,6 +45,7 @@ def chat(
 ) -> None:
     """Opens `target` (a model, an adapter or a checkpoint) and talks until the input ends."""
     from finetune.generation.load import open_model
+    from finetune.models.kernels.products import packed
 
     console.say(f"opening {target} ...")
     opened = open_model(target, base=base, placement=placement)
@@ -52,7 +53,8 @@ def chat(
     voice = Voice(opened.model, opened.template, max_new_tokens, sampling, seed)
     terminal = Terminal(sys.stdin, sys.stdout)
     terminal.line(f"{name}; /help shows the commands, /quit leaves")
-    Session(voice, terminal, system or "").run()
+    with packed(opened.model):
+        Session(voice, terminal, system or "").run()
 
 
 class Terminal:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from finetune.data.chat.image import ImagePrompt
-from finetune.generation.columns import CacheColumns
+from finetune.models.cache_columns import CacheColumns
 from finetune.models.packed_attention import whole_rows
 
 Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"

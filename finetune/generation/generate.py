@@ -23,6 +23,7 @@ from finetune.generation.batch import Prompt, SharedPrefix, beginnings, cached_s
 from finetune.generation.decoder import Constraint, Decoding, Request, write_replies
 from finetune.generation.prompts import window_size
 from finetune.generation.settings import Sampling
+from finetune.models.kernels.products import packed
 
 Row: TypeAlias = "list[Any]"
 """A reply as JSON holds it: index, ids, whether it stopped."""
@@ -158,7 +159,7 @@ class Generator:
             total: of prompts, if it is known.
         """
         done: list[Reply] = []
-        with evaluating(self._model), console.progress(total, "replies") as bar:
+        with evaluating(self._model), packed(self._model), console.progress(total, "replies") as bar:  # fmt: skip
             self._bar = bar
             for batch, rows in self._answered(windows):
                 if batch.known is None:

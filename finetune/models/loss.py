@@ -34,6 +34,8 @@ PRODUCT_ROWS = 40_000
 class SupervisedHead(nn.Linear):
     """An output layer without bias that can return the summed loss of positions, not logits."""
 
+    multiplies_by_kernels = True
+
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:

@@ -15,6 +15,7 @@ from finetune.distributed.map_batches import evaluating
 from finetune.generation.load import OpenedModel
 from finetune.methods.adapter_rows import AdapterRows, can_share
 from finetune.methods.ptuning_v2 import is_attached
+from finetune.models.kernels.products import packed
 from finetune.serving.errors import ApiError
 from finetune.serving.job import Outbox, ReplyJob
 from finetune.serving.writer import WIDTHS, Writer, width_of
@@ -131,6 +132,7 @@ class Engine:
         with ExitStack() as modes:
             for model in self._models:
                 modes.enter_context(evaluating(model))
+                modes.enter_context(packed(model))
             while self._has_work():
                 for job in self._admitted():
                     self.writers[job.request.model].take(job)

@@ -19,6 +19,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.generation.decoder import Decoding, Request, write_replies
 from finetune.generation.generate import cache_tokens, context_length
+from finetune.models.kernels.products import packed
 
 MAX_NEW_TOKENS = 1024
 """Of a reply whose task names no bound."""
@@ -110,7 +111,7 @@ class OpenLanguageModel(LM):
         order = sorted(range(len(asked)), key=lambda at: -len(asked[at].prompt))
         longest = max((len(one.prompt) + one.decoding.max_new_tokens for one in asked), default=1)
         slots = max(1, min(self._batch_size, cache_tokens(self._model) // longest))
-        with torch.no_grad():
+        with torch.no_grad(), packed(self._model):
             rows = write_replies(self._model, self._template.stop_ids, [asked[at] for at in order], slots=slots)  # fmt: skip
         replies = dict(zip(order, rows, strict=True))
         return [self._said(one.args[0], replies[at].ids, _ends(one.args[1])) for at, one in enumerate(requests)]  # fmt: skip

@@ -59,11 +59,12 @@ def bench(
     from finetune.distributed.map_batches import evaluating
     from finetune.generation.generate import context_length
     from finetune.generation.load import open_model
+    from finetune.models.kernels.products import packed
 
     opened = open_model(target, base=base, placement=placement)
     limit = context_length(opened.model)
     found: list[Speed] = []
-    with evaluating(opened.model):
+    with evaluating(opened.model), packed(opened.model):
         _measure(opened.model, opened.template, 64, 8)  # what is made once is no length's cost
         for length in sorted(set(lengths)):
             if limit is not None and length + new_tokens > limit:
