@@ -15,6 +15,7 @@ from finetune.config.schema import PTuningV2Method
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.errors import DataError
 from finetune.generation import batch as tensors
+from finetune.generation import drafts
 from finetune.generation import generate as generation
 from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.generate import Extras, Reply, SeededSampling, generate, plan_batches
@@ -106,7 +107,9 @@ SPEED_PATHS: dict[str, list[tuple[Any, str, Any]]] = {
     "one row at a time": [(generation, "CACHE_BYTES", 1)],
     "torch's own products": [(products, "_gains", lambda: False)],
     "weights not packed": [(products, "PACKED_SHARE", 10**18)],
-    "masks made by transformers": [(tensors, "_takes_documents", lambda model: False)],
+    "nothing drafted": [(drafts, "FOLLOWED", 10**9)],
+    "more drafted": [(drafts, "FOLLOWED", 1), (drafts, "LONGEST_PAUSE", 0)],
+    "masks made by transformers": [(tensors, "takes_documents", lambda model: False)],
 }
 
 
@@ -304,9 +307,7 @@ def test_positions_behind_a_shared_prefix_count_no_padding(
         torch.testing.assert_close(seen[len(prompt)], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_a_temperature_too_small_to_divide_by_is_greedy(
-    glm: Any,
-) -> None:
+def test_a_temperature_too_small_to_divide_by_is_greedy(glm: Any) -> None:
     asked = prompts(3)
     greedy = generate(glm, Stops(), asked, max_new_tokens=8, batch_size=3)
     for temperature in (1e-320, 1e-30, 9e-6):
@@ -355,13 +356,8 @@ def test_an_automatic_batch_fills_half_of_the_free_memory(
     glm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = 256 * (40 + 24)  # bytes of a prompt and its reply
-    for free, rows in (
-        (2 * 20 * row, 16),
-        (2 * 31 * row, 16),
-        (2 * 32 * row, 32),
-        (0, 1),
-        (10**15, 128),
-    ):
+    cases = ((40 * row, 16), (62 * row, 16), (64 * row, 32), (0, 1), (10**15, 128))
+    for free, rows in cases:
         monkeypatch.setattr(generation, "free_bytes", lambda free=free: free)
         assert generation.rows_at_once(glm, "auto", 64) == rows
     assert generation.rows_at_once(glm, 7, 64) == 7

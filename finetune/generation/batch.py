@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from finetune.data.chat.image import ImagePrompt
 from finetune.models.cache_columns import CacheColumns
+from finetune.models.kernels.products import one_by_one
 from finetune.models.packed_attention import whole_rows
 
 Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
@@ -162,9 +163,32 @@ class Batch:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         self._positions = self._positions + 1
         mask = self._mask
-        if _takes_documents(self._model):  # what transformers would make of it at every step
+        if takes_documents(self._model):  # what transformers would make of it at every step
             mask = mask.bool()[:, None, None]
         return _forward(self._model, self._cache, ids, mask, self._positions[:, None])
+
+    def check(self, tokens: Sequence[int]) -> Tensor:
+        """Adds several tokens to the only row; returns the logits [tokens, V] behind each, as steps would."""
+        ids = torch.tensor([tokens], device=self._model.device)
+        places = torch.arange(len(tokens), device=self._model.device)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(1, len(tokens))], dim=1)
+        positions = self._positions[:, None] + 1 + places
+        self._positions = positions[:, -1]
+        mask = self._mask.bool()[:, None, None]
+        with one_by_one():
+            return _forward(self._model, self._cache, ids, mask, positions, last=places[None])
+
+    def forget(self, tokens: int) -> None:
+        """Takes the last tokens off again."""
+        if tokens:
+            self._mask, self._positions = self._mask[:, :-tokens], self._positions - tokens
+            for layer in self._cache.layers:
+                layer.crop(-tokens)
+
+    def newest(self, tokens: int) -> list[Tensor]:
+        """Keys and values of the last tokens, copied."""
+        held = (part for layer in self._cache.layers for part in (layer.keys, layer.values))
+        return [part[:, :, -tokens:].clone() for part in held]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forgets all other rows, and the columns that only they used."""
@@ -303,7 +327,7 @@ def _forward(
     Without a mask attention is causal, and no mask of the new tokens times all is made.
     """
     known: dict[str, Any] = {}
-    if mask is None and _takes_documents(model):
+    if mask is None and takes_documents(model):
         known["documents"] = whole_rows(ids.device)
     output = model(
         input_ids=ids,
@@ -319,7 +343,7 @@ def _forward(
     return logits.float()
 
 
-def _takes_documents(model: Any) -> bool:
+def takes_documents(model: Any) -> bool:
     """Whether its attention is ours, or one that stands before ours."""
     return str(model.config.get_text_config()._attn_implementation).startswith("document")
 

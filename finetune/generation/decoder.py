@@ -25,6 +25,7 @@ from finetune.distributed.map_batches import Poll
 from finetune.distributed.processes import any_rank, is_sharded
 from finetune.errors import ModelError
 from finetune.generation.batch import Batch, Prompt, SharedPrefix
+from finetune.generation.drafts import Drafts
 
 COLDEST = 1e-5
 """Below this temperature a reply is greedy: dividing by less leaves the range of numbers."""
@@ -137,6 +138,9 @@ class DecodingRow:
         """A stop token ended it."""
         self.error: Exception | None = None
         """Why it cannot be written; no other row is concerned."""
+        longest = request.decoding.max_new_tokens
+        self.drafts = Drafts(request.prompt, self.ids, longest, request.adapter)
+        """Of a row that is written alone."""
         self._sampler = None if request.decoding.is_greedy else Sampler(request.decoding)
 
     def append(self, logits: Tensor, likeliest: int, stop_ids: frozenset[int]) -> None:
@@ -232,6 +236,7 @@ class Decoder:
         self, model: Any, stop_ids: Sequence[int], prefix: SharedPrefix | None = None
     ) -> None:
         self.batch = Batch(model, prefix if prefix is not None else SharedPrefix(model, []))
+        self._model = model
         self._stop_ids = frozenset(stop_ids)
         self._choose: Callable[[list[str]], object] | None = getattr(model, "choose", None)
         """Of a model with several adapters: says which row is whose."""
@@ -263,8 +268,23 @@ class Decoder:
         """One more token for every row."""
         if self._choose is not None:
             self._choose([row.request.adapter for row in self._rows])
+        if len(self._rows) == 1 and (draft := self._rows[0].drafts.next(self._model, self.batch)):
+            self._check(self._rows[0], draft)
+            return
         logits = self.batch.step([(row.ids or [0])[-1] for row in self._rows])
         self._append(self._rows, logits)
+
+    def _check(self, row: DecodingRow, draft: Sequence[int]) -> None:
+        """The tokens that the row's next steps would give, as far as the draft is right, and one more."""
+        logits = self.batch.check([(row.ids or [0])[-1], *draft])
+        right = 0
+        for place, guess in enumerate([*draft, None]):
+            self._append([row], logits[place : place + 1])
+            if row.is_done or row.ids[-1] != guess:
+                break
+            right += 1
+        self.batch.forget(len(draft) - place)
+        row.drafts.judge(right)
 
     def taken(self, row: DecodingRow) -> SharedPrefix:
         """What was computed of a row that has just ended: of its prompt, and of its reply."""

@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from finetune.models.kernels.products import ReplyingLinear
+from finetune.models.kernels.products import ReplyingLinear, rows_are_apart
 from finetune.models.quantization import FourBits
 
 _turn = 0
@@ -64,6 +64,9 @@ class LowRank(nn.Linear):
 
     def forward(self, rows: Tensor, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Return rows [T, in] times scale x weightᵀ; with `onto` [T, out] added to it, in its place."""
+        if len(rows) > 1 and rows_are_apart():
+            alone = (slice(at, at + 1) for at in range(len(rows)))
+            return torch.cat([self.forward(rows[at], None if onto is None else onto[at], scale) for at in alone])  # fmt: skip
         own = self.weight
         if own.dtype is rows.dtype and onto is not None:
             weight, alpha = own, scale  # nothing to cast: the scale is part of the product

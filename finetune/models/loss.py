@@ -31,10 +31,8 @@ PRODUCT_ROWS = 40_000
 """Rows of an output layer whose gradient is made at once, besides their float32 sum."""
 
 
-class SupervisedHead(nn.Linear):
+class SupervisedHead(kernels.ReplyingLinear):
     """An output layer without bias that can return the summed loss of positions, not logits."""
-
-    multiplies_by_kernels = True
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None

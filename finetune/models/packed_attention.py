@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from finetune.models import kernels
+from finetune.models.kernels.products import rows_are_apart
 from finetune.models.sequence_parallel import Split
 
 DOCUMENT_SDPA = "document_sdpa"  # what takes `documents` has a name that begins so
@@ -197,6 +198,13 @@ def grouped_sdpa(
     """
     heads, tokens, keys = query.shape[1], query.shape[2], key.shape[2]
     groups = heads // key.shape[1]
+    if tokens > 1 and attention_mask is not None and rows_are_apart():
+        ends = range(keys - tokens + 1, keys + 1)
+        alone = [
+            grouped_sdpa(module, query[:, :, at : at + 1], key[:, :, :end], value[:, :, :end], attention_mask[..., :end], dropout, scaling)[0]
+            for at, end in enumerate(ends)
+        ]  # fmt: skip
+        return torch.cat(alone, dim=1), None
     if tokens == 1 and groups > 1 and attention_mask is not None and attention_mask.shape[1] == 1:
         # One query: the heads that share a key are as good as so many queries.
         query = query.reshape(len(query), -1, groups, query.shape[-1])

@@ -1,13 +1,11 @@
-"""Whether drafting tokens out of the prompt would pay (n-gram speculative decoding), and what it would risk.
+"""What drafting tokens out of the prompt and the reply gains (n-gram drafts), and that no token is another one.
 
-    python scripts/bench/drafts.py FILE.jsonl [FILE.jsonl ...] --model FOLDER [--drafted 3] [--samples 200]
+    python scripts/bench/drafts.py FILE.jsonl [FILE.jsonl ...] --model FOLDER [--samples 200] [--copies 8]
 
-1. A draft is what followed the last two tokens where they stood before, in the prompt or the reply. If the model
-   wrote each file's references word for word: how many drafted tokens would be right, per step.
-2. CPU milliseconds of a step for 1, 4 and 16 rows, and of a pass that checks as many drafts besides.
-   Tokens a step over this cost is what drafting would gain, 1 being nothing.
-3. How far the logits of the checking pass lie from those of the steps that it replaces, and how often the two
-   likeliest tokens are nearer to each other than twice that: there a reply may become another one.
+1. If the model wrote each file's references word for word: passes for each token, where a step is 1.
+2. CPU milliseconds of a step of one row, and of passes that check drafts of 3 and 7 tokens.
+3. Replies to prompts that hold a reference twice and begin it anew, which a model goes on to copy, and to the
+   file's own prompts: CPU seconds and passes with drafts and without, alternating. The tokens must be the same.
 
 Of a folder without weights only the first.
 """
@@ -24,31 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ROWS = (1, 4, 16)
-PROMPT = 64
-
-
-def accepted(prompt: Sequence[int], reply: Sequence[int], most: int) -> tuple[int, int]:
-    """Steps that write a reply, and the tokens that drafts save."""
-    text, steps, saved = list(prompt), 0, 0
-    at = 0
-    while at < len(reply):
-        draft = drafted(text, most)
-        right = 0
-        while right < len(draft) and at + right < len(reply) and draft[right] == reply[at + right]:
-            right += 1
-        text += reply[at : at + right + 1]
-        at += right + 1
-        steps, saved = steps + 1, saved + right
-    return steps, saved
-
-
-def drafted(text: Sequence[int], most: int) -> Sequence[int]:
-    """What followed the last two tokens when they came last."""
-    for place in range(len(text) - 3, -1, -1):
-        if text[place : place + 2] == text[-2:]:
-            return text[place + 2 : place + 2 + most]
-    return ()
+NEW_TOKENS = 96
+BEGUN = 8
+"""Tokens of the third copy that a prompt holds."""
 
 
 def pairs(file: str, model: str, samples: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -72,44 +48,73 @@ def pairs(file: str, model: str, samples: int) -> Iterator[tuple[list[int], list
         yield list(map(int, prompt.prompt_ids)), list(map(int, rendered.input_ids[len(prompt.prompt_ids) :]))  # fmt: skip
 
 
-def milliseconds(model: Any, rows: int, tokens: int, turns: int = 9) -> float:
+def passes(prompt: Sequence[int], reply: Sequence[int]) -> tuple[int, int]:
+    """Steps, and passes that check drafts, which write a reply behind its first token."""
+    from finetune.generation.drafts import Drafts
+
+    ids = list(reply[:1])
+    drafts = Drafts(prompt, ids, len(reply))
+    steps = checks = 0
+    while len(ids) < len(reply):
+        draft, right = drafts._found(), 0
+        while right < len(draft) and draft[right] == reply[len(ids) + right]:
+            right += 1
+        ids += reply[len(ids) : len(ids) + right + 1]
+        if draft:
+            drafts.judge(right)
+        steps, checks = steps + (not draft), checks + bool(draft)
+    return steps, checks
+
+
+def milliseconds(model: Any, prompt: Sequence[int], tokens: int, turns: int = 15) -> float:
     """CPU time of a pass of so many tokens behind a prompt."""
-    import torch
+    from finetune.generation.batch import Batch, SharedPrefix
 
-    from finetune.generation import batch
-
-    found = []
-    for turn in range(turns):
-        cache = batch._new_cache(model)
-        ids = torch.randint(0, 40000, (rows, PROMPT + tokens), generator=torch.Generator().manual_seed(turn))  # fmt: skip
-        positions = torch.arange(PROMPT + tokens).expand(rows, -1)
-        batch._forward(model, cache, ids[:, :PROMPT], None, positions[:, :PROMPT])
+    batch, found = Batch(model, SharedPrefix(model, [])), []
+    batch.prefill([prompt])
+    for _ in range(turns):
         begun = time.process_time()
-        batch._forward(model, cache, ids[:, PROMPT:], None, positions[:, PROMPT:], last=torch.arange(tokens).expand(rows, -1))  # fmt: skip
+        batch.step(prompt[:1]) if tokens == 1 else batch.check(prompt[:tokens])
         found.append(1000 * (time.process_time() - begun))
+        batch.forget(tokens)
     return statistics.median(found)
 
 
-def rounding(model: Any, texts: Sequence[Sequence[int]], width: int) -> tuple[float, int, int]:
-    """The largest difference of logits, the gaps between the likeliest two that are smaller, and all gaps."""
-    import torch
+def replied(model: Any, prompt: Sequence[int], *, drafted: bool) -> tuple[list[int], int, float]:
+    """A reply, its passes behind the first token, and their CPU seconds."""
+    from finetune.generation import drafts
+    from finetune.generation.decoder import Decoder, Decoding, Request
 
-    from finetune.generation import batch
+    may, number = drafts._can_be_checked, 0
+    drafts._can_be_checked = may if drafted else lambda model: False
+    try:
+        decoder = Decoder(model, ())
+        [row] = decoder.add([Request(prompt, Decoding(NEW_TOKENS))])
+        begun = time.process_time()
+        while decoder.active:
+            decoder.step()
+            number += 1
+        return row.ids, number, time.process_time() - begun
+    finally:
+        drafts._can_be_checked = may
 
-    largest, gaps = 0.0, list[float]()
-    for text in texts:
-        ids, positions = torch.tensor([text]), torch.arange(len(text))[None]
-        found = []
-        for step in (1, width):
-            cache, logits = batch._new_cache(model), []
-            for first in range(0, len(text) - len(text) % width, step):
-                part = slice(first, first + step)
-                logits.append(batch._forward(model, cache, ids[:, part], None, positions[:, part], last=torch.arange(step)[None]))  # fmt: skip
-            found.append(torch.cat(logits))
-        largest = max(largest, float((found[0] - found[1]).abs().max()))
-        best = found[0].topk(2).values
-        gaps += (best[:, 0] - best[:, 1]).tolist()
-    return largest, sum(gap <= 2 * largest for gap in gaps), len(gaps)
+
+def compare(model: Any, name: str, prompts: Sequence[Sequence[int]]) -> None:
+    """Print passes and CPU seconds of replies with and without drafts."""
+    replied(model, prompts[0], drafted=True)  # what is compared once per model
+    numbers, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}
+    for place, prompt in enumerate(prompts):
+        replies = []
+        for drafted in (place % 2 == 0, place % 2 == 1):
+            ids, number, spent = replied(model, prompt, drafted=drafted)
+            numbers[drafted] += number
+            seconds[drafted] += spent
+            replies.append(ids)
+        assert replies[0] == replies[1], "drafts changed a token"
+    print(
+        f"{name}: {numbers[False]} steps in {seconds[False]:.1f} CPU s; drafted {numbers[True]} passes in "
+        f"{seconds[True]:.1f} CPU s = {seconds[False] / seconds[True]:.2f} x; the same tokens", flush=True,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -117,31 +122,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE.jsonl")
     parser.add_argument("--model", required=True, metavar="FOLDER")
-    parser.add_argument("--drafted", type=int, default=3, help="tokens of a draft (3)")
     parser.add_argument("--samples", type=int, default=200, help="replies of each file (200)")
+    parser.add_argument("--copies", type=int, default=8, help="replies of each kind that are written (8)")  # fmt: skip
     given = parser.parse_args()
     import torch
 
+    from finetune.models.kernels.products import packed
     from finetune.models.load import load_model
 
-    per_step, texts = {}, []
+    read = {}
     for file in given.files:
-        counted = [(prompt, reply) for prompt, reply in pairs(file, given.model, given.samples)]
-        steps, saved = map(sum, zip(*(accepted(*pair, given.drafted) for pair in counted), strict=True))  # fmt: skip
-        per_step[Path(file).stem] = 1 + saved / steps
-        texts += [prompt + reply for prompt, reply in counted[:4]]
-        print(f"{file}: {1 + saved / steps:.2f} tokens a step if every reference is written", flush=True)  # fmt: skip
+        read[file] = list(pairs(file, given.model, given.samples))
+        steps, checks = map(sum, zip(*(passes(*pair) for pair in read[file]), strict=True))
+        tokens = sum(len(reply) - 1 for _, reply in read[file])
+        print(f"{file}: {tokens} tokens of references in {steps} steps and {checks} passes over drafts = {(steps + checks) / tokens:.3f}", flush=True)  # fmt: skip
     if not list(Path(given.model).glob("*.safetensors")):
         return  # a tokenizer alone
     torch.set_num_threads(1)
     model = load_model(given.model, dtype="float32")
-    with torch.no_grad():
-        for rows in ROWS:
-            step, check = (milliseconds(model, rows, tokens) for tokens in (1, 1 + given.drafted))
-            gains = ", ".join(f"{name} {tokens * step / check:.2f}" for name, tokens in per_step.items())  # fmt: skip
-            print(f"{rows} rows: a step {step:.1f} ms, a pass that checks {check:.1f} ms = {check / step:.2f}; gain: {gains}", flush=True)  # fmt: skip
-        largest, near, number = rounding(model, [text[:96] for text in texts], 1 + given.drafted)
-    print(f"logits differ by up to {largest:.1e}; {near} of {number} tokens have a rival within twice that")  # fmt: skip
+    with torch.no_grad(), packed(model):
+        prompt = read[given.files[0]][0][0]
+        step, *checks = (milliseconds(model, prompt, tokens) for tokens in (1, 4, 8))
+        print(f"a step {step:.1f} ms, over 3 drafted tokens {checks[0] / step:.2f} steps, over 7 {checks[1] / step:.2f}")  # fmt: skip
+        for file, found in read.items():
+            chosen = [pair for pair in found if len(pair[1]) >= 2 * BEGUN][: given.copies]
+            compare(model, f"{file}, copied", [[*p, *r, *r, *r[:BEGUN]] for p, r in chosen])
+            compare(model, f"{file}, its prompts", [p for p, _ in chosen])
 
 
 if __name__ == "__main__":

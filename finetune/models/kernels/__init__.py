@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.models.kernels import torch_forms
+from finetune.models.kernels.products import ReplyingLinear as ReplyingLinear
 from finetune.models.kernels.products import linear as linear
 
 NAMES = ("rms_norm", "swiglu", "rotate", "cross_entropy", "varlen_attention")

@@ -43,8 +43,6 @@ _one_by_one = False
 class ReplyingLinear(nn.Linear):
     """torch's layer; in evaluation without a gradient its product is `linear`."""
 
-    multiplies_by_kernels = True
-
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out]."""
         if self.training:
@@ -100,9 +98,14 @@ def packed(model: nn.Module) -> Iterator[None]:
                 del _packs[id(weight)]
 
 
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is packed now."""
+    return id(weight) in _packs
+
+
 @contextmanager
 def one_by_one() -> Iterator[None]:
-    """Inside, products of few rows that are not packed are made row by row: the numbers of a row alone."""
+    """Inside, attention and products that are not packed are made row by row: the numbers of a row alone."""
     global _one_by_one
     before, _one_by_one = _one_by_one, True
     try:
@@ -130,7 +133,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (pack := _packs.get(id(weight))) is not None:
         return pack.product(rows, bias)
     if _one_by_one and rows.numel() > rows.shape[-1]:
-        return torch.cat([linear(row, weight, bias) for row in rows.split(1, dim=-2)], dim=-2)
+        alone = [linear(rows[..., at : at + 1, :], weight, bias) for at in range(rows.shape[-2])]
+        return torch.cat(alone, dim=-2)
     if weight.numel() < FEWEST:
         return F.linear(rows, weight, bias)
     return _by_onednn(rows, weight, bias)
@@ -145,7 +149,7 @@ def _packable(model: nn.Module) -> list[Tensor]:
     """The weights that are worth it, each once; none where all of them are too large."""
     if not _gains():
         return []
-    layers = (m for m in model.modules() if getattr(m, "multiplies_by_kernels", False))
+    layers = [module for module in model.modules() if isinstance(module, ReplyingLinear)]
     found = {id(layer.weight): layer.weight for layer in layers}
     weights = [weight for weight in found.values() if _is_worth_packing(weight)]
     missing = sum(weight.nbytes for weight in weights if id(weight) not in _packs)
