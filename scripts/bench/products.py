@@ -1,9 +1,10 @@
-"""A linear layer's product in float32: torch's own (MKL) beside the one that replies are computed with (oneDNN).
+"""A linear layer's product in float32: torch's own (MKL) beside those of replies (oneDNN, its weight packed).
 
     python scripts/bench/products.py [--threads 1] [--turns 15]
 
-CPU milliseconds of one layer, the lower quartile of alternating turns over layers that no cache holds together,
-and how many times as long torch's own takes. On an Intel processor both are torch's own.
+CPU milliseconds of one layer, the lower quartile of alternating turns over layers that no cache holds together:
+torch's own, oneDNN's with the weight as it lies and packed, and how many times as long as the last torch's own
+takes. On an Intel processor all are torch's own.
 """
 
 from __future__ import annotations
@@ -40,23 +41,27 @@ def main() -> None:
     import torch
     import torch.nn.functional as F
 
-    from finetune.models.kernels.products import linear
+    from finetune.models.kernels.products import ReplyingLinear, linear, packed
 
     torch.set_num_threads(given.threads)
     print("| out x in | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |")
     print("|---" * (len(ROWS) + 1) + "|")
     for shape in SHAPES:
-        layers = [torch.randn(shape) for _ in range(max(1, int(BYTES // (4 * shape[0] * shape[1]))))]  # fmt: skip
+        number = max(1, int(BYTES // (4 * shape[0] * shape[1])))
+        layers = torch.nn.ModuleList(ReplyingLinear(shape[1], shape[0], bias=False) for _ in range(number)).eval()  # fmt: skip
+        weights = [layer.weight for layer in layers]
         cells = []
         for rows in ROWS:
             x = torch.randn(rows, shape[1])
-            times: dict[str, list[float]] = {"mkl": [], "ours": []}
+            times: dict[str, list[float]] = {"mkl": [], "lying": [], "packed": []}
             with torch.no_grad():
                 for _ in range(given.turns if rows < 1024 else 5):
-                    for name, way in (("mkl", F.linear), ("ours", linear)):
-                        times[name].append(cpu(way, x, layers))
-            mkl, ours = (sorted(one)[len(one) // 4] for one in times.values())
-            cells.append(f"{mkl:.3f} / {ours:.3f} = {mkl / ours:.2f}")
+                    times["mkl"].append(cpu(F.linear, x, weights))
+                    times["lying"].append(cpu(linear, x, weights))
+                    with packed(layers):
+                        times["packed"].append(cpu(linear, x, weights))
+            mkl, lying, ours = (sorted(one)[len(one) // 4] for one in times.values())
+            cells.append(f"{mkl:.3f} / {lying:.3f} / {ours:.3f} = {mkl / ours:.2f}")
         print(f"| {shape[0]:,} x {shape[1]:,} | " + " | ".join(cells) + " |", flush=True)
 
 
