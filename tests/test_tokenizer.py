@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from dialogues import dialogue
+from tokenizers import normalizers, pre_tokenizers, processors
 
 from finetune.data.chat import tokenizer as tokenizer_module
 from finetune.data.chat.jinja import JinjaTemplate
@@ -122,6 +124,35 @@ def test_padding_and_truncation_settings_of_the_file_are_ignored(fast_folder: Pa
     loaded = load_chat_tokenizer(fast_folder)
     for each in (loaded.backend, loaded.plain):
         assert 3 < len(each.encode("the quick brown fox").ids) < 64
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("post_processor", processors.TemplateProcessing("[gMASK] $A <|user|>", special_tokens=[(text, tiny.CONTROL_IDS[text]) for text in ("[gMASK]", "<|user|>")])),
+        ("normalizer", normalizers.Replace("fox", "<|user|>")),
+        ("normalizer", normalizers.Prepend("<|assistant|>")),
+        ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Split("fox", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)])),
+    ],
+    ids=["a post-processor", "a word replaced", "a text in front", "a space in front"],
+)  # fmt: skip
+def test_no_part_of_a_tokenizer_file_writes_control_tokens_into_text(
+    fast_folder: Path, name: str, part: object
+) -> None:
+    before = ChatTemplate(load_chat_tokenizer(fast_folder))
+    tokenizer = tokenizer_module._open(fast_folder / "tokenizer.json")
+    setattr(tokenizer, name, part)
+    tokenizer.save(str(fast_folder / "tokenizer.json"))
+    after = ChatTemplate(load_chat_tokenizer(fast_folder))
+    said = dialogue(("user", "the quick fox"), ("reply", "a fox jumps"), ("user", "fox"))
+    controls = set(before.tokenizer.control_ids.values())
+
+    def written(template: ChatTemplate) -> list[int]:
+        return [one for one in template.prompt(said, 3) if one in controls]
+
+    assert written(after) == written(before)
+    if name == "post_processor":
+        assert after.prompt(said, 3) == before.prompt(said, 3)
 
 
 def test_only_tokenizer_model_and_config_are_enough_in_a_read_only_folder(
