@@ -130,7 +130,7 @@ def test_files_of_text_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "\n".join(row.value["text"] for row in pieces).split() == (
         (tmp_path / "a.txt").read_text().split()
     )
-    assert [row.location.rpartition(":")[2] for row in pieces] == ["1", "2", "5", "6"]
+    assert [row.location.rpartition(":")[2] for row in pieces] == ["1", "3", "5", "6"]
 
 
 def test_json_under_the_name_of_a_text_is_rows(tmp_path: Path) -> None:

@@ -36,21 +36,25 @@ def _pieces(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
     begin, size = 1, 0
     for number, line in enumerate(text_lines(file, name), 1):
         if size >= 2 * _PIECE or (size >= _PIECE and not line.strip()):
-            yield _row(held, f"{name}:{begin}")
+            yield _row(held, name, begin)
             held, begin, size = [], number, 0
         held.append(line)
         size += len(line)
     if held:
-        yield _row(held, f"{name}:{begin}")
+        yield _row(held, name, begin)
 
 
-def _row(lines: list[str], location: str) -> Row | BadRow:
-    text = "".join(lines).replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+def _row(lines: list[str], name: str, begin: int) -> Row | BadRow:
+    """The row of some lines, from its first one that is not empty on; `begin` is the number of the first."""
+    whole = "".join(lines).replace("\r\n", "\n").replace("\r", "\n")
+    text = whole.strip("\n")
+    begin += len(whole) - len(whole.lstrip("\n")) if text else 0
+    location = f"{name}:{begin}"
     try:
         text.encode()
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) - 0xDC00
-        line = int(location.rpartition(":")[2]) + text.count("\n", 0, error.start)
+        line = begin + text.count("\n", 0, error.start)
         reason = (
             "the text contains a NUL character" if not byte else f"byte 0x{byte:02x} is not UTF-8"
         )
