@@ -278,8 +278,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--taught", type=int, default=40, help="epochs of the general set (40)")
-    parser.add_argument("--epochs", type=int, default=12, help="of the domain (12)")
+    parser.add_argument("--taught", type=int, default=20, help="epochs of the general set (20)")
+    parser.add_argument("--epochs", type=int, default=8, help="of the domain (8)")
     parser.add_argument(
         "--domain", type=Path, help="folder with train.jsonl and heldout.jsonl (the order desk)"
     )
