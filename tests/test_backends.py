@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_vllm_replies_in_an_evaluation_and_the_loss_is_ours(
     said = json.loads((tmp_path / "theirs/evaluation.json").read_text("utf-8"))["settings"]
     assert said["decoding"] == "greedy, by vllm"
     assert theirs["settings"]["dtype"] == "float32"
+
+
+def test_what_vllms_environment_lacks_is_said_before_a_model_is_opened(
+    opened: OpenedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeVllm(opened.model, opened.template).install(monkeypatch)
+    monkeypatch.delitem(sys.modules, "sacrebleu", raising=False)
+    monkeypatch.setattr("finetune.evaluation.options.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"does not have .*sacrebleu(.|\n)*docs/serving\.md"):
+        evaluated(opened, data, tmp_path / "out", by=BackendChoice("vllm"))
+    assert not (tmp_path / "cache" / "evaluations").exists()
 
 
 def test_an_endpoint_that_serves_the_model_gives_its_replies_and_no_loss(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
+from finetune.errors import ConfigError
 from finetune.evaluation.scores.added import ByModels
 from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.tasks.harness import check_harness
@@ -14,6 +17,11 @@ from finetune.generation.structured import ANY_FORM, Form
 
 GENERATING = ("torch", "transformers", "peft", "tokenizers")
 """Packages that decide a model's replies."""
+SCORING = {
+    "vllm": "vllm", "peft": "peft", "pyarrow": "pyarrow", "jieba": "jieba", "nltk": "nltk",
+    "rouge_chinese": "rouge-chinese", "icu": "pyicu-wheels", "sacrebleu": "sacrebleu",
+}  # fmt: skip
+"""Modules that an evaluation needs in vLLM's environment, which has this package alone, and what brings them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,8 @@ class Options:
             sampled=self.temperature > 0,
             needs_weights=bool(self.tasks or self.general),
         )
+        if self.by.backend == "vllm":
+            _check_environment()
 
     @property
     def sampling(self) -> Sampling:
@@ -64,6 +74,22 @@ class Options:
         sampled = f"temperature {self.temperature}, seed {self.seed}"
         words = [sampled if self.temperature else "greedy", str(self.form), self.by.words]
         return ", ".join(filter(None, words))
+
+
+def _check_environment() -> None:
+    missing = [package for name, package in SCORING.items() if not _is_there(name)]
+    if missing:
+        raise ConfigError(
+            f"--backend vllm: {sys.executable} does not have {', '.join(missing)}; vLLM needs an environment of its own, "
+            "with what scores the replies, as docs/serving.md says under 'Batch inference with vLLM'"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # it is being imported
+        return True
 
 
 def request(settings: Settings, options: Options) -> dict[str, Any]:
