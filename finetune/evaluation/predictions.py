@@ -27,6 +27,7 @@ _SCRIPTS = {
     "HEBREW": "hebrew", "BENGALI": "bengali", "TAMIL": "tamil", "GEORGIAN": "georgian", "ARMENIAN": "armenian",
     "LATIN": "latin script", "CYRILLIC": "cyrillic script", "ARABIC": "arabic script", "DEVANAGARI": "devanagari script",
 }  # fmt: skip
+_KANA = ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
 _LENGTHS = (64, 256, 1024, 4096)
 _MOST_TURNS = 4
 
@@ -154,8 +155,11 @@ def language(line: str) -> str:
     """
     letters = filter(str.isalpha, line[:_LETTERS])
     scripts = Counter(unicodedata.name(one, "").partition(" ")[0] for one in letters)
-    kana = scripts["HIRAGANA"] + scripts["KATAKANA"]
-    counts = Counter({_SCRIPTS.get(name, "other"): number for name, number in scripts.items()})
+    kana = sum(scripts[name] for name in _KANA)
+    counts = Counter[str]()
+    for name, number in scripts.items():
+        if name not in (*_KANA, "CJK"):
+            counts[_SCRIPTS.get(name, "other")] += number
     # A Chinese character says as much as two Latin letters or more.
     counts["chinese"] = 0 if kana else 3 * scripts["CJK"]
     counts["japanese"] = kana + scripts["CJK"] if kana else 0
