@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -27,7 +28,6 @@ from finetune.data.examples.shards import of_shard
 from finetune.data.examples.store import ExampleFile, ExampleWriter
 from finetune.data.reading.parts import Part
 from finetune.data.reading.sources import SourceSpec
-import itertools
 
 POLICY = LengthPolicy(100)
 
