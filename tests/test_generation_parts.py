@@ -68,7 +68,7 @@ def test_a_batch_that_fails_while_rows_are_joined_is_lost(monkeypatch: pytest.Mo
 
 
 def test_columns_grow_beside_what_is_held_elsewhere() -> None:
-    from finetune.generation.columns import CacheColumns
+    from finetune.models.cache_columns import CacheColumns
 
     def column(value: float, number: int = 1) -> torch.Tensor:
         return torch.full((1, 1, number, 2), value)

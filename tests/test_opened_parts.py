@@ -119,7 +119,7 @@ def test_a_model_that_is_shared_out_stays_where_it_was_put(monkeypatch: pytest.M
 
 RANGES = {
     "temperature": (0.0, 1e9), "top_p": (0.0, 1.0), "top_k": (0, 10**6), "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (1e-3, 1e9),
+    "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.01, 10.0),
 }  # fmt: skip
 
 
@@ -128,8 +128,8 @@ def test_every_setting_has_a_range_with_both_ends(name: str) -> None:
     for value in RANGES[name]:
         Sampling(**{name: value})
     low, high = RANGES[name]
-    beyond = [low - 0.01, *([high + 0.01] if high <= 2 else [])]
-    for value in beyond:
+    beyond = [low - 0.001, *([high + 0.001] if high <= 10 else [])]
+    for value in (*beyond, float("nan")):
         with pytest.raises(ConfigError, match=f"{name} is {value}; it must be "):
             Sampling(**{name: value})
 
