@@ -117,11 +117,11 @@ def behind_prompt(message: Message, name: str, visible: str) -> str:
     Args:
         message: The first message of its turn.
         name: The function's name, or empty for a plain reply.
-        visible: The content as the checkpoint's template writes it.
+        visible: The content as the checkpoint's template writes it, of a plain reply.
     """
-    thought = split(message.content)
+    thought = split_message(message)
     if name:
-        return f"{thought.thought or EMPTY_THOUGHT}{THINK_END}\n\n{name}\n{visible}"
+        return f"{thought.thought or EMPTY_THOUGHT}{THINK_END}\n\n{name}\n{thought.said.strip()}"
     if thought.is_empty:
         return f"{EMPTY_THOUGHT}{THINK_END}\n\n{visible}"
     return f"{thought.thought}{THINK_END}{thought.said}".rstrip()
