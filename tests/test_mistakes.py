@@ -105,6 +105,12 @@ def test_a_mistake_in_a_function_reaches_the_imported_one_and_one_outside_needs_
         assert not exchanged(CODE, CODE.replace(old, new), path)
 
 
+def test_tests_that_only_name_a_constant_are_known_too(tmp_path: Path) -> None:
+    file = tmp_path / "test_x.py"
+    file.write_text("def test_a():\n    assert LIMIT == 3\n\n\n@of(LIMIT)\ndef test_b():\n    pass\n\n\ndef test_c():\n    NO_LIMIT\n")  # fmt: skip
+    assert called.tests_that_name("LIMIT", file) == {"test_a", "test_b"}
+
+
 CLOSED = """
 def sized(limit, other):
     def fits(count):

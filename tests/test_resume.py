@@ -145,6 +145,98 @@ def test_auto_takes_the_newest_good_one_and_says_what_it_passed_over(tmp_path: P
     assert resume.choose(tmp_path, "auto") == (first, [(second, "optimizer.pt is missing")])
 
 
+def test_weights_alone_are_passed_over_for_the_newest_that_can_be_resumed(tmp_path: Path) -> None:
+    first = save(tmp_path, 1)
+    with folders.staged(tmp_path / "weights-2") as stage:
+        (stage / "weights").write_bytes(b"weights")
+    assert resume.choose(tmp_path, "auto") == (first, [])
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        resume.choose(tmp_path, str(tmp_path / "weights-2"))
+
+
+@pytest.mark.parametrize(("save", "refused"), [("weights", True), ("resumable", False)])
+def test_only_a_run_that_keeps_weights_alone_must_not_add_to_those_of_another(
+    tmp_path: Path, save: str, refused: bool
+) -> None:
+    with folders.staged(tmp_path / "weights-2") as stage:
+        (stage / "weights").write_bytes(b"weights")
+    now = record({**CONFIG, "training": {"output_dir": "x", "save": save}})
+    if refused:
+        with pytest.raises(CheckpointError, match="holds weights-2 of an earlier run"):
+            resume.start(tmp_path, "auto", now)
+    else:
+        assert resume.start(tmp_path, "auto", now) == resume.Start()
+
+
+def test_a_damaged_note_of_the_best_is_refused_before_hours_of_training(tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        resume.start(tmp_path, "auto", record())
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "sharded", "said"),
+    [
+        (0o644, 0, True, None),
+        (0o664, 0, True, None),  # a group of one's own
+        (0o646, 0, True, "anybody can write to states.pt"),
+        (0o644, 1, True, "user .* wrote"),
+        (0o646, 1, False, None),  # no pickles are opened
+    ],
+)
+def test_states_that_are_pickles_must_be_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, owner: int, sharded: bool, said: str | None
+) -> None:  # fmt: skip
+    folder = save(tmp_path, 3)
+    place = folder / ("global_step3" if sharded else "states")
+    place.mkdir()
+    (place / "states.pt").write_bytes(b"states")
+    (place / "states.pt").chmod(mode)
+    weights = tmp_path / "weights-4/global_step4"  # is never resumed
+    weights.mkdir(parents=True)
+    (weights / "states.pt").touch()
+    (weights / "states.pt").chmod(0o666)
+    user = resume.os.getuid()
+    monkeypatch.setattr(resume.os, "getuid", lambda: user + owner)
+    resume.check_owner(tmp_path, "never")
+    for asked in ("auto", str(folder)):
+        if said is None:
+            resume.check_owner(tmp_path, asked)
+            continue
+        with pytest.raises(CheckpointError, match=f"{said}.*--trust-checkpoint"):
+            resume.check_owner(tmp_path, asked)
+
+
+def test_long_values_are_shortened_and_missing_ones_are_named() -> None:
+    saved, now = record(), record()
+    saved["config"]["training.extra"] = {"a": "x" * 80}
+    now["facts"]["model"] = "y" * 60
+    del now["facts"]["template"]
+    found = {one.key: (one.checkpoint, one.now) for one in resume.compare(saved, now).refusals}
+    shown = '{"a": "' + "x" * 50 + "..."
+    assert found["training.extra"] == (shown, "{}")
+    assert found["the base model's weights and config"] == ("aa", "y" * 60)
+    assert found["the tokenizer and chat template"] == ("bb", "(not set)")
+
+
+def test_other_processes_are_a_remedy_where_the_global_batch_differs(tmp_path: Path) -> None:
+    write(tmp_path, record(global_batch=24))
+    with pytest.raises(CheckpointError, match=r"x processes is 24$"):
+        resume.check(tmp_path, record())
+    with pytest.raises(CheckpointError) as caught:
+        resume.check(tmp_path, record(global_batch=24, model="other"))
+    assert "processes is" not in str(caught.value)
+
+
+def test_what_was_written_is_what_is_compared_whatever_kind_it_had() -> None:
+    saved, now = record(), record()
+    now["config"]["model.freeze"] = tuple(now["config"]["model.freeze"])
+    now["facts"]["global_batch"] = 8.0
+    now["config"]["data.cache_dir"] = Path("x")  # not as it lies in a file
+    saved["config"]["data.cache_dir"] = "x"
+    assert resume.compare(saved, now) == resume.ResumeComparison((), ())
+
+
 def test_never_refuses_to_start_over_an_old_run(tmp_path: Path) -> None:
     assert resume.choose(tmp_path, "never") == (None, [])
     save(tmp_path, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -122,8 +123,11 @@ def test_a_damaged_checkpoint_that_this_run_has_not_sealed_deletes_no_older_one(
     bench = Bench(tmp_path, monkeypatch)
     bench.saver.save(bench.at(2))
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
-    (tmp_path / "checkpoint-4/weights").write_text("x")
-    bench.saver._rotate(bench.at(4).state, tmp_path / "checkpoint-4")
+    weights = tmp_path / "checkpoint-4/weights"
+    sealed = weights.stat()
+    weights.write_text("x")  # by the disk itself: nothing but the content tells
+    os.utime(weights, ns=(sealed.st_atime_ns, sealed.st_mtime_ns))
+    bench.saver._rotate(tmp_path / "checkpoint-4")
     assert bench.lies() == ["checkpoint-2", "checkpoint-4"]
     assert "older checkpoints are kept: " in capsys.readouterr().err
 

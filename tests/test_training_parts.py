@@ -122,6 +122,7 @@ def test_the_rate_rises_from_the_first_step_on_and_falls_as_the_schedule_says(
     )  # fmt: skip
     rates = applied_rates(settings)
     assert rates == pytest.approx([0.5 * share for share in expected])
+    assert runs.history(tmp_path / "run", "learning_rate") == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -339,6 +340,7 @@ def test_a_run_starts_from_an_adapter_and_learns_new_data(
         ({"method__alpha": 8.0}, "lora_alpha 32"),
         ({"method__rank": 2}, "r 4"),
         ({"method__use_rslora": True}, "use_rslora False"),
+        ({"method__use_dora": True}, "use_dora False"),
         ({"method__kind": "ptuning_v2"}, "method.kind lora, not ptuning_v2"),
         ({"method__kind": "full"}, "method.kind lora, not full"),
         ({"model__adapter": "nowhere"}, "not a directory"),

@@ -21,7 +21,7 @@ from finetune.artifacts.names import (
 from finetune.errors import ConfigError, RunDirectoryInUseError
 from finetune.storage import folders
 from finetune.storage.files import kind_of, refuse_odd, write_file
-from finetune.storage.lock import Lock, holder, this_process, try_lock
+from finetune.storage.lock import Lock, holder, is_held, this_process, try_lock
 
 LOCK = ".lock"
 
@@ -50,17 +50,21 @@ class RunDirectory:
             _refuse_others(path)
             lock = _lock(path / LOCK, path)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(
-                f"training.output_dir: {str(path)!r} cannot be used as a run directory "
-                f"({reason}); choose a folder that can be written"
-            ) from error
+            raise _unusable(path, error) from error
         try:
             _refuse_odd_files(path)
             return cls(path, lock, tuple(folders.clean(path)))
         except BaseException:
             lock.release()
             raise
+
+    @staticmethod
+    def user(path: Path) -> str | None:
+        """Which live run holds the folder at ``path``, in words; None for none. ConfigError as `open`."""
+        try:
+            return holder(path / LOCK) if is_held(path / LOCK) else None
+        except (OSError, ValueError) as error:
+            raise _unusable(path, error) from error
 
     def write_config(self, text: str) -> Path:
         """The resolved config as the first file of a run."""
@@ -129,3 +133,11 @@ def _refuse_odd_files(run_dir: Path) -> None:
                 f"training.output_dir: {path} is {kind}, and a run would write there; remove it, or "
                 "choose another folder"
             )
+
+
+def _unusable(path: Path, error: OSError | ValueError) -> ConfigError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return ConfigError(
+        f"training.output_dir: {str(path)!r} cannot be used as a run directory "
+        f"({reason}); choose a folder that can be written"
+    )

@@ -158,7 +158,7 @@ class Saver:
             if is_rank0():
                 with self.noting():
                     self._note_best(state)
-                    self._rotate(state, final)
+                    self._rotate(final)
 
     def _note_best(self, state: Any) -> None:
         """Also the best of an earlier step, which the disk may not have let be noted then."""
@@ -196,12 +196,12 @@ class Saver:
         """Put back what `save_weights` wrote."""
         methods.restore(model, folder)
 
-    def _rotate(self, state: Any, newest: Path) -> None:
-        best = [checkpoint.best(self.run_dir), self._best_of(state)]
+    def _rotate(self, newest: Path) -> None:
+        best = checkpoint.best(self.run_dir)  # as just noted
         rotation = checkpoint.rotate(
             self.run_dir,
             self.training.keep_checkpoints,
-            protect=[b for b in best if b],
+            protect=[best] if best else [],
             whole=newest if newest in self.written else None,
         )
         if rotation.problem:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.artifacts.resolve import pinned_revision
-from finetune.artifacts.run_dir import LOCK, RunDirectory
+from finetune.artifacts.run_dir import RunDirectory
 from finetune.config.extras import check_optimizer
 from finetune.config.schema import DataSection, ModelSection, TrainingSection
 from finetune.data.reading.section import training_sources, validation_sources
 from finetune.errors import RunDirectoryInUseError
-from finetune.storage.lock import holder, is_held
 from finetune.storage.outputs import check_not_read
 from finetune.training import resume
 from finetune.training.callbacks.on_end import told_at_the_end
@@ -53,10 +52,8 @@ def would_start(training: TrainingSection, data: DataSection, *, trust: bool) ->
     """The checkpoint that a run would go on from; raises what `run_directory` would."""
     _check_beside(training, data)
     run_dir = Path(training.output_dir)
-    if is_held(run_dir / LOCK):
-        raise RunDirectoryInUseError(
-            f"{run_dir} is in use by {holder(run_dir / LOCK)}; wait for it, or stop it"
-        )
+    if user := RunDirectory.user(run_dir):
+        raise RunDirectoryInUseError(f"{run_dir} is in use by {user}; wait for it, or stop it")
     if not trust:
         resume.check_owner(run_dir, training.resume)
     start, damaged = resume.choose(run_dir, training.resume)

@@ -177,6 +177,17 @@ def name_at(source: str, line: int) -> str:
     return ""
 
 
+def tests_that_name(name: str, file: Path) -> set[str]:
+    """The functions of a test file in whose own text a name stands: they need not call what reads it."""
+    source = file.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    return {
+        function
+        for function, first, last in _functions(ast.parse(source), "")
+        if re.search(rf"\b{re.escape(name)}\b", "\n".join(lines[first - 1 : last]))
+    }
+
+
 def that_mention(name: str, root: Path) -> set[str]:
     """The functions of the project in whose text a name stands."""
     found = set()

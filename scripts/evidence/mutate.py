@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -167,10 +167,10 @@ class Laboratory:
             calls = {name: test.seconds for file in files for name, test in self._of(file).items()}
             named = {n: calls[n] for n in calls if n.startswith(mutation.tests)}
             return self._first(mutation, source, named)
-        wanted = self._functions(mutation, source)
+        wanted, constant = self._functions(mutation, source)
         left = self._seconds
         for files in groups:
-            chosen, left = self._chosen(files, wanted, left)
+            chosen, left = self._chosen(files, wanted, constant, left)
             if found := self._first(mutation, source, chosen):
                 return found
         if left == self._seconds:  # nobody was seen to call it: it may run in a process of its own
@@ -212,11 +212,20 @@ class Laboratory:
             path.write_text(old, encoding="utf-8")
 
     def _chosen(
-        self, files: Iterable[str], wanted: set[str], seconds: float
+        self, files: Sequence[str], wanted: set[str], constant: str, seconds: float
     ) -> tuple[dict[str, float], float]:
-        """Tests that call one of the functions with what they take, quick ones first, and the time left."""
+        """Tests that call one of the functions or name the constant, quick ones first, with what they take, and the time left."""
         calls = {n: t for file in files for n, t in self._of(file).items()}
-        hit = {n: t.seconds for n, t in calls.items() if wanted & set(t.calls)}
+        naming = {
+            f"{file}::{test}"
+            for file in files
+            for test in (called.tests_that_name(constant, self._folder / file) if constant else ())
+        }
+        hit = {
+            n: t.seconds
+            for n, t in calls.items()
+            if wanted & set(t.calls) or n.partition("[")[0] in naming
+        }
         chosen: dict[str, float] = {}
         for name in sorted(hit, key=lambda one: hit[one]):
             if seconds > hit[name]:
@@ -231,14 +240,15 @@ class Laboratory:
         calls = {n: t for file in near for n, t in self._of(file).items()}
         return {n: PROCESS_SECONDS for n, t in calls.items() if t.starts_process}
 
-    def _functions(self, mutation: Mutation, source: str) -> set[str]:
-        """The functions that a test must call to notice."""
+    def _functions(self, mutation: Mutation, source: str) -> tuple[set[str], str]:
+        """The functions that a test must call to notice, and the constant or class of a mistake outside of all."""
         line = mutation.line or source[: source.index(mutation.old)].count("\n") + 1
         if around := called.functions_at(source, line):
-            return {f"{mutation.file}:{around[0]}"}
+            return {f"{mutation.file}:{around[0]}"}, ""
         name = called.name_at(source, line)
         found = called.that_mention(name, self._folder) if name else set()
-        return found | {f"{mutation.file}:{function}" for function in called.functions_of(source)}
+        every = {f"{mutation.file}:{function}" for function in called.functions_of(source)}
+        return found | every, name
 
     def _of(self, file: str) -> called.Calls:
         if file not in self._calls:

@@ -1,0 +1,174 @@
+"""A run from outside: its folder, its processes, and what a dry run would be refused for."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finetune.artifacts.run_dir import RunDirectory
+from finetune.config.schema import DataSection, ModelSection, TrainingSection
+from finetune.errors import CheckpointError, ConfigError, RunDirectoryInUseError
+from finetune.training import run, session
+from finetune.training.session import run_directory, would_start
+
+
+def training(folder: Path, **options: Any) -> TrainingSection:
+    return TrainingSection(output_dir=str(folder), **options)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataSection:
+    for name in ("train", "held-out"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    return DataSection(
+        train=str(tmp_path / "train.jsonl"), validation=str(tmp_path / "held-out.jsonl")
+    )
+
+
+def old_run(folder: Path, *, harmful: bool = False) -> None:
+    """A checkpoint of an earlier run; `harmful`: whose states anybody can write."""
+    states = folder / "checkpoint-2/global_step2"
+    states.mkdir(parents=True)
+    (states / "states.pt").touch()
+    if harmful:
+        (states / "states.pt").chmod(0o666)
+
+
+@pytest.mark.parametrize("read", ["train", "validation"])
+def test_a_run_does_not_write_into_a_folder_that_it_reads(
+    read: str, data: DataSection, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    asked = training(tmp_path / "rows/run")
+    section = data.model_copy(update={read: str(tmp_path / "rows")})
+    with pytest.raises(ConfigError, match=r"training\.output_dir: .* lies inside"):
+        would_start(asked, section, trust=False)
+    with pytest.raises(ConfigError, match=r"training\.output_dir"), run_directory(asked, section, trust=False):  # fmt: skip
+        pass
+
+
+def test_a_dry_run_names_a_file_in_the_place_of_the_folder_as_the_run_does(
+    data: DataSection, tmp_path: Path
+) -> None:
+    asked = training(tmp_path / "train.jsonl")
+    for start in (lambda: would_start(asked, data, trust=False), lambda: run_directory(asked, data, trust=False).__enter__()):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"training\.output_dir: .* cannot be used as a run"):
+            start()
+
+
+def test_a_folder_that_another_run_holds_is_refused(data: DataSection, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with RunDirectory.open(str(folder), is_rank0=True):
+        with pytest.raises(RunDirectoryInUseError, match="is in use by"):
+            would_start(training(folder), data, trust=False)
+        with pytest.raises(RunDirectoryInUseError), run_directory(training(folder), data, trust=False):  # fmt: skip
+            pass
+    assert would_start(training(folder), data, trust=False) is None
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_states_of_others_are_trusted_only_when_that_is_said(
+    trust: bool, data: DataSection, tmp_path: Path
+) -> None:
+    old_run(tmp_path / "run", harmful=True)
+    asked = training(tmp_path / "run", resume="auto")
+
+    def entered() -> str:
+        with run_directory(asked, data, trust=trust) as folder:
+            return folder.name
+
+    if trust:
+        assert would_start(asked, data, trust=True) is None  # it is damaged, and passed over
+        assert entered() == "run"
+        return
+    for start in (lambda: would_start(asked, data, trust=False), entered):
+        with pytest.raises(CheckpointError, match="--trust-checkpoint"):
+            start()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_its_reason(
+    data: DataSection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old_run(tmp_path / "run")
+    assert would_start(training(tmp_path / "run"), data, trust=False) is None
+    assert "checkpoint-2 is passed over: " in capsys.readouterr().err
+
+
+def test_never_refuses_an_old_run_before_data_is_prepared(
+    data: DataSection, tmp_path: Path
+) -> None:
+    old_run(tmp_path / "run")
+    asked = training(tmp_path / "run", resume="never")
+    for start in (lambda: would_start(asked, data, trust=False), lambda: run_directory(asked, data, trust=False).__enter__()):  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"training\.resume is never"):
+            start()
+
+
+def test_a_dry_run_trusts_no_more_than_the_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def start(training: Any, data: Any, *, trust: bool) -> None:
+        asked.append(trust)
+        raise CheckpointError("seen")
+
+    monkeypatch.setattr(run, "settled", lambda config: config)
+    monkeypatch.setattr(run.session, "would_start", start)
+    config: Any = SimpleNamespace(training=None, data=None)
+    for trust in (False, True):
+        with pytest.raises(CheckpointError, match="seen"):
+            run.dry_run(config, trust_checkpoint=trust)
+    assert asked == [False, True]
+
+
+def test_the_commit_of_a_hub_id_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "pinned_revision", lambda path, revision: f"{path}@{revision}")
+    assert session.pinned(ModelSection(path="org/x", revision="main")).revision == "org/x@main"
+
+
+@pytest.mark.parametrize("asked", [None, signal.SIGTERM])
+def test_a_run_that_a_signal_ended_says_how_to_go_on_and_gives_the_handlers_back(
+    asked: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def through() -> None:
+        with session.all_processes(training(tmp_path), deepspeed=False) as stop:
+            stop.install()
+            assert signal.getsignal(signal.SIGTERM) != before
+            if asked is not None:
+                stop.local_signal = asked
+                stop.sync()
+
+    if asked is None:
+        through()
+    else:
+        with pytest.raises(SystemExit) as caught:
+            through()
+        assert caught.value.code == 128 + asked
+        assert "run the same command to resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_handlers_come_back_after_an_error_too(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def through() -> None:
+        with session.all_processes(training(tmp_path), deepspeed=False) as stop:
+            stop.install()
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        through()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_run_is_lies_in_its_folder(tmp_path: Path) -> None:
+    session.describe(tmp_path, "model: {}\n", {"train": {"examples": 3}})
+    assert (tmp_path / "config.yaml").read_text() == "model: {}\n"
+    assert json.loads((tmp_path / "data.json").read_text()) == {"train": {"examples": 3}}
