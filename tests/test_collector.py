@@ -49,6 +49,17 @@ def test_who_has_turned_the_collector_off_finds_it_off() -> None:
         gc.enable()
 
 
+def test_what_was_passed_over_is_looked_at_again_after_an_error() -> None:
+    def run() -> None:
+        with collector.passing_over_the_old():
+            assert gc.get_freeze_count() > 1000
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        run()
+    assert gc.get_freeze_count() == 0
+
+
 class Looks(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.frozen, self.enabled = gc.get_freeze_count(), gc.isenabled()

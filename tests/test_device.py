@@ -296,3 +296,91 @@ def test_a_float16_run_trains_without_nan(tiny_glm4: Path) -> None:
         losses.append(loss.item())
     assert all(map(torch.isfinite, torch.tensor(losses)))
     assert losses[-1] < losses[0]
+
+
+# --- numbers of a device --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("major", "native", "expected"), [(7, True, False), (8, False, True), (9, False, True)]
+)
+def test_a_card_of_nvidias_has_bfloat16_from_capability_8_on(
+    major: int, native: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = put_in(monkeypatch, "cuda", Card(native_bf16=native))
+    said = SimpleNamespace(name="x", total_memory=5, major=major, minor=6)
+    monkeypatch.setattr(card, "get_device_properties", lambda number: said)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    found = device.card()
+    assert found == device.Card("x", 5, f"{major}.6", expected)
+    assert device.cards() == [found, found]
+    monkeypatch.setattr(torch.version, "hip", "6.0")  # AMD's says nothing of the kind
+    assert device.card() == device.Card("x", 5, "", native)
+    assert device.has_native_bf16() is native
+
+
+def test_what_a_process_can_still_take_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    alone = device.free_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert 0 < device.free_bytes() < alone / 500
+    put_in(monkeypatch, "cuda", Card())
+    assert device.free_bytes() == 12 * 10**9 + 18 * 10**9 - 15 * 10**9  # unused of what torch holds
+    held = device.memory()
+    assert held is not None
+    assert (held.reserved, held.most_reserved, held.most_allocated) == (
+        18 * 10**9, 18 * 10**9, 15 * 10**9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("has_all", [False, True])
+def test_a_checkpoint_holds_the_streams_of_one_accelerator_or_of_all(
+    everywhere: bool, has_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device.random_states(everywhere=everywhere) == {}
+    card: Any = put_in(monkeypatch, "cuda", Card())
+    if has_all:
+        card.get_rng_state_all = lambda: ["first", "second"]
+    found = device.random_states(everywhere=everywhere)["cuda"]
+    assert (found == ["first", "second"]) if everywhere and has_all else not found.any()
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("warns", [False, True])
+def test_after_deterministic_kernels_the_setting_is_what_it_was(before: bool, warns: bool) -> None:
+    try:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        with device.deterministic():
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled() is before
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is warns
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("value", "hidden"), [("", True), ("-1", True), ("0", False), (None, False)]
+)
+def test_cards_are_hidden_by_an_empty_variable_or_minus_one(
+    value: str | None, hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    monkeypatch.delenv(hardware.FORCED, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert (hardware.likely_kind(tmp_path) == "cpu") is hidden
+
+
+@pytest.mark.parametrize(
+    ("value", "cpu"), [("cpu", True), ("CPU", True), ("cuda", False), ("", False)]
+)
+def test_the_cpu_is_asked_for_in_any_letters(
+    value: str, cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(hardware.FORCED, value)
+    assert hardware.wants_cpu() is cpu

@@ -63,6 +63,9 @@ def test_what_wants_a_gradient_or_is_narrow_or_small_stays_with_torch(
         monkeypatch.setattr(products, "FEWEST", 64)
         layer(random(2, 8))
         assert len(calls) == 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(random(2, 8)).dtype is torch.bfloat16
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("broken", ["gone", "wrong"])

@@ -52,6 +52,19 @@ def test_evaluations_that_take_more_than_a_twentieth_of_the_time_are_named_once(
     assert evaluated(40, 100) == ""
 
 
+def test_a_little_more_than_a_twentieth_is_said(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    bar = ProgressCallback()
+    bar.throughput.start()
+    bar.throughput.steps = 10
+    clock[0] += 20
+    with bar.silent():
+        clock[0] += 43
+    bar.say_if_too_often(400)
+    assert "5 % of the time at evaluation.every_steps=400; 409 would" in capsys.readouterr().out
+
+
 def test_a_log_line_has_speed_of_training_alone_and_begins_a_new_window(
     clock: list[float],
 ) -> None:

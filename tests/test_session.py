@@ -126,6 +126,56 @@ def test_a_dry_run_trusts_no_more_than_the_run_would(monkeypatch: pytest.MonkeyP
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize("held_out", [None, "examples"])
+def test_a_run_holds_what_an_evaluation_takes_only_where_it_has_one(held_out: str | None) -> None:
+    sections = ("model", "method", "training", "deepspeed", "evaluation")
+    config: Any = SimpleNamespace(
+        **{name: name for name in sections}, data=SimpleNamespace(max_length=9)
+    )
+    data: Any = SimpleNamespace(validation=held_out, longest=7)
+    found = run.memory_of(config, data)
+    assert found.evaluation == (held_out and "evaluation")
+    assert (found.max_length, found.longest) == (9, 7)
+
+
+def test_a_dry_run_tells_what_all_processes_will_hold_and_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.training import dry_run
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(dry_run, "local_folder", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(dry_run, "tensors", lambda folder: range(1234))
+    asked: list[int] = []
+
+    def plan(gpu: Any, folder: Path) -> Any:
+        asked.append(gpu.number)
+        return SimpleNamespace(memory_bytes=2_500_000_000)
+
+    memory: Any = SimpleNamespace(
+        model=ModelSection(path=str(tmp_path)), method=SimpleNamespace(kind="full"), plan=plan
+    )
+    data: Any = SimpleNamespace(
+        validation=range(7), train=range(9), stream=None, steps=lambda training: 30,
+        size=lambda: "9", an_epoch=lambda: " (10 an epoch)",
+    )  # fmt: skip
+    found = dry_run.foreseen(
+        training(tmp_path / "run", report_to=[]), data, memory, Path("checkpoint-4")
+    )
+    assert asked == [8]
+    assert found == {
+        "output_dir": str(tmp_path / "run"), "steps": 30, "examples": 9, "validation_examples": 7,
+        "resumes_from": "checkpoint-4", "model_tensors": 1234, "memory_bytes_per_gpu": 2_500_000_000,
+    }  # fmt: skip
+    said = capsys.readouterr().out
+    for part in ("1,234 tensors", "9 examples", "7 examples", "30 steps (10 an epoch)", "2.5 GB on each GPU"):  # fmt: skip
+        assert part in said
+    data.validation, data.stream = None, "a stream"
+    streamed = dry_run.foreseen(training(tmp_path / "run", report_to=[]), data, memory, None)
+    assert (streamed["examples"], streamed["validation_examples"], streamed["resumes_from"]) == (None, None, None)  # fmt: skip
+
+
 def test_the_commit_of_a_hub_id_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "pinned_revision", lambda path, revision: f"{path}@{revision}")
     assert session.pinned(ModelSection(path="org/x", revision="main")).revision == "org/x@main"

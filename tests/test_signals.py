@@ -104,6 +104,13 @@ def test_no_signal_means_exit_code_0_and_the_old_handlers_come_back() -> None:
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_what_was_agreed_stays_agreed_though_nobody_says_it_again(stop: StopFlag) -> None:
+    signal.raise_signal(TERM)
+    stop.sync()
+    stop.local_signal = None  # as in a process that got none
+    assert (stop.sync(), stop.exit_code) == (0, 143)
+
+
 def test_a_signal_in_one_process_stops_all_with_the_same_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

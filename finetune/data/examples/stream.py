@@ -114,7 +114,11 @@ START = Position()
 def position_of(saved: Mapping[str, Any]) -> Position:
     """A position that `as_json` gave; DataError for another version's."""
     names = {f.name for f in fields(Position)}
-    if saved.get("format") != FORMAT or set(saved) != {*names, "format"}:
+    if (
+        not isinstance(saved, Mapping)
+        or saved.get("format") != FORMAT
+        or set(saved) != {*names, "format"}
+    ):
         raise DataError(
             "data.streaming: the position was saved by another version; start the run anew"
         )

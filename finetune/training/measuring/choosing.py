@@ -107,11 +107,11 @@ def _in_words(step: int, criteria: Sequence[Criterion], is_chosen: bool) -> str:
 
 def _key(name: str) -> str:
     """A score's name as that of an array in a file."""
-    return json.dumps(name).strip('"').replace("/", "|")
+    return json.dumps(name)[1:-1].replace("/", "|")
 
 
 def _read_units(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     with np.load(file, allow_pickle=False) as found:
-        return {name.replace("|", "/"): found[name] for name in found.files}
+        return {json.loads(f'"{key}"').replace("|", "/"): found[key] for key in found.files}

@@ -1,0 +1,367 @@
+"""Small parts of the methods, each alone: files beside, names, casts, experts, shards, prefixes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft.utils import transformers_weight_conversion as conversion
+from safetensors.torch import load_file
+from torch import nn
+
+from finetune import methods
+from finetune.artifacts.base_record import BaseRecord
+from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
+from finetune.errors import ConfigError, ModelError
+from finetune.methods import carried, freezing, full, lora, lora_experts
+from finetune.methods.adapter_rows import can_share
+from finetune.methods.full_experts import separated, together
+from finetune.methods.lora_forward import LowRank
+from finetune.methods.optimizers import matrices
+from finetune.models.load import load_model
+
+# --- the files beside what was trained -----------------------------------------------------------------
+
+WITH_ADAPTER = {
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
+    "merges.txt",
+}  # fmt: skip
+WITH_MODEL = WITH_ADAPTER | {
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "modeling_chatglm.py",
+}  # fmt: skip
+
+
+def test_a_model_gets_all_that_opens_it_and_an_adapter_its_tokenizer(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in {*WITH_MODEL, "config.json", "model.safetensors", "README.md", "optimizer.pt"}:
+        (base / name).write_text(name)
+    record = BaseRecord(str(base), None, "x")
+    for carry, names in ((carried.carry_model_files, WITH_MODEL), (carried.carry_tokenizer, WITH_ADAPTER)):  # fmt: skip
+        folder = tmp_path / carry.__name__
+        folder.mkdir()
+        carry(record, folder)
+        assert {path.name for path in folder.iterdir()} == names
+        assert all(path.read_text() == path.name for path in folder.iterdir())
+
+
+def test_a_base_that_has_gone_costs_an_adapter_its_tokenizer_and_a_model_the_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = BaseRecord(str(tmp_path / "gone"), None, "x")
+    carried.carry_tokenizer(record, tmp_path)
+    assert "no tokenizer lies beside the adapter" in capsys.readouterr().err
+    with pytest.raises(ModelError):
+        carried.carry_model_files(record, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method", [LoraMethod(rank=2), PTuningV2Method(num_virtual_tokens=2)], ids=["lora", "prefix"]
+)
+def test_an_adapter_says_which_commit_of_its_base_it_belongs_to_and_opens_for_use(
+    method: Any, tiny_glm: Path, tmp_path: Path
+) -> None:
+    model = methods.attach(load_model(tiny_glm), method)
+    methods.save(model, tmp_path, base=BaseRecord(str(tiny_glm), "a1b2", "x"))
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (said["revision"], said["inference_mode"]) == ("a1b2", True)
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert "a1b2" in (tmp_path / "finetune.json").read_text()
+
+
+# --- names ---------------------------------------------------------------------------------------------
+
+NAMES = ["model.visual.blocks.0.w", "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.gate_proj.weight", "lm_head.weight"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("patterns", "vision", "frozen"),
+    [
+        ([], None, []),
+        (["layers"], None, NAMES[1:3]),
+        (["^lm_head"], None, NAMES[3:]),
+        (["vision"], "visual", NAMES[:1]),
+        (["gate_proj", "vision"], "visual", [NAMES[0], NAMES[2]]),
+    ],
+)
+def test_a_pattern_is_found_anywhere_in_a_name_and_vision_is_that_of_the_family(
+    patterns: list[str], vision: str | None, frozen: list[str]
+) -> None:
+    assert freezing.frozen_names(NAMES, patterns, vision=vision) == set(frozen)
+
+
+def test_every_pattern_that_freezes_nothing_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        freezing.frozen_names(iter(NAMES), ["(", "vision", "layers", "tower"])
+    lines = str(caught.value).splitlines()
+    assert [line.split(" is ")[0] for line in lines] == [
+        "model.freeze: '('", "model.freeze: 'vision'", "model.freeze: 'tower'",
+    ]  # fmt: skip
+    assert "model.layers.*.mlp.gate.weight" in lines[1]
+
+
+def test_routers_are_told_from_gates_of_an_mlp() -> None:
+    router = r"model\.layers\.\d+\.mlp\.gate"
+    assert freezing.routers(NAMES, router) == {"model.layers.0.mlp.gate.weight"}
+    assert freezing.routers(NAMES, None) == set()
+
+
+def test_lora_plus_raises_b_of_layers_and_of_tables() -> None:
+    scale: Any = methods.rate_scale(LoraMethod(lora_plus_ratio=8))
+    names = ("x.lora_B.default.weight", "x.lora_embedding_B.default", "x.lora_A.default.weight", "x.lora_embedding_A.default")  # fmt: skip
+    assert [scale(name) for name in names] == [8, 8, 1, 1]
+    assert methods.rate_scale(LoraMethod()) is None
+    assert methods.rate_scale(FullMethod()) is None
+
+
+def test_parts_and_names_of_layers_may_stand_in_one_list() -> None:
+    import re
+
+    from finetune.models.families import FAMILIES
+
+    glm4v = FAMILIES["glm4v"]
+    regex: Any = lora._without_parts(["vision", "lm_head"], glm4v)
+    for name in ("lm_head", "model.lm_head", "model.visual.blocks.3.attn.qkv"):
+        assert re.fullmatch(regex, name), name
+    for name in ("my_lm_head", "model.language_model.layers.0.self_attn.q_proj"):
+        assert not re.fullmatch(regex, name), name
+    assert lora._without_parts(["q_proj"], glm4v) == ["q_proj"]
+    assert lora._without_parts(None, glm4v) is None
+    with pytest.raises(ConfigError, match="no vision encoder"):
+        lora._without_parts(["vision"], FAMILIES["glm"])
+
+
+def test_frozen_layers_get_no_adapter_and_others_do(tiny_glm: Path) -> None:
+    model = methods.attach(
+        load_model(tiny_glm), LoraMethod(rank=2, target_modules=["q_proj", "o_proj"]),
+        freeze=[r"layers\.0\.self_attn\.q_proj"],
+    )  # fmt: skip
+    found = {name.split(".lora_A")[0].removeprefix("base_model.model.") for name, _ in model.named_parameters() if "lora_A" in name}  # fmt: skip
+    assert found == {
+        "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.o_proj",
+    }  # fmt: skip
+
+
+# --- adapters that are opened --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tiny_glm: Path, tmp_path: Path) -> Path:
+    model = methods.attach(load_model(tiny_glm), LoraMethod(rank=2, dropout=0.5))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    methods.save(model, folder, base=BaseRecord(str(tiny_glm), None, "another's"))
+    return folder
+
+
+def test_an_adapter_opens_for_replies_and_on_another_base_only_by_force(
+    tiny_glm: Path, saved: Path
+) -> None:
+    with pytest.raises(ModelError, match="was trained on"):
+        lora.load_adapter(load_model(tiny_glm), saved)
+    opened = lora.load_adapter(load_model(tiny_glm), saved, force=True)
+    assert not any(module.training for module in opened.modules())
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_number_of_an_adapter_that_is_not_finite_is_found(
+    place: int, tiny_glm: Path, saved: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    weights = load_file(saved / "adapter_model.safetensors")
+    name = sorted(weights)[place]
+    weights[name].view(-1)[-1] = float("nan")
+    save_file(weights, saved / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"{name} holds numbers that are not finite .1 of "):
+        lora.load_adapter(load_model(tiny_glm), saved, force=True)
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_bad_adapter(
+    tiny_glm: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lora, "PeftModelForCausalLM", full_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        lora.load_adapter(load_model(tiny_glm), saved, force=True)
+    monkeypatch.setattr(lora, "PeftModelForCausalLM", lambda *_, **__: 1 / 0)
+    with pytest.raises(ModelError, match=r"cannot be used .ZeroDivisionError"):
+        lora.load_adapter(load_model(tiny_glm), saved, force=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [
+        ({}, True),
+        ({"use_dora": True}, False),
+        ({"use_rslora": True}, True),
+        ({"merged": True}, False),
+        ({"plain": True}, False),
+    ],
+)
+def test_only_plain_lora_shares_a_batch(
+    change: dict[str, Any], shared: bool, tiny_glm: Path
+) -> None:
+    if change == {"plain": True}:
+        assert not can_share(load_model(tiny_glm))
+        return
+    merged = change.pop("merged", False)
+    model = methods.attach(load_model(tiny_glm), LoraMethod(rank=2, **change))
+    if merged:
+        model.merge_adapter()
+    assert can_share(model) is shared
+
+
+def test_peft_takes_names_as_it_does_after_ours_were_told(tiny_glm: Path) -> None:
+    theirs = conversion.convert_peft_config_for_transformers
+
+    def failing() -> None:
+        with lora_experts.targets_as_named():
+            assert conversion.convert_peft_config_for_transformers is not theirs
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        failing()
+    assert conversion.convert_peft_config_for_transformers is theirs
+
+
+def test_layers_among_parameters_are_adapted_as_layers_again() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj, self.q_proj = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    config: Any = SimpleNamespace(
+        target_modules=["q_proj"], target_parameters=["up_proj.weight", "experts.down_proj"]
+    )
+    lora_experts.as_layers(Model(), config)
+    assert config.target_modules == ["q_proj", "up_proj"]
+    assert config.target_parameters == ["experts.down_proj"]
+    config.target_parameters = ["up_proj.weight"]
+    config.target_modules = "q_.*"
+    lora_experts.as_layers(Model(), config)
+    assert (config.target_modules, config.target_parameters) == (["q_proj", "up_proj"], None)
+
+
+# --- A and B in another format -------------------------------------------------------------------------
+
+
+def low_rank() -> LowRank:
+    layer = nn.Linear(3, 2, bias=False)
+    layer.__class__ = LowRank
+    return layer  # type: ignore[return-value]
+
+
+def test_each_scale_and_format_has_a_cast_of_its_own() -> None:
+    layer = low_rank()
+    wide = layer.weight.detach()
+    with torch.no_grad():
+        for scale in (2.0, 0.5, 1.0):
+            for dtype in (torch.bfloat16, torch.float16):
+                assert torch.equal(layer.cast(dtype, scale), (wide * scale).to(dtype))
+    assert layer.cast(torch.float32) is layer.weight
+
+
+def test_a_cast_is_kept_between_passes_and_gone_with_the_mode_and_in_a_copy() -> None:
+    import copy
+
+    layer = low_rank()
+    layer(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    assert layer.kept is not None
+    assert torch.equal(layer.weight.grad, torch.ones(2, 3))  # type: ignore[arg-type]
+    assert copy.deepcopy(layer).kept is None
+    assert layer.eval().kept is None
+    layer.cast(torch.bfloat16, 3.0).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.full((2, 3), 4.0))  # type: ignore[arg-type]
+
+
+# --- what Muon updates --------------------------------------------------------------------------------
+
+
+def test_tables_and_the_head_are_no_matrices_of_muons_under_any_wrapper() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(4, 2), nn.Linear(2, 2), nn.Linear(2, 4)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    model = Model()
+    assert matrices(model) == {"inner.weight"}
+    wrapped = nn.Module()
+    wrapped.model = model
+    wrapped.get_base_model = lambda: model  # type: ignore[assignment]
+    assert matrices(wrapped) == {"model.inner.weight"}
+
+
+# --- whole models ----------------------------------------------------------------------------------------
+
+
+def test_experts_come_together_in_the_order_of_their_numbers() -> None:
+    fused = torch.arange(12 * 4 * 3.0).view(12, 4, 3)
+    name = "model.layers.0.mlp.experts"
+    apart = separated({f"{name}.gate_up_proj": fused, "model.norm.weight": torch.ones(1)})
+    mixed = {key: apart[key] for key in sorted(apart)}  # 0, 1, 10, 11, 2: as a file has them
+    back = together(mixed)
+    assert torch.equal(back[f"{name}.gate_up_proj"], fused)
+    assert back.keys() == {f"{name}.gate_up_proj", "model.norm.weight"}
+
+
+def test_shards_are_as_large_as_is_allowed_and_their_index_tells_the_size_of_all(
+    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 60_000
+    monkeypatch.setattr(full, "MAX_SHARD_BYTES", most)
+    model = methods.attach(load_model(tiny_glm), FullMethod())
+    methods.save(model, tmp_path, base=BaseRecord(str(tiny_glm), None, "x"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1
+    total = 0
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        assert size <= most or len(tensors) == 1
+        assert {index["weight_map"][name] for name in tensors} == {file}
+        total += size
+    assert index["metadata"]["total_size"] == total
+    assert total == sum(w.numel() * w.element_size() for w in model.parameters())
+
+
+def test_a_shard_that_cannot_be_written_fails_the_save_after_all_were_gathered(
+    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full, "MAX_SHARD_BYTES", 60_000)
+    model = methods.attach(load_model(tiny_glm), FullMethod())
+    gathered: list[int] = []
+
+    def gather(names: Any) -> Any:
+        gathered.append(len(names))
+        return full.own_weights(model)(names)
+
+    def broken(tensors: Any, path: Path) -> None:
+        raise OSError(f"of shard {len(gathered)}")
+
+    monkeypatch.setattr(full, "save_tensors", broken)
+    with pytest.raises(OSError, match="of shard 1"):
+        full.save(model, tmp_path, base=BaseRecord(str(tiny_glm), None, "x"), gather=gather)
+    assert sum(gathered) == len(methods.saved_names(model))  # the others must not be left waiting
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_gathers_nothing_writes_nothing(tiny_glm: Path, tmp_path: Path) -> None:
+    model = methods.attach(load_model(tiny_glm), FullMethod())
+    base = BaseRecord(str(tiny_glm), None, "x")
+    methods.save(model, tmp_path, base=base, gather=lambda names: {})
+    adapted = methods.attach(load_model(tiny_glm), LoraMethod(rank=2))
+    methods.save(adapted, tmp_path, base=base, gather=lambda names: {})
+    assert list(tmp_path.iterdir()) == []

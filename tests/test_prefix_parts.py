@@ -1,0 +1,164 @@
+"""A prefix, part by part: its units, its start, what restores it, and how it is taken off again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finetune import methods
+from finetune.artifacts.base_record import BaseRecord
+from finetune.artifacts.weights import model_fingerprint
+from finetune.config.schema import PTuningV2Method
+from finetune.errors import ModelError
+from finetune.methods import prefix_init, ptuning_v2
+from finetune.methods.ptuning_v2 import Prefix
+from finetune.models.load import load_model
+
+N = 3
+IDS = torch.tensor([[10, 40, 41, 60]])
+
+
+def prefixed(folder: Path, start: tuple[int, ...] = (10, 11, 12), **options: Any) -> Any:
+    section = PTuningV2Method(num_virtual_tokens=N)
+    return methods.attach(load_model(folder, **options), section, start_ids=start)
+
+
+def test_units_are_powers_of_two_and_a_vector_of_zeros_has_the_unit_one() -> None:
+    start = torch.zeros(2, 1, 3, 4)
+    start[0, 0, 0] = 3.0
+    start[1, 0, 1] = 0.01
+    prefix = Prefix(start)
+    assert torch.equal(prefix(), start)
+    units = prefix.unit.flatten()
+    assert torch.equal(torch.frexp(units).mantissa, torch.full((6,), 0.5))
+    assert units.tolist() == [4.0, 1.0, 1.0, 1.0, 2.0**-7, 1.0]
+    assert bool(prefix.key_value.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prefix_is_trained_in_float32_whatever_the_model_computes_in(
+    dtype: str, tiny_glm: Path
+) -> None:
+    model = prefixed(tiny_glm, dtype=dtype)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    assert all(state.dtype is torch.float32 for state in prefix_init.activations(load_model(tiny_glm, dtype=dtype), [1]))  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [(), (10, 11), (10, 11, 12, 13)])
+def test_a_text_of_another_length_is_no_start(start: tuple[int, ...], tiny_glm: Path) -> None:
+    torch.manual_seed(1)
+    noise = prefixed(tiny_glm, ())
+    torch.manual_seed(1)
+    model = prefixed(tiny_glm, start)
+    first, second = (next(m for m in one.modules() if isinstance(m, Prefix)) for one in (model, noise))  # fmt: skip
+    assert torch.equal(first(), second())
+
+
+def test_the_units_of_a_checkpoint_are_those_of_the_run_that_goes_on(
+    tiny_glm: Path, tmp_path: Path
+) -> None:
+    model = prefixed(tiny_glm)
+    methods.save(model, tmp_path, base=BaseRecord(str(tiny_glm), None, "x"))
+    other = prefixed(tiny_glm, (200, 201, 202))
+    methods.restore(other, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    (tmp_path / "prefix_units.safetensors").unlink(missing_ok=True)
+    units = [path for path in tmp_path.iterdir() if "unit" in path.name]
+    assert units == []
+    methods.restore(other, tmp_path)  # of PEFT: in units of one
+    first, second = (next(m for m in one.modules() if isinstance(m, Prefix)) for one in (model, other))  # fmt: skip
+    assert torch.equal(first(), second())
+    assert set(second.unit.flatten().tolist()) == {1.0}
+
+
+def test_a_base_without_its_prefix_is_the_base_again(tiny_glm: Path, tmp_path: Path) -> None:
+    base = load_model(tiny_glm)
+    with torch.no_grad():
+        plain = base(IDS).logits
+        model = prefixed(tiny_glm)
+        methods.save(model, tmp_path, base=BaseRecord(str(tiny_glm), None, model_fingerprint(tiny_glm)))  # fmt: skip
+        opened = ptuning_v2.load_adapter(load_model(tiny_glm), tmp_path)
+        assert not torch.allclose(opened(IDS).logits, plain)
+        assert not any(weight.requires_grad for weight in opened.parameters())
+        bare = ptuning_v2.detach(opened)
+        assert torch.equal(bare(IDS).logits, plain)
+        # Twice on and off: positions move once for each prefix that is there.
+        assert torch.equal(ptuning_v2.detach(ptuning_v2.load_adapter(bare, tmp_path))(IDS).logits, plain)  # fmt: skip
+    assert not ptuning_v2.is_attached(bare)
+    assert bare.config._attn_implementation == base.config._attn_implementation
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_number_of_a_prefix_that_is_not_finite_is_found(
+    value: float, tiny_glm: Path, tmp_path: Path
+) -> None:
+    methods.save(prefixed(tiny_glm), tmp_path, base=BaseRecord(str(tiny_glm), None, model_fingerprint(tiny_glm)))  # fmt: skip
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values()))[-1, -1] = value
+    save_file(weights, file)
+    with pytest.raises(ModelError, match="numbers that are not finite"):
+        ptuning_v2.load_adapter(load_model(tiny_glm), tmp_path)
+
+
+@pytest.mark.parametrize("said", [N - 1, N + 1])
+def test_a_config_of_another_number_of_tokens_is_refused(
+    said: int, tiny_glm: Path, tmp_path: Path
+) -> None:
+    methods.save(prefixed(tiny_glm), tmp_path, base=BaseRecord(str(tiny_glm), None, model_fingerprint(tiny_glm)))  # fmt: skip
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_virtual_tokens": said}))
+    with pytest.raises(ModelError, match=f"says num_virtual_tokens {said}, and there are {N}"):
+        ptuning_v2.load_adapter(load_model(tiny_glm), tmp_path)
+
+
+def test_weights_that_are_dealt_out_are_let_go_after_a_pass_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import deepspeed
+
+    held: list[str] = []
+
+    class Gathered:
+        def __init__(self, parts: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            held.append("taken")
+
+        def __exit__(self, *_: object) -> None:
+            held.append("let go")
+
+    class Broken(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("broken")
+
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", Gathered)
+    layer = Broken(2, 2)
+    layer.weight.ds_id = 0  # type: ignore[attr-defined]
+
+    def run() -> None:
+        with prefix_init._gathered(layer):
+            layer(torch.ones(1, 2))
+
+    with pytest.raises(ValueError, match="broken"):
+        run()
+    assert held == ["taken", "let go"]
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+
+
+def test_the_prefix_of_a_cache_is_as_narrow_as_the_model(tiny_glm: Path) -> None:
+    from finetune.methods.adapter_rows import prefix_of
+
+    states = prefix_of(prefixed(tiny_glm, dtype="bfloat16"))
+    assert [tuple(one.shape) for pair in states for one in pair] == [(1, 2, N, 8)] * 4
+    assert {one.dtype for pair in states for one in pair} == {torch.bfloat16}
+    assert prefix_of(load_model(tiny_glm)) == []
