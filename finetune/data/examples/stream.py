@@ -111,7 +111,7 @@ class Position:
 START = Position()
 
 
-def position_of(saved: Mapping[str, Any]) -> Position:
+def position_of(saved: Any) -> Position:
     """A position that `as_json` gave; DataError for another version's."""
     names = {f.name for f in fields(Position)}
     if (
