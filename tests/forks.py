@@ -14,7 +14,7 @@ from runs import free_port
 
 
 def in_ranks(
-    world: int, work: Callable[[int], Any], *, joined: bool = True, seconds: float = 60.0
+    world: int, work: Callable[[int], Any], *, joined: bool = True, seconds: float = 120.0
 ) -> list[Any]:
     """What `work(rank)` returns in each of so many processes; what one raises in words, `Kind: text`.
 
@@ -35,10 +35,10 @@ def in_ranks(
         try:
             found.append(pipe.recv() if pipe.poll(seconds) else "no end")
         except EOFError:
-            process.join(5)
+            process.join(60)
             found.append(f"ended with {process.exitcode}")
     for process in processes:
-        process.join(5)
+        process.join(60)
         if process.is_alive():
             process.kill()
     return found
@@ -57,7 +57,7 @@ def _one(
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run in the test's own process
     try:
         if joined:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         found = work(rank)
         if joined:
             dist.barrier()

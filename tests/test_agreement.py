@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +76,7 @@ def test_when_one_process_is_asked_to_stop_no_other_computes_another_batch() -> 
         def batch(numbers: list[int]) -> int:
             done.append(numbers[0])
             if rank == 1:
-                threading.Event().wait(0.2)
+                time.sleep(0.2)
             return numbers[0]
 
         batches = [[number] for number in range(40)]
