@@ -82,6 +82,10 @@ def test_the_chinese_page_of_options_is_current(in_chinese: None) -> None:
         ({"LANG": "zh_CN.UTF-8", "FINETUNE_LANG": "en"}, "en"),
         ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C"}, "en"),
         ({"LANG": "C", "FINETUNE_LANG": "zh"}, "zh"),
+        ({"LANG": "en_US", "LC_MESSAGES": "zh_TW"}, "zh"),
+        ({"LC_MESSAGES": "C", "LC_ALL": "zh_CN"}, "zh"),
+        ({"LANG": "ZH", "LC_ALL": ""}, "zh"),
+        ({"LANG": "zh"}, "zh"),
     ],
 )
 def test_the_language_is_that_of_the_variable_else_of_the_locale(

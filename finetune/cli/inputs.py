@@ -92,10 +92,9 @@ def check_output_file(output: Path) -> None:
             raise ConfigError(
                 f"--output: {output} cannot be written (its folder is read-only); choose another place"
             )
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except OSError as error:
         raise ConfigError(
-            f"--output: {output} cannot be written ({reason}); choose another place"
+            f"--output: {output} cannot be written ({error.strerror}); choose another place"
         ) from error
 
 

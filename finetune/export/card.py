@@ -152,7 +152,8 @@ def _mark(fingerprint: Any) -> str:
 
 
 def _is_shown(key: str, value: Any) -> bool:
-    return key.startswith(_SHOWN) and key not in _HIDDEN and value not in (None, [], {}, False)
+    is_said = value is not False and value not in (None, [], {})  # a seed of 0 is
+    return key.startswith(_SHOWN) and key not in _HIDDEN and is_said
 
 
 def _value(value: Any) -> str:

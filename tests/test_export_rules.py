@@ -1,0 +1,339 @@
+"""What a merge or an export decides before and after the bytes, each rule alone and without a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune.artifacts.weights import TensorInfo
+from finetune.errors import ConfigError, ModelError
+from finetune.export import convert_adapter, merge, parity, vocabulary
+from finetune.export.adapter import Adapter, Update, _values, combined
+from finetune.export.convert import _check_rows
+from finetune.export.shards import Output, ShardPlan, make_header
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tensor(name: str, *shape: int, dtype: str = "F32", file: str = "a") -> TensorInfo:
+    size = int(np.prod(shape)) * {"F32": 4, "BF16": 2, "I64": 8}[dtype]
+    return TensorInfo(Path(file), name, dtype, shape, 0, size)
+
+
+def update(rows: int = 4, columns: int = 3, scale: float = 1.0, **how: Any) -> Update:
+    numbers = np.arange(1, 1 + 2 * (rows + columns), dtype=np.float32)
+    a, b = numbers[: 2 * columns].reshape(2, columns), numbers[2 * columns :].reshape(rows, 2)
+    return Update(a, b, np.float32(scale), **how)
+
+
+def adapter(updates: Any = None, replacements: Any = None, misfits: Any = ()) -> Adapter:
+    files: Any = SimpleNamespace(misfits=lambda modules: list(misfits))
+    return Adapter(Path("adapter"), files, updates or {}, replacements or {})
+
+
+# --- merging ---------------------------------------------------------------------------------------
+
+
+def delta(one: Update) -> Any:
+    return one.scale * one.b @ one.a
+
+
+def test_adapters_add_up_with_their_weights_and_scales() -> None:
+    first, second = (
+        adapter({"w": update(scale=0.5), "v": update()}),
+        adapter({"w": update(scale=3)}),
+    )
+    assert combined([(first, 1.0)]) is first
+    found = combined([(first, 2.0), (second, -1.0)]).updates
+    assert np.allclose(delta(found["w"]), 2 * 0.5 * delta(update()) - 3 * delta(update()))
+    assert np.allclose(delta(found["v"]), 2 * delta(update()))
+    weaker = combined([(first, 0.25)]).updates["w"]
+    assert np.allclose(delta(weaker), 0.125 * delta(update()))
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (adapter({}, {"e": tensor("e", 2)}), "tensors that were trained whole"), (adapter({"w": update(magnitude=np.ones(4, np.float32))}), "DoRA lengths"),
+        (adapter({"w": update(5, 3)}), "do not fit one base"), (adapter({"w": update(4, 2)}), "do not fit one base"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_added_up_is_refused_wherever_it_stands(
+    second: Adapter, reason: str
+) -> None:
+    first = adapter({"w": update()})
+    for order in ([(first, 1.0), (second, 1.0)], [(second, 1.0), (first, 1.0)]):
+        with pytest.raises(ModelError, match=reason):
+            combined(order)
+    if "fit" not in reason:
+        with pytest.raises(ModelError, match=reason):
+            combined([(second, 0.5)])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_number_of_an_adapter_that_is_none_is_refused(value: float, tmp_path: Path) -> None:
+    values = np.array([1, 2, value, 4], np.float32)
+    output = Output("a", "F32", (4,), constant=values.tobytes())
+    file = tmp_path / "x.safetensors"
+    header = make_header([output], {})
+    file.write_bytes(header + output.constant)
+    there = TensorInfo(file, "a", "F32", (4,), len(header), len(header) + 16)
+    with pytest.raises(ModelError, match="not finite"):
+        _values(there)
+    with pytest.raises(ModelError, match="not a float"):
+        _values(replace(there, dtype="I32"))
+    assert _values(replace(there, shape=(2,), end=there.start + 8)).tolist() == [1, 2]
+
+
+PRESENT = {name: tensor(name, 4, 3) for name in ("w", EMBEDDING, HEAD)} | {"i": tensor("i", 4, 3, dtype="I64")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tuned", "longer", "problem"),
+    [
+        (adapter({"w": update()}), False, ""), (adapter({"x": update()}), False, "x is not there"), (adapter({"w": update(5)}), False, r"w is \(4, 3\), the adapter's is \(5, 3\)"),
+        (adapter({"i": update()}), False, "i is stored as I64"), (adapter({}, {"x": tensor("x", 1)}), False, "x is not there"), (adapter({}, {"w": tensor("w", 5, 3)}), True, r"w is \(4, 3\)"),
+        (adapter({}, {EMBEDDING: tensor("e", 5, 3)}), True, ""), (adapter({}, {EMBEDDING: tensor("e", 5, 3)}), False, r"is \(4, 3\), the adapter's is \(5, 3\)"),
+        (adapter({}, {}, ["it has nothing for q"]), False, "it has nothing for q"), (None, False, ""), (adapter({f"x{n}": update() for n in range(7)}), False, "and 2 more"),
+        (adapter({f"x{n}": update() for n in range(5)}), False, "x4 is not there\nGive"),
+    ],
+)  # fmt: skip
+def test_an_adapter_fits_its_base_or_every_misfit_is_named(
+    tuned: Adapter | None, longer: bool, problem: str
+) -> None:
+    if not problem:
+        merge._check_fit(tuned, PRESENT, Path("base"), longer=longer)
+        return
+    with pytest.raises(ModelError, match=problem):
+        merge._check_fit(tuned, PRESENT, Path("base"), longer=longer)
+
+
+@pytest.mark.parametrize(
+    ("tied", "touched", "untied"),
+    [(True, {EMBEDDING}, True), (True, {HEAD}, True), (True, {"w"}, False), (False, {EMBEDDING}, False), (None, {HEAD}, False)],
+)  # fmt: skip
+def test_a_tied_model_is_untied_where_an_adapter_touches_either_end(
+    tied: bool | None, touched: set[str], untied: bool
+) -> None:
+    config = {} if tied is None else {"tie_word_embeddings": tied}
+    for tuned in (adapter(dict.fromkeys(touched, update())), adapter({}, dict.fromkeys(touched, tensor("x", 1)))):  # fmt: skip
+        found = merge._untied_head(config, {EMBEDDING: PRESENT[EMBEDDING]}, tuned)
+        assert found == ({HEAD: PRESENT[EMBEDDING]} if untied else {})
+    assert merge._untied_head(config, PRESENT, None) == {}
+
+
+def test_only_numbers_that_round_change_their_format(tmp_path: Path) -> None:
+    for one, dtype, wanted in ((PRESENT["w"], None, "F32"), (PRESENT["w"], "float16", "F16"), (PRESENT["i"], "float16", "I64")):  # fmt: skip
+        assert merge._output(one.name, one, None, dtype, True).dtype == wanted
+    whole = tensor("w", 9, 3)
+    made = merge._output("w", PRESENT["w"], adapter({}, {"w": whole}), None, True)
+    assert (made.sources, made.shape, made.update, made.checked) == ((whole,), (9, 3), None, True)
+    change = update()
+    made = merge._output("w", PRESENT["w"], adapter({"w": change}), None, False)
+    assert (made.sources, made.update, made.checked) == ((PRESENT["w"],), change, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "how", "changed"),
+    [
+        ({"a": 1}, {}, None), ({"torch_dtype": "float32"}, {"dtype": "float16"}, {"torch_dtype": "float16"}), ({"dtype": "float32"}, {"dtype": "float16"}, {"dtype": "float16"}),
+        ({"torch_dtype": "float16"}, {"dtype": "float16"}, None), ({"tie_word_embeddings": True}, {"untied": True}, {"tie_word_embeddings": False}),
+        ({"vocab_size": 5, "padded_vocab_size": 6, "x_size": 7}, {"more": 2}, {"vocab_size": 7, "padded_vocab_size": 8, "x_size": 7}),
+    ],
+)  # fmt: skip
+def test_the_config_says_what_is_written_and_stays_as_it_is_otherwise(
+    config: dict[str, Any], how: dict[str, Any], changed: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"dtype": None, "untied": False, "more": 0} | how
+    output = Output("w", "F32", (2, 2), (tensor("w", 2, 2),))
+    plans = [ShardPlan("model-1.safetensors", b"12345678", (output,))]
+    texts = merge._new_texts(tmp_path, config, plans, **given)
+    assert (json.loads(texts["config.json"]) if "config.json" in texts else None) == changed
+    assert "model.safetensors.index.json" not in texts
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"x": 1, "total_size": 9}, "weight_map": {"w": "old"}}))  # fmt: skip
+    texts = merge._new_texts(tmp_path, config, plans, **given)
+    written = texts.get("model.safetensors.index.json")
+    assert (written is None) is (how == {})
+    if written:
+        assert json.loads(written) == {"metadata": {"x": 1, "total_size": 16}, "weight_map": {"w": "model-1.safetensors"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({}, 0), ({EMBEDDING: 4, HEAD: 4}, 0), ({EMBEDDING: 6, HEAD: 6}, 2), ({EMBEDDING: 3, HEAD: 3}, 0),
+        ({EMBEDDING: 6}, "lm_head"), ({HEAD: 6}, "embed_tokens"), ({EMBEDDING: 6, HEAD: 5}, "lm_head"), ({EMBEDDING: 6, HEAD: 4}, "lm_head"),
+    ],
+)  # fmt: skip
+def test_a_longer_vocabulary_is_longer_at_both_ends(sizes: dict[str, int], rows: int | str) -> None:
+    tuned = adapter({}, {name: tensor(name, size, 3) for name, size in sizes.items()})
+    if isinstance(rows, int):
+        assert vocabulary.added_rows(tuned, PRESENT) == rows
+        assert vocabulary.added_rows(None, PRESENT) == 0
+        return
+    with pytest.raises(ModelError, match=rf"more than the base's in .*and not in .*{rows}"):
+        vocabulary.added_rows(tuned, PRESENT)
+
+
+def test_a_longer_vocabulary_brings_its_tokenizer_or_says_that_it_does_not(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    files, [said] = vocabulary.tokenizer_of(tmp_path, 2)
+    assert files == {}
+    assert "2 tokens more than the base's, and" in said
+    assert "brings no tokenizer" in said
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+        files, [said] = vocabulary.tokenizer_of(tmp_path, 2)
+        assert files == {f: tmp_path / f for f in (name, "tokenizer_config.json")}
+        assert said.endswith("the tokenizer is the adapter's")
+        (tmp_path / name).unlink()
+    assert vocabulary.tokenizer_of(tmp_path, 0) == ({}, [])
+    vocabulary.check_can_open(2, "tensors")
+    vocabulary.check_can_open(0, "full")
+    with pytest.raises(ConfigError, match="has 2 tokens less"):
+        vocabulary.check_can_open(2, "full")
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_matrix_has_as_many_rows_as_its_config_says(rows: int) -> None:
+    _check_rows(tensor("w", 4, 3), 4)
+    with pytest.raises(ModelError, match=f"has 4 rows and the config says {rows}"):
+        _check_rows(tensor("w", 4, 3), rows)
+
+
+def test_sources_that_cannot_be_added_up_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "whole"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.setattr(merge, "find_source", lambda path: (path, [f"took {path.name}"]))
+    monkeypatch.setattr(merge, "is_adapter", lambda path: path.name != "whole")
+    a, b, whole, link = (tmp_path / name for name in ("a", "b", "whole", "link"))
+    found, notes = merge._find_sources([(a, 1.0), (b, 0.5)])
+    assert (found, notes) == ([(a, 1.0), (b, 0.5)], ["took a", "took b"])
+    assert merge._find_sources([(whole, 1.0)])[0] == [(whole, 1.0)]
+    for given, reason in (
+        ([(whole, 0.5)], "is a whole model"), ([(a, 1.0), (whole, 1.0)], "is a whole model"), ([(a, 1.0), (a, 1.0)], "given twice"),
+        ([(a, 1.0), (link, 2.0)], "given twice"), ([(a, float("nan"))], "finite number"), ([(a, float("inf"))], "finite number"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=reason):
+            merge._find_sources(given)
+
+
+@pytest.mark.parametrize(
+    ("difference", "largest", "in_float32", "passes"),
+    [(0.0, 1, True, True), (0.9e-4, 1, True, True), (1.1e-4, 1, True, False), (1.1e-4, 2, True, True), (0.9e-4, 0.1, True, True), (0.04, 1, False, True), (0.06, 1, False, False), (float("nan"), 1, False, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("at", [0, 1])
+def test_logits_may_differ_by_rounding_on_every_prompt(
+    difference: float, largest: float, in_float32: bool, passes: bool, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    import torch
+
+    before = [torch.full((1, 2, 3), float(largest)) for _ in range(2)]
+    after = [one.clone() for one in before]
+    after[at][0, 1, 2] -= difference
+    told = iter([before, after])
+    monkeypatch.setattr(parity.gc, "collect", lambda: 0)  # a second of every test's leavings
+    model = SimpleNamespace(config=None)
+    for name, value in (("load_model", lambda *_, **__: model), ("_prompts", lambda config: []), ("_adapted", lambda model, adapters: model), ("_logits", lambda model, prompts: next(told)), ("_in_float32", lambda model, folder: in_float32)):  # fmt: skip
+        monkeypatch.setattr(parity, name, value)
+    if passes:
+        assert parity.check_parity(Path("a"), [], Path("b")) == pytest.approx(difference, abs=1e-7)
+        return
+    with pytest.raises(ModelError, match="differ from those before"):
+        parity.check_parity(Path("a"), [], Path("b"))
+
+
+def test_memory_that_runs_out_in_a_check_is_not_a_broken_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for error, kind in ((MemoryError(), MemoryError), (KeyError("x"), ModelError)):
+
+        def fail(model: Any, adapters: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(parity, "load_model", lambda *_, **__: SimpleNamespace(config=None))
+        monkeypatch.setattr(parity, "_prompts", lambda config: [])
+        monkeypatch.setattr(parity, "_adapted", fail)
+        with pytest.raises(kind):
+            parity.check_parity(Path("a"), [], Path("b"))
+
+
+# --- adapters in the other layout ------------------------------------------------------------------
+
+
+def text_model(layers: int = 2) -> Any:
+    return SimpleNamespace(rows=(4, 2, 2), config=SimpleNamespace(num_hidden_layers=layers))
+
+
+def part(*shape: int, start: float = 1.0) -> convert_adapter._Part:
+    values = np.arange(start, start + np.prod(shape), dtype=np.float32).reshape(shape)
+    return convert_adapter._Part("F32", values)
+
+
+def lora(rows: int, rank: int = 2, alpha: float = 4.0, start: float = 1.0) -> Any:
+    parts = {"lora_A.weight": part(rank, 3, start=start), "lora_B.weight": part(rows, rank, start=start)}  # fmt: skip
+    return convert_adapter._Module(parts, rank, alpha)
+
+
+def product(module: Any, config: dict[str, Any]) -> Any:
+    root = module.rank**0.5 if config.get("use_rslora") else module.rank
+    return module.alpha / root * module.of("lora_B").values @ module.of("lora_A").values
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "three",
+    [
+        [lora(4), lora(2), lora(2)], [lora(4), lora(2, alpha=8.0), lora(2)], [lora(4), lora(2, rank=3, start=5), lora(2, start=9)],
+        [lora(4), None, lora(2, start=3)], [None, lora(2), None], [lora(4, alpha=1.5), lora(2, rank=1), lora(2, alpha=3)],
+    ],
+)  # fmt: skip
+def test_q_k_and_v_as_one_module_compute_what_they_did(
+    three: list[Any], config: dict[str, Any]
+) -> None:
+    made = convert_adapter._fuse(three, "qkv", text_model(), config, [])
+    wanted = [np.zeros((rows, 3)) if one is None else product(one, config) for one, rows in zip(three, (4, 2, 2), strict=True)]  # fmt: skip
+    assert np.allclose(product(made, config), np.concatenate(wanted), rtol=1e-5)
+
+
+def test_what_one_module_cannot_say_of_q_k_and_v_is_refused() -> None:
+    whole = convert_adapter._Module({"weight": part(2, 3)})
+    half = lora(2)
+    half.parts["lora_B.weight"] = convert_adapter._Part("BF16", np.zeros((2, 2), np.uint16))
+    for three, config, reason in (([lora(4), whole, lora(2)], {}, "not adapted alike"), ([lora(4), None, lora(2)], {"use_dora": True}, "not adapted alike"), ([lora(4), half, lora(2)], {}, "different dtypes")):  # fmt: skip
+        with pytest.raises(ModelError, match=reason):
+            convert_adapter._fuse(three, "qkv", text_model(), config, [])
+
+
+def test_one_module_as_q_k_and_v_gives_each_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_adapter, "other_names", lambda name, layout: ("q", "k", "v") if name == "qkv" else ("o",))  # fmt: skip
+    fused = lora(8)
+    made = convert_adapter._split({"qkv": fused, "dense": lora(3)}, text_model())
+    assert set(made) == {"q", "k", "v", "o"}
+    b = [made[name].of("lora_B").values for name in "qkv"]
+    assert [len(one) for one in b] == [4, 2, 2]
+    assert np.array_equal(np.concatenate(b), fused.of("lora_B").values)
+    assert all(made[name].rank == 2 and made[name].alpha == 4.0 for name in "qkv")
+
+
+def test_a_new_config_names_what_is_adapted_with_its_ranks() -> None:
+    old = {"r": 2, "exclude_modules": ["x"], "layers_to_transform": [0], "layers_pattern": "h", "revision": "abc", "base_model_name_or_path": "old", "lora_dropout": 0.1}  # fmt: skip
+    made = {"model.layers.0.q": lora(4), "model.layers.1.q": lora(4), "model.layers.0.k": lora(4, rank=3, alpha=6.5), "lm_head": lora(4, rank=5, alpha=10.0), "model.embed": convert_adapter._Module({"weight": part(2, 3)})}  # fmt: skip
+    assert convert_adapter._new_config(old, made, text_model(), "new") == {
+        "r": 5, "lora_alpha": 10, "lora_dropout": 0.1, "base_model_name_or_path": "new", "revision": None, "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None, "modules_to_save": ["embed"], "target_modules": ["lm_head", "model.layers.0.k", "q"],
+        "rank_pattern": {"q": 2, "model.layers.0.k": 3}, "alpha_pattern": {"q": 4, "model.layers.0.k": 6.5},
+    }  # fmt: skip
+    fused = {f"a.{convert_adapter.FUSED}": lora(8, rank=rank) for rank in (6,)}
+    [said] = convert_adapter._about_rank({"r": 2}, fused)
+    assert "rank 6 and alpha 4" in said
+    assert convert_adapter._about_rank({"r": 6}, fused) == []
