@@ -128,13 +128,13 @@ def test_texts_copies_and_weights_are_sealed_as_they_were_written(tmp_path: Path
 def test_the_error_that_made_the_others_give_up_is_the_one_that_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = threading.Barrier(2, timeout=10)
+    begun = threading.Barrier(2, timeout=60)
 
     def fail(plan: ShardPlan, file: Path, *, stop: threading.Event, advance: Any) -> Any:
         begun.wait()
         if plan.name == "b":
             raise ValueError("the cause")
-        assert stop.wait(10), "nobody said so"
+        assert stop.wait(60), "nobody said so"
         raise CancelledError
 
     monkeypatch.setattr(folder_module, "write_shard", fail)
@@ -147,7 +147,7 @@ def test_an_interrupt_stops_the_writers(tmp_path: Path, monkeypatch: pytest.Monk
     stops: list[bool] = []
 
     def waiting(plan: ShardPlan, file: Path, *, stop: threading.Event, advance: Any) -> Any:
-        stops.append(stop.wait(10))
+        stops.append(stop.wait(60))
         raise CancelledError
 
     def interrupted(*_: Any, **__: Any) -> Any:

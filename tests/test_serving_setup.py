@@ -247,7 +247,7 @@ def test_a_look_that_fails_is_said_once_and_looked_again(
     run.watch.start()
     serving.until(lambda: len(looks) > 2)
     run.watch.stop()
-    run.watch._thread.join(5)
+    run.watch._thread.join(60)
     assert not run.watch._thread.is_alive()
     assert capfd.readouterr().err.count(str(error)) == 1
 
