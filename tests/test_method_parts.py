@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file
@@ -17,9 +18,8 @@ from finetune import methods
 from finetune.artifacts.base_record import BaseRecord
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.errors import ConfigError, ModelError
-from finetune.methods import carried, freezing, full, lora, lora_experts
-from finetune.methods.adapter_rows import can_share
-from finetune.methods.full_experts import separated, together
+from finetune.methods import carried, freezing, lora, lora_experts
+from finetune.methods.adapter_rows import AdapterRows, can_share
 from finetune.methods.lora_forward import LowRank
 from finetune.methods.optimizers import matrices
 from finetune.models.load import load_model
@@ -220,6 +220,49 @@ def test_only_plain_lora_shares_a_batch(
     assert can_share(model) is shared
 
 
+def test_each_row_of_a_batch_has_what_its_own_adapter_adds(tiny_glm: Path) -> None:
+    ids = torch.tensor([[10, 40, 41], [50, 51, 52], [60, 61, 62], [10, 11, 12]])
+    adapters, alone = {}, {}
+    with torch.no_grad():
+        for seed, name in enumerate(("a", "b")):
+            torch.manual_seed(seed)
+            adapters[name] = methods.attach(load_model(tiny_glm), LoraMethod(rank=2)).eval()
+            for weight_name, weight in adapters[name].named_parameters():
+                if "lora_B" in weight_name:
+                    weight.normal_(std=0.5)
+            alone[name] = adapters[name](input_ids=ids).logits
+        base = load_model(tiny_glm)
+        alone["base"] = base(input_ids=ids).logits
+        rows = AdapterRows(base)
+        for name, adapted in adapters.items():
+            rows.put(name, adapted)
+        for names in (["a", "base", "b", "a"], ["a"] * 4, ["base"] * 4, ["b", "a", "a", "b"]):
+            rows.choose(names)
+            found = rows(input_ids=ids).logits
+            expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert (alone["a"] - alone["base"]).abs().max() > 0.1
+        rows.drop("a")
+        rows.choose(["a", "b", "b", "b"])
+        found = rows(input_ids=ids).logits
+        torch.testing.assert_close(found[0], alone["base"][0], atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_of_layers_that_stand_as_parameters_is_not_what_peft_would_refuse(
+    tmp_path: Path,
+) -> None:
+    folder = tiny.save_model(tmp_path / "model", "glm4_moe")
+    for targets, dropout in ((["q_proj", "up_proj"], 0.0), (["q_proj"], 0.5)):
+        section = LoraMethod(rank=2, dropout=0.5, target_modules=targets)
+        model = methods.attach(load_model(folder), section)
+        place = tmp_path / "-".join(targets)
+        place.mkdir()
+        methods.save(model, place, base=BaseRecord(str(folder), None, "x"))
+        said = json.loads((place / "adapter_config.json").read_text())
+        assert said["lora_dropout"] == dropout
+        assert bool(said["target_parameters"]) is (len(targets) == 2)
+
+
 def test_peft_takes_names_as_it_does_after_ours_were_told(tiny_glm: Path) -> None:
     theirs = conversion.convert_peft_config_for_transformers
 
@@ -301,67 +344,3 @@ def test_tables_and_the_head_are_no_matrices_of_muons_under_any_wrapper() -> Non
     wrapped.model = model
     wrapped.get_base_model = lambda: model  # type: ignore[assignment]
     assert matrices(wrapped) == {"model.inner.weight"}
-
-
-# --- whole models ----------------------------------------------------------------------------------------
-
-
-def test_experts_come_together_in_the_order_of_their_numbers() -> None:
-    fused = torch.arange(12 * 4 * 3.0).view(12, 4, 3)
-    name = "model.layers.0.mlp.experts"
-    apart = separated({f"{name}.gate_up_proj": fused, "model.norm.weight": torch.ones(1)})
-    mixed = {key: apart[key] for key in sorted(apart)}  # 0, 1, 10, 11, 2: as a file has them
-    back = together(mixed)
-    assert torch.equal(back[f"{name}.gate_up_proj"], fused)
-    assert back.keys() == {f"{name}.gate_up_proj", "model.norm.weight"}
-
-
-def test_shards_are_as_large_as_is_allowed_and_their_index_tells_the_size_of_all(
-    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    most = 60_000
-    monkeypatch.setattr(full, "MAX_SHARD_BYTES", most)
-    model = methods.attach(load_model(tiny_glm), FullMethod())
-    methods.save(model, tmp_path, base=BaseRecord(str(tiny_glm), None, "x"))
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    files = sorted(set(index["weight_map"].values()))
-    assert len(files) > 1
-    total = 0
-    for file in files:
-        tensors = load_file(tmp_path / file)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        assert size <= most or len(tensors) == 1
-        assert {index["weight_map"][name] for name in tensors} == {file}
-        total += size
-    assert index["metadata"]["total_size"] == total
-    assert total == sum(w.numel() * w.element_size() for w in model.parameters())
-
-
-def test_a_shard_that_cannot_be_written_fails_the_save_after_all_were_gathered(
-    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(full, "MAX_SHARD_BYTES", 60_000)
-    model = methods.attach(load_model(tiny_glm), FullMethod())
-    gathered: list[int] = []
-
-    def gather(names: Any) -> Any:
-        gathered.append(len(names))
-        return full.own_weights(model)(names)
-
-    def broken(tensors: Any, path: Path) -> None:
-        raise OSError(f"of shard {len(gathered)}")
-
-    monkeypatch.setattr(full, "save_tensors", broken)
-    with pytest.raises(OSError, match="of shard 1"):
-        full.save(model, tmp_path, base=BaseRecord(str(tiny_glm), None, "x"), gather=gather)
-    assert sum(gathered) == len(methods.saved_names(model))  # the others must not be left waiting
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_that_gathers_nothing_writes_nothing(tiny_glm: Path, tmp_path: Path) -> None:
-    model = methods.attach(load_model(tiny_glm), FullMethod())
-    base = BaseRecord(str(tiny_glm), None, "x")
-    methods.save(model, tmp_path, base=base, gather=lambda names: {})
-    adapted = methods.attach(load_model(tiny_glm), LoraMethod(rank=2))
-    methods.save(adapted, tmp_path, base=base, gather=lambda names: {})
-    assert list(tmp_path.iterdir()) == []

@@ -173,16 +173,20 @@ class Laboratory:
             chosen, left = self._chosen(files, wanted, constant, left)
             if found := self._first(mutation, source, chosen):
                 return found
-        if left == self._seconds:  # nobody was seen to call it: it may run in a process of its own
+        if (
+            left == self._seconds
+        ):  # nobody was seen to call it: it runs at an import, or in a process
             every = {n: t.seconds for file in groups[0] for n, t in self._of(file).items()}
-            return self._first(mutation, source, every)
+            return self._first(mutation, source, every, anew=True)
         return self._first(mutation, source, self._process_tests(groups[0]))
 
-    def _first(self, mutation: Mutation, source: str, seconds: dict[str, float]) -> str:
-        """The first of the tests that fails because of the mistake."""
+    def _first(
+        self, mutation: Mutation, source: str, seconds: dict[str, float], *, anew: bool = False
+    ) -> str:
+        """The first of the tests that fails because of the mistake; `anew`, where all is imported with it."""
         new = mutation.applied(source)
         while tests := [test for test in seconds if self._sound.get(test, True)]:
-            found = self._warm.first_failure(tests, mutation.file, new, seconds)
+            found = None if anew else self._warm.first_failure(tests, mutation.file, new, seconds)
             if found is None:
                 found = self._fresh(tests, mutation.file, source, new)
             test = found.removeprefix(HANGING)
