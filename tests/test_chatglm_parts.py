@@ -343,3 +343,19 @@ def test_layers_in_front_of_and_behind_the_mixtures_are_told() -> None:
     text.mlp_layer_types = ["dense"] * 3
     assert first_dense(text) == 3
     assert first_dense(SimpleNamespace()) == 0
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "glm4_moe_lite"])
+def test_layers_that_predict_ahead_may_lie_in_a_folder_at_the_published_depth_and_at_ones_own(
+    family: str, tmp_path: Path
+) -> None:
+    model: Any = load_model(tiny.save_model(tmp_path / "model", family))
+    published: set[str] = set()
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("transformers.models"):
+            published |= set(kind.__dict__.get("_keys_to_ignore_on_load_unexpected") or ())
+    assert published
+    assert published <= set(model._keys_to_ignore_on_load_unexpected)
+    ahead = layers_for_prediction(model.config)
+    own = {rf"model\.layers\.{number}\." for number in ahead}
+    assert own <= set(model._keys_to_ignore_on_load_unexpected)
