@@ -96,14 +96,16 @@ def test_deepspeeds_look_at_the_norm_comes_back_after_a_step_that_fails() -> Non
     assert looks
 
 
-def test_gradients_that_are_dealt_out_count_and_then_deepspeed_tells_their_norm() -> None:
-    parts = {0: [numbers(3.0), None], 1: None}
+@pytest.mark.parametrize(("parts", "norm"), [({0: [numbers(3.0), None], 1: None}, 3.0), ({}, 0.0)])
+def test_gradients_that_are_dealt_out_count_and_then_deepspeed_tells_their_norm(
+    parts: dict[int, Any], norm: float
+) -> None:
     engine = Engine(optimizer=SimpleNamespace(averaged_gradients=parts))
     seen: list[Any] = []
     guarded = GuardedEngine(engine, seen.append)
     engine.backward = lambda loss, **_: None  # type: ignore[method-assign]
     guarded.backward(None)
-    assert [float(norm) for norm in seen] == [3.0]
+    assert [float(one) for one in seen] == [norm]
     assert guarded.get_global_grad_norm() is None
 
 
