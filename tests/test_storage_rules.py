@@ -130,7 +130,7 @@ def test_a_signal_ends_a_save_by_its_number_and_is_handled_as_before_afterwards(
     tmp_path: Path,
 ) -> None:
     mine: Callable[..., None] = lambda *_: None  # noqa: E731
-    before = signal.signal(signal.SIGHUP, mine)
+    before = signal.signal(signal.SIGHUP, mine), signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def save() -> None:
         with folders.staged(tmp_path / "a") as stage:
@@ -150,7 +150,8 @@ def test_a_signal_ends_a_save_by_its_number_and_is_handled_as_before_afterwards(
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
             assert signal.getsignal(signal.SIGHUP) is mine
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])
     assert names(tmp_path) == {"out"}
 
 
