@@ -12,7 +12,15 @@ import pytest
 from hints import said
 
 from finetune import console
-from finetune.artifacts import base_record, checkpoint, hub, plain_files, resolve, weights
+from finetune.artifacts import (
+    base_record,
+    checkpoint,
+    hub,
+    plain_files,
+    remote_files,
+    resolve,
+    weights,
+)
 from finetune.artifacts.base_record import BaseRecord
 from finetune.artifacts.experts import of_prediction, separate_names
 from finetune.artifacts.model_config import read_model_config
@@ -239,6 +247,23 @@ def test_what_cannot_be_fetched_is_an_error_of_data_or_of_a_model() -> None:
     for content, kind in (("model", ModelError), ("dataset", DataError)):
         with pytest.raises(kind), hub._explained(found, content):  # type: ignore[arg-type]
             raise OSError("no network")
+
+
+def test_a_branch_is_pinned_to_the_commit_that_it_stands_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "a" * 40
+    for folder, pinned in ((tmp_path / commit, commit), (tmp_path / "v1", "main")):
+        monkeypatch.setattr(resolve, "local_folder", lambda *_, folder=folder, **__: folder)
+        assert resolve.pinned_revision("owner/name", "main") == pinned
+    assert resolve.pinned_revision(str(tmp_path), "main") == "main"
+
+
+def test_files_of_a_hub_are_the_same_when_size_and_hash_are() -> None:
+    one = {"Size": 1, "Sha256": "a"}
+    assert remote_files._same(one, {**one, "Path": "x"})
+    for other in (None, {**one, "Size": 2}, {**one, "Sha256": "b"}):
+        assert not remote_files._same(one, other)
 
 
 def test_a_large_file_and_a_link_out_are_refused(tmp_path: Path) -> None:

@@ -258,9 +258,12 @@ def test_a_tool_that_a_template_leaves_out_is_refused_by_its_number() -> None:
     assert tools_text(template, layout, [f]) == "f;"
     for tools, number in (([f, python], 2), ([python], 1), ([f, {"type": "function", "function": {"name": ""}}], 2)):  # fmt: skip
         assert f"tool {number} (" in said(tools_text, template, layout, tools)
+    # A built-in tool's name may stand in the text without the tool.
     named = {"type": "function", "function": {"name": "python"}}
-    hidden = JinjaTemplate(source.replace("if t.function", "if t.function.name == 'f'") + "python", {})  # fmt: skip
-    assert "does not write tools" in said(tools_text, hidden, layout, [named])
+    only_f = "{% for t in tools if t.function.name == 'f' %}f;{% endfor %}"
+    speaks = JinjaTemplate("<p>{% if tools %}<|system|>python? " + only_f + "{% endif %}<|user|>\n问", {})  # fmt: skip
+    assert tools_text(speaks, layout, [f]) == "python? f;"
+    assert "tool 2 ('python')" in said(tools_text, speaks, layout, [f, named])
 
 
 # --- calls between tags --------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def refused(folder: Path, text: str, *overrides: str) -> str:
         ("  seed: 4294967296\n", "must be less than 4294967296"),
         ("  warmup_steps: -1\n", "must be at least 0, got -1"),
         ("  save: all\n", "must be one of resumable, weights; got 'all'"),
-        ("  save: weigths\n", "got 'weigths'; did you mean weights?"),
+        ("  save: waights\n", "got 'waights'; did you mean weights?"),
         ("  learning_rates: {a: [1]}\n", "training.learning_rates.a: must be a number, got a list"),
         ("data_:\n  x: 1\n", "data_: unknown key in the top level; did you mean data?"),
     ],

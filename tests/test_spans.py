@@ -111,6 +111,7 @@ def test_the_oldest_turn_goes_first_and_system_text_and_tools_stay(template: Cha
     np.testing.assert_array_equal(shorter.input_ids, expected.input_ids)
     assert [run.message for run in shorter.runs] == [None, None, 0, 5, 6, None]
     assert [r[1:] for r in shorter.replies] == [r[1:] for r in expected.replies]
+    assert shorten(rendered, long, len(expected.input_ids)) is not None
     assert shorten(rendered, long, len(expected.input_ids) - 1) is None
 
 
