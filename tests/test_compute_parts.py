@@ -214,7 +214,7 @@ def test_what_was_answered_before_is_counted_and_not_asked_again(
     assert f"{window} replies are there already" in capsys.readouterr().out
 
 
-def test_data_that_changed_meanwhile_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_data_other_than_at_the_start_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     def changed(*_: Any) -> None:
         raise DataError("d.jsonl changed")
 

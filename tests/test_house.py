@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,30 @@ def _impatient(path: Path) -> list[int]:
         if any(number < 60 for number in numbers) or (asks and not limits):
             found.append(node.lineno)
     return found
+
+
+def _answered_by_its_name(path: Path) -> list[str]:
+    """Tests with a folder of their own, whose name begins like theirs, that wait for a word of their name."""
+    found = []
+    for test in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(test, ast.FunctionDef) or not test.name.startswith("test_"):
+            continue
+        if not {"tmp_path", "folder"} & {argument.arg for argument in test.args.args}:
+            continue
+        words = [k.value for k in ast.walk(test) if isinstance(k, ast.keyword) and k.arg == "match"]
+        texts = [word.value for word in words if isinstance(word, ast.Constant)]
+        if any(re.search(str(text), test.name[:30]) for text in texts):  # as pytest shortens it
+            found.append(test.name)
+    return found
+
+
+def test_no_message_is_told_by_the_folder_that_is_named_like_its_test(tmp_path: Path) -> None:
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert {str(path): names for path in tests if (names := _answered_by_its_name(path))} == {}
+    (tmp_path / "a.py").write_text(
+        "def test_pickles_are_refused(tmp_path):\n    raises(E, match='pickle')\n"
+    )
+    assert _answered_by_its_name(tmp_path / "a.py") == ["test_pickles_are_refused"]
 
 
 def test_what_must_come_is_waited_for_for_a_minute_on_a_busy_machine(tmp_path: Path) -> None:

@@ -156,9 +156,9 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
         load_model(folder)
 
 
-def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
+def test_a_checkpoint_in_few_bits_is_refused(folder: Path) -> None:
     change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
-    with pytest.raises(ModelError, match="quantised"):
+    with pytest.raises(ModelError, match="is quantised; give the unquantised"):
         load_model(folder)
 
 

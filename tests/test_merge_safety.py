@@ -98,7 +98,7 @@ def test_an_adapter_that_cannot_be_merged_exactly_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_pickled_adapters_and_bases_are_not_opened(tmp_path: Path) -> None:
+def test_adapters_and_bases_in_pickles_are_not_opened(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file
 from torch import nn
@@ -205,6 +206,7 @@ def test_a_lack_of_memory_is_not_taken_for_a_bad_adapter(
         ({"use_rslora": True}, True),
         ({"merged": True}, False),
         ({"plain": True}, False),
+        ({"beside": True}, False),
     ],
 )
 def test_only_plain_lora_shares_a_batch(
@@ -212,6 +214,10 @@ def test_only_plain_lora_shares_a_batch(
 ) -> None:
     if change == {"plain": True}:
         assert not can_share(load_model(tiny_glm))
+        return
+    if change == {"beside": True}:  # another layer of its own
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["o_proj"])
+        assert not can_share(get_peft_model(load_model(tiny_glm), config))
         return
     merged = change.pop("merged", False)
     model = methods.attach(load_model(tiny_glm), LoraMethod(rank=2, **change))

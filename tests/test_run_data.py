@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -210,6 +211,10 @@ def test_the_loader_has_a_random_stream_of_its_own_and_waits_for_workers_so_long
     assert loader.persistent_workers is (workers > 0)
     assert loader.generator is not torch.default_generator
     assert loader.batch_sampler.rank == 3  # type: ignore[union-attr]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if not workers:
+        iter(loader)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     loader.set_epoch(4)
     assert loader.batch_sampler.epoch == 4  # type: ignore[union-attr]
 

@@ -162,20 +162,21 @@ class Laboratory:
     def noticed_by(self, mutation: Mutation, groups: Sequence[Sequence[str]]) -> str:
         """The test that fails because of the mistake, of the first group of files that has one; "" for none."""
         source = (self._folder / mutation.file).read_text(encoding="utf-8")
+        wanted, constant = self._functions(mutation, source)
         if mutation.tests:
             files = {test.partition("::")[0] for test in mutation.tests}
-            calls = {name: test.seconds for file in files for name, test in self._of(file).items()}
-            named = {n: calls[n] for n in calls if n.startswith(mutation.tests)}
-            return self._first(mutation, source, named)
-        wanted, constant = self._functions(mutation, source)
+            calls = {name: test for file in files for name, test in self._of(file).items()}
+            named = {n: test for n, test in calls.items() if n.startswith(mutation.tests)}
+            anew = not any(wanted & set(test.calls) for test in named.values())
+            seconds = {name: test.seconds for name, test in named.items()}
+            return self._first(mutation, source, seconds, anew=anew)
         left = self._seconds
         for files in groups:
             chosen, left = self._chosen(files, wanted, constant, left)
             if found := self._first(mutation, source, chosen):
                 return found
-        if (
-            left == self._seconds
-        ):  # nobody was seen to call it: it runs at an import, or in a process
+        # Nobody was seen to call it: it runs at an import, or in a process.
+        if left == self._seconds:
             every = {n: t.seconds for file in groups[0] for n, t in self._of(file).items()}
             return self._first(mutation, source, every, anew=True)
         return self._first(mutation, source, self._process_tests(groups[0]))
@@ -248,7 +249,10 @@ class Laboratory:
         """The functions that a test must call to notice, and the constant or class of a mistake outside of all."""
         line = mutation.line or source[: source.index(mutation.old)].count("\n") + 1
         if around := called.functions_at(source, line):
-            return {f"{mutation.file}:{around[0]}"}, ""
+            asked = {f"{mutation.file}:{around[0]}"}
+            if "@triton.jit" in source:  # what Triton compiles is seen where it is started
+                asked |= called.that_mention(around[0], self._folder)
+            return asked, ""
         name = called.name_at(source, line)
         found = called.that_mention(name, self._folder) if name else set()
         every = {f"{mutation.file}:{function}" for function in called.functions_of(source)}
