@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import exit_code
+from command_line import CONFIG, exit_code
 
 from finetune import cli
 from finetune.cli import floors, inputs
@@ -343,3 +344,53 @@ def test_bad_rows_that_are_not_listed_are_counted(
     said = capfd.readouterr().err
     assert f"{bad} bad rows" in said
     assert (f"and {more}" in said) if more else ("more" not in said)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tokens_have_colours_on_a_terminal_alone(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = SimpleNamespace(
+        location="a:1", format="messages", num_tokens=3, num_supervised=2, num_examples=1, text=lambda: "COLOURED",
+        plain=lambda: "PLAIN", prompt="p", stop="s", as_dict=dict,
+    )  # fmt: skip
+    monkeypatch.setattr("finetune.data.preview.report.show", lambda *_, **__: shown)
+    monkeypatch.setattr("finetune.console.on_terminal", lambda: terminal)
+    assert exit_code("data", "show", "x", "--model", "y") == 0
+    said = capfd.readouterr().out
+    assert ("COLOURED" in said, "PLAIN" in said) == (terminal, not terminal)
+    assert "3 tokens, 2 of them carry loss" in said
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_plan_in_numbers_has_those_of_its_evaluation(
+    evaluates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    found = SimpleNamespace(numbers=lambda: {"memory": 1})
+    evaluation = SimpleNamespace(numbers=lambda: {"evaluation_tokens": 2}) if evaluates else None
+    monkeypatch.setattr("finetune.cli.config_commands.planned", lambda config, gpu: (None, found))
+    monkeypatch.setattr("finetune.planning.evaluating.planned_evaluation", lambda *_: evaluation)
+    (tmp_path / "x.yaml").write_text(CONFIG)
+    assert exit_code("plan", str(tmp_path / "x.yaml"), "--json") == 0
+    assert json.loads(capfd.readouterr().out) == {"memory": 1} | ({"evaluation_tokens": 2} if evaluates else {})  # fmt: skip
+
+
+def test_a_merge_says_the_weight_of_each_that_is_not_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tuple((Path(name), weight) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 0.5), ("d", -1.0)))  # fmt: skip
+    report = SimpleNamespace(notes=["noted"], source=source, output="out", base="base", num_updated=3, num_bytes=2_500_000_000, seconds=4.2, largest_difference=0.0)  # fmt: skip
+    monkeypatch.setattr("finetune.export.merge.merge", lambda *_, **__: report)
+    assert exit_code("merge", "a", "--output", "out") == 0
+    said = capfd.readouterr().out
+    assert "out: a + 2 x b + 0.5 x c + -1 x d merged into base, 3 tensors updated, 2.50 GB in 4 s" in said  # fmt: skip
+    assert "note: noted" in said
+    assert "largest difference of the logits: 0.00e+00" in said
+
+
+def test_the_schema_names_the_scores_that_choose(capfd: pytest.CaptureFixture[str]) -> None:
+    from finetune.evaluation.scores.metrics import CHOOSING
+
+    assert exit_code("schema") == 0
+    schema = json.loads(capfd.readouterr().out)
+    assert schema["$defs"]["EvaluationSection"]["properties"]["best_metric"]["enum"] == list(CHOOSING)  # fmt: skip

@@ -13,8 +13,8 @@ import pytest
 
 from finetune.artifacts.weights import TensorInfo
 from finetune.errors import ConfigError, ModelError
-from finetune.export import convert_adapter, merge, parity, vocabulary
-from finetune.export.adapter import Adapter, Update, _values, combined
+from finetune.export import merge, parity, vocabulary
+from finetune.export.adapter import Adapter, Update, _update, _values, combined
 from finetune.export.convert import _check_rows
 from finetune.export.shards import Output, ShardPlan, make_header
 
@@ -267,73 +267,34 @@ def test_memory_that_runs_out_in_a_check_is_not_a_broken_adapter(
             parity.check_parity(Path("a"), [], Path("b"))
 
 
-# --- adapters in the other layout ------------------------------------------------------------------
-
-
-def text_model(layers: int = 2) -> Any:
-    return SimpleNamespace(rows=(4, 2, 2), config=SimpleNamespace(num_hidden_layers=layers))
-
-
-def part(*shape: int, start: float = 1.0) -> convert_adapter._Part:
-    values = np.arange(start, start + np.prod(shape), dtype=np.float32).reshape(shape)
-    return convert_adapter._Part("F32", values)
-
-
-def lora(rows: int, rank: int = 2, alpha: float = 4.0, start: float = 1.0) -> Any:
-    parts = {"lora_A.weight": part(rank, 3, start=start), "lora_B.weight": part(rows, rank, start=start)}  # fmt: skip
-    return convert_adapter._Module(parts, rank, alpha)
-
-
-def product(module: Any, config: dict[str, Any]) -> Any:
-    root = module.rank**0.5 if config.get("use_rslora") else module.rank
-    return module.alpha / root * module.of("lora_B").values @ module.of("lora_A").values
-
-
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True}])
-@pytest.mark.parametrize(
-    "three",
-    [
-        [lora(4), lora(2), lora(2)], [lora(4), lora(2, alpha=8.0), lora(2)], [lora(4), lora(2, rank=3, start=5), lora(2, start=9)],
-        [lora(4), None, lora(2, start=3)], [None, lora(2), None], [lora(4, alpha=1.5), lora(2, rank=1), lora(2, alpha=3)],
-    ],
-)  # fmt: skip
-def test_q_k_and_v_as_one_module_compute_what_they_did(
-    three: list[Any], config: dict[str, Any]
+def test_a_base_that_is_gone_is_asked_for_unless_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = convert_adapter._fuse(three, "qkv", text_model(), config, [])
-    wanted = [np.zeros((rows, 3)) if one is None else product(one, config) for one, rows in zip(three, (4, 2, 2), strict=True)]  # fmt: skip
-    assert np.allclose(product(made, config), np.concatenate(wanted), rtol=1e-5)
+    def gone(path: str, revision: Any) -> Path:
+        raise ModelError(f"not a directory: {path}")
+
+    monkeypatch.setattr(merge, "is_adapter", lambda path: True)
+    monkeypatch.setattr(merge, "model_base", lambda source, given: SimpleNamespace(path=given or "old", revision=None))  # fmt: skip
+    monkeypatch.setattr(merge, "local_folder", gone)
+    with pytest.raises(ModelError, match="Give its new place with --base"):
+        merge.find_base(tmp_path, None)
+    with pytest.raises(ModelError, match=r"^not a directory: .*new$"):
+        merge.find_base(tmp_path, tmp_path / "new")
+    monkeypatch.setattr(merge, "is_adapter", lambda path: False)
+    assert merge.find_base(tmp_path, None) == tmp_path
+    with pytest.raises(ConfigError, match="--base does not apply"):
+        merge.find_base(tmp_path, tmp_path)
 
 
-def test_what_one_module_cannot_say_of_q_k_and_v_is_refused() -> None:
-    whole = convert_adapter._Module({"weight": part(2, 3)})
-    half = lora(2)
-    half.parts["lora_B.weight"] = convert_adapter._Part("BF16", np.zeros((2, 2), np.uint16))
-    for three, config, reason in (([lora(4), whole, lora(2)], {}, "not adapted alike"), ([lora(4), None, lora(2)], {"use_dora": True}, "not adapted alike"), ([lora(4), half, lora(2)], {}, "different dtypes")):  # fmt: skip
-        with pytest.raises(ModelError, match=reason):
-            convert_adapter._fuse(three, "qkv", text_model(), config, [])
-
-
-def test_one_module_as_q_k_and_v_gives_each_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_adapter, "other_names", lambda name, layout: ("q", "k", "v") if name == "qkv" else ("o",))  # fmt: skip
-    fused = lora(8)
-    made = convert_adapter._split({"qkv": fused, "dense": lora(3)}, text_model())
-    assert set(made) == {"q", "k", "v", "o"}
-    b = [made[name].of("lora_B").values for name in "qkv"]
-    assert [len(one) for one in b] == [4, 2, 2]
-    assert np.array_equal(np.concatenate(b), fused.of("lora_B").values)
-    assert all(made[name].rank == 2 and made[name].alpha == 4.0 for name in "qkv")
-
-
-def test_a_new_config_names_what_is_adapted_with_its_ranks() -> None:
-    old = {"r": 2, "exclude_modules": ["x"], "layers_to_transform": [0], "layers_pattern": "h", "revision": "abc", "base_model_name_or_path": "old", "lora_dropout": 0.1}  # fmt: skip
-    made = {"model.layers.0.q": lora(4), "model.layers.1.q": lora(4), "model.layers.0.k": lora(4, rank=3, alpha=6.5), "lm_head": lora(4, rank=5, alpha=10.0), "model.embed": convert_adapter._Module({"weight": part(2, 3)})}  # fmt: skip
-    assert convert_adapter._new_config(old, made, text_model(), "new") == {
-        "r": 5, "lora_alpha": 10, "lora_dropout": 0.1, "base_model_name_or_path": "new", "revision": None, "exclude_modules": None, "layers_to_transform": None,
-        "layers_pattern": None, "modules_to_save": ["embed"], "target_modules": ["lm_head", "model.layers.0.k", "q"],
-        "rank_pattern": {"q": 2, "model.layers.0.k": 3}, "alpha_pattern": {"q": 4, "model.layers.0.k": 6.5},
-    }  # fmt: skip
-    fused = {f"a.{convert_adapter.FUSED}": lora(8, rank=rank) for rank in (6,)}
-    [said] = convert_adapter._about_rank({"r": 2}, fused)
-    assert "rank 6 and alpha 4" in said
-    assert convert_adapter._about_rank({"r": 6}, fused) == []
+def test_an_embedding_is_turned_around_and_has_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(8, dtype=np.float32).reshape(4, 2)  # fmt: skip
+    monkeypatch.setattr("finetune.export.adapter._values", lambda name: {"a": a, "b": b, "v": b[0]}[name])  # fmt: skip
+    files: Any = SimpleNamespace(config={}, scale=lambda module: 3.0, modules={"e": {"lora_embedding_A": "a", "lora_embedding_B": "b"}, "l": {"lora_A": "a", "lora_B": "b"}, "n": {"lora_A": "v", "lora_B": "b"}})  # fmt: skip
+    turned, plain = _update(files, "e"), _update(files, "l")
+    assert np.array_equal(delta(turned), 3 * (b @ a).T)
+    assert np.array_equal(delta(plain), 3 * b @ a)
+    files.config["use_dora"] = True
+    with pytest.raises(ModelError, match="DoRA on an embedding"):
+        _update(files, "e")
+    with pytest.raises(ModelError, match="n is no matrix"):
+        _update(files, "n")

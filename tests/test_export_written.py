@@ -374,3 +374,16 @@ def test_a_number_that_is_none_is_seen_wherever_it_stands(dtype: str, place: int
         assert not is_finite(rounded(values, dtype), dtype)
     largest = {"BF16": 3.3895e38, "F16": 65504.0, "F32": 3.4e38}[dtype]
     assert is_finite(rounded(np.array([largest, -largest], np.float32), dtype), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [("F16", True), ("F32", False)])
+def test_the_smallest_numbers_of_float16_are_further_apart(dtype: str, passes: bool) -> None:
+    values = np.full((10, 16), 3e-7, np.float32)
+    change = Update(np.zeros((1, 16), np.float32), np.zeros((10, 1), np.float32), np.float32(1))
+    check = ProductCheck("w", change, dtype)
+    seen = values + np.float32(2.0**-26) * check._x
+    if passes:
+        check.after(0, check.before(values), seen)
+        return
+    with pytest.raises(ModelError, match="W \\+ scale"):
+        check.after(0, check.before(values), seen)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import finetune.language as languages
 from finetune.language import pages, sentence, width, word
+from finetune.language.help_pages import translate
 
 
 @pytest.fixture
@@ -69,3 +72,20 @@ def test_pages_of_the_reader_s_language_come_by_their_names(
     monkeypatch.setenv("FINETUNE_LANG", "zh")
     assert list(pages.topics().items()) == [("only", "Only English"), ("start", "开始"), ("zebra", "Zebra")]  # fmt: skip
     assert pages.topic("start") == "# 开始\n\n去。"
+
+
+def test_a_command_its_options_and_its_last_words_are_translated(
+    catalogue: None, in_chinese: None
+) -> None:
+    class Formatter:
+        pass
+
+    def command(**inner: Any) -> Any:
+        option = SimpleNamespace(help="x; yes")
+        context = type("Context", (), {"formatter_class": Formatter})
+        return SimpleNamespace(help="yes", short_help="yes", epilog="the file is damaged", params=[option, SimpleNamespace()], commands=inner, context_class=context)  # fmt: skip
+
+    outer = command(a=command())
+    translate(outer)
+    for one in (outer, outer.commands["a"]):
+        assert (one.help, one.short_help, one.epilog, one.params[0].help) == ("是", "是", "文件坏了", "x; 是")  # fmt: skip

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
+import jinja2
 import pytest
 import serving
+from fastapi import FastAPI
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.serving.errors import ApiError
 from finetune.serving.page.html import PageOptions, make_page
+from finetune.serving.page.routes import add_page
 from finetune.serving.page.saved import Saves, told_tokens
 from finetune.serving.requests.rules import RequestRules
+from finetune.webpages import templates
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +118,39 @@ def test_no_setting_can_end_the_script_of_the_page_and_nobody_may_frame_it(tmp_p
         assert part in policy
     assert "unsafe" not in policy
     assert {key: page.headers[key] for key in ("Cache-Control", "X-Content-Type-Options", "Referrer-Policy")} == {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}  # fmt: skip
+
+
+def test_one_vote_or_row_is_written_at_a_time(
+    rules: RequestRules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def slow(self: Saves, body: bytes) -> dict[str, Any]:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return {}
+
+    for name in ("vote", "row"):
+        monkeypatch.setattr(Saves, name, slow)
+    app = FastAPI()
+    add_page(app, {"a": rules}, PageOptions(tmp_path), needs_key=False, body_bytes=100)
+
+    async def together() -> None:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            paths = ["/page/votes", "/page/votes", "/page/rows", "/page/rows"]
+            answers = await asyncio.gather(*(client.post(path, json={}) for path in paths))
+        assert [answer.status_code for answer in answers] == [200] * 4
+
+    asyncio.run(together())
+    assert most == [1] * 4
+
+
+def test_what_is_put_into_a_page_is_escaped_and_what_is_missing_is_an_error(tmp_path: Path) -> None:
+    made = templates(tmp_path)
+    assert made.from_string("{{ said }}").render(said="<b>") == "&lt;b&gt;"
+    with pytest.raises(jinja2.UndefinedError):
+        made.from_string("{{ missing }}").render()

@@ -248,3 +248,42 @@ def test_the_numbers_of_metrics_are_those_of_the_replies() -> None:
     }  # fmt: skip
     kinds = [line.split()[2:] for line in metrics.text().splitlines() if line.startswith("# TYPE")]
     assert {name.removeprefix("finetune_"): kind for name, kind in kinds if kind == "gauge"} == {"replies_running": "gauge", "replies_waiting": "gauge"}  # fmt: skip
+
+
+def test_what_fails_in_the_middle_of_a_stream_is_its_last_event() -> None:
+    async def events(answer: Any, jobs: Any) -> Any:
+        yield "data: one\n\n"
+        raise ApiError(500, "no more", code="model_failed")
+
+    async def streamed() -> list[Any]:
+        jobs: Any = [SimpleNamespace(request=SimpleNamespace(stream=True))]
+        response: Any = await app_module._response(None, jobs)  # type: ignore[arg-type]
+        assert response.headers["cache-control"] == "no-cache"
+        return [text async for text in response.body_iterator]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_module, "_events", events)
+        first, last = asyncio.run(streamed())
+    assert first == "data: one\n\n"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "model_failed"
+
+
+def test_a_header_that_is_whole_needs_no_time_while_its_body_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import h11
+
+    done: list[str] = []
+    for state, trailing, deadline, expected in (
+        (h11.SEND_BODY, b"", True, ["nothing"]), (h11.DONE, b"", True, ["nothing"]), (h11.IDLE, b"GE", False, ["header"]),
+        (h11.IDLE, b"GE", True, []), (h11.IDLE, b"", False, []),
+    ):  # fmt: skip
+        done.clear()
+        protocol: Any = SimpleNamespace(
+            conn=SimpleNamespace(their_state=state, trailing_data=(trailing, False)), _deadline=object() if deadline else None,
+            _expect_nothing=lambda: done.append("nothing"), _expect_header=lambda: done.append("header"),
+        )  # fmt: skip
+        monkeypatch.setattr(guard.H11Protocol, "data_received", lambda self, data: None)
+        monkeypatch.setattr(guard, "super", lambda: SimpleNamespace(data_received=lambda data: None), raising=False)  # fmt: skip
+        guard.TimedProtocol.data_received(protocol, b"x")
+        assert done == expected

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.errors import ConfigError, DataError
 from finetune.generation.decoder import Decoding
 from finetune.serving.errors import ApiError
 from finetune.serving.requests.chat import AskedChat, read_tokens
@@ -153,3 +155,70 @@ def test_fields_that_nobody_knows_are_refused_where_the_server_is_strict(
         with pytest.raises(ApiError) as caught:
             rules.check_unknown(names)
         assert all(one in str(caught.value) for one in refused)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": TOOLS}, "there is no such function"),
+        ({"tool_choice": {"function": {"name": "f"}}}, "there is no such function"), ({"tool_choice": "required"}, "there is no such function"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "nothing to answer"), ({"messages": [{"role": "user", "content": "a\0"}]}, "NUL"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_refused(
+    change: dict[str, Any], reason: str, rules: RequestRules
+) -> None:
+    roomy = RequestRules("tiny", rules.template, None, 8)
+    body = {"model": "tiny", "messages": HI} | change
+    with pytest.raises(ApiError, match=reason) as caught:
+        AskedChat(json.dumps(body).encode(), {"tiny": roomy}).replies()
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("thinks", [True, False, None])
+def test_a_model_that_does_not_think_may_be_told_not_to(
+    thinks: bool | None, rules: RequestRules
+) -> None:
+    body = {"model": "tiny", "messages": HI, "chat_template_kwargs": {"enable_thinking": thinks}}
+    [plain] = AskedChat(json.dumps({"model": "tiny", "messages": HI}).encode(), {"tiny": rules}).replies()  # fmt: skip
+    assert AskedChat(json.dumps(body).encode(), {"tiny": rules}).replies() == [plain]
+
+
+@pytest.mark.parametrize("error", [ConfigError("needs llguidance"), DataError("no such schema")])
+def test_a_structure_that_cannot_be_held_names_its_field(
+    error: Exception, rules: RequestRules
+) -> None:
+    def refuse(structure: Any) -> Any:
+        raise error
+
+    rules = RequestRules("tiny", rules.template, None, 8)
+    vars(rules)["structures"] = SimpleNamespace(constraint=refuse)
+    for change, field in (({"response_format": {"type": "json_object"}}, "response_format"), ({"tools": TOOLS, "tool_choice": "required"}, "tools")):  # fmt: skip
+        body = {"model": "tiny", "messages": HI} | change
+        with pytest.raises(ApiError, match=f"{field}: {error}") as caught:
+            AskedChat(json.dumps(body).encode(), {"tiny": rules}).replies()
+        assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("texts", "ids", "fits"),
+    [(["x" * 400], 1000, True), (["x" * 401], 116, True), (["x" * 401], 117, False), (["x" * 60_000], 66, True), (["x" * 60_000], 67, False), (["x" * 300] * 2, 66, True), (["x" * 300] * 2, 67, False)],
+)  # fmt: skip
+def test_long_texts_are_counted_in_pieces_but_for_what_a_cut_adds(
+    texts: list[str], ids: int, fits: bool
+) -> None:
+    """100 tokens fit: a text of at most four characters a token is not counted, 16 tokens of a piece never."""
+    encode = lambda piece, add_special_tokens: SimpleNamespace(ids=[0] * ids)  # noqa: E731
+    template: Any = SimpleNamespace(tokenizer=SimpleNamespace(plain=SimpleNamespace(encode=encode)))
+    rules = RequestRules("x", template, 100, 8)
+    if fits:
+        rules.check_length(texts)
+        RequestRules("x", template, None, 8).check_length(texts)
+        return
+    with pytest.raises(ApiError, match="more than the 100 tokens that fit") as caught:
+        rules.check_length(texts)
+    assert caught.value.code == "context_length_exceeded"
+    rules.check_length(texts, times=2)

@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.serving import job as job_module
-from finetune.serving.answers import _alphabet, usage_of
+from finetune.serving.answers import _alphabet, _bytes_of, usage_of
 from finetune.serving.errors import ApiError
 from finetune.serving.job import Outbox, ReplyJob, StopStrings
 
@@ -184,3 +184,8 @@ def test_a_call_has_openais_form(template: ChatTemplate) -> None:
     assert [delta["tool_calls"][0]["index"] for delta in deltas[2:]] == [0, 0, 1]
     assert [delta["tool_calls"][0].get("type") for delta in deltas[2:]] == ["function", None, "function"]  # fmt: skip
     assert answer.opening() == {"delta": {"role": "assistant", "content": ""}}
+
+
+def test_a_token_outside_of_the_alphabet_is_spelled_as_it_is() -> None:
+    assert _bytes_of("<a 中>") == "<a 中>".encode()
+    assert _bytes_of("<|user|>") == b"<|user|>"

@@ -255,3 +255,11 @@ def test_a_model_without_memory_for_a_reply_says_that_shorter_ones_fit(
 
     asyncio.run(failing())
     assert "secret" in capfd.readouterr().err
+
+
+def test_nothing_is_known_of_a_prompt_with_images_whose_ids_are_alike() -> None:
+    memory = KeptPrompts()
+    memory.keep(SharedPrefix.kept([7] * 50, []))
+    image = ImagePrompt([7] * 60, [], None)  # type: ignore[arg-type]
+    assert memory.beginning_of(image) is None
+    assert memory.beginning_of(list(image)) is not None

@@ -110,7 +110,7 @@ def test_a_key_is_read_without_its_line_break_and_an_empty_file_is_no_key(
         with pytest.raises(ConfigError, match="is empty; write a key into it"):
             _key(options, listener)
         file.write_bytes(b"\xff\xfe")
-        with pytest.raises(ConfigError, match="cannot be read"):
+        with pytest.raises(ConfigError, match="is not UTF-8"):
             _key(options, listener)
 
 
@@ -272,3 +272,21 @@ def test_what_is_not_served_any_more_is_not_listed(
     with pytest.raises(ConfigError, match="--device-map auto is for one model"):
         serve_module._watch(tmp_path / "new", None, engine, rules, spread)  # type: ignore[arg-type]
     serve_module._watch(tmp_path / "new", SimpleNamespace(open=None), engine, rules, ServeOptions(placement=Placement(None, "nf4")))  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_an_address_that_cannot_be_bound_leaves_no_socket_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[socket.socket] = []
+    plain = socket.socket
+
+    def noted(*given: Any) -> socket.socket:
+        made.append(plain(*given))
+        return made[-1]
+
+    with _bound("127.0.0.1", 0) as listener:
+        listener.listen()
+        monkeypatch.setattr(serve_module.socket, "socket", noted)
+        with pytest.raises(ConfigError, match="cannot bind"):
+            _bound("127.0.0.1", listener.getsockname()[1])
+    assert [one.fileno() for one in made] == [-1]

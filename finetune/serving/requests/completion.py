@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.data.dialogue.conversation import Conversation, text_problem
+from finetune.data.dialogue.conversation import Conversation
 from finetune.errors import DataError
 from finetune.serving.errors import bad_request
 from finetune.serving.requests.fields import CompletionRequest, parse
@@ -74,8 +74,6 @@ def _ids(prompt: str | Sequence[int], rules: RequestRules) -> list[int]:
                 "prompt",
             )
         return list(prompt)
-    if problem := text_problem(prompt):
-        raise bad_request(f"prompt: {problem}", "prompt")
     rules.check_length([prompt])
     try:
         [rendered] = template.render([Conversation((), text=prompt)])
