@@ -147,3 +147,19 @@ def test_scaled_positions_and_their_base_come_along(scaled: bool) -> None:
     made = layout.hf_config(SimpleNamespace(config=config), "bfloat16", [1, 2], 3)  # type: ignore[arg-type]
     assert (made["rope_theta"], made["eos_token_id"], made["pad_token_id"]) == (5_000_000.0, [1, 2], 3)  # fmt: skip
     assert made.get("rope_parameters") == ({"rope_type": "yarn"} if scaled else None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({}, ""), ({"rope_type": "yarn"}, "rope_type is 'yarn'"), ({"partial_rotary_factor": 1.0}, "partial_rotary_factor is 1.0"), ({"partial_rotary_factor": None}, "partial_rotary_factor is 1.0"), ({"act": "gelu"}, "hidden_act is 'gelu'")],
+)  # fmt: skip
+def test_what_the_published_layout_cannot_say_is_named(change: dict[str, Any], said: str) -> None:
+    rope = {"rope_type": "default", "partial_rotary_factor": 0.5} | change
+    act = rope.pop("act", "silu")
+    rope = {name: value for name, value in rope.items() if value is not None}
+    config = SimpleNamespace(rope_parameters=rope, hidden_act=act)
+    if not said:
+        layout._check_hf(config, Path("m"))
+        return
+    with pytest.raises(ModelError, match=said):
+        layout._check_hf(config, Path("m"))

@@ -116,3 +116,12 @@ def test_what_is_not_given_is_asked_for_on_a_terminal_only(
     monkeypatch.setattr("typer.prompt", prompt)
     assert exit_code("init", "--output", output, "--model", str(tmp_path)) == 2
     assert asked == ["Data (a file, a glob or a folder)", "GPUs", "Memory of each GPU"]
+
+
+@pytest.mark.parametrize("config", [{"vision_config": {"x": 1}}, {"n_routed_experts": 4}])
+def test_encoders_and_experts_are_not_held_in_4_bits(
+    config: dict[str, object], rows: Path, tiny_chatglm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "read_json", lambda file: config)
+    with pytest.raises(ConfigError, match="does not fit"):
+        drafted(rows, tiny_chatglm, lambda c: c.model.quantization is not None, monkeypatch)

@@ -140,7 +140,9 @@ def test_one_vote_or_row_is_written_at_a_time(
 
     async def together() -> None:
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://x", timeout=60
+        ) as client:
             paths = ["/page/votes", "/page/votes", "/page/rows", "/page/rows"]
             answers = await asyncio.gather(*(client.post(path, json={}) for path in paths))
         assert [answer.status_code for answer in answers] == [200] * 4

@@ -18,7 +18,7 @@ from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.serving import app as app_module
 from finetune.serving import engine as engine_module
-from finetune.serving import guard
+from finetune.serving import guard, heap
 from finetune.serving.app import Desk, Limits, make_app
 from finetune.serving.errors import ApiError, not_here
 from finetune.serving.guard import Access, Guard
@@ -287,3 +287,19 @@ def test_a_header_that_is_whole_needs_no_time_while_its_body_comes(
         monkeypatch.setattr(guard, "super", lambda: SimpleNamespace(data_received=lambda data: None), raising=False)  # fmt: skip
         guard.TimedProtocol.data_received(protocol, b"x")
         assert done == expected
+
+
+def test_a_request_whose_client_is_gone_has_a_status_of_its_own_in_the_log() -> None:
+    async def pieces() -> Any:
+        for piece in ():
+            yield piece
+
+    jobs: Any = [SimpleNamespace(request=SimpleNamespace(stream=False), cancelled=True, pieces=pieces)]  # fmt: skip
+    assert asyncio.run(app_module._response(None, jobs)).status_code == 499  # type: ignore[arg-type]
+
+
+def test_threads_share_pools_by_glibcs_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(heap, "_function", lambda name: lambda *said: given.append(said))
+    heap.bound_pools()
+    assert given == [(-8, heap.POOLS)], "M_ARENA_MAX of malloc.h"

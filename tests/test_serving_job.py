@@ -189,3 +189,11 @@ def test_a_call_has_openais_form(template: ChatTemplate) -> None:
 def test_a_token_outside_of_the_alphabet_is_spelled_as_it_is() -> None:
     assert _bytes_of("<a 中>") == "<a 中>".encode()
     assert _bytes_of("<|user|>") == b"<|user|>"
+
+
+def test_the_longest_beginning_of_a_stop_string_is_kept_back() -> None:
+    reader = StopStrings(("aab", "ax"))
+    assert [reader.feed(piece) for piece in ("xaa", "a", "b")] == ["x", "a", ""]
+    assert reader.found
+    reader = StopStrings(("aab", "ax"))
+    assert [reader.feed(piece) for piece in ("aa", "c")] == ["", "aac"]

@@ -263,3 +263,17 @@ def test_nothing_is_known_of_a_prompt_with_images_whose_ids_are_alike() -> None:
     image = ImagePrompt([7] * 60, [], None)  # type: ignore[arg-type]
     assert memory.beginning_of(image) is None
     assert memory.beginning_of(list(image)) is not None
+
+
+def test_the_tokens_of_a_prefix_are_no_tokens_of_a_prompt(
+    template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = [(torch.zeros(1, 2, 6, 3),) * 2]
+    monkeypatch.setattr("finetune.serving.writer.prefix_of", lambda adapted: prefix)
+    writer = Writer(AdapterRows(Model()), template)
+    writer.put("p", None)
+    memory = writer.memories["p"]
+    memory.keep(SharedPrefix.kept([7] * (6 + SHORTEST_PREFIX), []))
+    assert memory.beginning_of([7] * (5 + SHORTEST_PREFIX)) is None
+    assert memory.beginning_of([7] * (7 + SHORTEST_PREFIX)) is not None
+    assert memory.used_tokens == SHORTEST_PREFIX

@@ -84,6 +84,9 @@ def test_every_option_of_a_server_comes_to_where_it_acts(
     assert found.page is page
     rules = found.rules["tiny"]
     assert (rules.name, rules.context, rules.max_new_tokens, rules.history, rules.strict_fields) == ("tiny", 22, 21, "strict", True)  # fmt: skip
+    for history, strict in (("strict", False), ("lenient", True)):
+        rules = made(template, history=history, strict=strict).rules["tiny"]
+        assert (rules.history, rules.strict_fields) == (history, strict)
     found = made(template)
     assert found.engine["more_come"] is False
     assert found.access.key is None
