@@ -79,3 +79,21 @@ def test_the_interval_of_votes_holds_the_truth(
         [duel] = score_votes([write(tmp_path, *votes)])
         held += duel.low <= truth <= duel.high
     assert lowest <= held / rounds <= highest
+
+
+def test_votes_without_a_dialogue_are_of_one_each(tmp_path: Path) -> None:
+    one = [(["a", "b"], "a", None)] * 6
+    [duel] = score_votes([write(tmp_path, *one)])
+    assert (duel.dialogues, duel.p, duel.verdict) == (6, 2 / 2**6, "better")
+
+
+def test_chances_of_several_pairs_are_corrected_together(tmp_path: Path) -> None:
+    pairs = [(["a", "b"], "a"), (["a", "c"], "a"), (["b", "c"], None)]
+    votes = [(models, winner, str(n)) for models, winner in pairs for n in range(6)]
+    found = {(one.a, one.b): (one.p, one.verdict) for one in score_votes([write(tmp_path, *votes)])}
+    three = 3 * 2 / 2**6
+    assert found == {
+        ("a", "b"): (three, "no real difference"),
+        ("a", "c"): (three, "no real difference"),
+        ("b", "c"): (1.0, "no real difference"),
+    }

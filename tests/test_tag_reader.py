@@ -1,0 +1,69 @@
+"""Replies between tags that are not as they should be are read as far as they say something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import newer
+import pytest
+
+from finetune.data.chat.template import ChatTemplate
+from finetune.data.chat.template_check import with_parts
+from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
+
+CALL = "<tool_call>f<arg_key>a</arg_key><arg_value>x"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
+    return newer.template_of(tmp_path_factory.mktemp("tags"), "GLM-4.5")
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (f"{CALL}</arg_value><tool_call>g</tool_call>", [("f", '{"a": "x"}'), ("g", "{}")]),
+        (f"{CALL}<tool_call>g</tool_call>", [("f", '{"a": "x"}'), ("g", "{}")]),
+        ("<tool_call>f<tool_call>g</tool_call>", [("f", "{}"), ("g", "{}")]),
+        (
+            f"{CALL}<arg_key>b</arg_key><arg_value>2</arg_value></tool_call>",
+            [("f", '{"a": "x", "b": 2}')],
+        ),
+        (f"{CALL}</tool_call>", [("f", '{"a": "x"}')]),
+        (CALL, [("f", "{")]),
+        ("<tool_call>f", [("f", "{")]),
+        ("<tool_call>  ", [("", "")]),
+        ("<tool_call>f<arg_key>a<arg_value>1</arg_value></tool_call>", [("f", '{"a": "1"}')]),
+        ("<tool_call>f<think>g</think></tool_call>", [("fg", "{}")]),
+        ("so</think>ja<tool_call>f</tool_call>da", [("", "<think>\nso\n</think>\n\njada"), ("f", "{}")]),
+        ("<think>a<think>b</think>c</think>d", [("", "<think>\nab\n</think>\n\ncd")]),
+        ("<think>a<tool_call>f</tool_call>", [("f", "<think>\na\n</think>\n\n{}")]),
+        ("a<arg_key>b</arg_key>c", [("", "abc")]),
+        ("</tool_call> a ", [("", "a")]),
+    ],
+)  # fmt: skip
+def test_a_reply_that_is_not_well_formed_is_read_as_far_as_it_says_something(
+    template: ChatTemplate, reply: str, said: list[tuple[str, str]]
+) -> None:
+    found = template.messages(template.tokenizer.trusted(reply), newer.TOOLS)
+    assert [(message.metadata, message.content) for message in found] == said
+
+
+def test_half_a_character_in_front_of_a_tag_is_no_part_of_what_follows(
+    template: ChatTemplate,
+) -> None:
+    half = template.tokenizer.plain.encode("龘").ids[0]
+    begin, end = template.tokenizer.trusted("<think>"), template.tokenizer.trusted("</think>a")
+    [message] = template.messages([*begin, half, *end], ())
+    assert message.content == "<think>\n\N{REPLACEMENT CHARACTER}\n</think>\n\na"
+
+
+def test_parts_go_to_the_message_that_shows_them_behind_a_message_of_tools_too() -> None:
+    shows = Message("user", "ab", images=(ShownImage("p", 1),))
+    dialogue = Conversation((shows, Message("assistant", "c")))
+    plain = [{"role": m.role, "content": m.content} for m in dialogue.messages]
+    parts = [{"type": "text", "text": "a"}, {"type": "image", "path": "p"}, {"type": "text", "text": "b"}]  # fmt: skip
+    expected = [{"role": "user", "content": parts}, plain[1]]
+    tools = {"role": "system", "content": "", "tools": []}
+    assert with_parts(dialogue, plain) == expected
+    assert with_parts(dialogue, [tools, *plain]) == [tools, *expected]
