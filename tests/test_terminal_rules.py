@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from finetune.chat import terminal
@@ -181,7 +182,7 @@ def test_a_thought_stands_between_marks_and_calls_on_lines_of_their_own(
 def test_the_first_line_says_what_was_opened(
     kind: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = SimpleNamespace(model=1, template=2, kind=kind, base="base")
+    opened = SimpleNamespace(model=torch.nn.Linear(1, 1), template=2, kind=kind, base="base")
     asked: list[Any] = []
     monkeypatch.setattr("finetune.generation.load.open_model", lambda target, base, placement: asked.append((target, base, placement)) or opened)  # type: ignore[func-returns-value]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
