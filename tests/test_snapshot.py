@@ -58,6 +58,16 @@ def test_each_process_has_its_own_random_streams_and_the_leading_one_all_else(
         assert found["scaler.pt"] == {"scale": 2.0}
 
 
+@pytest.mark.parametrize(("world", "everywhere"), [(1, False), (2, True)])
+def test_streams_of_all_accelerators_are_kept_where_transformers_reads_so_many(
+    world: int, everywhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    among(monkeypatch, 0, world)
+    monkeypatch.setattr(snapshot.device, "random_states", lambda **asked: {"cuda": asked})
+    (streams,) = (one for name, one in states_of(trainer_of()).items() if name.startswith("rng"))
+    assert streams["cuda"] == {"everywhere": everywhere}
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_under_deepspeed_every_process_has_its_part_and_the_engine_finds_its_own_folder(
     rank: int, monkeypatch: pytest.MonkeyPatch
