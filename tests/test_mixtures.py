@@ -53,6 +53,20 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
     assert torch.equal(ours.generate(ids(), **greedy), theirs.generate(ids(), **greedy))
 
 
+def test_hidden_states_attentions_and_routes_are_handed_out_as_by_transformers(
+    folder: Path,
+) -> None:
+    asked = {"output_hidden_states": True, "output_attentions": True, "output_router_logits": True}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        wanted = theirs.eval()(input_ids=ids(), **asked)
+        given = load_model(folder, attention="eager")(input_ids=ids(), **asked)
+    for name in ("hidden_states", "attentions", "router_logits"):
+        assert len(given[name]) == len(wanted[name]) > 1
+        for ours, their in zip(given[name], wanted[name], strict=True):
+            assert torch.allclose(ours, their, atol=1e-5)
+
+
 def test_experts_lie_apart_on_disk_as_published(folder: Path) -> None:
     names = tensors(folder)
     for layer in (1, 2, 3):

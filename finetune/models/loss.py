@@ -8,7 +8,7 @@ hooks around it (DeepSpeed ZeRO-3 gathers the weight there) see an ordinary modu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -315,8 +315,8 @@ class SupervisedLoss:
 
     looks_at_positions = False
     """Whether `base_model` looks for documents in positions, and makes a mask, by itself."""
-    shows_hidden = False
-    """Whether outputs with logits have a `last_hidden_state` too."""
+    output_type: type[CausalLMOutputWithPast] = CausalLMOutputWithPast
+    """What outputs with logits are; its fields are those of the base model's output."""
 
     def forward(  # noqa: PLR0913 - the signature of transformers' causal models
         self,
@@ -388,13 +388,7 @@ class SupervisedLoss:
             )
         loss = None if head_loss is None else head_loss(head, hidden)
         logits = _logits(head, hidden, logits_to_keep) if asked else None
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        if self.shows_hidden and logits is not None:
-            result = HiddenOutput(**result, last_hidden_state=hidden)
+        kind = CausalLMOutputWithPast if logits is None else self.output_type
+        shown = {field.name: getattr(outputs, field.name, None) for field in fields(kind)}
+        result = kind(**shown | {"loss": loss, "logits": logits})
         return result.to_tuple() if return_dict is False else result

@@ -8,7 +8,6 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 import finetune.models  # noqa: F401 - registers the classes
-from finetune.models.chatglm.configuration import ChatGLMConfig
 from tests.foreign import families
 from tests.foreign.theirs import has_generation, offer
 
@@ -25,7 +24,7 @@ modeling_auto.MODEL_MAPPING_NAMES["chatglm"] = "ChatGLMModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["chatglm"] = "ChatGLMForConditionalGeneration"
 
 
-class _Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
+class _Suite(ModelTesterMixin, GenerationTesterMixin):
     """What transformers' own test of a decoder consists of, but for pipelines, which want the hub."""
 
     family: Any
@@ -36,7 +35,9 @@ class _Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     def setUp(self) -> None:
         """Before each test."""
         self.model_tester = self.family(self)
-        self.config_tester = ConfigTester(self, config_class=self.config_class, hidden_size=37)
+        self.config_tester = ConfigTester(
+            self, config_class=self.config_class, **self.family.config_options
+        )
 
     @property
     def all_model_classes(self) -> tuple[Any, ...]:
@@ -53,37 +54,36 @@ class _Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
         )(lambda self: None)
 
 
-class TestChatGLM(_Suite, unittest.TestCase):
-    """GLM-4 in the published layout."""
+FAMILIES = {
+    "ChatGLM": families.ChatGLMTester,
+    "ChatGLMVision": families.ChatGLMVisionTester,
+    "OurGlm": families.OurGlmTester,
+    "OurGlm4": families.OurGlm4Tester,
+    "OurMixture": families.OurMixtureTester,
+    "OurMla": families.OurMlaTester,
+    "OurGrid": families.OurGridTester,
+    "OurGrid46": families.OurGrid46Tester,
+    "OurOcr": families.OurOcrTester,
+    "OurGridMixture": families.OurGridMixtureTester,
+    "Glm": families.GlmTester,
+    "Mixture": families.MixtureTester,
+    "Mla": families.MlaTester,
+    "Grid": families.GridTester,
+    "Grid46": families.Grid46Tester,
+    "Ocr": families.OcrTester,
+    "GridMixture": families.GridMixtureTester,
+}
+"""Those of this project, then transformers' own for comparison."""
 
-    family = families.ChatGLMTester
-    config_class = ChatGLMConfig
-
-
-class TestChatGLMVision(_Suite, unittest.TestCase):
-    """GLM-4V."""
-
-    family = families.ChatGLMVisionTester
-    additional_model_inputs = ("pixel_values",)
-    config_class = ChatGLMConfig
-
-
-class TestOurGlm(_Suite, unittest.TestCase):
-    """The -hf conversions with the loss of this project."""
-
-    family = families.OurGlmTester
-    config_class = families.OurGlmTester.config_class
-
-
-class TestOurGlm4(_Suite, unittest.TestCase):
-    """GLM-4-0414 with the loss of this project."""
-
-    family = families.OurGlm4Tester
-    config_class = families.OurGlm4Tester.config_class
-
-
-class TestGlm(_Suite, unittest.TestCase):
-    """transformers' own class, for comparison."""
-
-    family = families.GlmTester
-    config_class = families.GlmTester.config_class
+for _name, _family in FAMILIES.items():
+    _own = {
+        "__doc__": _family.__doc__,
+        "__module__": __name__,
+        "family": _family,
+        "config_class": _family.config_class,
+        "additional_model_inputs": _family.additional_model_inputs,
+        "_is_composite": _family.is_composite,
+    }
+    # That mixin knows models of text alone.
+    _bases = (_Suite,) if _family.is_composite else (_Suite, TrainingTesterMixin)
+    globals()[f"Test{_name}"] = type(f"Test{_name}", (*_bases, unittest.TestCase), _own)

@@ -26,8 +26,30 @@ FAMILIES = {
     "TestChatGLMVision": "`chatglm`, GLM-4V",
     "TestOurGlm": "`glm`",
     "TestOurGlm4": "`glm4`",
+    "TestOurMixture": "`glm4_moe`",
+    "TestOurMla": "`glm4_moe_lite`",
+    "TestOurGrid": "`glm4v`",
+    "TestOurGrid46": "`glm46v`",
+    "TestOurOcr": "`glm_ocr`",
+    "TestOurGridMixture": "`glm4v_moe`",
     "TestGlm": "transformers' `Glm`",
+    "TestMixture": "transformers' `Glm4Moe`",
+    "TestMla": "transformers' `Glm4MoeLite`",
+    "TestGrid": "transformers' `Glm4v`",
+    "TestGrid46": "transformers' `Glm46V`",
+    "TestOcr": "transformers' `GlmOcr`",
+    "TestGridMixture": "transformers' `Glm4vMoe`",
 }
+TEXTS = ("TestChatGLM", "TestChatGLMVision", "TestOurGlm", "TestOurGlm4", "TestGlm")
+"""The families whose skips are laid side by side; of the others the pages show what differs."""
+
+
+def beside(family: str) -> str:
+    """transformers' own class under the same tester; Glm where it has none, and of that itself."""
+    theirs = family.replace("TestOur", "Test")
+    return theirs if theirs in FAMILIES and family not in TEXTS else "TestGlm"
+
+
 PEFT_FAMILIES = {"chatglm": "`chatglm`"}
 
 HOURS = 3 * 3600
@@ -140,7 +162,7 @@ def write(found: Mapping[str, Mapping[str, Outcome]]) -> None:
         text = page.read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)
         _, _, after = rest.partition(END)
-        table = "\n".join([*_counts(found), "", *_side_by_side(skips)])
+        table = "\n".join([*_counts(found), "", *_side_by_side(skips), "", *_differences(skips)])
         page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
@@ -164,7 +186,7 @@ def _counts(found: Mapping[str, Mapping[str, Outcome]]) -> list[str]:
 
 def _side_by_side(skips: Skips) -> list[str]:
     """A row for each reason, with how many tests of each family skip for it."""
-    columns = {name: skips.get(f"transformers {key}", {}) for key, name in FAMILIES.items()}
+    columns = {FAMILIES[key]: skips.get(f"transformers {key}", {}) for key in TEXTS}
     reasons = sorted({reason for column in columns.values() for reason in column})
     lines = [
         "| reason | " + " | ".join(columns) + " |",
@@ -173,6 +195,20 @@ def _side_by_side(skips: Skips) -> list[str]:
     for reason in reasons:
         numbers = [str(len(column.get(reason, [])) or "") for column in columns.values()]
         lines.append(f"| {reason.replace('|', '/')} | " + " | ".join(numbers) + " |")
+    return lines
+
+
+def _differences(skips: Skips) -> list[str]:
+    """A row for each family and test that skips in it and not in transformers' own class, or there only."""
+    lines = ["| family | test | skips here | skips in transformers' class |", "|---|---|---|---|"]
+    for family in (name for name in FAMILIES if name not in TEXTS and beside(name) != name):
+        ours, theirs = (
+            {test: reason for reason, tests in skips.get(key, {}).items() for test in tests}
+            for key in (f"transformers {family}", f"transformers {beside(family)}")
+        )
+        for test in sorted(ours.keys() ^ theirs.keys()):
+            reasons = f"{ours.get(test, '')} | {theirs.get(test, '')}"
+            lines.append(f"| {FAMILIES[family]} | `{test}` | {reasons} |")
     return lines
 
 

@@ -26,7 +26,7 @@ from finetune.models.chatglm.layers import (
 )
 from finetune.models.chatglm.spans import Spans, positions, remember
 from finetune.models.chatglm.vision import PatchEmbedding, VisionModel
-from finetune.models.loss import SupervisedHead, SupervisedLoss
+from finetune.models.loss import HiddenOutput, SupervisedHead, SupervisedLoss
 from finetune.models.packed_attention import document_starts, positions_in_documents
 
 
@@ -199,7 +199,9 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
     """The language model, under its published class name."""
 
     _tp_plan: ClassVar[dict[str, str]] = {"transformer.output_layer": "colwise_gather_output"}
-    shows_hidden = True  # AutoModel gives this class, as published, where others give a base model
+    output_type = (
+        HiddenOutput  # AutoModel gives this class, as published, where others give a base model
+    )
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)

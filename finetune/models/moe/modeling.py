@@ -7,13 +7,16 @@ Experts of a layer are held as one tensor each for gate and up, and for down, an
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteTopkRouter
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeTextTopkRouter
+from transformers.utils import output_capturing
 
 from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.moe.routing import ExpertUse, Router
@@ -89,6 +92,10 @@ def count_experts(text: nn.Module, layers: nn.ModuleList) -> None:
         router.__class__ = _ROUTERS[type(router)]
         router.use, router.place = use, place
     text.expert_use = use  # type: ignore[assignment]
+    # By its class's name transformers knows what a model can return besides (hidden states, attentions);
+    # a class that is built is known, one that is put in its place is not.
+    known = output_capturing._CAN_RECORD_REGISTRY
+    dict.__setitem__(known, str(type(text)), text._can_record_outputs)
 
 
 def layers_for_prediction(config: Any) -> list[int]:
@@ -114,7 +121,21 @@ class _LiteModel(CountsExperts, transformers.Glm4MoeLiteModel):
     pass
 
 
-class Glm4MoeForCausalLM(OfTransformers, SupervisedLoss, transformers.Glm4MoeForCausalLM):
+class RoutedLoss(OfTransformers, SupervisedLoss):
+    """Goes before a causal model whose layers are mixtures: outputs have `router_logits` when they are asked for."""
+
+    output_type = MoeCausalLMOutputWithPast
+
+    @wraps(SupervisedLoss.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return logits, or with labels [B, T] the loss; see `SupervisedLoss`."""
+        return super().forward(*args, **kwargs)
+
+    # Programs of others read here what is returned.
+    forward.__annotations__ = SupervisedLoss.forward.__annotations__ | {"return": output_type}
+
+
+class Glm4MoeForCausalLM(RoutedLoss, transformers.Glm4MoeForCausalLM):
     """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
 
     looks_at_positions = True
@@ -124,7 +145,7 @@ class Glm4MoeForCausalLM(OfTransformers, SupervisedLoss, transformers.Glm4MoeFor
         _finish(self, _Model)
 
 
-class Glm4MoeLiteForCausalLM(OfTransformers, SupervisedLoss, transformers.Glm4MoeLiteForCausalLM):
+class Glm4MoeLiteForCausalLM(RoutedLoss, transformers.Glm4MoeLiteForCausalLM):
     """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
 
     looks_at_positions = True

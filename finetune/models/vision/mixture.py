@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from finetune.models.loss import SupervisedHead
 from finetune.models.moe.modeling import (
@@ -28,6 +29,8 @@ class Glm4vMoeForConditionalGeneration(
     OfTransformers, GridLoss, transformers.Glm4vMoeForConditionalGeneration
 ):
     """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
+
+    output_type = MoeCausalLMOutputWithPast
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
