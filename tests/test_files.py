@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,28 @@ def test_parquet_gives_rows_without_the_nulls_that_fill_structs(tmp_path: Path) 
     parquet.write_table(pa.Table.from_pylist(rows + rows * 299), tmp_path / "a.parquet")
     assert values(tmp_path / "a.parquet") == rows * 300
     assert lines_of(tmp_path / "a.parquet") == list(range(1, 601))
+
+
+class Planted:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("planted",))
+
+
+@pytest.mark.parametrize("kind", ["arrow.py_extension_type", "arrow.json", "of.another"])
+def test_a_parquet_type_of_others_is_read_as_what_it_lies_in_and_its_pickle_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    of_type = {"ARROW:extension:name": kind, "ARROW:extension:metadata": pickle.dumps(Planted())}
+    field = pa.field("prompt", pa.string(), metadata=of_type)
+    table = pa.table({"prompt": ['"a"']}, schema=pa.schema([field]))
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet"))
+    assert not (tmp_path / "planted").exists()
+    pickle.loads(of_type["ARROW:extension:metadata"])  # so would it be
+    assert (tmp_path / "planted").exists()
 
 
 def test_a_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:

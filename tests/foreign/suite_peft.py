@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 import finetune.models  # noqa: F401 - registers the classes
 from tests.foreign.theirs import offer
@@ -20,7 +21,16 @@ from peft_tests import test_decoder_models as theirs  # noqa: E402
 
 MODEL = os.environ["FOREIGN_MODEL"]
 """A tiny checkpoint, in the place of the ones on the hub that PEFT's tests name."""
+theirs.PEFT_DECODER_MODELS_TO_TEST[:] = [MODEL]  # one test takes the first of them by itself
 
+
+def _quotes() -> DatasetDict:
+    """Sentences in the place of the data set on the hub that one test trains on."""
+    rows = [f"The quick fox jumps over {n} lazy dogs." for n in range(64)]
+    return DatasetDict(train=Dataset.from_dict({"quote": rows}))
+
+
+theirs.load_dataset_english_quotes = _quotes
 
 _MODELS_OF_THEIR_OWN = [
     "test_prompt_tuning_text_tokenizer_kwargs",
