@@ -127,7 +127,7 @@ class RoutedLoss(OfTransformers, SupervisedLoss):
     output_type = MoeCausalLMOutputWithPast
 
     @wraps(SupervisedLoss.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return logits, or with labels [B, T] the loss; see `SupervisedLoss`."""
         return super().forward(*args, **kwargs)
 
