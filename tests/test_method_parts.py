@@ -313,8 +313,8 @@ def test_each_scale_and_format_has_a_cast_of_its_own() -> None:
     layer = low_rank()
     wide = layer.weight.detach()
     with torch.no_grad():
-        for scale in (2.0, 0.5, 1.0):
-            for dtype in (torch.bfloat16, torch.float16):
+        for dtype in (torch.bfloat16, torch.float16):
+            for scale in (2.0, 0.5, 1.0):
                 assert torch.equal(layer.cast(dtype, scale), (wide * scale).to(dtype))
     assert layer.cast(torch.float32) is layer.weight
 
