@@ -317,6 +317,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"process 999999999 on {socket.gethostname()}, started 1\n", False),
         ("process 7 on elsewhere", False), ("", False),
     ],
+    ids=["elsewhere", "this one", "an earlier one of its number", "gone", "half a line", "empty"],
 )  # fmt: skip
 def test_an_owner_lives_while_its_process_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, lives: bool

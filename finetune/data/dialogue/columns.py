@@ -72,6 +72,8 @@ def category(row: Row) -> str:
     >>> category({"category": "", "task": "open qa", "topic": "history"}), category({"domain": 3})
     ('open qa', '')
     """
+    if row.keys().isdisjoint(CATEGORIES):  # nearly all rows
+        return ""
     said = (value.strip() for name in CATEGORIES if isinstance(value := row.get(name), str))
     return next((one for one in said if one and len(one) <= _CATEGORY and one.isprintable()), "")
 

@@ -91,6 +91,8 @@ class Glm4Layout(Layout):
     ) -> PlannedRun:
         header, text = self._headers[message.role], f"{name}\n{body}"
         if message.role != "assistant":
+            if not message.images:
+                return PlannedRun(index, (header, texts.number(text)))
             shown = parts_with_images(message, body, self._tokenizer)
             return PlannedRun(index, texts.ops(header, f"{name}\n", *shown))
         if self._keeps_suffix and text.startswith(self.suffix):
