@@ -20,6 +20,8 @@ from finetune.generation import drafts
 from finetune.generation.batch import SharedPrefix
 from finetune.generation.decoder import Decoder, Decoding, DecodingRow, Request
 from finetune.generation.drafts import Drafts
+from finetune.generation.load import _sharing
+from finetune.methods.adapter_rows import AdapterRows
 from finetune.models.kernels import products
 from finetune.models.load import load_model
 
@@ -71,10 +73,10 @@ class Asked:
     more: Callable[[], dict[str, Any]] = dict
     """Of each request: a constraint, who reads it."""
 
-    def written(self, prompt: Sequence[int], prefix: SharedPrefix | None = None) -> Decoder:
+    def written(self, prompt: Sequence[int], prefix: SharedPrefix | None = None, *, drafts: bool = True) -> Decoder:  # fmt: skip
         """Its decoder, at the end of the reply."""
         with torch.no_grad(), products.packed(self.model):
-            decoder = Decoder(self.model, self.stop_ids)
+            decoder = Decoder(self.model, self.stop_ids, drafts=drafts)
             [row] = decoder.add([Request(prompt, self.decoding, **self.more())], prefix)
             while decoder.active:
                 decoder.step()
@@ -88,9 +90,7 @@ class Asked:
 
     def by_steps(self, prompt: Sequence[int]) -> DecodingRow:
         """The reply without drafts."""
-        with pytest.MonkeyPatch.context() as off:
-            off.setattr(drafts, "_can_be_checked", lambda model: False)
-            return self.row(prompt)
+        return self.written(prompt, drafts=False)._rows[0]
 
 
 def copying(model: Any, copied: Sequence[int]) -> None:
@@ -186,9 +186,7 @@ def test_a_reply_ends_where_it_would_have_ended(
     stopped = Asked(model, [text[12 + longest]]).row(prompt)
     assert (stopped.ids, stopped.stopped) == (expected, True)
     steps = Asked(model, decoding=Decoding(longest)).written(prompt)
-    with pytest.MonkeyPatch.context() as off:
-        off.setattr(drafts, "_can_be_checked", lambda model: False)
-        plain = Asked(model, decoding=Decoding(longest)).written(prompt)
+    plain = Asked(model, decoding=Decoding(longest)).written(prompt, drafts=False)
     kept, expected_kept = (one.taken(one._rows[0]) for one in (steps, plain))
     assert kept.ids == expected_kept.ids
     for pair, other in zip(kept.layers, expected_kept.layers, strict=True):
@@ -240,6 +238,29 @@ def test_adapters_and_prefixes_reply_the_same(method: Any, folder: Path, passes:
         assert asked.row(prompt).ids == asked.by_steps(prompt).ids
     assert drafts._exact[model]
     assert all(drafts._exact[model].values())
+
+
+def test_adapters_of_one_base_reply_the_same(tiny_glm: Path, passes: list[int]) -> None:
+    base = load_model(tiny_glm, dtype="float32")
+    torch.manual_seed(0)
+    adapters = [methods.attach(_sharing(base), LoraMethod(rank=4)).eval() for _ in range(2)]
+    rows = AdapterRows(base)
+    for name, adapted in zip(("one", "other"), adapters, strict=True):
+        with torch.no_grad():
+            for place, weight in adapted.named_parameters():
+                if "lora_" in place:
+                    torch.nn.init.normal_(weight, std=0.3)
+        rows.put(name, adapted)
+    replies = set()
+    for name in ("one", "other", ""):
+        for prompt in prompts(4):
+            asked = Asked(rows, more=lambda name=name: {"adapter": name})
+            drafted = asked.row(prompt).ids
+            assert drafted == asked.by_steps(prompt).ids
+            replies.add(tuple(drafted))
+    assert len(replies) == 12
+    assert {adapter for adapter, *_ in drafts._exact[rows]} == {"one", "other", ""}
+    assert all(drafts._exact[rows].values())
 
 
 def test_what_prompts_begin_with_may_be_known(tiny_glm: Path, passes: list[int]) -> None:

@@ -15,7 +15,7 @@ from finetune.config.schema import PTuningV2Method
 from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.errors import DataError
 from finetune.generation import batch as tensors
-from finetune.generation import drafts
+from finetune.generation import decoder, drafts
 from finetune.generation import generate as generation
 from finetune.generation.decoder import Decoder, DecodingRow
 from finetune.generation.generate import Extras, Reply, SeededSampling, generate, plan_batches
@@ -107,6 +107,7 @@ SPEED_PATHS: dict[str, list[tuple[Any, str, Any]]] = {
     "one row at a time": [(generation, "CACHE_BYTES", 1)],
     "torch's own products": [(products, "_gains", lambda: False)],
     "weights not packed": [(products, "PACKED_SHARE", 10**18)],
+    "torch's own maximum": [(decoder, "_argmax", lambda logits: logits.argmax(dim=-1))],
     "nothing drafted": [(drafts, "FOLLOWED", 10**9)],
     "more drafted": [(drafts, "FOLLOWED", 1), (drafts, "LONGEST_PAUSE", 0)],
     "masks made by transformers": [(tensors, "takes_documents", lambda model: False)],

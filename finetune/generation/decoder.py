@@ -230,13 +230,13 @@ def token_at(chances: Tensor, part: float) -> int:
 
 
 class Decoder:
-    """Rows that are written together, one token a round."""
+    """Rows that are written together, a token a round; one alone may get several, unless `drafts` is False."""
 
     def __init__(
-        self, model: Any, stop_ids: Sequence[int], prefix: SharedPrefix | None = None
-    ) -> None:
+        self, model: Any, stop_ids: Sequence[int], prefix: SharedPrefix | None = None, *, drafts: bool = True
+    ) -> None:  # fmt: skip
         self.batch = Batch(model, prefix if prefix is not None else SharedPrefix(model, []))
-        self._model = model
+        self._drafts_for = model if drafts else None
         self._stop_ids = frozenset(stop_ids)
         self._choose: Callable[[list[str]], object] | None = getattr(model, "choose", None)
         """Of a model with several adapters: says which row is whose."""
@@ -268,9 +268,11 @@ class Decoder:
         """One more token for every row."""
         if self._choose is not None:
             self._choose([row.request.adapter for row in self._rows])
-        if len(self._rows) == 1 and (draft := self._rows[0].drafts.next(self._model, self.batch)):
-            self._check(self._rows[0], draft)
-            return
+        if self._drafts_for is not None and len(self._rows) == 1:
+            [row] = self._rows
+            if draft := row.drafts.next(self._drafts_for, self.batch):
+                self._check(row, draft)
+                return
         logits = self.batch.step([(row.ids or [0])[-1] for row in self._rows])
         self._append(self._rows, logits)
 

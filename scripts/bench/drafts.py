@@ -82,21 +82,15 @@ def milliseconds(model: Any, prompt: Sequence[int], tokens: int, turns: int = 15
 
 def replied(model: Any, prompt: Sequence[int], *, drafted: bool) -> tuple[list[int], int, float]:
     """A reply, its passes behind the first token, and their CPU seconds."""
-    from finetune.generation import drafts
     from finetune.generation.decoder import Decoder, Decoding, Request
 
-    may, number = drafts._can_be_checked, 0
-    drafts._can_be_checked = may if drafted else lambda model: False
-    try:
-        decoder = Decoder(model, ())
-        [row] = decoder.add([Request(prompt, Decoding(NEW_TOKENS))])
-        begun = time.process_time()
-        while decoder.active:
-            decoder.step()
-            number += 1
-        return row.ids, number, time.process_time() - begun
-    finally:
-        drafts._can_be_checked = may
+    decoder, number = Decoder(model, (), drafts=drafted), 0
+    [row] = decoder.add([Request(prompt, Decoding(NEW_TOKENS))])
+    begun = time.process_time()
+    while decoder.active:
+        decoder.step()
+        number += 1
+    return row.ids, number, time.process_time() - begun
 
 
 def compare(model: Any, name: str, prompts: Sequence[Sequence[int]]) -> None:
