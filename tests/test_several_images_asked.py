@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.generation.load import open_model
 from finetune.serving.errors import ApiError
 from finetune.serving.page.saved import Dialogue, read_row, training_row
+from finetune.serving.requests.completion import AskedCompletion
+from finetune.serving.requests.images import PREFIX
 from finetune.serving.requests.rules import RequestRules
 
 ANSWER = {"role": "assistant", "content": "A"}
@@ -84,6 +87,32 @@ def test_a_request_of_too_many_images_or_pixels_is_refused_before_one_is_decoded
         body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
         with pytest.raises(ApiError, match=reason):
             serving.read_chat(body, rules_of(template), tmp_path)
+
+
+def test_a_message_for_a_client_numbers_its_images_and_names_no_folder_of_this_machine(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"{PREFIX}abc"
+    folder.mkdir()
+    content = [shown_part((20, 10), "red"), shown_part((4000, 2), "red")]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+    with pytest.raises(ApiError, match="image 2: absolute aspect ratio") as caught:
+        serving.read_chat(body, rules_of(template), folder)
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_completion_of_ids_shows_no_image_and_says_so(
+    template: ChatTemplate, begins: bool
+) -> None:
+    assert template.image is not None
+    ids = template.tokenizer.control_ids
+    token = template.image.begin_id if begins else ids[template.image.patch_token]
+    body = json.dumps({"model": "tiny", "prompt": [1, token, 2]}).encode()
+    with pytest.raises(ApiError, match="tokens of an image"):
+        AskedCompletion(body, {"tiny": rules_of(template)}).replies()
+    plain = json.dumps({"model": "tiny", "prompt": [1, 2]}).encode()
+    assert len(AskedCompletion(plain, {"tiny": rules_of(template)}).replies()) == 1
 
 
 @pytest.mark.parametrize("role", ["user", "tool"])

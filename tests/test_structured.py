@@ -177,6 +177,10 @@ NO_SCHEMAS: list[tuple[Any, str]] = [
     ),
     ({"allOf": [{"anyOf": [{"properties": {f"k{i}{j}": {"type": "integer"}}} for j in range(3)]}
                 for i in range(10)]}, "cannot be compiled"),
+    ({"type": "integer", "minimum": 10**40}, "too large to be enforced"),
+    ({"items": [{"anyOf": [{"exclusiveMaximum": -1e19}]}]}, "too large to be enforced"),
+    ({"type": "integer", "multipleOf": 999_983}, "too large to be enforced"),
+    ({"type": "number", "multipleOf": 0.1234567}, "too large to be enforced"),
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -308,7 +309,40 @@ def _call_rule(tool: Mapping[str, Any], strict: bool) -> str:
 
 def _json_rule(schema: Mapping[str, Any], strict: bool) -> str:
     options = {**_SPELLING, "lenient": not strict}
+    if number := _too_large(schema):
+        raise DataError(
+            f"{number} is too large to be enforced; use bounds below 2^63 and smaller divisors"
+        )
     return "%json " + json.dumps({**closed(schema), "x-guidance": options}, ensure_ascii=False)
+
+
+LARGEST_DIVISOR = 20_000
+"""Of `multipleOf`, in units of its last digit: compiling takes a second for 100,000."""
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+
+
+def _too_large(schema: Any) -> float:
+    """A number of a schema that cannot be enforced; 0 where there is none.
+
+    llguidance cuts bounds down to 64 bits, and so would write other numbers, and counts through a divisor.
+    """
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if not isinstance(value, (int, float)) or key not in _BOUNDS:
+                continue
+            if abs(value) >= 2**63 or (key == "multipleOf" and _numerator(value) > LARGEST_DIVISOR):
+                return value
+    parts = schema.values() if isinstance(schema, Mapping) else schema
+    if not isinstance(schema, (Mapping, list)):
+        return 0
+    return next((found for part in parts if (found := _too_large(part))), 0)
+
+
+def _numerator(value: float) -> int:
+    """25 of 0.25, 300 of 300.0: a divisor in units of its last digit."""
+    number = abs(Decimal(repr(value)))
+    whole = number == number.to_integral_value()
+    return int(number if whole else number.scaleb(-int(number.as_tuple().exponent)))
 
 
 _COMBINING = frozenset(

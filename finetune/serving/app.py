@@ -33,6 +33,7 @@ from finetune.serving.page.routes import add_page
 from finetune.serving.requests.body import read_body
 from finetune.serving.requests.chat import AskedChat, read_tokens
 from finetune.serving.requests.completion import AskedCompletion
+from finetune.serving.requests.images import PREFIX
 from finetune.serving.requests.rules import Asked, RequestRules, rules_of
 
 IGNORED = "X-Ignored-Fields"
@@ -201,7 +202,7 @@ class Completions:
         """The replies in the model's queue; images are kept until the model has done with all."""
         if not asked.shows_image:
             return await self._submitted(asked, bool)
-        folder = tempfile.TemporaryDirectory(prefix="finetune-serve-", ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
         try:
             async with self._desk.decoding:
                 await asyncio.to_thread(asked.keep_images, Path(folder.name))

@@ -17,7 +17,13 @@ from finetune.data.preview.show import ShowResult, shown
 from finetune.errors import DataError
 from finetune.serving.errors import ApiError, bad_request
 from finetune.serving.requests.fields import Strict, parse
-from finetune.serving.requests.images import check_sources, is_image, with_image_files
+from finetune.serving.requests.images import (
+    PREFIX,
+    check_sources,
+    is_image,
+    with_image_files,
+    without_folders,
+)
 from finetune.serving.requests.rules import RequestRules, rules_of
 from finetune.storage.files import whole_binary
 from finetune.storage.journal import append, rows
@@ -126,7 +132,7 @@ def _shown(conversation: Conversation, rules: RequestRules) -> ShowResult:
     try:
         return shown(conversation, rules.template, "openai")
     except DataError as error:
-        raise bad_request(str(error), "messages") from error
+        raise bad_request(without_folders(str(error)), "messages") from error
 
 
 def training_row(dialogue: Dialogue, folder: Path) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def _message(message: Any, folder: Path, images: list[str]) -> Any:
 
 def _saved(part: Any, folder: Path) -> str:
     """The image of a part as a file below `folder`; its path from there."""
-    with tempfile.TemporaryDirectory(prefix="finetune-serve-") as place:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as place:
         [message] = with_image_files([{"role": "user", "content": [part]}], Path(place))
         data = Path(message["content"][0]["image"]).read_bytes()
     suffix = next((end for begin, end in _SUFFIXES.items() if data.startswith(begin)), "")

@@ -20,7 +20,12 @@ from finetune.generation.decoder import Constraint
 from finetune.serving.errors import bad_request
 from finetune.serving.requests import history
 from finetune.serving.requests.fields import ChatRequest, NamedTool, parse, read_json
-from finetune.serving.requests.images import check_sources, with_image_files
+from finetune.serving.requests.images import (
+    PREFIX,
+    check_sources,
+    with_image_files,
+    without_folders,
+)
 from finetune.serving.requests.rules import ReplyRequest, RequestRules, decoding, rules_of
 
 BOUNDS = {"messages": 4096, "content parts": 8192, "calls": 1024}
@@ -71,7 +76,7 @@ def read_tokens(body: bytes, models: Mapping[str, RequestRules]) -> tuple[list[i
         plain = rules.template.tokenizer.plain
         return list(plain.encode(value["prompt"], add_special_tokens=False).ids), rules
     asked = AskedChat(body, models)
-    with tempfile.TemporaryDirectory(prefix="finetune-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         asked.keep_images(Path(folder))
         return list(asked.replies()[0].prompt), asked.rules
 
@@ -83,7 +88,7 @@ def _replies(request: ChatRequest, rules: RequestRules) -> list[ReplyRequest]:
     try:
         prompt = rules.template.prompt(conversation, len(conversation.messages))
     except DataError as error:
-        raise bad_request(str(error), "messages") from error
+        raise bad_request(without_folders(str(error)), "messages") from error
     wanted = request.max_completion_tokens or request.max_tokens
     chosen = decoding(request, len(prompt), rules, wanted=wanted)
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.data.dialogue.conversation import Conversation
 from finetune.errors import DataError
@@ -12,6 +13,11 @@ from finetune.serving.errors import bad_request
 from finetune.serving.requests.fields import CompletionRequest, parse
 from finetune.serving.requests.rules import ReplyRequest, RequestRules, decoding, rules_of
 
+if TYPE_CHECKING:
+    from finetune.data.chat.template import ChatTemplate
+
+PADDING = "<|endoftext|>"
+"""GLM-4V's placeholder, which stands for many things."""
 MAX_REPLIES = 64
 """Of one request: prompts times `n`."""
 
@@ -63,6 +69,16 @@ def _replies(
     ]
 
 
+def _image_ids(template: ChatTemplate) -> set[int]:
+    """Tokens that stand for an image and nothing else: without one the model fails on them."""
+    assert template.image is not None
+    ids = template.tokenizer.control_ids
+    patch = template.image.patch_token
+    return {template.image.begin_id} | (
+        {ids[patch]} if patch in ids and patch != PADDING else set()
+    )
+
+
 def _ids(prompt: str | Sequence[int], rules: RequestRules) -> list[int]:
     """The tokens of a prompt; ids of a client's own stay as they are."""
     template = rules.template
@@ -71,6 +87,12 @@ def _ids(prompt: str | Sequence[int], rules: RequestRules) -> list[int]:
             raise bad_request(
                 f"prompt: {max(prompt)} is no token, of which there are "
                 f"{template.tokenizer.vocab_size}",
+                "prompt",
+            )
+        if rules.template.image is not None and _image_ids(rules.template) & set(prompt):
+            raise bad_request(
+                "prompt: holds tokens of an image, which a completion does not show; ask "
+                "/v1/chat/completions",
                 "prompt",
             )
         return list(prompt)

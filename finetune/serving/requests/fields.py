@@ -8,9 +8,9 @@ Fields that say nothing about the reply (`user`, `metadata` ...) are accepted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import RowError
@@ -106,12 +106,18 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing, which holds the schema")
+        return self
+
     @property
     def schema_wanted(self) -> Mapping[str, Any] | None:
         """The schema of the reply; None for any text."""
         if self.type == "text":
             return None
-        if self.type == "json_object" or self.json_schema is None:
+        if self.json_schema is None:
             return {"type": "object"}
         return self.json_schema.schema_
 

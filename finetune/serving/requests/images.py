@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from finetune.data.chat.image import ImageError, check_image, image_size
 from finetune.serving.errors import bad_request
 
+PREFIX = "finetune-serve-"
+"""Of the folders in which a request's images lie."""
 MAX_PIXELS = 25_000_000
 """Largest image that is decoded, 5000 x 5000; GLM-4V sees it at 1120 x 1120."""
 MAX_PIXELS_TOGETHER = 100_000_000
@@ -55,6 +58,11 @@ def with_image_files(messages: Sequence[Any], folder: Path) -> list[Any]:
         except ImageError as error:
             raise bad_request(f"the image cannot be shown: {error}", location) from error
     return kept
+
+
+def without_folders(text: str) -> str:
+    """A message for a client, in which its images are numbered and no folder of this machine is named."""
+    return re.sub(rf"\S*{PREFIX}\w+/(\d+)", lambda file: str(int(file[1]) + 1), text)
 
 
 def _pixels(file: Path) -> int:
