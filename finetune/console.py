@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ _SHOWN = {
     **dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
 }
 """Control characters as pictures of them: those that a terminal would obey, or that turn lines around."""
+_ENDLESS = re.compile(r"[^\s，。；：、]{1000,}")
+"""A word that nobody reads to its end, such as a tensor's name of 200,000 characters."""
 PLAIN_PROGRESS_SECONDS = 5.0
 """In a log file a progress line appears at most this often."""
 
@@ -57,6 +60,11 @@ def shown(text: str) -> str:
     return text.translate(_SHOWN)
 
 
+def _told(text: str) -> str:
+    """A message in the user's language, in which no name of a stranger's takes pages."""
+    return _ENDLESS.sub(lambda name: f"{name[0][:500]}…{name[0][-200:]}", sentence(text))
+
+
 def say(text: str | Text = "") -> None:
     """One line (or several) for the user; a rich Text keeps its colours on a terminal."""
     if not is_rank0():
@@ -74,10 +82,10 @@ def warn(text: str) -> None:
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         from rich.text import Text
 
-        line = Text.assemble((word("warning: "), "bold yellow"), shown(sentence(text)))
+        line = Text.assemble((word("warning: "), "bold yellow"), shown(_told(text)))
         _rich(stderr=True).print(line, soft_wrap=True)
     else:
-        _write(sys.stderr, word("warning: ") + sentence(text))
+        _write(sys.stderr, word("warning: ") + _told(text))
 
 
 def warn_once(text: str) -> None:
@@ -89,7 +97,7 @@ def warn_once(text: str) -> None:
 
 def error(text: str) -> None:
     """Why the program ends; on standard error, by whoever calls."""
-    _write(sys.stderr, word("error: ") + sentence(text))
+    _write(sys.stderr, word("error: ") + _told(text))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -8,25 +8,52 @@ from __future__ import annotations
 
 import os
 
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def problem() -> str | None:
+    """What is wrong with the variables, which others than torchrun may have set; None when nothing is."""
+    said = {name: os.environ[name] for name in NUMBERS if os.environ.get(name)}
+    remedy = "start with torchrun or finetune launch, or unset RANK, LOCAL_RANK and WORLD_SIZE"
+    for name, value in said.items():
+        if not value.isdecimal() or (name.endswith("SIZE") and int(value) == 0):
+            return f"the variable {name} is {value!r}, which is no number of processes; {remedy}"
+    name, others = "WORLD_SIZE", ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if name not in said:
+        name, others = "RANK", ("WORLD_SIZE",) if rank() else ()
+    if missing := [other for other in others if not os.environ.get(other)]:
+        return f"the variable {name} is set, but {' and '.join(missing)} is not; {remedy}"
+    if "WORLD_SIZE" in said and rank() >= world_size():
+        return (
+            f"the variable RANK is {rank()} of {world_size()} processes, counted from 0; {remedy}"
+        )
+    return None
+
+
+def _number(name: str, default: int) -> int:
+    """The number in a variable; the default where it is none, which `problem` says."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
 
 def rank() -> int:
     """This process's number among all processes of the run."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def local_rank() -> int:
     """This process's number on its machine, which is also that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """How many processes were started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+    return _number("LOCAL_WORLD_SIZE", world_size())
 
 
 def world_size() -> int:
     """How many processes were started, on all machines together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def is_launched() -> bool:

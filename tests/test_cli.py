@@ -82,6 +82,7 @@ def test_without_torchruns_folder_only_rank_0_speaks(here, monkeypatch, capsys):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         assert exit_code("x.yaml", "foo") == 2
         assert exit_code("evaluate") == 2
     errors = capsys.readouterr().err

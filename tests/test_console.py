@@ -186,3 +186,15 @@ def test_control_characters_are_shown_and_never_obeyed(watched, monkeypatch, cap
     assert "\x1b[2J" not in said
     assert said.count("␛]52;c;aGk=␇␛[2J␍") >= 5
     assert styled.plain == EVIL.replace("\x07", "").replace("\r", "")  # as rich itself keeps it
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("said", [console.warn, console.error])
+def test_a_name_of_a_stranger_takes_no_pages(said, language, monkeypatch, capsys):
+    monkeypatch.setenv("FINETUNE_LANG", language)
+    said(f"{'x' * 200_000}: correct it, {'y' * 999} stays, and {'z' * 1000}")
+    told = capsys.readouterr().err
+    assert len(told) < 3000
+    assert "y" * 999 in told
+    assert f"{'x' * 500}…{'x' * 199}:" in told
+    assert "correct it" in told

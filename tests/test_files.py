@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,47 @@ def test_a_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
     rows = list(read_rows(tmp_path / "a.parquet"))
     assert [type(row) for row in rows] == [Row, BadRow, Row]
     assert rows[1] == BadRow(f"{tmp_path}/a.parquet:2", "a text column is not UTF-8")
+
+
+FAR = {
+    "a duration": pa.array([1, 2**62, 3], pa.duration("s")),
+    "a date": pa.array([1, 2**61, 3], pa.timestamp("us")),
+}
+
+
+@pytest.mark.parametrize("what", FAR)
+@pytest.mark.parametrize("arrow", [True, False])
+def test_a_value_that_python_cannot_hold_is_one_bad_row(
+    tmp_path: Path, what: str, arrow: bool
+) -> None:
+    table = pa.table({"prompt": ["a", "b", "c"], "when": FAR[what]})
+    path = tmp_path / ("a.arrow" if arrow else "a.parquet")
+    if arrow:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    else:
+        parquet.write_table(table, path)
+    rows = list(read_rows(path))
+    assert [type(row) for row in rows] == [Row, BadRow, Row]
+    assert isinstance(rows[1], BadRow)
+    assert "out of range" in rows[1].reason
+
+
+def test_a_table_of_100_000_columns_costs_no_minutes(tmp_path: Path) -> None:
+    names = ",".join(f"c{number}" for number in range(100_000))
+    (tmp_path / "a.csv").write_text(f"{names}\n{'x,' * 99_999}x\n")
+    begun = time.process_time()
+    (row,) = read_rows(tmp_path / "a.csv")
+    assert isinstance(row, Row)
+    assert len(row.value) == 100_000
+    assert time.process_time() - begun < 3
+
+
+def test_a_table_with_the_line_ends_of_old_macs_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"prompt,response\ra,b\r")
+    (row,) = read_rows(tmp_path / "a.csv")
+    assert isinstance(row, BadRow)
+    assert "CR alone" in row.reason
 
 
 json_values = st.recursive(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import exit_code
 
+from finetune import launcher
 from finetune.config.migrate import migrate
 from finetune.config.yaml_text import one_line, parse
 from finetune.errors import ConfigError
@@ -88,6 +89,49 @@ def test_a_slip_is_told_in_one_message_with_its_remedy(
         assert said in told
     else:
         assert re.search("[\u4e00-\u9fff]{2}", told), told
+
+
+@pytest.mark.parametrize(
+    "words", [["predict", "m", "--data", "d", "--output", "o"], ["train", "x.yaml"]]
+)
+def test_a_working_directory_that_is_gone_is_named(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert exit_code(*words) == 2
+    assert "working directory is not there" in capsys.readouterr().err
+
+
+VARIABLES = {
+    "a rank of a word": {"RANK": "first"},
+    "a rank without a size": {"RANK": "5"},
+    "a size of nothing": {"WORLD_SIZE": "0", "RANK": "0"},
+    "a size without a rank": {"WORLD_SIZE": "2"},
+    "a size without an address": {"WORLD_SIZE": "2", "RANK": "0"},
+    "a rank behind the last": {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+    "a local rank of a word": {"LOCAL_RANK": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", VARIABLES)
+def test_variables_of_a_launcher_that_do_not_fit_are_named_by_whoever_meets_them(
+    here: Path, what: str, tiny_glm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    for name in (*launcher.NUMBERS, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher.problem() is None
+    for name, value in VARIABLES[what].items():
+        monkeypatch.setenv(name, value)
+    assert re.search("RANK|WORLD_SIZE", launcher.problem() or "")
+    assert launcher.rank() >= 0
+    assert launcher.world_size() >= 0
+    (here / "d.jsonl").write_text('{"prompt": "a"}\n')
+    words = ["predict", str(tiny_glm), "--data", "d.jsonl", "--output", "o.jsonl"]
+    if what != "a rank behind the last":  # rank 0 says it
+        assert exit_code(*words) == 2
+        assert "start with torchrun" in capsys.readouterr().err
 
 
 RULES = {

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import console
+from finetune import console, launcher
 from finetune.errors import (
     ConfigError,
     FinetuneError,
@@ -92,12 +92,25 @@ def _disk_error(error: Exception) -> SpaceError | None:
 
 def _path_error(error: Exception) -> ConfigError | None:
     """What the system says of a path that no check foresaw, such as an output below /proc."""
+    if isinstance(error, FileNotFoundError) and error.filename is None and _is_nowhere():
+        return ConfigError(
+            "the working directory is not there any more; change into another one, or make it again"
+        )
     if not isinstance(error, OSError) or error.filename is None:
         return None
     return ConfigError(
         f"{os.fsdecode(error.filename)}: {error.strerror}; check the path, or choose another place "
         "(--debug shows where it was met)"
     )
+
+
+def _is_nowhere() -> bool:
+    """Whether the working directory was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _out_of_memory(error: Exception) -> OutOfMemoryError | None:
@@ -184,7 +197,7 @@ def _speaks(text: str) -> bool:
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     if "RANK" not in os.environ or not error_file or error_file == os.devnull:
-        return console.is_rank0()
+        return console.is_rank0() or not launcher.is_launched()
     said = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
     try:
         Path(error_file).parent.with_name(f"said-{said}").touch(exist_ok=False)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from finetune import launcher
 from finetune.distributed import device, position
-from finetune.errors import FinetuneError
+from finetune.errors import ConfigError, FinetuneError
 
 Result = TypeVar("Result")
 _STORES = count()
@@ -153,6 +153,8 @@ def joined_processes(*, timeout_minutes: float = 30.0, deepspeed: bool = False) 
     if dist.is_initialized():
         yield
         return
+    if (said := launcher.problem()) is not None:
+        raise ConfigError(said)
     if deepspeed and not launcher.is_launched():
         # Found by itself, DeepSpeed would ask for mpi4py.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -68,8 +69,8 @@ def _rows_of(
             for value in _values(batch):
                 number += 1
                 location = f"{path}:{number}"
-                if value is None:
-                    yield BadRow(location, "a text column is not UTF-8")
+                if isinstance(value, str):
+                    yield BadRow(location, value)
                 else:
                     yield Row(_without_nulls(value), location)
     except (pyarrow.ArrowException, OSError) as error:
@@ -77,18 +78,25 @@ def _rows_of(
         yield BadRow(f"{path}:{number + 1}", reason, fatal=True)
 
 
-def _values(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of a record batch; None for one whose text is not UTF-8."""
+def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a record batch; for one that Python cannot hold, the reason."""
+    import pyarrow
+
     try:
         yield from batch.to_pylist()
         return
-    except UnicodeDecodeError:
+    except pyarrow.ArrowException:  # the file is damaged
+        raise
+    except (ValueError, OverflowError):
         pass  # to_pylist gave nothing yet: again, row by row
     for index in range(batch.num_rows):
+        value: dict[str, Any] | str
         try:
             value = batch.slice(index, 1).to_pylist()[0]
         except UnicodeDecodeError:
-            value = None
+            value = "a text column is not UTF-8"
+        except (ValueError, OverflowError) as error:  # such as a date behind the year 9999
+            value = f"a column holds what is out of range: {error}"
         yield value
 
 
@@ -113,9 +121,11 @@ def read_csv(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
         head = next(text, None)
         if head is None:
             return
+        if "\r" in head.rstrip("\r\n") and '"' not in head:
+            raise csv.Error("lines end in CR alone, as on old Macs; save it with LF or CRLF")
         reader = csv.reader(chain([head], text), strict=True, delimiter=_separator(head))
         header = next(reader)
-        twice = [column for column in header if header.count(column) > 1]
+        twice = [column for column, count in Counter(header).items() if count > 1]
         if twice:
             yield BadRow(f"{name}:1", f"duplicate column {twice[0]!r} in the header", fatal=True)
             return
