@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +15,15 @@ import pytest
 from disk_faults import ended_at
 
 from finetune import console
-from finetune.errors import ConfigError, DataError, OutputInUseError, SpaceError
+from finetune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutputInUseError,
+    SpaceError,
+)
+from finetune.evaluation.folder import belongs, check_place
+from finetune.evaluation.options import Options
 from finetune.storage import cache, disk, folders, manifest
 from finetune.storage.outputs import check_not_read, check_output, write_marked
 from finetune.storage.seen import SeenFiles, state_of
@@ -169,7 +178,7 @@ def test_a_save_that_a_disk_fails_is_a_space_error_and_leaves_nothing(
 
 
 def put(folder: Path, texts: dict[str, str], **options: Any) -> None:
-    with folders.result_files(folder, **options) as stage:
+    with folders.result_files(folder, belongs=belongs, **options) as stage:
         for name, text in texts.items():
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).write_text(text)
@@ -214,6 +223,111 @@ def test_a_result_replaces_its_own_files_and_no_others(tmp_path: Path) -> None:
     assert folders.finish_result(tmp_path) == ["predictions/a has 6 bytes instead of 5"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["adapter_model.safetensors", "adapter_config.json"],
+        ["model.safetensors"],
+        ["scores.json", "checkpoint/x"],
+    ],
+)
+def test_what_another_command_sealed_is_no_earlier_result(
+    tmp_path: Path, names: list[str], overwrite: bool
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("hours of work")
+    manifest.seal(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="is what another command wrote"):
+        put(tmp_path, NEW, overwrite=overwrite)
+    assert contents(tmp_path) == before
+    assert manifest.verify(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["config.json", "adapter_config.json", "config.yaml"])
+def test_an_evaluation_is_written_into_no_model_and_no_run(tmp_path: Path, what: str) -> None:
+    (tmp_path / what).write_text("{}")
+    with pytest.raises(ConfigError, match="is a model or a run"):
+        check_place(tmp_path, [], Options(overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "is_refused"),
+    [
+        ("data", "data/scores", True),
+        ("data", "data", True),
+        ("data/*.jsonl", "data", True),
+        ("data/*.jsonl", "data/scores", False),
+        ("data/**/*.jsonl", "data/scores", True),
+        ("data/rows.jsonl", "data", False),
+        ("data/train-*", "data", False),
+    ],
+)
+def test_an_evaluation_is_not_written_where_the_next_one_reads_it(
+    tmp_path: Path, source: str, output: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if is_refused:
+        with pytest.raises(ConfigError, match="read as"):
+            check_place(Path(output), [], Options(), [source])
+    else:
+        check_place(Path(output), [], Options(), [source])
+
+
+def ready(folder: Path, name: str) -> None:
+    """What a stranger may put into a folder: a result that is about to take its place."""
+    (folder / folders.READY).mkdir()
+    entry = {"size": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+    text = json.dumps({"format": 1, "files": {name: entry}}, indent=1) + "\n"
+    (folder / folders.READY / "manifest.json").write_text(text)
+    (folder / "manifest.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["../mine", "/{parent}/mine", "a/../../mine", "./mine", "", "a//b"]
+)
+def test_a_manifest_of_a_stranger_moves_and_removes_nothing_outside_its_folder(
+    tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (folder / "mine").write_text("evil")
+    ready(folder, name.format(parent=tmp_path))
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        folders.finish_result(folder)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["the place", "what is moved", "what is removed"])
+def test_a_link_in_the_folder_of_a_stranger_is_not_written_or_read_through(
+    tmp_path: Path, where: str
+) -> None:
+    folder, outside = tmp_path / "theirs", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    ready(folder, "predictions/mine")
+    if where == "the place":
+        (folder / folders.READY / "predictions").mkdir()
+        (folder / folders.READY / "predictions/mine").write_text("evil")
+        (folder / "predictions").symlink_to(outside)
+    elif where == "what is moved":
+        (folder / folders.READY / "predictions").symlink_to(outside)
+    else:
+        seal_of_none = {"format": 1, "files": {}}
+        (folder / folders.READY / "manifest.json").write_text(
+            json.dumps(seal_of_none, indent=1) + "\n"
+        )
+        (folder / "predictions").symlink_to(outside)
+    with pytest.raises(ConfigError, match="is a link"):
+        folders.finish_result(folder)
+    assert (outside / "mine").read_text() == "mine"
+
+
 def test_what_a_killed_merge_left_is_swept_and_what_others_keep_there_stays(tmp_path: Path) -> None:
     for name, file in (("left", "model.safetensors"), ("other", "notes.doc")):
         (tmp_path / f".staging-{name}").mkdir()
@@ -226,7 +340,7 @@ def test_what_a_killed_merge_left_is_swept_and_what_others_keep_there_stays(tmp_
 
 
 def test_two_results_are_not_written_to_one_folder_at_once(tmp_path: Path) -> None:
-    with folders.result_files(tmp_path), pytest.raises(OutputInUseError):
+    with folders.result_files(tmp_path, belongs=belongs), pytest.raises(OutputInUseError):
         put(tmp_path, NEW)
 
 

@@ -70,7 +70,8 @@ def evaluate(
     added.check(options.by_models, default_root())
     jobs = [job.prepare(target, settings, options) for target in whole] if settings else []
     place = output or _beside(found[0], settings)
-    folder.check_place(place, found, options)
+    sources = [source.path for source in settings.sources] if settings else []
+    folder.check_place(place, found, options, sources)
     compute.run(jobs)
     if not console.is_rank0():
         return {}

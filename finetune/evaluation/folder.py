@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finetune.artifacts.names import EVALUATION
+from finetune.artifacts.names import ADAPTER_CONFIG, EVALUATION, MODEL_CONFIG, RUN_CONFIG
 from finetune.errors import ConfigError, DataError
 from finetune.evaluation import schema, scoring
 from finetune.evaluation.compared import ScoredTarget, evaluation_of, rows, single
@@ -24,13 +24,44 @@ from finetune.evaluation.scoring import Scoring, versions
 from finetune.evaluation.targets import Target
 from finetune.storage.cache import default_root, key_of
 from finetune.storage.files import refuse_odd, write_file
-from finetune.storage.folders import refuse_others, result_files
-from finetune.storage.outputs import is_same_file
+from finetune.storage.folders import refuse_another_result, refuse_others, result_files
+from finetune.storage.outputs import check_not_read, is_same_file
+
+_FILES = (EVALUATION, "scores.json", "predictions.jsonl")
+_FOLDERS = ("predictions", "runs", "pictures")
 
 
-def check_place(output: Path, targets: Sequence[Target], options: Options) -> None:
-    """ConfigError when `write` would replace what it reads, or files that no evaluation wrote."""
-    names = [EVALUATION, "scores.json", "predictions.jsonl", *map(_file_of, targets)]
+def belongs(name: str) -> bool:
+    """Whether an evaluation's folder may hold a file of this name."""
+    return name in _FILES or name.partition("/")[0] in _FOLDERS
+
+
+def _check_folder(output: Path, sources: Sequence[str]) -> None:
+    """ConfigError for a folder that is something else, or whose files would be read as data."""
+    refuse_another_result(output, belongs)
+    for name in (MODEL_CONFIG, ADAPTER_CONFIG, RUN_CONFIG):
+        if (output / name).exists():
+            raise ConfigError(
+                f"--output: {output} is a model or a run (it holds {name}); choose a folder of its own"
+            )
+    check_not_read(output, sources, "--output")
+    for source in sources:
+        if any((output.resolve() / name).match(str(Path(source).resolve())) for name in _FILES):
+            raise ConfigError(
+                f"--output: what is written into {output} would be read as {source} the next time; "
+                "choose another folder"
+            )
+
+
+def check_place(
+    output: Path, targets: Sequence[Target], options: Options, sources: Sequence[str] = ()
+) -> None:
+    """ConfigError when `write` would replace what it reads, or files that no evaluation wrote.
+
+    Nor may the folder be a model, a checkpoint or a run, or lie where `sources` are read as data.
+    """
+    _check_folder(output, sources)
+    names = [*_FILES, *map(_file_of, targets)]
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is not a folder; choose another")
     for name in names:
@@ -53,7 +84,9 @@ def write(
     All files take their places together, sealed by a manifest.
     """
     check_place(output, targets, options)
-    with result_files(output, ours=_earlier(output), overwrite=options.overwrite) as place:
+    with result_files(
+        output, belongs=belongs, ours=_earlier(output), overwrite=options.overwrite
+    ) as place:
         return _write(place, output, targets, jobs, options)
 
 

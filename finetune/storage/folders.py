@@ -235,7 +235,11 @@ def sweep(folder: Path, *, names: Sequence[str] | None = None) -> list[str]:
 
 @contextmanager
 def result_files(
-    folder: Path, *, ours: Collection[str] = (), overwrite: bool = False
+    folder: Path,
+    *,
+    belongs: Callable[[str], bool],
+    ours: Collection[str] = (),
+    overwrite: bool = False,
 ) -> Iterator[Path]:
     """A staging folder whose files take their places in ``folder`` together when the block ends.
 
@@ -247,8 +251,10 @@ def result_files(
     Raises:
         OutputInUseError: Another process is writing there.
         ConfigError: A file that is none of an earlier result is in the way. ``ours`` names some
-            that are, in a folder without a manifest.
+            that are, in a folder without a manifest; ``belongs`` tells what such a result may hold, so
+            that what another command wrote, such as a checkpoint, is not taken for an earlier one.
     """
+    refuse_another_result(folder, belongs)
     folder.mkdir(parents=True, exist_ok=True)
     with _held_folder(folder):
         _move_in(folder)
@@ -295,6 +301,16 @@ def _held_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def refuse_another_result(folder: Path, belongs: Callable[[str], bool]) -> None:
+    """ConfigError for a folder whose manifest names files that do not belong to such a result."""
+    foreign = [name for name in noted_files(folder) if not belongs(name)]
+    if foreign:
+        raise ConfigError(
+            f"{folder} is what another command wrote ({foreign[0]} and {len(foreign) - 1} more files), "
+            "and would be replaced; choose another --output"
+        )
+
+
 def refuse_others(folder: Path, names: Collection[str], ours: Collection[str] = ()) -> None:
     """ConfigError when one of ``names`` is there and is of no result that ``result_files`` wrote."""
     noted = noted_files(folder)
@@ -313,6 +329,10 @@ def _move_in(folder: Path) -> None:
         return
     if (ready / MANIFEST).is_file():
         names = recorded(ready).files
+        for name in names:  # a stranger may have made this folder
+            refuse_odd(ready / name, inside=ready)
+        for name in (*names, *_obsolete(folder, names)):
+            refuse_odd(folder / name, inside=folder)
         for name in names:
             if (ready / name).exists():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

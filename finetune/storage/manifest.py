@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from finetune.errors import CheckpointError
@@ -211,7 +211,17 @@ def _parse_manifest(text: str) -> Manifest | None:
         manifest = Manifest(files, dict(found.get("facts", {})))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    if not all(map(_is_inside, files)):
+        return None
     return manifest if _manifest_text(manifest) == text else None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is one that `walk` gives: a stranger's manifest must lead nowhere else."""
+    path = PurePosixPath(name)
+    return (
+        name == str(path) and bool(path.name) and not path.is_absolute() and ".." not in path.parts
+    )
 
 
 def _hash_all(folder: Path, names: list[str], *, fsync: bool) -> dict[str, tuple[int, str]]:

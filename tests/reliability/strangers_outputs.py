@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import socket
@@ -187,9 +189,59 @@ def two_at_once(writer: str, delay: float, folder: Path) -> None:
         assert command("report", folder / "eval")[0] == 0
 
 
+# --- folders of another kind ----------------------------------------------------------------------
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "a model": lambda place: shutil.copytree(glm_folder(), place),
+    "a checkpoint": lambda place: shutil.copytree(trained("lora") / "checkpoint-2", place),
+    "a run": lambda place: shutil.copytree(trained("lora"), place),
+    "a merged model": lambda place: command("merge", trained("lora"), "--output", place),
+    "split data": lambda place: command("data", "split", dialogues_file(), "--output", place, "--share", 0.3),
+}  # fmt: skip
+
+
+def into_another_kind(kind: str, more: tuple[str, ...], folder: Path) -> None:
+    """An evaluation replaces nothing that is no evaluation, however it was sealed."""
+    place = folder / "place"
+    KINDS[kind](place)
+    before = {path: state(path) for path in place.rglob("*")}
+    assert before
+    data = place if kind == "split data" else dialogues_file()
+    code, said = command("evaluate", glm_folder(), "--data", data, "--output", place,
+                         "--max-new-tokens", 2, "--max-samples", 4, *more)  # fmt: skip
+    refused(code, said, "--output")
+    assert {path: state(path) for path in place.rglob("*")} == before
+
+
+def about_to_take_its_place(name: str, folder: Path) -> None:
+    """A folder of a stranger whose result says that it was cut short: its page moves nothing of ours."""
+    theirs = folder / "theirs"
+    (theirs / ".ready-files").mkdir(parents=True)
+    (theirs / "mine").write_text("evil")
+    (folder / "mine").write_text("mine")
+    (theirs / "linked").symlink_to(folder)
+    entry = {"size": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+    named = name.format(folder=folder)
+    (theirs / ".ready-files/manifest.json").write_text(
+        json.dumps({"format": 1, "files": {named: entry}}, indent=1) + "\n"
+    )
+    (theirs / "evaluation.json").write_text("{}")
+    code, said = command("report", theirs)
+    refused(code, said, codes=(2, 3))
+    assert (folder / "mine").read_text() == "mine"
+
+
 def cases() -> Iterator[Case]:
     """All of it."""
     yield from _odd_places()
+    for kind in KINDS:
+        for more in ((), ("--overwrite",)):
+            run = partial(into_another_kind, kind, more)
+            yield Case(f"folders: evaluate into {kind}{', said' * bool(more)}", run)
+    for name in ("../mine", "{folder}/mine", "linked/mine", "a/../../mine"):
+        run = partial(about_to_take_its_place, name)
+        yield Case(f"folders: the report of a result named {name}", run)
     for how in ("itself", "a hard link", "through a link to the folder", "of a glob",
                 "new in the data folder", "a file of the model"):  # fmt: skip
         yield Case(f"outputs: predict over its input, {how}", partial(over_its_input, how))
