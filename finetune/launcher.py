@@ -18,9 +18,9 @@ def problem() -> str | None:
     for name, value in said.items():
         if not value.isdecimal() or (name.endswith("SIZE") and int(value) == 0):
             return f"the variable {name} is {value!r}, which is no number of processes; {remedy}"
-    name, others = "WORLD_SIZE", ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    name, others = "WORLD_SIZE", ["RANK", "MASTER_ADDR", "MASTER_PORT"]
     if name not in said:
-        name, others = "RANK", ("WORLD_SIZE",) if rank() else ()
+        name, others = "RANK", ["WORLD_SIZE"] if rank() else []
     if missing := [other for other in others if not os.environ.get(other)]:
         return f"the variable {name} is set, but {' and '.join(missing)} is not; {remedy}"
     if "WORLD_SIZE" in said and rank() >= world_size():
