@@ -272,6 +272,28 @@ def test_the_terminal_gets_a_table_the_answer_and_the_three_worst(
     assert said.count("  reference  ") == 3
 
 
+def test_the_terminal_shows_what_was_asked_for_by_name_and_speaks_chinese(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = evaluations.write_evaluation(tmp_path / "out")
+    file = made / "evaluation.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    asked = ("json_schema_validity", "general_loss", "judge_win_rate", "my:politeness", "mmlu/acc")
+    for target in found["targets"]:
+        target["scores"] |= dict.fromkeys([*asked, "rouge-2"], {"value": 50.0, "n": 40})
+    file.write_text(json.dumps(found), encoding="utf-8")
+    monkeypatch.setenv("FINETUNE_LANG", "zh")
+    show(made)
+    said = capsys.readouterr().out
+    head, *_, reply = said.splitlines()
+    for name in asked:
+        assert name.replace("_", " ") in head
+    assert "rouge 2" not in head.replace("-", " ")
+    assert "lora 60 的 rouge-l 最高：" in said
+    assert "最差的回复，来自 lora 60:" in said
+    assert reply.startswith("  回复")
+
+
 def test_a_reply_cannot_command_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from finetune import console
 from finetune.cli.data_commands import Json
 from finetune.cli.inputs import Overwrite, check_output_file
 from finetune.errors import ConfigError
+from finetune.language import word
 
 report_app = typer.Typer()
 
@@ -174,7 +175,7 @@ def say_report(folder: Path) -> None:
 
     page = write_page(folder)
     show(folder)
-    console.say(f"\nreport: {page}")
+    console.say(f"\n{word('report: ')}{page}")
 
 
 def say_votes(votes: Sequence[str], *others: Sequence[str] | None) -> dict[str, Any]:

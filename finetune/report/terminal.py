@@ -18,6 +18,7 @@ from finetune.evaluation.schema import (
     read_evaluation,
 )
 from finetune.evaluation.scores.metrics import METRICS, headline_of, metric
+from finetune.language import sentence, width, word
 from finetune.report import sentences
 from finetune.report.runs import Run, differences
 
@@ -33,26 +34,32 @@ def show(folder: Path) -> None:
     """Says what the evaluation in `folder` found."""
     evaluation = read_evaluation(folder)
     best = evaluation.best(evaluation.headline)
-    columns = (one.name for one in METRICS if one.shown != "page")
+    on_page = {one.name for one in METRICS if one.shown == "page"}
+    columns = (one.name for one in METRICS if one.name not in on_page)
     chosen = [name for name in columns if name in evaluation.metrics]
-    chosen += [name for name in evaluation.metrics if "/" in name]  # of public tasks
+    # And what was asked for by name: public tasks, a judge, the user's own.
+    chosen += [name for name in evaluation.metrics if name not in on_page]
     metrics = list(dict.fromkeys([evaluation.headline, *chosen]))
     console.table(
         ["model", *(metric(name).label for name in metrics)],
         [_row(evaluation, target, metrics) for target in evaluation.targets],
     )
-    for sentence in sentences.conclusion(evaluation, evaluation.headline):
-        console.say(sentence)
-    for sentence in sentences.beside_published(evaluation):
-        console.say(sentence)
+    told = [
+        *sentences.conclusion(evaluation, evaluation.headline),
+        *sentences.beside_published(evaluation),
+    ]
+    for line in told:
+        console.say(sentence(line))
     for name in metrics:
         if name in evaluation.signatures:
             console.say(f"{metric(name).label}: {evaluation.signatures[name]}")
     if not evaluation.num_samples and "loss" in evaluation.metrics:
-        console.say("only the loss was measured, as in training; --generate asks for replies too")
+        console.say(
+            word("only the loss was measured, as in training; --generate asks for replies too")
+        )
     worst = worst_samples(folder, best, evaluation.headline)
     if worst:
-        console.say(f"\nworst replies of {best.name}:")
+        console.say(f"\n{word('worst replies of ')}{best.name}:")
     for score, row in worst:
         console.say(_sample(evaluation.headline, score, row))
 
@@ -129,12 +136,16 @@ def _cell(evaluation: Evaluation, target: TargetScores, name: str) -> Text:
 
 def _sample(name: str, score: float, row: dict[str, Any]) -> str:
     prompt = str(row.get("prompt", "")).removesuffix("<|assistant|>").rpartition("|>")[2]
-    lines = (
-        f"{row.get('where', '')}, {metric(name).label} {sentences.number(name, score)}",
-        f"  prompt     {_line(prompt)}",
-        f"  reference  {_line(str(row.get('reference', '')))}",
-        f"  reply      {_line(str(row.get('prediction', '')))}",
-    )
+    texts = {
+        word("Prompt"): prompt,
+        word("Reference"): str(row.get("reference", "")),
+        word("Reply"): str(row.get("prediction", "")),
+    }
+    wide = max(map(width, texts)) + 2
+    lines = [f"{row.get('where', '')}, {metric(name).label} {sentences.number(name, score)}"]
+    lines += [
+        f"  {said.lower()}{' ' * (wide - width(said))}{_line(text)}" for said, text in texts.items()
+    ]
     return "\n".join(lines)
 
 

@@ -166,6 +166,7 @@ METRICS: tuple[Metric, ...] = (
         "general_loss",
         "loss on the general set",
         better="lower",
+        shown="column",
         digits=3,
         source="general_loss",
         of_loss=lambda loss: loss,
@@ -196,6 +197,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "json_validity",
         "share of replies that are JSON, over references that are a JSON object or list",
+        shown="column",
         per_reply=lambda pair: pair.json["json_validity"],
     ),
     Metric(
@@ -206,6 +208,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "json_schema_validity",
         "share of replies that are JSON under the schema of --check-schema (or --json-schema)",
+        shown="column",
         per_reply=lambda pair: pair.json["json_schema_validity"],
     ),
     Metric(
