@@ -137,6 +137,10 @@ def test_the_shipped_full_tuning_takes_25_gb_of_each_of_8_gpus(nine_billion: Pat
     assert found.memory_bytes <= 25e9
     assert found.memory["optimizer"] == pytest.approx(12 * 9.4e9 / 8, rel=1e-3)
     assert found.checkpoint_bytes == pytest.approx(14 * 9.4e9, rel=1e-3)
+    kept = load_config(ROOT / "configs/sft.yaml", []).training.keep_checkpoints
+    assert (
+        found.disk_bytes == (kept + 2) * found.checkpoint_bytes
+    )  # the best one, and one being written
 
 
 def test_four_bits_hold_the_layers_in_a_quarter(nine_billion: Path) -> None:

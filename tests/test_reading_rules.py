@@ -183,7 +183,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), BROKEN)
+@pytest.mark.parametrize(
+    ("name", "content", "reason"), BROKEN, ids=[f"{one[0]} {n}" for n, one in enumerate(BROKEN)]
+)
 def test_a_file_that_is_cut_off_or_damaged_never_looks_like_a_shorter_one(
     tmp_path: Path, name: str, content: bytes, reason: str
 ) -> None:

@@ -312,6 +312,18 @@ def test_the_headline_is_the_first_there_is() -> None:
     assert metrics.headline_of(["stop_rate", "mine"]) == "stop_rate"
 
 
+@pytest.mark.parametrize(
+    ("reply", "equal"),
+    [("true", True), ("1", False), ("false", False), ("[true]", False), ("true ", True)],
+)
+def test_flags_are_no_numbers_where_json_is_compared(reply: str, equal: bool) -> None:
+    from finetune.evaluation.scores.pairs import json_parts
+
+    assert json_parts(f'{{"a": {reply}}}', '{"a": true}')["json_match"] == 100.0 * equal
+    swapped = {"true": "false", "1": "0", "false": "true", "[true]": "[false]", "true ": "false"}
+    assert json_parts(f'{{"a": {swapped[reply]}}}', '{"a": false}')["json_match"] == 100.0 * equal
+
+
 def test_a_call_is_not_asked_to_be_the_schemas_json() -> None:
     call = Message("assistant", '{"a": 1}', "book")
     text = Message("assistant", '{"a": 1}')

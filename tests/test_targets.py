@@ -177,6 +177,10 @@ def test_only_the_first_process_writes_and_the_place_is_looked_at_before_the_wor
     steps = Steps(monkeypatch)
     assert evaluate(str(made / "base"), ["d.jsonl"]) == {"written": True}
     assert steps.done == ["prepare", "check", "run", "write"]
+    prepared: list[Settings] = []
+    monkeypatch.setattr(evaluating.job, "prepare", lambda _, settings, __: prepared.append(settings))  # fmt: skip
+    evaluate(str(made / "base"), ["d.jsonl"], changes={"max_new_tokens": 3, "max_samples": None})
+    assert prepared[0].evaluation.max_new_tokens == 3
     other = Steps(monkeypatch, rank0=False)
     assert evaluate(str(made / "base"), ["d.jsonl"]) == {}
     assert other.done == ["prepare", "check", "run"]
