@@ -46,9 +46,11 @@ def test_every_wanted_call_has_a_made_one_of_its_own() -> None:
     answer = [{"f": {"a": [1, 2]}}, {"f": {"a": [1]}}]
     one = question("parallel", answer=answer)
     first, second, third = (MadeCall("f", {"a": value}) for value in (1, 2, 3))
-    assert one.is_right([first, second]) and one.is_right([second, first])
+    assert one.is_right([first, second])
+    assert one.is_right([second, first])
     assert not one.is_right([second, second]), "one call answers for one"
-    assert not one.is_right([first]) and not one.is_right([first, second, third])
+    assert not one.is_right([first])
+    assert not one.is_right([first, second, third])
     optional = question("simple", answer=[{"f": {"a": [1], "b": ["", 5]}}])
     assert optional.is_right([MadeCall("f", {"a": 1})])
     for made in ({"b": 5}, {"a": 1, "c": 1}, {"a": 1, "b": 6}, None):
