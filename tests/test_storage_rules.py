@@ -88,7 +88,7 @@ def test_a_folder_is_sealed_inside_out(tmp_path: Path, synced: list[str]) -> Non
 
 
 def test_results_are_whole_before_they_take_their_places(tmp_path: Path, synced: list[str]) -> None:
-    with folders.result_files(tmp_path) as stage:
+    with folders.result_files(tmp_path, belongs=bool) as stage:
         (stage / "a").write_text("1")
     name, staging = tmp_path.name, ".staging-files"
     assert synced == ["a", "manifest.json", staging, "rename", name, "rename", name, "rename", name]
@@ -139,7 +139,7 @@ def test_a_signal_ends_a_save_by_its_number_and_is_handled_as_before_afterwards(
             os.kill(os.getpid(), signal.SIGTERM)
 
     def write() -> None:
-        with folders.result_files(tmp_path / "out"):
+        with folders.result_files(tmp_path / "out", belongs=bool):
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
@@ -208,7 +208,7 @@ def test_in_a_users_folder_only_stages_with_our_files_are_swept(tmp_path: Path) 
 
 
 def result(folder: Path, overwrite: bool = False, **content: str) -> None:
-    with folders.result_files(folder, overwrite=overwrite) as stage:
+    with folders.result_files(folder, belongs=bool, overwrite=overwrite) as stage:
         for name, text in content.items():
             (stage / name).write_text(text)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_votes import write
+from torch import nn
 
 from finetune.data.chat.layouts.glm45 import Glm45Layout
 from finetune.data.dialogue.conversation import Conversation, Message
@@ -119,8 +120,9 @@ def test_a_speed_is_of_the_tokens_that_were_read_and_of_those_behind_the_first(
     from finetune.distributed import device
 
     class Decoder:
-        def __init__(self, model: Any, stop_ids: Any) -> None:
+        def __init__(self, model: Any, stop_ids: Any, *, drafts: bool) -> None:
             assert stop_ids == ()
+            assert not drafts
             self.row = SimpleNamespace(ids=[1], error=None)
 
         @property
@@ -161,7 +163,7 @@ def test_lengths_that_fit_are_measured_in_order_up_to_the_first_that_does_not(
 
     monkeypatch.setattr(speed, "_measure", measure)
     monkeypatch.setattr(
-        load, "open_model", lambda *_, **__: SimpleNamespace(model=None, template=None)
+        load, "open_model", lambda *_, **__: SimpleNamespace(model=nn.Module(), template=None)
     )
     monkeypatch.setattr(batches, "evaluating", lambda _: nullcontext())
     monkeypatch.setattr(generate, "context_length", lambda _: 210)

@@ -14,7 +14,6 @@ from finetune import console
 from finetune.cli.data_commands import Json
 from finetune.cli.inputs import Overwrite, check_output_file
 from finetune.errors import ConfigError
-from finetune.language import word
 
 report_app = typer.Typer()
 
@@ -171,11 +170,11 @@ def until_over(runs: Sequence[str], evaluate: Callable[[list[str]], Any]) -> Any
 def say_report(folder: Path) -> None:
     """Writes the page of an evaluation folder, and says what is in it in short."""
     from finetune.report.page import write_page
-    from finetune.report.terminal import show
+    from finetune.report.terminal import say_page, show
 
     page = write_page(folder)
     show(folder)
-    console.say(f"\n{word('report: ')}{page}")
+    say_page(page)
 
 
 def say_votes(votes: Sequence[str], *others: Sequence[str] | None) -> dict[str, Any]:

@@ -30,6 +30,11 @@ LONGEST_LINE = 160
 _COLOURS = {"↑": "green", "↓": "red", "→": "dim"}
 
 
+def say_page(page: Path) -> None:
+    """Says where the page of an evaluation is."""
+    console.say(f"\n{word('report: ')}{page}")
+
+
 def show(folder: Path) -> None:
     """Says what the evaluation in `folder` found."""
     evaluation = read_evaluation(folder)

@@ -31,9 +31,8 @@ from finetune.serving.metrics import CONTENT_TYPE, Metrics
 from finetune.serving.page.html import PageOptions
 from finetune.serving.page.routes import add_page
 from finetune.serving.requests.body import read_body
-from finetune.serving.requests.chat import AskedChat, read_tokens
+from finetune.serving.requests.chat import PREFIX, AskedChat, read_tokens
 from finetune.serving.requests.completion import AskedCompletion
-from finetune.serving.requests.images import PREFIX
 from finetune.serving.requests.rules import Asked, RequestRules, rules_of
 
 IGNORED = "X-Ignored-Fields"

@@ -21,7 +21,9 @@ from finetune.serving.errors import bad_request
 from finetune.serving.requests import history
 from finetune.serving.requests.fields import ChatRequest, NamedTool, parse, read_json
 from finetune.serving.requests.images import (
-    PREFIX,
+    PREFIX as PREFIX,
+)
+from finetune.serving.requests.images import (
     check_sources,
     with_image_files,
     without_folders,
