@@ -229,3 +229,14 @@ def test_only_clean_json_is_json(text: str, taken: bool) -> None:
             strict_json.parse(text)
     with pytest.raises(RowError, match="not finite"):
         strict_json.dump(float("nan"))
+
+
+def test_tools_that_a_system_text_lists_are_read_where_the_row_has_none() -> None:
+    listed = {
+        "role": "system",
+        "content": 'Tools: [{"name": "listed", "parameters": {}}]\nBe kind.',
+    }
+    alone = dialogue(listed, USER, REPLY, calls_in_text="read")
+    assert [tool["function"]["name"] for tool in alone.tools] == ["listed"]
+    beside = dialogue(listed, USER, REPLY, columns={"tools": [WEATHER]}, calls_in_text="read")
+    assert [tool["function"]["name"] for tool in beside.tools] == ["get_weather"]

@@ -185,3 +185,45 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_data(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(DataError):
         cache.open_or_build(tmp_path / "file", "k", lambda _: {})
+
+
+def test_an_output_whose_end_was_cut_short_is_there_already(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    first = journal.ResumableOutput(output, "id")
+    first.open(dict)
+    first.journal.append([{"n": 1}])
+    before = first._label.read_text()
+    first.finish()
+    files.write_file(
+        first._label, before.replace("}", f', "sha256": "{files.file_digest(output)}"}}')
+    )
+    again = journal.ResumableOutput(output, "id")
+    assert again.open(dict) == [{"n": 1}]
+    again.finish()
+    assert output.read_text() == '{"n": 1}\n'
+
+
+def test_the_label_of_an_output_tells_its_hash_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = journal.ResumableOutput(tmp_path / "out.jsonl", "id")
+    growing.open(dict)
+    growing.journal.append([{"n": 1}])
+    labels: list[str] = []
+    finish = growing.journal.finish
+    monkeypatch.setattr(
+        growing.journal,
+        "finish",
+        lambda to: (labels.append(growing._label.read_text()), finish(to)),
+    )
+    growing.finish()
+    assert files.file_digest(tmp_path / "out.jsonl") in labels[0]
+
+
+def test_a_link_above_the_folder_that_is_written_into_is_nobodys_business(tmp_path: Path) -> None:
+    (tmp_path / "real/out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real/out/sub").symlink_to("..")
+    folder = tmp_path / "link/out"
+    files.refuse_odd(folder / "a", inside=folder)
+    assert "is a link to" in said(files.refuse_odd, folder / "sub/a", inside=folder)

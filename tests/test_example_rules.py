@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from examples import dialogue, tiny_template
 from hints import said
 
+from finetune.config.schema import DataSection, ModelSection, Source
 from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.spans import MessageRun, Rendered, blocks
 from finetune.data.chat.template import ChatTemplate
@@ -26,8 +28,11 @@ from finetune.data.examples.packing import pack
 from finetune.data.examples.preparation import ExampleCounts, Tally, total
 from finetune.data.examples.shards import of_shard
 from finetune.data.examples.store import ExampleFile, ExampleWriter
+from finetune.data.examples.stream import ExampleStream
 from finetune.data.reading.parts import Part
-from finetune.data.reading.sources import SourceSpec
+from finetune.data.reading.sources import Reading, SourceSpec
+from finetune.data.reading.streams import BadRow
+from finetune.errors import DataError
 
 POLICY = LengthPolicy(100)
 
@@ -282,3 +287,42 @@ def test_patches_of_an_image_have_one_position() -> None:
     spec = ImageSpec(28, 4, begin_id=7)
     ids = np.array([1, 7, 0, 0, 0, 0, 8, 2], np.int32)
     assert spec.positions(ids).tolist() == [0, 1, 2, 2, 2, 2, 3, 4]
+
+
+def test_the_share_of_bad_rows_of_a_stream_is_judged_when_there_are_enough(
+    template: ChatTemplate,
+) -> None:
+    bad, fatal = BadRow("f:1", "no row"), BadRow("f:2", "cut off", fatal=True)
+
+    def judged(row: BadRow, rows: int, num_bad: int, most: float = 0.05) -> str:
+        of: Any = SimpleNamespace(settings=SimpleNamespace(reading=Reading("skip", most)))
+        counts = ExampleCounts(rows=rows, bad=num_bad)
+        try:
+            ExampleStream._judge(of, [row], counts)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    assert "cannot be skipped" in judged(fatal, 10, 1)
+    assert judged(bad, 999, 900) == ""
+    assert judged(bad, 1000, 50) == ""
+    assert "data.max_bad_rows" in judged(bad, 1000, 51)
+
+
+def test_a_file_that_is_prepared_ahead_is_counted_whatever_its_weight(
+    template: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.data.examples import ahead
+
+    asked: list[SourceSpec] = []
+
+    def loaded(sources: Any, *_: Any, **__: Any) -> Any:
+        asked.extend(sources)
+        return SimpleNamespace(counts=ExampleCounts(rows=1))
+
+    monkeypatch.setattr(ahead, "load_examples", loaded)
+    monkeypatch.setattr(ahead, "load_chat_tokenizer", lambda *_: template.tokenizer)
+    file = write(tmp_path / "a.jsonl", "q").path
+    section = DataSection(train=[Source(path=file, weight=0.1)])
+    ahead.prepare_ahead(section, ModelSection(path="m"), 0, "1/1")
+    assert [source.weight for source in asked] == [1.0]

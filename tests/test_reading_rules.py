@@ -51,7 +51,7 @@ CONTAINERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-@pytest.mark.parametrize("at_once", [2, 256])
+@pytest.mark.parametrize("at_once", [1, 2, 256])
 def test_reading_on_behind_some_rows_gives_the_others_at_their_places(
     tmp_path: Path, name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +137,7 @@ def test_blank_lines_are_counted_in_a_row_only(
 
 @pytest.mark.parametrize(
     ("head", "separator"),
-    [("a,b", ","), ("a;b,c;d", ";"), ("a\tb", "\t"), ("a", ","), ('"x;y;z",b,c', ","), ("a;b,c", ",")],
+    [("a,b", ","), ("a;b,c;d", ";"), ("a\tb", "\t"), ("a", ","), ('"x;y;z;w",b,c', ","), ("a;b,c", ",")],
 )  # fmt: skip
 def test_the_separator_is_what_the_header_has_most_of_outside_of_quotes(
     head: str, separator: str
@@ -200,7 +200,7 @@ def test_a_line_is_too_long_only_above_the_limit(
 ) -> None:
     monkeypatch.setattr(streams, "MAX_ROW", 20)
     for read in (streams.lines, streams.lines_with_text):
-        for chunk in (7, 100):
+        for chunk in (7, 11, 22, 100):
             for length, taken in ((20, True), (21, False), (50, False)):
                 text = b"a\n" + b"x" * length + b"\n\nb"
                 pieces = [text[i : i + chunk] for i in range(0, len(text), chunk)]

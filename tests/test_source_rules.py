@@ -195,6 +195,34 @@ def test_blank_lines_in_front_of_the_rows_are_counted(
         assert all(isinstance(row, BadRow) and not row.fatal for row in rest)
 
 
+def test_files_that_an_address_names_come_sorted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.artifacts import hub
+
+    class Folder(type(tmp_path)):  # type: ignore[misc]
+        def glob(self, pattern: str) -> Any:
+            return iter(sorted(super().glob(pattern), reverse=True))
+
+    for name in "cab":
+        (tmp_path / f"{name}.jsonl").touch()
+    monkeypatch.setattr(hub, "fetch", lambda *_: Folder(tmp_path))
+    found = [path.name for path in expand("hf://owner/name/*.jsonl")]
+    assert found == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_a_number_in_an_array_is_whole_wherever_the_chunks_end(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.data.reading import streams
+
+    monkeypatch.setattr(streams, "CHUNK", chunk)
+    (tmp_path / "a.json").write_text('[12345, {"a": 1}]')
+    _, second = read_rows(tmp_path / "a.json")
+    assert second == Row({"a": 1}, f"{tmp_path}/a.json:1")
+
+
 # --- images --------------------------------------------------------------------------------------
 
 PIXEL = "data:image/png;base64,"
@@ -252,6 +280,18 @@ def test_a_shard_that_changed_since_it_was_listed_is_refused(tmp_path: Path) -> 
     assert "was changed or removed" in said(rows.open, 0, 0)
     Path(file).unlink()
     assert "was changed or removed" in said(rows.open, 0, 0)
+
+
+def test_a_hubs_shard_that_was_read_is_removed_with_its_link(tmp_path: Path) -> None:
+    there = StreamShard(0, "hf://a/b/a.jsonl", 1, Repository("huggingface", "a/b", "c"), "a.jsonl")
+    rows = ShardReader([there], [SourceSpec("x")], AS_IS, tmp_path)
+    common, link = rows._common(0), tmp_path / "link"
+    for file in (common, link):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    rows._links[0] = link
+    rows.close(0)
+    assert not common.exists() | link.exists()
 
 
 def test_images_beside_a_hubs_shard_were_not_fetched(
