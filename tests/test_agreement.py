@@ -100,7 +100,9 @@ def test_a_launched_process_joins_with_the_timeout_in_minutes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(
         processes.dist, "init_process_group", lambda backend, **given: asked.update(given)
     )
