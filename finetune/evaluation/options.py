@@ -80,8 +80,8 @@ def _check_environment() -> None:
     missing = [package for name, package in SCORING.items() if not _is_there(name)]
     if missing:
         raise ConfigError(
-            f"--backend vllm: {sys.executable} does not have {', '.join(missing)}; vLLM needs an environment of its own, "
-            "with what scores the replies, as docs/serving.md says under 'Batch inference with vLLM'"
+            f"--backend vllm: {sys.executable} does not have {', '.join(missing)}, which the scores need; "
+            "install these packages beside vLLM, as docs/serving.md says under 'Batch inference with vLLM'"
         )
 
 
