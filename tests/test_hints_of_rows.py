@@ -27,7 +27,7 @@ from finetune.data.preview import show
 from finetune.data.reading import images, parts, section, split
 from finetune.data.reading.sources import ConversationStream, Reading, SourceSpec
 from finetune.data.reading.streams import BadRow
-from finetune.storage import cache, folders, journal, outputs
+from finetune.storage import cache, folders, journal, manifest, outputs
 
 BAD = BadRow("a.jsonl:2", "is no row")
 
@@ -155,6 +155,10 @@ def storage_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tup
     reason = str(folders._space_error(full, step, folder))
     yield reason, "training.keep_checkpoints training.output_dir"
     yield said(folders.refuse_others, folder, ["file"]), "--output --overwrite"
+    (folder / "another").mkdir()
+    (folder / "another/weights").write_text("x")
+    manifest.seal(folder / "another")
+    yield said(folders.refuse_another_result, folder / "another", lambda _: False), "--output"
     mine = folder / "mine.txt"
     mine.write_text("x")
     check = {"overwrite": False, "is_ours": lambda _: False}

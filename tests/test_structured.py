@@ -276,6 +276,9 @@ def test_predict_and_evaluate_write_what_is_asked_for(opened: OpenedModel, tmp_p
     with pytest.raises(ConfigError, match="backend transformers"):
         predict(opened.base, [str(data)], tmp_path / "out.jsonl", options=PredictOptions(backend="vllm", form=form))  # fmt: skip
     schema.write_text('{"type": "nothing"}')
+    with pytest.raises(ConfigError, match=r"is no JSON Schema: \$.type: 'nothing'"):
+        read_form(schema, must_call=False)
+    schema.write_text('{"type": "string", "pattern": "(?=a)b"}')
     with pytest.raises(ConfigError, match="--json-schema: the schema cannot be compiled"):
         predict(opened.base, [str(data)], tmp_path / "x.jsonl", options=PredictOptions(form=read_form(schema, must_call=False)))  # fmt: skip
     schema.write_text("[1]")
