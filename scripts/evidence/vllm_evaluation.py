@@ -4,7 +4,8 @@
 
 The first is run by the Python of an environment that has vLLM (docs/serving.md says how it is made), the
 second by this one. Every target's replies are compared text by text and its scores as the terminal shows
-them. Exit code 1 when a score differs.
+them. Exit code 1 when a score differs. On a CPU set VLLM_CPU_KVCACHE_SPACE=1 (GiB), or vLLM wants nearly
+all memory.
 """
 
 from __future__ import annotations
