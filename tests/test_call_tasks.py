@@ -182,3 +182,10 @@ def test_a_model_is_asked_with_its_own_replies(tiny_glm: Path, tmp_path: Path) -
     report = evaluate([str(tiny_glm)], output=tmp_path / "o", options=options, changes={"max_samples": 1})  # fmt: skip
     assert report["targets"][0]["scores"]["calls/all"]["n"] == 3
     assert calls.PREFIX == "calls"
+
+
+def test_true_is_no_number_and_a_number_is_no_text() -> None:
+    for value, wanted in ((True, 1), (1, True), (False, 0), (0, False), ("1", 1)):
+        assert not calls._equal(value, wanted), (value, wanted)
+    assert calls._equal(True, True)
+    assert calls._equal(1, 1.0)

@@ -14,7 +14,7 @@ from examples import dialogue, tiny_template
 from hints import said
 from PIL import Image
 
-from finetune.data.chat import sandbox, thinking
+from finetune.data.chat import jinja, sandbox, thinking
 from finetune.data.chat.characters import Characters
 from finetune.data.chat.image import (
     MAX_PIXELS,
@@ -366,3 +366,8 @@ def test_a_dialogue_is_shown_as_it_is_trained(template: ChatTemplate) -> None:
     assert {t.text for t in found.tokens if t.control} >= {"<|user|>", "<|assistant|>"}
     calls = Conversation((Message("user", "Q"), Message("assistant", "{}", "f"), Message("observation", "1"), Message("assistant", "A", train=False)))  # fmt: skip
     assert shown(calls, template, "messages").stop == "<|user|>"
+
+
+def test_what_is_visible_stands_behind_the_last_thought() -> None:
+    assert jinja._visible("a</think> b </think>\n c ") == "c"
+    assert jinja._visible(" c ") == "c"

@@ -58,3 +58,13 @@ def test_kept_results_that_are_not_what_was_kept_are_made_again(tmp_path: Path, 
         assert results.facts is None
     assert fill().facts == {"replies": 3}
     assert (results.folder / name).read_bytes() == whole
+
+
+def test_what_a_killed_evaluation_left_is_swept_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[Path] = []
+    monkeypatch.setattr(store.folders, "sweep", swept.append)
+    results = store.Results(tmp_path, "key")
+    with results.locked():
+        assert swept == [results.folder]

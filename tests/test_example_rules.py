@@ -8,7 +8,7 @@ import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from finetune.data.chat.image import ImageSpec
 from finetune.data.chat.spans import MessageRun, Rendered, blocks
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation
-from finetune.data.examples import preparation
+from finetune.data.examples import preparation, selection
 from finetune.data.examples.batch_plan import BatchPlan, deal, grouped_order, shuffled_order
 from finetune.data.examples.collate import Collator
 from finetune.data.examples.dataset import Example, LengthPolicy, example_of, load_examples
@@ -326,3 +326,15 @@ def test_a_file_that_is_prepared_ahead_is_counted_whatever_its_weight(
     section = DataSection(train=[Source(path=file, weight=0.1)])
     ahead.prepare_ahead(section, ModelSection(path="m"), 0, "1/1")
     assert [source.weight for source in asked] == [1.0]
+
+
+def test_runs_of_tokens_are_those_behind_the_first_question_and_of_their_images() -> None:
+    def runs(ids: list[int], *images: str) -> list[bytes]:
+        [found] = selection._runs(cast("Any", [SimpleNamespace(input_ids=np.array(ids), images=images)]), 7)  # fmt: skip
+        return found
+
+    ids = [1, 7, 2, 3, 4, 5, 6]
+    assert len(runs(ids)) == 2
+    assert runs(ids) == runs([9, 9, *ids[1:]])
+    assert not set(runs(ids, "a.png")) & set(runs(ids))
+    assert not set(runs(ids, "a.png")) & set(runs(ids, "b.png"))

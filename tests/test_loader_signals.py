@@ -70,3 +70,15 @@ def test_a_run_that_stops_within_an_epoch_leaves_no_loader_process_behind(
         runs.config(tiny_glm, data, tmp_path / "run", data__loader_workers=2, training__max_steps=2)
     )
     assert active_children() == []
+
+
+def test_a_signal_that_was_blocked_before_stays_blocked_behind_the_loaders_start() -> None:
+    number = sorted(batches.SIGNALS)[0]
+    loader = batches.StepLoader(cast("Any", [1, 2]), batch_size=None)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        assert list(loader) == [1, 2]
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert blocked == before | {number}

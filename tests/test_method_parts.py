@@ -19,7 +19,7 @@ from finetune import methods
 from finetune.artifacts.base_record import BaseRecord
 from finetune.config.schema import FullMethod, LoraMethod, PTuningV2Method
 from finetune.errors import ConfigError, ModelError
-from finetune.methods import carried, freezing, lora, lora_experts
+from finetune.methods import carried, freezing, full, lora, lora_experts
 from finetune.methods.adapter_rows import AdapterRows, can_share
 from finetune.methods.lora_forward import LowRank
 from finetune.methods.optimizers import matrices
@@ -350,3 +350,10 @@ def test_tables_and_the_head_are_no_matrices_of_muons_under_any_wrapper() -> Non
     wrapped.model = model
     wrapped.get_base_model = lambda: model  # type: ignore[assignment]
     assert matrices(wrapped) == {"model.inner.weight"}
+
+
+def test_a_weight_that_is_apart_counts_with_all_of_its_numbers() -> None:
+    weight = nn.Parameter(torch.zeros(0, dtype=torch.bfloat16))
+    assert full._num_bytes(weight) == 0
+    weight.ds_numel = 12
+    assert full._num_bytes(weight) == 24

@@ -330,3 +330,17 @@ def test_a_call_is_not_asked_to_be_the_schemas_json() -> None:
     for reference, found in ((call, None), (text, 100.0)):
         scores, _ = numbers_of(Prediction(text, reference), schema="{}")
         assert scores["json_schema_validity"] == found
+
+
+def test_a_reply_that_goes_on_behind_a_long_label_is_another_one() -> None:
+    long = "x" * 64
+    found = table([(long, f"{long}y"), *[(long, long)] * 5, *[("y", "y")] * 5])
+    assert found.confusion.tolist() == [[5, 0, 1], [0, 5, 0]]
+
+
+def test_bleu_of_labels_is_of_the_orders_that_there_are() -> None:
+    bleu, chrf = texts.sacrebleu_signatures()
+    assert "eff:yes" in bleu
+    assert "tok:none" in bleu
+    assert "nrefs:1" in bleu
+    assert "nrefs:1" in chrf

@@ -19,7 +19,7 @@ from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.data.examples.dataset import LengthPolicy, load_examples
 from finetune.data.preview.report import check, show, tokens
 from finetune.data.reading.sources import SourceSpec, read_conversations
-from finetune.generation.stream import ReplyStream
+from finetune.generation.stream import ReplyStream, _Thought
 
 REASONED = "<think>\n先想。\n</think>\n\n答"
 PROMPT = "[gMASK]<sop><|user|>\nq<|assistant|>\n<think>"
@@ -214,3 +214,11 @@ def test_reasoning_of_a_message_with_calls_stands_before_the_first(z1: ChatTempl
     first, second = to_conversation(row, rules=RowRules(thinks=True)).messages[1:]
     assert thinking.split(first.content).thought == "\nso\n"
     assert (first.metadata, second.content) == ("f", "{}")
+
+
+def test_the_beginning_of_a_thoughts_end_is_held_until_it_is_known() -> None:
+    thought = _Thought(offers_tools=False)
+    assert thought.take("<think>\nabc</th") == ("<think>\nabc", None)
+    assert thought.take("x</thi") == ("</thx", None)
+    assert thought.take("nk>\n\nd") == ("</think>\n\nd", None)
+    assert thought.rest() == ""
