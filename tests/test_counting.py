@@ -144,3 +144,10 @@ def test_attention_behind_a_prefix_is_counted_as_attention(nine_billion: Path) -
     assert cost.flops["attention"] == one_pass * 9 // 2
     assert cost.mask_bytes == 0
     assert cost.milliseconds < 420
+
+
+def test_an_operation_over_many_tensors_counts_all_of_its_launches() -> None:
+    with shapes_only(), counting(CEILINGS) as counter:
+        torch._foreach_mul_([torch.empty(4) for _ in range(250)], 2.0)
+    rows = {name: row for (_, name, _), row in counter.ledger.kernels.items()}
+    assert rows["_foreach_mul_"].number == 3  # 110 tensors a launch

@@ -344,3 +344,10 @@ def test_bleu_of_labels_is_of_the_orders_that_there_are() -> None:
     assert "tok:none" in bleu
     assert "nrefs:1" in bleu
     assert "nrefs:1" in chrf
+
+
+def test_a_run_chooses_by_what_it_can_compute_of_its_own_data() -> None:
+    assert {"loss", "perplexity", "rouge-l"} <= {*metrics.CHOOSING}
+    assert not {"label_accuracy", "label_macro_f1", "general_loss"} & {*metrics.CHOOSING}
+    assert metrics.best_metric_problem("rouge-l") is None
+    assert "label_accuracy" in str(metrics.best_metric_problem("label_accuracy"))

@@ -312,7 +312,7 @@ def test_links_of_readers_that_are_gone_are_removed_and_those_of_others_stay(
     _, rows = reader(tmp_path)
     readers = tmp_path / "cache" / shards.FOLDER / "readers"
     host = socket.gethostname()
-    for name in (f"{host}:999999999", f"{host}:{os.getppid()}", "elsewhere:7"):
+    for name in (f"{host}:999999999", f"{host}:{os.getppid()}", "elsewhere:999999999"):
         (readers / name).mkdir(parents=True)
         (readers / name / "0-a").touch()
     own = rows._own_folder()
@@ -320,7 +320,7 @@ def test_links_of_readers_that_are_gone_are_removed_and_those_of_others_stay(
     assert {f.name for f in readers.iterdir()} == {
         own.name,
         f"{host}:{os.getppid()}",
-        "elsewhere:7",
+        "elsewhere:999999999",
     }
 
 
