@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import Message, RowError
-from finetune.data.dialogue.foreign import LISTED_TOOLS
+from finetune.data.dialogue.foreign import TOOLS, listed_tools
 from finetune.data.dialogue.tool_calls import Call, arguments_text
 
 CALL_IN_TEXT = "a call written as text (data.calls_in_text: read takes it as the call)"
@@ -40,7 +40,7 @@ RESULT_IN_TEXT = (
 TOOLS_IN_TEXT = "tools defined in a system text (data.calls_in_text: read takes them as tools)"
 
 _TAGGED = re.compile(
-    r"<(tool_call|functioncall|function_call)>\s*(.*?)\s*(?:</\1>|<\|endoftext\|>|\Z)", re.DOTALL
+    r"<(tool_call|functioncall|function_call)>(.*?)(?:</\1>|<\|endoftext\|>|\Z)", re.DOTALL
 )
 _REACT = re.compile(
     r"^Action:[ \t]*(?P<name>[^\n]+)\nAction Input:[ \t]*(?P<arguments>\{.*?\})\s*(?:\nObservation:\s*)?\Z",
@@ -57,8 +57,8 @@ _LANGUAGES = ("json", "tool_calls", "tool_call", "tool_code", "python")
 _MARKS = ("[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>", "<|action_start|>", "<|plugin|>")
 _END_MARKS = ("<|/tool_call|>", "<|action_end|>", "<|endoftext|>", "<|eom_id|>", "</s>")
 _FUNCTION = re.compile(
-    r"<function=(?P<name>[^>\s]+)>\s*(?P<arguments>.*?)\s*</function>"
-    r"|<invoke name=\"(?P<invoked>[^\"]+)\">\s*(?P<given>.*?)\s*</invoke>",
+    r"<function=(?P<name>[^<>\s]+)>(?P<arguments>(?:(?!</?function\b).)*+)</function>"
+    r"|<invoke name=\"(?P<invoked>[^\"<]+)\">(?P<given>(?:(?!</?invoke\b).)*+)</invoke>",
     re.DOTALL,
 )
 _NAMED = tuple(
@@ -92,9 +92,7 @@ _AROUND = re.compile(
 )
 """What may stand between calls and behind them without saying anything."""
 _AROUND_AT_END = re.compile(rf"(?:{_AROUND.pattern})+\Z")
-_RESULT = re.compile(
-    r"<(tool_response|tool_results?|function_results?)>\s*(.*?)\s*</\1>", re.DOTALL
-)
+_RESULT = re.compile(r"<(tool_response|tool_results?|function_results?)>")
 _RESULT_LINE = re.compile(r"\s*(?:Observation|✿RESULT✿|FUNCTION RESPONSE)\s*[:：]\s*")
 
 
@@ -115,7 +113,7 @@ def structure_in_text(message: Message, tools: Collection[str]) -> str:
     if message.role == "user":
         return RESULT_IN_TEXT if _results(text) else ""
     is_list = message.role == "system" and "{" in text
-    return TOOLS_IN_TEXT if is_list and ("<tools>" in text or LISTED_TOOLS.search(text)) else ""
+    return TOOLS_IN_TEXT if is_list and (TOOLS in text or listed_tools(text)) else ""
 
 
 def _has_sign(text: str) -> bool:
@@ -159,7 +157,8 @@ def written_calls(content: str, tools: Collection[str]) -> WrittenCalls | None:
 def _marked(content: str) -> WrittenCalls | None:
     """Calls in a spelling that marks them, whatever tools are defined."""
     if matches := list(_TAGGED.finditer(content)):
-        found = [_json_calls(m[2]) or _keyed(m[2]) or _functions(m[2]) for m in matches]
+        texts = [match[2].strip() for match in matches]
+        found = [_json_calls(text) or _keyed(text) or _functions(text) for text in texts]
         if all(found):
             return _around(content, matches, [call for calls in found for call in calls])
     if matches := list(_FUNCTION.finditer(content)):
@@ -222,10 +221,24 @@ def with_calls_read(
 
 def _results(text: str) -> list[str]:
     """Tool results that a user's text consists of; none when it says anything else."""
-    if "<" in text and (matches := list(_RESULT.finditer(text))):
-        return [match[2] for match in matches] if not _RESULT.sub("", text).strip() else []
+    opened = _RESULT.search(text)
+    if opened and text.find(f"</{opened[1]}>", opened.end()) >= 0:
+        return _tagged_results(text)
     match = _RESULT_LINE.match(text)
     return [text[match.end() :].strip()] if match and text[match.end() :].strip() else []
+
+
+def _tagged_results(text: str) -> list[str]:
+    """What stands in the tags of which a text consists; none when anything stands between them."""
+    found, left = [], text.strip()
+    while left:
+        opened = _RESULT.match(left)
+        inside, closing, left = left.partition(f"</{opened[1]}>") if opened else ("", "", left)
+        if opened is None or not closing:
+            return []
+        found.append(inside[opened.end() :].strip())
+        left = left.lstrip()
+    return found
 
 
 def _json_calls(text: str) -> list[Call]:
@@ -278,7 +291,8 @@ def _functions(text: str) -> list[Call]:
     """`<function=f>` and `<invoke name="f">`, with JSON or with one parameter a tag."""
     calls = []
     for match in _FUNCTION.finditer(text):
-        name, given = match["name"] or match["invoked"], match["arguments"] or match["given"] or ""
+        name = match["name"] or match["invoked"]
+        given = (match["arguments"] or match["given"] or "").strip()
         parameters = _PARAMETER.findall(given)
         if not _PARAMETER.sub("", given).strip():
             calls.append(Call(name, strict_json.dump(_values(parameters))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import Conversation, Purpose, RowError, text_problem
@@ -22,12 +22,10 @@ _GLAIVE = re.compile(r"\s*(USER|ASSISTANT|FUNCTION RESPONSE):\s*")
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _MOSS_TAG = re.compile(r"^<\|[^|]*\|>:?\s*|<eo[a-z]>\s*$")
 _MOSS_KEYS = ("Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS")
-_TOOLS_TAG = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)
-_RESPONSE_TAG = re.compile(r"^\s*<tool_response>\s*(.*?)\s*</tool_response>\s*$", re.DOTALL)
-LISTED_TOOLS = re.compile(
-    r"(?:functions|tools)[^\n\[]*:\s*(\[\s*\{.*\}\s*\])", re.DOTALL | re.IGNORECASE
-)
-"""Definitions that a system text lists, as ToolACE's does."""
+TOOLS, TOOLS_END = "<tools>", "</tools>"
+_RESPONSE, _RESPONSE_END = "<tool_response>", "</tool_response>"
+_LISTED = re.compile(r"(?:functions|tools)[^\n\[]{0,200}:\s*+(?=\[\s*+\{)", re.IGNORECASE)
+"""What stands before definitions that a system text lists, as ToolACE's does."""
 
 
 _SENTENCE = re.compile(r"[^.!?。！？\n]*(?:[.!?。！？\n]+\s*|\Z)")
@@ -207,18 +205,54 @@ def tools_of_system(items: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
     key = "content" if "content" in first else "value"
     text = first.get(key)
     is_system = first.get("role", first.get("from")) == "system" and isinstance(text, str)
-    match = (_TOOLS_TAG.search(text) or LISTED_TOOLS.search(text)) if is_system and text else None
+    listing = _listing_in(text) if is_system and text else None
     try:
-        tools = _tools_in(match[1]) if match else None
+        tools = _tools_in(listing.text) if listing else None
     except RowError:
         tools = None
     if not tools:
         return list(items), None
-    assert match is not None
+    assert listing is not None
     assert text is not None
-    said = _without_talk_of_tools(text[: match.start()] + "\n" + text[match.end() :])
+    said = _without_talk_of_tools(text[: listing.begin] + "\n" + text[listing.end :])
     told = [{**first, key: said}] if said else []
     return [*told, *map(_without_tag, items[1:])], tools
+
+
+class ToolListing(NamedTuple):
+    """Where a text lists tools, and the list."""
+
+    begin: int
+    end: int
+    text: str
+
+
+def _listing_in(text: str) -> ToolListing | None:
+    """What stands between tags, or as a list of objects behind a word for it.
+
+    By searches of fixed texts: one pattern for all of it takes minutes for a few thousand blanks.
+    """
+    begin = text.find(TOOLS)
+    end = text.find(TOOLS_END, begin)
+    if 0 <= begin < end:
+        return ToolListing(begin, end + len(TOOLS_END), text[begin + len(TOOLS) : end].strip())
+    return listed_tools(text)
+
+
+def listed_tools(text: str) -> ToolListing | None:
+    """A list of objects behind a word for tools, up to the last end of one; None without."""
+    opened = _LISTED.search(text)
+    if opened is None:
+        return None
+    end = text.rfind("]", opened.end())
+    while end > 0:
+        last = end - 1
+        while text[last].isspace():
+            last -= 1
+        if text[last] == "}":
+            return ToolListing(opened.start(), end + 1, text[opened.end() : end + 1])
+        end = text.rfind("]", opened.end(), end)
+    return None
 
 
 def _without_talk_of_tools(text: str) -> str:
@@ -242,8 +276,10 @@ def _without_tag(item: Any) -> Any:
     ):
         return item
     key = "content" if "content" in item else "value"
-    match = _RESPONSE_TAG.match(item[key]) if isinstance(item.get(key), str) else None
-    return {**item, key: match[1]} if match else item
+    text = item[key].strip() if isinstance(item.get(key), str) else ""
+    if not (text.startswith(_RESPONSE) and text.endswith(_RESPONSE_END)):
+        return item
+    return {**item, key: text[len(_RESPONSE) : -len(_RESPONSE_END)].strip()}
 
 
 def _with_messages(row: Row, turns: Sequence[Any], *read: str) -> dict[str, Any]:
