@@ -22,7 +22,7 @@ def problem() -> str | None:
     if name not in said:
         name, others = "RANK", ["WORLD_SIZE"] if rank() else []
     if missing := [other for other in others if not os.environ.get(other)]:
-        return f"the variable {name} is set, but {' and '.join(missing)} is not; {remedy}"
+        return f"the variable {name} is set without {' and '.join(missing)}; {remedy}"
     if "WORLD_SIZE" in said and rank() >= world_size():
         return (
             f"the variable RANK is {rank()} of {world_size()} processes, counted from 0; {remedy}"

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-from finetune.data.dialogue.conversation import Conversation, RowError
-from finetune.data.dialogue.formats import to_conversation
+from finetune.data.dialogue.conversation import Conversation, Message, RowError
+from finetune.data.dialogue.formats import RowRules, to_conversation
 
 USER = {"role": "user", "content": "Q"}
 REPLY = {"role": "assistant", "content": "A"}
 CALL = {"role": "assistant", "metadata": "f", "content": "{}"}
 RESULT = {"role": "observation", "content": "R"}
 SYSTEM = {"role": "system", "content": "S"}
+THOUGHT = {**REPLY, "reasoning_content": "why"}
+TOOL_CALL = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}  # fmt: skip
 
 WEATHER = {
     "name": "get_weather",
@@ -89,3 +91,18 @@ def reason(*items: Any, **row: Any) -> str:
     with pytest.raises(RowError) as error:
         messages(*items, **row)
     return str(error.value)
+
+
+def user(text: str = "Q", **more: Any) -> Message:
+    return Message("user", text, **more)
+
+
+def reply(text: str = "A", **more: Any) -> Message:
+    return Message("assistant", text, **more)
+
+
+def dialogue(
+    *messages: Any, purpose: Any = "train", columns: Any = None, **rules: Any
+) -> Conversation:
+    row = {"messages": list(messages)} | (columns or {})
+    return to_conversation(row, purpose=purpose, rules=RowRules(**rules))

@@ -6,36 +6,28 @@ from typing import Any
 
 import pytest
 from hints import said
-from row_parts import CALL, REPLY, RESULT, SYSTEM, USER, WEATHER
+from row_parts import (
+    CALL,
+    REPLY,
+    RESULT,
+    SYSTEM,
+    THOUGHT,
+    TOOL_CALL,
+    USER,
+    WEATHER,
+    dialogue,
+    reply,
+    user,
+)
 
 from finetune.data.dialogue import doubts, strict_json
 from finetune.data.dialogue.calls_in_text import CALL_IN_TEXT, with_calls_read, written_calls
 from finetune.data.dialogue.conversation import (
-    Conversation,
     Message,
     RowError,
 )
-from finetune.data.dialogue.formats import RowRules, detect, to_conversation
+from finetune.data.dialogue.formats import detect, to_conversation
 from finetune.data.dialogue.tool_calls import order_results, read_call, read_tools
-
-THOUGHT = {**REPLY, "reasoning_content": "why"}
-TOOL_CALL = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}  # fmt: skip
-
-
-def user(text: str = "Q", **more: Any) -> Message:
-    return Message("user", text, **more)
-
-
-def reply(text: str = "A", **more: Any) -> Message:
-    return Message("assistant", text, **more)
-
-
-def dialogue(
-    *messages: Any, purpose: Any = "train", columns: Any = None, **rules: Any
-) -> Conversation:
-    row = {"messages": list(messages)} | (columns or {})
-    return to_conversation(row, purpose=purpose, rules=RowRules(**rules))
-
 
 CALLING = Message("assistant", "{}", metadata="f")
 KINDS = {

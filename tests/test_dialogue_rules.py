@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hints import said
-from row_parts import CALL, REPLY, RESULT, USER, WEATHER
+from row_parts import CALL, REPLY, RESULT, TOOL_CALL, USER, WEATHER, dialogue, reply, user
 
 from finetune.data.dialogue.conversation import (
     Conversation,
@@ -15,29 +15,9 @@ from finetune.data.dialogue.conversation import (
     ShownImage,
     validate,
 )
-from finetune.data.dialogue.formats import RowRules, to_conversation
 from finetune.data.dialogue.images import ImageRule, with_placeholders
 from finetune.data.dialogue.keys import check_columns, marks_of
 from finetune.data.dialogue.turns import merged
-
-THOUGHT = {**REPLY, "reasoning_content": "why"}
-TOOL_CALL = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}  # fmt: skip
-
-
-def user(text: str = "Q", **more: Any) -> Message:
-    return Message("user", text, **more)
-
-
-def reply(text: str = "A", **more: Any) -> Message:
-    return Message("assistant", text, **more)
-
-
-def dialogue(
-    *messages: Any, purpose: Any = "train", columns: Any = None, **rules: Any
-) -> Conversation:
-    row = {"messages": list(messages)} | (columns or {})
-    return to_conversation(row, purpose=purpose, rules=RowRules(**rules))
-
 
 # --- who may stand where -------------------------------------------------------------------------
 

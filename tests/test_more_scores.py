@@ -240,7 +240,7 @@ def test_a_judge_that_fails_is_asked_again_and_one_that_refuses_is_named(
     with endpoint("refuses", failures=99) as (name, server):
         with pytest.raises(DataError, match=r"401 .*OPENAI_API_KEY"):
             list(Judge.of(name, tmp_path / "b").win_rates(PAIRS[:1]))
-        assert len(server.asked) == 2
+        assert 1 <= len(server.asked) <= 2, "each order once, or given up before"
     with endpoint("silent") as (name, _):
         found = list(Judge.of(name, tmp_path / "c").win_rates(PAIRS))
         assert [one[judge.WIN] for one in found] == [None, None, 50.0]

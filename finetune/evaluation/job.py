@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from finetune.artifacts.resolve import model_base
@@ -46,9 +47,9 @@ class EvaluationJob:
         """The name under which the loss on the general set is kept."""
         return general_name(self.options)
 
-    @property
+    @cached_property
     def tasks_name(self) -> str:
-        """The name under which the scores of tasks are kept."""
+        """The name under which the scores of tasks are kept; their files are read for it."""
         options = self.options
         return tasks_key(options.tasks, self.settings.evaluation.max_samples, options.tasks_data)
 

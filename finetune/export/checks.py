@@ -55,9 +55,8 @@ class ProductCheck:
             missed = float(np.square((written @ self._x).astype(np.float64) - wanted).sum())
             flat = written.reshape(-1)
             size = float(np.dot(flat, flat))
-            if (
-                size == math.inf
-            ):  # one number so large that its square is none; nothing else may pass beside it
+            # One number may be so large that its square is none: the others are still compared.
+            if size == math.inf:
                 size = float(np.square(flat, dtype=np.float64).sum())
         allowed = size * self._spacing**2 / 12 * (_MANY_ROWS + _ONE_ROW / len(before))
         if self._dtype == "F16":  # the smallest are further apart

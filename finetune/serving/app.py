@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from finetune.serving.metrics import CONTENT_TYPE, Metrics
 from finetune.serving.page.html import PageOptions
 from finetune.serving.page.routes import add_page
 from finetune.serving.requests.body import read_body
-from finetune.serving.requests.chat import PREFIX, AskedChat, read_tokens
+from finetune.serving.requests.chat import AskedChat, image_folder, read_tokens
 from finetune.serving.requests.completion import AskedCompletion
 from finetune.serving.requests.rules import Asked, RequestRules, rules_of
 
@@ -201,7 +200,7 @@ class Completions:
         """The replies in the model's queue; images are kept until the model has done with all."""
         if not asked.shows_image:
             return await self._submitted(asked, bool)
-        folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+        folder = image_folder()
         try:
             async with self._desk.decoding:
                 await asyncio.to_thread(asked.keep_images, Path(folder.name))

@@ -130,12 +130,7 @@ def page_texts() -> Iterator[tuple[str, str]]:
     """The texts of the pages and of the report's exports, which stand in calls of `t` and `word`."""
     folder = ROOT / "finetune/report"
     for path in sorted(
-        [
-            *folder.glob("assets/*.html"),
-            *folder.glob("assets/*.js"),
-            *folder.glob("*.py"),
-            ROOT / "finetune/cli/report_commands.py",
-        ]
+        [*folder.glob("assets/*.html"), *folder.glob("assets/*.js"), *folder.glob("*.py")]
     ):
         text = path.read_text(encoding="utf-8")
         for found in re.findall(r"""\bt\("([^"]+)"\)|\bword\(["']([^"']+)["']\)""", text):

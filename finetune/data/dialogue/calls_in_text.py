@@ -93,6 +93,7 @@ _AROUND = re.compile(
 """What may stand between calls and behind them without saying anything."""
 _AROUND_AT_END = re.compile(rf"(?:{_AROUND.pattern})+\Z")
 _RESULT = re.compile(r"<(tool_response|tool_results?|function_results?)>")
+_NEXT_RESULT = re.compile(rf"\s*+{_RESULT.pattern}")
 _RESULT_LINE = re.compile(r"\s*(?:Observation|✿RESULT✿|FUNCTION RESPONSE)\s*[:：]\s*")
 
 
@@ -230,15 +231,15 @@ def _results(text: str) -> list[str]:
 
 def _tagged_results(text: str) -> list[str]:
     """What stands in the tags of which a text consists; none when anything stands between them."""
-    found, left = [], text.strip()
-    while left:
-        opened = _RESULT.match(left)
-        inside, closing, left = left.partition(f"</{opened[1]}>") if opened else ("", "", left)
-        if opened is None or not closing:
+    found, place = [], 0
+    while opened := _NEXT_RESULT.match(text, place):
+        closing = f"</{opened[1]}>"
+        end = text.find(closing, opened.end())
+        if end < 0:
             return []
-        found.append(inside[opened.end() :].strip())
-        left = left.lstrip()
-    return found
+        found.append(text[opened.end() : end].strip())
+        place = end + len(closing)
+    return [] if text[place:].strip() else found
 
 
 def _json_calls(text: str) -> list[Call]:

@@ -199,9 +199,8 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
     """The language model, under its published class name."""
 
     _tp_plan: ClassVar[dict[str, str]] = {"transformer.output_layer": "colwise_gather_output"}
-    output_type = (
-        HiddenOutput  # AutoModel gives this class, as published, where others give a base model
-    )
+    # AutoModel gives this class, as published, where others give a base model.
+    output_type = HiddenOutput
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from starlette.responses import HTMLResponse, Response
 from finetune.serving.page.html import PageOptions, make_page
 from finetune.serving.page.saved import Saves, told_tokens
 from finetune.serving.requests.body import read_body
-from finetune.serving.requests.images import PREFIX
+from finetune.serving.requests.chat import image_folder
 from finetune.serving.requests.rules import RequestRules
 
 
@@ -37,7 +36,7 @@ def add_page(
     @app.post("/page/tokens")
     async def tokens(request: Request) -> dict[str, Any]:
         body = await read_body(request, body_bytes)
-        with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+        with image_folder() as folder:
             return await asyncio.to_thread(told_tokens, body, models, Path(folder))
 
     if options.folder is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,9 @@ from finetune.data.dialogue.formats import to_conversation
 from finetune.data.preview.show import ShowResult, shown
 from finetune.errors import DataError
 from finetune.serving.errors import ApiError, bad_request
+from finetune.serving.requests.chat import image_folder
 from finetune.serving.requests.fields import Strict, parse
 from finetune.serving.requests.images import (
-    PREFIX,
     check_sources,
     is_image,
     with_image_files,
@@ -176,7 +175,7 @@ def _message(message: Any, folder: Path, images: list[str]) -> Any:
 
 def _saved(part: Any, folder: Path) -> str:
     """The image of a part as a file below `folder`; its path from there."""
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as place:
+    with image_folder() as place:
         [message] = with_image_files([{"role": "user", "content": [part]}], Path(place))
         data = Path(message["content"][0]["image"]).read_bytes()
     suffix = next((end for begin, end in _SUFFIXES.items() if data.startswith(begin)), "")

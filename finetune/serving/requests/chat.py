@@ -21,9 +21,7 @@ from finetune.serving.errors import bad_request
 from finetune.serving.requests import history
 from finetune.serving.requests.fields import ChatRequest, NamedTool, parse, read_json
 from finetune.serving.requests.images import (
-    PREFIX as PREFIX,
-)
-from finetune.serving.requests.images import (
+    PREFIX,
     check_sources,
     with_image_files,
     without_folders,
@@ -63,6 +61,11 @@ class AskedChat:
         return _replies(self._request, self.rules)
 
 
+def image_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the images of a request, whose name `without_folders` knows."""
+    return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+
+
 def read_tokens(body: bytes, models: Mapping[str, RequestRules]) -> tuple[list[int], RequestRules]:
     """The ids of a `prompt`, a text that is no dialogue, or those that `messages` become; and whose.
 
@@ -78,7 +81,7 @@ def read_tokens(body: bytes, models: Mapping[str, RequestRules]) -> tuple[list[i
         plain = rules.template.tokenizer.plain
         return list(plain.encode(value["prompt"], add_special_tokens=False).ids), rules
     asked = AskedChat(body, models)
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+    with image_folder() as folder:
         asked.keep_images(Path(folder))
         return list(asked.replies()[0].prompt), asked.rules
 

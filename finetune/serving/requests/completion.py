@@ -89,7 +89,7 @@ def _ids(prompt: str | Sequence[int], rules: RequestRules) -> list[int]:
                 f"{template.tokenizer.vocab_size}",
                 "prompt",
             )
-        if rules.template.image is not None and _image_ids(rules.template) & set(prompt):
+        if template.image is not None and _image_ids(template) & set(prompt):
             raise bad_request(
                 "prompt: holds tokens of an image, which a completion does not show; ask "
                 "/v1/chat/completions",
