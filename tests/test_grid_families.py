@@ -181,6 +181,36 @@ def test_features_in_the_place_of_pixels_give_the_same_logits(pair: Pair) -> Non
         pair.ours(input_ids=ids, **shown | kept)
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_images_in_rows_of_the_token_table_give_the_logits_of_ids(pair: Pair, left: bool) -> None:
+    rows = [pair.row(1, 2, 3), pair.row(*TWO_TURNS), pair.row(4, SHAPES[0], SHAPES[4], 5)]
+    ids, mask = padded(rows, left=left)
+    shown = pair.shown(*SHAPES, SHAPES[0], SHAPES[4]) | {"attention_mask": mask}
+    with torch.no_grad():
+        embeds = pair.ours.get_input_embeddings()(ids)
+        of_ids = pair.ours(input_ids=ids, **shown).logits
+        deltas = pair.ours.model.rope_deltas
+        pair.ours.model.rope_deltas = None
+        of_rows = pair.ours(inputs_embeds=embeds, **shown).logits
+        assert torch.equal(pair.ours.model.rope_deltas, deltas)
+        assert torch.equal(of_rows[mask.bool()], of_ids[mask.bool()])
+        counted = torch.arange(ids.shape[1]).expand(3, len(rows), -1)
+        own = pair.ours(inputs_embeds=embeds, position_ids=counted, **shown).logits
+        same = pair.ours(input_ids=ids, position_ids=counted, **shown).logits
+    assert torch.equal(own, same)
+    assert not torch.equal(own[mask.bool()], of_ids[mask.bool()])
+
+
+def test_attentions_are_given_when_they_are_asked_for(pair: Pair) -> None:
+    model = load_model(pair.folder, attention="eager")
+    ids = torch.tensor([pair.row(1, SHAPES[4], 2)])
+    for part in (model, model.model):
+        seen = part(input_ids=ids, **pair.shown(SHAPES[4]), output_attentions=True)
+        assert len(seen.attentions) == model.config.get_text_config().num_hidden_layers
+        plain = part(input_ids=ids, **pair.shown(SHAPES[4]))
+        assert getattr(plain, "attentions", None) is None
+
+
 def test_lora_on_text_and_vision_adapts_the_layers_of_both_and_no_others(pair: Pair) -> None:
     family = FAMILIES[pair.ours.config.model_type]
     section = LoraMethod(rank=2, target_modules=["text", "vision"])

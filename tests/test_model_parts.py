@@ -249,18 +249,6 @@ def test_shifted_labels_have_weights_of_their_own() -> None:
     assert loss._unshifted(torch.tensor([[5]]), None)[1] is None
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("ours", [False, True])
-def test_logits_come_with_a_loss_where_a_loop_of_others_evaluates(
-    training: bool, grad: bool, ours: bool
-) -> None:
-    model = nn.Linear(1, 1).train(training)
-    with torch.set_grad_enabled(grad):
-        found = loss._is_evaluated(model, torch.zeros(1) if ours else None)
-    assert found is (not training and not grad and not ours)
-
-
 # --- documents ---------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ hooks around it (DeepSpeed ZeRO-3 gathers the weight there) see an ordinary modu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finetune.models import kernels
-from finetune.models.packed_attention import Documents, document_starts, flash_arguments, whole_rows
+from finetune.models.packed_attention import (
+    Documents,
+    document_starts,
+    say_documents,
+    whole_rows,
+    without_packing,
+)
 from finetune.models.sequence_parallel import Split
 
 IGNORED = -100
@@ -268,42 +274,36 @@ def _logits(head: nn.Module, hidden: Tensor, keep: int | Tensor) -> Tensor:
         chosen = hidden[:, keep]
     else:
         chosen = hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))
-    logits: Tensor = head(chosen)
-    return logits
+    return head(chosen)  # type: ignore[no-any-return]
 
 
-def _is_evaluated(model: nn.Module, supervised: Tensor | None) -> bool:
-    """Whether a loop of others evaluates: ours knows the places of the loss and wants no logits."""
-    return supervised is None and not model.training and not torch.is_grad_enabled()
+def _when_read(head: nn.Module, hidden: Tensor, keep: int | Tensor) -> Callable[[], Tensor]:
+    """Return what makes `_logits` later, under the autocast of now."""
+    kind = hidden.device.type
+    cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def make() -> Tensor:
+        with cast:
+            return _logits(head, hidden, keep)
+
+    return make
 
 
-def _say_documents(model: Any, documents: Documents, kwargs: dict[str, Any]) -> Tensor | None:
-    """Put what the model's attention wants to know into `kwargs`; return a mask to hand on."""
-    implementation = str(model.config._attn_implementation)
-    if implementation.startswith("flash"):
-        kwargs.update(flash_arguments(documents))
-    elif implementation.startswith("document"):
-        kwargs["documents"] = documents
-        return documents.starts[:, None, None]  # 4-D: handed on, no T x T mask is made
-    return None
+class LossOutput(CausalLMOutputWithPast):
+    """A loss, and logits for who reads the attribute: made then, of hidden states kept for it."""
 
+    make_logits: Callable[[], Tensor] | None = None
 
-def _without_packing(
-    model: Any, ids: Tensor | None, positions: Tensor | None
-) -> tuple[Tensor | None, Documents | None]:
-    """Positions and documents that spare transformers a look for packing, which a GPU is waited for."""
-    if ids is None or positions is not None:
-        return positions, None
-    if not str(model.config._attn_implementation).startswith("document"):
-        return None, None
-    return torch.arange(ids.shape[1], device=ids.device)[None], whole_rows(ids.device)
+    @property
+    def logits(self) -> Tensor | None:
+        """Logits [B, K, V]; None where there is nothing to make them from."""
+        if self.__dict__["logits"] is None and self.make_logits is not None:
+            self.logits = self.make_logits()
+        return self.__dict__["logits"]  # type: ignore[no-any-return]
 
-
-@dataclass
-class HiddenOutput(CausalLMOutputWithPast):
-    """What a language model says, and what it says it from."""
-
-    last_hidden_state: Tensor | None = None
+    @logits.setter
+    def logits(self, made: Tensor | None) -> None:
+        self.__dict__["logits"] = made
 
 
 class SupervisedLoss:
@@ -340,7 +340,8 @@ class SupervisedLoss:
     ) -> Any:
         """Return logits, or with labels [B, T] the loss; see `supervised_loss`.
 
-        In eval mode without gradients labels get both, as evaluation loops of others expect.
+        In eval mode without gradients labels get both, as evaluation loops of others expect; in a
+        training step of others logits are made when they are read.
         `shift_labels` [B, T] in the place of labels are what each position itself predicts.
         `head_loss(head, hidden [B, T, D])` is any other loss; it is called in here because DDP and
         ZeRO must see every use of a weight inside the forward pass.
@@ -359,9 +360,9 @@ class SupervisedLoss:
             labels = _within(documents, labels)
         is_training = labels is not None or head_loss is not None
         if documents is None and is_training and self.looks_at_positions and attention_mask is None:
-            position_ids, documents = _without_packing(model, input_ids, position_ids)
+            position_ids, documents = without_packing(model, input_ids, position_ids)
         if documents is not None:
-            attention_mask = _say_documents(model, documents, kwargs)
+            attention_mask = say_documents(model, documents, kwargs)
         if documents is not None or is_training:
             use_cache = bool(use_cache)  # a cache in training costs memory and hides the packing
         kwargs |= {} if output_attentions is None else {"output_attentions": output_attentions}
@@ -377,7 +378,10 @@ class SupervisedLoss:
             **kwargs,
         )
         hidden, head = outputs.last_hidden_state, model.get_output_embeddings()
-        asked = head_loss is None and (labels is None or _is_evaluated(model, supervised))
+        # A loop of others: ours knows the places of the loss and wants no logits.
+        of_others = head_loss is None and labels is not None and supervised is None
+        evaluated = of_others and not model.training and not torch.is_grad_enabled()
+        asked = evaluated or (head_loss is None and labels is None)
         if head_loss is None and labels is not None:
             head_loss = partial(
                 supervised_loss,
@@ -388,7 +392,9 @@ class SupervisedLoss:
             )
         loss = None if head_loss is None else head_loss(head, hidden)
         logits = _logits(head, hidden, logits_to_keep) if asked else None
-        kind = CausalLMOutputWithPast if logits is None else self.output_type
+        kind = LossOutput if logits is None else self.output_type
         shown = {field.name: getattr(outputs, field.name, None) for field in fields(kind)}
         result = kind(**shown | {"loss": loss, "logits": logits})
+        if of_others and isinstance(result, LossOutput) and not torch.compiler.is_compiling():
+            result.make_logits = _when_read(head, hidden, logits_to_keep)
         return result.to_tuple() if return_dict is False else result

@@ -158,6 +158,28 @@ def flash_arguments(documents: Documents) -> dict[str, Tensor | int]:
     }
 
 
+def say_documents(model: Any, documents: Documents, kwargs: dict[str, Any]) -> Tensor | None:
+    """Put what the model's attention wants to know into `kwargs`; return a mask to hand on."""
+    implementation = str(model.config._attn_implementation)
+    if implementation.startswith("flash"):
+        kwargs.update(flash_arguments(documents))
+    elif implementation.startswith("document"):
+        kwargs["documents"] = documents
+        return documents.starts[:, None, None]  # 4-D: handed on, no T x T mask is made
+    return None
+
+
+def without_packing(
+    model: Any, ids: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor | None, Documents | None]:
+    """Positions and documents that spare transformers a look for packing, which a GPU is waited for."""
+    if ids is None or positions is not None:
+        return positions, None
+    if not str(model.config._attn_implementation).startswith("document"):
+        return None, None
+    return torch.arange(ids.shape[1], device=ids.device)[None], whole_rows(ids.device)
+
+
 def pieces(starts: Tensor) -> list[Piece]:
     """Cut rows [B, T] at documents' starts into pieces of up to 1,024 tokens or one document."""
     found: list[Piece] = []

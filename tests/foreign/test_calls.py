@@ -26,7 +26,9 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.layers import RotaryEmbedding
+from finetune.models.chatglm.modeling import HiddenOutput
 from finetune.models.load import load_model
+from finetune.models.loss import supervised_places
 
 IDS = torch.tensor([[372, 374, 5, 6, 7, 8, 9, 10], [372, 374, 11, 12, 13, 14, 15, 16]])
 
@@ -85,16 +87,49 @@ def test_the_tower_is_described_by_a_config(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_evaluation_has_logits_beside_the_loss_and_training_has_not(model: Any) -> None:
+def test_evaluation_has_logits_beside_the_loss_and_training_makes_those_that_are_read(
+    model: Any,
+) -> None:
     logits = model(IDS).logits
     evaluated = model(IDS, labels=IDS)
     assert evaluated.logits.equal(logits)
+    assert type(evaluated) is HiddenOutput
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     assert_close(evaluated.loss, expected, additions(model.config, 8) + 400)
-    with torch.enable_grad():
-        assert model(IDS, labels=IDS).logits is None
-        assert model.train()(IDS, labels=IDS).logits is None
-    assert model.train()(IDS, labels=IDS).logits is None
+    head, calls = model.get_output_embeddings(), []
+    hook = head.register_forward_hook(lambda *_: calls.append(1))
+    for is_training, has_gradient in [(False, True), (True, True), (True, False)]:
+        with torch.set_grad_enabled(has_gradient):
+            trained = model.train(is_training)(IDS, labels=IDS, logits_to_keep=3)
+            calls.clear()
+            assert list(trained) == ["loss"]
+            assert len(trained.to_tuple()) == 1
+            assert not calls  # nothing is made that nobody has read
+            assert trained.logits is trained.logits
+            assert torch.allclose(trained.logits, logits[:, -3:], atol=1e-5)
+            assert calls == [1]
+            assert trained.logits.requires_grad is has_gradient
+    hook.remove()
+
+
+def test_logits_read_behind_a_training_step_are_of_its_number_format(model: Any) -> None:
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = model(IDS, labels=IDS)
+    assert trained.logits.dtype is torch.bfloat16
+    assert model(IDS, labels=IDS).logits.dtype is torch.float32
+
+
+def test_training_and_evaluation_here_keep_nothing_to_make_logits_from(model: Any) -> None:
+    step = model.train()(IDS, labels=IDS, supervised=supervised_places(IDS))
+    with torch.no_grad():
+        evaluated = model.eval()(IDS, labels=IDS, supervised=supervised_places(IDS))
+    for output in (step, evaluated):
+        assert output.logits is None
+        assert output.make_logits is None
+    other = model(IDS, head_loss=lambda head, hidden: hidden.sum())
+    assert other.logits is None
+    assert model(IDS, labels=IDS, return_dict=False)[0].dim() == 0
 
 
 def test_predict_and_compute_metrics_of_transformers_see_the_logits(

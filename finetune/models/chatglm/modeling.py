@@ -5,6 +5,7 @@ Legend: B rows, T tokens, D hidden size, N images, P patches of an image.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, initialization
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -26,7 +27,7 @@ from finetune.models.chatglm.layers import (
 )
 from finetune.models.chatglm.spans import Spans, positions, remember
 from finetune.models.chatglm.vision import PatchEmbedding, VisionModel
-from finetune.models.loss import HiddenOutput, SupervisedHead, SupervisedLoss
+from finetune.models.loss import SupervisedHead, SupervisedLoss
 from finetune.models.packed_attention import document_starts, positions_in_documents
 
 
@@ -193,6 +194,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if vision.is_shared_out or (vision.is_trained and torch.is_grad_enabled()):
             return embeds + vision.nothing().to(embeds.dtype)
         return embeds
+
+
+@dataclass
+class HiddenOutput(CausalLMOutputWithPast):
+    """What a language model says, and what it says it from."""
+
+    last_hidden_state: Tensor | None = None
 
 
 class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, GenerationMixin):

@@ -27,7 +27,7 @@ class GridModel:
     Mixed into transformers' model of a vision encoder, `visual`, and a `language_model`.
     """
 
-    def forward(
+    def forward(  # noqa: PLR0913 - transformers looks for these names in the signature
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -36,21 +36,22 @@ class GridModel:
         image_features: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the last hidden state [B, T, D] and the cache.
 
         `pixel_values` [patches of all images, C] and `image_grid_thw` [N, 3] are what the image
         processor makes; `image_features` [tokens of all images, D] are what a frozen encoder made of
-        the pixels. `position_ids` [B, T] or [3, B, T] need not be given.
+        the pixels. They go where `input_ids` have the token of an image, or `inputs_embeds` the
+        row of it. `position_ids` [B, T] or [3, B, T] need not be given.
         """
         model: Any = self
         kwargs.pop("mm_token_type_ids", None)
         if pixel_values is not None and image_features is not None:
             raise ValueError("pass either pixel_values or image_features")
         shown = pixel_values is not None or image_features is not None
-        if shown and input_ids is None:
-            raise ValueError("images go in with input_ids, not with inputs_embeds")
         begins = past_key_values is None or past_key_values.get_seq_length() == 0
         # The encoder comes first, with images or without: under ZeRO-3 processes must gather the same
         # weights in the same order, and transformers by itself embeds the text before it looks.
@@ -72,16 +73,24 @@ class GridModel:
             }
         elif begins:
             model.rope_deltas = None  # of whatever images were shown before
+        if shown and inputs_embeds is not None and position_ids is None and begins:
+            # Transformers finds the places of images in ids only.
+            kinds = self._kinds_of_rows(inputs_embeds)
+            position_ids, model.rope_deltas = model.get_rope_index(
+                kinds, kinds, image_grid_thw=image_grid_thw, attention_mask=attention_mask
+            )
         starts = document_starts(position_ids, attention_mask, past_key_values)
         if starts is not None and position_ids is not None:
             # Transformers keeps documents apart by a first row of positions that only count.
             places = position_ids if position_ids.dim() == 3 else position_ids.expand(3, -1, -1)
             position_ids = torch.cat([positions_in_documents(starts)[None], places[-3:]])
+        kwargs |= {} if output_attentions is None else {"output_attentions": output_attentions}
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
 
@@ -90,6 +99,13 @@ class GridModel:
         model: Any = self
         kinds: Tensor = (input_ids == model.config.image_token_id).int()
         return kinds
+
+    def _kinds_of_rows(self, embeds: Tensor) -> Tensor:
+        """`kinds` of the tokens [B, T] whose rows of the token table are [B, T, D]."""
+        model: Any = self
+        token = torch.tensor(model.config.image_token_id, device=embeds.device)
+        row: Tensor = model.get_input_embeddings()(token).detach()
+        return embeds.detach().eq(row.to(embeds.dtype)).all(-1).long()
 
     def _others_may_look(self) -> bool:
         """Whether another process that has images would wait for this one, which has none."""
@@ -139,6 +155,7 @@ class GridLoss(SupervisedLoss):
         num_items_in_batch: Tensor | float | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with labels [B, T] the loss; see `SupervisedLoss`."""
@@ -155,6 +172,7 @@ class GridLoss(SupervisedLoss):
             num_items_in_batch,
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
+            output_attentions=output_attentions,
             **kwargs,
         )
 

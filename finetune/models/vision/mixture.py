@@ -1,7 +1,11 @@
-"""GLM-4.5V and GLM-4.6V: images that keep their shape, in front of a text whose layers are mixtures of experts."""
+"""GLM-4.5V and GLM-4.6V: images that keep their shape, in front of a text whose layers are mixtures of experts.
+
+The experts are transformers' own (`@use_experts_implementation`: in groups, in batches or one by one).
+"""
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import transformers
@@ -21,7 +25,7 @@ class _Text(CountsExperts, transformers.Glm4vMoeTextModel):
     pass
 
 
-class Glm4vMoeModel(GridModel, transformers.Glm4vMoeModel):
+class Glm4vMoeModel(OfTransformers, GridModel, transformers.Glm4vMoeModel):
     """See `GridModel`."""
 
 
@@ -31,6 +35,14 @@ class Glm4vMoeForConditionalGeneration(
     """transformers' model with the loss over supervised tokens; keeps the name that it saves."""
 
     output_type = MoeCausalLMOutputWithPast
+
+    @wraps(GridLoss.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return logits, or with labels [B, T] the loss; see `SupervisedLoss`."""
+        return super().forward(*args, **kwargs)
+
+    # Programs of others read here what is returned.
+    forward.__annotations__ = GridLoss.forward.__annotations__ | {"return": output_type}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
