@@ -21,7 +21,6 @@ from finetune.evaluation.scores.pairs import (
     DEFINITIONS,
     Compared,
     DefinitionName,
-    tool_call_parts,
 )
 from finetune.evaluation.scores.statistics import ReplyTable
 
@@ -66,7 +65,7 @@ def call_score(name: str, arguments: str, *, tools: tuple = (WEATHER,)) -> float
 
 
 def validity(prediction: Prediction) -> float | None:
-    return tool_call_parts(prediction)["tool_call_validity"]
+    return scores_of(prediction)["tool_call_validity"]
 
 
 def test_every_golden_pair_scores_the_reference_to_the_last_digit(glm4_assets: Path) -> None:
@@ -151,8 +150,9 @@ def test_a_call_is_valid_with_a_known_name_json_arguments_and_the_required_ones(
 
 
 def test_a_tool_without_required_arguments_or_parameters_takes_any_object() -> None:
-    tools = ({"type": "function", "function": {"name": "now"}},)
-    assert call_score("now", "{}", tools=tools) == 100.0
+    for more in ({}, {"parameters": None}, {"parameters": {"required": "all"}}, {"parameters": {"required": [1]}}):  # fmt: skip
+        tools = ({"type": "function", "function": {"name": "now"} | more},)
+        assert call_score("now", "{}", tools=tools) == 100.0
 
 
 def test_a_built_in_tool_takes_text() -> None:

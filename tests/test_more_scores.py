@@ -60,6 +60,7 @@ def test_labels_have_an_accuracy_an_f1_each_and_a_confusion() -> None:
     assert scores["label_accuracy"]["value"] == pytest.approx(80)
     assert scores["label_macro_f1"]["value"] == pytest.approx((500 / 6 + 600 / 7) / 2)
     assert scores["label_macro_f1"]["low"] < 80 < scores["label_macro_f1"]["high"]  # type: ignore[operator]
+    assert {one["n"] for one in scores.values()} == {10}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ SCHEMA = {"type": "object", "required": ["city"], "properties": {"city": {"type"
         ('{"b": 1.0, "city": "x"}', '{"city": "x", "b": 1}', (100.0, 100.0, 100.0)),
         ('{"city": 3}', '{"city": "x"}', (100.0, 0.0, 0.0)),
         ('{"city": "x"', '{"city": "x"}', (0.0, 0.0, 0.0)),
+        ("null", '{"city": "x"}', (100.0, 0.0, 0.0)),
         ("x", "[1]", (0.0, 0.0, 0.0)),
         ("[1]", "[1]", (100.0, 100.0, 0.0)),
         ('{"city": "x"}', "a text", (None, None, 100.0)),
@@ -296,7 +298,7 @@ def test_bert_score_matches_the_nearest_tokens_in_both_directions() -> None:
     # Precision: (1 + 0.6) / 2. Recall: (1 + 0.6 + 0) / 3.
     assert f1(one, other) == pytest.approx(100 * 2 * 0.8 * (1.6 / 3) / (0.8 + 1.6 / 3))
     assert f1(one, one) == pytest.approx(100)
-    assert f1(one[:0], other) == 0.0
+    assert f1(one[:0], other) == f1(other, one[:0]) == f1(one[:1], one[1:]) == 0.0
 
 
 def test_bert_score_of_a_model_ignores_padding_and_special_tokens(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_last_verdict_of_an_answer_counts(tmp_path: Path) -> None:
     asked = Judge(address, tmp_path / "kept.jsonl")
     assert [asked._verdict("q") for _ in said] == ["B", None, None, "C"]
     path, body = address.asked[0]
-    assert (path, body["temperature"]) == ("chat/completions", 0)
+    assert (path, body["temperature"], body["max_tokens"]) == ("chat/completions", 0, 2048)
     assert body["messages"] == [{"role": "user", "content": "q"}]
 
 
@@ -149,7 +149,7 @@ def test_a_set_of_labels_is_told_by_how_many_there_are_and_how_often() -> None:
 
 
 def test_labels_are_compared_without_case_blanks_and_a_full_stop() -> None:
-    found = table([("Spam", " SPAM。 "), ("ham", "ham!"), ("spam.", "ham\nbecause"), *[("ham", "Ham.")] * 9])  # fmt: skip
+    found = table([("Spam", " SPAM。 "), ("ham", "ham!"), ("spam.", "ham\nbecause"), ("ham", "HAM ！"), *[("ham", "Ham.")] * 8])  # fmt: skip
     assert found.labels == ("ham", "Spam"), "the more frequent first, written as first"
     assert found.confusion.tolist() == [[10, 0, 0], [0, 1, 1]]
 
@@ -184,6 +184,19 @@ def test_a_report_of_labels_has_a_value_for_each(name: str) -> None:
         labels.LabelReport.model_validate(whole | {name: whole[name][:1]})
     with pytest.raises(ValueError, match="one more"):
         labels.LabelReport.model_validate(whole | {"confusion": [[1, 2, 0], [1, 2]]})
+    for odd in (-1, 10**15):
+        with pytest.raises(ValueError, match="than"):
+            labels.LabelReport.model_validate(whole | {"confusion": [[1, 2, odd], [1, 2, 3]]})
+
+
+def test_a_report_has_no_more_labels_than_a_set() -> None:
+    def report(size: int) -> labels.LabelReport:
+        columns = {name: [0.0] * size for name in ("precision", "recall", "f1")}
+        return labels.LabelReport(labels=["x"] * size, confusion=[[0] * (size + 1)] * size, **columns)  # fmt: skip
+
+    assert len(report(50).labels) == 50
+    with pytest.raises(ValueError, match="at most 50"):
+        report(51)
 
 
 # --- embeddings --------------------------------------------------------------------------------
@@ -250,7 +263,7 @@ def test_chrf_weighs_what_is_missing_twice_as_much_as_what_is_too_much() -> None
     ("words", "content"),
     [
         (["今日", "は", "晴れ", "。"], ["今日", "晴れ"]), (["は", "。"], ["は", "。"]), (["…"], ["…"]),
-        (["GLM", "-", "4"], ["GLM", "4"]), ([], []),
+        (["GLM", "-", "4"], ["GLM", "4"]), ([], []), (["3.5", "倍", "it's"], ["3.5", "倍", "it's"]),
     ],
 )  # fmt: skip
 def test_words_that_say_something_are_compared(words: list[str], content: list[str]) -> None:
@@ -290,7 +303,10 @@ def test_the_direction_of_every_score_is_known() -> None:
     assert [one.name for one in metrics.METRICS if one.shown == "headline"] == [
         "rouge-l", "tool_call_accuracy", "exact_match", "chrf", "bleu-4", "loss",
     ]  # fmt: skip
-    assert {one.name for one in metrics.METRICS if one.digits == 3} == {"loss", "general_loss"}
+    assert {one.name: one.digits for one in metrics.METRICS if one.digits != 1} == {"loss": 3, "general_loss": 3, "perplexity": 2}  # fmt: skip
+    assert {one.name for one in metrics.METRICS if one.shown == "column"} == {
+        "general_loss", "label_accuracy", "label_macro_f1", "json_validity", "json_schema_validity", "stop_rate",
+    }  # fmt: skip
     assert set(metrics.CHOOSING) == {one.name for one in metrics.METRICS} - {"general_loss", "label_accuracy", "label_macro_f1"}  # fmt: skip
 
 
@@ -298,6 +314,7 @@ def test_the_direction_of_every_score_is_known() -> None:
     ("name", "is_lower"),
     [
         ("wikitext/word_perplexity", True), ("wikitext/bits_per_byte", True), ("x/ter,none", True), ("x/perplexity", True),
+        ("wikitext/byte_perplexity", True), ("x/brier_score", True),
         ("x/acc", False), ("word_perplexity", False), ("my_ter", False), ("ter", False), ("brier_score/acc", False),
     ],
 )  # fmt: skip

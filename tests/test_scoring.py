@@ -154,9 +154,9 @@ TEXT = Message("assistant", "两张票已订好。")
 
 
 def parts(reply: Message, reference: Message, tools: tuple = (TOOL,)) -> dict[str, float | None]:
-    found = pairs.tool_call_parts(Prediction(reply, reference, tools=tools))
+    found = metrics.numbers_of(Prediction(reply, reference, tools=tools))[0]
     del found["tool_call_validity"]
-    return {name.removeprefix("tool_call_"): value for name, value in found.items()}
+    return {name[10:]: value for name, value in found.items() if name.startswith("tool_call_")}
 
 
 def call(arguments: str, name: str = "book") -> Message:
@@ -175,6 +175,9 @@ def call(arguments: str, name: str = "book") -> Message:
         (call('{"class": "third", "seats": 2}'), CALL, (0, 100, 100, 0, 0)),
         (call("{'seats': 2}"), CALL, (0, 100, 100, 0, 0)),
         (call(CALL.content, "cancel"), CALL, (0, 100, 0, 100, 0)),
+        (call(CALL.content, " book "), CALL, (100, 100, 100, 100, 100)),
+        (CALL, call(CALL.content, "book\n"), (100, 100, 100, 100, 100)),
+        (Message("assistant", CALL.content), CALL, (0, 0, 0, 0, None)),
         (TEXT, CALL, (0, 0, 0, 0, None)),
         (CALL, TEXT, (0, 0, None, None, 100)),
         (TEXT, Message("assistant", "别的"), (100, 100, None, None, None)),
@@ -193,8 +196,12 @@ def test_without_tools_nothing_is_asked_and_a_wrong_schema_blames_nobody() -> No
         assert parts(CALL, CALL, (tool,))["schema"] == 100
     builtin = parts(call("print(1)", "python"), call("print(1)", "python"), ({"type": "python"},))
     assert set(builtin.values()) == {100}
-    deep = "[" * 100_000
-    assert parts(call(deep), CALL)["arguments"] == 0
+    unasked = parts(CALL, CALL, ())
+    assert unasked.pop("schema") is None, "no tools, no schema"
+    assert set(unasked.values()) == {100}, "a call that is wanted is compared without tools too"
+    for deep in ("[" * 100_000, "[" * 600 + "]" * 600):
+        assert parts(call(deep), CALL)["arguments"] == 0
+        assert parts(call(deep), call(deep))["arguments"] == 100
 
 
 # --- the rest ------------------------------------------------------------------------------------
