@@ -101,6 +101,15 @@ def test_replies_beside_another_targets_take_its_places(tmp_path: Path) -> None:
     assert found["scores"]["exact_match"] == 100.0
 
 
+def test_calls_of_predict_stand_beside_another_targets_calls(tmp_path: Path) -> None:
+    call = {"role": "assistant", "metadata": "book", "content": "{}"}
+    row = {"where": "in:2", "messages": [{"role": "user", "content": "book"}, call], "stopped": True, "reference": call}  # fmt: skip
+    [found] = scored(tmp_path, [row], [LIKE | {"reference": "book\n{}"}])
+    assert (found["where"], found["scores"]["exact_match"]) == ("d:1", 100.0)
+    with pytest.raises(DataError, match="row 1 answers another reference than d:1"):
+        scored(tmp_path, [row], [LIKE | {"reference": "cancel\n{}"}])
+
+
 @pytest.mark.parametrize(
     ("here", "there", "said"),
     [

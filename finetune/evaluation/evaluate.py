@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune import console
 from finetune.errors import ConfigError
@@ -17,9 +17,6 @@ from finetune.evaluation.targets import Target, find_targets
 from finetune.generation.backends.choice import BackendChoice
 from finetune.generation.settings import Settings, settings_of
 from finetune.storage.cache import default_root
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["BackendChoice", "Options", "evaluate"]
 

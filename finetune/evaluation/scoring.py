@@ -245,7 +245,7 @@ def _placed(source: Path, replies: Iterator[Prediction], like: Path) -> Iterator
                     f"{source} has {which} rows than there are replies to compare with; give predictions for the same data"
                 )
             other = json.loads(line)
-            if one.reference.content.strip() != other["reference"].strip():
+            if text(one.reference) != other["reference"].strip():
                 raise DataError(
                     f"{source}: row {number} answers another reference than {other['where']}; give "
                     "predictions for the same data in the same order, or evaluate them alone"

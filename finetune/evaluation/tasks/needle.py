@@ -67,14 +67,14 @@ class Hidden:
         return self.id.endswith(f":{DEPTHS[-1]}")
 
 
-def texts(template: ChatTemplate, length: int, seed: str = "") -> Iterator[Hidden]:
+def texts(template: ChatTemplate, length: int) -> Iterator[Hidden]:
     """Every language and depth for one length in tokens, prompt and reply within it.
 
     Depths of one language share a text, the deepest one first, so that what comes before the
-    sentence is computed once. Another `seed` gives another text.
+    sentence is computed once.
     """
     for language in LANGUAGES:
-        draw = random.Random(f"{seed}{language} {length}")
+        draw = random.Random(f"{language} {length}")
         sentences = [sentence(language, draw) for _ in range(64)]
         each = len(_prompt(template, "".join(sentences))) / 64
         frame = len(_prompt(template, NEEDLES[language].format(10_000) + QUESTIONS[language]))
