@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from finetune.data.reading import streams, tables, texts
+from finetune.data.reading import json_rows, streams, tables, texts
 from finetune.data.reading.files import BadRow, Row, read_rows
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"Q{n}", "response": "A"} for n in range(10)]
@@ -36,7 +36,7 @@ def csv_text() -> str:
 
 CONTAINERS: dict[str, Callable[[Path], Any]] = {
     "a.jsonl": lambda path: path.write_text("\n\n" + JSONL.replace("}\n", "}\n\n")),
-    "bad.jsonl": lambda path: path.write_text(JSONL.replace('"Q3"', "Q3")),
+    "bad.jsonl": lambda path: path.write_text(JSONL.replace(json.dumps(ROWS[3]), "{")),
     "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
     "a.csv": lambda path: path.write_text(csv_text()),
     "a.parquet": lambda path: parquet.write_table(
@@ -232,3 +232,121 @@ def test_a_byte_of_a_text_that_is_not_utf8_is_named_by_its_line(
     monkeypatch.setattr(texts, "_PIECE", 3)
     bad = only_bad(write(tmp_path, "a.txt", b"one\n\ntwo\nx\xff\n"))
     assert "line 4: byte 0xff is not UTF-8" in bad.reason
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", range(1, 14))
+def test_words_and_numbers_of_an_array_are_whole_wherever_the_chunks_end(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CHUNK", chunk)
+    text = '\t[\r\n\t{"a": [false, true, null, -12.5e-3, "\\ud83d\\ude00é", {}, []]\t}\t,\r\n \t{"b": 1}\t]\t\r\n'
+    path = write(tmp_path, "a.json", text)
+    assert list(read_rows(path)) == [
+        Row({"a": [False, True, None, -0.0125, "😀é", {}, []]}, f"{path}:2"),
+        Row({"b": 1}, f"{path}:3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ('[\n{"a": 1,\n"b": 2,\n"c": x}]', 4, "not JSON at column 6"),
+        ('[\n{"a": 1},\n\n{"a": 1,\n"b"', 5, "the JSON is cut off"),
+        ('[{"a":\n1}\n{"a": 1}]', 3, "expected ',' or ']' after this element, found '{'"),
+        ('[{"a": 1},\n{"a": ' + "1" * 5000 + "}]", 2, "not JSON that can be read"),
+        ("[1]\n\n\n]", 4, "more text after the end of the array"),
+    ],
+)
+def test_what_ends_an_array_is_named_by_the_line_it_stands_on(
+    tmp_path: Path, text: str, line: int, reason: str
+) -> None:
+    path = write(tmp_path, "a.json", text)
+    *_, last = read_rows(path)
+    assert isinstance(last, BadRow)
+    assert (last.location, last.fatal) == (f"{path}:{line}", True)
+    assert last.reason.startswith(reason)
+
+
+def test_an_element_of_an_array_is_too_long_only_above_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CHUNK", 16)
+    monkeypatch.setattr(json_rows, "MAX_ROW", 64)
+    for length, taken in ((40, True), (120, False)):
+        rows = list(read_rows(write(tmp_path, "a.json", f'[{{"a": "{"x" * length}"}}, {{}}]')))
+        assert [isinstance(row, Row) for row in rows] == ([True, True] if taken else [False])
+
+
+# --- tables and texts ----------------------------------------------------------------------------
+
+
+def test_a_damaged_arrow_file_says_so(tmp_path: Path) -> None:
+    bad = only_bad(write(tmp_path, "a.arrow", b"ARROW1" + b"\1" * 90))
+    assert (bad.location, bad.fatal) == (f"{tmp_path}/a.arrow:1", True)
+    assert bad.reason.startswith("the Arrow file is damaged: ")
+
+
+def test_a_line_of_a_table_or_text_that_is_too_long_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_ROW", 20)
+    for name, line in (("a.csv", 3), ("a.txt", 1)):
+        path = write(tmp_path, name, "a,b\n1,2\n" + "x" * 21 + ",3\n")
+        bad = only_bad(path)
+        assert (bad.location, bad.fatal) == (f"{path}:{line}", True)
+        assert "a line is longer than 8 MiB" in bad.reason
+
+
+def test_gbk_is_told_by_the_first_lines_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(tables.console, "say", told.append)
+    monkeypatch.setattr(tables, "_LINES_TO_TELL_GBK", 2)
+    rows = "a,b\n长椅,二楼\n好的,在吗\n".encode("gbk")
+    path = write(tmp_path, "a.csv", rows)
+    assert [row[0] for row in read_rows(path)] == [
+        {"a": "长椅", "b": "二楼"},
+        {"a": "好的", "b": "在吗"},
+    ]
+    assert told == [f"{path}: read as GBK from line 2; save it as UTF-8 to be sure"]
+    assert "is not UTF-8" in only_bad(write(tmp_path, "b.csv", b"a,b\n1,2\n" + rows[-10:])).reason
+    assert len(told) == 1
+
+
+def test_a_carriage_return_in_quotes_is_part_of_its_cell(tmp_path: Path) -> None:
+    (row,) = read_rows(write(tmp_path, "a.csv", b'a,"b\rc"\n1,"2\r\n3"\n'))
+    assert row[0] == {"a": "1", "b\rc": "2\r\n3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_rows"),
+    [
+        ('{"a": "b"}', True), ('\ufeff { "a": "b"}', True), ('[{"a": "b"}]', True), (' [ {"a": "b"} ]', True),
+        ("{a}", False), ('["a"]', False), ("[1] {", False), ('so: {"a": "b"}', False),
+    ],
+)  # fmt: skip
+def test_a_text_that_begins_like_rows_is_rows(tmp_path: Path, text: str, is_rows: bool) -> None:
+    (row,) = read_rows(write(tmp_path, "a.txt", text))
+    assert row[0] == ({"a": "b"} if is_rows else {"text": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("ab\n\ncd", ["ab\n\ncd"]),  # an empty line below the size begins nothing
+        ("abcde\nf\ng", ["abcde\nf\ng"]),  # nor does a line below twice the size
+        ("abcdefghi\nj\nk", ["abcdefghi", "j\nk"]),
+        ("abcd\n\n\nx", ["abcd", "x"]),
+    ],
+)
+def test_a_text_is_divided_at_empty_lines_and_where_it_is_twice_as_long_at_any(
+    tmp_path: Path, text: str, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "_PIECE", 5)
+    assert [row[0] for row in read_rows(write(tmp_path, "a.txt", text))] == [
+        {"text": said} for said in rows
+    ]

@@ -36,7 +36,7 @@ _REGISTER_KEYS = frozenset(
 _TEXTS = tuple(s + c for s in TEXT_SUFFIXES for c in ("", ".gz", ".zst"))
 _ALL_SUFFIXES = tuple(s + c for s in SUFFIXES for c in ("", ".gz", ".zst"))
 _FETCHED = [
-    f"*{name}" for name in (*_ALL_SUFFIXES, ".txt", ".md", ".png", ".jpg", ".jpeg", ".webp")
+    f"*{name}" for name in (*_ALL_SUFFIXES, *_TEXTS, ".png", ".jpg", ".jpeg", ".webp")
 ]
 """What is fetched of a hub's data set; never code, never a pickle."""
 
