@@ -35,9 +35,7 @@ _REGISTER_KEYS = frozenset(
 )
 _TEXTS = tuple(s + c for s in TEXT_SUFFIXES for c in ("", ".gz", ".zst"))
 _ALL_SUFFIXES = tuple(s + c for s in SUFFIXES for c in ("", ".gz", ".zst"))
-_FETCHED = [
-    f"*{name}" for name in (*_ALL_SUFFIXES, *_TEXTS, ".png", ".jpg", ".jpeg", ".webp")
-]
+_FETCHED = [f"*{name}" for name in (*_ALL_SUFFIXES, *_TEXTS, ".png", ".jpg", ".jpeg", ".webp")]
 """What is fetched of a hub's data set; never code, never a pickle."""
 
 

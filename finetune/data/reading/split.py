@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def split(
             (train, held_out)[side].write(text + "\n")
             counts[side] += 1
         if not all(counts):
-            empty = part.nothing_left(", ".join(s.path for s in sources), sum(counts))
+            side = replace(part, held_out=not counts[1])
+            empty = side.nothing_left(", ".join(s.path for s in sources), sum(counts))
             raise DataError(
                 empty.replace("change data.validation, or give", "change --share, or take")
             )
