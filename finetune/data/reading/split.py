@@ -70,8 +70,8 @@ def split(
             (train, held_out)[side].write(text + "\n")
             counts[side] += 1
         if not all(counts):
-            side = replace(part, held_out=not counts[1])
-            empty = side.nothing_left(", ".join(s.path for s in sources), sum(counts))
+            lacking = replace(part, held_out=not counts[1])
+            empty = lacking.nothing_left(", ".join(s.path for s in sources), sum(counts))
             raise DataError(
                 empty.replace("change data.validation, or give", "change --share, or take")
             )
