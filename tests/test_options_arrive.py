@@ -286,3 +286,76 @@ def test_a_chat_draws_from_the_nucleus_of_glm_4_only_where_it_draws(
     assert found["sampling.top_p"] == top_p
     found = arrived(f"predict model --data d --output o --temperature {temperature}", "finetune.generation.predict.predict", monkeypatch)  # fmt: skip
     assert found["options.sampling.top_p"] == 1.0
+
+
+OPENED = {
+    "predict run --data d --output o": ("finetune.generation.predict.predict", "target", "run@7"),
+    "chat run": ("finetune.chat.terminal.chat", "target", "run@7"),
+    "chat run two=b --web": ("finetune.serving.serve.serve", "targets", {"run": "run@7", "two": "b@7"}),
+    "serve run two=b": ("finetune.serving.serve.serve", "targets", {"run": "run@7", "two": "b@7"}),
+    "bench run": ("finetune.evaluation.tasks.speed.bench", "target", "run@7"),
+    "evaluate run b": ("finetune.evaluation.evaluate.evaluate", "targets", ["run@7", "b@7"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", OPENED)
+def test_a_run_is_opened_as_its_checkpoint_by_every_command(
+    words: str, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("inference", "bench"):
+        monkeypatch.setattr(f"finetune.cli.{room}_commands.model_in", lambda run: f"{run}@7")
+    monkeypatch.setattr("finetune.cli.evaluation_commands.models_in", lambda runs: [f"{run}@7" for run in runs])  # fmt: skip
+    function, name, wanted = OPENED[words]
+    assert arrived(words, function, monkeypatch)[name] == wanted
+
+
+def test_a_page_is_served_where_it_is_asked_for(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def served(words: str) -> dict[str, Any]:
+        with monkeypatch.context() as patch:
+            return arrived(words, "finetune.serving.serve.serve", patch)
+
+    assert served("serve model")["options.page"] is None
+    assert served("serve model --page")["options.page.folder"] is None
+    web = served("chat model --web --temperature 0.5")
+    assert (web["options.page.sampling.top_p"], web["options.page.system"]) == (0.8, "")
+    assert "options.page.sampling.seed" not in web, "other replies each time"
+
+
+COUNTS = (
+    "batch-size", "context", "gpus", "line", "max-length", "max-new-tokens", "max-request-mb", "max-requests", "max-samples", "num-replies",
+    "every", "peak",
+)  # fmt: skip
+BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    **{f"--{name}": (1, None) for name in COUNTS},
+    **{f"--{name}": (0, None) for name in ("index", "top-k", "temperature")},
+    **{f"--{name}": (0, 1) for name in ("min-p", "top-p")},
+    **{f"--{name}": (-2, 2) for name in ("presence-penalty", "frequency-penalty")},
+    "--new-tokens": (2, None), "--port": (0, 65535), "plan --share": (0.01, 1), "evaluate --seed": (0, None), "evaluate --batch-size": (None, None),
+}  # fmt: skip
+"""The least and the most that an option takes: of nothing there is nothing to do, a port has 16 bits."""
+
+
+def test_a_number_out_of_its_bounds_is_refused_by_the_name_of_its_option() -> None:
+    seen = set()
+    for name, command in commands():
+        for parameter in command.params:
+            kind = str(parameter.type_descriptor.annotation)
+            key = next((k for k in (f"{name} {parameter.opts[0]}", parameter.opts[0]) if k in BOUNDS), "")  # fmt: skip
+            if "int" not in kind and "float" not in kind:
+                continue
+            least, most = BOUNDS.get(key, (None, None))
+            seen.add(key)
+            step = 1 if "int" in kind else 0.001
+            tried = [(end, True) for end in (least, most) if end is not None]
+            tried += [(least - step, False)] if least is not None else [(-7, True)]
+            tried += [(most + step, False)] if most is not None else [(10**6, True)]
+            for value, fine in tried:
+                try:
+                    command.make_context(name, [f"{parameter.opts[0]}={value}"])
+                    said = ""
+                except typer.BadParameter as error:
+                    said = error.format_message()
+                assert (parameter.opts[0] in said) is not fine, (name, parameter.opts, value, said)
+    assert seen - {""} == BOUNDS.keys() - {"evaluate --batch-size"}
