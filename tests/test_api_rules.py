@@ -100,3 +100,29 @@ def test_training_takes_a_file_or_a_mapping_with_what_wins_over_it(
 def test_only_a_dialogue_with_a_reply_has_a_loss_to_be_shown(tiny_chatglm: Path) -> None:
     with pytest.raises(DataError, match="the row is no dialogue"):
         finetune.render([{"role": "user", "content": "hi"}], tiny_chatglm)
+
+
+def test_what_a_chat_takes_where_nothing_is_said_is_kept() -> None:
+    import inspect
+
+    taken = {name: one.default for name, one in inspect.signature(api.Chat.replies).parameters.items()}  # fmt: skip
+    kept = {"max_new_tokens": 512, "temperature": 0.0, "seed": 0, "batch_size": 64}
+    assert {name: taken[name] for name in kept} == kept
+    asked: list[Any] = []
+
+    class Told(api.Chat):
+        def replies(self, rows: Any, **how: Any) -> list[dict[str, Any]]:  # type: ignore[override]
+            asked.append((rows, how))
+            return [{"role": "assistant", "content": "x"}]
+
+    assert Told(None, None).reply({"messages": []}, seed=3) == {"role": "assistant", "content": "x"}  # type: ignore[arg-type]  # fmt: skip
+    assert asked == [([{"messages": []}], {"seed": 3})]
+    assert {name: getattr(finetune, name) for name in finetune.__all__} == {name: getattr(api, name) for name in finetune.__all__}  # fmt: skip
+
+
+def test_a_row_is_told_by_where_it_comes_from_and_what_is_wrong_with_it(tiny_chatglm: Path) -> None:
+    row = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the order"}]
+    assert finetune.render(row, tiny_chatglm).location == "python"
+    with pytest.raises(DataError, match=r"correct it \(data/README.md has the forms\)") as caught:
+        finetune.render(row[1:], tiny_chatglm)
+    assert caught.value.__cause__ is not None

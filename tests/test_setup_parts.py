@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import exit_code
+from command_line import ROOT, exit_code
 
 from finetune.cli import doctor, init
 from finetune.cli.launch import launch
+from finetune.config.load import load
 from finetune.data.preview.report import Lengths, SourceReport
 from finetune.errors import ConfigError
+from finetune.planning.plan import Gpu
 
 # --- launch ----------------------------------------------------------------------------------------
 
@@ -184,3 +187,89 @@ def test_pictures_and_texts_have_their_own_options() -> None:
     assert made["deepspeed"] == {"zero_stage": 3}
     made = init._tree(source(texts=1000), "m", init.Rung(4096, "said"), 1, Path("my.yaml"))
     assert made["evaluation"]["generate"] is False
+
+
+@pytest.mark.parametrize("tokens", [None, 10])
+def test_few_rows_are_still_a_run(tokens: int | None) -> None:
+    rows = replace(source(dialogues=3), lengths=None) if tokens is None else source(lengths={"tokens": tokens})  # fmt: skip
+    made = init._tree(rows, "m", init.Rung(4096, "said"), 1, Path("my.yaml"))["training"]
+    assert (made["gradient_accumulation_steps"], made["save_every_steps"]) == (1, 5)
+    if tokens is None:
+        assert init._row(rows) == 4096
+        assert init._comments(rows, init.Rung(4096, "s"), PLAN)["data.max_length"] == "tokens"
+
+
+PLAN: Any = SimpleNamespace(memory_bytes=9.25e9, gpu=Gpu(24_000_000_000))
+
+
+def test_what_is_written_first_is_what_the_shipped_configuration_of_this_method_says() -> None:
+    made = init._tree(source(), "m", init.Rung(4096, "said"), 1, Path("my.yaml"))
+    shipped = load(ROOT / "configs/lora.yaml").config.model_dump()
+    assert {name: shipped["method"][name] for name in made["method"]} == made["method"]
+    assert made["training"]["learning_rate"] == shipped["training"]["learning_rate"]
+    assert made["model"]["dtype"] == shipped["model"]["dtype"]
+    assert made["training"]["num_epochs"] == 3
+    assert made["evaluation"]["max_samples"] == 200
+    assert made["training"]["activation_checkpointing"] is True
+    fastest = init.Rung(4096, "said", checkpointing=False)
+    assert init._tree(source(), "m", fastest, 1, Path("m"))["training"]["activation_checkpointing"] is False  # fmt: skip
+
+
+def test_every_choice_stands_beside_its_reason_in_figures() -> None:
+    rows = source(duplicates=3)
+    rung = init.Rung(4096, "why")
+    tree = init._tree(rows, "m", rung, 1, Path("my.yaml"))
+    said = init._comments(rows, rung, PLAN)
+    assert said["data.max_length"] == "tokens; yours have 300 as a rule, 500 at most"
+    assert said["training.activation_checkpointing"] == "9.2 of 24 GB of each GPU: why"
+    assert said["data.train"] == "1,000 dialogues, 3 of them twice"
+    text = init.Draft(tree, said, "finetune train\nmy.yaml", PLAN).text()
+    assert text.splitlines()[0] == "# finetune train my.yaml", (
+        "a line of its own, whatever a name holds"
+    )
+    for section, options in tree.items():
+        for name in options:
+            line = next(one for one in text.splitlines() if one.startswith(f"  {name}: "))
+            assert line.partition(" # ")[2] == said.get(f"{section}.{name}", "")
+    keys = {f"{section}.{name}" for section in ("model", "data", "training", "evaluation") for name in option_names(section)}  # fmt: skip
+    assert said.keys() <= keys
+
+
+def option_names(section: str) -> list[str]:
+    from finetune.config.reference import option_keys
+
+    return [key.partition(".")[2] for key in option_keys() if key.startswith(f"{section}.")]
+
+
+def test_the_least_of_all_ways_is_told_where_none_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = iter([9e9, 4e9, 6e9, 5e9, 8e9, 7e9, 9e9])
+    monkeypatch.setattr(init, "check", lambda data, model: SimpleNamespace(num_bad=0, notes=list, sources=[source()]))  # fmt: skip
+    monkeypatch.setattr(init, "local_folder", lambda model, files: tmp_path)
+    monkeypatch.setattr(init, "read_json", lambda file: {})
+    monkeypatch.setattr(init, "planned", lambda config, gpu: (None, SimpleNamespace(fits=False, memory_bytes=next(held))))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^m does not fit: at the least 4\.0 GB .*--gpu is 3\.5 GB"):  # fmt: skip
+        init.draft("d", "m", Gpu(3_500_000_000), Path("my.yaml"))
+    assert next(held, None) is None, "every way was tried"
+
+
+def test_a_plan_counts_the_steps_of_all_its_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.cli import inputs
+    from finetune.config.load import load_mapping
+
+    given: list[Any] = []
+    monkeypatch.setattr("finetune.planning.run_memory.RunMemory", lambda *sections, **_: given.append(sections) or SimpleNamespace(plan=lambda gpu: gpu))  # type: ignore[func-returns-value]  # fmt: skip
+    tree = {
+        "model": {"path": "a/b"}, "data": {"train": "x", "max_length": 1024, "packing": True}, "method": {"kind": "lora"},
+        "training": {"output_dir": "y", "tokens_per_step": 65536}, "deepspeed": {"zero_stage": 2},
+    }  # fmt: skip
+    config = load_mapping(tree).config
+    for number, passes in ((1, 64), (4, 16)):
+        gpu = Gpu(24_000_000_000, number=number)
+        assert inputs.planned(config, gpu)[1] is gpu
+        assert given[-1][2].gradient_accumulation_steps == passes
+        assert given[-1][:2] == (config.model, config.method)
+        assert given[-1][3:] == (config.deepspeed, None)
