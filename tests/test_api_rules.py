@@ -122,7 +122,8 @@ def test_what_a_chat_takes_where_nothing_is_said_is_kept() -> None:
 
 def test_a_row_is_told_by_where_it_comes_from_and_what_is_wrong_with_it(tiny_chatglm: Path) -> None:
     row = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the order"}]
-    assert finetune.render(row, tiny_chatglm).location == "python"
+    shown = finetune.render(row, tiny_chatglm)
+    assert (shown.location, shown.format) == ("row", "python")
     with pytest.raises(DataError, match=r"correct it \(data/README.md has the forms\)") as caught:
         finetune.render(row[1:], tiny_chatglm)
     assert caught.value.__cause__ is not None
