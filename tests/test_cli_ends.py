@@ -190,7 +190,7 @@ def test_help_of_a_command_is_its_help_page_and_a_slip_has_a_proposal(
     for words in ("merge", "data check"):
         assert exit_code("help", words) == 0
         assert capfd.readouterr().out.startswith(f"Usage: finetune {words} ")
-    for words, near in (("exit_code", "exit_codes"), ("data chek", None), ("merge check", None)):
+    for words, near in (("exit_code", "exit_codes"), ("data checks", None), ("merge check", None)):
         assert exit_code("help", words) == 2
         said = capfd.readouterr().err
         assert f"there is no topic {words!r}" in said
