@@ -76,6 +76,9 @@ def dump(value: Any) -> str:
         return _ENCODER.encode(value)
     except ValueError:
         raise RowError("a number is not finite, which JSON cannot say") from None
+    except TypeError as error:  # a table holds dates, decimals, bytes
+        kind = str(error).removeprefix("Object of type ").partition(" ")[0]
+        raise RowError(f"a value of type {kind!r} cannot be written as JSON; make it text or a number") from None  # fmt: skip
 
 
 def describe(value: Any) -> str:

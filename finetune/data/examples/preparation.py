@@ -145,7 +145,8 @@ def write_examples(
             columns = [[getattr(k, name) for k in kept] for name in Kept._fields]
             writer.append(*columns)
             meter.advance(len(batch))
-            del batch, kept
+            batch.clear()  # whoever made it has it still, and the collector would walk over it
+            del kept
             gc.collect(0)
     tally.raise_if_refused(policy.max_length)
     tally.raise_if_nothing_is_left()

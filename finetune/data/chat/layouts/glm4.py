@@ -38,6 +38,12 @@ from finetune.data.chat.tokenizer import ChatTokenizer
 from finetune.data.dialogue.conversation import Conversation, Message
 from finetune.errors import DataError
 
+Tools = tuple[Mapping[str, Any], ...]
+_KEPT = 1024
+"""Lists of tools whose text is remembered."""
+_LONG = 16_384
+"""Characters of the longest list that is."""
+
 
 class Glm4Layout(Layout):
     """The layout of a template that was observed to be GLM-4's."""
@@ -60,11 +66,12 @@ class Glm4Layout(Layout):
         self.spoken = {ids[t]: t for t in thinking.SPOKEN if t in ids} if writes_tags else {}
         self.rules += " spoken" if writes_tags else ""
 
-        @lru_cache(maxsize=4096)
         def rendered_tools(tools_json: str) -> str:
+            # As JSON: a key by value, and plain values for the template to work on.
             return tools_text(jinja, seen, json.loads(tools_json))
 
-        self._tools_text = rendered_tools
+        self._tools_text, self._kept_text = rendered_tools, lru_cache(_KEPT)(rendered_tools)
+        self._same_tools: dict[int, tuple[Tools, str]] = {}  # a list in here keeps its id
 
     def pieces(
         self, conversation: Conversation, stop: int, texts: Texts, opened: int | None = None
@@ -129,14 +136,23 @@ class Glm4Layout(Layout):
             raise DataError(f"message {index + 1} ({role}): {problem}; correct or remove it")
         return name, self._seen.clean[role](message.content)
 
-    def _tools(self, tools: Sequence[Mapping[str, Any]]) -> str:
+    def _tools(self, tools: Tools) -> str:
+        """What stands behind `<|system|>`; of lists that are not long it is remembered."""
+        if known := self._same_tools.get(id(tools)):
+            return known[1]
         if not self.takes_tools:
             raise DataError(
                 "the dialogue has tools, but this checkpoint's chat template "
                 "has no place for them; use a chat checkpoint or leave the tools out"
             )
-        # As JSON: a key by value, and plain values for the template to work on.
-        return self._tools_text(json.dumps(tools, ensure_ascii=False))
+        spelled = json.dumps(tools, ensure_ascii=False)
+        if len(spelled) > _LONG:
+            return self._tools_text(spelled)
+        text = self._kept_text(spelled)
+        if len(self._same_tools) == _KEPT:
+            self._same_tools.clear()
+        self._same_tools[id(tools)] = tools, text
+        return text
 
     def opening(self, conversation: Conversation, reply: int) -> tuple[int, ...]:
         """`<|assistant|>` and the suffix, but for a call that goes on behind another's thought."""
