@@ -31,13 +31,12 @@ def test_equal_lists_give_one_result_and_long_ones_are_not_kept(as_text: bool) -
     def given(*tools: dict[str, Any]) -> Any:
         return tool_calls.strict_json.dump(list(tools)) if as_text else list(tools)
 
-    kept = tool_calls._tools_of_text if as_text else tool_calls._known_tools
     assert read_tools(given(described("f"))) is read_tools(given(described("f")))
     long = described("f", note="x" * tool_calls._LONG)
-    before = kept.cache_info().currsize
+    before = tool_calls._remembered.cache_info().currsize
     first, second = read_tools(given(long)), read_tools(given(long))
     assert first == second == (long,)
-    assert kept.cache_info().currsize == before
+    assert tool_calls._remembered.cache_info().currsize == before
 
 
 def test_lists_that_python_calls_equal_are_kept_apart() -> None:

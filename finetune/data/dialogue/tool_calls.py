@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import marshal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +17,7 @@ Tools = tuple[dict[str, Any], ...]
 
 
 _LONG = 16_384
-"""Bytes of the longest list of tools that is remembered."""
+"""Characters of the longest list of tools that is remembered."""
 
 
 class Call(NamedTuple):
@@ -35,54 +34,37 @@ def read_tools(value: Any) -> Tools:
     """
     if not value:
         return ()
-    if isinstance(value, str):
-        return _tools_of_text(value) if len(value) <= _LONG else _tools_as_text(value)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        raise RowError(f"tools: is {strict_json.describe(value)}, not a list of definitions")
     try:
-        spelled = marshal.dumps(value)
-    except ValueError:  # a date from a table, say
-        return _tools_of_list(value)
-    return _known_tools(spelled) if len(spelled) <= _LONG else _tools_of_list(value)
-
-
-@lru_cache(maxsize=1024)
-def _known_tools(spelled: bytes) -> Tools:
-    """One result for equal lists, as for texts below."""
-    return _tools_of_list(marshal.loads(spelled))
-
-
-def _tools_of_list(value: Sequence[Any]) -> Tools:
-    tools = tuple(_tool(item, number) for number, item in enumerate(value, 1))
-    names = [tool_name(tool) for tool in tools]
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise RowError(f"tools: {twice!r} is defined twice")
-    try:
-        problem = text_problem(strict_json.dump(tools))
+        text = value if isinstance(value, str) else strict_json.dump(value)
     except RowError as error:  # a table's date, say
-        problem = str(error)
-    if problem:
-        raise RowError(f"tools: {problem}")
-    return tools
+        raise RowError(f"tools: {error}") from None
+    return _remembered(text) if len(text) <= _LONG else _tools_of_text(text)
 
 
-def _tools_as_text(text: str) -> Tools:
+def _tools_of_text(text: str) -> Tools:
     if not text.strip():
         return ()
     try:
         value = strict_json.parse(text)
     except RowError as error:
         raise RowError(f"tools: {error}") from None
-    if isinstance(value, str):
-        raise RowError("tools: is text, not a list of definitions")
-    return read_tools(value)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowError(f"tools: is {strict_json.describe(value)}, not a list of definitions")
+    tools = tuple(_tool(item, number) for number, item in enumerate(value, 1))
+    names = [tool_name(tool) for tool in tools]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise RowError(f"tools: {twice!r} is defined twice")
+    problem = text_problem(strict_json.dump(tools))
+    if problem:
+        raise RowError(f"tools: {problem}")
+    return tools
 
 
-_tools_of_text = lru_cache(maxsize=1024)(_tools_as_text)
-"""Remembered because whole data sets share a few tool lists; nobody changes the result."""
+_remembered = lru_cache(maxsize=1024)(_tools_of_text)
+"""Because whole data sets share a few tool lists; nobody changes the result."""
 
 
 def _tool(item: Any, number: int) -> dict[str, Any]:
