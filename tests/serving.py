@@ -79,6 +79,7 @@ def served(opened: Any, *, key: str | None = None, **options: Any) -> Iterator[S
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+        assert not engine._thread.is_alive(), "the end of the server is that of the model's thread"
 
 
 def save_talkative(folder: Path, family: str = "glm", *, ends: bool = True, **shape: Any) -> Path:

@@ -24,7 +24,7 @@ from finetune.serving import engine as engine_module
 from finetune.serving import serve as serve_module
 from finetune.serving import watch
 from finetune.serving.app import Limits
-from finetune.serving.guard import Access
+from finetune.serving.guard import Access, TimedProtocol
 from finetune.serving.page.html import PageOptions
 from finetune.serving.requests.rules import RequestRules
 from finetune.serving.serve import ServeOptions, _assembled, _bound, _key, _run
@@ -43,7 +43,7 @@ def rules(template: ChatTemplate) -> RequestRules:
     return RequestRules("tiny", template, 64, 8)
 
 
-def opened(template: ChatTemplate, positions: int = 100) -> OpenedModel:
+def opened(template: ChatTemplate, positions: int | None = 100) -> OpenedModel:
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions), training=False)  # fmt: skip
     return OpenedModel(model, template, "model", "base")
 
@@ -56,15 +56,17 @@ class Stand(SimpleNamespace):
 def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What `serve` makes of its options."""
 
-    def assembled(template: ChatTemplate, key: bytes | None = None, **options: Any) -> Any:
+    def assembled(
+        template: ChatTemplate, key: bytes | None = None, positions: int | None = 100, **options: Any
+    ) -> Any:  # fmt: skip
         found: dict[str, Any] = {}
-        monkeypatch.setattr(engine_module, "Engine", lambda models, **how: found.update(engine=how) or Stand())  # type: ignore[func-returns-value]  # fmt: skip
+        monkeypatch.setattr(engine_module, "Engine", lambda models, **how: found.update(engine=how, models=[*models]) or Stand())  # type: ignore[func-returns-value]  # fmt: skip
 
         def app(engine: Any, rules: Any, limits: Any, access: Any, page: Any) -> None:
             found.update(rules=rules, limits=limits, access=access, page=page)
 
         monkeypatch.setattr(app_module, "make_app", app)
-        _assembled({"tiny": opened(template)}, ServeOptions(**options), key)
+        _assembled({"tiny": opened(template, positions)}, ServeOptions(**options), key)
         return SimpleNamespace(**found)
 
     return assembled
@@ -93,6 +95,19 @@ def test_every_option_of_a_server_comes_to_where_it_acts(
     rules = found.rules["tiny"]
     assert (rules.context, rules.history, rules.strict_fields) == (100, "lenient", False)
     assert made(template, context=200).rules["tiny"].context == 100, "the model's own bound stays"
+    assert made(template, positions=None).rules["tiny"].context is None
+    assert made(template, positions=None, context=50).rules["tiny"].context == 50
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_vocabulary_is_read_for_structures_before_anybody_asks(
+    installed: bool, made: Callable[..., Any], template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    asked: list[str] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: asked.append(name) or (name if installed else None))  # type: ignore[func-returns-value]  # fmt: skip
+    monkeypatch.setattr("finetune.generation.structured.Structures", lambda template: "read")
+    assert ("structures" in vars(made(template).rules["tiny"])) is installed
+    assert asked == ["llguidance"]
 
 
 def test_a_key_is_read_without_its_line_break_and_an_empty_file_is_no_key(
@@ -154,11 +169,14 @@ def test_the_first_signal_lets_replies_end_and_the_second_ends_all(
     import uvicorn
 
     done: list[Any] = []
+    found: list[uvicorn.Config] = []
+    app = FastAPI()
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     engine: Any = SimpleNamespace(drain=lambda: done.append("drained"), close=lambda: done.append("closed"))  # fmt: skip
 
     def run(server: Any, sockets: Any) -> None:
         done.append(sockets)
+        found.append(server.config)
         if not ignored:
             os.kill(os.getpid(), signal.SIGHUP)
         else:
@@ -171,7 +189,11 @@ def test_the_first_signal_lets_replies_end_and_the_second_ends_all(
     monkeypatch.setattr(uvicorn.Server, "run", run)
     monkeypatch.setattr(serve_module.os, "_exit", lambda code: done.append(code))
     with pytest.raises(RuntimeError, match="uvicorn's end"):
-        _run(FastAPI(), engine, "listener")  # type: ignore[arg-type]
+        _run(app, engine, "listener")  # type: ignore[arg-type]
+    [config] = found
+    assert (config.app, config.http) == (app, TimedProtocol)
+    assert (config.timeout_keep_alive, config.timeout_graceful_shutdown) == (75, 30)
+    assert (config.log_config, config.log_level, config.access_log, config.server_header) == (None, "error", False, False)  # fmt: skip
     assert done[:2] == [["listener"], "drained"]
     assert done[2] == 128 + signal.SIGINT
     assert done[-1] == "closed"

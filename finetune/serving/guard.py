@@ -96,6 +96,9 @@ class Guard:
             await self._app(scope, receive, noting)
         except ApiError as error:
             await JSONResponse(error.body, error.status)(scope, receive, noting)
+        except Exception:
+            status = "500" if status == "gone" else status  # as it is answered further out
+            raise
         finally:
             if scope["path"] not in OPEN_PATHS:
                 self._count(status)
