@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jinja2
+import pictures
 import pytest
 import serving
 from fastapi import FastAPI
@@ -92,6 +97,68 @@ def test_an_image_of_a_dialogue_is_kept_once_beside_its_rows(saves: Saves) -> No
     assert lines[0]["messages"][0]["content"] == [{"type": "text", "text": "what is this?"}, {"type": "image"}]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp"), ("GIF", ".gif"), ("BMP", ".bmp")]
+)  # fmt: skip
+def test_an_image_is_kept_byte_for_byte_under_its_own_kind(
+    kind: str, suffix: str, saves: Saves
+) -> None:
+    url = serving.data_url(kind=kind)
+    saves.row(json.dumps({"model": "a", "messages": [*serving.showing(url), TALK[1]]}).encode())
+    [file] = (saves.folder / "images").iterdir()
+    assert file.suffix == suffix
+    assert file.read_bytes() == base64.b64decode(url.partition(",")[2])
+
+
+def test_a_row_keeps_what_training_reads_of_a_message(saves: Saves) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}, {"type": "text", "text": None}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": parts, "name": "me"}, {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c", "content": "3"}, TALK[1],
+    ]  # fmt: skip
+    saves.row(json.dumps({"model": "a", "messages": messages, "tools": TOOLS}).encode())
+    [line] = (saves.folder / "rows.jsonl").read_text().splitlines()
+    kept = [{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": None, "tool_calls": [call]}, *messages[2:]]  # fmt: skip
+    assert json.loads(line) == {"messages": kept, "tools": TOOLS}
+
+
+def test_a_vote_has_the_time_of_greenwich_and_many_may_be_compared(saves: Saves) -> None:
+    begun = time.time()
+    eight = VOTE | {"models": list("abc"), "replies": ["1", "2", "3"]}
+    saves.vote(json.dumps(eight).encode())
+    line = json.loads((saves.folder / "votes.jsonl").read_text())
+    said = datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+    assert begun - 2 <= said <= time.time()
+    assert next(iter(line)) == "time"
+
+
+def test_a_folder_that_cannot_be_written_is_named(rules: RequestRules, tmp_path: Path) -> None:
+    (tmp_path / "kept" / "votes.jsonl").mkdir(parents=True)
+    saves = Saves(tmp_path / "kept", {"a": rules, "b": rules})
+    with pytest.raises(ApiError, match=r"votes\.jsonl cannot be written: Is a directory") as caught:
+        saves.vote(json.dumps(VOTE).encode())
+    assert caught.value.status == 500
+
+
+@pytest.mark.parametrize("change", [{"prompt": "x" * 1_000_001}, {"dialogue": ""}, {"dialogue": "x" * 401}, {"models": list("abcdefghi")}, {"hidden": 1}, {"winner": ""}])  # fmt: skip
+def test_a_vote_of_another_size_or_kind_is_refused(saves: Saves, change: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        saves.vote(json.dumps(VOTE | change).encode())
+    assert str(caught.value.param).split(".")[0] in change
+    assert not (saves.folder / "votes.jsonl").exists()
+
+
+def test_an_image_of_a_dialogue_to_be_counted_is_found_where_it_was_put(tmp_path: Path) -> None:
+    eyes = ChatTemplate(load_chat_tokenizer(pictures.save_model(tmp_path / "glm4v")))
+    shown = [*serving.showing(serving.data_url()), TALK[1]]
+    (tmp_path / "place").mkdir()
+    rules = {"eyes": RequestRules("eyes", eyes, None, 8)}
+    told = told_tokens(json.dumps({"model": "eyes", "messages": shown}).encode(), rules, tmp_path / "place")  # fmt: skip
+    assert pictures.BOI in [i for one in told["tokens"] for i in one["ids"]]
+    assert [one["text"] for one in told["tokens"] if one["control"]][:2] == ["[gMASK]", "<sop>"]
+
+
 def test_tokens_of_a_dialogue_are_marked_where_they_carry_loss(
     rules: RequestRules, tmp_path: Path
 ) -> None:
@@ -117,7 +184,23 @@ def test_no_setting_can_end_the_script_of_the_page_and_nobody_may_frame_it(tmp_p
     for part in ("default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'", "form-action 'none'", "base-uri 'none'", "require-trusted-types-for 'script'"):  # fmt: skip
         assert part in policy
     assert "unsafe" not in policy
-    assert {key: page.headers[key] for key in ("Cache-Control", "X-Content-Type-Options", "Referrer-Policy")} == {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}  # fmt: skip
+    assert {key: page.headers[key] for key in ("Cache-Control", "X-Content-Type-Options", "Referrer-Policy", "Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy")} == {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin"}  # fmt: skip
+    for kind, tag in (("style", "style"), ("script", "script")):
+        inside = re.findall(rf"<{tag}>(.*?)</{tag}>", page.text, re.DOTALL)
+        hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inside}  # fmt: skip
+        assert len(hashes) == 1
+        assert f"{kind}-src 'sha256-{hashes.pop()}'" in policy
+    assert "sourceMappingURL" not in page.text
+    assert told["words"]["Send"] == "发送"
+
+
+@pytest.mark.parametrize(("speaks", "told"), [("zh", '"zh"'), ("en", "null")])
+def test_the_page_speaks_the_servers_chinese_or_its_readers_language(
+    speaks: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_LANG", speaks)
+    page = make_page(PageOptions(), needs_key=False)
+    assert f'"language": {told}' in page.text
 
 
 def test_one_vote_or_row_is_written_at_a_time(

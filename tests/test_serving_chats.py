@@ -11,9 +11,10 @@ import serving
 from dialogues import CONTROL_STRINGS
 from rows import TOOL
 
-from finetune.data.dialogue.conversation import Message
+from finetune.data.dialogue.conversation import Message, RowError
 from finetune.generation.load import OpenedModel, open_model
 from finetune.serving.errors import ApiError
+from finetune.serving.requests import history
 from finetune.serving.requests.fields import UNCHANGED, ChatRequest
 from finetune.serving.requests.rules import ReplyRequest, RequestRules
 
@@ -139,6 +140,46 @@ HISTORIES: dict[str, tuple[list[Any], list[Message]]] = {
     "an empty question": ([HI, {"role": "user", "content": ""}], [user("hi"), user(" ")]),
     "a null question": ([{"role": "user", "content": None}], [user(" ")]),
     "an empty question before": ([{"role": "user", "content": ""}, HI], [user("hi")]),
+    "a call of OpenAI's older way": (
+        [WEATHER, {"role": "assistant", "content": None, "function_call": call(CALL)["tool_calls"][0]["function"]},
+         {"role": "function", "name": "get_weather", "content": "20"}],
+        [QUESTION, CALLING, seen("20")],
+    ),
+    "both ways at once": (
+        [WEATHER, call(CALL, function_call={"name": "other", "arguments": "{}"}), result("20")], [QUESTION, CALLING, seen("20")]
+    ),
+    "a call that stands in no list": (
+        [WEATHER, {"role": "assistant", "tool_calls": call(CALL)["tool_calls"][0]}, result("20")], [QUESTION, CALLING, seen("20")]
+    ),
+    "a call that is nothing but its function": (
+        [WEATHER, {"role": "assistant", "tool_calls": [{"name": " get_weather ", "arguments": CALL}]}, result("20")],
+        [QUESTION, CALLING, seen("20")],
+    ),
+    "arguments that are a number": ([WEATHER, call(5), result("odd")], [QUESTION, called("5"), seen("odd")]),
+    "arguments that are blank": ([WEATHER, call(" \n"), result("20")], [QUESTION, called("{}"), seen("20")]),
+    "a call of a built-in tool": (
+        [WEATHER, {"role": "assistant", "tool_calls": [{"function": {"name": "python", "arguments": "print(1)"}}]}, result("1")],
+        [QUESTION, Message("assistant", "print(1)", "python"), seen("1")],
+    ),
+    "a built-in tool that is told nothing": (
+        [WEATHER, {"role": "assistant", "tool_calls": [{"function": {"name": "python", "arguments": ""}}]}, result("1")],
+        [QUESTION, Message("assistant", " ", "python"), seen("1")],
+    ),
+    "a text and a refusal": (
+        [HI, {"role": "assistant", "content": "yes", "refusal": "No."}, WEATHER], [user("hi"), said("yes"), QUESTION]
+    ),
+    "a part that is null": (
+        [{"role": "user", "content": [{"type": "text", "text": None}, {"type": "text", "text": "hi"}]}], [user("hi")]
+    ),
+    "a refusal part that is null beside text": (
+        [HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": None}, {"type": "text", "text": "a"}]}, WEATHER],
+        [user("hi"), said("a"), QUESTION],
+    ),
+    "no parts of a result": ([WEATHER, call(CALL), result([])], [QUESTION, CALLING, seen(" ")]),
+    "reasoning of any form": (
+        [HI | {"thinking": ["x"]}, {"role": "assistant", "content": "a", "reasoning": {"x": 1}, "thinking": [{"type": "thinking"}], "reasoning_content": 5, "audio": {"id": "x"}},
+         WEATHER], [user("hi"), said("a"), QUESTION],
+    ),
     "nulls in a message": ([{**HI, "name": None, "tool_call_id": None, "image": None}], [user("hi")]),
 }  # fmt: skip
 
@@ -150,6 +191,54 @@ def test_a_chat_goes_on_whatever_has_happened_in_it(
     messages, laid_out = HISTORIES[name]
     asked = read(opened, tmp_path, messages=messages, tools=[TOOL])
     assert asked.prompt == serving.prompt_of(opened.template, *laid_out, tools=[TOOL])
+
+
+@pytest.mark.parametrize(
+    "function", [{}, {"name": ""}, {"name": " "}, {"name": "a\nb"}, {"name": 5}, None, "f"]
+)
+def test_a_call_without_a_name_is_refused_by_the_number_of_its_message(
+    opened: OpenedModel, tmp_path: Path, function: Any
+) -> None:
+    messages = [HI, {"role": "assistant", "tool_calls": [{"id": "c", "function": function}]}, HI]
+    with pytest.raises(ApiError, match=r"^message 2: a call has no function name$") as caught:
+        read(opened, tmp_path, messages=messages)
+    assert caught.value.param == "messages"
+
+
+def test_a_message_that_cannot_be_read_is_named_by_its_place_in_the_dialogue() -> None:
+    for message, reason in (({"role": "robot"}, "role 'robot' is"), ({"content": "a"}, "has no role"), ({"role": "user", "content": 5}, "content is"), (5, "is a number, not an object")):  # fmt: skip
+        with pytest.raises(RowError, match=f"^message 3: {reason}"):
+            history.lenient([HI, HI, message], None)
+    for message in (HI | {"content": ""}, {"role": "system", "content": "x"}):
+        asked = [message | {"role": "system"}]
+        with pytest.raises(RowError, match="there is nothing to answer: the messages are empty"):
+            history.lenient(asked, None)
+
+
+THOUGHT = "<think>\nso\n</think>\n\n"
+REPLY = {"role": "assistant", "content": "a", "reasoning_content": " so\n"}
+CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}] * 2}
+
+
+@pytest.mark.parametrize(
+    ("reply", "kept"),
+    [
+        (REPLY, [THOUGHT + "a"]), ({**REPLY, "reasoning_content": None, "reasoning": "so"}, [THOUGHT + "a"]), ({**REPLY, "reasoning": "no"}, [THOUGHT + "a"]),
+        ({**REPLY, "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, [THOUGHT + "ab"]),
+        ({**REPLY, "reasoning_content": " "}, ["a"]), ({**REPLY, "reasoning_content": 5}, ["a"]), ({**REPLY, "role": "user"}, ["a"]),
+        ({**CALLED, "reasoning": "so"}, [THOUGHT + "{}", "{}"]), ({**REPLY, **CALLED}, [THOUGHT + "a", "{}", "{}"]),
+    ],
+    ids=lambda one: str(one)[-60:],
+)  # fmt: skip
+def test_reasoning_stands_once_before_the_reply_where_the_template_has_a_place_for_it(
+    reply: dict[str, Any], kept: list[str]
+) -> None:
+    def contents(thoughts: bool) -> list[str]:
+        read = history.lenient([HI, reply, HI], None, thoughts=thoughts)
+        return [message.content for message in read.messages[1:-1]]
+
+    assert contents(thoughts=True) == kept
+    assert contents(thoughts=False) == [text.removeprefix(THOUGHT) for text in kept]
 
 
 STRICT = [
@@ -229,3 +318,5 @@ def test_an_image_needs_no_question(tmp_path: Path) -> None:
     for content in ([image], [{"type": "text", "text": ""}, image]):
         asked = read(seeing, tmp_path, messages=[{"role": "user", "content": content}])
         assert pictures.BOI in asked.prompt
+        later = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}, HI]
+        assert pictures.BOI in read(seeing, tmp_path, messages=later).prompt

@@ -33,7 +33,7 @@ from finetune.data.dialogue.tool_calls import (
 
 BLANK = " "
 """What stands for a text that is empty and may not be left out: the template would drop the message."""
-_NOT_TEXT = ("refusal", "audio", "annotations", "reasoning_content", "reasoning", "thinking")
+_NOT_TEXT = ("refusal", "audio", "reasoning_content", "reasoning", "thinking")
 
 
 def strict(messages: Sequence[Any], tools: Any) -> Conversation:
@@ -80,6 +80,9 @@ def _read(reader: MessageReader, message: Any, number: int, *, thoughts: bool) -
     if item["content"] or not calls:
         if isinstance(item["content"], str):
             item["content"], thought = thought + item["content"], ""
+        elif isinstance(item["content"], list) and thought:
+            item["content"] = [{"type": "text", "text": thought}, *item["content"]]
+            thought = ""
         reader.read([item])
     for call in calls if isinstance(calls, list) else [calls]:
         name, arguments, call_id = _call(call)
