@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,7 +98,7 @@ def test_a_host_is_a_number_or_one_of_the_names(host: str, status: int) -> None:
 def test_connections_leave_the_process_files_to_work_with(
     files: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard.resource, "getrlimit", lambda kind: (files, files))
+    monkeypatch.setattr(guard.resource, "getrlimit", lambda kind: (files, resource.RLIM_INFINITY))
     assert guard.max_connections() == most
 
 
@@ -118,11 +119,12 @@ def test_every_answer_is_counted_by_its_status_and_said(capfd: pytest.CaptureFix
     async def sent(message: Any) -> None:
         pass
 
-    for path, host in (("/v1/x", b"localhost"), ("/v1/x", b"evil"), ("/refused", b"localhost"), ("/gone", b"localhost"), ("/health", b"localhost")):  # fmt: skip
+    for path, host in (("/v1/x", b"localhost"), ("/v1/x", b"evil"), ("/refused", b"localhost"), ("/gone", b"localhost"), ("/health", b"localhost"), ("/" + "x" * 99, b"evil")):  # fmt: skip
         asyncio.run(asked(path, host))
-    assert counts == ["201", "400", "429", "gone"]
+    assert counts == ["201", "400", "429", "gone", "400"]
     lines = capfd.readouterr().out
-    assert "GET /v1/x: 201" in lines
+    assert re.search(r"^GET /v1/x: 201, 0\.\d s$", lines, re.MULTILINE)
+    assert f"GET /{'x' * 79}: 400" in lines, "of a long address the beginning"
     assert "/refused: 429" in lines
     assert "/health" not in lines
 
@@ -289,6 +291,43 @@ def test_a_header_that_is_whole_needs_no_time_while_its_body_comes(
         assert done == expected
 
 
+def test_a_connection_that_is_lost_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[int] = []
+    lost: list[Any] = []
+    monkeypatch.setattr(guard.H11Protocol, "connection_lost", lambda self, error: lost.append(error))  # fmt: skip
+    protocol = guard.TimedProtocol.__new__(guard.TimedProtocol)
+    protocol._deadline = SimpleNamespace(cancel=lambda: cancelled.append(1))  # type: ignore[assignment]
+    for error in (None, OSError("reset")):
+        protocol.connection_lost(error)
+        assert lost.pop() is error
+    assert cancelled == [1]
+    assert protocol._deadline is None
+
+
+def test_a_header_has_ten_seconds_and_a_connection_that_takes_longer_is_cut() -> None:
+    waits: list[tuple[float, Any]] = []
+    cut: list[int] = []
+    protocol = guard.TimedProtocol.__new__(guard.TimedProtocol)
+    protocol.loop = SimpleNamespace(call_later=lambda *given: waits.append(given) or "timer")  # type: ignore[assignment, func-returns-value]  # fmt: skip
+    protocol.transport = SimpleNamespace(abort=lambda: cut.append(1))  # type: ignore[assignment]
+    protocol._expect_header()
+    assert protocol._deadline == "timer"
+    [(seconds, late)] = waits
+    assert seconds == 10.0
+    late()
+    assert cut == [1]
+    assert protocol._deadline is None
+
+
+def test_a_wrong_key_is_told_in_openais_first_words() -> None:
+    """litellm tells it from other errors by them."""
+    with pytest.raises(ApiError, match=r"^Incorrect API key provided: ") as caught:
+        Access({"localhost"}, KEY).check("GET", "/metrics", Headers({"host": "localhost"}))
+    assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+    with pytest.raises(ApiError, match="--allow-host NAME admits it"):
+        Access({"localhost"}, KEY).check("GET", "/health", Headers({"host": "other"}))
+
+
 def test_a_request_whose_client_is_gone_has_a_status_of_its_own_in_the_log() -> None:
     async def pieces() -> Any:
         for piece in ():
@@ -302,4 +341,21 @@ def test_threads_share_pools_by_glibcs_own_number(monkeypatch: pytest.MonkeyPatc
     given: list[tuple[int, int]] = []
     monkeypatch.setattr(heap, "_function", lambda name: lambda *said: given.append(said))
     heap.bound_pools()
-    assert given == [(-8, heap.POOLS)], "M_ARENA_MAX of malloc.h"
+    assert given == [(-8, 2)], "M_ARENA_MAX of malloc.h"
+
+
+@pytest.mark.parametrize("error", [OSError("x"), TypeError("x")])
+def test_a_c_library_is_left_alone_where_it_has_no_such_function(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = heap._function("strlen")
+    assert length is not None
+    assert length(b"four") == 4
+    assert heap._function("no_such_function") is None
+
+    def none(name: None) -> Any:
+        raise error
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", none)
+    assert heap._function("strlen") is None
+    asyncio.run(asyncio.wait_for(heap._trim_again_and_again(), 10))

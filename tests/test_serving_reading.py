@@ -20,7 +20,7 @@ from finetune.generation.batch import SHORTEST_PREFIX, SharedPrefix
 from finetune.methods.adapter_rows import AdapterRows
 from finetune.serving.job import ReplyJob
 from finetune.serving.memory import KeptPrompts
-from finetune.serving.writer import PIECE, Lane, PendingPrompt, Writer, fail
+from finetune.serving.writer import LONG, PIECE, Lane, PendingPrompt, Writer, fail
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,116 @@ def test_a_long_prompt_is_read_in_pieces_and_one_with_an_image_at_once(
         assert writer._whole() == ([waiting] if images else [])
 
     asyncio.run(reading())
+
+
+@pytest.mark.parametrize(("tokens", "known", "long"), [(PIECE, 0, False), (PIECE + 1, 0, True), (PIECE + 1, 1, False), (2 * PIECE, 0, True)])  # fmt: skip
+def test_a_prompt_is_long_by_what_is_not_yet_known_of_it(
+    tokens: int, known: int, long: bool, template: ChatTemplate
+) -> None:
+    async def reading() -> None:
+        one = pending(job(template, request(range(tokens))), range(known))
+        assert (one.left, one.is_long) == (tokens - known, long)
+
+    asyncio.run(reading())
+
+
+def test_short_prompts_of_a_round_are_as_many_as_a_piece_holds_beside_the_oldest(
+    template: ChatTemplate,
+) -> None:
+    async def reading() -> None:
+        writer = Writer(None, template)
+        quarter = PIECE // 4
+        for lengths, first, then in (
+            ([quarter] * 5, [quarter] * 4, [quarter]), ([quarter, quarter + 1, quarter, quarter], [quarter] * 3, [quarter + 1]),
+            ([PIECE, 3, 4], [PIECE], [3, 4]), ([3, PIECE, 4], [3, 4], [PIECE]),
+        ):  # fmt: skip
+            writer._reading = [pending(job(template, request(range(n)))) for n in lengths]
+            assert [one.left for one in writer._whole()] == first
+            assert [one.left for one in writer._reading] == then
+
+    asyncio.run(reading())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_batch_of_which_most_rows_have_ended_is_made_smaller(
+    sparse: bool, template: ChatTemplate
+) -> None:
+    decoder = StubDecoder()
+    dropped: list[int] = []
+    decoder.is_sparse = sparse
+    decoder.drop_done = lambda: dropped.append(1)  # type: ignore[attr-defined]
+    lane(template, decoder)._settle()
+    assert dropped == [1] * sparse
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_a_round_gives_a_token_to_those_who_want_one(active: bool, template: ChatTemplate) -> None:
+    async def going() -> None:
+        decoder = StubDecoder()
+        steps: list[int] = []
+        one = job(template)
+        ours = lane(template, decoder, {"m": KeptPrompts()})
+        running = row(one.request)
+        ours.running = [(one, running)]
+        decoder.active = [running] if active else []
+
+        def step() -> None:
+            steps.append(1)
+            running.is_done = True
+
+        decoder.step = step  # type: ignore[attr-defined]
+        ours.go_on([])
+        assert (steps, await events(one)) == (([1], [None]) if active else ([], []))
+
+    asyncio.run(going())
+
+
+def test_a_step_that_fails_ends_all_rows_and_the_next_batch_begins_anew(
+    template: ChatTemplate, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def going() -> None:
+        decoder = StubDecoder()
+        decoder.active = [1]
+        decoder.step = lambda: 1 // 0  # type: ignore[attr-defined]
+        ours = lane(template, decoder)
+        one = job(template)
+        ours.running = [(one, row(one.request))]
+        ours.go_on([])
+        assert (await events(one))[0].code == "model_failed"
+        assert ours.running == []
+        assert ours.decoder is not decoder
+
+    asyncio.run(going())
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_long_and_short_replies_are_written_in_lanes_of_their_own(template: ChatTemplate) -> None:
+    async def going() -> None:
+        writer = Writer(None, template)
+        short, long = job(template), job(template, request(length=LONG))
+        for one in (short, long):
+            writer.take(one)
+        given = {}
+        for width, one_lane in writer.lanes.items():
+            one_lane.go_on = lambda read, width=width: given.update({width: [one.jobs for one in read]})  # type: ignore[method-assign]  # fmt: skip
+        writer.go_on()
+        assert given == {"short": [[short]], "long": [[long]]}
+
+    asyncio.run(going())
+
+
+def test_of_what_is_remembered_the_longest_beginning_is_taken_and_as_much_as_fits_is_kept() -> None:
+    memory = KeptPrompts(most_tokens=100)
+    memory.keep(SharedPrefix.kept([1] * 30 + [2] * 30, []))
+    memory.keep(SharedPrefix.kept([1] * 20 + [3] * 20, []))
+    assert [len(one.ids) for one in memory._kept] == [60, 40], "a hundred fit"
+    for prompt, common in (([1] * 30 + [2] * 5 + [9], 35), ([1] * 20 + [3] * 5 + [9], 25), ([1] * 25 + [9], 25)):  # fmt: skip
+        found = memory.beginning_of(prompt)
+        assert found is not None
+        assert found.ids == prompt[:common]
+    memory = KeptPrompts(most_tokens=40)
+    memory.keep(SharedPrefix.kept([1] * 40, []))
+    assert memory.beginning_of([1] * 41) is not None, "and one of as many"
 
 
 def test_a_long_prompt_is_read_by_its_own_adapter_and_a_failure_ends_it_alone(

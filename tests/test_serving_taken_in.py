@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from serving import until
 from serving_jobs import events, job, request
 from torch import nn
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
 from finetune.generation.load import OpenedModel
+from finetune.methods.adapter_rows import AdapterRows
 from finetune.serving import engine as engine_module
 from finetune.serving.engine import Engine, _fits
 from finetune.serving.errors import ApiError
 from finetune.serving.job import ReplyJob
-from finetune.serving.writer import LONG, width_of
+from finetune.serving.writer import LONG, Writer, width_of
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,89 @@ def test_models_that_stop_otherwise_than_their_base_are_written_apart(
         assert engine.remembered_tokens == 11
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize(("number", "more", "shares"), [(1, False, False), (1, True, True), (2, False, True)])  # fmt: skip
+def test_a_model_alone_needs_no_rows_of_adapters_unless_more_are_to_come(
+    number: int, more: bool, shares: bool, template: ChatTemplate
+) -> None:
+    base = Model()
+    models = {name: opened(template, base, base) for name in "ab"[:number]}
+    engine = Engine(models, batch_size=1, more_come=more)
+    engine.close()
+    assert isinstance(engine.writers["a"].model, AdapterRows) is shares
+
+
+@pytest.mark.parametrize(
+    ("sees", "prefix", "plain", "shares"),
+    [(False, True, True, True), (True, True, True, False), (False, False, True, True), (True, False, True, True), (False, False, False, False)],
+)  # fmt: skip
+def test_which_models_are_written_in_one_pass(
+    sees: bool, prefix: bool, plain: bool, shares: bool, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """A prefix of a model that sees is laid out with its image, so that it stands alone."""
+    base, tuned = Model(), Model()
+    put: list[tuple[str, Any]] = []
+    monkeypatch.setattr(engine_module, "is_attached", lambda model: prefix and model is tuned)
+    monkeypatch.setattr(engine_module, "can_share", lambda model: plain and not prefix)
+    monkeypatch.setattr(Writer, "put", lambda self, name, model: put.append((name, model)))
+    shown = SimpleNamespace(stop_ids=template.stop_ids, image=object() if sees else None)
+    engine = Engine({"base": opened(shown, base, base), "t": opened(shown, tuned, base)}, batch_size=1)  # fmt: skip
+    engine.close()
+    assert (engine.writers["t"] is engine.writers["base"]) is shares
+    assert put == ([("t", tuned)] if shares else [])
+    assert engine.writers["base"].model is not base, "an AdapterRows over it"
+    assert shares or engine.writers["t"].model is tuned
+
+
+def test_an_adapter_that_is_being_answered_stays_and_one_that_goes_leaves_its_base(
+    template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def going() -> None:
+        base = Model()
+        dropped: list[str] = []
+        monkeypatch.setattr(Writer, "put", lambda *_: None)
+        monkeypatch.setattr(Writer, "drop", lambda self, name: dropped.append(name))
+        monkeypatch.setattr(Writer, "go_on", lambda self: None)
+        monkeypatch.setattr(engine_module, "can_share", lambda model: True)
+        models = {name: opened(template, base if name == "base" else Model(), base) for name in ("base", "a")}  # fmt: skip
+        engine = Engine(models | {"own": opened(template, Model())}, batch_size=1)
+        engine.close()
+        engine.writers["a"].take(job(template, request(model="a")))
+        assert not engine.drop("a")
+        assert set(engine.writers) == {"base", "a", "own"}
+        engine.writers["a"]._reading.clear()
+        assert engine.drop("a")
+        assert engine.drop("own")
+        assert set(engine.writers) == {"base"}
+        assert dropped == ["a"], "a model of its own shares nothing"
+
+    asyncio.run(going())
+
+
+def test_models_compute_without_dropout_and_with_packed_weights_while_the_engine_runs(
+    template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[tuple[str, Any]] = []
+
+    @contextmanager
+    def noted(what: str, model: Any) -> Iterator[None]:
+        held.append((what, model))
+        yield
+        held.remove((what, model))
+
+    monkeypatch.setattr(engine_module, "evaluating", lambda model: noted("evaluating", model))
+    monkeypatch.setattr(engine_module, "packed", lambda model: noted("packed", model))
+    one, other, base = Model(), Model(), Model()
+    engine = Engine({"one": opened(template, one), "other": opened(template, other, base)}, batch_size=1)  # fmt: skip
+    until(lambda: len(held) == 6)
+    assert {(what, id(model)) for what, model in held} == {(what, id(model)) for what in ("evaluating", "packed") for model in (one, other, base)}  # fmt: skip
+    engine.close()
+    assert held == []
+
+
+def test_a_lone_request_waits_for_company_so_shortly_that_nobody_notices() -> None:
+    assert 0 < engine_module.GATHER_SECONDS <= 0.02
 
 
 def test_a_model_that_comes_later_is_asked_without_dropout_and_goes_when_nobody_asks_it(

@@ -80,13 +80,49 @@ def test_a_request_of_too_many_images_or_pixels_is_refused_before_one_is_decoded
     monkeypatch.setattr("finetune.serving.requests.images.check_image", lambda *_, **__: 1 // 0)
     monkeypatch.setattr("finetune.serving.requests.images.MAX_PIXELS_TOGETHER", 7_000)
     small, large = shown_part((20, 10), "red"), shown_part((40, 50), "red")
-    for content, reason in (
-        ([small] * 33, "33 images are more than the 32 taken"),
-        ([large] * 4, "the images have more than 7,000 pixels together"),
+    for content, reason, param in (
+        ([small] * 33, "33 images are more than the 32 taken", "messages"),
+        ([large] * 5, "the images have more than 7,000 pixels together", "messages.1.content.3"),
     ):
-        body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
-        with pytest.raises(ApiError, match=reason):
+        body = {"model": "tiny", "messages": [ANSWER, {"role": "user", "content": content}]}
+        with pytest.raises(ApiError, match=reason) as caught:
             serving.read_chat(body, rules_of(template), tmp_path)
+        assert caught.value.param == param
+    body["messages"] = [{"role": "user", "content": [small] * 32}]
+    with pytest.raises(ZeroDivisionError):
+        serving.read_chat(body, rules_of(template), tmp_path)
+    body["messages"] = [{"role": "user", "content": [large, large, large, shown_part((10, 100), "red")]}]  # fmt: skip
+    with pytest.raises(ZeroDivisionError):  # 7,000 are not more
+        serving.read_chat(body, rules_of(template), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [("data:image/png;base64,QUJD", "the image cannot be shown"), ("data:image/png;base64,@", "holds no base64"), ("data:image/png,x", "is not data:image"), ("http://x/y.png", "no address is fetched")],
+)  # fmt: skip
+def test_an_image_that_cannot_be_taken_is_named_by_its_place(
+    template: ChatTemplate, tmp_path: Path, url: str, reason: str
+) -> None:
+    content = [text_part("Q"), shown_part((4, 4), "red"), {"type": "image_url", "image_url": {"url": url}}]  # fmt: skip
+    body = {"model": "tiny", "messages": [ANSWER, {"role": "user", "content": content}]}
+    with pytest.raises(ApiError, match=reason) as caught:
+        serving.read_chat(body, rules_of(template), tmp_path)
+    assert (caught.value.status, caught.value.param) == (400, "messages.1.content.2")
+    body["messages"] = [ANSWER, {"role": "user", "content": "Q", "image": "x.png"}]
+    with pytest.raises(ApiError, match="comes as an image_url part") as caught:
+        serving.read_chat(body, rules_of(template), tmp_path)
+    assert caught.value.param == "messages.1"
+
+
+def test_a_url_may_stand_without_its_object(template: ChatTemplate, tmp_path: Path) -> None:
+    shown = shown_part((60, 60), "red")
+    bare = {"type": "image_url", "image_url": shown["image_url"]["url"]}
+    prompts = []
+    for number, part in enumerate((shown, bare)):
+        body = {"model": "tiny", "messages": [{"role": "user", "content": [part, text_part("Q")]}]}
+        (tmp_path / str(number)).mkdir()
+        prompts.append(serving.read_chat(body, rules_of(template), tmp_path / str(number)).prompt)
+    assert prompts[0] == prompts[1]
 
 
 def test_a_message_for_a_client_numbers_its_images_and_names_no_folder_of_this_machine(

@@ -65,7 +65,7 @@ class Watch:
         """Takes in what is new, the newest only, and lets go of what is old."""
         folders = [folder for folder in checkpoints(self._run) if folder.name not in self._seen]
         for folder in reversed(folders):
-            if folder.name in self._seen or verify(folder):
+            if verify(folder):
                 continue  # it is being written, or damaged: the next look sees
             self._seen |= {one.name for one in folders}
             self._take(folder)
