@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from finetune.chat import terminal
 from finetune.chat.terminal import Session, Speech, Terminal, Voice, chat
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.errors import DataError
-from finetune.generation.settings import Sampling
+from finetune.generation.settings import Placement, Sampling
 from finetune.generation.stream import Piece
 
 
@@ -179,13 +178,114 @@ def test_a_thought_stands_between_marks_and_calls_on_lines_of_their_own(
 
 
 @pytest.mark.parametrize(("kind", "name"), [("model", "m"), ("adapter", "m on base")])
-def test_the_first_line_says_what_was_opened(
+def test_a_chat_is_held_with_what_was_opened_as_it_was_asked_for(
     kind: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = SimpleNamespace(model=torch.nn.Linear(1, 1), template=2, kind=kind, base="base")
+    opened = SimpleNamespace(model="model", template="template", kind=kind, base="base")
     asked: list[Any] = []
+    held: list[str] = []
+
+    @contextmanager
+    def packed(model: str) -> Iterator[None]:
+        held.append(model)
+        yield
+        held.remove(model)
+
+    def session(voice: Voice, at: Terminal, system: str) -> Any:
+        asked.append((voice, system))
+        return SimpleNamespace(run=lambda: asked.append(list(held)))
+
     monkeypatch.setattr("finetune.generation.load.open_model", lambda target, base, placement: asked.append((target, base, placement)) or opened)  # type: ignore[func-returns-value]  # fmt: skip
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    chat("m", base="b", system="be", max_new_tokens=3, seed=4)
-    assert f"{name}; /help shows the commands" in capsys.readouterr().out
-    assert asked[0][:2] == ("m", "b")
+    monkeypatch.setattr("finetune.models.kernels.products.packed", packed)
+    monkeypatch.setattr(terminal, "Session", session)
+    how, place = Sampling(0.5), Placement(None, "nf4")
+    chat("m", base="b", system="be", max_new_tokens=3, sampling=how, seed=4, placement=place)
+    assert asked == [("m", "b", place), (Voice("model", "template", 3, how, 4), "be"), ["model"]]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "opening m ..."
+    assert second == f"{name}; /help shows the commands, /quit leaves"
+    chat("m")
+    assert asked[3:5] == [("m", None, Placement()), (Voice("model", "template", 1024), "")]
+
+
+class Tape(io.StringIO):
+    """What is shown, and how much of it has gone out."""
+
+    out = ""
+    is_terminal = False
+
+    def flush(self) -> None:
+        self.out = self.getvalue()
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+def test_every_text_is_seen_at_once() -> None:
+    sink = Tape()
+    at = Terminal(io.StringIO("a\n"), sink)
+    for text in ("he", "llo"):
+        at.show(text)
+        assert sink.out == sink.getvalue()
+    at.ask("> ")
+    assert sink.out == "hello> "
+
+
+def test_lines_go_on_behind_a_backslash_and_end_with_the_input() -> None:
+    sink = io.StringIO()
+    at = Terminal(io.StringIO("a\\\nb\\\nc\n\nlast\\\n"), sink)
+    assert [at.ask("> ") for _ in range(4)] == ["a\nb\nc", "", "last\n", None]
+    assert sink.getvalue() == "> ... ... > > ... > "
+
+
+@pytest.mark.parametrize(
+    ("stdin", "reads", "shows", "edits"),
+    [(True, True, True, True), (False, True, True, False), (True, False, True, False), (True, True, False, False)],
+)  # fmt: skip
+def test_lines_are_edited_where_a_person_types_and_sees(
+    stdin: bool, reads: bool, shows: bool, edits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, sink = Tape("typed\n"), Tape()
+    source.is_terminal, sink.is_terminal = reads, shows
+    monkeypatch.setattr("sys.stdin", source if stdin else io.StringIO())
+    edited = iter(["edited"])
+
+    def asked(prompt: str) -> str:
+        assert prompt == "> "
+        for line in edited:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", asked)
+    at = Terminal(source, sink)
+    assert [at.ask("> ") for _ in range(2)] == ["edited" if edits else "typed", None]
+    assert (sink.getvalue() == "") is edits, "input() shows the prompt itself"
+
+
+def test_pictures_wait_for_a_message_of_the_user_that_is_answered(tmp_path: Path) -> None:
+    """What a function gave back shows none, and a message that is taken back has shown none."""
+    file = picture(tmp_path / "a.png")
+    call = [Message("assistant", "{}", "f")]
+    voice = Script(call, "done", DataError("odd"), "", "seen", "no more", most=None)
+    talk(voice, "go", f"/image {file}", "result", "one", "two", "three", "four")
+    shown = [[len(m.images) for m in asked.messages] for asked in voice.asked]
+    assert shown[0] == [0]
+    assert shown[1] == [0, 0, 0]
+    assert [one[-1] for one in shown[2:]] == [1, 1, 1, 0]
+
+
+def test_commands_that_begin_anew_forget_the_dialogue_and_its_picture(tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text('[{"name": "f"}]')
+    for words in ("/reset", "/system S", f"/tools {file}", "/think on"):
+        voice = Script("1", "2", switch=True)
+        shown, session = talk(voice, "a", f"/image {picture(tmp_path / 'a.png')}", words, "b", "/quit now", "c")  # fmt: skip
+        assert [m.content for m in voice.asked[1].messages if m.role != "system"] == ["b"]
+        assert not voice.asked[1].images
+        assert len(voice.asked) == 2, "/quit leaves, whatever stands behind it"
+    _, session = talk(Script(), f"/tools {file}", "/tools")
+    assert session.tools == ()
+    file.write_text(" \n")
+    shown, session = talk(Script(), f"/tools {file}", history=[Message("user", "kept")])
+    assert f"error: {file} is empty; write a JSON list of functions into it" in shown
+    assert len(session.history) == 1

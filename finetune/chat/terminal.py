@@ -243,7 +243,7 @@ class Session:
         self.terminal.line()
         if all(message.content.strip() for message in reply):
             self.history += reply
-            self.images = []
+            self.images = [] if shown else self.images
         else:
             self.history = before
             self.terminal.line("(no reply; your message is forgotten)")
