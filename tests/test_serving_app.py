@@ -69,7 +69,9 @@ def app_of(models: dict[str, Any], page: PageOptions | None = None, key: bytes |
 def ask(app: Any, method: str, path: str, **how: Any) -> httpx.Response:
     async def asked() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://localhost", timeout=60
+        ) as client:
             return await client.request(method, path, **how)
 
     return asyncio.run(asked())

@@ -358,4 +358,4 @@ def test_a_c_library_is_left_alone_where_it_has_no_such_function(
 
     monkeypatch.setattr(heap.ctypes, "CDLL", none)
     assert heap._function("strlen") is None
-    asyncio.run(asyncio.wait_for(heap._trim_again_and_again(), 10))
+    asyncio.run(asyncio.wait_for(heap._trim_again_and_again(), 60))

@@ -43,7 +43,7 @@ def test_serve_opens_what_it_is_told_and_watches_until_it_is_stopped(
     def run(app: Any, engine: Any, listener: Any) -> None:
         noted("run", app, engine)
         listeners.append(listener)
-        socket.create_connection(listener.getsockname(), timeout=10).close()
+        socket.create_connection(listener.getsockname(), timeout=60).close()
 
     monkeypatch.setattr(serve_module, "bound_pools", lambda: noted("pools"))
     monkeypatch.setattr(load, "SideBySide", lambda *given: noted("beside", *given) or "beside")
