@@ -160,7 +160,6 @@ class ExampleStream:
     ) -> None:
         self.shards = tuple(shards)
         self.sources = tuple(sources)
-        self.settings = settings
         self.position = START
         self.read = START.counts
         """What was read up to the end of the piece that the last item came from."""
@@ -195,7 +194,7 @@ class ExampleStream:
         while True:
             given = position.examples
             yield from self._of_pass(position)
-            if self.position.examples == given and not position.cursors and not position.row:
+            if self.position.examples == given:  # of a whole pass: one that goes on has given some
                 raise DataError(
                     f"none of {self.position.counts.rows:,} rows of a whole pass is left to learn "
                     "from; change the rows or data.max_length:\n  "
