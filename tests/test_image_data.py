@@ -121,6 +121,11 @@ def test_shortening_never_drops_the_turn_with_the_image(template: ChatTemplate) 
         assert len(shorter.input_ids) <= limit
         ids = shorter.input_ids.tolist()
         assert ids[ids.index(BOI) : ids.index(BOI) + len(SPAN)] == SPAN
+        left = replace(dialogue, messages=tuple(dialogue.messages[place] for place in kept))
+        [anew] = template.render([left])
+        spans = [template.trained_spans(*of, "every_reply") for of in ((shorter, dialogue), (anew, left))]  # fmt: skip
+        assert spans[0] == spans[1]
+        assert len(spans[0]) == len(kept) // 2  # the first turn's reply, too
     smallest = template.render(
         [replace(dialogue, messages=dialogue.messages[:2] + dialogue.messages[6:])]
     )

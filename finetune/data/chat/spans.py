@@ -163,8 +163,6 @@ def _without(rendered: Rendered, start: int, stop: int) -> Rendered:
     later = [MessageRun(s - gone, e - gone, m) for s, e, m in rendered.runs[stop:]]
     ids = np.concatenate((rendered.input_ids[:head], rendered.input_ids[cut:]))
     ids.flags.writeable = False
-    return Rendered(
-        input_ids=ids,
-        runs=(*rendered.runs[:start], *later),
-        replies=tuple(ReplySpan(m, s - gone, e - gone) for m, s, e in rendered.replies if s >= cut),
-    )
+    stay = [reply for reply in rendered.replies if reply.start < head]  # of a turn with images
+    follow = [ReplySpan(m, s - gone, e - gone) for m, s, e in rendered.replies if s >= cut]
+    return Rendered(ids, (*rendered.runs[:start], *later), (*stay, *follow))

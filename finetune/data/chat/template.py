@@ -81,7 +81,7 @@ class ChatTemplate:
         self._prefix = PlannedRun(None, tuple(~i for i in tokenizer.trusted(self.layout.prefix)))
         made_of = f"{tokenizer.fingerprint} rules {RULES_VERSION}{self.layout.rules}"
         if self.image is not None:
-            made_of += f" image {self.image.rules}"
+            made_of += f" image 2 {self.image.rules}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
         check_against_own_template(self, jinja)
 

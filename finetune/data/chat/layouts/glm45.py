@@ -329,7 +329,7 @@ class Glm45Layout(Layout):
         first, *_, last = probe.messages
         question = Message("user", " 明天呢？\n")
         texts = [replace(m, content=thinking.split(m.content).said) for m in probe.messages]
-        city = '{"city": "上 海\\n", "days": [1, {"a": null}], "wind": true}'
+        city = '{"city": "上 海\\n", "days": [1, {"甲": null}], "wind": true}'
         calls = (
             Message("assistant", "<think>\n两次。\n</think>\n\n好。"),
             Message("assistant", city, "get_weather"),
