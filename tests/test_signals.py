@@ -83,6 +83,49 @@ def test_a_launcher_s_echo_is_not_a_second_wish(stop: StopFlag, number: signal.S
     assert stop.local_signal == number
 
 
+@pytest.mark.parametrize(
+    ("second", "after", "ends"),
+    [(TERM, 4.9, False), (TERM, 5.1, True), (INT, 0.0, True), (USR1, 9.0, False)],
+)
+def test_a_launcher_echoes_within_five_seconds_and_a_person_s_ctrl_c_is_no_echo(
+    stop: StopFlag, second: signal.Signals, after: float, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    signal.raise_signal(TERM)
+    now[0] += after
+    if ends:
+        with pytest.raises(Ended):
+            signal.raise_signal(second)
+    else:
+        signal.raise_signal(second)
+    assert stop.local_signal == TERM
+
+
+def test_a_clock_that_is_set_back_between_two_signals_changes_nothing(
+    stop: StopFlag, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1e9]
+    monkeypatch.setattr(signals.time, "time", lambda: now[0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: 6.0 if now[0] < 1e9 else 0.0)
+    signal.raise_signal(TERM)
+    now[0] -= 3600
+    with pytest.raises(Ended):
+        signal.raise_signal(TERM)
+
+
+def test_a_second_signal_ends_at_once_though_the_terminal_is_gone(
+    stop: StopFlag, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(file: int, text: bytes) -> None:
+        raise OSError
+
+    monkeypatch.setattr(signals.os, "write", gone)
+    signal.raise_signal(INT)
+    with pytest.raises(Ended, match="130"):
+        signal.raise_signal(INT)
+
+
 def test_nohup_s_ignored_hangup_stays_ignored() -> None:
     before = signal.signal(HUP, signal.SIG_IGN)
     try:
