@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch.distributed as dist
@@ -168,7 +168,7 @@ def test_the_thread_goes_on_where_the_store_is_busy_and_saves_itself_where_it_is
 def test_a_process_that_is_ended_says_why_once_and_with_the_code_of_the_reason(
     has_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events: list[Any] = []
+    events: ClassVar[list[Any]] = []
     monkeypatch.setattr(watchdog.console, "flush_at_exit", lambda: events.append("flushed"))
     monkeypatch.setattr(watchdog.os, "_exit", events.append)
     watch = watching(monkeypatch)
@@ -190,7 +190,7 @@ class Watch:
     def stop(self) -> None:
         Watch.events.append("stop")
 
-    events: list[Any] = []
+    events: ClassVar[list[Any]] = []
     reason: BaseException | None = None
 
 
