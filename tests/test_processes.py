@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune.distributed import processes, watchdog
-from finetune.distributed.processes import fail_together
+from finetune.distributed import processes
+from finetune.distributed.processes import fail_together, is_lost_connection
 from finetune.distributed.watchdog import ProcessError, Watchdog
 from finetune.errors import DataError, FinetuneError
 
@@ -53,6 +53,6 @@ def test_a_signal_that_follows_another_process_error_tells_of_that_error(
     monkeypatch.setattr(watch, "_report", lambda text, code: told.append(text))
     error = FinetuneError("SIGTERM")
     error.is_echo = echo
-    assert not watchdog._is_lost_connection(error)
+    assert not is_lost_connection(error)
     assert watch.reason_for(error) is (theirs if echo else error)
     assert len(told) == (not echo)

@@ -284,6 +284,7 @@ def test_what_libraries_raise_while_a_checkpoint_is_opened_names_it() -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "checkpoint-2", False),
         (OSError(errno.EIO, "Input/output error"), "checkpoint-2", False),
         (MemoryError(), "checkpoint-2", False),
+        (RuntimeError("[gloo] Connection closed by peer"), "checkpoint-2", False),
         (torch.OutOfMemoryError("CUDA out of memory"), "checkpoint-2", False),
     ],
 )

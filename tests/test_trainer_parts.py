@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
 from finetune.distributed.signals import StopFlag
-from finetune.errors import DataError, NonFiniteError, ProcessError
+from finetune.errors import CheckpointError, DataError, NonFiniteError, ProcessError
 from finetune.training import trainer as module
 from finetune.training.callbacks.progress import ProgressCallback
 from finetune.training.callbacks.schedule import RunComplete
@@ -28,6 +28,7 @@ def tuner(**others: Any) -> Any:
     one: Any = FineTuner.__new__(FineTuner)
     one.stop, one.progress, one.sharing, one._loader = StopFlag(), ProgressCallback(), 1, None
     one._samples, one._losses, one.state = [], [], TrainerState(global_step=3, max_steps=9)
+    one._has_begun = False
     one.data = SimpleNamespace(
         lengths=np.array([4, 2, 3], np.int32), objective=SupervisedTokens(), feed=None,
         places=lambda samples: " ".join(str(list(map(int, sample))) for sample in samples),
@@ -258,6 +259,19 @@ def test_an_error_lets_a_save_end_that_all_processes_began_and_leaves_no_worker(
     assert (caught.value is error) is (kind is type(error))
     if caught.value is not error:
         assert "process 0: a loader process failed: DataLoader worker" in str(caught.value)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_fails_between_two_steps_of_a_resumed_run_is_not_called_the_checkpoints_fault(
+    begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = ValueError("broken")
+    run = Run(error, monkeypatch)
+    if begun:
+        monkeypatch.setattr(module, "reduce_sum", lambda numbers: numbers)
+        run.tuner.get_batch_samples(iter([]), 1, None)  # no loss of this step is there yet
+    with pytest.raises(ValueError if begun else CheckpointError, match="broken"):
+        run.tuner.train("checkpoint-2")
 
 
 def test_an_error_of_the_save_does_not_hide_the_one_that_ended_the_run(

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from finetune.distributed import position, watchdog
+from finetune.distributed.processes import is_lost_connection
 from finetune.distributed.watchdog import Watchdog
 from finetune.errors import DataError, FinetuneError, ProcessError
 
@@ -91,7 +92,7 @@ def test_the_first_report_of_all_is_the_reason(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_a_lost_connection_is_told_from_an_error_of_ones_own(error: Exception, lost: bool) -> None:
-    assert watchdog._is_lost_connection(error) is lost
+    assert is_lost_connection(error) is lost
 
 
 @pytest.mark.parametrize(

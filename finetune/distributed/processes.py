@@ -35,6 +35,9 @@ PATIENCE = timedelta(hours=12)
 """How long the processes wait for one that reads or writes a disk; it gives signs of life meanwhile."""
 _patient: dict[Any, Any] = {}
 
+LOST = ("gloo", "pair closure", "closed by peer", "reset by peer")
+"""How gloo words a connection that is no more; who waits on one closed already is not told by whom."""
+
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank, and the number of processes that have joined."""
@@ -142,6 +145,13 @@ def _first_problem(problem: BaseException | None, group: Any) -> FinetuneError |
     if mine is not None and not isinstance(mine, FinetuneError):
         mine = FinetuneError(f"process {rank} failed: {type(mine).__name__}: {mine}")
     return next(error for error in gather_objects(mine, group) if error is not None)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether waiting for others was in vain, by what torch and gloo raise then."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in LOST)
+    )
 
 
 @contextmanager

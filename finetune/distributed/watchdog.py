@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from finetune import console
 from finetune.distributed import position
-from finetune.distributed.processes import rank_and_world
+from finetune.distributed.processes import is_lost_connection, rank_and_world
 from finetune.distributed.signals import StopFlag
 from finetune.errors import FinetuneError, ProcessError
 from finetune.storage import files
@@ -42,9 +42,6 @@ Longer than SILENCE: work that holds Python's lock keeps a thread from giving si
 """
 SHARE = 0.9
 """Of the process timeout: after the whole of it torch's own watchdog ends processes without a reason."""
-
-LOST = ("gloo", "pair closure", "closed by peer", "reset by peer")
-"""How gloo words a connection that is no more; who waits on one closed already is not told by whom."""
 
 
 @contextmanager
@@ -110,7 +107,7 @@ class Watchdog:
         try:
             if getattr(error, "is_echo", False):
                 return self._heard(SILENCE) or error
-            if not _is_lost_connection(error):
+            if not is_lost_connection(error):
                 return self._report(_said(self._rank, error), _code(error)) or error
             self._store.set(f"waiting/{self._rank}", "")
             if (heard := self._heard(SILENCE)) is not None:
@@ -226,13 +223,6 @@ class Watchdog:
             os.kill(os.getpid(), signal.SIGTERM)
         if not self._done.wait(60 * self._minutes):
             self._end("process 0 is gone, or the launcher is", 128 + signal.SIGTERM)
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    """Whether waiting for others was in vain, by what torch and gloo raise then."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in LOST)
-    )
 
 
 def _said(rank: int, error: BaseException) -> str:

@@ -40,6 +40,7 @@ from finetune.distributed.processes import (
     any_rank,
     fail_together,
     gather_objects,
+    is_lost_connection,
     is_rank0,
     patient_group,
     rank_and_world,
@@ -219,7 +220,7 @@ def explain_load_errors(folder: str | None, *, begun: Callable[[], bool]) -> Ite
     except Exception as error:
         if folder is None or begun() or isinstance(error, FinetuneError):
             raise
-        if is_out_of_memory(error) or is_disk_error(error):
+        if is_out_of_memory(error) or is_disk_error(error) or is_lost_connection(error):
             raise
         said = (str(error).splitlines() or [""])[0]
         raise CheckpointError(

@@ -71,6 +71,8 @@ class FineTuner(Trainer):
         self._samples: list[Any] = []
         self._losses: list[Tensor] = []
         self._loader: StepLoader | None = None
+        self._has_begun = False
+        """Whether a checkpoint, if there is one, has been opened."""
         schedule = Schedule(
             validation.section if validation else None,
             training=saver.training,
@@ -120,6 +122,7 @@ class FineTuner(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], float]:
         """One step's micro-batches, and the weight of all supervised tokens of the global batch."""
+        self._has_begun = True
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._samples = [batch.pop("sample_ids").numpy() for batch in batches]
         self._losses = []
@@ -278,7 +281,7 @@ class FineTuner(Trainer):
             same = device.deterministic() if self.saver.training.deterministic else nullcontext()
             with (
                 same,
-                explain_load_errors(resume_from_checkpoint, begun=lambda: bool(self._losses)),
+                explain_load_errors(resume_from_checkpoint, begun=lambda: self._has_begun),
             ):
                 result = super().train(resume_from_checkpoint, **kwargs)
         except RunComplete:
