@@ -176,15 +176,15 @@ def test_a_base_counts_in_the_number_format_of_the_checkpoint_it_stands_beside(
     asked: Asked, made: Path, tmp_path: Path
 ) -> None:
     like = Path(shutil.copytree(made / "adapter", tmp_path / "checkpoint-2"))
-    for number_format in ("float32", "bfloat16"):
+    asked.target = Target("base", str(made / "base"), "base", like=str(like))
+    keys = set()
+    for model in ("", ", dtype: float32", ", dtype: bfloat16", ", quantization: nf4", ", attention: eager", ", kernels: torch"):  # fmt: skip
         (like / "config.yaml").write_text(
-            f"model: {{path: m, dtype: {number_format}}}\ndata: {{train: d}}\nmethod: {{kind: lora}}\n"
+            f"model: {{path: m{model}}}\ndata: {{train: d}}\nmethod: {{kind: lora}}\n"
             "training: {output_dir: r}\n"
         )
-        asked.target = Target("base", str(made / "base"), "base", like=str(like))
-        if number_format == "float32":
-            before = asked.key
-    assert asked.key != before
+        keys.add(asked.key)
+    assert len(keys) == 6
 
 
 def test_what_may_change_unseen_is_never_taken_from_before(asked: Asked) -> None:
@@ -231,6 +231,11 @@ def test_the_key_of_tasks_changes_with_what_is_asked_of_how_much_and_from_where(
     beside = tasks_key((str(own),), None)
     (tmp_path / "utils.py").write_text("def right(row): ...\n")
     assert tasks_key((str(own),), None) != beside, "a task's functions lie beside it"
+    for ending in (".yml", ".yaml", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"):
+        (tmp_path / f"rows{ending}").write_text("1")
+        now = tasks_key((str(own),), None)
+        (tmp_path / f"rows{ending}").write_text("2")
+        assert tasks_key((str(own),), None) != now, ending
     (tmp_path / "notes.log").write_text("…")
     after = tasks_key((str(own),), None)
     (tmp_path / "notes.log").write_text("… more")

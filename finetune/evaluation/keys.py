@@ -102,5 +102,6 @@ def _texts(folder: Path) -> dict[str, str]:
 
 def _number_format(target: Target, placement: Placement) -> list[str]:
     """What the numbers of a model depend on besides its weights."""
-    found = [settings_of(target.like or target.path).dtype, hardware.likely_kind()]
-    return [*found, placement.quantization] if placement.quantization else found
+    saved = settings_of(target.like or target.path)
+    bits = placement.quantization or saved.quantization or ""
+    return [saved.dtype, saved.attention, saved.kernels, bits, hardware.likely_kind()]
