@@ -143,8 +143,6 @@ def shape_of(path: str | Path, num_layers: int | None = None) -> PreTrainedModel
     text = config.get_text_config()
     if num_layers is not None:
         text.num_hidden_layers = num_layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:num_layers]
     text._attn_implementation = DOCUMENT_SDPA
     with initialization.no_init_weights():
         model: PreTrainedModel = family.model_class(config)
