@@ -106,11 +106,10 @@ def test_every_field_that_glm4_says_is_asked_for(key: str) -> None:
         ChatGLMConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("name", ["num_layers", "num_hidden_layers"])
-def test_one_number_of_layers_may_be_said_alone(name: str) -> None:
+def test_the_published_name_of_the_number_of_layers_may_be_said_alone() -> None:
     values = ChatGLMConfig(**SMALL).to_dict()
-    del values["num_layers"]
-    assert ChatGLMConfig.from_dict(values | {name: 3}).num_layers == 3
+    values.pop("num_hidden_layers", None)
+    assert ChatGLMConfig.from_dict(values | {"num_layers": 3}).num_layers == 3
 
 
 def test_what_is_saved_is_what_was_read_and_what_was_changed(tmp_path: Path) -> None:
