@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import os
 import re
 import threading
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.cli import main
+from finetune.errors import ConfigError
 from finetune.report import board
 from finetune.report.terminal import curve
 
@@ -156,7 +161,9 @@ def test_the_newest_replies_are_shown_a_few_of_them_and_their_ends(
     assert board._samples(board.find_runs(tmp_path)) == [], "too large to be opened for three lines"
 
 
-def test_only_names_of_this_machine_and_known_pages_are_answered(tmp_path: Path) -> None:
+def test_only_names_of_this_machine_and_known_pages_are_answered(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path)
     handler = type("Handler", (board._Handler,), {"folder": tmp_path, "every": 2.0})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -174,5 +181,82 @@ def test_only_names_of_this_machine_and_known_pages_are_answered(tmp_path: Path)
             assert answer.status == status, (host, path)
             if status == 200:
                 assert answer.headers["Cache-Control"] == "no-store"
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
                 assert int(answer.headers["Content-Length"]) == len(body)
         server.shutdown()
+    assert capfd.readouterr() == ("", ""), "a look every few seconds is no news"
+
+
+def test_the_server_listens_on_the_loopback_address_alone_and_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[Any] = []
+
+    class Server(ThreadingHTTPServer):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            handler: Any = self.RequestHandlerClass
+            served.append((self.server_address, handler.folder, handler.every))
+
+    monkeypatch.setattr(board, "ThreadingHTTPServer", Server)
+    board.serve(tmp_path, port=0, every=2.5)
+    [((host, port), folder, every)] = served
+    assert (host, folder, every) == ("127.0.0.1", tmp_path, 2.5)
+    assert capsys.readouterr().out == f"http://127.0.0.1:{port}  the runs in {tmp_path}; Ctrl-C ends it\n"  # fmt: skip
+    with pytest.raises(ConfigError, match="is not a folder"):
+        board.serve(tmp_path / "none", port=0, every=2.5)
+
+
+def test_a_file_of_it_lies_in_none_of_the_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(ConfigError, match="lies inside"):
+        board.write(tmp_path, run / "board.html")
+    assert not (run / "board.html").exists()
+    board.write(tmp_path, tmp_path / "board.html")
+    page = (tmp_path / "board.html").read_text(encoding="utf-8")
+    assert "as it was when this file was written" in page
+    assert "renewed every 2.5 s" in board.page(tmp_path, every=2.5)
+    for part in ("style", "script"):  # what the policy names is what stands there
+        [text] = re.findall(rf"<{part}>(.*?)</{part}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{part}-src 'sha256-{digest}'" in page
+
+
+def test_each_panel_draws_its_own_numbers_and_the_loss_both_of_training_and_held_out(
+    tmp_path: Path,
+) -> None:
+    make_run(tmp_path, "one")
+    run = make_run(tmp_path, "two")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "eval_chrf": 7.0}) + "\n")
+    charts = dict(board._charts(sorted(board.find_runs(tmp_path), key=lambda run: run.path.name)))
+    said = {title: re.findall('aria-label="([^"]*)"', chart)[0].split(". ", 1)[1] for title, chart in charts.items()}  # fmt: skip
+    wanted = {
+        "loss": "3 to 2", "learning rate, 1e-4": "1 to 2", "tokens a second": "900 to 950", "memory, GB": "1.5 to 1.6",
+        "gradient norm": "2 to 1", "rouge-l": "41",
+    }  # fmt: skip
+    for title, numbers in wanted.items():
+        assert said[title].startswith(f"one: {numbers}; two: {numbers}"), title
+        assert f'aria-label="{title} over steps' in charts[title]
+    assert said["loss"].endswith("; one: 2.5; two: 2.5")
+    assert said["chrf"] == "two: 7"
+    dots = {
+        title: re.findall(r'<circle class="dot (c\d)"', chart) for title, chart in charts.items()
+    }
+    assert dots == dict.fromkeys(wanted, []) | {"loss": ["c1", "c2"], "rouge-l": ["c1", "c2"], "chrf": ["c2"]}  # fmt: skip
+    assert re.findall('"curve thin (c.)"', charts["memory, GB"]) == ["c1", "c2"]
+
+
+def test_a_run_stands_with_its_colour_its_state_and_what_else_is_known(tmp_path: Path) -> None:
+    make_run(tmp_path, "one")
+    os.utime(tmp_path / "one" / "config.yaml", (1, 1))
+    (make_run(tmp_path, "two") / "predictions-2.jsonl").write_bytes(b'{"prediction": "\xff"}\n')
+    [first, second] = [(run, board.read_status(run.path)) for run in board.find_runs(tmp_path)]
+    row = board._row(1, *second)
+    assert (row["colour"], row["name"], row["state"]) == (2, str(tmp_path / "two"), "stopped")
+    assert row["facts"][:2] == [["step", "2 of 4"], ["loss", "2.0000"]]
+    panels = board.panels(tmp_path)
+    assert re.findall(r'<article class="run (c\d)">', panels) == ["c1", "c2"]
+    assert re.findall(r"<h3>.*?</i>(.*?) <small", panels) == [str(tmp_path / name) for name in ("one", "two")]  # fmt: skip
+    _, odd = board._samples([first[0], second[0]])
+    assert (odd["colour"], odd["rows"]) == (2, [{"prompt": "null", "reference": "null", "prediction": "\ufffd"}])  # fmt: skip

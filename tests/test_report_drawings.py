@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,3 +162,105 @@ def test_bars_stand_between_their_edges_with_the_outline_over_them() -> None:
     assert places[-1] == (348.0, base)
     assert places[1][1] == places[2][1] < base == places[3][1]
     assert re.findall("<title>([^<]*)</title>", picture) == ["0 to 10: 4", "10 to 20: 8"]
+
+
+def texts(picture: str, kind: str) -> list[tuple[float, float, str]]:
+    """Place and words of the texts of a class."""
+    found = re.findall(rf'<text class="{kind}" x="([^"]*)" y="([^"]*)">([^<]*)</text>', picture)
+    return [(float(x), float(y), said) for x, y, said in found]
+
+
+def test_the_axes_say_where_a_point_of_that_step_and_that_score_lies() -> None:
+    picture = drawn(line(points=[(0, 0.0), (10, 5.0), (20, 10.0)]))
+    places = [(float(dot["cx"]), float(dot["cy"])) for dot in attributes(picture, "circle")]
+    steps, scores = texts(picture, "tick mid"), texts(picture, "tick end")
+    assert [said for *_, said in steps] == ["0", "5", "10", "15", "20"]
+    assert [said for *_, said in scores] == ["0", "2.5", "5", "7.5", "10"]
+    assert [x for x, _, said in steps if said in ("0", "10", "20")] == [x for x, _ in places]
+    assert {y for _, y, _ in steps} == {210.0}
+    whole = [(x, y - 3.5) for x, y, said in scores if said in ("0", "5", "10")]
+    assert whole == [(34.0, y) for _, y in places]
+    grid = [one for one in attributes(picture, "line") if one["class"] == "grid"]
+    assert [float(one["y1"]) for one in grid] == [y - 3.5 for _, y, _ in scores]
+    assert all((one["x1"], one["x2"], one["y2"]) == ("40", "348", one["y1"]) for one in grid)
+    [axis] = [one for one in attributes(picture, "line") if one["class"] == "axis"]
+    assert [axis[key] for key in ("x1", "x2", "y1", "y2")] == ["40", "348", "194", "194"]
+    assert texts(picture, "tick end label") == [(348.0, 189.0, "step")]
+    assert picture.startswith('<svg viewBox="0 0 360 220" role="img" ')
+
+
+def test_steps_are_whole_numbers_and_a_single_one_stands_in_the_middle() -> None:
+    assert [said for *_, said in texts(drawn(line(points=[(0, 1), (1, 2)])), "tick mid")] == ["0", "1"]  # fmt: skip
+    alone = drawn(line(points=[(10, 5)]))
+    [dot] = attributes(alone, "circle")
+    assert dot["cx"] == "194.0"
+    assert [said for *_, said in texts(alone, "tick mid")] == ["9", "10", "11"]
+
+
+def test_everything_of_a_series_has_its_colour_and_its_name_is_text() -> None:
+    picture = drawn(line(name="<b>", points=[(0, 1, 0, 2), (1, 2, 1, 3)]), charts.Series("base", 5, [charts.Point(0, 1.5, 1, 2)], "level"))  # fmt: skip
+    assert "<b>" not in picture
+    assert "<title>base: 1.50</title>" in picture
+    assert attributes(picture, "polyline")[0]["class"] == "curve line c2"
+    assert [one["class"] for one in attributes(picture, "polygon")] == ["band c2", "band c5"]
+    assert [one["class"] for one in attributes(picture, "circle")] == ["dot c2"] * 2
+    assert [one["class"] for one in attributes(picture, "line") if "c5" in one["class"]] == ["curve level c5"]  # fmt: skip
+    thin = drawn(line("thin", points=[(0, 1, 0, 2)]))
+    assert attributes(thin, "polyline")[0]["class"] == "curve thin c2"
+    assert "whisker c2" in thin
+
+
+def test_bars_stand_beside_each_other_and_are_seen_however_many_there_are() -> None:
+    picture = str(charts.histogram([0, 10, 20], [1, 0], title="Lengths"))
+    bars = attributes(picture, "rect")
+    assert [(float(bar["x"]), float(bar["width"])) for bar in bars] == [(40.5, 153.0), (194.5, 153.0)]  # fmt: skip
+    assert [bar["class"] for bar in bars] == ["bar c0"] * 2
+    assert [said for *_, said in texts(picture, "tick end")] == ["0", "1"], "counts are whole"
+    assert 'aria-label="Lengths"' in picture
+    assert "polyline" not in picture
+    assert texts(picture, "tick end label") == []
+    many = attributes(str(charts.histogram(range(401), [1] * 400, title="t")), "rect")
+    assert {bar["width"] for bar in many} == {"0.5"}
+    assert 'height="0.0"' in str(charts.histogram([0, 1], [0], title="t")), "no bar, and no error"
+
+
+def test_a_picture_of_its_own_has_a_title_and_the_names_two_in_a_row() -> None:
+    series = [charts.Series(name, n, [charts.Point(0, 1)]) for n, name in enumerate(("base", "x" * 31, "<c>"))]  # fmt: skip
+    series += [series[0], charts.Series("nothing", 7, [])]
+    picture = plots._picture("Loss & more", charts.lines(series, title="t"), series)
+    assert picture.startswith(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="360" height="282" viewBox="0 0 360 282">'
+    )
+    assert '<text class="title" x="8" y="18">Loss &amp; more</text><svg y="26" width="360" height="220" viewBox' in picture  # fmt: skip
+    keys = [one for one in attributes(picture, "rect") if one.get("class", "").startswith("key")]
+    assert [(one["class"], one["x"], one["y"]) for one in keys] == [
+        ("key c0", "8", "247"), ("key c1", "188", "247"), ("key c2", "8", "263"),
+    ]  # fmt: skip
+    named = re.findall(r'<text x="(\d+)" y="(\d+)">([^<]*)</text>', picture)
+    assert named == [("23", "256", "base"), ("203", "256", "x" * 29 + "…"), ("23", "272", "&lt;c&gt;")]  # fmt: skip
+    stacked = plots._stacked([Markup("<svg />")] * 3)
+    assert re.findall(r"translate\(0 (\d+)\)", stacked) == ["0", "246", "492"]
+    assert 'height="738"' in stacked
+
+
+def test_a_picture_of_its_own_shows_its_curves_in_the_colours_of_the_light_page() -> None:
+    from PIL import Image
+
+    series = [charts.Series("a", 1, [charts.Point(0, 1), charts.Point(9, 2)], "thin"), charts.Series("b", 2, [charts.Point(0, 2, 1, 3), charts.Point(9, 1, 0, 2)], "thin")]  # fmt: skip
+    picture = plots._picture("t", charts.lines(series, title="t"), series)
+    with Image.open(io.BytesIO(plots.painted(picture))) as image:
+        assert image.size == (1080, 3 * (26 + 220 + 16 + 4))
+        plain = image.convert("RGB")
+    assert plain.getpixel((0, 0)) == (255, 255, 255)
+    # Behind the axis and above the names: what lies between them is drawn by the chart alone.
+    inside = plain.crop((3 * 42, 3 * 30, 3 * 346, 3 * (26 + 192)))
+    blue, orange = (
+        sum(count for count, (r, _, b) in inside.getcolors(1 << 20) or () if sign * (b - r) > 40)
+        for sign in (1, -1)
+    )
+    assert min(blue, orange) > 1000
+    for number in range(9):
+        for part in ("stroke", "fill"):
+            assert re.search(rf"\.c{number} {{ {part}: #\w{{6}} }}", plots._style()), number
+    assert "#2f5bd0" in plots._style()
+    assert "#7e9dff" not in plots._style(), "that is the dark page's"

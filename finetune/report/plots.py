@@ -17,7 +17,6 @@ from finetune.evaluation.schema import Evaluation, read_evaluation
 from finetune.evaluation.scores.metrics import metric
 from finetune.report.charts import HEIGHT, WIDTH, Series, lines
 from finetune.report.page import (
-    asset,
     colours_of,
     length_charts,
     loss_curves,
@@ -27,6 +26,7 @@ from finetune.report.page import (
 from finetune.report.page_data import read_content
 from finetune.storage.files import refuse_odd, whole_binary
 from finetune.storage.outputs import write_marked
+from finetune.webpages import theme
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 FOLDER = "plots"
@@ -144,7 +144,7 @@ def _whole(parts: Sequence[Markup], height: int) -> str:
 @cache
 def _style() -> Markup:
     """The style of a picture, with the page's colours for light mode."""
-    colours = dict(reversed(re.findall(r"-{2}c(\d): (#\w+)", asset("page.css"))))
+    colours = dict(reversed(re.findall(r"-{2}c(\d): (#\w+)", theme())))
     rules = [
         f".curve.c{n}, .whisker.c{n} {{ stroke: {colour} }} .band.c{n}, .dot.c{n}, .bar.c{n}, .key.c{n} {{ fill: {colour} }}"
         for n, colour in sorted(colours.items())

@@ -190,7 +190,7 @@ def curve(points: Sequence[tuple[float, float]], *, columns: int = 60, rows: int
     drawn = [f"{name:>8} \u2502{''.join(chr(0x2800 + bits) for bits in line)}" for name, line in zip(names, cells, strict=True)]  # fmt: skip
     ends = f"{steps[0]:g}".ljust(columns - len(f"{steps[-1]:g}")) + f"{steps[-1]:g}"
     return [
-        *(line.rstrip() for line in drawn),
+        *drawn,
         f"{'':>8} \u2514{chr(0x2500) * columns}",
         f"{'':>10}{ends}",
     ]

@@ -1,0 +1,224 @@
+"""What the report's page, its data, its tables of text and `finetune status` take from an evaluation and its runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import evaluations
+import pytest
+from test_report_words import compared, evaluation, score
+
+from finetune import __version__
+from finetune.errors import ConfigError
+from finetune.evaluation.schema import Evaluation, Published, Sample, TargetScores, read_evaluation
+from finetune.report import (
+    page,
+    page_data,
+    plots,
+    sentences,
+)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """The base and two checkpoints of two runs each, on eight samples."""
+    return evaluations.write_evaluation(tmp_path / "out", samples=8, runs=("lora", "wide"), steps=(20, 40))  # fmt: skip
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def test_a_page_says_what_was_asked_how_and_with_which_versions(made: Path) -> None:
+    text = page.write_page(made).read_text(encoding="utf-8")
+    head = text[: text.index("<main>")]
+    assert "<title>5 models on 8 replies</title>" in head
+    for said in ("data/heldout.jsonl · 8 samples", "decoding greedy", "max new tokens 64", "replies every_reply"):  # fmt: skip
+        assert f"<span>{said}</span>" in head
+    tail = text[text.index('<section id="made">') :]
+    pairs = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", tail)
+    lora, wide = (str(made.parent / name) for name in ("lora", "wide"))
+    for pair in (
+        ("decoding", "greedy"), ("rouge-l", "f1, jieba words, mean over pairs"), ("torch", "2.13.0"), ("fingerprint", f"<code>{'5f3a' * 16}</code>"),
+        ("lora 40", f"{lora}/checkpoint-40 <small>12 s</small>"), ("examples", "300"), ("tokens", "40,210"),
+    ):  # fmt: skip
+        assert pair in pairs, pair
+    for run, rank in ((lora, "8"), (wide, "16")):
+        [options] = re.findall(rf"Configuration of {run}</summary>(.*?)</details>", tail, re.DOTALL)
+        assert "<h3>method</h3>" in options
+        assert f"<dt>rank</dt><dd>{rank}</dd>" in options
+    assert f"Written by finetune {__version__}." in tail
+    assert [name for name, _ in page._legend(read_evaluation(made), [0, 1, 1, 2, 2])] == ["base", "lora", "wide"]  # fmt: skip
+    assert f'<i class="mark c2"></i>{wide}</th>' in text, "a run of the table of differences"
+    for part in ("style", "script"):
+        [*_, shown] = re.findall(rf"<{part}>(.*?)</{part}>", text, re.DOTALL)
+        assert f"{part}-src 'sha256-{page.hashed(shown)}'" in head
+    (made / "report.html").write_text("mine")
+    with pytest.raises(ConfigError, match=r"report\.html was not written by this program"):
+        page.write_page(made)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "outcome"),
+    [("better", "better"), ("worse", "worse"), ("no real difference", "no-real-difference"), (None, "open")],
+)  # fmt: skip
+def test_the_answer_has_the_colour_of_the_best_beside_the_base(
+    verdict: str | None, outcome: str
+) -> None:
+    pairs = [compared("two", "base", 1.0, verdict)] if verdict else []
+    other = compared("one", "base", 1.0, "better" if verdict == "worse" else "worse")
+    found = evaluation(*pairs, other, base=40.0, one=41.0, two=45.0)
+    assert page._outcome(found, "rouge-l") == outcome
+    assert page._outcome(evaluation(one=1.0), "rouge-l") == "open"
+    kinds = [kind for kind, _ in sentences.verdicts(found, "rouge-l")]
+    assert kinds[: len(pairs)] == [outcome] * len(pairs)
+    assert [kind for kind, _ in sentences.by_metric(found)] == [outcome] * len(pairs)
+
+
+def test_losses_alone_have_another_title_and_what_all_were_asked_is_counted(made: Path) -> None:
+    found = read_evaluation(made)
+    assert page._title(found, page_data.Content(3)) == "5 models on 8 replies"
+    bare = found.model_copy(update={"data": []})
+    assert page._title(bare, page_data.Content(1234)) == "5 models on 1,234 replies"
+    assert page._title(bare, page_data.Content(0)) == "5 models by their loss"
+
+
+def test_labels_are_shown_of_the_best_then_of_the_base_as_shares_of_each_row() -> None:
+    report = {"labels": ["ham", "spam"], "precision": [50.04, 60.0], "recall": [70.0, 80.0], "f1": [58.3, 68.6], "confusion": [[7, 3, 0], [1, 8, 1]]}  # fmt: skip
+    plain = evaluation(base=40.0, one=41.0, two=45.0).model_dump()
+    plain["labels"] = dict.fromkeys(("base", "one", "two"), report)
+    best, base = page._confusions(Evaluation.model_validate(plain))
+    assert (best["name"], base["name"]) == ("two", "base")
+    assert best["labels"] == ["ham", "spam", "(none of them)"]
+    assert best["rows"] == [
+        {"label": "ham", "scores": ["50.0", "70.0", "58.3"], "cells": [(7, 4), (3, 2), (0, 0)]},
+        {"label": "spam", "scores": ["60.0", "80.0", "68.6"], "cells": [(1, 1), (8, 5), (1, 1)]},
+    ]
+    del plain["labels"]["two"]
+    assert [one["name"] for one in page._confusions(Evaluation.model_validate(plain))] == ["base"]
+
+
+def test_published_figures_stand_beside_scores_that_somebody_has() -> None:
+    found = evaluation(metric="mmlu/acc", base=70.5, one=70.0).model_dump()
+    found["targets"][0]["scores"] = {"rouge-l": score(1.0)}
+    figures = [Published(score=name, value=74.75, model="GLM-4-9B") for name in ("x/y", "mmlu/acc")]
+    [row] = page._published(Evaluation.model_validate(found | {"published": figures}))
+    assert (row["score"], row["model"], row["value"]) == ("mmlu/acc", "GLM-4-9B", "74.8")
+    assert row["cells"] == [("–", ""), ("70.0", "69.0 to 71.0")]
+
+
+def test_losses_are_drawn_run_by_run_training_thin_and_validation_with_dots(made: Path) -> None:
+    found = read_evaluation(made)
+    runs = page.runs_of(made, found)
+    drawn = page.loss_curves(found, runs)
+    assert [(one.name, one.style, one.colour) for one in drawn] == [
+        ("lora, training", "thin", 1), ("lora, validation", "line", 1),
+        ("wide, training", "thin", 2), ("wide, validation", "line", 2),
+    ]  # fmt: skip
+    assert [point.x for point in drawn[1].points] == [0, 20, 40]
+    assert drawn[1].points[0].y == 3.9
+    assert len(drawn[0].points) == 20
+    (loss, chart), (headline, _), *_ = page.panels(found, runs, page.colours_of(found))
+    assert (loss, headline) == ("loss while training", "rouge-l")
+    assert "wide, validation: 3.9 to" in chart
+
+
+def test_lengths_are_those_of_base_and_best_first_of_the_data_once(made: Path) -> None:
+    found = read_evaluation(made)
+    runs = page.runs_of(made, found)
+    content = page_data.Content(3, prompt_lengths=[5, 70], reference_lengths=[30, 0], reply_lengths=[[10], [20], [5], [6], [25, 29]])  # fmt: skip
+    charts = page.length_charts(found, content, runs, [0, 1, 1, 2, 2])
+    best = found.best("rouge-l").name
+    assert best == "wide 40"
+    others = ["lora 20", "lora 40", "wide 20"]
+    assert [name for name, _, _ in charts] == ["base", best, "prompts", "training, lora", *others]
+    assert [unit for _, unit, _ in charts[:4]] == ["characters; line: references"] * 2 + ["characters", "tokens"]  # fmt: skip
+    drawn = {name: str(chart) for name, _, chart in charts}
+    assert f'aria-label="Lengths of the replies of {best}"' in drawn[best]
+    assert '"bar c2"' in drawn[best]
+    assert '"bar c0"' in drawn["base"]
+    assert "outline" in drawn["base"]
+    assert "outline" not in drawn["prompts"]
+    assert re.findall("<title>([^<]*: 1)</title>", drawn["prompts"]) == ["3 to 6: 1", "69 to 72: 1"]
+    assert re.findall("<title>([^<]*: 1)</title>", drawn[best]) == ["24 to 26: 1", "28 to 30: 1"]
+    assert re.findall("<title>(.*?)</title>", drawn["training, lora"])[0] == "0 to 120: 100"
+    assert 'aria-label="Lengths of the training examples"' in drawn["training, lora"]
+
+
+def test_few_very_long_replies_do_not_squeeze_all_the_others() -> None:
+    found = evaluation(one=1.0)
+    content = page_data.Content(200, reference_lengths=[0], reply_lengths=[[*range(100), *range(99), 5000]])  # fmt: skip
+    [chart, _] = page.length_charts(found, content, {}, [1])
+    titles = re.findall("<title>(.*?)</title>", chart[2])
+    assert titles[-1].startswith("96 to 100: "), "edges are those of the 99th of a hundred"
+    assert sum(int(title.split(": ")[1]) for title in titles) == 200
+
+
+def test_options_are_shown_by_section_as_they_are_written() -> None:
+    run: Any = type("Run", (), {"config": {"method.kind": "lora", "method.targets": ["甲"], "seed": None, "a.b.c": True}})  # fmt: skip
+    assert page._sections(run) == {"method": [("kind", "lora"), ("targets", '["甲"]')], "seed": [("seed", "–")], "a": [("b.c", "true")]}  # fmt: skip
+    settings = {"max_new_tokens": 64, "tasks": [], "system": "甲", "seed": 0}
+    assert page._flat_settings(settings) == [("max new tokens", "64"), ("system", "甲"), ("seed", "0")]  # fmt: skip
+
+
+# --- its data ----------------------------------------------------------------------------------
+
+
+def test_a_sample_keeps_its_place_its_texts_and_the_slices_that_say_something() -> None:
+    row = {"where": "d.jsonl:3", "message": 2, "prompt": "p", "reference": "r", "slices": {"kind": "tool", "source": "", "turns": 3}, "images": ["a", 5]}  # fmt: skip
+    pictures: Any = type("Pictures", (), {"place": staticmethod(lambda name: f"place of {name}")})
+    packed = page_data._packed(0, Sample(row, ["x", "y"], [{"rouge-l": 1.0}, {}]), pictures)
+    assert packed == {
+        "number": 1, "where": "d.jsonl:3 message 3", "prompt": "p", "reference": "r", "replies": ["x", "y"],
+        "scores": [{"rouge-l": 1.0}, {}], "slices": {"kind": "tool", "turns": "3"}, "images": ["place of a", "place of 5"],
+    }  # fmt: skip
+    bare = page_data._packed(6, Sample({"slices": [], "images": []}, [], []), pictures)
+    assert bare == {"number": 7, "where": "", "prompt": "", "reference": "", "replies": [], "scores": [], "slices": {}}  # fmt: skip
+
+
+def test_lengths_and_scores_of_the_page_are_those_of_the_predictions(made: Path) -> None:
+    found = read_evaluation(made)
+    content = page_data.read_content(made, found)
+    rows = [[json.loads(line) for line in (made / one.predictions).read_text("utf-8").splitlines()] for one in found.targets]  # fmt: skip
+    assert content.prompt_lengths == [len(row["prompt"]) for row in rows[0]]
+    assert content.reference_lengths == [len(row["reference"]) for row in rows[0]]
+    assert content.reply_lengths == [[len(row["prediction"]) for row in each] for each in rows]
+    assert content.metrics == ["bleu-4", "rouge-l", "exact_match", "stop_rate"]
+    one = content.samples[5]
+    assert one["scores"] == [[each[5]["scores"][name] for name in content.metrics] for each in rows]
+    assert one["replies"] == [each[5]["prediction"] for each in rows]
+    content.samples[0]["scores"][0] = {"mine": 1.0, "rouge-l": 2.0, "bleu-4": 3.0, "added": 4.0}
+    assert page_data._metrics([{"scores": content.samples[0]["scores"][:1]}], found) == ["bleu-4", "rouge-l", "added", "mine"]  # fmt: skip
+    data = json.loads(page_data.page_data(found, page_data.read_content(made, found), [0, 1, 1, 2, 2]))  # fmt: skip
+    assert data["slices"]["kind"]["tool"]["base"]["rouge-l"]["n"] > 0
+    assert (data["sliceMetrics"], data["sliceMetric"]) == (found.metrics, "rouge-l")
+    assert (len(data["samples"]), data["words"], data["pictures"]) == (8, {}, [])
+
+
+def test_plots_are_named_as_files_may_be_and_have_scores_only_over_steps(made: Path) -> None:
+    file = made / "evaluation.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for target in found["targets"]:
+        scores = target["scores"]
+        target["scores"] = {"rouge-l": scores["rouge-l"], "my:own/甲 b": scores["bleu-4"], "x" * 120: scores["bleu-4"]}  # fmt: skip
+    file.write_text(json.dumps(found | {"comparisons": []}), encoding="utf-8")
+    pictures = plots._pictures(made, read_evaluation(made))
+    assert list(pictures) == ["loss", "rouge-l", "my-own-甲-b", "x" * 100, "lengths"]
+    assert ">my:own/甲 b</text>" in pictures["my-own-甲-b"]
+    assert ">base, characters; line: references</text>" in pictures["lengths"]
+    assert ">prompts, characters</text>" in pictures["lengths"]
+    for target in found["targets"]:
+        target |= {"step": None, "run": None}
+    file.write_text(json.dumps(found | {"comparisons": []}), encoding="utf-8")
+    assert list(plots._pictures(made, read_evaluation(made))) == ["lengths"]
+
+
+def test_targets_without_a_run_are_drawn_by_their_names() -> None:
+    def target(name: str, step: int | None, value: float | None) -> TargetScores:
+        return TargetScores(name=name, path=name, kind="adapter", step=step, predictions="x", scores={} if value is None else {"loss": score(value)})  # fmt: skip
+
+    found = Evaluation(format=1, targets=[target("a", 2, 1.0), target("b", 4, 2.0), target("c", 4, None)])  # fmt: skip
+    assert [(one.name, one.colour, len(one.points)) for one in page.metric_series(found, "loss", [1, 2, 3])] == [("a", 1, 1), ("b", 2, 1)]  # fmt: skip
+    assert page.runs_of(Path(), found) == {}
