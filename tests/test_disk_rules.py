@@ -227,3 +227,84 @@ def test_a_link_above_the_folder_that_is_written_into_is_nobodys_business(tmp_pa
     folder = tmp_path / "link/out"
     files.refuse_odd(folder / "a", inside=folder)
     assert "is a link to" in said(files.refuse_odd, folder / "sub/a", inside=folder)
+
+
+# --- words of a disk -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "is_full", "is_failing"),
+    [
+        *((text, True, True) for text in (
+            "I/O error: x (os error 28)", "(os error 122)", "(os error 27)", "NO SPACE LEFT on device", "File too large", "Disk quota exceeded",
+            "PytorchStreamWriter failed writing file", "unexpected pos 64 vs 0", "basic_ios::clear: iostream error")),
+        ("(os error 5)", False, True), ("(os error 30)", False, True), ("Input/output error", False, True), ("(os error 13)", False, True),
+        ("(os error 280)", False, False), ("(os error 2)", False, False), ("another", False, False),
+    ],
+)  # fmt: skip
+def test_a_disk_is_known_by_the_words_of_every_library(
+    text: str, is_full: bool, is_failing: bool
+) -> None:
+    error = RuntimeError(text)
+    assert (disk.is_out_of_space(error), disk.is_disk_error(error)) == (is_full, is_failing)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EIO", "EROFS", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ENXIO", "ENODEV", "EHOSTDOWN", "EHOSTUNREACH", "EBUSY", "ENFILE", "EMFILE", "EACCES", "EPERM", "EKEYEXPIRED"],
+)  # fmt: skip
+def test_every_way_in_which_disks_and_mounts_fail_costs_one_output(name: str) -> None:
+    assert disk.is_disk_error(OSError(getattr(errno, name), "x"))
+    assert not disk.is_out_of_space(OSError(getattr(errno, name), "x"))
+
+
+def test_errors_that_cause_each_other_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = RuntimeError("a"), RuntimeError("b")
+    one.__cause__, other.__cause__ = other, one
+    assert not disk.is_disk_error(one)
+    one.__context__ = FULL
+    assert not disk.is_disk_error(one), "what it was raised from hides what it was raised in"
+    told: list[str] = []
+    monkeypatch.setattr(console, "warn", told.append)
+    with disk.BestEffort("a.json", "it comes later")():
+        raise FULL
+    assert told == [f"no room to write a.json ({FULL}); it comes later"]
+
+
+def test_a_cache_without_room_is_an_error_of_data_that_names_its_option(tmp_path: Path) -> None:
+    def full(_: Path) -> dict[str, Any]:
+        raise FULL
+
+    with pytest.raises(DataError, match=r"no space left for tokenised data \(.*No space") as caught:
+        cache.open_or_build(tmp_path, "key", full)
+    assert "set data.cache_dir or FINETUNE_CACHE" in str(caught.value)
+    assert isinstance(caught.value.__cause__, SpaceError)
+    assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
+
+
+def test_a_key_is_of_what_is_said_and_not_of_its_order(tmp_path: Path) -> None:
+    key = cache.key_of({"a": 1, "b": {"c": "你", "d": [1, 2]}})
+    assert key == cache.key_of({"b": {"d": [1, 2], "c": "你"}, "a": 1})
+    others = [{"a": 2}, {"a": "1"}, {"b": 1}, {"a": 1, "b": {"c": "你", "d": [2, 1]}}]
+    assert len({key, *map(cache.key_of, others)}) == 5
+    assert len(key) == 64
+
+
+def test_a_home_that_is_no_folder_has_no_cache_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(console, "warn_once", told.append)
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("FINETUNE_CACHE", raising=False)
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    private = tmp_path / f"glm4-finetune-{os.getuid()}"
+    assert cache.default_root() == private
+    assert told[0].startswith(f"{tmp_path}/home/.cache/glm4-finetune cannot be written: the cache is kept in {private}")  # fmt: skip
+    monkeypatch.setattr(cache.os, "getuid", lambda: 12345)
+    (tmp_path / "glm4-finetune-12345").mkdir(mode=0o700)
+    assert "others may write to" in said(cache.default_root), "it is another user's"
+    (tmp_path / "glm4-finetune-12345").rmdir()
+    (tmp_path / "glm4-finetune-12345").symlink_to(private)
+    assert "others may write to" in said(cache.default_root)

@@ -38,9 +38,10 @@ class Lock:
         _HELD.add(self)
 
     def note(self, text: str) -> None:
-        """Write into the locked file who holds it."""
-        os.truncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text.encode(), 0)
+        """Write into the locked file who holds it; an owner file says so already, and more."""
+        if self._owner is None:
+            os.truncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text.encode(), 0)
 
     def release(self) -> None:
         """Let others have it."""
