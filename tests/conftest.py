@@ -71,3 +71,19 @@ def _tiny(factory: pytest.TempPathFactory, family: str) -> Path:
     import tiny  # imports torch, which tests of the torch-free rooms must not pay for
 
     return tiny.save_model(factory.mktemp("models") / f"tiny-{family}", family)
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is forced to the disk, and `rename`, in order."""
+    found: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def noted(descriptor: int) -> None:
+        found.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", lambda *a: (found.append("rename"), rename(*a)))
+    monkeypatch.setattr(os, "replace", lambda *a: (found.append("rename"), replace(*a)))
+    return found

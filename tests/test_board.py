@@ -260,3 +260,16 @@ def test_a_run_stands_with_its_colour_its_state_and_what_else_is_known(tmp_path:
     assert re.findall(r"<h3>.*?</i>(.*?) <small", panels) == [str(tmp_path / name) for name in ("one", "two")]  # fmt: skip
     _, odd = board._samples([first[0], second[0]])
     assert (odd["colour"], odd["rows"]) == (2, [{"prompt": "null", "reference": "null", "prediction": "\ufffd"}])  # fmt: skip
+
+
+def test_a_panel_without_a_number_is_left_out_and_a_large_file_is_opened_up_to_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    panels = board.panels(tmp_path)
+    assert re.findall("<figcaption><span>(.*?)</span>", panels) == ["loss"]
+    size = (run / "predictions-2.jsonl").stat().st_size
+    for limit, number in ((size, 1), (size - 1, 0)):
+        monkeypatch.setattr(board, "LARGEST_FILE", limit)
+        assert len(board._samples(board.find_runs(tmp_path))) == number

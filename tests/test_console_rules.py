@@ -164,3 +164,39 @@ def test_a_column_of_numbers_or_of_texts_that_ask_for_it_stands_on_the_right(
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "  1       7  x"
     assert lines[3] == "100      77  y"
+
+
+def test_a_dumb_terminal_is_none_and_a_moving_bar_says_what_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for term, watched in (("xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", term)
+        assert console.on_terminal() is watched
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console, "_consoles", {})
+    monkeypatch.setenv("COLUMNS", "100")
+    with console.progress(4, "rows") as meter:
+        meter.advance(3, "loss 1")
+        assert meter._bar is not None
+        bar, task = meter._bar
+        assert (bar.tasks[task].completed, bar.tasks[task].total) == (3, 4)
+        assert bar.tasks[task].description == "rows loss 1"
+        meter.advance()
+        assert (bar.tasks[task].completed, bar.tasks[task].description) == (4, "rows")
+    capsys.readouterr()
+    console.table(["a", "b"], [["x", None], ["y", 12]])
+    said = capsys.readouterr().out
+    assert "None" not in said
+    assert "12" in said
+
+
+def test_streams_that_were_closed_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    console.open_missing_streams()
+    assert sys.stdin.read() == ""
+    for stream in (sys.stdout, sys.stderr):
+        assert stream.write("x") == 1
+        stream.close()
+    sys.stdin.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import evaluations
 import pytest
+from test_report_parts import targets
 from test_report_words import compared, evaluation, score
 
 from finetune import __version__
@@ -222,3 +224,51 @@ def test_targets_without_a_run_are_drawn_by_their_names() -> None:
     found = Evaluation(format=1, targets=[target("a", 2, 1.0), target("b", 4, 2.0), target("c", 4, None)])  # fmt: skip
     assert [(one.name, one.colour, len(one.points)) for one in page.metric_series(found, "loss", [1, 2, 3])] == [("a", 1, 1), ("b", 2, 1)]  # fmt: skip
     assert page.runs_of(Path(), found) == {}
+
+
+def test_a_merged_model_of_a_run_is_named_by_itself_and_no_score_is_no_best() -> None:
+    found = targets(("a", "adapter", "r/1"), ("b", "merged", "r/1"))
+    merged = found.targets[1].model_copy(update={"step": None})
+    found = found.model_copy(update={"targets": [found.targets[0], merged]})
+    assert page._legend(found, [1, 1]) == [("1", 1), ("b", 1)]
+    bare = evaluation(one=1.0, two=2.0).model_dump()
+    for target in bare["targets"]:
+        target["scores"]["chrf"] = {"value": None, "n": 3}
+    rows = page._rows(Evaluation.model_validate(bare), [1, 2])
+    assert [[cell["best"] for cell in row["cells"]] for row in rows] == [[False, False], [True, False]]  # fmt: skip
+
+
+def test_the_data_of_a_page_without_a_base_has_none_and_compares_what_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = evaluation(compared("two", "one", 1.0, "better"), compared("two", "gone", 1.0, "better"), one=1.0, two=2.0)  # fmt: skip
+    data = json.loads(page_data.page_data(found, page_data.Content(0), [1, 2]))
+    assert (data["base"], data["best"], data["headline"]) == (None, 1, None)
+    assert [row[:2] for row in data["comparisons"]] == [[1, 0]]
+    monkeypatch.setenv("FINETUNE_LANG", "zh")
+    words = page_data._words()
+    assert sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in words.values()) > 5
+    assert all(text != said for text, said in words.items())
+
+
+def test_plots_are_drawn_again_over_ours_and_through_no_link(
+    made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plots, "_pictures", lambda *_: {"loss": f"<svg>{plots.MARK}</svg>"})
+    monkeypatch.setattr(plots, "painted", lambda _: b"png")
+    for _ in range(2):
+        assert [file.name for file in plots.write_plots(made)] == ["loss.svg", "loss.png"]
+    for name in ("loss.svg", "loss.png"):
+        (tmp_path / "mine").write_text("mine")
+        for file in (made / "plots").iterdir():
+            file.unlink()
+        (made / "plots" / name).symlink_to(tmp_path / "mine")
+        with pytest.raises(ConfigError, match=f"{name} is a link"):
+            plots.write_plots(made)
+        assert (tmp_path / "mine").read_text() == "mine"
+        (made / "plots" / name).unlink()
+        plots.write_plots(made)
+    shutil.move(made / "plots", tmp_path / "elsewhere")
+    (made / "plots").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="plots is a link"):
+        plots.write_plots(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,18 @@ from test_report_runs import write_history
 from test_report_words import compared, evaluation, score
 
 from finetune.artifacts.run_dir import RunDirectory
-from finetune.errors import ConfigError, RequirementError
+from finetune.errors import ConfigError, ModelError, RequirementError
 from finetune.evaluation.evaluate import Options
 from finetune.evaluation.schema import Evaluation
 from finetune.report import (
     compare,
     export,
+    sentences,
     status,
     terminal,
     watching,
 )
-from finetune.report.requirements import check_requirements, read_requirements
+from finetune.report.requirements import check_names, check_requirements, read_requirements
 from finetune.report.runs import Run, find_runs, read_run
 from finetune.storage.manifest import seal
 
@@ -252,3 +254,52 @@ def test_a_curve_of_the_terminal_joins_its_points_and_keeps_to_its_box() -> None
     many = [(float(n), float(n % 2)) for n in range(1001)]
     assert terminal.curve(many, columns=2, rows=2)[0] == "       1 │⠉⠉"
     assert len(terminal.curve(many)) == 10
+
+
+def test_files_of_a_run_that_are_none_or_too_large_are_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_history(tmp_path / "run", [{"step": 1}])
+    (folder / "predictions-3.jsonl").mkdir()
+    (folder / "predictions-03.jsonl.bak").touch()
+    assert read_run(folder).predictions == {}
+    os.mkfifo(folder / "predictions-2.jsonl")
+    with pytest.raises(ModelError, match=r"predictions-2\.jsonl is not a plain file"):
+        read_run(folder)
+    (folder / "predictions-2.jsonl").unlink()
+    (folder / "data.json").write_text('{"train": {}}')
+    for limit, name in ((11, "metrics"), (12, "data"), (13, "")):
+        monkeypatch.setattr("finetune.report.runs.LARGEST_JSON", limit)
+        if name:
+            with pytest.raises(ModelError, match=name):
+                read_run(folder)
+        else:
+            assert read_run(folder).data == {"train": {}}
+    (folder / "metrics.jsonl").write_text("")
+    monkeypatch.setattr("finetune.report.runs.LARGEST_JSON", 12)
+    with pytest.raises(ModelError, match="data"):
+        read_run(folder)
+
+
+def test_the_answer_ends_with_what_was_forgotten_and_where_it_is_weak() -> None:
+    worse = compared("one", "base", 0.4, "worse", metric="general_loss")
+    found = evaluation(worse, base=40.0, one=45.0).model_dump()
+    for target in found["targets"]:
+        target["scores"]["general_loss"] = score(1.0)
+    found["slices"] = {"kind": {"tool": {"one": {"rouge-l": score(30.0)}}}}
+    said = sentences.conclusion(Evaluation.model_validate(found), "rouge-l")
+    assert said == [
+        "one has the highest rouge-l of 1 checkpoint: 45.0 (44.0 to 46.0).",
+        "one is worse than base in general loss: +0.400 (−1.600 to 3.400; p < 0.001).",
+        "one is weakest on kind tool: 30.0 (29.0 to 31.0), 50 replies.",
+    ]
+    other = compared("two", "one", 5.0, "better")
+    both = evaluation(compared("two", "base", 5.0, "better"), other, base=1.0, one=2.0, two=7.0)
+    assert len(sentences.conclusion(both, "rouge-l")) == 2, "beside a base that is enough"
+
+
+def test_public_tasks_and_metrics_of_the_user_are_scores_that_may_be_required() -> None:
+    check_names(read_requirements(["mmlu/acc > 1", "mine > 1", "loss < 2"]), ["mine"])
+    with pytest.raises(ConfigError) as caught:
+        check_names(read_requirements(["mine > 1", "rouge-m > 1"]), [])
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == ["--require 'mine > 1'", "--require 'rouge-m > 1'"]  # fmt: skip

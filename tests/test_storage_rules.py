@@ -34,22 +34,6 @@ def sealed(folder: Path, facts: dict[str, Any] | None = None, **content: str) ->
     return folder
 
 
-@pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what is forced to the disk, and `rename`, in order."""
-    found: list[str] = []
-    fsync, rename, replace = os.fsync, os.rename, os.replace
-
-    def noted(descriptor: int) -> None:
-        found.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(os, "rename", lambda *a: (found.append("rename"), rename(*a)))
-    monkeypatch.setattr(os, "replace", lambda *a: (found.append("rename"), replace(*a)))
-    return found
-
-
 # --- what is forced to the disk, and when --------------------------------------------------------
 
 

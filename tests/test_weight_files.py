@@ -62,3 +62,8 @@ def test_tensors_lie_one_behind_the_other_and_fill_the_file(
         return
     with pytest.raises(ModelError, match=said):
         read_shard(file)
+
+
+def test_a_tensor_of_nothing_lies_before_the_one_at_its_place(tmp_path: Path) -> None:
+    file = written(tmp_path, {"a": entry("F32", [1], 0, 4), "none": entry("F32", [0], 0, 0)}, 4)
+    assert [tensor.name for tensor in read_shard(file).tensors] == ["none", "a"]
