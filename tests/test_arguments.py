@@ -87,6 +87,42 @@ def test_every_option_reaches_the_trainer_under_its_own_name(
     assert getattr(made(**option), name) == value
 
 
+FIXED: dict[str, tuple[Any, str]] = {
+    "logging_nan_inf_filter": (False, "the mean of losses would leave out what is not finite"),
+    "average_tokens_across_devices": (True, "the normaliser counts the tokens of all processes"),
+    "remove_unused_columns": (False, "our batches hold more than a model's forward names"),
+    "disable_tqdm": (True, "the bar is ours"),
+    "log_level": ("error", "what libraries say is ours to say"),
+    "log_level_replica": ("error", "the same in other processes"),
+    "logging_strategy": ("steps", "a run without epochs logs too"),
+    "include_num_input_tokens_seen": ("no", "it gathers over all processes in every step"),
+    "ddp_find_unused_parameters": (False, "it walks over the graph in every step"),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_the_trainer_must_not_do_by_itself_is_told_to_it(name: str) -> None:
+    assert getattr(made(), name) == FIXED[name][0], FIXED[name][1]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_deterministic_kernels_of_cublas_are_prepared_when_asked_for(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(arguments, "prepare_determinism", lambda: told.append(True))
+    made(deterministic=asked)
+    assert told == [True] * asked
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_the_trainer_computes_where_this_process_does(
+    accelerated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "has_accelerator", lambda: accelerated)
+    assert made().use_cpu is not accelerated
+
+
 @pytest.mark.parametrize("autocast", ["no", "bf16", "fp16"])
 def test_autocast_is_what_the_precision_says(autocast: str) -> None:
     found = made(Precision(autocast, "fp32", FP32))

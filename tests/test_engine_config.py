@@ -86,3 +86,90 @@ def test_communication_overlaps_from_stage_2_on(stage: Any, overlaps: bool) -> N
     assert found["overlap_comm"] is overlaps
     assert ("stage3_prefetch_bucket_size" in found) is (stage == 3)
     assert not {"offload_optimizer", "offload_param"} & found.keys()
+
+
+def test_what_deepspeed_would_compile_print_or_refuse_by_itself_is_turned_off() -> None:
+    found = deepspeed_config(DeepSpeedSection(zero_stage=2), setting())
+    assert found["zero_allow_untested_optimizer"] is True  # torch's AdamW is not on its list
+    assert found["zero_force_ds_cpu_optimizer"] is False
+    assert found["steps_per_print"] > 10**6
+    assert found["wall_clock_breakdown"] is False
+
+
+@pytest.mark.parametrize(("stage", "live"), [(1, None), (2, None), (3, 1_000_000_000)])
+def test_each_stage_holds_what_a_plan_counts(stage: Any, live: int | None) -> None:
+    from finetune.planning import sharding
+
+    section = DeepSpeedSection(zero_stage=stage, offload_optimizer="cpu")
+    found = deepspeed_config(section, setting())["zero_optimization"]
+    assert found["sub_group_size"] == sharding.SUB_GROUP
+    assert found["allgather_bucket_size"] == found["reduce_bucket_size"] == 4096 * 4096
+    assert found["contiguous_gradients"] is True
+    assert found["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    names = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    assert [found.get(name) for name in names] == ([sharding.LIVE_WEIGHTS] * 2 if live else [None] * 2)  # fmt: skip
+    if live:
+        assert live > sharding.LIVE_WEIGHTS  # DeepSpeed's own
+        assert found["stage3_prefetch_bucket_size"] == int(0.9 * 4096 * 4096)
+        # A ZeRO-3 run's own save gathers; without this DeepSpeed writes empty weights.
+        assert found["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_weights_on_the_host_are_pinned_and_lie_there_in_stage_3_alone() -> None:
+    for stage in (2, 3):
+        section = DeepSpeedSection.model_construct(
+            zero_stage=stage, offload_parameters="cpu", offload_optimizer="none", config=None
+        )
+        found = deepspeed_config(section, setting())["zero_optimization"]
+        expected = {"device": "cpu", "pin_memory": True} if stage == 3 else None
+        assert found.get("offload_param") == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "local", "cpus", "asked"),
+    [("1", "8", 64, [8]), (None, None, 6, [6]), ("4", "2", 64, []), ("1", "64", 6, [1]), ("1", "2", None, [1])],
+)  # fmt: skip
+def test_an_optimizer_on_the_cpu_takes_its_share_of_cores_where_the_user_has_said_nothing(
+    own: str | None, local: str | None, cpus: int | None, asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    threads: list[int] = []
+    monkeypatch.setattr(zero.device, "has_accelerator", lambda: True)
+    monkeypatch.setattr(zero.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(zero.torch, "set_num_threads", threads.append)
+    for name, value in (("OMP_NUM_THREADS", own), ("LOCAL_WORLD_SIZE", local)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    zero.prepare_libraries(DeepSpeedSection(zero_stage=2, offload_optimizer="cpu"))
+    assert threads == asked
+    assert "DS_ACCELERATOR" not in zero.os.environ
+
+
+def test_on_a_machine_without_a_gpu_deepspeed_is_told_so_and_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import deepspeed.ops
+
+    monkeypatch.setattr(zero.device, "has_accelerator", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    zero.prepare_libraries(DeepSpeedSection(zero_stage=2))
+    assert zero.os.environ["DS_ACCELERATOR"] == "cpu"
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    monkeypatch.setenv("DS_ACCELERATOR", "of the user")
+    zero.prepare_libraries(DeepSpeedSection(zero_stage=2))
+    assert zero.os.environ["DS_ACCELERATOR"] == "of the user"
+
+
+def test_deepspeed_joins_on_the_devices_backend_and_looks_for_no_mpi(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import deepspeed
+
+    asked: list[Any] = []
+    monkeypatch.setattr(zero.device, "device_backend", lambda: "some")
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **given: asked.append(given))
+    zero.join()
+    assert asked == [{"dist_backend": "some", "auto_mpi_discovery": False, "verbose": False}]

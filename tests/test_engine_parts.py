@@ -221,6 +221,35 @@ def test_stage_3_is_cut_anew_weight_by_weight(rank: int, own: list[float]) -> No
     assert inner["param_groups"] == [{"lr": 0.5, "params": [0]}]
 
 
+def test_stage_3_goes_on_behind_each_sub_group_and_gives_each_its_own_count_of_steps() -> None:
+    # Two weights of two numbers, each in a sub-group of its own; one process before, two now.
+    step = torch.tensor(4.0)
+    saved = [
+        {
+            "fp32_flat_groups": [numbers(1, 2), numbers(3, 4)],
+            "optimizer_state_dict": {
+                "state": {
+                    n: {"exp_avg": numbers(10 * n, 10 * n + 1), "step": step} for n in (0, 1)
+                },
+                "param_groups": [{"lr": 0.5, "params": [0]}, {"lr": 0.1, "params": [1]}],
+            },
+        }
+    ]
+    weights = [[SimpleNamespace(ds_numel=2, ds_tensor=torch.empty(1))] for _ in range(2)]
+    optimizer = SimpleNamespace(fp16_groups=weights, sub_group_to_group_id={0: 0, 1: 1})
+    found = resharded._of_stage_3(optimizer, saved, 1)
+    assert [one.tolist() for one in found["fp32_flat_groups"]] == [[2], [4]]
+    inner = found["optimizer_state_dict"]
+    assert [inner["state"][n]["exp_avg"].tolist() for n in (0, 1)] == [[1], [11]]
+    assert inner["state"][0]["step"] is not inner["state"][1]["step"]
+    assert [group["params"] for group in inner["param_groups"]] == [[0], [1]]
+    for one in saved:
+        one["optimizer_state_dict"]["state"] = {}  # saved before the first step
+    fresh = resharded._of_stage_3(optimizer, saved, 0)
+    assert fresh["optimizer_state_dict"]["state"] == {0: {}, 1: {}}
+    assert [one.tolist() for one in fresh["fp32_flat_groups"]] == [[1], [3]]
+
+
 @pytest.mark.parametrize(("rank", "source"), [(0, "0"), (1, "1"), (2, "0"), (3, "1")])
 def test_a_process_opens_the_files_of_one_that_was_there_and_afterwards_its_own_again(
     rank: int, source: str, monkeypatch: pytest.MonkeyPatch

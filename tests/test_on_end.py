@@ -22,7 +22,7 @@ def command(target: Path) -> str:
 
 @pytest.mark.parametrize(
     ("ending", "code"),
-    [(None, 0), (SystemExit(143), 143), (SpaceError("full"), 6), (KeyboardInterrupt(), 130), (ValueError(), 1)],
+    [(None, 0), (SystemExit(143), 143), (SystemExit("text"), 1), (SpaceError("full"), 6), (KeyboardInterrupt(), 130), (ValueError(), 1)],
 )  # fmt: skip
 def test_the_command_learns_the_run_and_its_exit_code(
     ending: BaseException | None, code: int, tmp_path: Path
@@ -58,6 +58,20 @@ def test_a_command_that_does_not_end_is_ended(
     with told_at_the_end("sleep 60", "runs/x"):
         pass
     assert "timed out" in capfd.readouterr().err
+
+
+def test_the_command_has_the_users_environment_and_nothing_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_THE_USER", "kept")
+    code = (
+        "import os, sys; open(sys.argv[1], 'w').write(os.environ['OF_THE_USER'] + sys.stdin.read())"
+    )
+    with told_at_the_end(f'{sys.executable} -c "{code}" {tmp_path / "said"}', "runs/x"):
+        pass
+    assert (tmp_path / "said").read_text() == "kept"
+    # Longer than a push notice over a slow line, shorter than a scheduler waits behind SIGTERM.
+    assert 30 <= on_end.SECONDS <= 120
 
 
 def test_only_the_leading_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,13 +73,27 @@ REFUSED = {
     "data.packing", "data.group_by_length", "method", "training.learning_rate",
     "training.learning_rates", "training.weight_decay", "training.lr_schedule",
     "training.warmup_steps", "training.seed", "training.extra", "deepspeed.zero_stage",
-    "deepspeed.offload_optimizer", "deepspeed.offload_parameters",
+    "deepspeed.offload_optimizer", "deepspeed.offload_parameters", "training.optimizer",
+    "data.streaming", "data.shuffle_buffer",
 }  # fmt: skip
 """Options whose change makes other training of the same steps; by hand, not read from RULES."""
 
+LISTED = {
+    # What is computed otherwise, though the same is computed:
+    "model.attention", "model.kernels", "data.cache_image_features", "training.deterministic",
+    "training.activation_checkpointing", "training.offload_activations",
+    # how long and how the rest of the run goes:
+    "training.max_steps", "training.num_epochs", "training.max_grad_norm",
+    # and all that decides which checkpoint is the best, and when the run is over.
+    "data.validation", "evaluation.every_steps", "evaluation.generate", "evaluation.replies",
+    "evaluation.max_new_tokens", "evaluation.max_samples", "evaluation.best_metric",
+    "evaluation.patience", "evaluation.keep", "evaluation.choose",
+}  # fmt: skip
 
-def test_what_makes_another_run_is_refused() -> None:
-    assert {key for key, rule in RULES.items() if rule is Rule.MATCH} >= REFUSED
+
+def test_what_makes_another_run_is_refused_and_what_shows_in_its_figures_is_said() -> None:
+    assert {key for key, rule in RULES.items() if rule is Rule.MATCH} == REFUSED
+    assert {key for key, rule in RULES.items() if rule is Rule.CHANGE} == LISTED
 
 
 @pytest.mark.parametrize("key", [key for key in RULES if key != "method"])
@@ -127,9 +141,40 @@ def test_another_library_version_is_listed() -> None:
 def test_a_record_survives_the_file(tmp_path: Path) -> None:
     write(tmp_path, record())
     assert resume.read(tmp_path) == record()
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").unlink()
     with pytest.raises(CheckpointError, match="missing or damaged"):
         resume.read(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["config", "facts", "versions"])
+@pytest.mark.parametrize("value", [None, [], "x"])
+def test_a_record_that_lacks_a_part_is_damaged(part: str, value: Any, tmp_path: Path) -> None:
+    damaged = record() | {part: value}
+    if value is None:
+        del damaged[part]
+    write(tmp_path, damaged)
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        resume.read(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_looks_for_the_checkpoint_and_all_begin_there(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.distributed import processes
+
+    found = resume.Start(tmp_path, 7)
+    asked: list[Any] = []
+
+    def broadcast(work: Any, group: Any) -> Any:
+        asked.append(group)
+        return work() if rank == 0 else found
+
+    monkeypatch.setattr(processes, "broadcast_from_rank0", broadcast)
+    monkeypatch.setattr(processes, "patient_group", lambda: "of the disk")
+    monkeypatch.setattr(resume, "start", lambda *given: asked.append(given) or found)
+    assert resume.start_together(tmp_path, "auto", {"config": {}}) == found
+    assert asked == ["of the disk", *([(tmp_path, "auto", {"config": {}})] if rank == 0 else [])]
 
 
 def save(run: Path, step: int) -> Path:
@@ -207,6 +252,19 @@ def test_states_that_are_pickles_must_be_the_users_own(
             resume.check_owner(tmp_path, asked)
 
 
+@pytest.mark.parametrize("trusted", ["checkpoint-3", "checkpoint-3/global_step3"])
+def test_folders_of_states_that_anybody_can_write_to_are_refused_too(
+    trusted: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path, 3)
+    (folder / "global_step3").mkdir()
+    resume.check_owner(tmp_path, "auto")
+    (tmp_path / trusted).chmod(0o777)
+    name = Path(trusted).name
+    with pytest.raises(CheckpointError, match=f"anybody can write to {name};"):
+        resume.check_owner(tmp_path, "auto")
+
+
 def test_long_values_are_shortened_and_missing_ones_are_named() -> None:
     saved, now = record(), record()
     saved["config"]["training.extra"] = {"a": "x" * 80}
@@ -265,6 +323,9 @@ def test_a_named_checkpoint_is_never_replaced_by_another(tmp_path: Path) -> None
         ("loss", {"validation": "other rows"}, True),
         ("loss", {"general": "other rows"}, True),
         ("loss", {"evaluation.best_metric": "bleu-4"}, True),
+        ("loss", {"evaluation.choose": "domain_without_forgetting"}, True),
+        ("loss", {"evaluation.keep": {"data": "x"}}, True),
+        ("loss", {"evaluation.patience": 3}, False),
         ("loss", {"evaluation.max_samples": 7}, False),  # says nothing about a loss
         ("bleu-4", {"evaluation.max_samples": 7}, True),
         ("bleu-4", {"evaluation.max_new_tokens": 7}, True),

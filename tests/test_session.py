@@ -176,6 +176,85 @@ def test_a_dry_run_tells_what_all_processes_will_hold_and_do(
     assert (streamed["examples"], streamed["validation_examples"], streamed["resumes_from"]) == (None, None, None)  # fmt: skip
 
 
+def test_a_dry_run_of_a_model_that_is_still_on_its_hub_says_so_and_names_missing_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.training import dry_run
+
+    fetched: list[Any] = []
+    monkeypatch.setattr(
+        dry_run, "local_folder",
+        lambda path, revision, files: fetched.append((path, revision, files)) or tmp_path,
+    )  # fmt: skip
+    memory: Any = SimpleNamespace(
+        model=ModelSection(path="org/name", revision="main"), method=SimpleNamespace(kind="lora"),
+        plan=lambda gpu, folder: SimpleNamespace(memory_bytes=1),
+    )  # fmt: skip
+    data: Any = SimpleNamespace(
+        validation=None, train=(), stream="a stream", steps=lambda training: 30,
+        size=lambda: "a stream of 2 files", an_epoch=lambda: "",
+    )  # fmt: skip
+    found = dry_run.foreseen(training(tmp_path / "run", report_to=[]), data, memory, None)
+    assert found["model_tensors"] is None
+    assert fetched == [("org/name", "main", dry_run.TOKENIZER_FILES)]  # and no weights
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        "train lora on org/name", "open the model, fetched from its hub first",
+        "learn from a stream of 2 files", "measure on nothing", "do 30 steps",
+        f"write to {tmp_path / 'run'}",
+    ):  # fmt: skip
+        assert row in rows
+    with pytest.raises(ConfigError, match="pip install no_such_tracker"):
+        dry_run.foreseen(
+            TrainingSection.model_construct(report_to=["no_such_tracker"]), data, memory, None
+        )
+
+
+def test_a_run_outlives_its_readers_and_libraries_are_quiet_in_it(
+    data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(session.console, "tolerate_lost_output", lambda: events.append("tolerant"))
+    monkeypatch.setattr(
+        "finetune.models.library_logging.quiet_libraries", lambda: events.append("quiet")
+    )
+    with run_directory(training(tmp_path / "run"), data, trust=False):
+        assert events == ["tolerant"]
+    with session.all_processes(training(tmp_path), deepspeed=False):
+        assert events == ["tolerant", "quiet"]
+
+
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_processes_join_and_are_watched_for_the_timeout_of_the_section(
+    deepspeed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    asked: list[Any] = []
+
+    @contextmanager
+    def noted(*given: Any, **named: Any) -> Any:
+        asked.append((given[:1], named))
+        yield
+
+    monkeypatch.setattr("finetune.distributed.processes.joined_processes", noted)
+    monkeypatch.setattr("finetune.distributed.watchdog.watching", noted)
+    section = training(tmp_path, process_timeout_minutes=2.5)
+    with session.all_processes(section, deepspeed=deepspeed):
+        pass
+    assert asked == [((), {"timeout_minutes": 2.5, "deepspeed": deepspeed}), ((2.5,), {})]
+
+
+def test_the_command_of_the_end_is_told_of_a_folder_that_is_refused(
+    data: DataSection, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    asked = training(folder, on_end=f"touch {tmp_path / 'told'}")
+    with RunDirectory.open(str(folder), is_rank0=True), pytest.raises(RunDirectoryInUseError), run_directory(asked, data, trust=False):  # fmt: skip
+        pass
+    assert (tmp_path / "told").exists()
+
+
 def test_the_commit_of_a_hub_id_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "pinned_revision", lambda path, revision: f"{path}@{revision}")
     assert session.pinned(ModelSection(path="org/x", revision="main")).revision == "org/x@main"

@@ -155,3 +155,5 @@ def test_a_host_copy_keeps_kinds_empty_tensors_and_what_is_no_tensor() -> None:
     twice = host_copy([narrow, narrow.view(torch.int64)], {})
     assert torch.equal(twice[0], narrow)
     assert twice[0].stride() == narrow.stride()
+    assert twice[0].untyped_storage().data_ptr() == twice[1].untyped_storage().data_ptr()
+    assert twice[0].untyped_storage().data_ptr() != narrow.untyped_storage().data_ptr()
