@@ -349,9 +349,8 @@ def check_owner(run_dir: Path, resume: str) -> None:
     folders = checkpoint.checkpoints(run_dir) if resume == "auto" else [Path(resume)]
     for folder in filter(checkpoint.is_resumable, folders):
         if folder.is_dir() and any(folder.glob(f"{SHARDS}*")):
-            files, folders_in_it, _ = walk(folder)
-            names = (*files, *folders_in_it)
-            _refuse_others(folder, [folder, *(folder / name for name in names)])
+            files, subfolders, _ = walk(folder)
+            _refuse_others(folder, [folder, *(folder / name for name in files + subfolders)])
 
 
 def _refuse_others(folder: Path, paths: Sequence[Path]) -> None:
