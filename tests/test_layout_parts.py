@@ -326,6 +326,19 @@ def test_a_template_of_another_form_is_refused_with_what_it_writes(
     assert "got" in text
 
 
+def test_a_template_that_writes_no_replies_or_refuses_calls_is_told_from_its_family(
+    glm4: ChatTemplate, root: Path
+) -> None:
+    tokenizer = newer.template_of(root, "GLM-4.5").tokenizer
+    mute = tokenizer.chat_template.replace("br + said.text.strip()", '""')
+    text = said(ChatTemplate, replace(tokenizer, chat_template=mute))
+    assert "is not in GLM-4.5's layout: " in text
+    assert "甲' must stand in '" in text
+    strict = "{% for m in messages if m.tool_calls %}{{ raise_exception('no') }}{% endfor %}"
+    again = ChatTemplate(replace(glm4.tokenizer, chat_template=tiny.CHAT_TEMPLATE + strict))
+    assert again.layout.name == "GLM-4"
+
+
 def test_a_template_gets_tools_special_tokens_and_options_and_says_what_it_failed_on() -> None:
     source = "{{ eos_token }}{{ thinks }}{{ tools[0] if tools }}{{ add_generation_prompt }}"
     template = JinjaTemplate(source, {"eos_token": "<e>"})

@@ -20,6 +20,7 @@ from hints import said
 from PIL import Image
 from tokenizers import normalizers
 
+from finetune.artifacts.resolve import TOKENIZER_FILES
 from finetune.data.chat import tokenizer as tokenizers
 from finetune.data.chat.glm41v_image import GridSpec
 from finetune.data.chat.image import ImageError, ImageSpec, check_image, image_size, read_image
@@ -65,6 +66,27 @@ def test_a_tokenizer_without_a_token_that_dialogues_are_made_of_is_refused(
         assert f"it lacks {token} as added tokens" in said(load_chat_tokenizer, folder)
     else:
         assert token not in load_chat_tokenizer(folder).control_ids
+
+
+def test_of_a_checkpoint_only_small_and_plain_files_of_the_asked_revision_are_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def local_folder(*given: Any, files: Any = None) -> Path:
+        asked.append((*given, files))
+        return folder
+
+    monkeypatch.setattr(tokenizers, "local_folder", local_folder)
+    load_chat_tokenizer("org/name", "rev")
+    assert tokenizer_file("org/name", "rev") == folder / "tokenizer.json"
+    assert {one for one in asked if one[0] != folder} == {("org/name", "rev", TOKENIZER_FILES)}
+    (tmp_path / "outside").write_text("x")
+    (folder / "weights").symlink_to(tmp_path / "outside")
+    assert "leads out of its folder" in said(load_chat_tokenizer, folder)
+    (folder / "weights").unlink()
+    monkeypatch.setattr(tokenizers, "LARGEST_JSON", 100)
+    assert "tokenizer.json is larger than" in said(load_chat_tokenizer, folder)
 
 
 def test_a_tokenizer_says_whose_it_is_and_how_many_tokens_it_has(folder: Path) -> None:
@@ -306,7 +328,9 @@ def test_an_image_that_keeps_its_shape_is_turned_upright_before_it_is_cut_into_p
     Image.fromarray(values).save(tmp_path / "x.jpg", exif=exif, quality=95)
     read_image(tmp_path / "x.jpg").save(tmp_path / "upright.png")
     spec = GridSpec(str(processor), 7)
-    grid = spec.arrays([(str(tmp_path / "x.jpg"), "f:1")])["image_grid_thw"].tolist()
+    made = spec.arrays([(str(tmp_path / "x.jpg"), "f:1")])
+    assert {name: array.dtype for name, array in made.items()} == {"pixel_values": np.float32, "image_grid_thw": np.int64}  # fmt: skip
+    grid = made["image_grid_thw"].tolist()
     assert grid == spec.arrays([(str(tmp_path / "upright.png"), "f:1")])["image_grid_thw"].tolist()
     [[_, height, width]] = grid
     assert (height > width) == (orientation == 6)
