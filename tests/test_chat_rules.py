@@ -143,6 +143,8 @@ def test_turns_with_loss_carry_it_alone_and_are_counted() -> None:
     assert thinking.thoughts(second) == [False]
     untold = replace(talk, messages=(*talk.messages[:2], Message("user", "Q"), Message("assistant", "<think>a</think>b")))  # fmt: skip
     assert thinking.thoughts(untold) == [False, True]
+    calls = (Message("user", "Q"), Message("assistant", "<think>a</think>{}", "f"), Message("assistant", "{}", "f"))  # fmt: skip
+    assert thinking.thoughts(Conversation(calls)) == [True]
 
 
 # --- templates and their sandbox -----------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_texts_that_follow_each_other_are_encoded_as_one() -> None:
     texts = Texts()
     assert texts.ops("a", "b", ~7, "", "c", "ab") == (0, ~7, 1)
     assert list(texts.numbers) == ["ab", "cab"]
-    assert texts.ops("ab") == (0,)
+    assert texts.ops("ab", ~7, "") == (0, ~7)
 
 
 def test_what_is_left_of_a_character_is_told_once(template: ChatTemplate) -> None:
@@ -222,6 +224,9 @@ def test_a_forked_process_has_a_sandbox_of_its_own() -> None:
     assert os.read(listen, 10) == b"own"
     assert one.render({"a": "z"}) == "z"
     assert one._process is first
+    assert first is not None
+    sandbox._end(first, os.getppid())  # as a process does that has it of its parent
+    assert one.render({"a": "z"}) == "z"
 
 
 def test_a_template_that_hangs_or_dies_is_said_and_the_next_one_rendered(
@@ -230,8 +235,10 @@ def test_a_template_that_hangs_or_dies_is_said_and_the_next_one_rendered(
     one = Sandbox("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}x")
     assert one.render({"n": 1}) == "x"
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    hanging: Any = one._process
     with pytest.raises(RefusedError, match=r"takes longer than 0\.2 s"):
         one.render({"n": 99_999})
+    assert hanging.returncode is not None
     monkeypatch.setattr(sandbox, "SECONDS", 10.0)
     assert one.render({"n": 1}) == "x"
     one._process.kill()  # type: ignore[union-attr]
@@ -324,6 +331,7 @@ def test_a_grammar_holds_what_a_tool_asks_for() -> None:
     assert '("x" | "1")' in grammar(tool({"a": {"enum": ["x", 1]}}))
     assert '("x")' in grammar(tool({"a": {"const": "x"}}))
     assert "J1" in grammar(tool({"a": {"type": "integer"}}, strict=True))
+    assert "J0" in grammar(tool({"a": {"type": "integer"}}, strict="yes"))
     assert "J1" in grammar(tool({"a": {"type": "integer"}}), strict=True)
 
 

@@ -80,6 +80,15 @@ def test_the_column_of_names_is_as_wide_as_the_widest_and_two_more(in_chinese: N
     ]
 
 
+def test_a_name_that_fills_its_column_has_a_line_of_its_own(in_chinese: None) -> None:
+    names = ["--" + "n" * length for length in (31, 32, 60)]
+    made = click.Command("f", params=[click.Option([name], is_flag=True, help="so") for name in names])  # fmt: skip
+    made.context_class = Context
+    translate(made)
+    indent = " " * 36
+    assert page(made)[-6:-1] == [f"  {names[0]} so", f"  {names[1]}", f"{indent}so", f"  {names[2]}", f"{indent}so"]  # fmt: skip
+
+
 def test_a_usage_error_says_the_usage_where_to_look_and_what_is_wrong(in_chinese: None) -> None:
     made = command()
     translate(made)

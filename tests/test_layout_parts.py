@@ -102,6 +102,12 @@ def test_a_call_that_nobody_answers_ends_as_what_follows_it_begins(tagged: ChatT
     assert only.rendered.input_ids[-1] == tagged.tokenizer.control_ids["<|observation|>"]
 
 
+def test_an_empty_system_text_is_absent(tagged: ChatTemplate) -> None:
+    rest = (("user", "q"), ("reply", "a"))
+    found = [tagged.render([dialogue(*before, *rest)])[0] for before in ((("system", ""),), ())]
+    assert found[0].input_ids.tolist() == found[1].input_ids.tolist()
+
+
 def test_a_reply_of_no_weight_makes_no_example(tagged: ChatTemplate) -> None:
     asked, answer = Message("user", "q"), Message("assistant", THOUGHT + "a")
     nothing = Conversation((asked, replace(answer, weight=0.0)))
@@ -170,12 +176,10 @@ def test_a_reader_says_each_thing_once_it_is_whole_and_nothing_behind_the_end(
 ) -> None:
     template = newer.template_of(root, "GLM-4.5")
     reader = TagReader(template.tokenizer, newer.TOOLS)
-    text = (
-        "\n<think> a b </think>\n c <tool_call>f\n<arg_key>a</arg_key>\n<arg_value>北</arg_value>"
-    )
+    text = "\n<think> a \n b </think>\n c <tool_call>f\n<arg_key>a</arg_key>\n<arg_value>北</arg_value>"
     found = reader.feed(ids_of(template, text))
     said_of = {kind: "".join(s.text for s in found if s.kind == kind) for kind, _ in found}
-    assert said_of == {"thought": "a b", "text": "c", "call": "f", "arguments": '{"a": "北"'}
+    assert said_of == {"thought": "a \n b", "text": "c", "call": "f", "arguments": '{"a": "北"'}
     assert not reader.over
     assert reader.feed(ids_of(template, "\n</tool_call><|observation|>")) == [
         Said("arguments", "}")
@@ -294,6 +298,7 @@ CONTENT = "{{ item['content'] }}"
         (CONTENT, "{{ item['content'].replace('查到', '') }}"),
         (CONTENT, "{{ item['content'].replace('{\"t\"', '{ \"t\"') }}"),
         (CONTENT, "{{ item['content'].replace('助手', '') }}"),
+        (CONTENT, "{{ item['content'].replace('查到', '香到') }}"),  # of the same length
         ("{{ item['metadata'] }}", "{{ item['metadata'] if loop.index < 3 else '' }}"),
         ("{% if add_generation_prompt %}", "{% if add_generation_prompt %}{{ ' ' if messages | length > 3 else '' }}"),
     ],
@@ -340,11 +345,11 @@ def test_a_template_that_writes_no_replies_or_refuses_calls_is_told_from_its_fam
 
 
 def test_a_template_gets_tools_special_tokens_and_options_and_says_what_it_failed_on() -> None:
-    source = "{{ eos_token }}{{ thinks }}{{ tools[0] if tools }}{{ add_generation_prompt }}"
+    source = "{{ eos_token }}{{ thinks }}{{ tools[0] if tools }}{{ add_generation_prompt }}{{ tools is none }}"
     template = JinjaTemplate(source, {"eos_token": "<e>"})
     told: Any = template.render([], tools=["T"], add_generation_prompt=True, options={"thinks": 1})  # type: ignore[list-item]
-    assert told == "<e>1TTrue"
-    assert template.render([]) == "<e>False"
+    assert told == "<e>1TTrueFalse"
+    assert template.render([]) == "<e>FalseTrue"
     text = said(JinjaTemplate("{{ raise_exception('no é') }}", {}).render, [{"role": "é"}])
     assert "chat template failed: no é; rendering" in text
     assert json.dumps([{"role": "é"}], ensure_ascii=False) in text

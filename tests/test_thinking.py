@@ -63,6 +63,8 @@ def test_a_reply_is_trained_behind_the_prompt_with_its_thought_or_an_empty_one(
     assert examples(z1, untagged) == examples(z1, thoughtful)
     plain = dialogue(("user", "q"), ("reply", " 答 "))
     assert examples(z1, plain) == [PROMPT + "«\n\n</think>\n\n答<|user|>»"]
+    spaced = dialogue(("user", "q"), ("reply", REASONED + " \n"))
+    assert examples(z1, spaced) == examples(z1, thoughtful)
     empty = dialogue(("user", "q"), ("reply", "<think></think>答"))
     assert examples(z1, empty) == examples(z1, plain)
 

@@ -186,6 +186,16 @@ def test_growth_is_multiplied_over_all_steps_inside_of_steps() -> None:
     assert tokenizers._growth(None) == 1
 
 
+def test_a_decoder_that_writes_without_end_is_refused_behind_a_plain_normalizer(
+    folder: Path,
+) -> None:
+    path = folder / "tokenizer.json"
+    step = {"type": "Replace", "pattern": {"String": "~"}, "content": "~" * 17}
+    wrong = {"type": "Sequence", "decoders": [step, step]}
+    edit(path, normalizer={"type": "Lowercase"}, decoder=wrong)
+    assert "one becomes more than 256" in said(load_chat_tokenizer, folder)
+
+
 def test_declared_tokens_keep_their_order_and_what_is_special_of_them(published: Path) -> None:
     config = published / "tokenizer_config.json"
     declared = json.loads(config.read_text())["added_tokens_decoder"]
@@ -195,7 +205,9 @@ def test_declared_tokens_keep_their_order_and_what_is_special_of_them(published:
     edit(config, added_tokens_decoder=more | declared)
     found = load_chat_tokenizer(published)
     assert (found.control_ids["<a>"], found.control_ids["<b>"]) == (number, number + 1)
-    special = {one["content"]: one["special"] for one in json.loads(tokenizer_file(published).read_text())["added_tokens"]}  # fmt: skip
+    added = json.loads(tokenizer_file(published).read_text())["added_tokens"]
+    assert not any(one["normalized"] for one in added)
+    special = {one["content"]: one["special"] for one in added}
     assert (special["<a>"], special["<b>"], special["<|user|>"]) == (False, True, True)
     ranks = (published / "tokenizer.model").read_bytes().splitlines()
     ranks[-2:] = [ranks[-1].split()[0] + b" 368", ranks[-2].split()[0] + b" 369"]
