@@ -224,3 +224,43 @@ def test_the_beginning_of_a_thoughts_end_is_held_until_it_is_known() -> None:
     assert thought.take("x</t") == ("</thx", None)
     assert thought.take("hink>\n\nd") == ("</think>\n\nd", None)
     assert thought.rest() == ""
+
+
+THOUGHTS = [
+    ("<think>\nabc</think>\n\nd", "<think>\nabc</think>\n\nd", None), ("<think>\n\n</think>\n\nd", "d", None), ("<think></think>d", "d", None),
+    ("<think>a</think>\n\nf\n{}", "<think>a</think>", ("f", "{}")), ("<think> </think>\n\nf\n{}x", "", ("f", "{}x")), ("<think>a</think>\n\nf g\n{}", "<think>a</think>\n\nf g\n{}", None),
+    ("<think>a</think>\n\nf\nwords", "<think>a</think>\n\nf\nwords", None), ("<think>a</thi", "<think>a</thi", None), ("<think>a", "<think>a", None),
+    ("plain <b> and </b>", "plain <b> and </b>", None), ("<think>a</think>", "<think>a</think>", None), ("<think>\n </think>", "", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "shown", "call"), THOUGHTS, ids=[one[0] for one in THOUGHTS])
+def test_however_a_thought_comes_it_is_shown_alike_and_nothing_too_early(
+    text: str, shown: str, call: tuple[str, str] | None
+) -> None:
+    """The prompt's own tag, and pieces of one to five characters: what is shown is never taken back."""
+    opening = "<think>" if text.startswith("<think>") else ""
+    for size in range(1, 6):
+        thought, said, found = _Thought(offers_tools=True), "", None
+        pieces = [text[at : at + size] for at in range(len(opening), len(text), size)]
+        for piece in [opening, *pieces] if opening else pieces:
+            if found is not None:
+                found = (found[0], found[1] + piece)
+                continue
+            more, found = thought.take(piece)
+            said += more
+            assert shown.startswith(said), (said, size)
+        rest = thought.rest() if found is None else ""
+        assert (said + rest, found) == (shown, call), size
+
+
+def test_what_is_no_thoughts_end_is_shown_at_once_and_no_call_without_tools() -> None:
+    thought = _Thought(offers_tools=False)
+    assert [thought.take(piece)[0] for piece in ("<think>\nab", "c", "d <", "/x")] == ["<think>\nab", "c", "d ", "</x"]  # fmt: skip
+    plain = _Thought(offers_tools=False)
+    assert plain.take("<think>a</think>\n\nf\n{}") == ("<think>a</think>\n\nf\n{}", None)
+    over = _Thought(offers_tools=True)
+    over.take("<think>a</think>\n\nnot a call,")
+    assert over.take("f\n{}") == ("f\n{}", None), (
+        "behind the first words of a text there is no call"
+    )

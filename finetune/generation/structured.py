@@ -345,21 +345,7 @@ def _numerator(value: float) -> int:
     return int(number if whole else number.scaleb(-int(number.as_tuple().exponent)))
 
 
-_COMBINING = frozenset(
-    [
-        "$ref",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "not",
-        "if",
-        "dependentSchemas",
-        "patternProperties",
-        "propertyNames",
-        "additionalProperties",
-        "unevaluatedProperties",
-    ]
-)
+_COMBINING = {"$ref", "anyOf", "oneOf", "not", "if", "dependentSchemas", "patternProperties", "propertyNames", "additionalProperties"}  # fmt: skip
 """Beside one of these, what an object may hold is said in more than one place."""
 
 
