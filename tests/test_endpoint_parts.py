@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import sys
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 
 from finetune.data.chat.image import ImagePrompt
-from finetune.errors import DataError, ModelError
+from finetune.errors import ConfigError, DataError, ModelError
 from finetune.generation.backends import address, vllm
 from finetune.generation.backends.address import Address
-from finetune.generation.backends.choice import BackendChoice
+from finetune.generation.backends.choice import BackendChoice, through_vllm
 from finetune.generation.backends.endpoint import EndpointGenerator
 from finetune.generation.decoder import Decoding
 from finetune.generation.generate import Extras, SeededSampling, Window
@@ -137,6 +138,82 @@ def test_an_endpoint_is_shown_no_images(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *((text, "write openai:MODEL@URL") for text in ("m@http://h", "openai:@http://h", "openai:m", "openai:m@ftp://h", "openai:m@http://", "openai:m@http://:80", "openai:m@http://h:0", "openai:m@http://h:99999", "openai:m@http://h:x", "openai:m@http://[h", "openai:a b@http://h", "openai:m@http://h /v1")),
+        ("openai:m@https://me:secret@h/v1", "holds a name or a password"), ("openai:m@https://me@h/v1", "holds a name or a password"),
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused_by_its_option(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        Address.of(text, "--judge")
+    assert str(caught.value).startswith("--judge")
+    assert "secret" not in str(caught.value)
+
+
+def test_an_address_names_a_model_with_any_signs_and_a_port() -> None:
+    found = Address.of("openai:org/m@v1:x@https://h:8443/v1//", "--judge")
+    assert (found.model, found.url, found.option) == ("org/m@v1:x", "https://h:8443/v1", "--judge")
+    assert address.TIMEOUT == 120
+
+
+@pytest.mark.parametrize(
+    ("choice", "how", "said"),
+    [
+        (BackendChoice(), {"restricted": True, "sampled": True, "needs_weights": True}, ""), (BackendChoice("vllm"), {}, ""), (BackendChoice("vllm"), {"needs_weights": True}, ""),
+        (BackendChoice("vllm"), {"sampled": True}, "--backend vllm replies greedily"), (BackendChoice("vllm"), {"restricted": True}, "do not go with --backend vllm"),
+        (BackendChoice(endpoint="openai:m@http://h"), {"sampled": True}, ""), (BackendChoice(endpoint="openai:m@http://h"), {"restricted": True}, "do not go with --endpoint"),
+        (BackendChoice(endpoint="openai:m@http://h"), {"needs_weights": True}, "leave out --tasks, --needle and --regression-data"), (BackendChoice(endpoint="h"), {}, "--endpoint 'h': write openai:"),
+    ],
+)  # fmt: skip
+def test_what_replies_from_elsewhere_do_not_go_with_is_named(
+    choice: BackendChoice, how: dict[str, bool], said: str
+) -> None:
+    asked = {"restricted": False, "sampled": False, "needs_weights": False} | how
+    if not said:
+        choice.check(**asked)
+        return
+    with pytest.raises(ConfigError, match=said):
+        choice.check(**asked)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [("auto", 32), (7, 7)])
+def test_an_endpoint_is_asked_so_many_at_once(
+    rows: int | str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "context_of", lambda target, base: (target, base))
+    threads: list[int] = []
+
+    class Threads:
+        def __init__(self, number: int) -> None:
+            threads.append(number)
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+        map = staticmethod(map)
+
+    monkeypatch.setattr("finetune.generation.backends.endpoint.ThreadPoolExecutor", Threads)
+    answer = {"choices": [{"text": "", "finish_reason": "stop", "token_ids": [7]}]}
+    bodies: list[Any] = []
+    monkeypatch.setattr(Address, "post", lambda self, path, body: bodies.append((self.model, body)) or answer)  # type: ignore[func-returns-value]  # fmt: skip
+    there = BackendChoice(endpoint="openai:m@http://h/v1")
+    template: Any = SimpleNamespace(stop_ids=(9,))
+    found = there.at_endpoint(template, "target", base="base", rows=rows, max_new_tokens=5)
+    assert (found.positions, found.rows) == (("target", "base"), at_once)
+    assert found.facts() == {"dtype": "that of the endpoint"}
+    [replies] = found.backend.replies([Window([[4], [5]])])
+    assert threads == [at_once]
+    assert [(reply.index, reply.ids) for reply in replies] == [(0, (7,)), (1, (7,))]
+    assert [(name, body["prompt"], body["max_tokens"]) for name, body in bodies] == [("m", [4], 5), ("m", [5], 5)]  # fmt: skip
+
+
+def test_an_endpoint_is_asked_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--judge is asked by one process: leave torchrun out"):
+        endpoint({}, monkeypatch)
+
+
 # --- vLLM --------------------------------------------------------------------------------------
 
 
@@ -181,3 +258,120 @@ def test_by_whom_replies_are_made_is_said_where_it_is_not_us() -> None:
     assert BackendChoice().words == ""
     assert BackendChoice("vllm").words == "by vllm"
     assert BackendChoice("vllm", "openai:m@http://x").words == "by openai:m@http://x"
+
+
+class Llm:
+    """vLLM, as far as it is told things."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.lora = SimpleNamespace(request=SimpleNamespace(LoRARequest=lambda *words: words))
+        self.LLM, self.SamplingParams = self.opened, self.sampling
+
+    def opened(self, **options: Any) -> Any:
+        self.told.append(options)
+        return SimpleNamespace(generate=self.generate, llm_engine=SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: self.told.append("ended"))))  # fmt: skip
+
+    def sampling(self, **options: Any) -> Any:
+        self.told.append(options)
+        return "sampling"
+
+    def generate(self, asked: Any, sampling: str, **how: Any) -> Any:
+        self.told.append((asked, sampling, how))
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[4], finish_reason="length")]) for _ in asked]  # fmt: skip
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> Llm:
+    made = Llm()
+    monkeypatch.setattr(vllm, "_import_vllm", lambda: made)
+    monkeypatch.setattr(vllm, "_free_device", lambda: made.told.append("freed"))
+    monkeypatch.setattr(vllm, "model_base", lambda target, base: SimpleNamespace(path=f"{target} on {base}", revision="r"))  # fmt: skip
+    monkeypatch.setattr(vllm, "is_adapter", lambda target: "adapter" in target)
+    monkeypatch.setattr(vllm, "_rank", lambda _: 16)
+    monkeypatch.setattr(vllm, "number_format", lambda target: f"format of {target}")
+    return made
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_vllm_is_told_all_that_decides_a_reply(adapted: bool, llm: Llm) -> None:
+    template: Any = SimpleNamespace(stop_ids=(9, 10))
+    target = "adapter" if adapted else "whole"
+    made = vllm.VllmGenerator(target, template, base="b", max_length=99, max_new_tokens=5)
+    lora = {"enable_lora": True, "max_lora_rank": 16} if adapted else {}
+    freed, opened, sampling = llm.told
+    assert freed == "freed", "vLLM looks at what is free"
+    assert opened == {
+        "model": f"{target} on b", "revision": "r", "dtype": f"format of {target}", "max_model_len": 99,
+        "skip_tokenizer_init": True, "trust_remote_code": False, **lora,
+    }  # fmt: skip
+    assert sampling == {"temperature": 0, "max_tokens": 5, "stop_token_ids": [9, 10], "detokenize": False}  # fmt: skip
+    llm.told.clear()
+    [first, second] = made.replies([Window([np.array([4, 5])]), Window([[6], [7]])])
+    assert [reply.index for reply in [*first, *second]] == [0, 0, 1]
+    request = ("adapter", 1, str(Path("adapter").resolve())) if adapted else None
+    assert llm.told[0] == ([{"prompt_token_ids": [4, 5]}], "sampling", {"use_tqdm": False, "lora_request": request})  # fmt: skip
+    shown: Any = ImagePrompt.__new__(ImagePrompt)
+    with pytest.raises(DataError, match="images go with --backend transformers"):
+        list(made.replies([Window([[1], shown])]))
+    made.close()
+    assert llm.told[-1] == "ended"
+
+
+def test_a_vllm_has_room_for_the_longest_prompt_and_ends_with_its_block(
+    llm: Llm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "context_of", lambda target, base: 77)
+    asked: list[Any] = []
+    template: Any = SimpleNamespace(stop_ids=(9,))
+    for given, longest in (([3, 20, 5], 25), ([], 6)):
+        llm.told.clear()
+
+        def lengths(room: Any, given: list[int] = given) -> list[int]:
+            asked.append(room)
+            return given
+
+        with through_vllm(template, "whole", lengths, base="b", rows=4, max_new_tokens=5) as found:
+            assert (found.positions, found.rows) == (77, 4)
+            assert found.facts() == {"dtype": "torch.format of whole"}
+            assert llm.told[1]["max_model_len"] == longest
+            assert llm.told[2]["max_tokens"] == 5
+            assert "ended" not in llm.told
+        assert llm.told[-1] == "ended"
+    assert asked == [77, 77]
+
+
+def test_a_fault_inside_of_vllm_is_no_missing_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "vllm":
+                raise ModuleNotFoundError("No module named 'its_part'", name="its_part")
+
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match="its_part"):
+        vllm._import_vllm()
+
+
+def test_memory_is_free_before_vllm_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.distributed import device
+
+    done: list[str] = []
+    monkeypatch.setattr(vllm.gc, "collect", lambda: done.append("collected"))
+    monkeypatch.setattr(device, "give_back_unused", lambda: done.append("given back"))
+    vllm._free_device()
+    assert done == ["collected", "given back"]
+
+
+@pytest.mark.parametrize(("here", "values", "found"), [(True, {"max_position_embeddings": 8}, 8), (False, {"seq_length": 9}, 9), (True, {}, None), (True, {"seq_length": "9"}, None)])  # fmt: skip
+def test_the_room_of_a_model_is_read_from_its_config_alone(
+    here: bool, values: dict[str, Any], found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "model_base", lambda target, base: SimpleNamespace(path=f"{target} {base}", revision="r"))  # fmt: skip
+    asked: list[Any] = []
+    monkeypatch.setattr(vllm, "local_folder", lambda path, revision, files: asked.append((path, revision, files)) or Path("f"))  # type: ignore[func-returns-value]  # fmt: skip
+    monkeypatch.setattr(vllm, "is_folder", lambda path: here)
+    monkeypatch.setattr(vllm, "read_model_config", lambda folder: values if here else pytest.fail("whole"))  # fmt: skip
+    monkeypatch.setattr(vllm, "read_json", lambda path: values if path == Path("f/config.json") else pytest.fail("part"))  # fmt: skip
+    assert vllm.context_of("m", "b") == found
+    assert asked == [("m b", "r", vllm.TOKENIZER_FILES)]
