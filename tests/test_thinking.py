@@ -229,7 +229,7 @@ def test_the_beginning_of_a_thoughts_end_is_held_until_it_is_known() -> None:
 THOUGHTS = [
     ("<think>\nabc</think>\n\nd", "<think>\nabc</think>\n\nd", None), ("<think>\n\n</think>\n\nd", "d", None), ("<think></think>d", "d", None),
     ("<think>a</think>\n\nf\n{}", "<think>a</think>", ("f", "{}")), ("<think> </think>\n\nf\n{}x", "", ("f", "{}x")), ("<think>a</think>\n\nf g\n{}", "<think>a</think>\n\nf g\n{}", None),
-    ("<think>a</think>\n\nf\nwords", "<think>a</think>\n\nf\nwords", None), ("<think>a</thi", "<think>a</thi", None), ("<think>a", "<think>a", None),
+    ("<think>a</think>\n\nf\nwords", "<think>a</think>\n\nf\nwords", None), ("<think>a</th", "<think>a</th", None), ("<think>a", "<think>a", None),
     ("plain <b> and </b>", "plain <b> and </b>", None), ("<think>a</think>", "<think>a</think>", None), ("<think>\n </think>", "", None),
 ]  # fmt: skip
 
