@@ -86,7 +86,7 @@ PLAIN = [
 HARMLESS = ["targets", "my_target", "skipping", "excludes", "weighted", "ignorance", "answer_x"]
 NEGATED = [
     "my_mask", "mask_out", "ignore", "ignored", "skip", "skipped", "exclude", "excluded", "omit_loss", "without_loss",
-    "disable_training", "no_loss", "not_trained", "noloss", "untrained", "unlearn", "UNTRAINED",
+    "disable_training", "no_loss", "not_trained", "noloss_here", "untrained", "unlearned_here", "UNTRAINED",
 ]  # fmt: skip
 NO = [False, 0, 0.0, "false", " No ", "0", "off", 0.5, -1]
 YES = [True, 1, "true", "YES", "1", "on"]

@@ -28,7 +28,8 @@ _LISTED = re.compile(r"(?:functions|tools)[^\n\[]{0,200}:\s*+(?=\[\s*+\{)", re.I
 """What stands before definitions that a system text lists, as ToolACE's does."""
 
 
-_SENTENCE = re.compile(r"[^.!?。！？\n]*(?:[.!?。！？\n]+\s*|\Z)")
+_SENTENCE_ENDS = ".!?。！？\n"
+_SENTENCE = re.compile(rf"[^{_SENTENCE_ENDS}]*(?:[{_SENTENCE_ENDS}]+\s*|\Z)")
 _OF_TOOLS = re.compile(
     r"function|tools?\b|\bcall|argument|parameter|json|schema|invoke|pydantic|\buse them\b|\bapi\b|^\s*\w+:\s*\Z"
     r"|工具|函数|参数|调用|接口",
@@ -240,7 +241,7 @@ def _listing_in(text: str) -> ToolListing | None:
 
 
 def listed_tools(text: str) -> ToolListing | None:
-    """A list of objects behind a word for tools, up to the last end of one; None without."""
+    """A list of objects behind a word for tools, with the sentence that leads to it; None without."""
     opened = _LISTED.search(text)
     if opened is None:
         return None
@@ -250,7 +251,8 @@ def listed_tools(text: str) -> ToolListing | None:
         while text[last].isspace():
             last -= 1
         if text[last] == "}":
-            return ToolListing(opened.start(), end + 1, text[opened.end() : end + 1])
+            begin = max(text.rfind(sign, 0, opened.start()) for sign in _SENTENCE_ENDS) + 1
+            return ToolListing(begin, end + 1, text[opened.end() : end + 1])
         end = text.rfind("]", opened.end(), end)
     return None
 
