@@ -272,7 +272,7 @@ def _without_marks(content: str) -> str:
 def _keyed(text: str) -> list[Call]:
     """GLM-4.5's call: a name and its arguments one by one, each JSON or plain text."""
     name, found = text.partition("<arg_key>")[0].strip(), _ARGUMENT.findall(text)
-    if not name or re.search(r"[\s{<(]", name) or _ARGUMENT.sub("", text).strip() != name:
+    if not name or re.search(r"[\s{\[<(]", name) or _ARGUMENT.sub("", text).strip() != name:
         return []
     return [Call(name, strict_json.dump(_values(found)))]
 

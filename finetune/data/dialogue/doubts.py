@@ -56,7 +56,7 @@ _TURN_OF_MODEL = re.compile(
 )
 _PARTS = re.compile(r"""\s*\[\s*\{\s*["']type["']\s*:\s*["'](?:text|image)""")
 _SIGNS = ("<", "[", "◁", "data:image")  # of what a message is looked through for
-_LIST_SIGNS = ("![", "[I", "[i", "[/", "[g", "[图", "[T", "[R")
+_LIST_SIGNS = ("![", "[I", "[i", "[/", "[g", "[图", "[T")
 _LINE_SIGNS = ("Observation", "FUNCTION RESPONSE", "data:image", *_MODEL_NAMES)
 """With a bracket or a colon, without which nothing is doubtful but what begins or ends as code does."""
 _BEGINS_OF_CODE = "[ \n"
