@@ -70,7 +70,7 @@ def test_keys_that_change_nothing_are_passed_over(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "meant"),
     [("trian", "train"), ("Weight", "weight"), ("tool_call", "tool_calls"), ("contents", "content"),
-     ("reasoning_contents", "reasoning_content"), ("metdata", "metadata"), ("tran", "train")],
+     ("reasoning_contents", "reasoning_content"), ("metadaten", "metadata"), ("tran", "train")],
 )  # fmt: skip
 def test_a_slip_in_a_key_is_told_what_it_is_meant_for(key: str, meant: str) -> None:
     reason = said(marks_of, {"role": "assistant", "content": "x", key: "y"}, "assistant")
