@@ -130,7 +130,7 @@ class Router(nn.Module):
         before = self.e_score_correction_bias
         module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.e_score_correction_bias
-        if after.dtype is not torch.float32 and not after.is_meta:
+        if after.dtype is not torch.float32:
             self.e_score_correction_bias = before.to(after.device, torch.float32)
         return module
 
