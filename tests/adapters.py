@@ -48,7 +48,7 @@ def make_adapter(folder: Path, base: Path, *, seed: int = 1, **options: Any) -> 
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", **options))
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save" in name:
+        if any(part in name for part in ("lora_B", "lora_embedding_A", "modules_to_save")) or (parameter.requires_grad and name.endswith(".bias")):  # fmt: skip
             torch.nn.init.normal_(parameter, std=0.05)
         if "magnitude" in name:
             parameter.data *= torch.rand_like(parameter) + 0.5

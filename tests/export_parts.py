@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune.artifacts.weights import TensorInfo
+from finetune.artifacts.weights import TensorInfo, read_shard
 from finetune.export.adapter import Adapter, Update
+from finetune.export.shards import Output, make_header
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -28,3 +29,10 @@ def update(rows: int = 4, columns: int = 3, scale: float = 1.0, **how: Any) -> U
 def adapter(updates: Any = None, replacements: Any = None, misfits: Any = ()) -> Adapter:
     files: Any = SimpleNamespace(misfits=lambda modules: list(misfits))
     return Adapter(Path("adapter"), files, updates or {}, replacements or {})
+
+
+def stored(file: Path, **arrays: tuple[str, np.ndarray[Any, Any]]) -> dict[str, TensorInfo]:
+    """A safetensors file of arrays in formats."""
+    outputs = [Output(name, dtype, a.shape, constant=a.tobytes()) for name, (dtype, a) in arrays.items()]  # fmt: skip
+    file.write_bytes(make_header(outputs, {}) + b"".join(one.constant for one in outputs))
+    return {tensor.name: tensor for tensor in read_shard(file).tensors}

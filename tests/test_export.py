@@ -63,7 +63,7 @@ def assert_same_answers(one: Any, other: Any) -> None:
     assert_close(*pair, additions(other.config, 300))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["chatglm", "glm"])
 def test_there_and_back_every_tensor_has_the_bytes_it_had(
     tmp_path: Path, family: str, dtype: torch.dtype
@@ -77,6 +77,8 @@ def test_there_and_back_every_tensor_has_the_bytes_it_had(
         assert folders.verify(folder) == []
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         found = tensors(folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
         assert index["weight_map"] == {name: info.file.name for name, info in found.items()}
         assert index["metadata"]["total_size"] == sum(info.size for info in found.values())
 
@@ -165,6 +167,17 @@ def test_a_checkpoint_without_one_of_its_matrices_is_refused(tmp_path: Path) -> 
         with pytest.raises(ModelError, match=reason):
             export_model(base, tmp_path / "out", layout="published")
         save_file(weights, file)
+    for odd in ("q_proj.weight", "k_proj.weight", "v_proj.bias"):
+        other = {n: t.bfloat16() if odd in n else t for n, t in weights.items()}
+        save_file(other, file)
+        with pytest.raises(ModelError, match=r"q, k and v of .* have different dtypes"):
+            export_model(base, tmp_path / "out", layout="published")
+    save_file({n: t for n, t in weights.items() if "embed_tokens" not in n}, file)
+    with pytest.raises(ModelError, match=r"has no model\.embed_tokens\.weight; copy it again"):
+        export_model(base, tmp_path / "out", layout="published")
+    save_file({n: t.double() if "embed_tokens" in n else t for n, t in weights.items()}, file)
+    with pytest.raises(ModelError, match="F64"):
+        export_model(base, tmp_path / "out", layout="published")
 
 
 def test_too_small_a_disk_is_said_before_the_first_byte_of_an_export(

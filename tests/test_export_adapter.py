@@ -30,11 +30,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "one layer": {"target_modules": ["layers.1.self_attention.query_key_value"]},
     "embedding": {"target_modules": ["word_embeddings", "query_key_value"]},
     "saved whole": {"target_modules": ["query_key_value"], "modules_to_save": ["output_layer"]},
+    "biases": {"bias": "lora_only"},
 }
 HF_KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
+    "biases": {"bias": "all"},
     "no k": {"target_modules": ["q_proj", "v_proj"]},
     "other ranks": {"rank_pattern": {"k_proj": 2}},
     "other scales": {"alpha_pattern": {"layers.0.self_attn.k_proj": 3}},
@@ -102,9 +104,12 @@ def test_an_adapter_is_only_told_of_a_base_that_is_its_own_in_the_other_layout(
     assert not (tmp_path / "out").exists()
 
 
-def test_dora_on_some_of_q_k_and_v_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "lora_only"}, {"bias": "all"}], ids=str)  # fmt: skip
+def test_lengths_or_biases_of_some_of_q_k_and_v_are_refused(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "a", base, target_modules=["q_proj", "v_proj"], use_dora=True)
+    adapter = make_adapter(tmp_path / "a", base, target_modules=["q_proj", "v_proj"], **options)
     with pytest.raises(ModelError, match="not adapted alike"):
         export_adapter(adapter, tmp_path / "out", layout="published")
 

@@ -29,6 +29,12 @@ def lora(rows: int, rank: int = 2, alpha: float = 4.0, start: float = 1.0) -> An
     return convert_adapter._Module(parts, rank, alpha)
 
 
+def with_bias(rows: int, start: float = 1.0) -> Any:
+    made = lora(rows, start=start)
+    made.parts["base_layer.bias"] = part(rows, start=start)
+    return made
+
+
 def product(module: Any, config: dict[str, Any]) -> Any:
     root = module.rank**0.5 if config.get("use_rslora") else module.rank
     return module.alpha / root * module.of("lora_B").values @ module.of("lora_A").values
@@ -54,9 +60,14 @@ def test_what_one_module_cannot_say_of_q_k_and_v_is_refused() -> None:
     whole = convert_adapter._Module({"weight": part(2, 3)})
     half = lora(2)
     half.parts["lora_B.weight"] = convert_adapter._Part("BF16", np.zeros((2, 2), np.uint16))
-    for three, config, reason in (([lora(4), whole, lora(2)], {}, "not adapted alike"), ([lora(4), None, lora(2)], {"use_dora": True}, "not adapted alike"), ([lora(4), half, lora(2)], {}, "different dtypes")):  # fmt: skip
+    for three, reason in (
+        ([lora(4), whole, lora(2)], "not adapted alike"), ([whole, whole, whole], "not adapted alike"), ([lora(4), half, lora(2)], "different dtypes"),
+        ([with_bias(4), None, with_bias(2)], "not adapted alike"), ([with_bias(4), lora(2), with_bias(2)], "not adapted alike"), ([lora(4), lora(2), with_bias(2)], "not adapted alike"),
+    ):  # fmt: skip
         with pytest.raises(ModelError, match=reason):
-            convert_adapter._fuse(three, "qkv", text_model(), config, [])
+            convert_adapter._fuse(three, "qkv", text_model(), {}, [])
+    made = convert_adapter._fuse([with_bias(4), with_bias(2, start=7), with_bias(2)], "qkv", text_model(), {}, [])  # fmt: skip
+    assert made.parts["base_layer.bias"].values.tolist() == [1, 2, 3, 4, 7, 8, 1, 2]
 
 
 def test_one_module_as_q_k_and_v_gives_each_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from export_parts import stored
 
-from finetune.artifacts.weights import TensorInfo, read_shard
 from finetune.errors import ConfigError, ModelError, SpaceError
 from finetune.export import folder as folder_module
 from finetune.export import shards
@@ -27,13 +27,6 @@ from finetune.export.shards import CancelledError, Output, ShardPlan, make_heade
 from finetune.storage import folders
 
 RANDOM = np.random.default_rng(3)
-
-
-def stored(file: Path, **arrays: tuple[str, np.ndarray[Any, Any]]) -> dict[str, TensorInfo]:
-    """A safetensors file of arrays in formats."""
-    outputs = [Output(name, dtype, a.shape, constant=a.tobytes()) for name, (dtype, a) in arrays.items()]  # fmt: skip
-    file.write_bytes(make_header(outputs, {}) + b"".join(one.constant for one in outputs))
-    return {tensor.name: tensor for tensor in read_shard(file).tensors}
 
 
 def floats(*shape: int) -> np.ndarray[Any, Any]:

@@ -14,7 +14,7 @@ from finetune.artifacts.experts import PARTS, fused_part, separate_names
 from finetune.artifacts.resolve import adapter_config
 from finetune.artifacts.weights import TensorInfo
 from finetune.errors import ModelError
-from finetune.export.numbers import STORAGE, Floats, to_float32
+from finetune.export.numbers import Floats, to_float32
 from finetune.methods import METHODS
 
 # Multiplications at once up to which OpenBLAS stays in the calling thread. Its own threads wait in
@@ -166,10 +166,6 @@ def _update(files: LoraFiles, module: str) -> Update:
 
 
 def _values(tensor: TensorInfo) -> Floats:
-    if tensor.dtype not in STORAGE:
-        raise ModelError(
-            f"{tensor.name} in {tensor.file} is {tensor.dtype}, not a float; copy the adapter again"
-        )
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         values = to_float32(file.read(tensor.size), tensor.dtype, tensor.shape)

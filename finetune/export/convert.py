@@ -251,13 +251,11 @@ def _rotary_buffer(kept: str, model: TextModel, dtype: str) -> Output:
 
 
 def _dtype(present: Mapping[str, TensorInfo], model: TextModel) -> str:
-    stored = present[f"{EMBEDDING[model.layout]}.weight"].dtype
-    names = {stored_name: name for name, stored_name in DTYPES.items()}
-    if stored not in names:
-        raise ModelError(
-            f"{model.folder} is stored as {stored}; save it as {', '.join(DTYPES)} first"
-        )
-    return names[stored]
+    """That of the weights, as a config.json names it."""
+    embedding = f"{EMBEDDING[model.layout]}.weight"
+    if embedding not in present:
+        raise ModelError(f"{model.folder} has no {embedding}; copy it again")
+    return next(name for name, stored in DTYPES.items() if stored == present[embedding].dtype)
 
 
 def _texts(model: TextModel, layout: Layout, dtype: str, notes: list[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.artifacts.adapter import DORA, PREFIX, LoraFiles
+from finetune.artifacts.adapter import PREFIX, LoraFiles
 from finetune.artifacts.base_record import check_base
 from finetune.artifacts.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CARD
 from finetune.artifacts.weights import TensorInfo, model_fingerprint, tensors
@@ -132,16 +132,14 @@ def export_adapter(
 def _read_modules(files: LoraFiles) -> dict[str, _Module]:
     """Each module's parts by the end of their names, as the file has them."""
     parts: dict[str, dict[str, _Part]] = {}
-    tensors = [
-        *files.whole.values(),
-        *(t for found in files.modules.values() for t in found.values()),
-    ]
-    modules = sorted(files.modules, key=len, reverse=True)
-    for tensor in tensors:
-        name = tensor.name.removeprefix(PREFIX)
-        adapted = [module for module in modules if name.startswith(f"{module}.")]
-        module = adapted[0] if adapted else name.rpartition(".")[0]
-        parts.setdefault(module, {})[name.removeprefix(f"{module}.")] = _read(tensor)
+    for module, found in files.modules.items():
+        start = f"{PREFIX}{module}."
+        parts[module] = {t.name.removeprefix(start): _read(t) for t in found.values()}
+    for name, tensor in files.whole.items():
+        module, _, end = name.rpartition(".")
+        if module in files.modules:  # a bias that was trained beside A and B: `base_layer.bias`
+            end = tensor.name.removeprefix(f"{PREFIX}{module}.")
+        parts.setdefault(module, {})[end] = _read(tensor)
     return {
         module: _Module(found, files.ranks[module], files.alphas[module])
         if module in files.modules
@@ -199,11 +197,13 @@ def _fuse(
 ) -> _Module:
     """q, k and v as one module; what is not adapted adds nothing."""
     there = [module for module in three if module is not None]
-    dora = config.get("use_dora")
-    if any(module.rank == 0 for module in there) or (dora and len(there) < 3):
+    # One number for each row: DoRA's lengths, a bias that was trained.
+    of_rows = {e for m in there for e in m.parts if not e.startswith(("lora_A", "lora_B"))}
+    alike = all(module is not None and of_rows <= module.parts.keys() for module in three)
+    if any(module.rank == 0 for module in there) or (of_rows and not alike):
         raise ModelError(
-            f"{name}: q, k and v are not adapted alike (some whole, or DoRA on some of them only), "
-            "which one module cannot say; merge the adapter and export the merged model"
+            f"{name}: q, k and v are not adapted alike (some whole, or DoRA or biases of some of them "
+            "only), which one module cannot say; merge the adapter and export the merged model"
         )
     a = [module.of("lora_A") for module in there]
     dtype = a[0].dtype
@@ -234,10 +234,9 @@ def _fuse(
             "lora_B.weight": _diagonal(scaled),
         }
     parts = {end: _Part(dtype, values) for end, values in fused.items()}
-    if dora:
-        lengths = np.concatenate([module.of(DORA).values.reshape(-1) for module in there])
-        end = next(end for end in there[0].parts if end.startswith(DORA))
-        parts[end] = _Part(there[0].of(DORA).dtype, lengths)
+    for end in of_rows:
+        rows = [module.parts[end].values.reshape(-1) for module in there]
+        parts[end] = _Part(dtype, np.concatenate(rows))
     return _Module(parts, rank, alpha)
 
 

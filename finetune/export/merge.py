@@ -27,7 +27,6 @@ from finetune.export import adapter as adapters
 from finetune.export import card
 from finetune.export.adapter import Adapter
 from finetune.export.folder import FolderPlan, carried, check_output, written
-from finetune.export.numbers import STORAGE
 from finetune.export.shards import Output, ShardPlan, make_header
 from finetune.export.vocabulary import (
     EMBEDDING_AND_HEAD,
@@ -247,8 +246,6 @@ def _check_fit(
             problems.append(f"{name} is not there")
         elif present[name].shape != wanted:
             problems.append(f"{name} is {present[name].shape}, the adapter's is {wanted}")
-        elif present[name].dtype not in STORAGE:
-            problems.append(f"{name} is stored as {present[name].dtype}, which is not merged into")
     for name, tensor in (tuned.replacements if tuned else {}).items():
         if name not in present:
             problems.append(f"{name} is not there")
@@ -263,7 +260,7 @@ def _check_fit(
 def _output(
     name: str, tensor: TensorInfo, tuned: Adapter | None, dtype: str | None, checked: bool
 ) -> Output:
-    wanted = DTYPES[dtype] if dtype and tensor.dtype in STORAGE else tensor.dtype
+    wanted = DTYPES[dtype] if dtype else tensor.dtype
     update = tuned.updates.get(name) if tuned else None
     replacement = tuned.replacements.get(name) if tuned else None
     source = replacement or tensor
