@@ -155,3 +155,46 @@ def test_what_the_published_layout_cannot_say_is_named(change: dict[str, Any], s
         return
     with pytest.raises(ModelError, match=said):
         layout._check_hf(config, Path("m"))
+
+
+@pytest.mark.parametrize(
+    ("three", "noted"),
+    [
+        ([lora(4), lora(2), lora(2)], False), ([lora(4), lora(2, start=3), lora(2)], False), ([lora(4), None, lora(2)], False),
+        ([lora(4), lora(2, alpha=8.0), lora(2)], True), ([lora(4), lora(2), lora(2, rank=4)], True), ([None, lora(2), lora(2, alpha=8.0)], True),
+    ],
+)  # fmt: skip
+def test_only_scales_that_differ_are_rounded_and_that_is_told(
+    three: list[Any], noted: bool
+) -> None:
+    notes: list[str] = []
+    made = convert_adapter._fuse(three, "layer.qkv", text_model(), {}, notes)
+    assert [note.partition(":")[0] for note in notes] == ["layer.qkv"] * noted
+    there = [module for module in three if module is not None]
+    if not noted:
+        first = there[0]
+        assert made.alpha / made.rank == first.alpha / first.rank
+        same = len(there) == 3 and all(
+            np.array_equal(m.of("lora_A").values, first.of("lora_A").values) for m in there
+        )
+        assert made.rank == (first.rank if same else sum(m.rank for m in there))
+
+
+def test_a_rank_above_the_usual_one_is_told_with_what_vllm_wants() -> None:
+    made = {"a.self_attention.query_key_value": lora(8, rank=12, alpha=24.5), "b": lora(8, rank=99)}
+    [said] = convert_adapter._about_rank({}, made)
+    assert "rank 12 and alpha 24.5" in said
+    assert said.endswith("--max-lora-rank of at least 12")
+    made = {"a.self_attention.query_key_value": lora(8, rank=8)}
+    assert convert_adapter._about_rank({}, made) == [], "8 is PEFT's own"
+
+
+def test_what_is_trained_whole_is_named_by_its_last_word() -> None:
+    whole = convert_adapter._Module({"weight": part(2, 3)})
+    made = {"model.lm_head": whole, "model.embed_tokens": whole}
+    found = convert_adapter._new_config({"r": 3}, made, text_model(), None)
+    assert found["modules_to_save"] == ["embed_tokens", "lm_head"]
+    assert (found["target_modules"], found["r"], found["lora_alpha"]) == ([], 8, 8)
+    assert found["base_model_name_or_path"] is None
+    found = convert_adapter._new_config({}, {"q": lora(4)}, text_model(), None)
+    assert found["modules_to_save"] is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from finetune.config.reference import option_keys
 from finetune.errors import CheckpointError, ConfigError
 from finetune.export import card, push
 
@@ -169,3 +170,81 @@ def test_the_base_that_is_said_goes_before_the_recorded_one(tmp_path: Path) -> N
     rows = card._data([{"path": "/home/me/a.jsonl", "weight": 2}, "/x/b.jsonl"], {"examples": 2000, "rows": 2100})  # fmt: skip
     assert rows == "a.jsonl, b.jsonl: 2,000 examples of 2,100 rows"
     assert card._value("a|b") == '`"a\\|b"`'
+
+
+PLACES = ("data.train", "data.validation", "data.image_root", "data.cache_dir", "training.output_dir", "training.on_end", "training.extra", "deepspeed.config")  # fmt: skip
+OF_ROWS = ("data.format", "data.columns", "data.on_bad_row", "data.ignore_columns", "data.max_overlap", "data.group_by", "data.max_bad_rows")  # fmt: skip
+OF_THE_MACHINE = (
+    "data.loader_workers", "data.cache_image_features", "training.log_every_steps", "training.save_every_steps", "training.keep_checkpoints",
+    "training.on_full_disk", "training.resume", "training.report_to", "training.process_timeout_minutes",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*PLACES, *OF_ROWS, *OF_THE_MACHINE, "method.kind", "evaluation.every_steps"])  # fmt: skip
+def test_the_card_tells_no_place_and_nothing_that_shapes_no_weight(key: str) -> None:
+    assert not card._is_shown(key, "said")
+    assert key in option_keys(), "there is such an option"
+
+
+def test_options_of_every_kind_that_shape_the_weights_are_on_the_card() -> None:
+    told = {key for key in option_keys() if card._is_shown(key, "said")}
+    wanted = {
+        "method.rank", "method.alpha", "training.learning_rate", "training.seed", "training.batch_size", "training.weight_decay",
+        "data.max_length", "data.packing", "data.train_on", "data.deduplicate", "deepspeed.zero_stage", "model.freeze", "model.adapter", "model.quantization",
+    }  # fmt: skip
+    assert wanted <= told
+
+
+@pytest.mark.parametrize(
+    ("run", "state", "rows"),
+    [
+        ({}, {}, {"base": "base", "method": "lora, rank 4, alpha 6"}),
+        ({"config": {"method.kind": "full"}}, {}, {"base": "base", "method": "full"}),
+        ({"facts": {"global_batch": 16, "deepspeed": "zero-3, offload"}}, {"global_step": 7}, {"base": "base", "method": "lora, rank 4, alpha 6", "steps": "7, 16 examples each, zero-3"}),
+        ({"facts": {"global_batch": 16, "deepspeed": "none"}}, {"global_step": 7}, {"base": "base", "method": "lora, rank 4, alpha 6", "steps": "7, 16 examples each"}),
+        (
+            {"config": {"data.train": "/x/a.jsonl", "data.validation": ["/x/b.jsonl"]}}, {},
+            {"base": "base", "method": "lora, rank 4, alpha 6", "trained on": "a.jsonl: 9 examples, 1,500 of 2,500 tokens carry loss (fingerprint `0123456789abcdef`)", "held out": "b.jsonl"},
+        ),
+    ],
+)  # fmt: skip
+def test_the_card_tells_of_base_method_steps_and_data(
+    run: dict[str, Any], state: dict[str, Any], rows: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint-7"
+    folder.mkdir()
+    for name, value in (
+        ("run.json", run), ("trainer_state.json", state), ("adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 6}),
+        ("../data.json", {"train": {"examples": 9, "supervised_tokens": 1500, "tokens": 2500, "fingerprint": "0123456789abcdefXX"}}),
+    ):  # fmt: skip
+        (folder / name).write_text(json.dumps(value))
+    text = card._about(folder, {}, "/home/me/base")
+    table = [line.strip("| ").split(" | ") for line in text.partition("###")[0].splitlines()[2:] if line]  # fmt: skip
+    assert {row[0]: row[1] for row in table} == rows
+    (folder / "adapter_config.json").unlink()
+    if not run:
+        assert "| method | full |" in card._about(folder, {}, "b")
+        assert "| method | ptuning_v2 |" in card._about(folder, {"method": "ptuning_v2"}, "b")
+
+
+def test_a_card_does_without_files_that_cannot_be_read_and_says_who_wrote_it(
+    tmp_path: Path,
+) -> None:
+    from importlib.metadata import version
+
+    import finetune
+
+    for name, text in (("run.json", "{"), ("trainer_state.json", "[1]"), ("finetune.json", "3")):
+        (tmp_path / name).write_text(text)
+    said = card.model_card("t", "done.", "owner/base", [(tmp_path, 1.0)], library="peft")
+    assert said.startswith("---\nbase_model: owner/base\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [glm-4]\n---\n")  # fmt: skip
+    assert said.endswith(f"Written by glm4-finetune {finetune.__version__} (transformers {version('transformers')}).\n")  # fmt: skip
+    assert "## Training\n" in said
+    (tmp_path / "finetune.json").write_text("{}")
+    for name, library in (("config.json", "transformers"), ("adapter_config.json", "peft")):
+        (tmp_path / name).write_text("{}")
+        told = card.exported_card(tmp_path, "new", "done.", "owner/base")
+        assert f"library_name: {library}\n" in told
+        assert "## Training\n" in told
+    (tmp_path / "finetune.json").unlink()
+    assert "## Training\n" not in card.exported_card(tmp_path, "new", "done.", "owner/base")
