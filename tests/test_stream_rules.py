@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from examples import tiny_template
+from dialogues import Z1_TEMPLATE
+from examples import dialogue, tiny_template
 from hints import said
 from rows import write_rows
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.examples import stream as streams
-from finetune.data.examples.dataset import LengthPolicy, load_examples
+from finetune.data.examples.dataset import LengthPolicy, load_examples, prepare
 from finetune.data.examples.preparation import ExampleCounts, Kept
 from finetune.data.examples.stream import ExampleStream, Position, StreamSample, StreamSettings
 from finetune.data.reading.shards import shards_of
@@ -213,3 +214,34 @@ def test_the_sample_of_a_stream_is_its_first_items(template: ChatTemplate, tmp_p
 @pytest.mark.parametrize("saved", [None, [], "x", {}, Position().as_json() | {"format": 0}])
 def test_what_is_no_position_is_refused(saved: Any) -> None:
     assert "another version" in said(streams.position_of, saved)
+
+
+def test_a_stream_reads_rows_as_its_checkpoint_takes_them(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    reply = {"role": "assistant", "content": "a", "reasoning_content": "why"}
+    asked = {"role": "user", "content": "q"}
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [asked, reply]}])
+    z1 = ChatTemplate(replace(template.tokenizer, chat_template=Z1_TEMPLATE))
+    [example] = next(stream_of(path, z1).items()).examples
+    assert "<think>\nwhy\n</think>" in z1.decode(example.input_ids)
+    text = said(next, stream_of(path, template).items())
+    assert "a.jsonl:1: message 2: has reasoning in a key of its own" in text
+    shows = write_rows(tmp_path / "b.jsonl", [{"messages": [asked | {"image": "x.png"}, reply]}])
+    text = said(next, stream_of(shows, template).items())
+    assert f"b.jsonl:1: shows an image, but this checkpoint ({template.tokenizer.name})" in text
+    elsewhere = ExampleStream((), (), template, stream_of(path, template).settings, cache_root=tmp_path)  # fmt: skip
+    assert elsewhere._reader._root == tmp_path / "streams"
+
+
+def test_turns_of_a_thinking_checkpoint_are_counted_and_those_without_loss_named(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    z1 = ChatTemplate(replace(template.tokenizer, chat_template=Z1_TEMPLATE))
+    talks = [dialogue(2), dialogue(1, "f:2", train=False), dialogue(1, "f:3", "<think>a</think>b")]
+    counts = prepare(talks, z1, POLICY, key="k", cache_root=tmp_path).counts
+    assert (counts.rows, counts.kept) == (3, 3)
+    assert (counts.turns, counts.without_thought) == (3, 2)
+    assert counts.named == ("f:2: no reply that is trained",)
+    plain = prepare(talks, template, POLICY, key="k", cache_root=tmp_path).counts
+    assert (plain.turns, plain.without_thought) == (0, 0)
