@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import newer
 import pytest
+from dialogues import dialogue
 
+from finetune.data.chat.layouts.glm45 import INSIDE
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.template_check import with_parts
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
@@ -65,3 +70,23 @@ def test_parts_go_to_the_message_that_shows_them_behind_a_message_of_tools_too()
     tools = {"role": "system", "content": "", "tools": []}
     assert with_parts(dialogue, plain) == expected
     assert with_parts(dialogue, [tools, *plain]) == [tools, *expected]
+
+
+def test_a_prompt_ends_as_its_reply_begins_and_inside_of_a_turn_in_nothing(
+    tmp_path: Path,
+) -> None:
+    glm = newer.template_of(tmp_path, "GLM-4.7")
+    talk = dialogue(
+        ("user", "q"), ("reply", "<think>\na\n</think>\n\nb"), ("call", "{}", "f"), ("tool", "1"), ("reply", "c"),
+    )  # fmt: skip
+    off = replace(talk, messages=(talk.messages[0], *talk.messages[4:]), thinks=False)
+    header = glm.tokenizer.control_ids["<|assistant|>"]
+    for conversation, reply, ends in (
+        (talk, 1, "<think>"), (talk, 2, INSIDE), (talk, 4, "</think>"), (talk, 5, INSIDE), (off, 1, "</think>"),
+        (replace(talk, messages=talk.messages[:1]), 1, "<think>"),
+        (replace(off, messages=off.messages[:1]), 1, "</think>"),
+    ):  # fmt: skip
+        assert glm.layout.opens(conversation, reply) == ends
+        ids = [~op for op in glm.layout.opening(conversation, reply)]
+        assert ids == ([] if ends == INSIDE else [header, *glm.tokenizer.trusted(ends)])
+        assert glm.layout.asked(conversation, reply) is None

@@ -218,6 +218,46 @@ def test_reasoning_of_a_message_with_calls_stands_before_the_first(z1: ChatTempl
     assert (first.metadata, second.content) == ("f", "{}")
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("<think>a</think><answer>b</answer>", "[<think>]a[</think>][<answer>]b[</answer>]"),
+        (" <think></think>\n<answer></answer> ", " [<think>][</think>]\n[<answer>][</answer>] "),
+        ("<think>a</think>b", "[<think>]a[</think>]b"), ("<answer>b</answer>", "[<answer>]b[</answer>]"),
+        ("x<answer>b</answer>", "x<answer>b</answer>"), ("<think>a</think><answer>b", "[<think>]a[</think>]<answer>b"),
+        ("<answer>a</answer>b</answer>", "[<answer>]a</answer>b[</answer>]"), ("<answer>a</answer>b", "<answer>a</answer>b"),
+        ("<think>a</think>b</think>", "[<think>]a[</think>]b</think>"), ("<think>a\nb", "<think>a\nb"), ("", ""),
+    ],
+)  # fmt: skip
+def test_tags_of_a_reply_are_those_that_it_begins_and_ends_with(text: str, parts: str) -> None:
+    found = thinking.spoken_parts(text)
+    assert "".join(f"[{part.text}]" if part.is_tag else part.text for part in found) == parts
+    assert all(part.text for part in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "thought", "said"),
+    [
+        ("a", "", "a"), (" <think>x</think>y", "x", "y"), (" x</think> y", " x", " y"), ("a</think>b</think>c", "a</think>b", "c"),
+        ("<think>", "", "<think>"),
+    ],
+)  # fmt: skip
+def test_a_reply_is_cut_behind_its_last_thought(content: str, thought: str, said: str) -> None:
+    assert thinking.split(content) == (thought, said)
+
+
+def test_a_turn_begins_behind_the_last_message_that_is_not_the_models() -> None:
+    messages = dialogue(("user", "q"), ("call", "{}", "f"), ("reply", "a"), ("user", "r")).messages
+    assert [thinking.turn_start(messages, stop) for stop in range(5)] == [None, None, 1, 1, None]
+    assert thinking.turn_start(messages[1:], 2) == 0
+    reply = Message("assistant", "a")
+    for train, policy, is_last, trained in (
+        (None, "every_reply", False, True), (None, "last_reply", False, False), (None, "last_reply", True, True),
+        (True, "last_reply", False, True), (False, "every_reply", True, False),
+    ):  # fmt: skip
+        assert thinking.is_trained(replace(reply, train=train), is_last, policy) is trained
+
+
 def test_the_beginning_of_a_thoughts_end_is_held_until_it_is_known() -> None:
     thought = _Thought(offers_tools=False)
     assert thought.take("<think>\nabc</th") == ("<think>\nabc", None)

@@ -68,6 +68,13 @@ def test_a_tokenizer_without_a_token_that_dialogues_are_made_of_is_refused(
         assert token not in load_chat_tokenizer(folder).control_ids
 
 
+def test_the_control_tokens_of_a_folder_without_a_list_are_the_published_ones_in_order(
+    published: Path,
+) -> None:
+    (published / "tokenizer_config.json").unlink()
+    assert dict(load_chat_tokenizer(published).control_ids) == IDS
+
+
 def test_of_a_checkpoint_only_small_and_plain_files_of_the_asked_revision_are_opened(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,7 @@ class PreparedDataset:
     ) -> None:
         self.stored = file
         """All examples of the preparation, also those that no epoch holds."""
-        self._images = images
+        self._images = images or {}
         self._view = view
         self.counts = counts
         """Counts of the stored rows, whatever their sources' weights."""
@@ -115,8 +115,8 @@ class PreparedDataset:
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
         stored = self.stored[row]
-        for image in stored.images if self._images else ():
-            known = self._images.get(image) if self._images else None
+        for image in stored.images:
+            known = self._images.get(image)
             # One that is gone is named by whoever opens it.
             if known is not None and state_of(Path(image)) not in (known, None):
                 raise DataError(
