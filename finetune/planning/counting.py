@@ -35,8 +35,8 @@ KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "transi
 
 # No kernel runs for these: they give another view of the same memory, or memory as it comes.
 _NO_KERNEL = {
-    "_unsafe_view", "detach", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided",
-    "new_empty_strided", "resize_", "set_", "device", "layout", "dtype", "_reshape_alias", "is_same_size",
+    "_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_",
+    "device", "is_same_size",
 }  # fmt: skip
 # They only write.
 _FILLS = {
