@@ -12,10 +12,7 @@ from torch import Tensor
 
 from finetune.planning.counting import Counting, Ledger, counting, shapes_only
 
-# --- single operations -------------------------------------------------------------------------
-
 aten = torch.ops.aten
-TWO = torch.long
 
 
 def ran(work: Callable[[Tensor], object]) -> dict[str, tuple[int, int]]:

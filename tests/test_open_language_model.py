@@ -177,6 +177,51 @@ def test_a_chat_is_known_by_what_it_is_shown_as(asks: Any) -> None:
     assert list(one._context_ids("other")) == begin(one) + ids_of(one, "other")
 
 
+def test_what_goes_on_behind_a_begun_reply_is_scored_as_it_is(asks: Any) -> None:
+    one = asks()
+    history = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "So"}]
+    begun = one.apply_chat_template(history, False)
+    found = one._scored(begun, " it is")
+    assert list(found.context + found.continuation) == list(one._chats[begun]) + ids_of(one, " it is")  # fmt: skip
+    opened = one.apply_chat_template(history[:1])
+    assert list(one._scored(opened, " it is").continuation) == ids_of(one, "\nit is")
+    assert one.tokenizer_name == one.chat_template() == one._template.fingerprint
+
+
+def test_a_layouts_own_opening_stands_before_a_plain_reply(asks: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    one = asks()
+    assert one._opened("A") == ids_of(one, "\nA")
+    header = one._template.tokenizer.control_ids["<|user|>"]
+    monkeypatch.setattr(one._template.layout, "lead", "<|user|>\n")
+    assert one._opened("<|user|>") == [header, *ids_of(one, "\n"), *ids_of(one, "<|user|>")]
+
+
+def test_a_call_in_a_chat_is_its_name_and_its_arguments(asks: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    one = asks()
+    shown = one.apply_chat_template([{"role": "user", "content": "Tell"}])
+    said = {"name": Message("assistant", '{"a": 1}', "f"), "none": Message("assistant", "so. end")}
+    monkeypatch.setattr(type(one._template), "parse", lambda _, ids: said[ids])
+    assert one._said(shown, "name", []) == 'f\n{"a": 1}'
+    assert one._said(shown, "none", ["end", "."]) == "so"
+
+
+def test_an_adapted_model_is_asked_with_its_adapter(asks: Any) -> None:
+    from copy import deepcopy
+
+    from peft import LoraConfig, get_peft_model
+
+    one = asks()
+    adapted = get_peft_model(deepcopy(one._model), LoraConfig(target_modules="all-linear", init_lora_weights=False))  # fmt: skip
+    adapted.eval()
+    [(plain, _)] = one.loglikelihood([asked("Once", " upon a time")])
+    one._model = adapted
+    [(found, _)] = one.loglikelihood([asked("Once", " upon a time")])
+    context = begin(one) + ids_of(one, "Once")
+    expected = alone(one, context, ids_of(one, "Once upon a time")[len(ids_of(one, "Once")) :])
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert abs(found - plain) > 1e-2
+
+
 # --- what the harness is asked -----------------------------------------------------------------
 
 
@@ -227,6 +272,12 @@ def test_tasks_are_asked_with_their_template_their_rows_and_their_limit(
     assert chats["model"] == "rows 7"
     assert (chats["limit"], chats["bootstrap_iters"]) == (4, 0)
     assert chats["confirm_run_unsafe_code"] is False
+    assert stand.paths is None, "of the last, which is no file"
+    harness.run_tasks(None, None, [Task("folder/own.yml", "chat")], Asking(7))  # type: ignore[arg-type]
+    assert stand.paths == ["folder"]
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    harness.run_tasks(None, None, [Task("mmlu", "chat")], Asking(7))  # type: ignore[arg-type]
+    assert stand.asked[-1]["confirm_run_unsafe_code"] is True
     assert {name: one.signature for name, one in found.items()} == {
         "own/acc": "lm-evaluation-harness 1.2, chat template, 5-shot, mean over questions in per cent",
         "mmlu/acc": "lm-evaluation-harness 1.2, plain text, 5-shot, mean over questions in per cent",
