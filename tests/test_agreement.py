@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -201,9 +202,12 @@ def test_work_beside_the_run_tells_its_error_once_whatever_kind_it_is() -> None:
     for error in (KeyError("a"), SystemExit(3)):
 
         def work(error: BaseException = error) -> None:
+            assert threading.current_thread().daemon  # a run that fails does not wait for it
             raise error
 
         beside.start(work)
+        with pytest.raises(AssertionError):
+            beside.start(work)
         with pytest.raises(type(error)):
             beside.wait()
         beside.start(lambda: None)
@@ -255,6 +259,69 @@ def test_who_is_asked_to_stop_tells_the_others_through_the_store(
         assert deal.stopped
         with pytest.raises(EvaluationStoppedError):
             deal.finish()
+
+
+def test_in_step_one_who_is_asked_to_stop_stops_all_behind_the_same_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(map_batches, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(map_batches, "shared_store", lambda purpose: None)
+    monkeypatch.setattr(map_batches, "any_rank", lambda flag: told.append(flag) or len(told) == 3)
+    deal: Deal[int] = Deal(in_step=True)
+    assert [batch for batch, _ in deal.window(range(8))] == [0, 2]  # the other was asked
+    assert (told, deal.stopped) == ([False] * 3, True)
+    monkeypatch.setattr(map_batches, "any_rank", lambda flag: True)
+    deal.stopped = False
+    with pytest.raises(EvaluationStoppedError, match="before its end"):
+        deal.finish()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_results_of_all_processes_come_in_the_order_of_the_batches_with_a_bar_of_ones_own_share(
+    sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+
+    class Bar:
+        def __init__(self, total: int, label: str) -> None:
+            events.append((total, label))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            events.append("closed")
+
+        def advance(self, steps: int) -> None:
+            events.append(steps)
+
+    asked: list[Any] = []
+
+    class Dealt:
+        world = 2
+
+        def __init__(self, *, in_step: bool, should_stop: Any) -> None:
+            asked.append((in_step, should_stop))
+
+        def window(self, batches: range) -> Any:
+            assert batches == range(3)
+            yield from ((2, True), (0, True), (1, False))
+
+        def finish(self) -> None:
+            events.append("all are here")
+
+    monkeypatch.setattr(map_batches, "Deal", Dealt)
+    monkeypatch.setattr(map_batches.console, "progress", Bar)
+    monkeypatch.setattr(map_batches, "is_sharded", lambda model: sharded)
+    monkeypatch.setattr(map_batches, "gather_objects", lambda done: [done, [(1, "theirs")]])
+    stop = lambda: False  # noqa: E731
+    found = map_batches.map_batches(
+        nn.Linear(1, 1), [[7, 8, 9], [3], [5, 6]], sum, label="replies", should_stop=stop
+    )
+    assert found == [24, "theirs", 11]
+    assert asked == [(sharded, stop)]
+    assert events == [(3, "replies"), 2, 3, "all are here", "closed"]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -147,6 +147,23 @@ def test_a_state_that_would_run_something_is_not_opened(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("kind", ["DynamicLossScaler", "LossScaler", "fragment_address"])
+def test_what_deepspeed_keeps_in_its_states_is_opened(kind: str, tmp_path: Path) -> None:
+    made = getattr(sharded_engine, kind)
+    one = made(7, 3) if kind == "fragment_address" else made.__new__(made)
+    torch.save({"held": one}, tmp_path / "states.pt")
+    for found in (TakenStates().load(str(tmp_path / "states.pt")), sharded_engine._read(tmp_path / "states.pt", mapped=True)):  # fmt: skip
+        assert type(found["held"]) is made
+        assert vars(found["held"]) == vars(one)
+
+
+def test_states_that_were_taken_are_held_no_longer() -> None:
+    engine = TakenStates()
+    engine.save({"x": 1}, "a")
+    assert engine.taken() == {"a": {"x": 1}}
+    assert engine.taken() == {}
+
+
 # --- states for another number of processes ----------------------------------------------------------
 
 

@@ -100,6 +100,44 @@ def test_before_the_first_log_line_the_time_left_is_that_of_the_steps_so_far(
     assert speed.seconds_for(4) == pytest.approx(6.0)
 
 
+def test_a_clock_that_stands_still_divides_nothing_by_zero(clock: list[float]) -> None:
+    speed = Throughput(Work(per_token=2.0, peak=4.0, devices=1))
+    speed.start()
+    speed.add(StepCounts(1.0, 2.0, 3.0, 4.0))
+    assert speed.numbers()["tokens_per_second"] > 0
+    assert speed.numbers()["tokens_per_second"] == 0  # nothing came since
+
+
+@pytest.mark.parametrize(
+    ("rank", "done", "shown"), [("0", 4, True), ("1", 4, False), ("0", 9, False)]
+)
+def test_the_leading_process_has_a_bar_while_steps_are_left(
+    rank: str, done: int, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = SimpleNamespace(advance=lambda steps=1: None)
+    opened: list[Any] = []
+    context = type("Bar", (), {"__enter__": lambda self: bar, "__exit__": lambda self, *_: None})
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(progress.console, "on_terminal", lambda: True)
+    monkeypatch.setattr(
+        progress.console, "progress", lambda *given: opened.append(given) or context()
+    )
+    state: Any = SimpleNamespace(global_step=done, max_steps=9)
+    ProgressCallback().on_train_begin(ARGS, state, ARGS)
+    assert opened == ([(9, "training")] if shown else [])
+
+
+def test_of_the_last_steps_no_estimate_is_said(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar, state = ProgressCallback(), SimpleNamespace(global_step=0, max_steps=2)
+    bar.on_train_begin(ARGS, state, ARGS)  # type: ignore[arg-type]
+    for state.global_step in (1, 2):
+        bar.throughput.add(StepCounts())
+        bar.on_step_end(ARGS, state, ARGS)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
+
+
 def test_an_estimate_is_said_once_after_two_steps_of_a_run_that_goes_on(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,12 +392,3 @@ def test_so_many_steps_behind_the_warm_up_are_profiled_once(
     assert (events.count("start"), events.count("stop")) == (1, 1)
     assert f": {profiled} steps profiled" in said
     assert (tmp_path / "profile/kernels.txt").read_text() == "by self_cpu_time_total\n"
-
-
-def test_other_processes_are_not_profiled(tmp_path: Path) -> None:
-    one = profiling.Profiler(tmp_path, 1)
-    state: Any = SimpleNamespace(is_world_process_zero=False)
-    for _ in range(4):
-        one.on_step_begin(ARGS, state, ARGS)
-        one.on_step_end(ARGS, state, ARGS)
-    assert list(tmp_path.iterdir()) == []

@@ -199,3 +199,12 @@ def test_a_profile_lists_what_took_longest_on_the_device_that_computes(
     assert listed == [{"sort_by": "self_device_time_total", "row_limit": 10}]
     assert events == ["waited", "stop"]  # else the last kernels are missing
     assert (tmp_path / "profile/trace.json").exists()
+
+
+def test_other_processes_are_not_profiled(tmp_path: Path) -> None:
+    one = profiling.Profiler(tmp_path, 1)
+    state: Any = SimpleNamespace(is_world_process_zero=False)
+    for _ in range(4):
+        one.on_step_begin(ARGS, state, ARGS)
+        one.on_step_end(ARGS, state, ARGS)
+    assert list(tmp_path.iterdir()) == []
