@@ -155,6 +155,58 @@ def test_every_loss_of_rows_is_said_with_its_number(capsys: pytest.CaptureFixtur
     )
 
 
+def test_what_is_doubtful_in_rows_is_warned_of_with_their_kind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    counts = ExampleCounts(rows=2, tokens=9, supervised_tokens=3, longest=5, unread={"remark": 2})
+    report("validation", counts, 2)
+    (note,) = counts.notes()
+    assert capsys.readouterr().err == f"warning: validation data: {note}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"num_epochs": 1.5}, 5), ({"num_epochs": 2}, 6), ({"max_steps": 4}, 4), ({"num_epochs": 0.01}, 1)],
+)  # fmt: skip
+def test_a_part_of_an_epoch_is_whole_steps(options: dict[str, Any], steps: int) -> None:
+    one = data(example([1]), plan=SimpleNamespace(steps_per_epoch=3))
+    assert one.steps(TrainingSection(output_dir="x", **options)) == steps
+
+
+def test_data_json_tells_lengths_counts_and_where_a_stream_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Prepared(Examples):
+        fingerprint = "print"
+        counts = ExampleCounts(rows=4, longest=48)
+
+    monkeypatch.setattr(run_data, "PreparedDataset", Prepared)
+    train: Any = Prepared([example([1] * size) for size in (1, 2, 3, 48)])
+    monkeypatch.setattr(run_data.hub, "fetched", {})
+    found = data(train=train, items=train).described()
+    assert found.keys() == {"train"}
+    assert (found["train"]["examples"], found["train"]["rows"]) == (4, 4)
+    assert found["train"]["fingerprint"] == "print"
+    lengths = found["train"]["lengths"]
+    assert (lengths["edges"][0], lengths["edges"][1], lengths["edges"][-1]) == (0.0, 2.0, 48.0)
+    assert (lengths["numbers"][:2], lengths["numbers"][-1], sum(lengths["numbers"])) == ([1, 2], 1, 4)  # fmt: skip
+    stream: Any = SimpleNamespace(
+        fingerprint="of files", shards=[SimpleNamespace(name="a"), SimpleNamespace(name="b")]
+    )
+    read = ExampleCounts(rows=7, kept=6)
+    feed: Any = SimpleNamespace(read=read, position=SimpleNamespace(number_of_pass=2))
+    streamed = data(stream=stream, validation=train)
+    monkeypatch.setattr(run_data.hub, "fetched", {"org/x": "commit"})
+    now = streamed.described(feed)
+    assert now.keys() == {"train", "validation", "fetched"}
+    assert now["fetched"] == {"org/x": "commit"}
+    told = {key: now["train"][key] for key in ("examples", "rows", "passes", "fingerprint", "shards")}  # fmt: skip
+    assert told == {
+        "examples": 6, "rows": 7, "passes": 2, "fingerprint": "of files", "shards": ["a", "b"],
+    }  # fmt: skip
+    assert (streamed.described()["train"]["examples"], streamed.described()["train"]["passes"]) == (0, 0)  # fmt: skip
+
+
 # --- one process's batches -----------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ from finetune.distributed.map_batches import EvaluationStoppedError
 from finetune.errors import ConfigError, NonFiniteError
 from finetune.training import checkpointing, prepare_model
 from finetune.training.loading import batches
-from finetune.training.measuring import keeping, validation
+from finetune.training.measuring import choosing, keeping, validation
+from finetune.training.measuring.choosing import CHOICES
 from finetune.training.measuring.keeping import CALLS, LOSS, KeptData
 
 # --- the model ----------------------------------------------------------------------------------------
@@ -260,6 +261,34 @@ def test_replies_stop_for_a_signal_as_the_loss_does(
 
     monkeypatch.setattr(validation, "evaluate_model", stopped)
     assert one.scores(None, 2) is None
+
+
+def noted(run_dir: Path, *rows: tuple[int, bool, float]) -> None:
+    """Choices of these steps: whether one was made, and by which p."""
+    lines = [
+        {"step": step, "p": p, "chosen": chosen, "criteria": [
+            {"metric": "loss", "difference": -0.5, "p": p, "margin": None, "low": None, "high": None}
+        ]}
+        for step, chosen, p in rows
+    ]  # fmt: skip
+    (run_dir / CHOICES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_newest_choice_concludes_a_run_or_else_why_its_newest_checkpoint_is_none(
+    tmp_path: Path,
+) -> None:
+    assert choosing.conclusion(tmp_path) == ""
+    noted(tmp_path, (2, True, 0.001), (4, True, 0.002), (6, False, 0.9))
+    said = choosing.conclusion(tmp_path)
+    assert said.startswith("checkpoint-4 is the newest that learned without forgetting: ")
+    assert "p = 0.002" in said
+    noted(tmp_path, (2, False, 0.8), (4, False, 0.9))
+    said = choosing.conclusion(tmp_path)
+    assert said.startswith("no checkpoint of 2 learned without forgetting")
+    assert "the newest (step 4): " in said
+    assert "p = 0.900" in said
+    noted(tmp_path, (2, False, 0.001))  # it passes alone, and was one of too many
+    assert choosing.conclusion(tmp_path).endswith("too many checkpoints were tried for its p")
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
