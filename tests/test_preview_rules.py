@@ -191,6 +191,7 @@ def test_a_language_is_told_by_the_beginning_of_what_both_sides_say() -> None:
     assert language(user("12345678 你")) == "Chinese"  # digits are no letters
     assert language(user("abcd 你")) == "Latin script"
     assert language(user("ab 你好")) == "Chinese"
+    assert language(user("ab 你")) == "Latin script"
 
 
 # --- show ----------------------------------------------------------------------------------------

@@ -123,6 +123,13 @@ def test_each_file_is_judged_by_its_own_rows(
     assert last.location == f"{bad}:{stopped.rows + 1}"
 
 
+def test_a_thousand_reasons_are_kept_and_the_rest_is_counted(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", *["x"] * 1500, *pairs(200))
+    stream = read_conversations([SourceSpec(file)], Reading("collect"))
+    assert (len(list(stream)), stream.num_bad, len(stream.bad_rows)) == (200, 1500, 1000)
+    assert stream.bad_rows[-1].location == f"{file}:1000"
+
+
 def test_what_a_row_was_read_from_and_how_often_something_is_unread_is_kept(tmp_path: Path) -> None:
     rows = [pair("1", remarks="x"), pair("<image>2", remarks="y", more="z"), pair("3")]
     stream = read_conversations([SourceSpec(write(tmp_path / "a.jsonl", *rows))])

@@ -274,6 +274,9 @@ def test_a_block_is_full_by_its_text_whatever_its_weight(
         assert len(blocks.next()) == expected
     assert characters({"a": "xy", "b": [{"c": "z"}, None, 7], "d": b"1234", "e": True}) == 7
     assert characters(["ab", ["c"]]) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "characters", lambda value: 1 << 20)
+    assert len(blocks_of(tmp_path, "50", [0])[0].next()) == 32
 
 
 def test_what_is_done_with_is_closed_by_its_own_number(

@@ -168,6 +168,18 @@ def test_values_that_stand_one_by_one_are_json_or_text() -> None:
     assert json.loads(call.arguments) == {"a": "\nso\n", "b": None}
 
 
+def test_names_may_be_as_long_as_openai_allows_and_longer_ones_are_text() -> None:
+    for length, taken in ((128, True), (129, False)):
+        name = "f" * length
+        for text in (f"{name}\n{A}", f"{name}(a=1)", f"{name}\n```python\ntool_call(a=1)\n```"):
+            assert (found(text, name) is not None) == taken
+    for length, taken in ((256, True), (257, False)):
+        keyed = f"<arg_key>{'k' * length}</arg_key><arg_value>1</arg_value>"
+        assert (found(f"<tool_call>f{keyed}</tool_call>") is not None) == taken
+        listed = f"<parameter={'k' * length}>1</parameter>"
+        assert (found(f"<function=f>{listed}</function>") is not None) == taken
+
+
 def test_a_thought_of_react_is_what_is_said_before_the_call() -> None:
     assert found(f"Thought: why \nAction: f\nAction Input: {A}") == ("why", F)
     assert found(f"So.\nAction: f\nAction Input: {A}") == ("So.", F)
