@@ -78,11 +78,9 @@ def may_be_doubtful(messages: Sequence[Message], *, has_tools: bool) -> bool:
     asked, said = "\n".join(texts["user"]), "".join(texts["assistant"])
     if any(sign in asked or sign in said for sign in ("<", "✿", "◁")):
         return True
-    if texts["observation"] and "<" in "".join(texts["observation"]):
+    if any("<" in text for text in texts["observation"]):
         return True
-    if texts["system"] and any(
-        "{" in text or "<" in text or "[" in text for text in texts["system"]
-    ):
+    if any(sign in text for text in texts["system"] for sign in "{<["):
         return True
     if ("[" in said or "[" in asked) and any(sign in said or sign in asked for sign in _LIST_SIGNS):
         return True
