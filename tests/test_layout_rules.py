@@ -169,6 +169,7 @@ def test_glaives_speakers_and_ends_are_read() -> None:
     plain = to_conversation({"chat": talk, "system": "Call me."})
     assert plain.messages[0].content == "Call me."
     assert to_conversation({"chat": talk, "system": None}).messages == (user(), reply())
+    assert said(to_conversation, {"chat": talk, "system": 3}) == "system: is a number, not text"
 
 
 def test_mosss_turns_have_thoughts_and_marks_and_no_commands() -> None:
@@ -184,7 +185,8 @@ def test_mosss_turns_have_thoughts_and_marks_and_no_commands() -> None:
     assert to_conversation({"chat": {"t": turn(**{"Tool Responses": "x", "Commands": ""})}}).unread == ()  # fmt: skip
     for wrong, reason in (
         ({"t1": turn(), "t2": turn(MOSS=None)}, "chat: t2 has no text MOSS"),
-        ({"t1": "x"}, "chat: t1 has no text MOSS"),
+        ({"t1": "x"}, "chat: t1 has no text MOSS"), ({"t1": {"MOSS": "A"}}, "chat: t1 has no text Human"),
+        ({"t1": turn(Human=3)}, "chat: t1 has no text Human"),
         ({"t1": turn(Commands="<|Commands|>: Search(x)<eoc>")}, "chat: t1 has commands of MOSS's own tools, which GLM-4 does not have"),
     ):  # fmt: skip
         assert said(to_conversation, {"chat": wrong}) == reason

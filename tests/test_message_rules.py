@@ -305,7 +305,7 @@ def test_arguments_that_are_no_object_have_their_place() -> None:
     [
         (NAMED, 1), (f"[{NAMED}, {NAMED}]\n", 2), ("[]", 0), (f"{NAMED} so", 0), (f" {NAMED}", 0), ('{"name": "f"}', 0),
         ('{"name": "f", "arguments": {}, "id": 1}', 0), (f"[{NAMED}, 1]", 0), ('{"name": "f", "arguments": }', 0),
-        (f'[{NAMED}, {{"name": "f"}}]', 0),
+        (f'[{NAMED}, {{"name": "f"}}]', 0), ('[{"name": [1], "arguments": {}}]', 0), ('{"name": 3, "arguments": {}}', 0),
     ],
 )  # fmt: skip
 def test_a_text_is_a_call_only_when_it_says_nothing_else(text: str, count: int) -> None:

@@ -120,6 +120,7 @@ UNREADABLE = [
     "<|action_start|>f", "<|plugin|>f", "<｜tool▁calls▁begin｜>", "<|tool_call_begin|>", "<|/tool_calls_section_end|>", "<|call|>",
     "Action Input: f", "Thought\nAction Input: f", "<tool_call >f", f"<tool_call>{J}</tool_call> so", f"Action: f\nAction Input: {A}\nso",
     '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>', "<tool_call>[1]</tool_call>",
+    *(f'<tool_call>{{"name": {name}, "arguments": {{}}}}</tool_call>' for name in ("3", "null", '""', "[1]", "{}")),
     "<tool_call>f g<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>", "<tool_call><arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
     "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value> so</tool_call>", "<function=f>{1}</function>", "✿FUNCTION✿: f\n✿ARGS✿: {1}",
     f"<function=f>{A}</function><function=g>so</function>",
@@ -137,7 +138,8 @@ def test_a_mark_of_a_call_that_cannot_be_read_is_told(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["toolcall", "[TOOLS]", "<tools>", "the Action Input: f", "<functions>", "f(1)", "f(a=1) or so", "f(a=b)", "f(a=1", "[f(a=1)",
-     "f(**x)", "g(a=1)", "f(a=1) g(a=1)", "f\n{a}", "f g\n{}", "```\nf\n```", "[]", "{}", "f(a=open('x'))", "x = f(a=1)"],
+     "f(**x)", "g(a=1)", "f(a=1) g(a=1)", "f\n{a}", "f g\n{}", "```\nf\n```", "[]", "{}", "f(a=open('x'))", "x = f(a=1)",
+     "f(a={1, 2})", "f(a=b'x')", "f(a={[1]: 2})", "f(a=1e999)", "f(**{'a': 1})", "f(a=1j)", "f(a={(1, 2): 3})", "f(a=1, a=2)", "f(a=1 b=2)"],
 )  # fmt: skip
 def test_other_texts_are_no_calls(text: str) -> None:
     assert found(text, "f") is None

@@ -248,8 +248,12 @@ def _json_calls(text: str) -> list[Call]:
     try:
         value = strict_json.parse(text)
         items = value if isinstance(value, list) else [value]
+        names = [item["name"] for item in items]
+        if not all(isinstance(name, str) and name for name in names):
+            return []
         return [
-            Call(item["name"], arguments_text(item["name"], _arguments(item), 1)) for item in items
+            Call(name, arguments_text(name, _arguments(item), 1))
+            for name, item in zip(names, items, strict=True)
         ]
     except (RowError, KeyError, TypeError):
         return []
@@ -339,14 +343,15 @@ def _python_calls(rest: str, tools: Collection[str]) -> WrittenCalls | None:
         try:
             call = ast.parse(f"f({rest[match.end() : end]})", mode="eval").body
             assert isinstance(call, ast.Call)
+            named = {word.arg for word in call.keywords if word.arg}
+            if call.args or len(named) < len(call.keywords):  # `**more`, or one name twice
+                return None
             values = {
                 str(k.arg): ast.literal_eval(_with_json_words(k.value)) for k in call.keywords
             }
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            calls.append(Call(name, strict_json.dump(values)))
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             return None
-        if call.args:
-            return None
-        calls.append(Call(name, strict_json.dump(values)))
         rest = rest[end + 1 :].lstrip().removeprefix(",")
     return WrittenCalls("", tuple(calls)) if calls and not rest.strip() else None
 

@@ -91,8 +91,10 @@ def from_glaive(row: Row) -> dict[str, Any]:
         {"role": _GLAIVE_ROLES[who], "content": text.replace("<|endoftext|>", "").strip()}
         for who, text in zip(parts[1::2], parts[2::2], strict=True)
     ]
-    system = str(row.get("system") or "").removeprefix("SYSTEM:").strip()
-    said, tools = _json_objects(system)
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise RowError(f"system: is {strict_json.describe(system)}, not text")
+    said, tools = _json_objects(system.removeprefix("SYSTEM:").strip())
     said = _without_talk_of_tools(said) if tools else said
     if said:
         turns.insert(0, {"role": "system", "content": said})
@@ -119,8 +121,9 @@ def from_moss(row: Row) -> dict[str, Any]:
     """`{"meta_instruction": …, "chat": {"turn_1": {"Human": …, "Inner Thoughts": …, "MOSS": …}}}`."""
     turns: list[dict[str, Any]] = []
     for name, turn in row["chat"].items():
-        if not isinstance(turn, dict) or not isinstance(turn.get("MOSS"), str):
-            raise RowError(f"chat: {name} has no text MOSS")
+        for who in ("MOSS", "Human"):
+            if not isinstance(turn, dict) or not isinstance(turn.get(who), str):
+                raise RowError(f"chat: {name} has no text {who}")
         commands = _MOSS_TAG.sub("", str(turn.get("Commands") or "")).strip()
         if commands not in ("", "None"):
             raise RowError(
@@ -129,7 +132,7 @@ def from_moss(row: Row) -> dict[str, Any]:
         thoughts = _MOSS_TAG.sub("", str(turn.get("Inner Thoughts") or "")).strip()
         thought = {} if thoughts in ("", "None") else {"thought": thoughts}
         turns += [
-            {"role": "user", "content": _MOSS_TAG.sub("", str(turn.get("Human"))).strip()},
+            {"role": "user", "content": _MOSS_TAG.sub("", turn["Human"]).strip()},
             {"role": "assistant", "content": _MOSS_TAG.sub("", turn["MOSS"]).strip()}
             | thought
             | {key: turn[key] for key in turn if key not in _MOSS_KEYS},

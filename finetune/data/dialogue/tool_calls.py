@@ -165,9 +165,17 @@ def call_in_text(text: str) -> Any:
     except RowError:
         return None  # a reply that happens to look like JSON: it stays text
     calls = value if isinstance(value, list) else [value]
-    if calls and all(isinstance(c, dict) and set(c) == {"name", "arguments"} for c in calls):
+    if calls and all(map(_is_call, calls)):
         return calls
     return None
+
+
+def _is_call(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"name", "arguments"}
+        and isinstance(value["name"], str)
+    )
 
 
 def order_results(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -74,7 +73,7 @@ class ImageFiles:
         """The file in the cache that holds the bytes of a data URL, named by their hash."""
         try:
             content = base64.b64decode(url.partition(",")[2], validate=True)
-        except (binascii.Error, ValueError) as error:
+        except ValueError as error:
             raise RowError(f"the image's data URL holds no base64: {error}") from error
         name = sha256(content).hexdigest()
         root = Path(self._images.cache_root) if self._images.cache_root else default_root()
