@@ -17,7 +17,7 @@ from finetune.artifacts.hub import Repository
 from finetune.config.schema import DataSection, Source
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 from finetune.data.preview.report import _language, check
-from finetune.data.reading import shards, sources
+from finetune.data.reading import shards, sources, streams
 from finetune.data.reading.blocks import BlockOptions, Blocks
 from finetune.data.reading.files import BadRow, Row, data_files, expand, read_rows
 from finetune.data.reading.images import ImageFiles, ImagePolicy, _under
@@ -182,8 +182,6 @@ def test_a_folder_of_a_training_split_and_another_is_told(
 def test_blank_lines_in_front_of_the_rows_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.data.reading import streams
-
     monkeypatch.setattr(streams, "CHUNK", 2)
     for name, text in (
         ("a.jsonl", '\n\n\n\n\n{"a": 1}\n{\n'),
@@ -215,8 +213,6 @@ def test_files_that_an_address_names_come_sorted(
 def test_a_number_in_an_array_is_whole_wherever_the_chunks_end(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.data.reading import streams
-
     monkeypatch.setattr(streams, "CHUNK", chunk)
     (tmp_path / "a.json").write_text('[12345, {"a": 1}]')
     _, second = read_rows(tmp_path / "a.json")
