@@ -31,7 +31,7 @@ Prompt: TypeAlias = "Sequence[int] | npt.NDArray[np.int32]"
 
 SHORTEST_PREFIX = 16
 """A shared prefix of fewer tokens is not worth a forward pass of its own."""
-FIRST_PASS_TOKENS = 16384
+FIRST_PASS_TOKENS = 4096
 """Tokens, with padding, that prompts are read in at once: activations, not the cache, are large then."""
 
 
