@@ -283,13 +283,12 @@ class ChatGLMForConditionalGeneration(SupervisedLoss, ChatGLMPreTrainedModel, Ge
 
     def _unseen(self, shown: dict[str, Tensor], ids: Tensor, cached: int) -> dict[str, Tensor]:
         """Return the images of a whole dialogue that its cached beginning does not show."""
-        if not shown or not cached or self.config.vision_config is None:
+        if not shown or self.config.vision_config is None:
             return shown
         unseen = Spans.of_ids(ids, self.config).unseen(cached)
         if any(len(tensor) != len(unseen) for tensor in shown.values()):
             return shown  # of the new part alone, or wrong: the model counts
-        kept = {name: tensor[unseen.to(tensor.device)] for name, tensor in shown.items()}
-        return {name: tensor for name, tensor in kept.items() if len(tensor)}
+        return {name: tensor[unseen.to(tensor.device)] for name, tensor in shown.items()}
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]

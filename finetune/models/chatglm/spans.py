@@ -122,7 +122,7 @@ def _standing_before(past_key_values: Any, rows: int) -> Tensor | int:
         return 0
     ahead = noted[:, : past_key_values.get_seq_length()].sum(1, keepdim=True)
     # Of a cache whose rows were multiplied, for beams or several replies.
-    return ahead.repeat_interleave(max(1, rows // ahead.shape[0]), dim=0)
+    return ahead.repeat_interleave(rows // ahead.shape[0], dim=0)
 
 
 def _noted(past_key_values: Any) -> Tensor | None:

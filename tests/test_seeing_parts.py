@@ -1,0 +1,405 @@
+"""Models that see, part by part: the tower's graph, spans, caches, grids of patches, and features on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pictures
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from finetune.errors import DataError
+from finetune.models.chatglm.configuration import ChatGLMConfig
+from finetune.models.chatglm.spans import Spans, positions, remember
+from finetune.models.load import load_model
+from finetune.models.processor import ChatGLM4VImageProcessor, ChatGLM4VProcessor
+from finetune.models.vision import feature_cache
+from finetune.models.vision.feature_cache import FeatureFiles, vision_cache
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures.save_model(tmp_path_factory.mktemp("glm4v") / "model")
+
+
+@pytest.fixture
+def seeing(folder: Path) -> Any:
+    return load_model(folder)
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Any:
+    return load_model(pictures.save_grid_model(tmp_path / "grid"))
+
+
+def pixels(count: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(count, 3, pictures.SIZE, pictures.SIZE, generator=generator)
+
+
+SPAN = [pictures.BOI, *[tiny.PAD_ID] * pictures.NUM_PATCHES, pictures.EOI]
+IDS = torch.tensor([[10, 40, *SPAN, 41]])
+
+
+# --- the tower -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learns", ["nothing", "one weight", "all"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_the_tower_makes_has_a_graph_where_something_in_it_learns(
+    learns: str, grad: bool, seeing: Any
+) -> None:
+    tower = seeing.transformer.vision.requires_grad_(learns == "all")
+    if learns == "one weight":
+        tower.linear_proj.gate_proj.weight.requires_grad_(True)
+    assert tower.is_trained is (learns != "nothing")
+    with torch.set_grad_enabled(grad):
+        assert tower.features(pixels()).requires_grad is (grad and learns != "nothing")
+        assert torch.is_grad_enabled() is grad
+        ran: list[int] = []
+        hook = tower.register_forward_hook(lambda *_: ran.append(1))
+        seeing(torch.tensor([[5, 6]]))
+        assert bool(ran) is (grad and learns != "nothing")
+        hook.remove()
+
+
+def test_a_narrow_model_takes_wide_pixels_and_features_and_the_rows_of_its_own_table(folder: Path) -> None:  # fmt: skip
+    model: Any = load_model(folder, dtype="bfloat16")
+    with torch.no_grad():
+        seen = model(IDS, pixel_values=pixels()).logits
+        features = model.transformer.vision.features(pixels())
+        assert torch.equal(model(IDS, image_features=features.float()).logits, seen)
+        assert torch.equal(model(IDS, pixel_values=pixels().bfloat16()).logits, seen)
+        table = model.get_input_embeddings().float()
+        narrow = table(IDS).bfloat16()
+    assert len(Spans.of_embeds(narrow, table, model.config)) == 1
+
+
+# --- spans -----------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_shorter_than_an_image_show_none() -> None:
+    for ids in ([1, 2, 0, 0], [1, 0, 2], [2, 1], [1], [0, 2, 1, 0]):
+        given = torch.tensor([ids])
+        assert len(Spans(given.eq(1), given.eq(2), 4)) == 0
+
+
+class Cache:
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def test_a_cache_remembers_images_behind_text_and_forgets_those_that_were_cropped() -> None:
+    given = torch.tensor([[5, 1, 0, 0, 2, 6]])
+    spans: Any = Spans(given.eq(1), given.eq(2), 2)
+    cache = Cache(0)
+    remember(cache, spans)
+    cache.length = 9  # three tokens of text came behind it
+    remember(cache, spans)
+    assert cache.standing_patches.int().tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]]  # type: ignore[attr-defined]  # fmt: skip
+    cache.length = 15
+    one = torch.zeros(1, 1)
+    assert positions(one, None, cache, None).tolist() == [[13]]
+    cache.length = 7  # cropped to behind the first
+    assert positions(one, None, cache, None).tolist() == [[6]]
+    remember(cache, spans)
+    assert cache.standing_patches.shape == (1, 13)  # type: ignore[attr-defined]
+    cache.length = 2
+    assert positions(one, None, cache, None).tolist() == [[2]]
+
+
+def test_a_mask_of_four_dimensions_says_nothing_of_positions() -> None:
+    tokens, mask = torch.zeros(1, 3), torch.zeros(1, 1, 3, 3)
+    assert positions(tokens, mask, None, None).tolist() == [[0, 1, 2]]
+
+
+# --- generation --------------------------------------------------------------------------------------------
+
+
+def test_images_that_a_cache_has_seen_are_left_out_and_wrong_numbers_are_counted_by_the_model(
+    seeing: Any,
+) -> None:
+    twice = torch.cat([IDS, IDS], 1)
+    both = pixels(2)
+    shown = {"pixel_values": both, "image_features": torch.arange(2.0).view(2, 1, 1)}
+    found = seeing._unseen(shown, twice, IDS.shape[1])
+    assert torch.equal(found["pixel_values"], both[1:])
+    assert found["image_features"].flatten().tolist() == [1.0]
+    assert torch.equal(seeing._unseen(shown, twice, 0)["pixel_values"], both)
+    one = {"pixel_values": both[:1]}
+    assert seeing._unseen(one, twice, IDS.shape[1]) is one
+    assert seeing._unseen({}, twice, 5) == {}
+
+
+def test_embeddings_with_images_go_in_whole_at_the_first_step(seeing: Any) -> None:
+    embeds = seeing.get_input_embeddings()(IDS)
+    inputs = seeing.prepare_inputs_for_generation(
+        IDS[:, :0], next_sequence_length=1, inputs_embeds=embeds, is_first_iteration=True,
+        pixel_values=pixels(),
+    )  # fmt: skip
+    assert inputs["pixel_values"].shape[0] == 1
+    mask = seeing._prepare_attention_mask_for_generation(embeds, _asked(), {})
+    assert mask.tolist() == [[1] * IDS.shape[1]]
+
+
+def _asked() -> Any:
+    from transformers import GenerationConfig
+
+    asked = GenerationConfig(pad_token_id=tiny.PAD_ID, eos_token_id=1)
+    asked._pad_token_tensor, asked._eos_token_tensor = torch.tensor(tiny.PAD_ID), torch.tensor([1])
+    return asked
+
+
+def test_without_a_word_nothing_is_shown_again_behind_a_cache(seeing: Any) -> None:
+    inputs = seeing.prepare_inputs_for_generation(IDS, is_first_iteration=False, pixel_values=pixels())  # fmt: skip
+    assert "pixel_values" not in inputs
+
+
+# --- grids -------------------------------------------------------------------------------------------------
+
+
+def image_of(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A row with one image of 2 x 2 patches, which are one token."""
+    ids = torch.tensor([[5, pictures.BOI, model.config.image_token_id, pictures.EOI, 6]])
+    generator = torch.Generator().manual_seed(5)
+    patches = torch.randn(4, 3 * 2 * 14 * 14, generator=generator)
+    return ids, {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 2, 2]])}
+
+
+def test_an_image_without_its_pixels_is_an_error_in_a_prompt_and_its_kinds_need_not_be_said(
+    grid: Any,
+) -> None:
+    ids, shown = image_of(grid)
+    with pytest.raises(ValueError, match="image tokens in input_ids but no pixel_values"):
+        grid(input_ids=ids)
+    with torch.no_grad():
+        plain = grid(input_ids=ids, **shown).logits
+        assert torch.equal(grid(input_ids=ids, **shown, mm_token_type_ids=torch.zeros_like(ids)).logits, plain)  # fmt: skip
+        first = grid(input_ids=ids, **shown, use_cache=True)
+        assert grid.model.rope_deltas is not None
+        deltas = grid.model.rope_deltas.clone()
+        more = grid(input_ids=ids[:, :1], past_key_values=first.past_key_values)
+    assert torch.equal(grid.model.rope_deltas, deltas), "what follows counts on from the image"
+    assert more.logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_batch_without_images_runs_an_encoder_that_learns_and_changes_nothing(
+    trained: bool, grid: Any
+) -> None:
+    grid.requires_grad_(trained).train()
+    ids = torch.tensor([[5, 6, 7]])
+    ran: list[int] = []
+    grid.model.visual.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        alone = grid(input_ids=ids).logits
+    assert not ran
+    out = grid(input_ids=ids).logits
+    assert bool(ran) is trained
+    torch.testing.assert_close(out, alone)
+    if trained:
+        out.sum().backward()
+        assert all(weight.grad is not None for weight in grid.model.visual.parameters())
+
+
+def test_a_mixture_that_sees_hands_out_its_routes(tmp_path: Path) -> None:
+    model: Any = load_model(pictures.save_grid_model(tmp_path / "model", "glm4v_moe"))
+    said = model(input_ids=torch.tensor([[5, 6, 7]]), output_router_logits=True)
+    assert type(said) is MoeCausalLMOutputWithPast
+    assert len(said.router_logits) == 2
+    assert type(model).forward.__annotations__["return"] is MoeCausalLMOutputWithPast
+    assert type(model.model)._can_set_experts_implementation()
+    assert not type(model.model).is_custom_code()
+
+
+# --- features on disk ----------------------------------------------------------------------------------------
+
+
+class Images:
+    """What reads images; each has as many pixels as GLM-4V takes."""
+
+    size = pictures.SIZE
+
+    def __init__(self, rules: str = "1") -> None:
+        self.rules = rules
+        self.read: list[str] = []
+
+    def arrays(self, images: Any) -> dict[str, Any]:
+        self.read.append(Path(images[0][0]).name)
+        return {"pixel_values": pixels().numpy()}
+
+
+@pytest.fixture
+def made(seeing: Any, tmp_path: Path) -> Any:
+    """Makes the features of three images, in a process of so many."""
+    seeing.requires_grad_(False)
+    names = [str(tmp_path / f"{letter}.png") for letter in "abc"]
+    for name in names:
+        Path(name).write_bytes(name.encode())
+
+    def make(spec: Any, **changes: Any) -> FeatureFiles:
+        told: dict[str, Any] = {"base": "x", "dtype": torch.float32, "autocast": False, "root": tmp_path / "cache"}  # fmt: skip
+        return vision_cache(seeing, names, spec, **told | changes)
+
+    return make
+
+
+def test_features_are_kept_by_the_size_and_rules_of_images(made: Any) -> None:
+    spec, larger, other = Images(), Images(), Images("2")
+    larger.size = 2 * pictures.SIZE
+    for one in (spec, larger, other):
+        made(one)
+        assert sorted(one.read) == ["a.png", "b.png", "c.png"]
+    again = Images()
+    made(again)
+    assert again.read == []
+
+
+def test_what_a_process_that_died_left_is_swept_and_a_file_of_something_else_made_anew(
+    made: Any, tmp_path: Path
+) -> None:
+    files = made(Images())
+    (place,) = {file.parent for file in files.files.values()}
+    from finetune.storage import files as storage
+
+    left = place / f"{storage.STAGING}left"
+    left.write_text("half")
+    first = next(iter(files.files.values()))
+    save_file({"other": torch.ones(1)}, first)
+    with pytest.raises(DataError, match="holds no rows; start again"):
+        files([next(iter(files.files))])
+    spec = Images()
+    made(spec)
+    assert spec.read == ["a.png"]
+    assert not left.exists()
+    assert load_file(first).keys() == {"rows"}
+
+
+def test_processes_share_the_work_and_look_before_any_of_them_writes(
+    made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(feature_cache, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(feature_cache, "reduce_max", lambda _: done.append("all have looked"))
+    real = feature_cache._write
+    monkeypatch.setattr(feature_cache, "_write", lambda *given: done.append("written") or real(*given))  # fmt: skip
+    looks = feature_cache._is_whole
+    monkeypatch.setattr(feature_cache, "_is_whole", lambda file: done.append("looked") or looks(file))  # fmt: skip
+    spec = Images()
+    with pytest.raises(Exception, match="does not see"):
+        made(spec)  # the other process is not there
+    assert done == ["looked"] * 3 + ["all have looked"] + ["written"] * 2
+    assert len(spec.read) == 2
+    assert "computing 3 of 3 images" in capsys.readouterr().out
+    monkeypatch.setattr(feature_cache, "rank_and_world", lambda: (0, 1))
+    made(spec)
+    assert "computing 1 of 3 images" in capsys.readouterr().out
+    made(spec)
+    assert "computing" not in capsys.readouterr().out
+    assert sorted(set(spec.read)) == ["a.png", "b.png", "c.png"]
+
+
+def test_features_are_computed_as_the_run_would_and_kept_in_its_format(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cast: list[bool] = []
+    real = feature_cache._rows
+    monkeypatch.setattr(feature_cache, "_rows", lambda *given: cast.append(torch.is_autocast_enabled("cpu")) or real(*given))  # fmt: skip
+    for autocast in (True, False):
+        files = made(Images(), autocast=autocast, dtype=torch.bfloat16, base=str(autocast))
+        assert {load_file(file)["rows"].dtype for file in files.files.values()} == {torch.bfloat16}
+    assert cast == [True] * 3 + [False] * 3
+
+
+def test_a_tower_that_is_dealt_out_is_gathered_while_it_looks(
+    seeing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepspeed
+
+    held: list[Any] = []
+
+    @contextmanager
+    def gathered(weights: Any) -> Iterator[None]:
+        held.append(len(weights))
+        yield
+        held.append("let go")
+
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", gathered)
+    tower = seeing.transformer.vision
+    with feature_cache._whole(tower):
+        assert held == []
+    for weight in list(tower.parameters())[:2]:
+        weight.ds_id = 0
+    with feature_cache._whole(tower):
+        assert held == [2]
+    assert held == [2, "let go"]
+
+
+def test_of_images_that_keep_their_shape_the_shape_is_kept_too(grid: Any, tmp_path: Path) -> None:
+    grid.requires_grad_(False)
+    grid.get_input_embeddings().requires_grad_(True)  # the text may learn
+    ids, shown = image_of(grid)
+
+    class Grids(Images):
+        def arrays(self, images: Any) -> dict[str, Any]:
+            return {name: tensor.numpy() for name, tensor in shown.items()}
+
+    (tmp_path / "a.png").write_bytes(b"a")
+    names = [str(tmp_path / "a.png")]
+    files = vision_cache(grid, names, Grids(), base="x", dtype=torch.float32, autocast=False, root=tmp_path)  # type: ignore[arg-type]  # fmt: skip
+    assert load_file(files.files[names[0]]).keys() == {"rows", "image_grid_thw"}
+    given = files(names * 2)
+    assert given["image_grid_thw"].tolist() == [[1, 2, 2]] * 2
+    assert given["image_features"].shape == (2, 32)
+    with torch.no_grad():
+        kept = grid(input_ids=ids, **files(names)).logits
+        torch.testing.assert_close(kept, grid(input_ids=ids, **shown).logits)
+
+
+# --- the processor -------------------------------------------------------------------------------------------
+
+
+def test_sizes_of_images_are_the_published_ones_where_nothing_is_said() -> None:
+    assert ChatGLM4VImageProcessor().patches == 1600
+    config = ChatGLMConfig(vision_config=pictures.VISION, boi_token_id=1, eoi_token_id=2)
+    processor = ChatGLM4VImageProcessor(pictures.SIZE, pictures.VISION["patch_size"])
+    assert processor.patches == config.image_patches == pictures.NUM_PATCHES
+
+
+def test_a_processor_reads_the_commit_that_is_asked_for_and_no_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.models import processor
+
+    asked: list[Any] = []
+
+    def fetched(path: Any, revision: Any, files: Any = None) -> Path:
+        asked.append((path, revision, bool(files)))
+        return folder
+
+    monkeypatch.setattr(processor, "local_folder", fetched)
+    monkeypatch.setattr(processor, "AutoTokenizer", type("T", (), {"from_pretrained": staticmethod(lambda *a, **k: k)}))  # fmt: skip
+    images, told = ChatGLM4VProcessor._get_arguments_from_pretrained("org/name", revision="a1b2")
+    assert (images.image_size, images.patch_size) == (pictures.SIZE, 14)
+    assert told["revision"] == "a1b2"
+    saved = {"image_processor": {"image_size": 28, "patch_size": 7, "image_processor_type": "X"}}
+    images, _ = ChatGLM4VProcessor._get_arguments_from_pretrained("org/name", saved)
+    assert (images.image_size, images.patch_size) == (28, 7)
+    monkeypatch.setattr(processor, "image_spec", lambda _: None)
+    told = ChatGLM4VProcessor.from_pretrained("org/name", revision="c3", trust_remote_code=True, _from_auto=True)  # fmt: skip
+    assert told == {"revision": "c3"}
+    assert asked == [("org/name", "a1b2", True), ("org/name", "c3", True)]
+
+
+def test_a_checkpoint_of_another_family_has_no_processor_here(tmp_path: Path) -> None:
+    other = pictures.save_grid_model(tmp_path / "grid")
+    assert ChatGLM4VImageProcessor.of_checkpoint(other) is None
