@@ -15,10 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from finetune.errors import DataError
-from finetune.models.chatglm.configuration import ChatGLMConfig
 from finetune.models.chatglm.spans import Spans, positions, remember
 from finetune.models.load import load_model
-from finetune.models.processor import ChatGLM4VImageProcessor, ChatGLM4VProcessor
 from finetune.models.vision import feature_cache
 from finetune.models.vision.feature_cache import FeatureFiles, vision_cache
 
@@ -363,43 +361,3 @@ def test_of_images_that_keep_their_shape_the_shape_is_kept_too(grid: Any, tmp_pa
     with torch.no_grad():
         kept = grid(input_ids=ids, **files(names)).logits
         torch.testing.assert_close(kept, grid(input_ids=ids, **shown).logits)
-
-
-# --- the processor -------------------------------------------------------------------------------------------
-
-
-def test_sizes_of_images_are_the_published_ones_where_nothing_is_said() -> None:
-    assert ChatGLM4VImageProcessor().patches == 1600
-    config = ChatGLMConfig(vision_config=pictures.VISION, boi_token_id=1, eoi_token_id=2)
-    processor = ChatGLM4VImageProcessor(pictures.SIZE, pictures.VISION["patch_size"])
-    assert processor.patches == config.image_patches == pictures.NUM_PATCHES
-
-
-def test_a_processor_reads_the_commit_that_is_asked_for_and_no_weights(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from finetune.models import processor
-
-    asked: list[Any] = []
-
-    def fetched(path: Any, revision: Any, files: Any = None) -> Path:
-        asked.append((path, revision, bool(files)))
-        return folder
-
-    monkeypatch.setattr(processor, "local_folder", fetched)
-    monkeypatch.setattr(processor, "AutoTokenizer", type("T", (), {"from_pretrained": staticmethod(lambda *a, **k: k)}))  # fmt: skip
-    images, told = ChatGLM4VProcessor._get_arguments_from_pretrained("org/name", revision="a1b2")
-    assert (images.image_size, images.patch_size) == (pictures.SIZE, 14)
-    assert told["revision"] == "a1b2"
-    saved = {"image_processor": {"image_size": 28, "patch_size": 7, "image_processor_type": "X"}}
-    images, _ = ChatGLM4VProcessor._get_arguments_from_pretrained("org/name", saved)
-    assert (images.image_size, images.patch_size) == (28, 7)
-    monkeypatch.setattr(processor, "image_spec", lambda _: None)
-    told = ChatGLM4VProcessor.from_pretrained("org/name", revision="c3", trust_remote_code=True, _from_auto=True)  # fmt: skip
-    assert told == {"revision": "c3"}
-    assert asked == [("org/name", "a1b2", True), ("org/name", "c3", True)]
-
-
-def test_a_checkpoint_of_another_family_has_no_processor_here(tmp_path: Path) -> None:
-    other = pictures.save_grid_model(tmp_path / "grid")
-    assert ChatGLM4VImageProcessor.of_checkpoint(other) is None
