@@ -23,7 +23,8 @@ from finetune.config import extras
 from finetune.config.load import load_config
 from finetune.config.schema import FullMethod, LoraMethod
 from finetune.errors import ConfigError
-from finetune.methods.optimizers import MuonWithAdamW, matrices
+from finetune.methods import optimizers
+from finetune.methods.optimizers import MuonWithAdamW, for_counting, matrices
 from finetune.models.load import load_model
 from finetune.planning.plan import Gpu, Plan
 
@@ -177,3 +178,45 @@ def test_a_plan_knows_the_state_of_every_optimizer(nine_billion: Path) -> None:
     muon = planned("muon", nine_billion)
     assert muon.memory["optimizer"] == pytest.approx(4 * trained, rel=0.01)
     assert muon.checkpoint_bytes == pytest.approx(8 * trained, rel=0.01)
+
+
+def test_muon_takes_a_closure_empty_groups_and_no_tensor_of_more_dimensions() -> None:
+    weight, bias = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [weight], "muon": True, "lr": 0.1}, {"params": [bias], "muon": False, "lr": 0.1}, {"params": [], "muon": True, "lr": 0.1}]  # fmt: skip
+    optimizer = MuonWithAdamW(groups, betas=(0.9, 0.99), eps=1e-6)
+    assert len(optimizer.param_groups) == 2
+
+    def closure() -> torch.Tensor:
+        loss = (weight * torch.arange(9.0).view(3, 3)).sum() + bias.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    assert float(optimizer.step(closure)) == 39.0
+    assert not torch.equal(weight.detach(), torch.ones(3, 3))
+    assert not torch.equal(bias.detach(), torch.ones(3))
+    assert {len(state) for state in optimizer.state.values()} > {0} or len(optimizer.state) == 2
+    model = nn.Module()
+    model.layer, model.conv = nn.Linear(2, 2), nn.Conv2d(2, 2, 2)
+    model.frozen = nn.Linear(2, 2).requires_grad_(False)
+    model.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    assert optimizers.matrices(model) == {"layer.weight"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizer_of_a_count_updates_what_learns(name: str) -> None:
+    model = nn.Module()
+    model.layer, model.frozen = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    model.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    found = for_counting(model, name)
+    held = [weight for group in found.param_groups for weight in group["params"]]
+    assert {id(weight) for weight in held} == {id(weight) for weight in model.layer.parameters()}
+    if name == "muon":
+        by_kind = {group["muon"]: group["params"] for group in found.param_groups}
+        assert by_kind[True][0] is model.layer.weight
+        assert by_kind[False][0] is model.layer.bias
+
+
+def test_states_of_8_bits_are_two_bytes_and_two_scales_for_256_numbers() -> None:
+    assert optimizers.STATE_BYTES["adamw_8bit"] * 256 == 2 * (256 + 4)
+    assert {name for name, size in optimizers.STATE_BYTES.items() if not size} == {"paged_adamw", "paged_adamw_8bit"}  # fmt: skip

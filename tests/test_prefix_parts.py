@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -162,3 +163,63 @@ def test_the_prefix_of_a_cache_is_as_narrow_as_the_model(tiny_glm: Path) -> None
     assert [tuple(one.shape) for pair in states for one in pair] == [(1, 2, N, 8)] * 4
     assert {one.dtype for pair in states for one in pair} == {torch.bfloat16}
     assert prefix_of(load_model(tiny_glm)) == []
+
+
+def test_noise_is_as_large_as_it_is_said_to_be_and_a_prefix_is_all_that_learns(tiny_glm: Path) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    model = methods.attach(load_model(tiny_glm), PTuningV2Method(num_virtual_tokens=200))
+    prefixes = [m for m in model.modules() if isinstance(m, ptuning_v2.Prefix)]
+    assert float(torch.cat([p().flatten() for p in prefixes]).detach().std()) == pytest.approx(0.2, rel=0.05)  # fmt: skip
+    assert {name.rpartition(".prefix.")[2] for name, w in model.named_parameters() if w.requires_grad} == {"key_value"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "hidden"), [(None, 16), (7, 7)])
+def test_an_encoder_is_as_wide_as_it_is_asked_to_be_and_starts_from_no_text(
+    asked: int | None, hidden: int, tiny_glm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_init, "activations", lambda *_: 1 / 0)
+    section = PTuningV2Method(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=asked)  # fmt: skip
+    model: Any = ptuning_v2.attach(load_model(tiny_glm), section, start_ids=[1, 2, 3])
+    assert model.prefix_encoder.transform.out_features == hidden
+    assert model.prefix_encoder.embedding.weight.shape == (3, 16)
+    bare = ptuning_v2.detach(model)
+    assert not hasattr(bare, "prefix_encoder")
+    assert not hasattr(bare, "_without_prefix")
+    assert not ptuning_v2.is_attached(bare)
+
+
+def test_the_saved_config_has_the_sizes_that_peft_asks_for(tiny_glm: Path, tmp_path: Path) -> None:
+    import json
+
+    from finetune.artifacts.base_record import BaseRecord
+
+    section = PTuningV2Method(num_virtual_tokens=3, prefix_projection=True)
+    model = methods.attach(load_model(tiny_glm), section)
+    methods.save(model, tmp_path, base=BaseRecord(str(tiny_glm), None, "x"))
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    asked = {name: said[name] for name in ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads", "prefix_projection")}  # fmt: skip
+    assert asked == {"num_virtual_tokens": 3, "num_layers": 2, "token_dim": 16, "num_attention_heads": 2, "prefix_projection": False}  # fmt: skip
+    assert (tmp_path / "prefix_encoder.safetensors").is_file()
+    assert not (tmp_path / "prefix_units.safetensors").exists()
+    plain = methods.attach(load_model(tiny_glm), PTuningV2Method(num_virtual_tokens=3))
+    with pytest.raises(
+        ModelError, match="another prefix than this run attaches; use the num_virtual"
+    ):
+        methods.restore(plain, tmp_path)
+
+
+def test_a_model_that_sees_gives_the_text_that_a_prefix_starts_from(tmp_path: Path) -> None:
+    model = load_model(pictures.save_grid_model(tmp_path / "model"))
+    ran: list[int] = []
+    model.model.visual.register_forward_hook(lambda *_: ran.append(1))
+    states = prefix_init.activations(model, [10, 40, 41])
+    assert [tuple(one.shape) for one in states] == [(2, 2, 3, 8)] * 2
+    assert not ran
+    assert not any(state.requires_grad for state in states)
+
+
+def test_a_mask_is_open_for_the_prefix_in_either_form() -> None:
+    seen = ptuning_v2._open_left(torch.zeros(1, 1, 2, 3, dtype=torch.bool), 2)
+    assert seen.int().tolist() == [[[[1, 1, 0, 0, 0]] * 2]]
+    added = ptuning_v2._open_left(torch.full((1, 1, 2, 3), -9.0), 2)
+    assert added.tolist() == [[[[0.0, 0.0, -9.0, -9.0, -9.0]] * 2]]
