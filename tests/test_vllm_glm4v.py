@@ -99,6 +99,8 @@ def test_vllm_sees_the_pixels_of_training_bit_for_bit(
     assert seen.shape == (2, 3, 28, 28)
     for row in seen:
         assert row.tobytes() == pixels(tmp_path / "noise.png", 28).tobytes()
+    [alone] = processor.preprocess(image, size={"width": 14, "height": 14})["pixel_values"].numpy()
+    assert alone.tobytes() == pixels(tmp_path / "noise.png", 14).tobytes()
 
 
 def test_vllm_finds_the_architecture_where_this_package_is_installed(
