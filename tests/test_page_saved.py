@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.chat.tokenizer import load_chat_tokenizer
+from finetune.language import chinese
 from finetune.serving.errors import ApiError
 from finetune.serving.page.html import PageOptions, make_page
 from finetune.serving.page.routes import add_page
@@ -191,7 +192,8 @@ def test_no_setting_can_end_the_script_of_the_page_and_nobody_may_frame_it(tmp_p
         assert len(hashes) == 1
         assert f"{kind}-src 'sha256-{hashes.pop()}'" in policy
     assert "sourceMappingURL" not in page.text
-    assert told["words"]["Send"] == "发送"
+    assert (told["words"]["Send"], told["words"]["Try it"]) == ("发送", chinese("Try it"))
+    assert chinese("Try it") != "Try it"
 
 
 @pytest.mark.parametrize(("speaks", "told"), [("zh", '"zh"'), ("en", "null")])

@@ -80,7 +80,7 @@ def test_every_option_of_a_server_comes_to_where_it_acts(
         template, KEY, host="Me.Example", allow_hosts=("Other.Example",), max_new_tokens=21, context=22,
         batch_size=23, max_requests=24, max_request_mb=25, history="strict", strict=True, page=page, watch=(tmp_path,),
     )  # fmt: skip
-    assert found.engine == {"batch_size": 23, "more_come": True}
+    assert (found.engine, found.models) == ({"batch_size": 23, "more_come": True}, ["tiny"])
     assert found.limits == Limits(24, 25 * 1024 * 1024)
     assert found.access == Access({"localhost", "me.example", "other.example"}, KEY)
     assert found.page is page
@@ -232,11 +232,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(tmp_path / "run", monkeypatch)
 
 
-def test_of_what_is_new_the_newest_whole_one_is_served_and_the_others_never(run: Run) -> None:
+def test_of_what_is_new_the_newest_whole_one_is_served_and_the_others_never(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
     run.saved("checkpoint-1", "checkpoint-2", "checkpoint-3")
     run.damaged = {"checkpoint-3"}
     run.watch.look()
     assert run.put == [("run@2", "run", "checkpoint-2")]
+    assert capfd.readouterr().out == "run is checkpoint-2 now, also as run@2\n"
     run.watch.look()
     run.damaged = set()
     run.watch.look()

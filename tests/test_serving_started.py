@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from finetune.cli import main
 from finetune.errors import ConfigError
 from finetune.generation import load
+from finetune.generation.predict import PredictOptions
 from finetune.generation.settings import Placement
 from finetune.serving import serve as serve_module
 from finetune.serving.page.html import PageOptions
@@ -87,3 +89,18 @@ def test_a_short_key_of_the_environment_is_named_by_its_variable(
         pytest.raises(ConfigError, match="in the variable FINETUNE_API_KEY is shorter than 16"),
     ):
         _key(ServeOptions(), listener)
+
+
+def test_what_the_command_does_not_say_is_what_the_program_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`chat --web` and Python callers have the defaults of `serve` and `predict`."""
+    given: list[Any] = []
+    monkeypatch.setattr(serve_module, "serve", lambda targets, *, base, options: given.append(options))  # fmt: skip
+    monkeypatch.setattr("finetune.generation.predict.predict", lambda *_, **how: given.append(how["options"]))  # fmt: skip
+    for command in ("serve", "predict --data x.jsonl --output"):
+        words = [*command.split(), *([str(tmp_path / "o.jsonl")] if "output" in command else [])]
+        with pytest.raises(SystemExit):
+            main([words[0], "org/model", *words[1:]])
+    assert given == [ServeOptions(), PredictOptions()]
+    assert (ServeOptions().host, ServeOptions().port) == ("127.0.0.1", 8000)
