@@ -160,6 +160,22 @@ def test_an_image_of_a_dialogue_to_be_counted_is_found_where_it_was_put(tmp_path
     assert [one["text"] for one in told["tokens"] if one["control"]][:2] == ["[gMASK]", "<sop>"]
 
 
+def test_what_is_no_dialogue_of_this_model_is_told_and_not_saved(
+    rules: RequestRules, saves: Saves, tmp_path: Path
+) -> None:
+    shown = [*serving.showing(serving.data_url()), TALK[1]]
+    (tmp_path / "place").mkdir()
+    for messages, reason in ((["hi", TALK[1]], "message 1: is text, not an object"), (shown, "takes no|takes none|no image")):  # fmt: skip
+        body = json.dumps({"model": "tiny", "messages": messages}).encode()
+        with pytest.raises(ApiError, match=reason) as caught:
+            told_tokens(body, {"tiny": rules}, tmp_path / "place")
+        assert (caught.value.status, caught.value.param) == (400, "messages")
+        assert str(tmp_path) not in str(caught.value)
+    with pytest.raises(ApiError, match="message 1: is text, not an object"):
+        saves.row(json.dumps({"model": "a", "messages": ["hi"]}).encode())
+    assert not (saves.folder / "rows.jsonl").exists()
+
+
 def test_tokens_of_a_dialogue_are_marked_where_they_carry_loss(
     rules: RequestRules, tmp_path: Path
 ) -> None:

@@ -198,8 +198,6 @@ class Lane:
     def _add(self, read: Sequence[PendingPrompt], known: SharedPrefix | None = None) -> None:
         """Computes prompts together; where that fails each alone, so that one harms no other."""
         asked = [(job, one.prompt) for one in read for job in one.jobs]
-        if not asked:
-            return
         jobs = [job for job, _ in asked]
         requests = [job.as_request(prompt) for job, prompt in asked]
         try:
