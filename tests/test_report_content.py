@@ -16,6 +16,7 @@ from test_report_words import compared, evaluation, score
 from finetune import __version__
 from finetune.errors import ConfigError
 from finetune.evaluation.schema import Evaluation, Published, Sample, TargetScores, read_evaluation
+from finetune.evaluation.scores.metrics import metric
 from finetune.report import (
     page,
     page_data,
@@ -272,3 +273,92 @@ def test_plots_are_drawn_again_over_ours_and_through_no_link(
     (made / "plots").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="plots is a link"):
         plots.write_plots(made)
+
+
+# --- its markup --------------------------------------------------------------------------------
+
+
+def with_everything(made: Path) -> Path:
+    """The evaluation with labels, hidden sentences, a published figure, seven scores and an empty reply."""
+    file = made / "evaluation.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for number, target in enumerate(found["targets"]):
+        target["scores"] |= {f"t{n}/acc": {"value": 10.0 * n + number, "low": n, "high": n + 0.5, "n": 9} for n in range(3)}  # fmt: skip
+    report = {"labels": ["ham"], "precision": [50.0], "recall": [70.0], "f1": [58.3], "confusion": [[7, 3]]}  # fmt: skip
+    found["labels"] = {"base": report}
+    found["needles"] = {"base": {"en:4096:50": 100.0}}
+    found["published"] = [{"score": "t1/acc", "value": 72.4, "model": "GLM"}]
+    file.write_text(json.dumps(found), encoding="utf-8")
+    replies = made / found["targets"][0]["predictions"]
+    rows = [json.loads(line) for line in replies.read_text("utf-8").splitlines()]
+    rows[3]["prediction"] = ""
+    replies.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return made
+
+
+def cells_of(text: str, table: str) -> list[list[str]]:
+    """The cells of a table of the page, row by row, markup and all."""
+    [found] = re.findall(rf'<table class="{table}">(.*?)</table>', text, re.DOTALL)[:1]
+    rows = re.findall(r"<tr>(.*?)</tr>", found, re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>.*?</t[hd]>", row, re.DOTALL) for row in rows]
+
+
+def test_every_cell_of_the_pages_table_says_what_its_score_is(made: Path) -> None:
+    found = read_evaluation(with_everything(made))
+    text = page.write_page(made).read_text(encoding="utf-8")
+    content = page_data.read_content(made, found)
+    head, *rows = cells_of(text, "scores")
+    labels = [re.sub("<[^>]*>", "", cell) for cell in head]
+    assert labels == ["Model", *(metric(name).label for name in page._ordered(found))]
+    words = {"↑": ("better", "better than the base"), "↓": ("worse", "worse than the base"), "→": ("level", "no real difference to the base")}  # fmt: skip
+    expected = page._rows(found, page.colours_of(found), content.reply_lengths)
+    assert {cell["arrow"] for row in expected for cell in row["cells"]} >= {"", "↑"}
+    for row, cells in zip(expected, rows, strict=True):
+        assert f'<i class="mark c{row["colour"]}"></i>{row["target"].name}<small>' in cells[0]
+        assert ("; 1 of 8 replies empty" in cells[0]) is (row["target"].name == "base")
+        step = row["target"].step
+        assert (f", at step {step}" if step else "base; 1 of 8") in cells[0]
+        for told, cell in zip(row["cells"], cells[1:], strict=True):
+            assert ('class="best"' in cell) is told["best"]
+            kind, said = words.get(told["arrow"], ("", ""))
+            arrow = f'<span class="arrow {kind}" role="img" aria-label="{said}" title="{said}">{told["arrow"]}</span>'  # fmt: skip
+            assert f"{arrow if said else ''}{told['text']}<small>{told['interval']}</small></td>" in cell  # fmt: skip
+    _, published = cells_of(text[text.index('<section id="published">') :], "scores")
+    assert [re.sub("<[^>]*>", " ", cell).split() for cell in published[1:3]] == [["72.4", "GLM"], ["10.0", "1.0", "to", "1.5"]]  # fmt: skip
+    _, needles = cells_of(text[text.index('<section id="needles">') :], "confusion")
+    assert needles[0] == '<th scope="row">50</th>'
+    assert needles[1] == '<td class="heat5">100</td>'
+    _, labelled = cells_of(text[text.index('<section id="labels">') :], "confusion")
+    assert [re.sub("<[^>]*>", "", cell) for cell in labelled] == ["ham", "50.0", "70.0", "58.3", "7", "3"]  # fmt: skip
+
+
+def test_a_page_has_the_parts_that_it_has_something_for_and_leads_to_each(made: Path) -> None:
+    text = page.write_page(with_everything(made)).read_text(encoding="utf-8")
+    parts = re.findall(r'<section id="(\w+)">', text)
+    assert parts == ["differences", "scores", "published", "needles", "labels", "verdicts", "slices", "lengths", "samples", "made"]  # fmt: skip
+    [nav] = re.findall("<nav .*?</nav>", text, re.DOTALL)
+    led = re.findall(r'<a href="#(\w+)">([^<]*)</a>', nav)
+    assert [place for place, _ in led] == [one for one in parts if one not in ("published", "needles")]  # fmt: skip
+    assert [word for _, word in led] == ["Runs", "Scores", "Labels", "Verdicts", "Slices", "Lengths", "Samples", "How it was made"]  # fmt: skip
+    assert '<a class="skip" href="#samples">Skip to the samples</a>' in text
+    assert re.findall(r"<summary>(\d+) more scores over steps</summary>", text) == ["2"]
+    assert re.findall(r"<summary>(\d+) more</summary>", text) == ["4"]
+    panels = re.findall(r"<figcaption>([^<]*?)(?: <small>([^<]*)</small>)?</figcaption>", text)
+    assert [name for name, _ in panels[:2]] == ["loss while training", "rouge-l"]
+    assert panels[0][1] == "thin: training, dots: validation"
+    assert [said for _, said in panels[1:8]] == [""] * 7
+    assert "Arrows compare with the base" in text
+    assert 'id="pair-table"' in text
+    alone = evaluations.write_evaluation(made.parent / "alone", samples=2, runs=())
+    text = page.write_page(alone).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)">', text) == ["scores", "slices", "lengths", "samples", "made"]  # fmt: skip
+    assert 'id="pair-table"' not in text
+    assert "evenly spaced" not in text
+    found = json.loads((alone / "evaluation.json").read_text("utf-8"))
+    found["targets"][0] |= {"kind": "merged"}
+    (alone / "evaluation.json").write_text(json.dumps(found | {"slices": {}, "data": []}))
+    (alone / found["targets"][0]["predictions"]).write_text("")
+    text = page.write_page(alone).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)">', text) == ["scores", "made"]
+    assert '<a class="skip" href="#scores">Skip to the scores</a>' in text
+    assert "Arrows compare" not in text
