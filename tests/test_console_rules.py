@@ -200,3 +200,61 @@ def test_streams_that_were_closed_lead_nowhere(monkeypatch: pytest.MonkeyPatch) 
         assert stream.write("x") == 1
         stream.close()
     sys.stdin.close()
+
+
+def test_a_warning_on_a_terminal_is_bold_and_of_the_same_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(console, "_consoles", {})
+    monkeypatch.setenv("TERM", "xterm")
+    console.warn("[bold] " + "x" * 300 + "\x1b[2J")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("[bold] " + "x" * 300 + "␛[2J\n"), "in one line, and nothing is obeyed"
+    assert "warning: " in err
+    monkeypatch.setenv("TERM", "dumb")
+    console.warn("plain")
+    assert capsys.readouterr().err == "warning: plain\n"
+
+
+def test_beside_json_a_terminals_table_goes_to_the_other_stream(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    monkeypatch.setattr(console, "_consoles", {})
+    with console.json_output() as emit:
+        console.table(["a"], [["in the middle"]])
+        console.say("said")
+        emit([1])
+    console.table(["a"], [["behind"]])
+    out, err = capfd.readouterr()
+    assert "in the middle" in err
+    assert "said\n" in err
+    assert out.startswith("[1]\n")
+    assert "behind" in out
+    assert "in the middle" not in out
+
+
+def test_at_the_end_only_a_log_that_is_lost_or_full_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    discarded: list[Any] = []
+    monkeypatch.setattr(console, "_discard", discarded.append)
+
+    class Late(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    late = Late()
+    monkeypatch.setattr(sys, "stdout", late)
+    monkeypatch.setattr(console, "_tolerates_loss", False)
+    console.flush_at_exit()
+    assert discarded == []
+    monkeypatch.setattr(console, "_tolerates_loss", True)
+    console.flush_at_exit()
+    assert discarded == [late]
+    lasting = console._Lasting(stderr=False)
+    assert lasting.write("abc") == 3
+    lasting.flush()
+    assert lasting.getvalue() == "abc", "as the stream itself has it"
