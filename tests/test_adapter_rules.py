@@ -33,7 +33,7 @@ TAKEN_AND_REFUSED: list[tuple[str, list[Any], list[Any]]] = [
     ("r", [1, 64], [0, -1, True, 1.5, "8", None]),
     ("lora_alpha", [6, 0.5, -1e6, 1e6], [1.1e6, -1.1e6, True, "8", None]),
     ("lora_dropout", [0, 0.1, 1], [-0.1, 1.1, True, "0"]),
-    ("target_modules", ["q", ["q"], "all-linear"], ["", [], [""], [1], 3]),
+    ("target_modules", ["q", ["q"], "all-linear"], ["", [], [""], [1], ["q", 1], 3]),
     ("exclude_modules", [None, "q", ["q"]], [3, [1], [""]]),
     ("modules_to_save", [None, []], ["q", [1]]),
     ("target_parameters", [None, []], ["q", [1]]),
@@ -144,7 +144,9 @@ def test_what_a_config_adapts_is_missed_in_its_file_and_nothing_else(
     expected = {f"it has nothing for {name}, which its config adapts" for name in adapted - {"x.q"}}
     if "x.q" not in adapted:
         expected.add("it holds x.q, which its config does not adapt")
-    assert set(found.misfits(NAMES)) == expected
+    said_ = found.misfits(NAMES)
+    assert set(said_) == expected
+    assert said_ == sorted(said_, key=lambda one: (one.startswith("it holds"), one))
 
 
 WHOLE: list[tuple[str, dict[str, Any], bool]] = [
@@ -156,6 +158,8 @@ WHOLE: list[tuple[str, dict[str, Any], bool]] = [
     ("x.norm.modules_to_save.default.weight", {"modules_to_save": ["norm"]}, True),
     ("subnorm.weight", {"modules_to_save": ["norm"]}, False),
     ("x.q.lora_C.weight", {}, False),
+    ("x.q.lora_B.bias", {"bias": "all"}, False),
+    ("embed.token_adapter.trainable_tokens_delta", {}, False),
 ]
 
 

@@ -100,6 +100,8 @@ def test_a_fingerprint_is_of_the_tensors_however_they_are_spread(tmp_path: Path)
     assert weights.model_fingerprint(one) == weights.model_fingerprint(str(other))
     assert weights.model_fingerprint(swapped) != weights.model_fingerprint(one)
     assert [file.name for file in weights.weight_files(other)] == ["0-b.safetensors", "1-a.safetensors"]  # fmt: skip
+    many = sharded(tmp_path / "many", *({name: 0} for name in "hgfedcba"))
+    assert [file.name for file in weights.weight_files(many)] == sorted(file.name for file in many.glob("*.safetensors"))  # fmt: skip
     found = weights.tensors(one)
     assert {name: tensor.shape for name, tensor in found.items()} == {"a": (40,), "b": (40,)}
     for index in ("[]", '{"weight_map": {"a": ["x"]}}', "{}"):
@@ -269,3 +271,21 @@ def test_all_linear_is_known_to_peft_alone_and_what_is_missing_is_named(tmp_path
     assert "it holds no tensor" in said(read_lora, empty)
     unnamed = write_tensors(tmp_path / "adapter_model.safetensors", {"x.q.lora_A.weight": (2, 8)})
     assert "x.q.lora_A.weight is not named base_model.model.…" in said(read_lora, unnamed.parent)
+
+
+def test_settings_that_are_null_ask_for_nothing(tmp_path: Path) -> None:
+    null = dict.fromkeys(("target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform"))  # fmt: skip
+    found = read_lora(adapter(tmp_path, **null))
+    assert found.misfits(["x.q", "x.k", "x.v"]) == []
+    assert found.ranks == {"x.q": 2, "x.k": 2}
+    rest = [
+        "num_layers",
+        "depth",
+        "hidden_size",
+        "vocab_size",
+        "head_dim",
+        "num_heads",
+        "seq_length",
+    ]
+    text = said(read_model_config, model(tmp_path / "m", **dict.fromkeys(rest, 0)))
+    assert text.count("must be") == 5, "of seven"

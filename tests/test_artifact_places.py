@@ -337,3 +337,30 @@ def test_a_pattern_that_is_none_is_named_by_its_place(tmp_path: Path) -> None:
     assert "x: key: '(' is not a regex" in said(regex.match_names, ["("], ["a"], location="x: key")
     found = regex.match_names(["a+", "b"], ["aa", "b", "ab", "a"], location="x")
     assert found == {"a+": {"aa", "a"}, "b": {"b"}}, "two at once, in a process of their own"
+
+
+def test_what_is_called_like_a_checkpoint_and_is_a_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").touch()
+    assert checkpoint.checkpoints(tmp_path) == []
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/inner").symlink_to(tmp_path / "outside")
+    assert "inner is a link that leads out of its folder" in said(plain_files.check_folder, tmp_path / "model")  # fmt: skip
+
+
+def test_a_revision_that_no_hub_confirms_is_told_as_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "say", lambda _: None)
+    monkeypatch.setattr(hub, "fetched", {})
+    monkeypatch.setattr(remote_files, "listing", lambda *_: remote_files.Listing(None, {}))
+    monkeypatch.setattr(hub, "_DOWNLOADS", dict.fromkeys(hub._DOWNLOADS, lambda *_: tmp_path))
+    for cached in (hub.listed, hub._fetched):
+        cached.cache_clear()
+    for name, revision, told in (("a/a", "v1", "v1"), ("b/b", None, "the newest")):
+        hub.listed(Repository("modelscope", name, revision))
+        assert hub.fetched[f"modelscope:{name}"] == told
+        assert hub.fetch(f"hf://{name}", "model", [], revision) == tmp_path
+        assert hub.fetched[f"huggingface:{name}"] == told
+    for cached in (hub.listed, hub._fetched):
+        cached.cache_clear()

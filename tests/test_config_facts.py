@@ -370,3 +370,30 @@ def test_an_option_of_another_program_says_what_became_of_it() -> None:
     assert told_of("model_type") == "not needed: it follows from the checkpoint"
     assert told_of("val_file") == "the option is data.validation"
     assert told_of("adapters") is not None
+
+
+def test_a_configuration_is_frozen_and_equal_values_are_written_out() -> None:
+    shared = {"path": "a", "weight": 2.0}
+    tree = yaml.safe_load(MINIMAL)
+    tree["data"]["train"] = [shared, shared]
+    config = load_mapping(tree).config
+    assert [source.path for source in config.data.train] == ["a", "a"]
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.seed = 1
+
+
+def test_a_value_without_a_counterpart_says_where_to_look_and_none_turns_nothing_on(
+    tmp_path: Path,
+) -> None:
+    old = {"stage": "sft", "save_steps": 0.2, "val_size": 100, "report_to": None, "bf16": False, "lora_rank": [1], "learning_rate": {}}  # fmt: skip
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    left = migrate(tmp_path / "old.yaml").left
+    assert left["save_steps"] == "0.2 has no counterpart; see training.save_every_steps"
+    assert left["val_size"].startswith("whole groups are held out")
+    assert {"report_to", "bf16"}.isdisjoint(left)
+    register = tmp_path / "data"
+    register.mkdir()
+    (register / "dataset_info.json").write_text('{"mine": {"file_name": "m.json"}}')
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"stage": "sft", "dataset": "mine", "dataset_dir": str(register)}))  # fmt: skip
+    [source] = migrate(tmp_path / "old.yaml", data="elsewhere").values["data.train"]
+    assert source["path"] == str(register / "m.json"), "it says where its data lies"

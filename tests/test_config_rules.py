@@ -90,7 +90,7 @@ def test_without_steps_or_epochs_there_are_three_passes() -> None:
 
 FINE = [
     "data: {columns: {prompt: a, response: b}}", "data: {format: pairs, columns: {prompt: a, response: b}}",
-    "training: {warmup_steps: 0.5}", "training: {warmup_steps: 1}", "training: {warmup_steps: 2.0}", "training: {max_steps: 1}",
+    "training: {warmup_steps: 0.5}", "training: {warmup_steps: 20}", "training: {warmup_steps: many}", "training: {warmup_steps: 1}", "training: {warmup_steps: 2.0}", "training: {max_steps: 1}",
     "training: {tokens_per_step: 9}\ndata: {packing: true}",
     "training: {offload_activations: true, activation_checkpointing: true}",
     "training: {save: weights}", "training: {save_weights_every_steps: 2}",

@@ -13,6 +13,7 @@ import pytest
 
 from finetune import console, errors
 from finetune.errors import is_out_of_memory
+from finetune.report.charts import Point
 
 EXIT_CODES = {
     "FinetuneError": 1, "ConfigError": 2, "DataError": 2, "ModelError": 2, "CheckpointError": 3, "NonFiniteError": 4,
@@ -143,6 +144,10 @@ def test_json_comes_at_once_and_standard_output_is_itself_again_afterwards(
         assert capfd.readouterr().out == '{"path": "a", "é": 1}\n'
         with pytest.raises(TypeError, match="set has no JSON form"):
             emit({1})
+        with pytest.raises(TypeError, match="type has no JSON form"):
+            emit(Point)
+        emit(Point(1.0, 2.0))
+        assert capfd.readouterr().out == '{"x": 1.0, "y": 2.0, "low": null, "high": null}\n'
     assert sys.stdout is before
     assert console._stream() is sys.stdout
     assert len(os.listdir("/proc/self/fd")) == number  # noqa: PTH208
@@ -173,6 +178,10 @@ def test_a_dumb_terminal_is_none_and_a_moving_bar_says_what_is_done(
     for term, watched in (("xterm", True), ("dumb", False)):
         monkeypatch.setenv("TERM", term)
         assert console.on_terminal() is watched
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert not console.on_terminal()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(console, "_consoles", {})
     monkeypatch.setenv("COLUMNS", "100")
@@ -182,6 +191,8 @@ def test_a_dumb_terminal_is_none_and_a_moving_bar_says_what_is_done(
         bar, task = meter._bar
         assert (bar.tasks[task].completed, bar.tasks[task].total) == (3, 4)
         assert bar.tasks[task].description == "rows loss 1"
+        assert not bar.columns[0].markup  # type: ignore[union-attr]
+        assert bar.live.transient
         meter.advance()
         assert (bar.tasks[task].completed, bar.tasks[task].description) == (4, "rows")
     capsys.readouterr()

@@ -60,7 +60,7 @@ def test_every_name_with_the_mark_of_a_library_asks_for_it(
     real = importlib.util.find_spec
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == library else real(name))
     every = {*extras.optimizer_names(), *extras.NAMED_OPTIMIZERS}
-    names = [n for n in every if n.startswith(mark) or (mark == "bnb" and "bnb" in n)]
+    names = [name for name in every if name.startswith(mark)]
     asked = [name for name in names if name not in extras.NAMED_OPTIMIZERS]
     for name in asked:
         assert library in extras.extra_problems({"optim": name}).get("optim", ""), name

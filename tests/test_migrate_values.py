@@ -57,6 +57,7 @@ report_to: none ->
 ddp_timeout: 1800 -> training.process_timeout_minutes: 30.0
 ddp_timeout: 180000000 -> training.process_timeout_minutes: 1440
 deepspeed: z.json -> deepspeed.config: z.json
+deepspeed: ds_z3.json -> deepspeed.config: ds_z3.json
 deepspeed: zero2 -> deepspeed.zero_stage: 2
 deepspeed: zero3_offload -> {deepspeed.zero_stage: 3, deepspeed.offload_optimizer: cpu}
 deepspeed: null ->

@@ -94,6 +94,11 @@ def test_a_band_runs_along_the_upper_ends_and_back_along_the_lower_ones() -> Non
     highs, lows = places[:3], places[:2:-1]
     assert all(high < low for (_, high), (_, low) in zip(highs, lows, strict=True))
     assert [y for _, y in highs] == sorted((y for _, y in highs), reverse=True), "6, 7, 8 rise"
+    exact = drawn(line(points=[(0, 4, 0, 6), (1, 6, 4, 6), (2, 0, 0, 4)]))
+    at = {value: float(dot["cy"]) for value, dot in zip((4, 6, 0), attributes(exact, "circle"), strict=True)}  # fmt: skip
+    [band] = attributes(exact, "polygon")
+    upper, lower = (6, 6, 4), (0, 4, 0)
+    assert [y for _, y in corners(band["points"])] == [at[one] for one in (*upper, *lower[::-1])]
 
 
 def test_levels_cross_the_panel_and_one_point_has_a_whisker() -> None:

@@ -130,8 +130,17 @@ def test_no_descriptor_and_no_owner_is_left_behind(
 
 
 def test_what_is_written_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
-    before = os.umask(0o027)
+    before = os.umask(0)
     try:
+        held = lock.try_lock(tmp_path / "lock")
+        assert held is not None
+        held.release()
+        with pytest.MonkeyPatch.context() as patch:
+            no_locks(patch, errno.ENOLCK)
+            owned = lock.try_lock(tmp_path / "owned")
+            assert owned is not None
+            assert (tmp_path / ".owned.owner").stat().st_mode & 0o777 == 0o644
+            owned.release()
         files.write_file(tmp_path / "a", "x")
         journal.append(tmp_path / "b", [{"n": 1}])
         hashed.hashed_text(tmp_path / "c", "x")
@@ -139,8 +148,8 @@ def test_what_is_written_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> No
             (stage / "e").touch()
     finally:
         os.umask(before)
-    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("a", "b", "c", "d", "d/manifest.json")}  # fmt: skip
-    assert modes == dict.fromkeys(modes, 0o640) | {"d": 0o750}
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("a", "b", "c", "d", "d/manifest.json", "lock")}  # fmt: skip
+    assert modes == dict.fromkeys(modes, 0o666) | {"d": 0o777, "lock": 0o644}
 
 
 def test_a_journal_is_written_whole_by_short_writes_and_through_no_link(
@@ -353,3 +362,26 @@ def test_an_output_of_another_content_than_its_label_says_is_made_again(tmp_path
     again.finish()
     assert list(journal.rows(output)) == [{"n": 1}]
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_folder_may_be_sealed_again_and_is_walked_in_the_order_of_names(tmp_path: Path) -> None:
+    for name in "hgfedcba":
+        (tmp_path / f"{name}/sub").mkdir(parents=True)
+        (tmp_path / f"{name}/file").touch()
+    for _ in range(2):
+        manifest.seal(tmp_path)
+        assert manifest.verify(tmp_path) == []
+    found, inner, odd = manifest.walk(tmp_path)
+    assert found == [*(f"{name}/file" for name in "abcdefgh"), "manifest.json"]
+    assert (inner[:2], odd) == (["h/sub", "h"], []), "the deepest first"
+    assert list(manifest.recorded(tmp_path).files) == found[:-1]
+
+
+def test_no_temporary_file_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "ab" * size)
+    (tmp_path / ".staging-a.abababab").write_text("of another")
+    with pytest.raises(FileExistsError):
+        files.write_file(tmp_path / "a", "x")
+    assert (tmp_path / ".staging-a.abababab").read_text() == "of another"

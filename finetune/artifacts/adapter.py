@@ -286,7 +286,7 @@ def _may_be_whole(name: str, config: Mapping[str, Any], *, embeddings: bool) -> 
     """Whether PEFT saves such a tensor beside the adapters."""
     module, _, kind = name.rpartition(".")
     module = module.removesuffix(".base_layer")
-    if "lora_" in name or "token_adapter" in name:
+    if "lora_" in name:
         return False
     if any(_ends_with(module, entry) for entry in config.get("modules_to_save") or ()):
         return True

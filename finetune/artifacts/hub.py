@@ -30,7 +30,8 @@ _ADDRESS = re.compile(
     r"(?P<scheme>hf|ms):/{1,2}(?:datasets/|models/)?(?P<name>\w[\w.-]*/\w[\w.-]*)"
     r"(?:@(?P<revision>[\w.-]+))?(?:/(?P<files>.+))?"
 )
-_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""`owner/name`."""
 
 fetched: dict[str, str] = {}
 """Addresses that this process fetched -> the commit that they stood for, or the revision asked for."""
@@ -57,7 +58,7 @@ def repository(address: str | Path) -> Repository | None:
     if match := _ADDRESS.fullmatch(text):
         hub = _SCHEMES[match["scheme"]]
         return Repository(hub, match["name"], match["revision"], match["files"] or "")
-    return Repository(_chosen(), text) if _NAME.fullmatch(text) else None
+    return Repository(_chosen(), text) if NAME.fullmatch(text) else None
 
 
 def _chosen() -> Hub:

@@ -58,7 +58,7 @@ def modelscope_commit(name: str, content: Content, revision: str | None) -> str 
     entries = _modelscope_entries(name, content, revision or "master")
     newest = max((entry.get("CommittedDate") or 0 for entry in entries.values()), default=0)
     candidates = {
-        str(entry.get("Revision") or "")
+        str(entry.get("Revision"))
         for entry in entries.values()
         if (entry.get("CommittedDate") or 0) == newest
     }

@@ -9,7 +9,6 @@ path or id  ->  kind_of       which of them it is
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """The few of them that laying out a dialogue needs."""
 
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -63,7 +60,7 @@ def is_folder(path: str | Path) -> bool:
 
 def is_hub_name(name: str) -> bool:
     """Whether it is of the form `owner/name`."""
-    return _HUB_NAME.fullmatch(name) is not None
+    return hub.NAME.fullmatch(name) is not None
 
 
 def pinned_revision(path: str, revision: str | None) -> str | None:

@@ -128,7 +128,7 @@ NAMED_OPTIMIZERS: dict[str, str] = {
 """Names in `training.extra.optim` that `training.optimizer` says."""
 
 BY_LIBRARY: dict[str, tuple[str, ...]] = {
-    "bitsandbytes": ("bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_"),
+    "bitsandbytes": ("adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_"),
     "galore_torch": ("galore_",),
     "apollo_torch": ("apollo_",),
     "lomo_optim": ("lomo", "adalomo"),
@@ -140,7 +140,7 @@ BY_LIBRARY: dict[str, tuple[str, ...]] = {
     "torch_xla": ("adamw_torch_xla",),
     "torch_npu": ("adamw_torch_npu_fused",),
 }
-"""Modules -> what the names of the optimizers that they bring begin with or hold."""
+"""Modules -> what the names of the optimizers that they bring begin with."""
 
 RANGES: dict[str, tuple[float, float | None]] = {
     "adam_beta1": (0, 1),
@@ -259,7 +259,6 @@ def _wrong_optimizer(name: str) -> str | None:
         hint = f", did you mean {meant[0]}?" if meant else ""
         return f"is no optimizer of this version of transformers: {name!r}{hint}; there are {', '.join(names)}"
     for module, marks in BY_LIBRARY.items():
-        brings = any(name.startswith(mark) or (mark == "bnb" and mark in name) for mark in marks)
-        if brings and name != "rmsprop" and find_spec(module) is None:
+        if name.startswith(marks) and find_spec(module) is None:
             return f"{name} needs a library that is not installed: {module}"
     return None

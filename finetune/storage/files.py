@@ -110,7 +110,7 @@ def staged_file(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         with suppress(OSError):  # what cannot be removed now is swept at the next start
-            part.unlink(missing_ok=True)
+            part.unlink()
         lock.release()
 
 
@@ -198,7 +198,7 @@ def _new_part(path: Path) -> tuple[Path, Any]:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     while True:
         part = path.with_name(f"{STAGING}{name}.{secrets.token_hex(4)}")
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         # A sweep that came between takes the file away: then another name is tried.
         if (lock := try_lock(part, make=False)) is not None:
             return part, lock

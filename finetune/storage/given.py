@@ -26,7 +26,7 @@ def read_given(path: Path, name: str, error: type[FinetuneError] = ConfigError) 
         error: what is raised when it is a folder, too large, no UTF-8, or cannot be read.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             os.set_blocking(file.fileno(), True)  # who writes to a pipe is waited for
             raw = file.read(LARGEST + 1)
     except (OSError, ValueError) as reason:

@@ -25,7 +25,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]], *, durable: bool = Tru
     Not `durable`: they are with the system, so that a kill leaves them and a power cut may not.
     """
     text = memoryview("".join(map(json_line, rows)).encode())
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     is_new = not path.exists()
     with os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)

@@ -157,8 +157,8 @@ def this_process() -> str:
 
 def _open(path: Path, *, make: bool) -> int:
     if path.is_dir() and not path.is_symlink():
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if make else 0)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if make else 0)
     try:
         descriptor = os.open(path, flags, 0o644)
     except OSError as error:
@@ -196,7 +196,7 @@ def _own(path: Path, reason: OSError) -> Lock | None:
     text = f"{this_process()}, started {_started(os.getpid())}\n"
     for _ in range(_TRIES):
         try:
-            descriptor = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             if _lives(owner):
                 return None
