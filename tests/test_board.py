@@ -258,7 +258,9 @@ def test_a_run_stands_with_its_colour_its_state_and_what_else_is_known(tmp_path:
     panels = board.panels(tmp_path)
     assert re.findall(r'<article class="run (c\d)">', panels) == ["c1", "c2"]
     assert re.findall(r"<h3>.*?</i>(.*?) <small", panels) == [str(tmp_path / name) for name in ("one", "two")]  # fmt: skip
-    _, odd = board._samples([first[0], second[0]])
+    (first[0].path / "predictions-2.jsonl").write_text('no json\n[1]\n{"prompt": "p"}\n{}\n')
+    few, odd = board._samples([first[0], second[0]])
+    assert [row["prompt"] for row in few["rows"]] == ["p"], "of the first three rows"
     assert (odd["colour"], odd["rows"]) == (2, [{"prompt": "null", "reference": "null", "prediction": "\ufffd"}])  # fmt: skip
 
 

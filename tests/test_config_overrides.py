@@ -6,6 +6,7 @@ import config_text
 import pytest
 from config_text import MINIMAL
 
+from finetune.config import problems
 from finetune.config.load import load, load_config
 from finetune.config.schema import FullMethod, LoraMethod
 
@@ -89,3 +90,17 @@ def test_a_section_can_be_replaced_as_a_whole(write):
     path = write(MINIMAL + "deepspeed:\n  zero_stage: 2\n")
     assert load_config(path, ["deepspeed=null"]).deepspeed is None
     assert load_config(path, ["method={kind: lora, rank: 4}"]).method == LoraMethod(rank=4)
+
+
+def test_a_method_that_there_is_not_leaves_nothing_out_and_is_refused(refused):
+    assert "method.kind: must be one of lora," in refused(MINIMAL, "method.kind=other")
+    whole = refused(MINIMAL.replace("method:\n  kind: lora", "method: lora"), "method.kind=full")
+    assert "method is text, without keys; replace it as a whole" in whole
+
+
+def test_what_pydantic_says_of_itself_is_told_with_the_value():
+    item = {"type": "odd", "msg": "Input is odd", "input": 5, "loc": ()}
+    assert problems._sentence(("a",), item, {}) == (("a",), "Input is odd, got 5")
+    assert problems._meaning(("nobody", "x"), {}) == ""
+    assert problems.model_at(("training", "extra", "a"), {"training": {"extra": {}}}) is None
+    assert problems.model_at(("training",), {"training": {}}) is problems.RunConfig.model_fields["training"].annotation  # fmt: skip

@@ -85,3 +85,21 @@ def test_values_of_the_declared_kinds_pass(good: dict[str, object]) -> None:
 def test_nobody_is_sent_from_a_misspelt_name_to_one_that_cannot_be_set(taken: str) -> None:
     said = extras.extra_problems({f"{taken}_": 1})[f"{taken}_"]
     assert not said.endswith(f"did you mean {taken}?")
+
+
+def test_without_transformers_its_fields_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cached in (extras._declared, extras._fields):
+        cached.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(extras, "find_spec", lambda _: None)
+            with pytest.raises(ModuleNotFoundError, match="pip install transformers"):
+                extras.training_argument_names()
+        with monkeypatch.context() as patch:
+            patch.setattr(extras.ast, "parse", lambda _: type("Tree", (), {"body": []}))
+            with pytest.raises(ModuleNotFoundError, match="has no TrainingArguments"):
+                extras.training_argument_names()
+    finally:
+        for cached in (extras._declared, extras._fields):
+            cached.cache_clear()
+    assert extras.training_argument_names()[0] == "output_dir"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def test_lengths_are_those_of_base_and_best_first_of_the_data_once(made: Path) -
     drawn = {name: str(chart) for name, _, chart in charts}
     assert f'aria-label="Lengths of the replies of {best}"' in drawn[best]
     assert '"bar c2"' in drawn[best]
+    bare = {name: replace(run, data={"train": {"fingerprint": "x"}}) for name, run in runs.items()}
+    assert len(page.length_charts(found, content, bare, [0, 1, 1, 2, 2])) == len(charts) - 1
     assert '"bar c0"' in drawn["base"]
     assert "outline" in drawn["base"]
     assert "outline" not in drawn["prompts"]

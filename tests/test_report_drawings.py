@@ -122,6 +122,11 @@ def test_what_is_no_number_is_not_drawn_and_thin_curves_have_no_dots() -> None:
     assert len(corners(attributes(picture, "polyline")[0]["points"])) == 2
     assert "<circle" not in drawn(line("thin", points=[(0, 1.0), (1, 2.0)]))
     assert drawn(line(points=[])) == ""
+    odd = drawn(line(points=[(0, float("nan"), 1.0), (1, 1.0, float("-inf"), 2.0), (2, 3.0)]))
+    assert len(attributes(odd, "circle")) == 2
+    assert "nan" not in re.sub('<title>.*?</title>|aria-label="[^"]*"', "", odd)
+    low = drawn(line(points=[(0, 5.0, -5.0, 6.0), (1, 5.0, 4.0, 6.0)]))
+    assert texts(low, "tick end")[0][2] == "-5", "the ends of intervals are inside, too"
 
 
 def test_a_chart_is_described_in_words() -> None:

@@ -36,11 +36,6 @@ class SeenFiles:
         """The files as they are now."""
         return cls({file: (file.stat().st_size, file_digest(file)) for file in files})
 
-    @property
-    def digests(self) -> list[str]:
-        """SHA-256 of each, in their order."""
-        return [digest for _, digest in self.states.values()]
-
     def check(self, files: Iterable[Path], doing: str) -> None:
         """DataError naming the files that have changed, come or gone since, `doing` what went on."""
         now = SeenFiles.of(file for file in files if file.is_file()).states
