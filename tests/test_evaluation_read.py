@@ -13,7 +13,7 @@ import pytest
 from rows import write_rows
 from test_scoring_parts import SAID
 
-from finetune.errors import DataError
+from finetune.errors import DataError, ModelError
 from finetune.evaluation import compared, folder, schema, targets
 from finetune.evaluation.compared import ScoredTarget
 from finetune.evaluation.options import Options
@@ -100,6 +100,15 @@ def test_the_base_of_a_model_that_was_tuned_whole_is_scored_too(
     ]  # fmt: skip
 
 
+def test_a_tuned_model_that_names_no_base_has_none_to_score(monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(targets, "kind_of", {"whole": "full", "plain": "model"}.get)
+    monkeypatch.setattr(targets, "recorded_base", lambda _: (None, None))
+    with pytest.raises(ModelError, match="none of the targets says which model it was tuned from"):
+        find_targets(["whole"], with_base=True)
+    found = find_targets(["whole", "plain"], with_base=True)
+    assert [one.name for one in found] == ["whole", "plain"], "the base is there by name"
+
+
 @pytest.mark.parametrize(
     ("name", "plain"), [("…", "target"), ("-a.", "a"), ("a//b c", "a-b-c"), ("好", "好")]
 )
@@ -168,6 +177,8 @@ def test_samples_are_those_that_all_were_asked_for_in_one_order(tmp_path: Path) 
         with pytest.raises(DataError) as error:
             schema.common_rows(tmp_path, found)
         assert said in str(error.value)
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\); evaluate again"):
+        list(schema._rows(tmp_path))
 
 
 def test_the_first_comparison_of_two_is_told_from_both_sides_and_of_no_other_score() -> None:

@@ -27,7 +27,7 @@ from finetune.planning.evaluating import HeldOut
 from finetune.planning.plan import Gpu, Plan, _format
 from finetune.planning.run_memory import RunMemory
 from finetune.planning.step import Cost, Shape, Subject
-from finetune.planning.subjects import PackedLayer
+from finetune.planning.subjects import PackedLayer, own_loss
 
 # --- plans of small shapes ---------------------------------------------------------------------
 
@@ -171,6 +171,20 @@ def test_the_products_of_a_step_are_what_its_weights_come_to(tmp_path: Path) -> 
     attention = 40 * 4 * 32 * 4096 * 4096 * 128 // 2 * 9 // 2
     assert found.flops == pytest.approx(products + attention, rel=0.02)
     assert found.model_milliseconds > 1000 * (products / 650e12 + attention / 350e12)
+
+
+@pytest.mark.parametrize("vision", [None, {"hidden_size": 8}])
+def test_a_model_that_sees_images_is_counted_on_embeddings_as_it_would_look_for_images_in_ids(
+    vision: Any,
+) -> None:
+    asked: list[dict[str, Any]] = []
+    model: Any = lambda **given: asked.append(given) or SimpleNamespace(loss="loss")  # noqa: E731
+    model.config = SimpleNamespace(vision_config=vision)
+    model.get_input_embeddings = lambda: lambda ids: f"embedded {ids}"
+    assert own_loss(model, "ids", "labels", "places", documents=3) == "loss"  # type: ignore[arg-type, comparison-overlap]
+    given = {"inputs_embeds": "embedded ids"} if vision else {"input_ids": "ids"}
+    rest = {"labels": "labels", "supervised": "places", "num_items_in_batch": 1.0, "use_cache": False, "documents": 3}  # fmt: skip
+    assert asked == [given | rest]
 
 
 # --- the memory of a run -----------------------------------------------------------------------

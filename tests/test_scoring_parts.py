@@ -106,6 +106,9 @@ def test_calls_of_predict_stand_beside_another_targets_calls(tmp_path: Path) -> 
     row = {"where": "in:2", "messages": [{"role": "user", "content": "book"}, call], "stopped": True, "reference": call}  # fmt: skip
     [found] = scored(tmp_path, [row], [LIKE | {"reference": "book\n{}"}])
     assert (found["where"], found["scores"]["exact_match"]) == ("d:1", 100.0)
+    (tmp_path / "torn.jsonl").write_text('{"predict": "a", "label": "b"}\n{\n')
+    with pytest.raises(DataError, match=r"torn\.jsonl:2: "):
+        score_external(tmp_path / "torn.jsonl", tmp_path / "out.jsonl", Scoring(), like=None)
     with pytest.raises(DataError, match="row 1 answers another reference than d:1"):
         scored(tmp_path, [row], [LIKE | {"reference": "cancel\n{}"}])
 

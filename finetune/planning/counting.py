@@ -145,8 +145,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.ledger.kinds.setdefault(serial, kind)
 
     def _gone(self, at: int, serial: int, size: int) -> None:
-        if self._storages.get(at) == serial:
-            del self._storages[at]
+        del self._storages[at]
         self.ledger.events.append((serial, -size, self.phase))
 
     def _add(self, name: str, func: Any, call: Any, tensors: tuple[list[Tensor], list[Tensor]]) -> None:  # fmt: skip
