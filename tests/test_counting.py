@@ -99,6 +99,7 @@ def test_dropout_and_attention_are_one_kernel_each_as_on_a_gpu() -> None:
 def test_a_kernel_takes_the_largest_of_its_three_times() -> None:
     assert seconds(CEILINGS, "bfloat16", flops=int(650e12), moved=8) == 1.0
     assert seconds(CEILINGS, "float32", flops=int(45e12), moved=8) == 1.0
+    assert seconds(CEILINGS, "attention", flops=int(350e12), moved=8) == 1.0
     assert seconds(CEILINGS, "-", flops=0, moved=int(2.7e12)) == 1.0
     assert seconds(CEILINGS, "-", flops=0, moved=8, number=4) == 4 * 2.5e-6
 

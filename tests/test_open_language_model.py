@@ -156,6 +156,9 @@ def test_answers_end_where_the_task_says_and_stand_in_the_order_of_the_questions
     ended = [request.on_token(token) for token in ids_of(one, f"ab{end}c")]
     assert ended.count(True) >= 1
     assert ended[0] is False or len(ended) == 1
+    long_end = "a b c d e f g h"
+    enough = one._request("Once", {"until": ["never", long_end]}).on_token
+    assert [enough(token) for token in ids_of(one, f"x {long_end}")][-1], "of many tokens"
     assert one._request("Once", {}).on_token is None
     assert one._request("Once", {}).decoding.max_new_tokens == 1024
     one._room = 20

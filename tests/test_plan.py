@@ -23,13 +23,15 @@ from finetune.errors import OutOfMemoryError
 from finetune.models.load import load_model, shape_of
 from finetune.planning import evaluating
 from finetune.planning.counting import Counting
-from finetune.planning.evaluating import MOST, PlannedEvaluation, planned_evaluation
+from finetune.planning.evaluating import PlannedEvaluation, planned_evaluation
 from finetune.planning.plan import Gpu, Plan
 from finetune.planning.roofline import Ceilings
 from finetune.planning.step import name_what_stays, one_step
 from finetune.planning.subjects import own, ready
 from finetune.training.callbacks.throughput import Work, work_of
 
+MOST = 0.05
+"""Of a run's time: what evaluations should take."""
 METHODS: list[Any] = [LoraMethod(dropout=0.0), PTuningV2Method(num_virtual_tokens=8), FullMethod()]
 
 

@@ -216,7 +216,7 @@ def test_bytes_are_what_an_operation_reads_and_writes() -> None:
 @pytest.mark.parametrize(
     ("lists", "launches"),
     [
-        (([torch.empty(1)] * 110,), 1), (([torch.empty(1)] * 111,), 2),
+        *((([torch.empty(1)] * (most + more),) * lists, 1 + more) for lists, most in ((1, 110), (2, 64), (3, 48), (4, 36), (5, 30)) for more in (0, 1)),
         (([torch.empty(1)] * 65, [torch.empty(1)] * 65), 2), ((torch.empty(1),), 1),
         (tuple([torch.empty(1)] * 31 for _ in range(6)), 2), (([torch.empty(320 * 65536 + 1, device="meta")],), 2),
     ],

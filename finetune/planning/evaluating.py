@@ -29,8 +29,6 @@ from finetune.planning.roofline import Ceilings
 BYTES_A_TOKEN = 3
 KERNELS_A_LAYER = 25
 """Of one round of a reply: its launches take longer than reading a small model."""
-MOST = 0.05
-"""Of a run's time: what evaluations should take."""
 
 
 @dataclass(frozen=True, slots=True)
