@@ -255,6 +255,25 @@ def test_the_data_of_a_page_without_a_base_has_none_and_compares_what_is_there(
     assert all(text != said for text, said in words.items())
 
 
+def test_a_chinese_page_says_its_title_its_answer_and_its_intervals_in_chinese(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_LANG", "zh")
+    found = read_evaluation(made)
+    runs, colours = page.runs_of(made, found), page.colours_of(found)
+    titles = [title for title, _ in page.panels(found, runs, colours)]
+    curves = page.panels(found, runs, colours)[0][1]
+    assert "lora，训练" in curves
+    said = [page._title(found, page_data.Content(3)), *titles[:1]]
+    alone = evaluation(one=1.0)
+    said += map(page.sentence, page.sentences.conclusion(alone, alone.headline))
+    assert all(re.search("[\u4e00-\u9fff]", text) for text in said), said
+    assert not [text for text in said if re.search(" (on|in|reaches|replies|models?) ", text)]
+    intervals = {cell["interval"] for row in page._rows(found, colours) for cell in row["cells"]}
+    assert any(" 至 " in text for text in intervals)
+    assert not any(" to " in text for text in intervals)
+
+
 def test_plots_are_drawn_again_over_ours_and_through_no_link(
     made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

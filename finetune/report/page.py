@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from finetune.webpages import hashed, templates, theme
 
 PAGE = "report.html"
 SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
-LOSS = "loss while training"
 COLOURS = 8
 BINS = 30
 
@@ -123,13 +123,14 @@ def panels(
     evaluation: Evaluation, runs: Mapping[str, Run], colours: Sequence[int]
 ) -> list[tuple[str, Markup]]:
     """(title, chart): the loss of the runs, then every metric of checkpoints over steps."""
-    drawn = [(LOSS, LOSS, loss_curves(evaluation, runs))]
+    losses = [replace(one, name=sentence(one.name)) for one in loss_curves(evaluation, runs)]
+    drawn = [(word("loss while training"), "loss", losses)]
     drawn += [
-        (metric(name).label, name, metric_series(evaluation, name, colours))
+        (word(metric(name).label), name, metric_series(evaluation, name, colours))
         for name in _ordered(evaluation)
     ]
     return [
-        (word(title), lines(series, title=name))
+        (title, lines(series, title=name))
         for title, name, series in drawn
         if any(len(one.points) > 1 for one in series)  # one dot between axes tells nothing
     ]
@@ -205,7 +206,7 @@ def _rows(
         score = target.scores.get(name, Score())
         return {
             "text": sentences.number(name, score.value),
-            "interval": sentences.interval(name, score),
+            "interval": sentence(sentences.interval(name, score)),
             "arrow": sentences.arrow(evaluation, target, name),
             "best": metric(name).better != "neither"
             and score.value is not None
@@ -234,7 +235,10 @@ def _published(evaluation: Evaluation) -> list[dict[str, Any]]:
             "model": one.model,
             "value": sentences.number(one.score, one.value),
             "cells": [
-                (sentences.number(one.score, score.value), sentences.interval(one.score, score))
+                (
+                    sentences.number(one.score, score.value),
+                    sentence(sentences.interval(one.score, score)),
+                )
                 for score in (
                     target.scores.get(one.score, Score()) for target in evaluation.targets
                 )

@@ -36,6 +36,8 @@ ALL_OF_IT = re.compile(  # modules whose every text is a message or a part of on
     r"data/(dialogue/formats|examples/preparation)|artifacts/|storage/|export/(folder|merge|push|convert_adapter)|models/load|"
     r"models/chatglm/configuration|distributed/watchdog|report/(requirements|sentences|page\.py)|training/(deepspeed|callbacks|resume)|generation/(generate|load)"
 )
+OF_ANY_LENGTH = re.compile(r"report/(sentences|page\.py)")
+"""Modules whose messages may be of one word, such as `2 models`."""
 IN_PASSING = re.compile(r"(console\.(say|table|progress)|logger\.\w+|Card|warnings\.\w+)$")
 OF_TYPER = [  # typer's own words, some of which it looks up with gettext itself
     "Usage: {}", "Error: {}", "error: ", "warning: ", "Options", "Arguments", "Commands", "required", "default: {default}", "Show this message and exit.",
@@ -120,8 +122,9 @@ def messages() -> Iterator[tuple[str, str]]:
                     yield node.value, place
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef):
-                all_of_it = ALL_OF_IT.match(place.removeprefix("finetune/"))
-                for text in (*_said_in(function), *(_all_in(function) if all_of_it else ())):
+                name = place.removeprefix("finetune/")
+                fewest = 1 if OF_ANY_LENGTH.match(name) else 3 if ALL_OF_IT.match(name) else 0
+                for text in (*_said_in(function), *(_all_in(function, fewest) if fewest else ())):
                     if is_message(text):
                         yield text.strip(), place
 
@@ -173,20 +176,20 @@ def _message_of_call(node: ast.Call) -> list[ast.expr]:
     return node.args[-1:] if collects and " " in (template(node.args[-1]) or "") else []
 
 
-def _all_in(node: ast.AST) -> Iterator[str]:
-    """Every text of three words or more below a node, but for docstrings and what is said in passing."""
+def _all_in(node: ast.AST, fewest: int) -> Iterator[str]:
+    """Every text of so many words or more below a node, but for docstrings and what is said in passing."""
     for child in ast.iter_child_nodes(node):
         found = template(child) if isinstance(child, ast.expr) else None
-        if found is not None and len(re.findall(r"[a-z]{2,}", found.replace("{}", ""))) >= 3:
+        if found is not None and len(re.findall(r"[a-z]{2,}", found.replace("{}", ""))) >= fewest:
             yield found
         passing = isinstance(child, ast.Call) and IN_PASSING.search(ast.unparse(child.func))
         docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
         if not passing and not docstring and found is None:
-            yield from _all_in(child)
+            yield from _all_in(child, fewest)
         elif found is not None:
             for part in ast.walk(child):
                 if isinstance(part, ast.FormattedValue):
-                    yield from _all_in(part)
+                    yield from _all_in(part, fewest)
 
 
 def template(node: ast.expr) -> str | None:
