@@ -266,3 +266,11 @@ def test_the_output_of_a_launched_run_is_written_out(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launch.sys, "stdout", stream)
     assert launch.launch("1", ["x.yaml"]) == 0
     assert told == ["run", "flushed"]
+
+
+def test_a_group_without_a_command_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("data") == 2
+    said = "".join(capsys.readouterr())
+    assert said.startswith("Usage: finetune data ")
+    for name in ("check", "show", "tokens", "split", "prepare"):
+        assert f"\n  {name} " in said
