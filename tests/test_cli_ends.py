@@ -274,3 +274,15 @@ def test_a_group_without_a_command_lists_its_commands(capsys: pytest.CaptureFixt
     assert said.startswith("Usage: finetune data ")
     for name in ("check", "show", "tokens", "split", "prepare"):
         assert f"\n  {name} " in said
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
+def test_where_no_mark_can_be_left_the_first_process_speaks(
+    rank: str, speaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert cli._speaks("x") is speaks
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/null")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli._speaks("x") is speaks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -380,3 +381,20 @@ def test_the_smallest_numbers_of_float16_are_further_apart(dtype: str, passes: b
         return
     with pytest.raises(ModelError, match="W \\+ scale"):
         check.after(0, check.before(values), seen)
+
+
+def test_a_file_system_without_direct_writes_is_written_through_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, plain = [], fcntl.fcntl
+
+    def refused(descriptor: int, command: int, flags: int = 0) -> Any:
+        if command == fcntl.F_SETFL:
+            asked.append(flags & os.O_DIRECT)
+            raise OSError(errno.EINVAL, "no")
+        return plain(descriptor, command, flags)
+
+    monkeypatch.setattr(shards.fcntl, "fcntl", refused)
+    plan = plan_of(Output("a", "F32", (1,), constant=bytes(4)))
+    assert write(plan, tmp_path / "out")[-4:] == bytes(4)
+    assert asked[0] == os.O_DIRECT

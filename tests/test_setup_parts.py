@@ -242,16 +242,17 @@ def option_names(section: str) -> list[str]:
 
 
 def test_the_least_of_all_ways_is_told_where_none_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = iter([9e9, 4e9, 6e9, 5e9, 8e9, 7e9, 9e9])
-    monkeypatch.setattr(init, "check", lambda data, model: SimpleNamespace(num_bad=0, notes=list, sources=[source()]))  # fmt: skip
+    monkeypatch.setattr(init, "check", lambda data, model: SimpleNamespace(num_bad=0, notes=lambda: ["take care"], sources=[source()]))  # fmt: skip
     monkeypatch.setattr(init, "local_folder", lambda model, files: tmp_path)
     monkeypatch.setattr(init, "read_json", lambda file: {})
     monkeypatch.setattr(init, "planned", lambda config, gpu: (None, SimpleNamespace(fits=False, memory_bytes=next(held))))  # fmt: skip
     with pytest.raises(ConfigError, match=r"^m does not fit: at the least 4\.0 GB .*--gpu is 3\.5 GB"):  # fmt: skip
         init.draft("d", "m", Gpu(3_500_000_000), Path("my.yaml"))
     assert next(held, None) is None, "every way was tried"
+    assert capsys.readouterr().err == "warning: take care\n"
 
 
 def test_a_plan_counts_the_steps_of_all_its_cards(
