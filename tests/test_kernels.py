@@ -69,6 +69,29 @@ def test_more_rows_than_programs_share_a_norms_weight_gradient(
     assert max(found) < 1e-6
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_norm_whose_weight_is_frozen_has_the_gradient_of_its_rows_alone(first: bool) -> None:
+    rows, weight = random(20, 16).requires_grad_(), random(16)
+    found = torch.autograd.grad(RmsNorm.apply(rows, weight, 1e-5, first).square().sum(), rows)
+    exact = torch.autograd.grad(torch_forms.rms_norm(rows, weight, 1e-5, first).square().sum(), rows)  # fmt: skip
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_what_does_not_lie_in_one_piece_is_read_as_it_is_meant() -> None:
+    turned = random(2, 3, 8, 7).transpose(2, 3)  # channels do not lie side by side
+    cos, sin = random(1, 1, 7, 2), random(1, 1, 7, 2)
+    wide = random(6, 5).T
+    found = [
+        *check._deviations(lambda x: Rotate.apply(x, cos, sin), lambda x: torch_forms.rotate(x, cos, sin), turned),
+        *check._deviations(Swiglu.apply, torch_forms.swiglu, wide),
+        *check._deviations(
+            lambda x, w: RmsNorm.apply(x, w, 1e-5, True), lambda x, w: torch_forms.rms_norm(x, w, 1e-5, True),
+            wide, random(6),
+        ),
+    ]  # fmt: skip
+    assert max(found) < 1e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["chatglm", "glm", "glm4"])
 def test_a_model_learns_the_same_with_kernels(family: str, request: pytest.FixtureRequest) -> None:

@@ -218,6 +218,42 @@ def test_a_model_that_sees_gives_the_text_that_a_prefix_starts_from(tmp_path: Pa
     assert not any(state.requires_grad for state in states)
 
 
+def test_a_prefix_of_another_base_is_told_by_its_width(tiny_glm: Path, tmp_path: Path) -> None:
+    methods.save(prefixed(tiny_glm), tmp_path, base=BaseRecord(str(tiny_glm), None, model_fingerprint(tiny_glm)))  # fmt: skip
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor[:, :-8].contiguous() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(
+        ModelError, match="holds 56 numbers per virtual token, but this base takes 64"
+    ):
+        ptuning_v2.load_adapter(load_model(tiny_glm), tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["nothing", r"model\.rotary_emb|model\.norm"])
+def test_a_prefix_wants_one_rotation_to_move(pattern: str, tiny_glm: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from dataclasses import replace
+
+    from finetune.models.families import FAMILIES
+
+    odd = replace(FAMILIES["glm"], rotary=pattern)
+    monkeypatch.setattr(ptuning_v2, "family_of", lambda _: odd)
+    with pytest.raises(ModelError, match="expected one rotary embedding in the model, found"):
+        ptuning_v2.attach(load_model(tiny_glm), PTuningV2Method(num_virtual_tokens=N))
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"other": torch.zeros(3, 64)}, {"prompt_embeddings": torch.zeros(3, 64), "more": torch.zeros(1)},
+        {"prompt_embeddings": torch.zeros(3, 64, dtype=torch.int32)}, {"prompt_embeddings": torch.zeros(3, 8, 8)},
+    ],
+)  # fmt: skip
+def test_what_is_no_prefix_is_not_opened_as_one(held: Any, tiny_glm: Path, tmp_path: Path) -> None:
+    methods.save(prefixed(tiny_glm), tmp_path, base=BaseRecord(str(tiny_glm), None, model_fingerprint(tiny_glm)))  # fmt: skip
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="holds no saved prefix"):
+        ptuning_v2.load_adapter(load_model(tiny_glm), tmp_path)
+
+
 def test_a_mask_is_open_for_the_prefix_in_either_form() -> None:
     seen = ptuning_v2._open_left(torch.zeros(1, 1, 2, 3, dtype=torch.bool), 2)
     assert seen.int().tolist() == [[[[1, 1, 0, 0, 0]] * 2]]

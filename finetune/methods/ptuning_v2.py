@@ -366,9 +366,10 @@ def _open_left(mask: Tensor, num_open: int) -> Tensor:
     return torch.cat([columns, mask], dim=-1)
 
 
-def _prefix_of(module: nn.Module) -> Tensor | None:
-    """[2, H, N, D], or None where a layer has none."""
-    return module.get_submodule("prefix")() if hasattr(module, "prefix") else None
+def _prefix_of(module: nn.Module) -> Tensor:
+    """[2, H, N, D]."""
+    states: Tensor = module.get_submodule("prefix")()
+    return states
 
 
 def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -381,10 +382,8 @@ def _with_prefix(attention: Callable[..., Any]) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, split: Split | None = None, **kwargs: Any
     ) -> Any:  # fmt: skip
-        if not hasattr(module, "prefix"):
-            return attention(module, query, key, value, attention_mask, **kwargs)
-        own: nn.Module = module.get_submodule("prefix")
-        states = own() if split is None else split.own_groups(own())
+        own = _prefix_of(module)
+        states = own if split is None else split.own_groups(own)
         prefix = states.to(key.dtype)[:, None].expand(2, key.shape[0], -1, -1, -1)
         mask = None if attention_mask is None else _open_left(attention_mask, prefix.shape[3])
         keys, values = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)

@@ -79,5 +79,5 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def cross_entropy_(logits: Tensor, target: Tensor) -> Tensor:
     """Return the loss of each row [N]; the logits [N, V] become softmax - one-hot, their gradient."""
-    loss: Tensor = torch.ops.glm4_finetune.cross_entropy_(logits, target, True)
+    loss: Tensor = torch.ops.glm4_finetune.cross_entropy_(logits, target)
     return loss

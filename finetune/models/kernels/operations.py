@@ -21,7 +21,7 @@ library.define("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor s
 library.define("swiglu(Tensor x) -> Tensor")
 library.define("swiglu_backward(Tensor grad, Tensor x) -> Tensor")
 library.define("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor")
-library.define("cross_entropy_(Tensor(a!) logits, Tensor target, bool slope) -> Tensor")
+library.define("cross_entropy_(Tensor(a!) logits, Tensor target) -> Tensor")
 
 
 def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float, first: bool) -> Any:
@@ -47,7 +47,7 @@ def _rotate_shape(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return _by_token(x)
 
 
-def _cross_entropy_shape(logits: Tensor, target: Tensor, slope: bool) -> Tensor:
+def _cross_entropy_shape(logits: Tensor, target: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
@@ -144,16 +144,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return out
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, slope: bool) -> Tensor:
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     from finetune.models.kernels import programs
 
     assert logits.is_contiguous()
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
     width = logits.shape[1]
     block = min(WIDEST_BLOCK, _power(width))
-    programs.cross_entropy[(logits.shape[0],)](
-        logits, target, loss, V=width, SLOPE=slope, BLOCK=block
-    )
+    programs.cross_entropy[(logits.shape[0],)](logits, target, loss, V=width, BLOCK=block)
     return loss
 
 

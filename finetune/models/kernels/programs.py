@@ -102,8 +102,8 @@ def rotate(x, cos, sin, out, T, X_ROW, X_HEAD, X_TOKEN, A_ROW, HEADS: tl.constex
 
 
 @triton.jit
-def cross_entropy(logits, target, loss, V: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: its loss; with SLOPE its logits become their own gradient, softmax - one-hot."""
+def cross_entropy(logits, target, loss, V: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: its loss; its logits become their own gradient, softmax - one-hot."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * V
     highest = tl.full((), -float("inf"), dtype=tl.float32)
@@ -116,9 +116,8 @@ def cross_entropy(logits, target, loss, V: tl.constexpr, SLOPE: tl.constexpr, BL
         highest = higher
     chosen = tl.load(target + row)
     tl.store(loss + row, highest + tl.log(total) - tl.load(base + chosen).to(tl.float32))
-    if SLOPE:
-        for start in range(0, V, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            value = tl.load(base + at, mask=at < V, other=-float("inf")).to(tl.float32)
-            slope = tl.exp(value - highest) / total - tl.where(at == chosen, 1.0, 0.0)
-            tl.store(base + at, slope.to(logits.dtype.element_ty), mask=at < V)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(base + at, mask=at < V, other=-float("inf")).to(tl.float32)
+        slope = tl.exp(value - highest) / total - tl.where(at == chosen, 1.0, 0.0)
+        tl.store(base + at, slope.to(logits.dtype.element_ty), mask=at < V)
