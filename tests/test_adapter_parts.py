@@ -96,6 +96,7 @@ def test_a_weight_that_changed_without_a_step_or_is_another_is_cast_anew() -> No
         low.weight.data = low.weight.data * 2  # counts no version
         low.weight = nn.Parameter(low.weight.data)
         assert torch.equal(low.cast(narrow), 4 * first)
+    low = LowRank(3, 2, bias=False)
     with torch.inference_mode():
         low.cast(narrow)
     rows = torch.ones(1, 3, dtype=narrow)

@@ -202,6 +202,27 @@ def test_whole_rows_have_no_pieces_and_attend_without_the_mask_that_stands_for_t
     torch.testing.assert_close(found, written_out(*parts, None).float())
 
 
+@pytest.mark.parametrize("part", [None, 0, 1])
+def test_a_prefix_in_front_of_documents_is_as_narrow_as_they_are_and_each_part_has_its_own(
+    part: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
+    prefix = torch.randn(2, 2, 3, 8)  # of two heads of keys, in float32
+    attend = packed_attention.in_documents(grouped_sdpa, lambda _: prefix)
+    split = None if part is None else Split(2, part, lambda sent: sent)
+    tokens = 6 if part is None else 3
+    parts = [one.bfloat16() for one in states(tokens, tokens, 2)]
+    starts = two_rows().starts
+    seen: list[Any] = []
+    real = packed_attention.varlen_attention
+    monkeypatch.setattr(packed_attention, "varlen_attention", lambda *given: seen.append(given[3]) or real(*given))  # fmt: skip
+    with kernels.running(("varlen_attention",), "cpu"):
+        out, _ = attend(nn.Module(), *parts, None, Documents.of(starts, split), scaling=SCALE)
+    assert (out.shape, out.dtype) == ((2, tokens, 4, 8), torch.bfloat16)
+    own = prefix if part is None else prefix[:, part : part + 1]
+    assert torch.equal(seen[0], own.bfloat16())
+
+
 def test_packing_is_seen_before_anything_is_changed() -> None:
     places = torch.tensor([[3, 4, 0, 1]])
     document_starts(places, None, None)

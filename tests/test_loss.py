@@ -124,10 +124,10 @@ def test_the_sum_is_divided_by_the_given_number_of_items(open_model: Open) -> No
         assert_close(ours, expected, sums(model))
 
 
-@pytest.mark.parametrize("num_items", [None, 0, 5])
+@pytest.mark.parametrize("num_items", [None, 0, 5, torch.tensor(0)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_supervised_tokens_the_loss_is_zero_and_every_weight_has_a_gradient(
-    open_model: Open, family: str, num_items: int | None
+    open_model: Open, family: str, num_items: Any
 ) -> None:
     model, inputs = open_model(family), batch(supervised=0.0)
     loss = model(**inputs, num_items_in_batch=num_items).loss
@@ -201,10 +201,13 @@ class _Shapes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_tensor_holds_more_logits_than_one_chunk(open_model: Open, family: str) -> None:
+def test_no_tensor_holds_more_logits_than_one_chunk(
+    open_model: Open, family: str, trained: bool
+) -> None:
     model, inputs = open_model(family).train(), batch()
-    model.get_output_embeddings().weight.requires_grad_(False)
+    model.get_output_embeddings().weight.requires_grad_(trained)
     model.get_input_embeddings().weight.requires_grad_(False)
     with _Shapes() as shapes:
         model(**inputs).loss.backward()

@@ -241,6 +241,24 @@ def test_without_a_number_of_items_the_loss_is_the_mean_by_weight(wrapped: bool)
         torch.testing.assert_close(twice, (ce * share).sum() / 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_others_is_used_in_chunks_and_also_for_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 14)
+    head, hidden = nn.Linear(4, 7).to(dtype), torch.randn(1, 6, 4, dtype=dtype, requires_grad=True)
+    seen: list[int] = []
+    head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    labels = torch.tensor([[0, 1, 2, 3, 4, 5]])
+    found = supervised_loss(head, hidden, labels)
+    assert seen == [2, 2, 1]
+    assert found.dtype is torch.float32
+    none = supervised_loss(head, hidden, torch.full_like(labels, -100))
+    assert none.item() == 0.0
+    grads = torch.autograd.grad(none, [hidden, head.weight, head.bias])
+    assert not any(grad.any() for grad in grads)
+
+
 def test_shifted_labels_have_weights_of_their_own() -> None:
     labels, weights = loss._unshifted(torch.tensor([[5, 6]]), torch.tensor([[0.5, 2.0]]))
     assert labels.tolist() == [[-100, 5, 6]]

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from finetune.errors import DataError
@@ -188,6 +189,27 @@ def test_an_image_without_its_pixels_is_an_error_in_a_prompt_and_its_kinds_need_
         more = grid(input_ids=ids[:, :1], past_key_values=first.past_key_values)
     assert torch.equal(grid.model.rope_deltas, deltas), "what follows counts on from the image"
     assert more.logits.shape[1] == 1
+
+
+@torch.no_grad()
+def test_texts_in_one_row_are_apart_whichever_positions_say_so(grid: Any) -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    apart = torch.cat([grid(input_ids=part).logits for part in ids.split([2, 3], 1)], 1)
+    flat = torch.tensor([[0, 1, 0, 1, 2]])
+    three = flat.expand(3, 1, -1)
+    for places in (flat, three, torch.cat([flat[None], three])):
+        packed = grid(input_ids=ids, position_ids=places, use_cache=False).logits
+        torch.testing.assert_close(packed, apart)
+
+
+@torch.no_grad()
+def test_an_empty_cache_is_a_beginning_like_none(grid: Any) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    alone = grid(input_ids=ids).logits
+    grid.model.rope_deltas = torch.tensor([[-7]])
+    cache = DynamicCache(config=grid.config.get_text_config())
+    assert torch.equal(grid(input_ids=ids, past_key_values=cache).logits, alone)
+    assert grid.model.rope_deltas is None
 
 
 @pytest.mark.parametrize("trained", [True, False])

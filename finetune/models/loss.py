@@ -168,7 +168,7 @@ def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tenso
         share = None if weights is None else weights[at]
         part: Tensor = checkpoint(chunk_loss, hidden[at], targets[at], share, use_reentrant=False)
         total = total + part
-    return total.float()
+    return total
 
 
 def supervised_places(labels: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def supervised_loss(
     targets = labels.flatten().index_select(0, supervised + 1)
     weights = None
     if loss_weights is not None:
-        weights = loss_weights.to(hidden.device).flatten().index_select(0, supervised + 1).detach()
+        weights = loss_weights.to(hidden.device).flatten().index_select(0, supervised + 1)
     if missing := labels.shape[1] - hidden.shape[1]:
         supervised = supervised - supervised // labels.shape[1] * missing
     chosen = hidden.flatten(0, 1).index_select(0, supervised)
