@@ -49,6 +49,11 @@ def test_a_device_that_does_not_answer_or_that_we_know_no_backend_of_is_not_used
     assert (device.kind(), device.has_accelerator()) == ("cpu", False)
     put_in(monkeypatch, "xpu", Card())
     assert device.device_backend() == "xccl"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    own = device.card()
+    assert own is not None
+    assert own.name == "Card 1"
+    assert [one.name for one in device.cards()] == ["Card 0", "Card 1"]
     monkeypatch.delattr(torch, "xpu")  # the package of the backend is not there
     assert device.kind() == "cpu"
     put_in(monkeypatch, "hpu", Card())  # there, but of a kind that is not supported

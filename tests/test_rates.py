@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune import methods
-from finetune.config.schema import LoraMethod, ModelSection
+from finetune.config.schema import LoraMethod, ModelSection, PTuningV2Method
 from finetune.errors import ConfigError
 from finetune.training import adapter_start, prepare_model
 from finetune.training.adapter_start import start_from_adapter
@@ -140,6 +140,21 @@ def test_every_option_that_shapes_an_adapter_must_be_that_of_the_run(
         start_from_adapter(prepared("there"), resumed=False)
     assert said in str(caught.value)
     assert restored == []
+
+
+def test_a_prefix_goes_on_from_one_whose_length_the_weights_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    restored: list[Any] = []
+    monkeypatch.setattr(adapter_start, "find_source", lambda path: (path, []))
+    monkeypatch.setattr(adapter_start, "adapter_config", lambda folder: {"peft_type": "PREFIX_TUNING", "r": 9})  # fmt: skip
+    monkeypatch.setattr(adapter_start, "local_folder", lambda path, revision: Path(path))
+    monkeypatch.setattr(adapter_start, "check_base", lambda folder, base: [])
+    monkeypatch.setattr(methods, "restore", lambda *given: restored.append(given))
+    one = prepared("there")
+    one.method = PTuningV2Method()
+    start_from_adapter(one, resumed=False)
+    assert restored == [(one.model, Path("there"))]
 
 
 # --- small parts of a prepared model -----------------------------------------------------------------

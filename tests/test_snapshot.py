@@ -58,6 +58,13 @@ def test_each_process_has_its_own_random_streams_and_the_leading_one_all_else(
         assert found["scaler.pt"] == {"scale": 2.0}
 
 
+def test_a_schedule_of_deepspeeds_own_lies_in_its_states() -> None:
+    trainer = trainer_of()
+    wrapped = snapshot.DeepSpeedSchedulerWrapper
+    trainer.lr_scheduler = wrapped.__new__(wrapped)
+    assert states_of(trainer).keys() == {"optimizer.pt", "rng_state.pth"}
+
+
 @pytest.mark.parametrize(("world", "everywhere"), [(1, False), (2, True)])
 def test_streams_of_all_accelerators_are_kept_where_transformers_reads_so_many(
     world: int, everywhere: bool, monkeypatch: pytest.MonkeyPatch

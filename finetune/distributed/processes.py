@@ -205,7 +205,7 @@ def patient_group() -> Any:
 
 
 def _waiting_in(group: Any) -> AbstractContextManager[None]:
-    return position.waiting_patiently() if group in _patient.values() else nullcontext()
+    return position.waiting_patiently() if group is not None else nullcontext()
 
 
 def is_sharded(model: nn.Module) -> bool:

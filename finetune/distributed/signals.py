@@ -61,7 +61,6 @@ class StopFlag:
         """Put back the handlers that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous.clear()
 
     @property
     def is_set(self) -> bool:
