@@ -104,6 +104,16 @@ def test_each_sign_of_a_card_names_its_maker_and_each_variable_hides_it(
         monkeypatch.delenv(variable)
 
 
+@pytest.mark.parametrize("name", ["dev/nvidiactl", "dev/nvidia-uvm", "dev/hlx", "dev/mtgpuctl"])
+def test_a_driver_without_a_card_is_no_card(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visible(monkeypatch)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / name).touch()
+    assert hardware.shown(tmp_path) == []
+
+
 def test_of_two_makers_the_first_of_the_list_is_told_and_none_where_one_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,6 +255,12 @@ def test_numbers_are_exchanged_on_the_cpu_wherever_gloo_is(
     assert processes._collective_device() == torch.device("cpu")
 
 
+def test_a_disk_is_waited_for_longer_than_the_largest_checkpoint_takes() -> None:
+    # 9B parameters with two float32 moments and their originals are 130 GB, 355B 5 TB: at 200 MB/s
+    # seven hours. torch keeps a timeout in milliseconds of 64 bits, so a day would do as well.
+    assert 7 < processes.PATIENCE.total_seconds() / 3600 <= 24
+
+
 def test_a_port_that_is_found_free_can_be_taken() -> None:
     import socket
 

@@ -39,7 +39,7 @@ def test_the_command_learns_the_run_and_its_exit_code(
 
 @pytest.mark.parametrize(
     ("failing", "said"),
-    [("/no/such/program", "No such file"), (f"{sys.executable} -c 'raise SystemExit(3)'", "ended with 3")],
+    [("/no/such/program", "No such file"), (f"{sys.executable} -c 'raise SystemExit(3)'", "ended with 3"), ("false", "ended with 1")],
 )  # fmt: skip
 def test_a_command_that_fails_is_a_warning(
     failing: str, said: str, capfd: pytest.CaptureFixture[str]

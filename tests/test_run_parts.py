@@ -247,6 +247,16 @@ def test_a_score_of_replies_is_what_the_choice_is_made_by_where_it_is_the_metric
     assert len(measures["bleu-4"].units) == 2
 
 
+def test_what_is_kept_is_told_where_the_metric_alone_chooses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    general = SimpleNamespace(measures=lambda model, stop: {LOSS: measure(2.0, 4.0, name=LOSS)})
+    assert validating(monkeypatch, tmp_path, kept=general).scores(None, 2) == {
+        "loss": 1.5,
+        LOSS: 3.0,
+    }
+
+
 def test_replies_stop_for_a_signal_as_the_loss_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
