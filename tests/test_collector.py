@@ -33,6 +33,14 @@ def test_nothing_is_collected_while_libraries_are_imported_and_cycles_are_found_
     assert lost() is None
 
 
+def test_what_was_imported_counts_as_old_at_once() -> None:
+    with collector.importing():
+        made = Cycle()
+    young = [one for number in (0, 1) for one in gc.get_objects(generation=number)]
+    assert not any(one is made for one in young)
+    assert any(one is made for one in gc.get_objects(generation=2))
+
+
 def test_a_failed_import_turns_the_collector_on_again() -> None:
     with pytest.raises(ImportError), collector.importing():
         raise ImportError

@@ -61,6 +61,17 @@ def test_a_json_file_that_says_what_the_config_says_is_taken(
         assert found["zero_optimization"]["stage"] == 1
 
 
+def test_auto_in_a_json_file_is_the_number_for_the_stage_that_it_names(tmp_path: Path) -> None:
+    text = """{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": "auto",
+    "reduce_bucket_size": "auto", "stage3_max_live_parameters": 7}, "scheduler": null}"""
+    found = given(tmp_path, text, {})
+    assert found["zero_optimization"] == {
+        "stage": 3, "stage3_param_persistence_threshold": 40960, "reduce_bucket_size": 4096 * 4096,
+        "stage3_max_live_parameters": 7,
+    }  # fmt: skip
+    assert not {"optimizer", "scheduler"} & found.keys()
+
+
 @pytest.mark.parametrize(
     ("text", "section", "said"),
     [

@@ -240,7 +240,10 @@ def test_an_evaluation_asks_what_the_section_says(
     dialogues = [SimpleNamespace(tools=()), SimpleNamespace(tools=("t",))]
     monkeypatch.setattr(load, "rows_at_once", lambda model, size, length: (size, length)[1])
     monkeypatch.setattr(load, "read_conversations", lambda sources, reading: list(dialogues))
-    monkeypatch.setattr(load, "prompts_of", lambda found, *_: tuple(found))
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        load, "prompts_of", lambda found, *given: asked.append(given) or tuple(found)
+    )
     monkeypatch.setattr(load, "context_length", lambda model: 99)
     section = EvaluationSection(
         generate=generate, max_new_tokens=6, choose=choose, keep=KeepSection(data="x")
@@ -253,6 +256,7 @@ def test_an_evaluation_asks_what_the_section_says(
     found: Any = load.load_validation(section, data, None, tmp_path, StopFlag())
     assert (found.section.batch_size, found.batch_size, found.examples) == (38, 3, "held")
     assert found.prompts == (tuple(dialogues) if generate else ())
+    assert asked == [(data.template, found.section, 99)] * (2 if generate else 0)
     assert found.kept.prompts == (tuple(dialogues[1:]) if generate else ())  # those with tools
     assert (found.kept.examples, found.kept.batch_size) == ("general", 3)
     assert (found.chooser is None) is (choose == "best_metric")

@@ -298,8 +298,27 @@ def test_what_was_written_is_what_is_compared_whatever_kind_it_had() -> None:
 def test_never_refuses_to_start_over_an_old_run(tmp_path: Path) -> None:
     assert resume.choose(tmp_path, "never") == (None, [])
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"checkpoint-1\b.*training\.resume is never"):
+    save(tmp_path, 10)
+    save(tmp_path, 9)
+    with pytest.raises(CheckpointError, match=r"holds 3 checkpoints .*\(newest: checkpoint-10\) and training\.resume is never"):  # fmt: skip
         resume.choose(tmp_path, "never")
+
+
+def test_a_start_says_what_was_passed_over_what_it_goes_on_from_and_what_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        with folders.staged(tmp_path / f"checkpoint-{step}") as stage:
+            write(stage, record())
+    (tmp_path / "checkpoint-4/run.json").unlink()
+    now = record({**CONFIG, "training": {"output_dir": "runs/a", "max_grad_norm": 0.5}})
+    begun = resume.start(tmp_path, "auto", now)
+    assert (begun.folder, begun.step, begun.compares_anew) == (tmp_path / "checkpoint-2", 2, False)
+    told = capsys.readouterr()
+    assert told.err == f"warning: {tmp_path / 'checkpoint-4'} is passed over: run.json is missing\n"
+    assert told.out == (
+        f"resuming from {tmp_path / 'checkpoint-2'}\n  training.max_grad_norm: was 1.0, now 0.5\n"
+    )
 
 
 def test_a_named_checkpoint_is_never_replaced_by_another(tmp_path: Path) -> None:
