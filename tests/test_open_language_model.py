@@ -166,6 +166,20 @@ def test_answers_end_where_the_task_says_and_stand_in_the_order_of_the_questions
     assert list(long.prompt) == (begin(one) + ids_of(one, "word " * 40))[-8:]
 
 
+def test_as_many_are_answered_at_once_as_their_keys_and_values_have_room(
+    asks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, rooms = asks(4), list[int]()
+    namespace = type(one).generate_until.__globals__
+    monkeypatch.setitem(namespace, "write_replies", lambda _, __, asked, slots: rooms.append(slots) or [SimpleNamespace(ids=[]) for _ in asked])  # fmt: skip
+    longest = len(one._context_ids("Once")) + 12
+    for room in (longest - 1, 2 * longest, 3 * longest - 1, 99 * longest):
+        monkeypatch.setitem(namespace, "cache_tokens", lambda _, room=room: room)
+        one.generate_until([asked("Once", {"max_gen_toks": 12}), asked("x", {"max_gen_toks": 3})])
+    assert rooms == [1, 2, 2, 4]
+    assert one.generate_until([]) == []
+
+
 def test_a_chat_is_known_by_what_it_is_shown_as(asks: Any) -> None:
     one = asks()
     history = [
@@ -274,6 +288,7 @@ def test_tasks_are_asked_with_their_template_their_rows_and_their_limit(
     assert (texts["tasks"], texts["apply_chat_template"]) == (["mmlu"], False)
     assert chats["model"] == "rows 7"
     assert (chats["limit"], chats["bootstrap_iters"]) == (4, 0)
+    assert chats["task_manager"].all_tasks is stand.known
     assert chats["confirm_run_unsafe_code"] is False
     assert stand.paths is None, "of the last, which is no file"
     harness.run_tasks(None, None, [Task("folder/own.yml", "chat")], Asking(7))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from finetune.evaluation.tasks import calls, harness, needle, plan, speed, writi
 from finetune.evaluation.tasks.calls import CallQuestion, MadeCall
 from finetune.evaluation.tasks.plan import Task
 from finetune.generation import messages, predict
+from finetune.generation.settings import Placement
 
 # --- calls -------------------------------------------------------------------------------------
 
@@ -162,9 +163,8 @@ def test_lengths_that_fit_are_measured_in_order_up_to_the_first_that_does_not(
         return speed.Speed(length, 1.0, 1.0, 1.0, 1.0)
 
     monkeypatch.setattr(speed, "_measure", measure)
-    monkeypatch.setattr(
-        load, "open_model", lambda *_, **__: SimpleNamespace(model=nn.Module(), template=None)
-    )
+    opened: list[Any] = []
+    monkeypatch.setattr(load, "open_model", lambda *words, **how: opened.append((words, how)) or SimpleNamespace(model=nn.Module(), template=None))  # fmt: skip
     monkeypatch.setattr(batches, "evaluating", lambda _: nullcontext())
     monkeypatch.setattr(generate, "context_length", lambda _: 210)
     found = speed.bench("m", [400, 200, 100, 200, 201], new_tokens=10)
@@ -174,6 +174,11 @@ def test_lengths_that_fit_are_measured_in_order_up_to_the_first_that_does_not(
     monkeypatch.setattr(generate, "context_length", lambda _: None)
     assert len(speed.bench("m", [100, 300, 400], new_tokens=10)["lengths"]) == 1
     assert "300 tokens do not fit into memory" in capsys.readouterr().out
+    placement = Placement(quantization="nf4")
+    all_fit = speed.bench("m", [7, 5], base="b", placement=placement)
+    assert opened[-1] == (("m",), {"base": "b", "placement": placement})
+    assert [one["length"] for one in all_fit["lengths"]] == [5, 7]
+    assert (all_fit["model"], all_fit["new_tokens"]) == ("m", 64)
 
 
 @pytest.mark.parametrize(
