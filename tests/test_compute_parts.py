@@ -88,6 +88,9 @@ def test_a_loss_is_measured_once_and_kept_with_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = made(tmp_path)
+    collated: list[Any] = []
+    monkeypatch.setattr(compute, "Collator", lambda pad, *, image: collated.append((pad, image)))
+    one.template.image = "rule"
     one.losses = {"loss": ["a"], "general-1": ["b"]}
     asked = measured(monkeypatch, [3.0, 4.0])
     compute._measure_losses(one, None, False)
@@ -98,6 +101,7 @@ def test_a_loss_is_measured_once_and_kept_with_its_weights(
     assert (found.tolist(), weights.tolist()) == ([3.0, 4.0], [1.0, 2.0])
     compute._measure_losses(one, None, True)
     assert len(asked) == 4
+    assert set(collated) == {(0, "rule")}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -270,12 +274,16 @@ def test_a_model_is_opened_for_what_is_missing_and_not_for_an_endpoint(
     compute.run([ready, missing])
     steps = ["_rows_at_once", "_ask_tasks", "_measure_losses"]
     assert done[1:] == [("model", {"base": "b", "like": "l"}), *steps, "_through_model", "_generate_replies"]  # fmt: skip
+    assert (missing.results.folder / ".lock").exists()
+    assert not (ready.results.folder / ".lock").exists()
     done.clear()
     compute.run([away])
     assert done[1:] == ["_through_endpoint", "_generate_replies"]
     done.clear()
     compute.run([fast])
     assert [one for one in done if isinstance(one, str)] == [*steps, "_through_vllm", "_generate_replies"]  # fmt: skip
+    placed = [place for place, one in enumerate(done) if one == fast.options.placement]
+    assert placed == [0, 5], "ours is let go of before vLLM takes its memory"
 
 
 # --- a job -------------------------------------------------------------------------------------
@@ -326,7 +334,8 @@ def test_every_process_calls_the_head_as_often_whatever_is_left_for_it(
         return torch.tensor([float(len(inputs["labels"]))] * num_rows)
 
     monkeypatch.setattr(losses, "row_losses", rows)
-    monkeypatch.setattr(losses, "map_batches", lambda _, batches, work, **__: map(work, batches))
+    polled: list[Any] = []
+    monkeypatch.setattr(losses, "map_batches", lambda _, batches, work, *, label, should_stop: polled.append(should_stop) or map(work, batches))  # fmt: skip
 
     class Examples:
         lengths = np.array([3, 9, 5, 7, 4], dtype=np.int32)
@@ -338,7 +347,8 @@ def test_every_process_calls_the_head_as_often_whatever_is_left_for_it(
             return index
 
     collate = lambda batch: {"sample_ids": 0, "labels": torch.ones(len(batch), 3, dtype=torch.long)}  # noqa: E731  # fmt: skip
-    found = losses.validation_loss(SimpleNamespace(device="cpu"), Examples(), collate, batch_size=2)  # type: ignore[arg-type]  # fmt: skip
+    found = losses.validation_loss(SimpleNamespace(device="cpu"), Examples(), collate, batch_size=2, should_stop=bool)  # type: ignore[arg-type]  # fmt: skip
+    assert polled == [bool]
     assert asked == [2, 2, 2]
     assert found.losses.tolist() == [1.0, 2.0, 2.0, 2.0, 2.0], "the shortest is alone in the last"
     assert found.weights.tolist() == [2.0] * 5

@@ -127,6 +127,14 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "is_rank0", lambda: True)
 
 
+def test_the_base_of_a_job_is_the_one_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "model_base", lambda *asked: SimpleNamespace(path=asked))
+    one = replace(whole(tmp_path), target=Target("t", "m", "adapter", base="b"))
+    assert one.base == ("m", "b")
+
+
 @pytest.mark.usefixtures("one_process")
 def test_prompts_have_the_room_of_who_answers_and_what_is_left_out_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,6 +160,22 @@ def test_another_process_finishes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     one = made(tmp_path, generate=False)
     compute._generate_replies(one, replying())
     assert not (one.results.folder / "done.json").exists()
+
+
+def test_our_own_generation_tells_its_room_its_format_and_who_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import finetune.generation.generate as generate
+
+    asked: list[Any] = []
+    made_one = SimpleNamespace(prompts_per_rank=[3, 4])
+    monkeypatch.setattr(generate, "Generator", lambda *words, **how: asked.append((words, how)) or made_one)  # fmt: skip
+    monkeypatch.setattr(generate, "context_length", lambda model: model.room)
+    one, model = made(tmp_path), SimpleNamespace(room=99, dtype="torch.float16")
+    found = compute._through_model(one, model, 7)
+    assert asked == [((model, one.template), {"max_new_tokens": 20, "batch_size": 7})]
+    assert (found.backend, found.positions, found.rows) == (made_one, 99, 7)
+    assert found.facts() == {"dtype": "torch.float16", "prompts_per_rank": [3, 4]}
 
 
 def test_replies_from_elsewhere_are_asked_of_the_same_model_with_the_same_limits(
@@ -240,8 +264,9 @@ def test_no_file_is_written_through_a_link(tmp_path: Path) -> None:
     for name in ("evaluation.json", "predictions"):
         (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
         for given in ({}, {"overwrite": True}):
+            asked = [Target("one", str(one), "predictions")]
             with pytest.raises(ConfigError):
-                write(tmp_path / "out", one, **given)
+                folder.check_place(tmp_path / "out", asked, Options(**given))
         (tmp_path / "out" / name).unlink()
     assert not os.path.lexists(tmp_path / "elsewhere")
 
@@ -274,3 +299,42 @@ def test_replies_that_a_run_made_are_copied_as_they_are_with_its_records(tmp_pat
     assert copy is not None
     assert {one.name: one.read_text() for one in copy.iterdir()} == {name: name for name in schema.RUN_FILES}  # fmt: skip
     assert found["output"] == str(tmp_path / "out")
+
+
+def test_a_model_at_hand_is_asked_within_its_room_until_it_is_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import finetune.generation.generate as generate
+    from finetune.evaluation import model_scores
+
+    asked: list[Any] = []
+    monkeypatch.setattr(generate, "context_length", lambda _: 50)
+    monkeypatch.setattr(generate, "check_context", lambda *words: asked.append(words))
+    monkeypatch.setattr(
+        generate, "generate", lambda *words, **how: asked.append((words, how)) or []
+    )
+    prompt = SimpleNamespace(prompt_ids=[1, 2, 3], name="d:1", template="t")
+    with pytest.raises(ValueError, match="zip"):  # no reply
+        model_scores.evaluate_model("m", [prompt], max_new_tokens=9, batch_size=4, should_stop=bool)  # type: ignore[list-item]
+    how = {"max_new_tokens": 9, "batch_size": 4, "should_stop": bool}
+    assert asked == [(50, [3], 9, ["d:1"]), (("m", "t", [[1, 2, 3]]), how)]
+
+
+def test_pictures_are_kept_of_data_that_was_checked_and_of_no_file_of_replies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[list[str]] = []
+    monkeypatch.setattr(schema, "keep_pictures", lambda _, images: kept.append([*images]))
+    monkeypatch.setattr(folder, "ScoredTarget", lambda target, job, file, options: SimpleNamespace(file=file))  # fmt: skip
+    said = SimpleNamespace(model_dump=dict)
+    monkeypatch.setattr(folder, "evaluation_of", lambda *_: said)
+    monkeypatch.setattr(folder, "single", lambda *_: {})
+    monkeypatch.setattr(folder, "write_evaluation", lambda *_: None)
+    lines = write_rows(tmp_path / "lines.jsonl", [{"images": ["a.png", "b.png"]}, {}])
+    monkeypatch.setattr(folder, "_write_predictions", lambda job, file, how: (file.parent.mkdir(exist_ok=True), file.write_bytes(lines.read_bytes())))  # fmt: skip
+    monkeypatch.setattr(folder.scoring, "score_external", lambda source, file, how, like: (file.parent.mkdir(exist_ok=True), file.write_bytes(lines.read_bytes())))  # fmt: skip
+    one = made(tmp_path)
+    folder._write(tmp_path, tmp_path / "out", [one.target], [one], Options())
+    assert kept == [["a.png", "b.png"]]
+    folder._write(tmp_path, tmp_path / "out", [Target("x", "x", "predictions")], [], Options())
+    assert len(kept) == 1

@@ -83,6 +83,22 @@ def test_scores_of_the_same_questions_are_compared_and_of_others_not(tmp_path: P
     assert len([one for one in found if one.metric == "general_loss"]) == 3
     assert len([one for one in found if one.metric == "exact_match"]) == 3
     assert not [one for one in found if one.metric == "t/own"]
+    whole = compared.evaluation_of(targets, Options(), {})
+    assert len(whole.comparisons) == len(found)
+    targets[1].places = [("elsewhere", 1)]
+    assert targets[0].places != targets[1].places
+    odd = compared.evaluation_of(targets, Options(), {})
+    assert (odd.comparisons, odd.slices) == ([], {}), "nothing is compared"
+
+
+def test_where_nothing_was_generated_tasks_and_losses_are_compared_alone(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("")
+    made = [ScoredTarget(Target(name, name, "base"), None, tmp_path / "none.jsonl", Options()) for name in "ab"]  # fmt: skip
+    for one in made:
+        one.tasks = TaskTable({"t/acc": TaskScore("s", ("q1", "q2"), (0.0, 100.0))})
+    assert [(one.a, one.b, one.metric) for one in compared._comparisons(made)] == [("b", "a", "t/acc")]  # fmt: skip
+    assert compared.single(made[0], Evaluation(format=1, targets=[]))["scores"] == {}
+    assert made[0].described.scores.keys() == {"t/acc"}
 
 
 # --- targets -----------------------------------------------------------------------------------
@@ -107,6 +123,17 @@ def test_a_tuned_model_that_names_no_base_has_none_to_score(monkeypatch: pytest.
         find_targets(["whole"], with_base=True)
     found = find_targets(["whole", "plain"], with_base=True)
     assert [one.name for one in found] == ["whole", "plain"], "the base is there by name"
+
+
+def test_the_base_of_a_prefix_is_looked_for_where_it_moved_like_that_of_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(targets, "recorded_base", lambda _: ("gone", "f"))
+    monkeypatch.setattr(targets, "model_fingerprint", lambda _: "f")
+    for kind, base in (("adapter", str(tmp_path)), ("prefix", str(tmp_path)), ("merged", None), ("full", None)):  # fmt: skip
+        monkeypatch.setattr(targets, "_kind", lambda _, kind=kind: kind)
+        assert targets._target("x", [str(tmp_path)]).base == base, kind
 
 
 @pytest.mark.parametrize(
@@ -152,6 +179,13 @@ def test_a_folder_whose_files_changed_is_no_whole_evaluation(tmp_path: Path) -> 
     (tmp_path / "out" / "predictions" / "one.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"out is no whole evaluation: .*one\.jsonl"):
         schema.read_evaluation(tmp_path / "out")
+
+
+def test_what_is_read_is_a_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(schema, "check_plain", asked.append)
+    read_back(tmp_path)
+    assert asked == [tmp_path / "evaluation.json"]
 
 
 def test_samples_are_those_that_all_were_asked_for_in_one_order(tmp_path: Path) -> None:

@@ -34,7 +34,10 @@ def test_what_a_kill_tore_of_kept_replies_is_cut_off(
 
 @pytest.mark.parametrize("name", ["answers.jsonl", "done.json", "loss.npz", "scored-k.jsonl"])
 def test_kept_results_that_are_not_what_was_kept_are_made_again(tmp_path: Path, name: str) -> None:
+    scored: list[Path] = []
+
     def score(unscored: Path, output: Path) -> None:
+        scored.append(output)
         output.write_bytes(unscored.read_bytes())
 
     def fill() -> store.Results:
@@ -47,6 +50,8 @@ def test_kept_results_that_are_not_what_was_kept_are_made_again(tmp_path: Path, 
         return results
 
     results = fill()
+    results.scored("k", score)
+    assert scored == [results.folder / "scored-k.jsonl"], "once"
     whole = (results.folder / name).read_bytes()
     assert results.facts == {"replies": 3}
     (results.folder / name).write_bytes(whole[: len(whole) // 2])

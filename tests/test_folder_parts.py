@@ -142,6 +142,34 @@ def test_pictures_are_kept_small_each_once_and_while_there_is_room(
     assert [file.name for file in (tmp_path / "few" / "pictures").iterdir()] == [Path(schema._picture(names[0])).name]  # fmt: skip
 
 
+def test_kept_pictures_have_no_other_colours_and_no_large_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    for mode in ("RGBA", "P", "L"):
+        Image.new(mode, (9, 9)).save(tmp_path / f"{mode}.png")
+        schema.keep_pictures(tmp_path, [str(tmp_path / f"{mode}.png")])
+        with Image.open(tmp_path / schema._picture(str(tmp_path / f"{mode}.png"))) as kept:
+            assert (kept.mode, kept.format) == ("RGB", "WEBP")
+    data = schema.picture(tmp_path, str(tmp_path / "L.png"))
+    monkeypatch.setattr(schema, "PICTURE_BYTES", len(data) - 1)
+    with pytest.raises(DataError, match="is no picture"):
+        schema.picture(tmp_path, str(tmp_path / "L.png"))
+
+
+def test_a_prediction_has_all_of_its_prompt_and_the_call_that_its_tools_make() -> None:
+    asked: list[Any] = []
+    template = SimpleNamespace(parse=lambda *words: asked.append(words) or Message("assistant", "{}", "f"))  # fmt: skip
+    one = prompt(tools=({"name": "f"},))
+    one.template, one.index, one.text, one.images = template, 3, "asked", ("a.png",)
+    found = predictions.predicted(one, (5, 6), False)
+    assert asked == [((5, 6), ({"name": "f"},))]
+    assert (found.reply, found.reference) == (Message("assistant", "{}", "f"), one.reference)
+    assert (found.location, found.message, found.prompt, found.images) == ("a:b.jsonl:7", 3, "asked", ("a.png",))  # fmt: skip
+    assert (found.stopped, found.tools, found.slices["kind"]) == (False, ({"name": "f"},), "tool")
+
+
 @pytest.mark.parametrize("name", schema.RUN_FILES)
 def test_records_of_a_run_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:  # fmt: skip
     assert schema.run_copy(tmp_path, "run") is None

@@ -192,6 +192,7 @@ def test_a_chat_is_known_by_what_it_is_shown_as(asks: Any) -> None:
     begun = one.apply_chat_template([*history, {"role": "assistant", "content": "So"}], False)
     assert list(one._context_ids(begun)) == list(one._chats[shown]) + ids_of(one, "\nSo")
     assert list(one._context_ids("other")) == begin(one) + ids_of(one, "other")
+    assert one._room == one._model.config.max_position_embeddings
 
 
 def test_what_goes_on_behind_a_begun_reply_is_scored_as_it_is(asks: Any) -> None:

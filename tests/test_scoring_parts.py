@@ -169,6 +169,17 @@ def test_what_is_no_metric_is_named(own: ModuleType, name: str, said: str) -> No
         scoring.user_metric(name)
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError("zero"), SystemExit(3), ValueError("no")])
+def test_a_metric_that_fails_is_named_whatever_it_raises(own: ModuleType, error: BaseException) -> None:  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise error
+
+    own.meter = fail  # type: ignore[attr-defined]
+    said = rf"'meters:meter' failed at d\.jsonl:3 with {type(error).__name__}: "
+    with pytest.raises(ConfigError, match=said):
+        score(SAID, Scoring(own=("meters:meter",)))
+
+
 # --- processes ---------------------------------------------------------------------------------
 
 
@@ -200,7 +211,7 @@ class Child:
     made: ClassVar[list[Child]] = []
 
     def __init__(self, command: list[Any], **options: Any) -> None:
-        self.command, self.killed = command, False
+        self.command, self.options, self.killed = command, options, False
         self.returncode, self.said = self.ends.pop(0)
         Child.made.append(self)
 
@@ -235,6 +246,9 @@ def test_a_scoring_process_that_fails_ends_all_with_its_reason(
         parts = list(scoring._in_parallel(tmp_path / "u", 5, 2, tmp_path, how))
         assert parts == [tmp_path / "0", tmp_path / "1"]
         assert [child.command[4:6] for child in Child.made] == [["0", "2"], ["2", "5"]]
+        for child in Child.made:
+            assert child.options["start_new_session"], "signals are for the one that ends them"
+            assert child.options["env"]["PYTHONIOENCODING"] == child.options["encoding"] == "utf-8"
         options = json.loads(Child.made[0].command[-1])
         assert Scoring(options["definition"], tuple(options["own"]), options["schema"]) == how
     elif error is KeyboardInterrupt:

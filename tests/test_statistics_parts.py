@@ -59,6 +59,15 @@ def test_a_verdict_needs_a_chance_below_5_percent() -> None:
     assert statistics._verdict("rouge-l", -1.0, 0.01) == "worse"
 
 
+def test_intervals_are_of_a_thousand_resamples_and_always_the_same() -> None:
+    one = Measure(("s",), np.array([[n**1.3, 1.0] for n in range(40)]), lambda sums: sums[:, :1] / sums[:, 1:])  # fmt: skip
+    [found] = statistics.intervals(one)
+    assert statistics.intervals(one) == statistics.intervals(one, resamples=1000) == [found]
+    assert statistics.intervals(one, seed=1) != [found]
+    other = Measure(("s",), one.units[::-1].copy(), one.scores)
+    assert compare([one, other]) == compare([one, other], resamples=1000, permutations=9999)
+
+
 def test_the_observed_order_is_one_of_the_permutations() -> None:
     one = Measure(("s",), np.array([[100.0, 1.0]] * 30), lambda sums: sums[:, :1] / sums[:, 1:])
     other = Measure(("s",), np.array([[0.0, 1.0]] * 30), one.scores)

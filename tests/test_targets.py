@@ -15,6 +15,8 @@ from finetune.errors import ConfigError, DataError
 from finetune.evaluation import evaluate as evaluating
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.options import Options
+from finetune.evaluation.scores.added import ByModels
+from finetune.evaluation.scoring import Scoring
 from finetune.evaluation.targets import Target, find_targets
 from finetune.generation.backends.choice import BackendChoice
 from finetune.generation.settings import Settings, settings_of
@@ -165,7 +167,8 @@ class Steps:
         self.done: list[str] = []
         note = lambda name, value=None: lambda *_, **__: self.done.append(name) or value  # noqa: E731
         patch.setattr(evaluating.job, "prepare", note("prepare", "job"))
-        patch.setattr(evaluating.folder, "check_place", note("check"))
+        patch.setattr(evaluating.folder, "check_place", lambda *asked: self.done.append("check") or self.checked.append(asked))  # fmt: skip
+        self.checked: list[tuple[Any, ...]] = []
         patch.setattr(evaluating.compute, "run", note("run"))
         patch.setattr(evaluating.folder, "write", note("write", {"written": True}))
         patch.setattr(evaluating.console, "is_rank0", lambda: rank0)
@@ -177,6 +180,8 @@ def test_only_the_first_process_writes_and_the_place_is_looked_at_before_the_wor
     steps = Steps(monkeypatch)
     assert evaluate(str(made / "base"), ["d.jsonl"]) == {"written": True}
     assert steps.done == ["prepare", "check", "run", "write"]
+    place, [target], options, sources = steps.checked[0]
+    assert (place, target.kind, options, sources) == (made / "evaluation-base-d", "base", Options(), ["d.jsonl"])  # fmt: skip
     prepared: list[Settings] = []
     monkeypatch.setattr(evaluating.job, "prepare", lambda _, settings, __: prepared.append(settings))  # fmt: skip
     evaluate(str(made / "base"), ["d.jsonl"], changes={"max_new_tokens": 3, "max_samples": None})
@@ -191,6 +196,7 @@ def test_only_the_first_process_writes_and_the_place_is_looked_at_before_the_wor
     [
         (Options(temperature=-0.1), "temperature is -0.1; it must be 0"),
         (Options(by=BackendChoice(endpoint="openai:m@http://x/v1")), "replies for one model, and 2 are named"),
+        (Options(scoring=Scoring(own=("plain",))), "write module:function"), (Options(by_models=ByModels(judge="gpt")), "--judge"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_first(
