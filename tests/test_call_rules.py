@@ -232,3 +232,30 @@ def test_tools_that_a_system_text_lists_are_read_where_the_row_has_none() -> Non
     assert [tool["function"]["name"] for tool in alone.tools] == ["listed"]
     beside = dialogue(listed, USER, REPLY, columns={"tools": [WEATHER]}, calls_in_text="read")
     assert [tool["function"]["name"] for tool in beside.tools] == ["get_weather"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": 1} x', "more text after the end of the JSON value, at column 9"),
+        ('{"a": "x', "the JSON is cut off at column 7: Unterminated string starting"),
+        ('{"a": 1', "the JSON is cut off at column 8: Expecting ',' delimiter"),
+        ('\n{"a": x}', "not JSON at column 7: Expecting value"),
+        ("{'a': 1}", "not JSON at column 2: text stands in double quotes in JSON, here are single ones"),
+        ('{"a": 1, "a": 2}', "duplicate key 'a' in one object"), ("[Infinity]", "Infinity is not JSON; write a number or null"),
+        ('{"b": 1, "a": 1, "c": 2, "a": 2, "b": 3}', "duplicate key 'a' in one object"),
+        ("[" * 101 + "]" * 101, "nested more than 100 deep"), ("[" * 100_000, "nested more than 100 deep"),
+        ('["\\u0000"]', "the text contains a NUL character"), ("[" + "1" * 5000 + "]", "not JSON that can be read: Exceeds"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_json_is_said_in_words(text: str, reason: str) -> None:
+    assert said(strict_json.parse, text).startswith(reason)
+
+
+def test_kinds_of_values_have_names() -> None:
+    kinds = {"true or false": True, "a number": 3, "text": "x", "a list": [], "an object": {}, "null": None}  # fmt: skip
+    assert {strict_json.describe(value) for value in kinds.values()} == set(kinds)
+    for name, value in kinds.items():
+        assert strict_json.describe(value) == name
+    assert (strict_json.describe(1.5), strict_json.describe(b"")) == ("a number", "bytes")
+    assert strict_json.dump({"é": [1, None, 1.5]}) == '{"é": [1, null, 1.5]}'

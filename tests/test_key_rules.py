@@ -287,6 +287,11 @@ def test_what_a_row_tells_the_template_is_thinking_alone() -> None:
     assert thinks({"chat_template_kwargs": {"enable_thinking": True, "x": None}}) == (True, ())
     found = thinks({"chat_template_kwargs": {"a": 1, "enable_thinking": None, "b": 0}})
     assert found == (None, ("chat_template_kwargs.a", "chat_template_kwargs.b"))
+    assert thinks({}) == (None, ())
+    assert said(thinks, {"chat_template_kwargs": []}).endswith(": is a list, not an object")
+    for wrong in (1, "true", []):
+        reason = said(thinks, {"chat_template_kwargs": {"enable_thinking": wrong}})
+        assert reason.endswith("not true or false")
 
 
 def test_columns_are_named_in_their_order_and_the_worst_is_said_first() -> None:

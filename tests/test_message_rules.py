@@ -9,7 +9,6 @@ import pytest
 from hints import said
 from row_parts import CALL, REPLY, RESULT, SYSTEM, TOOL_CALL, USER, WEATHER, dialogue, reply, user
 
-from finetune.data.dialogue import strict_json
 from finetune.data.dialogue.conversation import (
     Conversation,
     Message,
@@ -216,6 +215,37 @@ def test_images_of_a_column_stand_in_front_of_the_first_question() -> None:
     assert "message 3: has a part of type 'image'" in said(dialogue, USER, REPLY, parts, REPLY)
 
 
+def test_images_of_a_message_stand_at_its_placeholders_or_in_front() -> None:
+    own = {"role": "user", "content": "a<image>b<image>", "images": ["x.png", "y.png"]}
+    found = dialogue(USER, REPLY, own, REPLY).messages[2]
+    assert (found.content, found.images) == ("ab", (ShownImage("x.png", 1, True), ShownImage("y.png", 2, True)))  # fmt: skip
+    part = {"type": "image", "path": "z.png"}
+    both = {**own, "content": [{"type": "text", "text": "a"}, part]}
+    assert said(dialogue, USER, REPLY, both, REPLY).startswith(
+        "message 3: names images beside those"
+    )
+    two = {"role": "user", "content": "Q", "image": "x.png", "images": ["y.png"]}
+    assert said(dialogue, USER, REPLY, two, REPLY).startswith("message 3: names an 'image' and 'images'")  # fmt: skip
+    lost = [{**own, "content": "Q"}, REPLY, {**USER, "content": "a<image>"}, REPLY]
+    assert said(dialogue, *lost).startswith("message 3: <image> stands in the text, and the row has no")  # fmt: skip
+    answer = {"role": "assistant", "content": "an <image>"}
+    assert said(dialogue, {**own, "content": "Q"}, answer).startswith(
+        "message 2: <image> stands in"
+    )
+    assert dialogue({**USER, "content": "a<image>"}, answer).images == ()
+
+
+def test_a_system_message_may_be_its_tools_alone() -> None:
+    alone = {"role": "system", "tools": [WEATHER]}
+    found = dialogue(alone, USER, REPLY)
+    assert (len(found.messages), len(found.tools)) == (2, 1)
+    assert "message 1: content is null" in said(dialogue, {"role": "system"}, USER, REPLY)
+    after = dialogue(alone, SYSTEM, USER, REPLY)
+    assert len(after.tools) == 1
+    called = {"role": "function_call", "content": [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]}  # fmt: skip
+    assert [m.metadata for m in dialogue(USER, called, RESULT, REPLY).messages] == ["", "f", "g", "", ""]  # fmt: skip
+
+
 def test_an_image_is_its_bytes_else_its_path_else_its_address() -> None:
     assert image_of({"bytes": b"abc", "path": "p", "url": "u"}, "x") == "data:image;base64,YWJj"
     assert image_of({"bytes": None, "path": "p", "url": "u"}, "x") == "p"
@@ -340,33 +370,3 @@ def test_an_empty_system_message_is_valid_and_reasons_count_from_one() -> None:
     assert said(validate, nul, "train", [5, 6, 7, 8]).startswith("message 7: the text contains a NUL")  # fmt: skip
     name = Conversation((user(), reply("{}", metadata="f\0"), Message("observation", "o"), reply()))
     assert said(validate, name) == "message 2: the text contains a NUL character"
-
-
-# --- JSON ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ('{"a": 1} x', "more text after the end of the JSON value, at column 9"),
-        ('{"a": "x', "the JSON is cut off at column 7: Unterminated string starting"),
-        ('{"a": 1', "the JSON is cut off at column 8: Expecting ',' delimiter"),
-        ('\n{"a": x}', "not JSON at column 7: Expecting value"),
-        ("{'a': 1}", "not JSON at column 2: text stands in double quotes in JSON, here are single ones"),
-        ('{"a": 1, "a": 2}', "duplicate key 'a' in one object"), ("[Infinity]", "Infinity is not JSON; write a number or null"),
-        ('{"b": 1, "a": 1, "c": 2, "a": 2, "b": 3}', "duplicate key 'a' in one object"),
-        ("[" * 101 + "]" * 101, "nested more than 100 deep"), ("[" * 100_000, "nested more than 100 deep"),
-        ('["\\u0000"]', "the text contains a NUL character"), ("[" + "1" * 5000 + "]", "not JSON that can be read: Exceeds"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_with_json_is_said_in_words(text: str, reason: str) -> None:
-    assert said(strict_json.parse, text).startswith(reason)
-
-
-def test_kinds_of_values_have_names() -> None:
-    kinds = {"true or false": True, "a number": 3, "text": "x", "a list": [], "an object": {}, "null": None}  # fmt: skip
-    assert {strict_json.describe(value) for value in kinds.values()} == set(kinds)
-    for name, value in kinds.items():
-        assert strict_json.describe(value) == name
-    assert (strict_json.describe(1.5), strict_json.describe(b"")) == ("a number", "bytes")
-    assert strict_json.dump({"é": [1, None, 1.5]}) == '{"é": [1, null, 1.5]}'

@@ -289,6 +289,26 @@ def test_a_damaged_arrow_file_says_so(tmp_path: Path) -> None:
     assert bad.reason.startswith("the Arrow file is damaged: ")
 
 
+def test_a_batch_that_is_damaged_is_not_read_row_by_row() -> None:
+    class Batch:
+        num_rows = 1
+
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def to_pylist(self) -> list[Any]:
+            raise self.error
+
+        def slice(self, start: int, length: int) -> Batch:
+            return self
+
+    with pytest.raises(pa.ArrowInvalid):
+        list(tables._values(Batch(pa.ArrowInvalid("damaged"))))
+    assert list(tables._values(Batch(OverflowError("far")))) == [
+        "a column holds what is out of range: far"
+    ]
+
+
 def test_a_line_of_a_table_or_text_that_is_too_long_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,13 @@ def test_each_file_is_judged_by_its_own_rows(
     assert last.location == f"{bad}:{stopped.rows + 1}"
 
 
+def test_bad_rows_of_renamed_columns_are_bad_rows(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"q": "Q", "response": "A"}, "x", {"q": "R", "response": "A"})  # fmt: skip
+    stream = read_conversations([SourceSpec(file, columns=(("prompt", "q"),))], Reading("collect"))
+    assert [c.messages[0].content for c in stream] == ["Q", "R"]
+    assert [row.location for row in stream.bad_rows] == [f"{file}:2"]
+
+
 def test_a_thousand_reasons_are_kept_and_the_rest_is_counted(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *["x"] * 1500, *pairs(200))
     stream = read_conversations([SourceSpec(file)], Reading("collect"))

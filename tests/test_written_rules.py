@@ -139,7 +139,7 @@ def test_a_mark_of_a_call_that_cannot_be_read_is_told(text: str) -> None:
     "text",
     ["toolcall", "[TOOLS]", "<tools>", "the Action Input: f", "<functions>", "f(1)", "f(a=1) or so", "f(a=b)", "f(a=1", "[f(a=1)",
      "f(**x)", "g(a=1)", "f(a=1) g(a=1)", "f\n{a}", "f g\n{}", "```\nf\n```", "[]", "{}", "f(a=open('x'))", "x = f(a=1)",
-     "f(a={1, 2})", "f(a=b'x')", "f(a={[1]: 2})", "f(a=1e999)", "f(**{'a': 1})", "f(a=1j)", "f(a={(1, 2): 3})", "f(a=1, a=2)", "f(a=1 b=2)"],
+     "f(a={1, 2})", "f(a=b'x')", "f(a={[1]: 2})", "f(a=1e999)", "f(**{'a': 1})", "f(a=1j)", "f(a={(1, 2): 3})", "f(a=1, a=2)", "f(a=1 b=2)", "f(a='1)", "f(a=(1)"],
 )  # fmt: skip
 def test_other_texts_are_no_calls(text: str) -> None:
     assert found(text, "f") is None
