@@ -339,6 +339,13 @@ def test_a_template_that_writes_no_replies_or_refuses_calls_is_told_from_its_fam
     text = said(ChatTemplate, replace(tokenizer, chat_template=mute))
     assert "is not in GLM-4.5's layout: " in text
     assert "甲' must stand in '" in text
+    picky = (
+        "{% if messages[0].role == 'system' and not messages[0].tools %}{{ raise_exception('no') }}{% endif %}"
+        + tiny.CHAT_TEMPLATE
+    )
+    system = dialogue(("system", "s"), ("user", "q"))
+    unknown = ChatTemplate(replace(glm4.tokenizer, chat_template=picky))
+    assert "does not know the role" in said(unknown.render, [system])
     strict = "{% for m in messages if m.tool_calls %}{{ raise_exception('no') }}{% endfor %}"
     again = ChatTemplate(replace(glm4.tokenizer, chat_template=tiny.CHAT_TEMPLATE + strict))
     assert again.layout.name == "GLM-4"
@@ -384,4 +391,7 @@ def test_broken_unicode_is_named_wherever_it_stands(glm4: ChatTemplate) -> None:
     assert "f:3: message 2 (assistant) is not valid Unicode" in said(glm4.render, [name])
     text = Conversation((Message("user", "ab\ud800"),), location="f:4")
     whole = Conversation((asked,))
+    tool = {"type": "function", "function": {"name": "f", "description": "\ud800"}}
+    odd = replace(whole, tools=(tool,))
+    assert "a tool definition is not valid Unicode" in said(glm4.render, [odd])
     assert "f:4: message 1 (user)" in said(glm4.prompts, [(whole, 1), (text, 1)])

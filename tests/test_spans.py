@@ -122,6 +122,11 @@ def test_an_example_with_nothing_left_to_learn_is_not_made(template: ChatTemplat
     assert shorten(one(template, first_by_policy), first_by_policy, 14, "last_reply") is not None
 
 
+def test_of_system_text_alone_nothing_can_go(template: ChatTemplate) -> None:
+    alone = dialogue(("system", "s" * 9), tools=TOOLS)
+    assert shorten(one(template, alone), alone, 5) is None
+
+
 def test_a_tool_result_never_loses_its_call(template: ChatTemplate) -> None:
     interrupted = dialogue(
         ("user", "q"), ("call", "1", "f"), ("user", "w"), ("tool", "2"), ("reply", "a"),

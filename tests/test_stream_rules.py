@@ -46,9 +46,9 @@ def places(stream: ExampleStream, number: int) -> list[tuple[int, str]]:
 
 def stream_of(
     path: Path, template: ChatTemplate, *, reading: Reading = AS_IS, packed: bool = False,
-    buffer: int = 5, most: int = 100, held_out: Any = None, seed: int = 3,
+    buffer: int = 5, most: int = 100, held_out: Any = None, seed: int = 3, weight: float = 1.0,
 ) -> ExampleStream:  # fmt: skip
-    sources = [SourceSpec(str(path))]
+    sources = [SourceSpec(str(path), weight)]
     options = StreamSettings(LengthPolicy(most), reading, seed, buffer, packed)
     return ExampleStream(shards_of(sources), sources, template, options, held_out=held_out)
 
@@ -67,6 +67,20 @@ def test_a_stream_that_a_later_version_reads_has_its_rows_in_the_same_order(
     )
     assert [index for index, _ in plain] == list(range(60))  # of three passes
     assert len({location for _, location in plain[:21]}) == 21
+
+
+def test_the_seed_chooses_the_rows_of_half_a_source(template: ChatTemplate, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [row(n) for n in range(40)])
+
+    def chosen(seed: int) -> set[str]:
+        stream = stream_of(path, template, weight=0.5, seed=seed)
+        return {place for _, place in places(stream, 10)}
+
+    assert chosen(1) == chosen(1)
+    assert len(chosen(1)) == 10
+    found = [stream_of(path, template, weight=0.5, seed=seed, buffer=99) for seed in (1, 2)]
+    first, second = ({place for _, place in places(one, 15)} for one in found)
+    assert len(first & second) < 15
 
 
 def test_packed_rows_stand_in_another_order_in_every_pass_block_and_piece(

@@ -11,7 +11,7 @@ from dialogues import dialogue
 
 from finetune.data.chat.layouts.glm45 import INSIDE
 from finetune.data.chat.template import ChatTemplate
-from finetune.data.chat.template_check import with_parts
+from finetune.data.chat.template_check import own_text, with_parts
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
 
 CALL = "<tool_call>f<arg_key>a</arg_key><arg_value>x"
@@ -70,6 +70,16 @@ def test_parts_go_to_the_message_that_shows_them_behind_a_message_of_tools_too()
     tools = {"role": "system", "content": "", "tools": []}
     assert with_parts(dialogue, plain) == expected
     assert with_parts(dialogue, [tools, *plain]) == [tools, *expected]
+
+
+def test_a_reply_of_a_thought_alone_is_laid_out_and_read_back(template: ChatTemplate) -> None:
+    talk = dialogue(("system", ""), ("user", "q"), ("reply", "<think>\na\n</think>\n\n"))
+    ids = template.render([talk])[0].input_ids.tolist()
+    text = "[gMASK]<sop><|user|>\nq<|assistant|>\n<think>a</think><|user|>"
+    assert template.decode(ids) == text
+    assert ids[:-1] == template.tokenizer.trusted(own_text(talk, template, template.jinja))
+    [read] = template.messages(ids[-5:], ())
+    assert read.content == talk.messages[2].content
 
 
 def test_a_prompt_ends_as_its_reply_begins_and_inside_of_a_turn_in_nothing(

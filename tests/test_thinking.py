@@ -83,6 +83,13 @@ def test_every_turn_is_an_example_of_its_own_and_the_past_has_no_thoughts(z1: Ch
     assert examples(z1, without, "last_reply") == []
 
 
+def test_a_document_is_one_example_and_a_users_metadata_is_not_written(z1: ChatTemplate) -> None:
+    document = Conversation((), text="once")
+    assert examples(z1, document) == ["[gMASK]<sop>«once<|endoftext|>»"]
+    named = Conversation((Message("user", "q", "somebody"), Message("assistant", REASONED)))
+    assert examples(z1, named) == [PROMPT + "«\n先想。\n</think>\n\n答<|user|>»"]
+
+
 def test_calls_are_trained_behind_the_thought_and_further_ones_as_the_model_goes_on(
     z1: ChatTemplate,
 ) -> None:

@@ -156,8 +156,6 @@ def _is_shown(
 def _tools_block(
     template: JinjaTemplate, layout: ChatLayout, tools: Sequence[Mapping[str, Any]]
 ) -> str:
-    if not tools:
-        return ""
     if layout.tools == "argument":
         text = template.render([_USER], tools=tools)
     else:
