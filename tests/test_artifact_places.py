@@ -77,6 +77,10 @@ def test_a_run_goes_on_from_what_has_its_states_and_is_opened_at_what_is_newest(
     assert checkpoint.newest_good(tmp_path / "none") == (None, [])
     assert [checkpoint.is_resumable(Path(name)) for name in ("checkpoint-1", "weights-1", "mine")] == [True, False, True]  # fmt: skip
     assert [checkpoint.step_of(Path(name)) for name in ("checkpoint-10", "weights-2", "checkpoint-x", "xcheckpoint-1", "checkpoint-1x")] == [10, 2, None, None, None]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "LARGEST_JSON", 3)
+        (run / "best.json").write_text("    ")
+        assert "best.json is larger than" in said(checkpoint.best, run)
     for text in ("{", "[]", '{"metric": 1}'):
         (run / "best.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"best\.json is damaged; delete it"):

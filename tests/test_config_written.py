@@ -147,3 +147,11 @@ def test_checking_a_configuration_imports_nothing_heavy(write):
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_what_is_written_is_read_by_people_in_the_order_of_the_page(write):
+    text = dump_config(load_config(write(MINIMAL.replace("some/model", "模型/甲"))))
+    assert "path: 模型/甲" in text
+    sections = [line.rstrip(":") for line in text.splitlines() if line[0].isalpha()]
+    assert [name.split(":")[0] for name in sections] == list(RunConfig.model_fields)
+    assert text.index("max_steps:") < text.index("batch_size:")

@@ -124,7 +124,9 @@ def test_losses_are_drawn_run_by_run_training_thin_and_validation_with_dots(made
     assert [point.x for point in drawn[1].points] == [0, 20, 40]
     assert drawn[1].points[0].y == 3.9
     assert len(drawn[0].points) == 20
-    (loss, chart), (headline, _), *_ = page.panels(found, runs, page.colours_of(found))
+    (loss, chart), (headline, scores), *_ = page.panels(found, runs, page.colours_of(found))
+    assert 'aria-label="loss while training over steps. ' in chart
+    assert 'aria-label="rouge-l over steps. ' in scores
     assert (loss, headline) == ("loss while training", "rouge-l")
     assert "wide, validation: 3.9 to" in chart
 

@@ -58,6 +58,7 @@ def test_markdown_is_the_answer_in_bold_the_rest_and_the_table_of_the_headline_f
         "",
         "rouge-l: f1 \\| &lt;words>",
     ]
+    assert "\r" not in export.comma_separated(Evaluation.model_validate(found))
     slices = {"kind": {"tool": {"one": {"rouge-l": score(3.0)}}, "plain": {"base": {"rouge-l": score(2.0)}}}}  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(export.comma_separated(Evaluation.model_validate(found | {"slices": slices})))))  # fmt: skip
     assert [(row["target"], row["value of slice"], row["score"], row["low"], row["high"], row["n"]) for row in rows if row["slice"]] == [

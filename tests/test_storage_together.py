@@ -21,7 +21,7 @@ from finetune.artifacts import checkpoint, weights
 from finetune.artifacts.run_dir import LOCK, RunDirectory
 from finetune.data.examples.dataset import prepare
 from finetune.errors import ConfigError
-from finetune.storage import cache, folders, lock, manifest
+from finetune.storage import cache, folders, journal, lock, manifest
 
 # --- locks ---------------------------------------------------------------------------------------
 
@@ -222,3 +222,14 @@ def test_a_fingerprint_reads_every_tensor_of_every_file(tmp_path: Path) -> None:
         seen.add(weights.model_fingerprint(tmp_path))
         assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert len(seen) == 3
+
+
+def test_an_output_of_windows_goes_on_behind_whole_ones(tmp_path: Path) -> None:
+    for window, kept in ((2, [1, 2]), (1, [1, 2, 3])):
+        output = tmp_path / f"{window}.jsonl"
+        for rows in ([{"n": 1}, {"n": 2}, {"n": 3}], []):
+            growing = journal.ResumableOutput(output, "id", window=window)
+            found = growing.open(lambda row: row["n"])
+            growing.journal.append(rows)
+            growing.close()
+        assert found == kept
