@@ -148,7 +148,7 @@ def test_a_number_on_an_axis_is_short(value: float, text: str) -> None:
     ("low", "high", "found"),
     [
         (0, 52, [0, 20, 40]), (0, 50, [0, 10, 20, 30, 40, 50]), (3, 3, [3]), (0.1, 0.35, [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]),
-        (-7, 5.5, [-5, -2.5, 0, 2.5, 5]), (-7, 6, [-5, 0, 5]),
+        (-7, 5.5, [-5, -2.5, 0, 2.5, 5]), (-7, 6, [-5, 0, 5]), (1.1, 1.6, [1.1, 1.2, 1.3, 1.4, 1.5, 1.6]),
     ],
 )  # fmt: skip
 def test_ticks_are_few_round_and_inside(low: float, high: float, found: list[float]) -> None:
