@@ -87,7 +87,7 @@ def test_an_index_names_files_of_its_folder_only(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write_tensors(tmp_path / "out.safetensors", {"a": (1,)})
     folder.mkdir()
-    for name in ("../out.safetensors", "gone.safetensors"):
+    for name in ("../out.safetensors", "gone.safetensors", "x" * 300, "a\0b"):
         index = {"weight_map": {"a": name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ModelError, match=f"has no {name}"):

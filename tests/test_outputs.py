@@ -287,7 +287,20 @@ def ready(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../mine", "/{parent}/mine", "a/../../mine", "./mine", "", "a//b"]
+    "name",
+    [
+        "../mine",
+        "/{parent}/mine",
+        "a/../../mine",
+        "./mine",
+        "",
+        "a//b",
+        "a\0b",
+        "x" * 256,
+        "a/" + "模" * 86,
+        "a\ud800b",
+        "manifest.json",
+    ],
 )
 def test_a_manifest_of_a_stranger_moves_and_removes_nothing_outside_its_folder(
     tmp_path: Path, name: str

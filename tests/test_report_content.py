@@ -357,7 +357,12 @@ def test_every_cell_of_the_pages_table_says_what_its_score_is(made: Path) -> Non
 
 
 def test_a_page_has_the_parts_that_it_has_something_for_and_leads_to_each(made: Path) -> None:
+    for copy, more in zip(sorted((made / "runs").iterdir()), ("seed: null", "list: [甲]"), strict=True):  # fmt: skip
+        with (copy / "config.yaml").open("a", encoding="utf-8") as file:
+            file.write(f"  {more}\n")
     text = page.write_page(with_everything(made)).read_text(encoding="utf-8")
+    shown = dict(re.findall(r'<tr><th scope="row">([a-z.]+)</th>((?:<td>[^<]*</td>)+)</tr>', text))
+    assert sorted(re.findall("<td>(.*?)</td>", shown["training.list"])) == ["[&#34;甲&#34;]", "–"]
     parts = re.findall(r'<section id="(\w+)">', text)
     assert parts == ["differences", "scores", "published", "needles", "labels", "verdicts", "slices", "lengths", "samples", "made"]  # fmt: skip
     [nav] = re.findall("<nav .*?</nav>", text, re.DOTALL)

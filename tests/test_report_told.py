@@ -175,6 +175,11 @@ def test_steps_that_nothing_says_are_counted_by_three_epochs_and_nothing_is_left
     (run / "best.json").write_text(json.dumps({"checkpoint": "checkpoint-7", "metric": "loss", "value": 1}))  # fmt: skip
     found = status.read_status(run)
     assert (found.best, found.best_metric, found.best_value) == (None, None, None)
+    (run / "best.json").write_text(json.dumps({"checkpoint": "checkpoint-10", "metric": "loss", "value": "low"}))  # fmt: skip
+    (run / "config.yaml").write_text("training: {num_epochs: many}\n")
+    found = status.read_status(run)
+    assert (found.best_metric, found.best_value, found.steps) == ("loss", None, 60)
+    assert dict(found.rows())["best checkpoint"] == str(run / "checkpoint-10")
     (run / "config.yaml").write_text("training: {max_steps: 8}\n")
     with RunDirectory.open(run):
         found = status.read_status(run)

@@ -201,6 +201,8 @@ def test_json_in_the_page_cannot_leave_its_element() -> None:
     text = page_data.inert_json({"a": "</script><!--\u2028\ud800&"})
     assert text == '{"a":"\\u003c/script\\u003e\\u003c!--\\u2028\\ud800\\u0026"}'
     assert json.loads(text) == {"a": "</script><!--\u2028\ud800&"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        page_data.inert_json([float("nan")])  # a browser reads no NaN
 
 
 def test_ticks_are_round_numbers_inside_the_range() -> None:

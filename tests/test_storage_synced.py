@@ -239,3 +239,12 @@ def test_a_file_is_hashed_for_every_folder_that_is_watched_and_for_no_other(tmp_
     with hashed.hashing(tmp_path) as all_, hashed.hashing(tmp_path / "a") as of_a, hashed.hashing(tmp_path / "b") as of_b:  # fmt: skip
         hashed.hashed_text(tmp_path / "a/x", "1")
     assert (list(all_), list(of_a), of_b) == (["a/x"], ["x"], {})
+
+
+def test_a_result_whose_files_are_gone_is_finished_and_told(tmp_path: Path) -> None:
+    result(tmp_path, a="1")
+    (tmp_path / folders.READY).mkdir()
+    text = manifest._manifest_text(manifest.Manifest({"sub/x": (1, "0" * 64)}, {}))
+    (tmp_path / folders.READY / "manifest.json").write_text(text)
+    assert folders.finish_result(tmp_path) == ["sub/x is missing"]
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"], "the old file went"

@@ -67,3 +67,20 @@ def test_tensors_lie_one_behind_the_other_and_fill_the_file(
 def test_a_tensor_of_nothing_lies_before_the_one_at_its_place(tmp_path: Path) -> None:
     file = written(tmp_path, {"a": entry("F32", [1], 0, 4), "none": entry("F32", [0], 0, 0)}, 4)
     assert [tensor.name for tensor in read_shard(file).tensors] == ["none", "a"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000, "5", "[]", '{"a": [1]}', '{"a": {"shape": [1], "data_offsets": [0, 4]}}', '{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        '{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}', '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [null, 4]}}', "\\xff",
+    ],
+    ids=lambda header: header[:40],
+)  # fmt: skip
+def test_a_header_that_is_none_is_damage_and_no_error_of_ours(tmp_path: Path, header: str) -> None:
+    file = tmp_path / "model.safetensors"
+    text = header.encode("latin-1")
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(ModelError, match=r"is not a whole safetensors file .*; copy it again"):
+        read_shard(file)

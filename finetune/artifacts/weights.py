@@ -25,6 +25,8 @@ FLOATS = ("F16", "BF16", "F32")
 """What weights are kept in; integers and 8-bit floats mean nothing without their scales."""
 
 _MAX_HEADER = 100_000_000
+# What a header of JSON that is nested without end, or of values that are none, is met with.
+_NOT_WHOLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 _SAMPLE = 64
 # Written by tools on the way, without a meaning for the weights.
 _VOLATILE = ("_name_or_path", "transformers_version", "auto_map")
@@ -94,7 +96,7 @@ def read_shard(file: Path) -> Shard:
         raise ModelError(
             f"{file} cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (*_NOT_WHOLE, struct.error) as error:
         raise ModelError(
             f"{file} is not a whole safetensors file ({error}); copy it again"
         ) from error
@@ -113,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is damaged ({error}); copy it again") from error
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
+            if Path(name).name != name or not os.path.isfile(folder / name):  # noqa: PTH113 - Path.is_file raises for a name that is too long
                 raise ModelError(f"{folder} has no {name}, which its index names; copy it again")
         return [folder / name for name in names]
     if (folder / MODEL_WEIGHTS).is_file():

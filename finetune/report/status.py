@@ -89,7 +89,7 @@ def read_status(folder: Path) -> Status:
         checkpoint=str(newest) if newest else None,
         best=str(best) if best else None,
         best_metric=record.get("metric") if best else None,
-        best_value=record.get("value") if best else None,
+        best_value=_number(record.get("value")) if best else None,
         written=metrics.stat().st_mtime if metrics.is_file() else None,
     )
 
@@ -101,7 +101,7 @@ def _all_steps(run: Run, newest: Path | None) -> int | None:
     state = read_json_if_there(newest / TRAINER_STATE) if newest else {}
     if isinstance(steps := state.get("max_steps"), int) and steps > 0:
         return steps
-    epochs = run.config.get("training.num_epochs") or 3
+    epochs = _number(run.config.get("training.num_epochs")) or 3
     epoch = _last(run.history, "epoch")
     step = run.last_step
     return math.ceil(round(step / epoch * epochs, 6)) if epoch and step else None
@@ -121,8 +121,12 @@ def _state(
 
 
 def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    found = [record[key] for record in history if isinstance(record.get(key), int | float)]
-    return float(found[-1]) if found else None
+    found = [value for record in history if (value := _number(record.get(key))) is not None]
+    return found[-1] if found else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _text(value: float | None, form: str) -> str:

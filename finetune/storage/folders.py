@@ -340,7 +340,7 @@ def _move_in(folder: Path) -> None:
         for name, (_, digest) in _obsolete(folder, names).items():
             if (folder / name).is_file() and file_digest(folder / name) == digest:
                 (folder / name).unlink()
-        for parent in {(folder / name).parent for name in names}:
+        for parent in {(folder / name).parent for name in names if (folder / name).exists()}:
             fsync_folder(parent)
         (ready / MANIFEST).replace(folder / MANIFEST)
         fsync_folder(folder)

@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 LARGEST = 256 << 20
 """Bytes of one; a million files have half of it."""
 
+_LONGEST_NAME = 255  # bytes; longer ones are on no file system
 _CHUNK = 1 << 20
 _HASH_THREADS = 4
 
@@ -219,9 +220,14 @@ def _parse_manifest(text: str) -> Manifest | None:
 def _is_inside(name: str) -> bool:
     """Whether a name is one that `walk` gives: a stranger's manifest must lead nowhere else."""
     path = PurePosixPath(name)
+    try:
+        fits = all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return False
     return (
         name == str(path) and bool(path.name) and not path.is_absolute() and ".." not in path.parts
-    )
+        and "\0" not in name and name != MANIFEST and fits
+    )  # fmt: skip
 
 
 def _hash_all(folder: Path, names: list[str], *, fsync: bool) -> dict[str, tuple[int, str]]:
