@@ -308,3 +308,15 @@ def test_the_images_of_packed_rows_are_counted_on_from_row_to_row() -> None:
     assert given == [("a", "f:3"), ("b", "f:3"), ("c", "f:4"), ("d", "f:4"), ("e", "f:4")]
     assert batch["position_ids"][0].tolist() == [[0, 0, 1, 0, 1], [0, 2, 3, 4, 0]]
     assert batch["position_ids"][2].tolist() == [[200, 200, 201, 0, 1], [200, 202, 203, 204, 0]]
+    given.clear()
+    asked: list[list[str]] = []
+
+    def features(paths: Sequence[str]) -> dict[str, Any]:
+        asked.append(list(paths))
+        return {"image_features": "made"}
+
+    kept = Collator(0, image=spec, features=features)([example(2, "b", "a"), example(1, "c")])
+    assert (asked, given, kept["image_features"]) == ([["b", "a", "c"]], [], "made")
+    assert "position_ids" not in kept
+    assert "image_features" not in Collator(0, image=spec, features=features)([example(2)])
+    assert set(Collator(0)([example(2, "a")])) == {"input_ids", "labels", "sample_ids"}
