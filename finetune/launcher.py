@@ -30,6 +30,13 @@ def problem() -> str | None:
     return None
 
 
+def forget_empty() -> None:
+    """Take variables without a value out of the environment: libraries would read a number in them."""
+    for name in NUMBERS:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+
+
 def _number(name: str, default: int) -> int:
     """The number in a variable; the default where it is none, which `problem` says."""
     value = os.environ.get(name, "")

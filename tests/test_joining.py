@@ -138,6 +138,20 @@ def test_a_process_alone_joins_nobody_but_for_deepspeed(
     assert group.events == (["left"] if deepspeed else [])
 
 
+@pytest.mark.parametrize("name", launcher.NUMBERS)
+def test_a_variable_without_a_value_is_none_for_libraries_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = Group(monkeypatch, launched=False)
+    monkeypatch.setenv(name, "")  # as `WORLD_SIZE=$SLURM_NTASKS` outside of a job
+    with processes.joined_processes():
+        assert name not in processes.os.environ
+        assert group.joined is None
+    kept = Group(monkeypatch, launched=True)
+    with processes.joined_processes():
+        assert kept.joined is not None
+
+
 # --- agreeing ---------------------------------------------------------------------------------------------
 
 

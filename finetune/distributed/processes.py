@@ -165,6 +165,7 @@ def joined_processes(*, timeout_minutes: float = 30.0, deepspeed: bool = False) 
         return
     if (said := launcher.problem()) is not None:
         raise ConfigError(said)
+    launcher.forget_empty()
     if deepspeed and not launcher.is_launched():
         # Found by itself, DeepSpeed would ask for mpi4py.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
