@@ -309,7 +309,7 @@ def test_the_memory_of_an_evaluation_counts_only_where_there_is_one(
         ("data split a --output b --share 0", "--share is a part of 1"), ("data split a --output b --share 1", "--share is a part of 1"),
         ("data check a --max-length 3", "give --model too"), ("data show a --model b --index 0 --line 1", "not both"),
         ("migrate old.yaml --output there", "there exists already"), ("init --output there", "there exists already"),
-        ("board runs --output there", "there exists already"), ("evaluate --votes v --data d", "--votes scores what people said"),
+        ("board runs --output there", "there exists already"), ("evaluate --votes v --data d", "--votes scores what people said"), ("evaluate --votes v --predictions d", "--votes scores"), ("evaluate m --votes v", "--votes scores"),
         ("evaluate a/b --bleu-unit x", "must be word or character"), ("chat a/b --save-to c", "add --web"), ("chat a/b c=a/b", "add --web"),
         ("serve a/b --save-to c", "add --page"), ("help no-such", "there is no topic 'no-such'"),
     ],

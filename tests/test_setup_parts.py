@@ -99,7 +99,7 @@ def test_doctor_measures_the_disk_that_is_there(
         return SimpleNamespace(free=room[0], total=room[0])
 
     monkeypatch.setattr(doctor.shutil, "disk_usage", usage)
-    for free, well in ((20_000_000_001, [True, True, True]), (20_000_000_000, [False, False, True]), (999_999_999, [False, False, False])):  # fmt: skip
+    for free, well in ((20_000_000_001, [True, True, True]), (20_000_000_000, [False, False, True]), (1_000_000_000, [False, False, True]), (999_999_999, [False, False, False])):  # fmt: skip
         asked.clear()
         room[0] = free
         found = list(doctor._room())
