@@ -116,6 +116,10 @@ def test_depth_follows_from_two_and_three_layers(method: Any, tmp_path: Path) ->
         whole.flops,
         whole.peak,
     )
+    assert followed.flops["float32"] == 0, "what is float32 computes under autocast"
+    trains_all = method.kind == "full"
+    assert (followed.peak["adapters"] == 0) is trains_all
+    assert (followed.peaks["optimizer"]["gradients"] > followed.peak["weights"] / 2) is trains_all
     # The optimizer's launches take 36 tensors each: a launch begun is a launch.
     assert followed.kernels == pytest.approx(whole.kernels, abs=3)
     assert followed.milliseconds == pytest.approx(whole.milliseconds, abs=0.01)

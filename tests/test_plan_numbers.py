@@ -13,21 +13,35 @@ import pytest
 import torch
 from command_line import ROOT
 from rows import turns, write_rows
-from test_counting import SIZES, small
+from test_counting import CEILINGS, SIZES, small
 from test_plan_parts import PLAN, memory
 
 from finetune.cli.inputs import planned as planned_of
-from finetune.config.schema import DataSection, EvaluationSection, ModelSection, RunConfig
+from finetune.config.schema import (
+    DataSection,
+    EvaluationSection,
+    LoraMethod,
+    ModelSection,
+    PTuningV2Method,
+    RunConfig,
+)
 from finetune.distributed import device
 from finetune.errors import ConfigError, ModelError
 from finetune.models.kernels import NAMES
-from finetune.planning import evaluating, run_memory
+from finetune.planning import evaluating, run_memory, step
 from finetune.planning.counting import KINDS, shapes_only
 from finetune.planning.evaluating import HeldOut
-from finetune.planning.plan import Gpu, Plan, _format
+from finetune.planning.plan import NF4_BYTES, Gpu, Plan, _format, _sizes
 from finetune.planning.run_memory import RunMemory
-from finetune.planning.step import Cost, Shape, Subject
-from finetune.planning.subjects import PackedLayer, own_loss
+from finetune.planning.step import Cost, Shape, Subject, count_layers
+from finetune.planning.subjects import (
+    PackedLayer,
+    narrow,
+    on_the_host,
+    own,
+    own_loss,
+    states_per_token,
+)
 
 # --- plans of small shapes ---------------------------------------------------------------------
 
@@ -122,12 +136,68 @@ def test_rows_that_are_shared_out_cost_each_gpu_its_part(folder: Path, asked: An
     assert [shape.length for _, shape in asked] == [1001, 2002, 501, 1002]
     assert (whole.per_token, half.per_token) == (7, 7 * 501 // 1001)
     assert whole.host_bytes == half.host_bytes == 0
+    assert [subject.loss is own_loss for subject, _ in asked] == [True, True, False, False]
     away = {"training__offload_activations": True, "training__activation_checkpointing": True}
     both = planned(folder, data__max_length=1001, training__sequence_parallel=2, training__batch_size=3, gpu=two, **away)  # fmt: skip
     assert both.host_bytes == 3 * 501 * 4 * 64 * 2
+    assert states_per_token(folder, torch.float16) == 2 * states_per_token(folder, torch.bfloat16)
+    with shapes_only():
+        models = [asked[place][0].build(1) for place in (2, 4)]
+    away_from = [{getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()} - {None} for model in models]  # fmt: skip
+    assert {one.func.__name__ for one in away_from[1]} == {"away"}
+    assert not away_from[0], "nothing is recomputed there"
     three = Gpu(number=3)
     with pytest.raises(ConfigError, match="4 attention heads"):
         planned(folder, training__sequence_parallel=3, gpu=three)
+
+
+def test_what_is_recomputed_from_the_host_is_recomputed_whole(folder: Path) -> None:
+    kept = own(folder, LoraMethod(), checkpointing=True)
+    here, away = (count_layers(one, Shape(2, 64), CEILINGS, 2) for one in (kept, on_the_host(kept)))
+    assert (away.flops, away.working) == (here.flops, here.working)
+    few = count_layers(kept, Shape(2, 64, 0.25), CEILINGS, 2)
+    assert few.flops["attention"] == here.flops["attention"]
+    head = 2 * 64 * 512 * (2 * 64)  # of all tokens, forward and for what comes before it
+    assert here.flops["bfloat16"] - few.flops["bfloat16"] == 2 * head * 3 // 4
+
+
+def test_all_of_a_step_follows_from_two_depths_behind_the_dense_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def at(_: Any, __: Any, ___: Any, layers: int) -> Cost:
+        asked.append(layers)
+        of = lambda start, each: start + each * layers  # noqa: E731
+        held = {kind: of(100 * place, place) for place, kind in enumerate(KINDS)}
+        return Cost(of(7, 1), of(9, 2), {"bfloat16": of(0, 3)}, {"forward": held}, of(5, 4), 6, of(1, 0.5))  # fmt: skip
+
+    monkeypatch.setattr(step, "count_layers", at)
+    subject = Subject(lambda _: torch.nn.Module(), own_loss, layers=40, dense=3)
+    found = step.count_step(subject, Shape(1, 1))
+    assert found == at(None, None, None, 40)
+    assert asked[:2] == [4, 5]
+    assert found.peak_bytes == sum(found.peak.values())
+    for layers, dense in ((7, 0), (7, 1)):
+        asked.clear()
+        assert step.count_step(replace(subject, layers=layers, dense=dense), Shape(1, 1)) == at(None, None, None, layers)  # fmt: skip
+        assert asked[:2] == [2, 3]
+
+
+def test_four_bits_are_those_of_the_frozen_layers_alone(folder: Path) -> None:
+    how = {quantization: _sizes(ModelSection(path="m", quantization=quantization), LoraMethod(), folder, torch.bfloat16) for quantization in (None, "nf4")}  # type: ignore[arg-type]  # fmt: skip
+    linear = 4 * (64 * 128 + 64 * 64 + 64 * 192 + 96 * 64)
+    assert how[None].frozen - how["nf4"].frozen == int(linear * (2 - NF4_BYTES))
+    assert how[None].trained == how["nf4"].trained == TRAINED
+    prefix = _sizes(ModelSection(path="m"), PTuningV2Method(), folder, torch.bfloat16)
+    assert prefix.everything == prefix.active == how[None].everything
+    layer = PackedLayer(torch.nn.Linear(512, 64, dtype=torch.bfloat16))
+    assert sum(one.nbytes for one in layer.buffers()) == 512 * 64 * NF4_BYTES
+    assert (layer.shape, layer.wide_dtype, layer.bias.shape) == ((64, 512), torch.bfloat16, (64,))
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleDict({"0": torch.nn.ModuleDict({"dense": torch.nn.Linear(64, 64), "lora_A": torch.nn.Linear(64, 8)})}), "head": torch.nn.Linear(64, 64)})  # fmt: skip
+    narrow(torch.nn.ModuleDict({"text": model}))
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert (kinds["layers.0.dense"], kinds["layers.0.lora_A"], kinds["head"]) == ("PackedLayer", "Linear", "Linear")  # fmt: skip
 
 
 def test_a_plan_is_in_the_number_format_that_the_gpu_multiplies(tmp_path: Path) -> None:
@@ -209,6 +279,19 @@ def test_a_run_is_told_what_is_planned_for_its_own_card(monkeypatch: pytest.Monk
     assert "fills 200000 %" in memory().rows()[1][1]
     monkeypatch.setattr(processes, "is_rank0", lambda: False)
     assert memory().rows() == []
+
+
+def test_a_run_is_planned_for_its_longest_example_in_the_models_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(run_memory, "local_folder", lambda path, revision, files: tmp_path / path)
+    monkeypatch.setattr("finetune.planning.plan.plan", lambda *words, **how: asked.append((words, how)))  # fmt: skip
+    one, gpu = memory(), Gpu(number=3)
+    one.plan(gpu)
+    one.plan(gpu, tmp_path)
+    words = (one.model, one.method, one.training, one.deepspeed, gpu)
+    assert asked == [(words, {"folder": place, "length": 300}) for place in (tmp_path / "m", tmp_path)]  # fmt: skip
 
 
 def test_out_of_memory_is_said_with_what_was_held_and_planned(

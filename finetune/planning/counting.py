@@ -248,7 +248,7 @@ def _launches(args: tuple[Any, ...]) -> int:
     if not lists:
         return 1
     elements = sum(tensor.numel() for tensor in lists[0])
-    depth = min(max(len(lists), 1), 5)
+    depth = min(len(lists), 5)
     return int(
         max(
             -(-len(lists[0]) // _PER_LAUNCH[depth]),
