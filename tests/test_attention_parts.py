@@ -18,6 +18,7 @@ from finetune.models.packed_attention import (
     document_starts,
     flash_arguments,
     grouped_sdpa,
+    pieces,
     say_documents,
     whole_rows,
     without_packing,
@@ -221,6 +222,30 @@ def test_a_prefix_in_front_of_documents_is_as_narrow_as_they_are_and_each_part_h
     assert (out.shape, out.dtype) == ((2, tokens, 4, 8), torch.bfloat16)
     own = prefix if part is None else prefix[:, part : part + 1]
     assert torch.equal(seen[0], own.bfloat16())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_documents_attend_at_the_scale_of_the_layer_in_pieces_and_in_one_kernel(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
+    monkeypatch.setattr(packed_attention, "NARROW", (torch.float32,))
+    parts, documents = states(6, 6, groups), two_rows()
+    numbers = documents.starts.cumsum(1)
+    seen = (numbers[:, None, :, None] == numbers[:, None, None]).tril()
+    expected = written_out(*parts, seen).float()
+    attend = packed_attention.in_documents(grouped_sdpa)
+    for names in ((), ("varlen_attention",)):
+        with kernels.running(names, "cpu"):
+            found, _ = attend(nn.Module(), *parts, None, documents, scaling=SCALE)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_piece_without_a_mask_is_a_document_that_has_no_room_beside_others() -> None:
+    starts = torch.zeros(1, 3000, dtype=torch.bool)
+    starts[0, [0, 500, 1024, 1300, 2325]] = True  # of 500, 524, 276, 1025 and 675 tokens
+    found = [(begin, end, mask is None) for _, begin, end, mask in pieces(starts)]
+    assert found == [(0, 1024, False), (1024, 1300, True), (1300, 2325, True), (2325, 3000, True)]
 
 
 def test_packing_is_seen_before_anything_is_changed() -> None:

@@ -201,6 +201,25 @@ def test_images_in_rows_of_the_token_table_give_the_logits_of_ids(pair: Pair, le
     assert not torch.equal(own[mask.bool()], of_ids[mask.bool()])
 
 
+def test_every_argument_of_a_loss_arrives(pair: Pair) -> None:
+    ids = torch.tensor([pair.row(1, SHAPES[4], 2, 3, 4)] * 2)
+    shown = pair.shown(SHAPES[4], SHAPES[4])
+    weights = torch.arange(ids.numel()).view(ids.shape) / 10
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    with torch.no_grad():
+        logits = pair.ours(input_ids=ids, attention_mask=mask, **shown).logits
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # fmt: skip
+        given = {"attention_mask": mask, "labels": ids, "loss_weights": weights, **shown}
+        found = pair.ours(ids, num_items_in_batch=7.0, **given).loss
+        torch.testing.assert_close(found, (losses * weights[:, 1:]).sum() / 7)
+        last = pair.ours(input_ids=ids, attention_mask=mask, logits_to_keep=2, **shown).logits
+        torch.testing.assert_close(last, logits[:, -2:])
+        cached = pair.ours(input_ids=ids, attention_mask=mask, use_cache=True, **shown)
+        assert cached.past_key_values.get_seq_length() == ids.shape[1]
+        assert pair.ours(input_ids=ids, attention_mask=mask, use_cache=False, **shown).past_key_values is None  # fmt: skip
+
+
 def test_attentions_are_given_when_they_are_asked_for(pair: Pair) -> None:
     model = load_model(pair.folder, attention="eager")
     ids = torch.tensor([pair.row(1, SHAPES[4], 2)])

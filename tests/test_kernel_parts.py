@@ -266,6 +266,8 @@ def test_rows_are_apart_within_and_as_before_behind() -> None:
 def test_a_chunk_has_so_many_logits_as_its_device_reads_well() -> None:
     assert [at.stop - at.start for at in loss._chunks(300, 151_552, "cpu")] == [131, 131, 38]
     assert [at.stop - at.start for at in loss._chunks(600, 151_552, "cuda")] == [527, 73]
+    assert [at.stop - at.start for at in loss._chunks(3000, 151_552, "cuda", trained=True)] == [2111, 889]  # fmt: skip
+    assert loss._chunks(300, 151_552, "cpu", trained=True) == loss._chunks(300, 151_552, "cpu")
     assert loss._chunks(2, 10**9, "cpu") == [slice(0, 1), slice(1, 2)]
     assert loss._chunks(0, 10, "cpu") == []
 

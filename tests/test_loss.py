@@ -217,6 +217,15 @@ def test_no_tensor_holds_more_logits_than_one_chunk(
     assert wide - {weight_transposed} == {(7, VOCAB_SIZE), (supervised % 7, VOCAB_SIZE)}
 
 
+def test_the_gradient_of_a_narrow_head_is_made_in_parts_of_a_large_one() -> None:
+    total = torch.zeros(151_552, 1)
+    slope, rows = torch.ones(1, 151_552).bfloat16(), torch.ones(1, 1).bfloat16()
+    with _Shapes() as shapes:
+        loss_module._add_product(total, slope, rows)
+    assert max(shape[0] for shape in shapes.made["mm"]) < 151_552 / 3
+    assert bool((total == 1).all())
+
+
 def test_evaluation_makes_no_gradient_of_a_trainable_head(open_model: Open) -> None:
     model, inputs = open_model("glm").eval(), batch()
     with torch.no_grad(), _Shapes() as shapes:

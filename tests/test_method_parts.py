@@ -104,6 +104,10 @@ def test_every_pattern_that_freezes_nothing_is_told() -> None:
         "model.freeze: '('", "model.freeze: 'vision'", "model.freeze: 'tower'",
     ]  # fmt: skip
     assert "model.layers.*.mlp.gate.weight" in lines[1]
+    many = [f"part{number}.weight" for number in range(1000)]
+    with pytest.raises(ConfigError) as caught:
+        freezing.frozen_names(many, ["tower"])
+    assert 400 < len(str(caught.value)) < 500
 
 
 def test_routers_are_told_from_gates_of_an_mlp() -> None:

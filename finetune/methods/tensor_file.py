@@ -42,8 +42,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(text)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().flatten()
-            if flat.numel():
-                file.write(flat.view(torch.uint8).numpy().data)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def save_config(config: Any, folder: Path) -> None:

@@ -68,9 +68,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
-            # A trained head is added to for each chunk, so that fewer are better.
-            widest = weight.shape[0] // (4 if needs_weight and kind != "cpu" else 1)
-            chunks = _chunks(targets.shape[0], widest, kind)
+            chunks = _chunks(targets.shape[0], weight.shape[0], kind, trained=needs_weight)
             logits = _Logits(matrix, max((at.stop - at.start for at in chunks), default=0))
             for at in chunks:
                 rows, target = hidden[at].to(dtype), targets[at]
@@ -149,9 +147,11 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
         total[at] += slope[:, at].T @ rows
 
 
-def _chunks(length: int, vocabulary: int, kind: str) -> list[slice]:
+def _chunks(length: int, vocabulary: int, kind: str, *, trained: bool = False) -> list[slice]:
     elements = CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["other"])
-    size = max(1, elements // vocabulary)
+    # A trained head is added to for each chunk, so that fewer are better.
+    widest = vocabulary // (4 if trained and kind != "cpu" else 1)
+    size = max(1, elements // widest)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -160,7 +160,7 @@ def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tenso
 
     def chunk_loss(rows: Tensor, target: Tensor, share: Tensor | None) -> Tensor:
         losses = F.cross_entropy(head(rows).float(), target, reduction="none")
-        return (losses if share is None else losses * share.float()).sum()
+        return (losses if share is None else losses * share).sum()
 
     total: Tensor = hidden.sum() * 0.0  # in the graph even when nothing is supervised
     vocabulary = int(getattr(head, "out_features", 151552))

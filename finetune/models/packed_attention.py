@@ -335,7 +335,7 @@ def in_documents(
         ]:  # latent attention (MLA) may have two sizes
             query, key, value = _of_one_size(query, key, value)
             out, _ = attend(module, query, key, value, attention_mask, documents, **kwargs)
-            return out[..., :width].contiguous(), None
+            return out[..., :width], None
         if documents is None or documents.split is None:
             return whole(module, query, key, value, attention_mask, documents, **kwargs)
         split = documents.split
