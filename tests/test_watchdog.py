@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -232,12 +233,19 @@ def test_notes_of_an_attempt_that_torchrun_restarts_are_not_read(
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("MASTER_PORT", "7")
-    monkeypatch.setattr(watchdog, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(watchdog.dist, "TCPStore", lambda *given, **_: given, raising=False)
+    monkeypatch.setattr(watchdog, "rank_and_world", lambda: (1, 3))
+    monkeypatch.setattr(
+        watchdog.dist, "TCPStore", lambda *given, **named: (*given, named), raising=False
+    )
     monkeypatch.setattr(
         watchdog.dist, "PrefixStore", lambda prefix, store: asked.append((prefix, store)), raising=False,
     )  # fmt: skip
     monkeypatch.setattr(watchdog.threading.Thread, "start", lambda self: None)
     watch = Watchdog(2.0, SimpleNamespace())  # type: ignore[arg-type]
-    assert asked == [(f"finetune/{attempt or 0}", ("here", 7))]
-    assert (watch._next, watch._others) == (0, [0])
+    # Who asks a store that is gone must be done before the launcher ends all of them (30 s).
+    seconds = timedelta(seconds=10)
+    assert asked == [
+        (f"finetune/{attempt or 0}", ("here", 7, {"is_master": False, "timeout": seconds}))
+    ]
+    assert (watch._next, watch._others, watch._minutes) == (2, [0, 2], 2.0)
+    assert watch._thread.daemon  # a process that fails must be able to end

@@ -143,7 +143,6 @@ class Saver:
 
         After the last step no later checkpoint would hold them, so the one resumed from gets them.
         """
-        self.finish()
         state = trainer.state
         final = self.run_dir / checkpoint.folder_name(state.global_step)
         if not final.exists():
