@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +55,16 @@ def test_each_variable_that_does_not_fit_is_named_and_what_fits_is_taken(
     assert (found is None) is (said is None)
     if said:
         assert found == f"the variable {said} start with torchrun or finetune launch, or unset RANK, LOCAL_RANK and WORLD_SIZE"  # fmt: skip
+
+
+def test_what_torchrun_starts_is_the_command_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr("finetune.cli.main", lambda: called.append("train"))
+    program = Path(__file__).resolve().parent.parent / "finetune.py"
+    runpy.run_path(str(program))  # who imports it starts nothing
+    assert called == []
+    runpy.run_path(str(program), run_name="__main__")
+    assert called == ["train"]
 
 
 # --- joining and leaving --------------------------------------------------------------------------------

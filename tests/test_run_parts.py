@@ -301,6 +301,30 @@ def test_the_newest_choice_concludes_a_run_or_else_why_its_newest_checkpoint_is_
     assert choosing.conclusion(tmp_path).endswith("too many checkpoints were tried for its p")
 
 
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_costs_predictions_and_choices_and_not_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = SimpleNamespace(scores={"bleu-4": 7.0}, predictions=())
+    monkeypatch.setattr(validation, "evaluate_model", lambda *_, **__: result)
+    monkeypatch.setattr(validation, "write_predictions", full)
+    section = SimpleNamespace(best_metric="loss", max_new_tokens=5, batch_size=3)
+    one = validating(monkeypatch, tmp_path, section=section, prompts=("a",))
+    assert one.scores(None, 2) == {"loss": 1.5, "bleu-4": 7.0}
+    assert "predictions" in (told := capsys.readouterr().err)
+    assert "their scores are kept" in told
+    monkeypatch.setattr(choosing, "whole_binary", full)
+    monkeypatch.setattr(choosing.journal, "append", full)
+    monkeypatch.setattr(choosing.forgetting, "qualifies", lambda criteria, earlier: True)
+    chooser = choosing.Chooser(tmp_path, keeping.KeptData(KeepSection(), None, None, (), 1, None))  # type: ignore[arg-type]
+    assert not chooser.chosen(0, {"loss": measure(3.0, 2.0, 4.0)})
+    assert chooser.chosen(2, {"loss": measure(1.0, 1.5, 2.0)})
+    assert "the choice itself is kept in the checkpoint" in capsys.readouterr().err
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 

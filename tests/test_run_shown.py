@@ -208,3 +208,63 @@ def test_other_processes_are_not_profiled(tmp_path: Path) -> None:
         one.on_step_begin(ARGS, state, ARGS)
         one.on_step_end(ARGS, state, ARGS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "table"), [((0, 2), True), ((2,), False), ((0,), False), ((), False)]
+)
+def test_a_run_ends_with_what_was_chosen_and_a_table_of_what_can_be_compared(
+    steps: tuple[int, ...], table: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(progress, "conclusion", lambda folder: f"chosen in {folder}")
+    log = [{"step": step, "eval_loss": 3.0 - step} for step in steps]
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(global_step=2, log_history=log), mean_loss=lambda: None
+    )
+    found = progress.summary(trainer, tmp_path, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"chosen in {tmp_path}"
+    assert any("held-out data" in line for line in lines) is table
+    assert found["scores_before"] == ({"loss": 3.0} if 0 in steps else {})
+    assert found["scores"] == ({"loss": 1.0} if 2 in steps else {})
+    assert (found["checkpoint"], found["best_checkpoint"], found["resumed_from"]) == (None,) * 3
+
+
+def test_a_log_line_says_nothing_of_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    state: Any = SimpleNamespace(global_step=9, max_steps=9)
+    logs = {
+        "loss": 1.0, "learning_rate": 0.5, "tokens_per_second": 4.0, "padding": 0.0,
+        "supervised_tokens_per_second": 2.0, "memory_gb": 1.0,
+    }  # fmt: skip
+    progress.ProgressCallback().on_log(ARGS, state, ARGS, logs)
+    assert capsys.readouterr().out == (
+        "step 9/9  loss 1.0000  lr 5.00e-01  4 tokens/s, 2 supervised  padding 0 %  memory 1.00 GB  "
+        "0 s left\n"
+    )
+
+
+def test_a_long_evaluation_before_the_first_step_is_compared_with_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bar = progress.ProgressCallback()
+    bar._silent_seconds = 600.0
+    bar.say_if_too_often(5)
+    assert capsys.readouterr().out == ""
+    assert not bar._said  # it may still be said
+
+
+def test_data_json_that_a_full_disk_refuses_is_written_with_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    state: Any = SimpleNamespace(is_world_process_zero=True)
+    file = schedule.DataJson(tmp_path, lambda: {"train": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule.RunDirectory, "write_data", full)
+        file.on_save(ARGS, state, ARGS)
+    assert "data.json" in capsys.readouterr().err
+    file.on_save(ARGS, state, ARGS)
+    assert (tmp_path / "data.json").exists()
