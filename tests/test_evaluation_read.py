@@ -73,7 +73,10 @@ def test_a_whole_evaluation_says_published_figures_needles_labels_and_versions(
     assert found.format == 1
 
 
-def test_scores_of_the_same_questions_are_compared_and_of_others_not(tmp_path: Path) -> None:
+def test_scores_of_the_same_questions_are_compared_and_of_others_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compared, "_slices", lambda _: {"kind": {}})
     targets = [scored(tmp_path, name) for name in "abc"]
     for one, ids in zip(targets, (("q1", "q2"), ("q1", "q2"), ("q1", "q3")), strict=True):
         one.tasks = TaskTable({"t/acc": TaskScore("s", ids, (0.0, 100.0)), "t/own": TaskScore("s", value=1.0)})  # fmt: skip
@@ -84,7 +87,7 @@ def test_scores_of_the_same_questions_are_compared_and_of_others_not(tmp_path: P
     assert len([one for one in found if one.metric == "exact_match"]) == 3
     assert not [one for one in found if one.metric == "t/own"]
     whole = compared.evaluation_of(targets, Options(), {})
-    assert len(whole.comparisons) == len(found)
+    assert (len(whole.comparisons), whole.slices) == (len(found), {"kind": {}})
     targets[1].places = [("elsewhere", 1)]
     assert targets[0].places != targets[1].places
     odd = compared.evaluation_of(targets, Options(), {})
