@@ -254,3 +254,64 @@ def test_the_board_renews_its_panels_at_its_pace_and_says_when_it_is_old(browser
     assert renewed == [[2500], "", "<b>new</b>"]
     assert browser.execute_async_script(frame, "0", script, None) == [[], "stale", ""]
     browser.refresh()
+
+
+def test_parts_of_the_data_are_called_as_people_call_them(browser: Browser) -> None:
+    names = {
+        "source": "Source", "category": "Category", "turns": "Turns", "prompt_length": "Length of the prompt", "kind": "Kind", "language": "Language",
+        "my_own": "my own",
+    }  # fmt: skip
+    assert {name: ask(browser, "sliceName(arguments[0])", name) for name in names} == names
+    values = {
+        ("kind", "plain"): "Plain reply", ("kind", "tool"): "With tools", ("kind", "odd"): "odd", ("language", "chinese"): "Chinese",
+        ("language", "japanese"): "Japanese", ("language", "korean"): "Korean", ("language", "latin script"): "Latin script",
+        ("language", "cyrillic script"): "Cyrillic script", ("language", "arabic script"): "Arabic script", ("language", "other"): "Other",
+        ("turns", "4 or more"): "≥ 4", ("turns", "2"): "2", ("prompt_length", "over 4096 tokens"): "> 4096 tokens",
+        ("prompt_length", "65-256 tokens"): "65-256 tokens", ("source", "over 9 or more"): "over 9 or more", ("source", "plain"): "plain",
+    }  # fmt: skip
+    assert {key: ask(browser, "sliceValue(...arguments)", *key) for key in values} == values
+    assert ask(browser, "inSlice({slices: {a: '1'}}, arguments[0])", ["a", "1"])
+    assert not ask(browser, "inSlice({slices: {a: '1'}}, arguments[0])", ["a", "2"])
+    assert ask(browser, "inSlice({slices: {}}, null)")
+    found = [{"slices": {"b": "2", "a": "1"}}, {"slices": {"a": "1"}}, {"slices": {"a": "0"}}]
+    assert ask(browser, "slicesOf(arguments[0])", found) == [["a", "0"], ["a", "1"], ["b", "2"]]
+
+
+def test_a_card_shows_one_sample_whole(browser: Browser) -> None:
+    targets = [{"name": "base", "colour": 0}, {"name": "lora", "colour": 3}]
+    data = DATA | {"targets": targets, "pictures": ["data:image/webp;base64,QQ=="]}
+    view = {"metric": "up", "subject": 1, "rival": 0, "search": "one", "marks": True}
+    one = sample([[None, None], [7.0, 7.0]], ["", "one two"], number=17, reference="one three", prompt="<|user|>\nSay one", slices={"kind": "tool"}, images=[0, "gone.png"])  # fmt: skip
+    told = ask(
+        browser,
+        """(() => { const made = card(arguments[0], arguments[1], 0); const all = (what, how) => [...made.querySelectorAll(what)].map(how);
+            return { id: made.id, name: made.getAttribute("aria-label"), stop: made.tabIndex, head: all("header > *", (one) => one.textContent), link: all("header a", (one) => one.getAttribute("href"))[0],
+                roles: all(".role", (one) => one.textContent), picture: all("img", (one) => [one.getAttribute("src"), one.alt, one.loading])[0], empty: all(".empty", (one) => one.textContent),
+                marked: all("mark.found", (one) => one.textContent), gone: all("del", (one) => [one.textContent, one.title]), extra: all("mark:not(.found)", (one) => [one.textContent, one.title]),
+                replies: all(".reply", (one) => one.className), chips: all(".chip", (one) => one.textContent) }; })()""",
+        data | {"samples": [one]},
+        view,
+    )
+    assert told == {
+        "id": "sample-17", "name": "Sample 17", "stop": -1, "head": ["#17", "d.jsonl:1", "Kind: With tools"], "link": "#sample-17",
+        "roles": ["user", "reference"], "picture": ["data:image/webp;base64,QQ==", "The picture of the prompt", "lazy"],
+        "empty": ["gone.png", "an empty reply"], "marked": ["one"] * 3, "gone": [["three", "only in the reference"]], "extra": [["two", "not in the reference"]],
+        "replies": ["reply c0", "reply c3 subject"], "chips": ["up –", "up 7.0"],
+    }  # fmt: skip
+
+
+def test_a_cell_of_a_table_says_its_interval_or_its_verdict(page: Browser) -> None:
+    targets = [{"name": name, "colour": 0} for name in "ab"]
+    score = {"up": {"value": 10, "low": 9.5, "high": 10.5, "n": 7}}
+    data = DATA | {"targets": targets, "slices": {"kind": {"tool": {"a": score, "b": {"up": {"value": 1, "low": None, "high": None, "n": 3}}}}}}  # fmt: skip
+    page.execute_script("showSlices(arguments[0], 'up')", data)
+    titles = "[...document.querySelectorAll(arguments[0] + ' tbody td')].map((cell) => cell.getAttribute('title'))"
+    assert ask(page, titles, "#slice-table") == [None, "9.5 … 10.5, n = 7", None]
+    heads = "[...document.querySelectorAll(arguments[0] + ' th')].map((cell) => cell.textContent)"
+    assert ask(page, heads, "#slice-table") == ["slice", "n", "a", "b", "Kind", "With tools"]
+    pairs = {"targets": targets, "comparisons": [[1, 0, "up", 2.5, "better", "b is better."]]}
+    page.execute_script("showPairs(arguments[0], 'up')", pairs)
+    assert ask(page, titles, "#pair-table") == [None, "b is better.", "b is better.", None]
+    assert ask(page, heads, "#pair-table") == ["row minus column", "a", "b", "a", "b"]
+    made = "(() => { const one = element('p', {a: true, b: false, c: null, d: 0}, null, 'x', undefined); return one.outerHTML; })()"
+    assert ask(page, made) == '<p a="" d="0">x</p>'
