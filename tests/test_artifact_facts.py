@@ -204,7 +204,7 @@ def test_an_adapted_embedding_has_both_of_its_parts_and_the_embeddings_saved_bes
     tmp_path: Path,
 ) -> None:
     beside: Tensors = {
-        "lm_head.weight": (50, 8), "embed_tokens.base_layer.weight": (50, 8), "x.original_module.weight": (1,),
+        "y.original_module.weight": (1,), "lm_head.weight": (50, 8), "embed_tokens.base_layer.weight": (50, 8), "x.original_module.weight": (1,),
     }  # fmt: skip
     found = read_lora(holding(tmp_path, EMBEDDING | beside))
     assert set(found.modules["embed_tokens"]) == {"lora_embedding_A", "lora_embedding_B"}
@@ -289,3 +289,23 @@ def test_settings_that_are_null_ask_for_nothing(tmp_path: Path) -> None:
     ]
     text = said(read_model_config, model(tmp_path / "m", **dict.fromkeys(rest, 0)))
     assert text.count("must be") == 5, "of seven"
+    odd = model(tmp_path / "m", image_size="x", patch_size=14)
+    assert "image_size is 'x'" in said(read_model_config, odd)
+    large: Tensors = {"x.q.lora_A.weight": (100, 8), "x.q.lora_B.weight": (8, 100)}
+    assert read_lora(holding(tmp_path, large, r=100, target_modules=["q"])).ranks == {"x.q": 100}
+
+
+def test_a_fingerprint_is_of_names_and_shapes_and_not_of_the_order_of_keys(tmp_path: Path) -> None:
+    def of(name: str, shape: tuple[int, ...], config: str = '{"a": 1, "b": 2}') -> str:
+        write_tensors(tmp_path / "model.safetensors", {name: shape})
+        (tmp_path / "config.json").write_text(config)
+        return weights.model_fingerprint(tmp_path)
+
+    one = of("x", (64, 8))
+    assert of("x", (64, 8), '{"b": 2, "a": 1}') == one
+    assert len({one, of("y", (64, 8)), of("x", (8, 64)), of("x", (512,))}) == 4
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/model.safetensors").symlink_to(tmp_path / "model.safetensors")
+    assert "leads out of its folder" in said(weights.read_shard, tmp_path / "inner/model.safetensors")  # fmt: skip
+    (tmp_path / "inner/adapter_model.safetensors").touch()
+    assert "leads out of its folder" in said(weights.adapter_file, tmp_path / "inner")

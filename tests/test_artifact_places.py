@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -368,3 +369,25 @@ def test_a_revision_that_no_hub_confirms_is_told_as_it_was_asked_for(
         assert hub.fetched[f"huggingface:{name}"] == told
     for cached in (hub.listed, hub._fetched):
         cached.cache_clear()
+
+
+def test_what_a_folder_is_counts_before_what_lies_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = saved(tmp_path / "both", "checkpoint-1")
+    (both / "config.json").write_text("{}")
+    assert resolve.models_in([str(both)]) == [str(both)]
+    os.mkfifo(both / "pipe")
+    assert "pipe is not a plain file" in said(resolve.check_openable, both)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    assert resolve.is_hub_id("owner/name")
+    (tmp_path / "owner/name").symlink_to("nowhere")
+    assert not resolve.is_hub_id("owner/name"), "something of that name lies here"
+    asked: list[str] = []
+    monkeypatch.setattr(remote_files, "modelscope_commit", lambda *_: "c" * 40)
+    monkeypatch.setattr(remote_files, "_modelscope_entries", lambda name, content, revision: asked.append(revision) or {})  # type: ignore[func-returns-value]  # fmt: skip
+    assert remote_files.listing("modelscope", "a/b", "dataset", "v1").commit == "c" * 40
+    assert asked == ["c" * 40], "what is listed is of the commit that is told"
+    (tmp_path / "run/.lock").mkdir(parents=True)
+    assert ".lock is a folder" in said(RunDirectory.open, tmp_path / "run")

@@ -385,12 +385,12 @@ def test_a_configuration_is_frozen_and_equal_values_are_written_out() -> None:
 def test_a_value_without_a_counterpart_says_where_to_look_and_none_turns_nothing_on(
     tmp_path: Path,
 ) -> None:
-    old = {"stage": "sft", "save_steps": 0.2, "val_size": 100, "report_to": None, "bf16": False, "lora_rank": [1], "learning_rate": {}}  # fmt: skip
+    old = {"stage": "sft", "save_steps": 0.2, "val_size": 100, "report_to": None, "bf16": False, "logging_dir": None, "flash_attn": None, "lora_rank": [1], "learning_rate": {}}  # fmt: skip
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
     left = migrate(tmp_path / "old.yaml").left
     assert left["save_steps"] == "0.2 has no counterpart; see training.save_every_steps"
     assert left["val_size"].startswith("whole groups are held out")
-    assert {"report_to", "bf16"}.isdisjoint(left)
+    assert {"report_to", "bf16", "flash_attn"}.isdisjoint(left)
     register = tmp_path / "data"
     register.mkdir()
     (register / "dataset_info.json").write_text('{"mine": {"file_name": "m.json"}}')

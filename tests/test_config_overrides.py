@@ -104,3 +104,14 @@ def test_what_pydantic_says_of_itself_is_told_with_the_value():
     assert problems._meaning(("nobody", "x"), {}) == ""
     assert problems.model_at(("training", "extra", "a"), {"training": {"extra": {}}}) is None
     assert problems.model_at(("training",), {"training": {}}) is problems.RunConfig.model_fields["training"].annotation  # fmt: skip
+
+
+def test_a_section_of_the_command_line_lacks_its_keys_there(refused):
+    message = refused(
+        "model: {path: m}\ndata: {train: a}\nmethod: {kind: lora}\n", "training.seed=1"
+    )
+    assert message.startswith("command line: training.output_dir: is required")
+    listed = refused("- *a\n")
+    assert "x.yaml:1: [0]: `*a` is refused" in listed
+    assert "holds a list; a configuration is a mapping" in listed
+    assert "is empty" not in refused("a: [\n"), "what cannot be read to its end is not empty"

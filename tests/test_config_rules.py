@@ -119,7 +119,7 @@ def test_what_goes_together_is_not_refused(lines: str) -> None:
 QUIET = [
     "data: {max_bad_rows: 0.1, on_bad_row: skip}", "data: {streaming: true, shuffle_buffer: 5}", "data: {group_by_length: true}",
     "data: {streaming: true, group_by_length: false}", "data: {packing: true}", "data: {packing: true, group_by_length: false}",
-    "data: {validation: a}\nevaluation: {every_steps: 5, at_start: true}", "data: {max_overlap: 0.5, cache_image_features: true}",
+    "data: {validation: a}\nevaluation: {every_steps: 5, at_start: true}", "evaluation: {at_start: false}", "data: {max_overlap: 0.5, cache_image_features: true}",
 ]  # fmt: skip
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from finetune.config.migrate import PROGRAMS, Migration, Program, _flat, _take
+from finetune.config.migrate_sources import read_register
 from finetune.config.migrate_tables import Nothing
 
 BY_NAME = {program.name: program for program in PROGRAMS}
@@ -234,3 +237,23 @@ def test_every_option_of_another_program_has_the_value_here_that_means_the_same(
     told = taken | {theirs for theirs, _, _ in others}
     table = {key for key, entry in program.whole_table.items() if not isinstance(entry, Nothing)}
     assert table - told == set(), "an option without a line here"
+
+
+def test_a_register_of_the_working_directory_counts_before_one_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "beside"):
+        (tmp_path / place / "data").mkdir(parents=True)
+        (tmp_path / place / "data/dataset_info.json").write_text(json.dumps({place: {}}))
+    monkeypatch.chdir(tmp_path / "here")
+    assert list(read_register("data", tmp_path / "beside").entries) == ["here"]
+
+
+@pytest.mark.parametrize("value", ["none", "no", "disabled", None, False, []])
+def test_an_option_that_was_off_is_neither_taken_nor_missed(value: Any) -> None:
+    found = Migration("x")
+    program = BY_NAME["LLaMA-Factory"]
+    for option in ("report_to", "save_only_model"):
+        _take(found, program, option, value)
+    assert found.left == {}
+    assert "training.report_to" not in found.values

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from finetune.artifacts import checkpoint, weights
 from finetune.artifacts.run_dir import LOCK, RunDirectory
 from finetune.data.examples.dataset import prepare
 from finetune.errors import ConfigError
-from finetune.storage import cache, folders, journal, lock, manifest
+from finetune.storage import cache, files, folders, journal, lock, manifest
+from finetune.storage.outputs import write_marked
 
 # --- locks ---------------------------------------------------------------------------------------
 
@@ -233,3 +235,77 @@ def test_an_output_of_windows_goes_on_behind_whole_ones(tmp_path: Path) -> None:
             growing.journal.append(rows)
             growing.close()
         assert found == kept
+
+
+# --- who builds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["the first has it", "the first is at it", "the first replaced it", "nobody comes"])  # fmt: skip
+def test_the_others_of_a_machine_leave_the_work_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    folder, file, pauses = tmp_path / "key", tmp_path / "key.lock", []
+    held: list[Any] = []
+    if what == "the first replaced it":
+        folder.mkdir()
+        os.utime(folder, (1, 1))
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        assert len(pauses) < 3
+        if what == "the first has it":
+            folder.mkdir()
+        elif what == "the first is at it":
+            held.append(lock.try_lock(file))
+        elif what == "the first replaced it":
+            os.utime(folder, (2, 2))
+        else:
+            monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: float("inf")))
+
+    monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    cache._wait_for_first_rank(folder, file)
+    assert pauses == [cache._POLL_SECONDS]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    cache._wait_for_first_rank(tmp_path / "other", file)
+    assert len(pauses) == 1, "the first waits for nobody"
+
+
+def test_a_file_that_is_being_written_is_not_swept_and_its_folders_are_made(tmp_path: Path) -> None:
+    with files.staged_file(tmp_path / "x/y/z") as part:
+        part.write_text("half")
+        assert files.sweep(tmp_path / "x/y") == []
+    assert (tmp_path / "x/y/z").read_text() == "half"
+    assert [path.name for path in (tmp_path / "x/y").iterdir()] == ["z"]
+
+
+def test_batches_of_a_window_that_is_written_already_are_forgotten(tmp_path: Path) -> None:
+    growing = journal.Journal(tmp_path / "a", window=2)
+    growing.open(dict)
+    growing.note(0, ["x"])
+    journal.append(tmp_path / "a", [{"n": 1}, {"n": 2}])  # and was killed before it removed them
+    again = journal.Journal(tmp_path / "a", window=2)
+    assert again.open(dict) == [{"n": 1}, {"n": 2}]
+    assert again.batches() == {}
+
+
+def test_a_place_for_the_cache_is_asked_whether_it_can_be_written_and_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(cache.os, "access", lambda path, mode: asked.append((path, mode)) or True)  # type: ignore[func-returns-value]
+    assert cache._can_be_made(tmp_path / "a/b")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+
+
+def test_a_link_to_a_folder_that_is_ready_moves_nothing(tmp_path: Path) -> None:
+    outside = sealed(tmp_path / "outside", a="mine")
+    folder = sealed(tmp_path / "theirs", b="1")
+    (folder / folders.READY).symlink_to(outside)
+    folders.finish_result(folder)
+    assert (outside / "a").read_text() == "mine"
+    assert not (folder / "a").exists()
+    assert not manifest.is_untouched(folder), "there is a link in it"
+    os.mkfifo(tmp_path / "page.html")
+    with pytest.raises(ConfigError, match=r"page\.html is a pipe"):
+        write_marked(tmp_path / "page.html", "mark", mark="mark")

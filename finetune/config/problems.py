@@ -179,7 +179,7 @@ def _unknown(key: Key, tree: Any) -> str:
     if told := hint(tree, key):
         return f"{said}; {told}"
     meant = nearest(name, names)
-    if meant != name and (told := _elsewhere(name, in_section=bool(parents))):
+    if told := _elsewhere(name, in_section=bool(parents)):
         return f"{said}; {told}"
     if meant:
         return f"{said}; did you mean {meant}?"

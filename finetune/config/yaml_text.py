@@ -119,7 +119,7 @@ def parse_file(path: Path) -> Document:
         return broken(f"byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8", line)
     document = parse(text, str(path))
     document.places[()] = Place(str(path))
-    if not document.problems and not isinstance(document.value, dict):
+    if document.whole and not isinstance(document.value, dict):
         what = "is empty" if document.value is None else f"holds {kind_of(document.value)}"
         return broken(f"{what}; a configuration is a mapping with `model:`, `data:`, …")
     return document
@@ -265,8 +265,7 @@ class _Builder:
         if frame is not None and isinstance(frame.value, dict) and frame.key is None:
             self._take_key(frame, event)
             return
-        plain = event.implicit[0] and event.tag is None
-        self._put(resolve(event.value) if plain else event.value, event)
+        self._put(resolve(event.value) if event.implicit[0] else event.value, event)
 
     def _take_key(self, frame: _Frame, event: yaml.ScalarEvent) -> None:
         key = (*frame.path, event.value)
