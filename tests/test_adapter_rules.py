@@ -31,7 +31,7 @@ def adapter(folder: Path, tensors: Tensors | None = None, **settings: Any) -> Pa
 
 TAKEN_AND_REFUSED: list[tuple[str, list[Any], list[Any]]] = [
     ("r", [1, 64], [0, -1, True, 1.5, "8", None]),
-    ("lora_alpha", [6, 0.5, -1e6, 1e6], [1.1e6, -1.1e6, True, "8", None]),
+    ("lora_alpha", [6, 0.5, -1e6, 1e6], [1.1e6, -1.1e6, True, "8", None, 10**400]),
     ("lora_dropout", [0, 0.1, 1], [-0.1, 1.1, True, "0"]),
     ("target_modules", ["q", ["q"], "all-linear"], ["", [], [""], [1], ["q", 1], 3]),
     ("exclude_modules", [None, "q", ["q"]], [3, [1], [""]]),

@@ -140,7 +140,7 @@ def test_the_header_of_a_file_is_kept_as_it_is_with_what_its_maker_noted(tmp_pat
         ("seq_length max_position_embeddings image_size", [1, 2**31, None], [0, 2**31 + 1, 1.5]),
         (
             "rms_norm_eps layernorm_epsilon layer_norm_eps rope_ratio rope_theta attention_dropout hidden_dropout dropout_prob initializer_range partial_rotary_factor",
-            [0, 1e-5, -1, None], ["1", True, float("inf")],
+            [0, 1e-5, -1, 10**300, None], ["1", True, float("inf"), float("nan"), 10**400],
         ),
         ("use_cache tie_word_embeddings add_qkv_bias attention_bias rmsnorm", [True, False, None], [0, "true"]),
         ("num_labels _num_labels", [1, 10_000, None], [0, 10_001]),

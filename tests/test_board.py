@@ -212,7 +212,9 @@ def test_a_file_of_it_lies_in_none_of_the_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lies inside"):
         board.write(tmp_path, run / "board.html")
     assert not (run / "board.html").exists()
+    (run / "predictions-2.jsonl").write_text('{"prediction": "half \\ud800 a pair"}\n')
     board.write(tmp_path, tmp_path / "board.html")
+    assert "half \\ud800 a pair" in (tmp_path / "board.html").read_text("utf-8")
     page = (tmp_path / "board.html").read_text(encoding="utf-8")
     assert "as it was when this file was written" in page
     assert "renewed every 2.5 s" in board.page(tmp_path, every=2.5)

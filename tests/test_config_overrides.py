@@ -93,7 +93,12 @@ def test_a_section_can_be_replaced_as_a_whole(write):
 
 
 def test_a_method_that_there_is_not_leaves_nothing_out_and_is_refused(refused):
-    assert "method.kind: must be one of lora," in refused(MINIMAL, "method.kind=other")
+    for kind in ("other", "[lora]", "{}"):
+        assert "command line: method.kind: must be one of lora," in refused(
+            MINIMAL, f"method.kind={kind}"
+        )
+    odd = MINIMAL.replace("kind: lora", "kind: [lora]")
+    assert "method.rank: belongs to" not in refused(odd, "training.seed=x")
     whole = refused(MINIMAL.replace("method:\n  kind: lora", "method: lora"), "method.kind=full")
     assert "method is text, without keys; replace it as a whole" in whole
 

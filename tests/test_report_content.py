@@ -59,6 +59,9 @@ def test_a_page_says_what_was_asked_how_and_with_which_versions(made: Path) -> N
     for part in ("style", "script"):
         [*_, shown] = re.findall(rf"<{part}>(.*?)</{part}>", text, re.DOTALL)
         assert f"{part}-src 'sha256-{page.hashed(shown)}'" in head
+    file = made / "evaluation.json"
+    file.write_text(file.read_text("utf-8").replace('"greedy"', '"half \\ud800 a pair"'), "utf-8")
+    assert "decoding half \\ud800 a pair" in page.write_page(made).read_text("utf-8")
     (made / "report.html").write_text("mine")
     with pytest.raises(ConfigError, match=r"report\.html was not written by this program"):
         page.write_page(made)
@@ -125,7 +128,7 @@ def test_losses_are_drawn_run_by_run_training_thin_and_validation_with_dots(made
     assert drawn[1].points[0].y == 3.9
     assert len(drawn[0].points) == 20
     (loss, chart), (headline, scores), *_ = page.panels(found, runs, page.colours_of(found))
-    assert 'aria-label="loss while training over steps. ' in chart
+    assert 'aria-label="loss over steps. ' in chart
     assert 'aria-label="rouge-l over steps. ' in scores
     assert (loss, headline) == ("loss while training", "rouge-l")
     assert "wide, validation: 3.9 to" in chart

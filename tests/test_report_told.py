@@ -179,6 +179,10 @@ def test_steps_that_nothing_says_are_counted_by_three_epochs_and_nothing_is_left
     (run / "config.yaml").write_text("training: {num_epochs: many}\n")
     found = status.read_status(run)
     assert (found.best_metric, found.best_value, found.steps) == ("loss", None, 60)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 10, "loss": NaN, "learning_rate": {10**400}}}\n')
+    found = status.read_status(run)
+    assert (dict(found.rows())["loss"], found.learning_rate) == ("nan", None)
     assert dict(found.rows())["best checkpoint"] == str(run / "checkpoint-10")
     (run / "config.yaml").write_text("training: {max_steps: 8}\n")
     with RunDirectory.open(run):

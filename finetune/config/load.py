@@ -216,9 +216,10 @@ def _put(document: Document, key: Key, value: Document) -> None:
 def _leave_out_other_method(document: Document, kind: Any) -> list[str]:
     """Another method.kind on the command line: the file's options of its own kind go, with a note."""
     section = document.value.get("method")
-    if not isinstance(section, dict) or kind not in METHODS or section.get("kind") not in METHODS:
+    kinds = (section.get("kind"), kind) if isinstance(section, dict) else ()
+    if not kinds or not all(isinstance(one, str) and one in METHODS for one in kinds):
         return []
-    before, after = METHODS[section["kind"]].model_fields, METHODS[kind].model_fields
+    before, after = (METHODS[one].model_fields for one in kinds)
     gone = [
         name
         for name in section

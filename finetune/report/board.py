@@ -25,7 +25,7 @@ from finetune.report.runs import Run, find_runs
 from finetune.report.status import Status, read_status
 from finetune.storage.files import write_file
 from finetune.storage.outputs import check_output
-from finetune.webpages import hashed, templates, theme
+from finetune.webpages import encodable, hashed, templates, theme
 
 CURVES = {
     "loss": "loss",
@@ -60,7 +60,7 @@ def write(folder: Path, output: Path) -> None:
     """The page as it is now as a file, which may lie in none of the runs; ConfigError for one that does."""
     runs = [run.path for run in find_runs(folder)]
     check_output(output, runs, overwrite=True, is_ours=bool)
-    write_file(output, page(folder))
+    write_file(output, encodable(page(folder)))
 
 
 def page(folder: Path, *, every: float = 0.0) -> str:
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def _send(self, text: str) -> None:
-        body = text.encode()
+        body = encodable(text).encode()
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

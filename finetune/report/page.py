@@ -28,7 +28,7 @@ from finetune.report.charts import Point, Series, histogram, lines
 from finetune.report.page_data import ASSETS, Content, page_data, read_content
 from finetune.report.runs import Run, differences, read_run
 from finetune.storage.outputs import write_marked
-from finetune.webpages import hashed, templates, theme
+from finetune.webpages import encodable, hashed, templates, theme
 
 PAGE = "report.html"
 SCRIPTS = ("difference.js", "slices.js", "samples.js", "page.js")
@@ -49,7 +49,7 @@ def write_page(folder: Path) -> Path:
             f"{folder} keeps no records of {name}: its losses and configuration are left out of the "
             "report; evaluate again where the run lies"
         )
-    text = page(evaluation, read_content(folder, evaluation), runs)
+    text = encodable(page(evaluation, read_content(folder, evaluation), runs))
     return write_marked(folder / PAGE, text, mark="style-src")
 
 

@@ -24,6 +24,7 @@ from finetune.evaluation.schema import (
 from finetune.evaluation.scores.metrics import METRICS
 from finetune.language import sentence, word
 from finetune.report.sentences import verdict
+from finetune.webpages import encodable
 
 ASSETS = Path(__file__).parent / "assets"
 MOST_SAMPLES = 5000
@@ -115,8 +116,7 @@ def inert_json(value: Any) -> Markup:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
-    # A lone surrogate, which JSON can spell and UTF-8 cannot, stays spelled out.
-    return Markup(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return Markup(encodable(text))
 
 
 def _packed(number: int, sample: Sample, pictures: _Pictures) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from finetune.artifacts import checkpoint
 from finetune.artifacts.names import BEST, RUN_METRICS, TRAINER_STATE
 from finetune.artifacts.plain_files import read_json_if_there
 from finetune.artifacts.run_dir import LOCK
+from finetune.evaluation.schema import LARGEST
 from finetune.report.runs import Run, read_run
 from finetune.storage.lock import holder, is_held
 
@@ -126,7 +127,9 @@ def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    """A number that can be shown, nan too; None for anything else."""
+    is_one = isinstance(value, int | float) and not abs(value) > LARGEST
+    return float(value) if is_one else None
 
 
 def _text(value: float | None, form: str) -> str:

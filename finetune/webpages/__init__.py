@@ -27,6 +27,11 @@ def templates(folder: Path) -> Environment:
     )
 
 
+def encodable(text: str) -> str:
+    """The text with half surrogate pairs, which JSON can spell and UTF-8 cannot, spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def hashed(text: str) -> str:
     """What a page's policy names, so that no other script or style runs."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
