@@ -205,6 +205,8 @@ def test_steps_are_whole_numbers_and_a_single_one_stands_in_the_middle() -> None
     [dot] = attributes(alone, "circle")
     assert dot["cx"] == "194.0"
     assert [said for *_, said in texts(alone, "tick mid")] == ["9", "10", "11"]
+    [far] = attributes(drawn(line(points=[(1e30, 5)])), "circle")
+    assert far["cx"] == "194.0"
 
 
 def test_everything_of_a_series_has_its_colour_and_its_name_is_text() -> None:

@@ -217,9 +217,10 @@ def _leave_out_other_method(document: Document, kind: Any) -> list[str]:
     """Another method.kind on the command line: the file's options of its own kind go, with a note."""
     section = document.value.get("method")
     kinds = (section.get("kind"), kind) if isinstance(section, dict) else ()
-    if not kinds or not all(isinstance(one, str) and one in METHODS for one in kinds):
+    known = [METHODS[one].model_fields for one in kinds if isinstance(one, str) and one in METHODS]
+    if len(known) < 2:
         return []
-    before, after = (METHODS[one].model_fields for one in kinds)
+    before, after = known
     gone = [
         name
         for name in section

@@ -134,7 +134,8 @@ def _frame(series: Sequence[Series]) -> _Frame:
     bottom = 0.0 if 0 <= low <= (high - low) * 0.5 else low - pad
     x0, x1 = min(stepped), max(stepped)
     if x0 == x1:
-        x0, x1 = x0 - 1, x1 + 1
+        beside = max(1.0, abs(x0) / 1e9)  # of 1e30 the next whole number is the same
+        x0, x1 = x0 - beside, x1 + beside
     margin = (x1 - x0) * 0.03
     return _Frame(x0 - margin, x1 + margin, bottom, high + pad)
 
