@@ -207,7 +207,10 @@ def test_the_first_token_of_a_packed_document_is_not_learned_from_the_one_before
         "input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None],
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
     }  # fmt: skip
-    assert for_model(batch, CPU)["supervised"].tolist() == [0, 1, 3, 4]
+    given = for_model(batch, CPU)
+    assert given["supervised"].tolist() == [0, 1, 3, 4]
+    assert given["documents"].borders.tolist() == [0, 3, 6]
+    assert "documents" not in for_model(batch | {"position_ids": torch.arange(6)[None]}, CPU)
     parts = [
         for_model(batch, CPU, Split(2, part, lambda sent: sent))["supervised"].tolist()
         for part in (0, 1)

@@ -204,5 +204,6 @@ def test_image_tokens_without_pixels_are_an_error(folder: Path) -> None:
     with pytest.raises(ValueError, match="no pixel_values"):
         model(input_ids=torch.tensor([[1, pictures.BOI, model.config.image_token_id, 5]]))
     embeds = model.get_input_embeddings()(torch.tensor([[1, 5]]))
-    with pytest.raises(ValueError, match="not with inputs_embeds"):
-        model(inputs_embeds=embeds, pixel_values=torch.zeros(4, 8))
+    shown = {"pixel_values": torch.zeros(4, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 2, 2]])}  # fmt: skip
+    with pytest.raises(ValueError, match="do not match, tokens: 0, features: 1"):
+        model(inputs_embeds=embeds, **shown)

@@ -63,7 +63,7 @@ def own_weights(model: nn.Module) -> Gather:
 
     def gather(names: Sequence[str]) -> dict[str, Tensor]:
         state = model.state_dict()
-        return {name: state[name].detach() for name in names}
+        return {name: state[name] for name in names}
 
     return gather
 
