@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from typing import Any
 
 import pictures
 import pytest
+from rows import write_rows
 
 from finetune.config.schema import EvaluationSection
 from finetune.data.chat.template import ChatTemplate
@@ -108,6 +109,20 @@ def test_a_file_too_large_to_be_read_twice_is_told_by_its_time(
         before = predict._identity(asked)
         os.utime(tmp_path / "weights", (1, 1 + most))
         assert (predict._identity(asked) == before) is same
+
+
+def test_an_output_is_let_go_however_the_command_ends(
+    tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    close = predict.ResumableOutput.close
+    monkeypatch.setattr(predict.ResumableOutput, "close", lambda part: closed.append(part.output.name) or close(part))  # type: ignore[func-returns-value]  # fmt: skip
+    monkeypatch.setattr(predict, "_backend", nullcontext)
+    monkeypatch.setattr(predict, "_answer_all", lambda *_: 1 // 0)
+    source = write_rows(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(ZeroDivisionError):
+        predict.predict(str(tiny_glm), [str(source)], tmp_path / "out.jsonl")
+    assert closed == ["out.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -299,8 +314,11 @@ def test_a_base_is_loaded_as_its_key_says(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(load.Models, "key", lambda self, target, base, like: asked.append((target, base, like)) or key)  # type: ignore[func-returns-value]  # fmt: skip
     warned: list[str] = []
     monkeypatch.setattr(load.console, "warn_once", warned.append)
+    quiet: list[int] = []
+    monkeypatch.setattr("finetune.models.library_logging.quiet_libraries", lambda: quiet.append(1))
     models = load.Models()
     models._load("t", "b", "l")
+    assert quiet == [1]
     assert asked == [("t", "b", "l")]
     assert loaded == [("p", {"revision": "r", "dtype": "float32", "attention": "eager", "quantization": "nf4", "kernels": "torch", "device_map": None})]  # fmt: skip
     assert (models._base, warned) == ("here", ["the GPU is not used"])

@@ -291,12 +291,14 @@ def test_the_last_of_so_many_does_it_and_nobody_before_or_behind() -> None:
 
 
 def job(*pieces: Any, reason: str = "stop", usage: bool = False) -> Any:
-    """A reply that somebody else writes; an error in its pieces ends it."""
+    """A reply that somebody else writes; an error in its pieces ends it, and at None it stands still."""
 
     async def coming() -> AsyncIterator[Piece]:
         for piece in pieces:
             if isinstance(piece, ApiError):
                 raise piece
+            if piece is None:
+                await asyncio.sleep(3600)
             yield Piece(piece)
 
     asked_for = replace(request(), stream=True, include_usage=usage)
@@ -306,7 +308,10 @@ def job(*pieces: Any, reason: str = "stop", usage: bool = False) -> Any:
 def events(template: ChatTemplate, *jobs: Any) -> list[Any]:
     async def read() -> tuple[Any, list[str]]:
         response: Any = await app_module._response(ChatAnswer("m", template), jobs)
-        return response, [text async for text in response.body_iterator]
+        texts = [text async for text in response.body_iterator]
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == 1, "nobody reads on for a client that has all"
+        return response, texts
 
     response, texts = asyncio.run(read())
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -337,7 +342,7 @@ def test_every_reply_of_a_stream_is_opened_once_before_any_text_and_closed_once(
 
 def test_one_reply_of_a_stream_that_fails_ends_it_with_its_error(template: ChatTemplate) -> None:
     error = ApiError(500, "no more", code="model_failed")
-    *_, last = events(template, job("a"), job("b", error))
+    *_, last = events(template, job("a", None), job("b", error))
     assert last == error.body
     with pytest.raises(ApiError, match="no more"):
         events(template, job(error), job(error))
