@@ -192,6 +192,22 @@ def test_a_turn_with_an_image_stays_when_later_turns_are_dropped() -> None:
     assert asked == [["a picture", "of a cat", "the last"]]
 
 
+def test_images_of_what_comes_later_do_not_let_the_first_turn_go() -> None:
+    """A reply is asked behind its own past: a question after it is not in its prompt."""
+    roles = ["system", "user", "assistant", "user", "assistant", "user", "assistant", "user", "assistant"]  # fmt: skip
+    messages = [Message(role, f"{n}") for n, role in enumerate(roles)]  # type: ignore[arg-type]
+    for place in (1, 7):
+        messages[place] = replace(messages[place], images=(ShownImage("cat.png"),))
+
+    class Layout:
+        def prompt(self, conversation: Conversation, reply: int) -> list[int]:
+            return [int(message.content) for message in conversation.messages[:reply]]
+
+    template: Any = Layout()
+    question = prompts_module.Question(Conversation(tuple(messages)), 6)
+    assert prompts_module._shortened(question, [0] * 6, template, 4) == [0, 1, 2, 5]
+
+
 @pytest.mark.parametrize(
     ("tools", "name", "kind"),
     [((), "", "plain"), (({"type": "function"},), "", "tool"), ((), "get_weather", "tool")],

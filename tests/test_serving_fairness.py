@@ -174,6 +174,25 @@ def test_prompts_of_which_the_same_beginning_is_known_go_through_the_model_toget
     asyncio.run(many())
 
 
+def test_replies_of_one_token_end_with_their_prompt_whatever_is_read_behind_it(
+    opened: OpenedModel, writer: Writer
+) -> None:
+    async def short() -> None:
+        system = words(opened, 60)
+        first = job(opened, system, 2)
+        writer.take(first)
+        while first.finish_reason is None:
+            writer.go_on()
+        known, new = job(opened, [*system, 41, 42], 1), job(opened, words(opened, 20, first=70), 1)
+        for one in (known, new):
+            writer.take(one)
+        writer.go_on()
+        assert [one.finish_reason for one in (known, new)] == ["length", "length"]
+        assert [ids(one) for one in (known, new)] == [alone(opened, one) for one in (known, new)]
+
+    asyncio.run(short())
+
+
 def test_a_long_prompt_of_several_replies_is_read_once_and_let_go_when_nobody_waits(
     opened: OpenedModel, writer: Writer, read: list[int]
 ) -> None:

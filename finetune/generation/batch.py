@@ -291,9 +291,8 @@ def _image_positions(model: Any, ids: Tensor, mask: Tensor, images: dict[str, Te
 
     [B, T], of GLM-4.1V [3, B, T] (time, height, width).
     """
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     given = {"input_ids": ids, "attention_mask": mask, **images}
-    positions: Tensor = inside._prepare_position_ids_for_generation(ids, given)
+    positions: Tensor = model._prepare_position_ids_for_generation(ids, given)
     return positions if positions.dim() == 2 else positions[-3:]
 
 
