@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import make_base
+from adapters import make_adapter, make_base
 from export_parts import EMBEDDING, HEAD, adapter, stored, tensor
 
 from finetune.errors import ConfigError, ModelError
@@ -161,6 +161,14 @@ def test_both_models_of_a_full_check_are_placed_alike(monkeypatch: pytest.Monkey
         monkeypatch.setattr(parity, name, lambda *_, value=value: value)
     assert parity.check_parity(Path("a"), [], Path("b"), device_map="auto") == 0
     assert opened == [(Path("a"), "auto"), (Path("b"), "auto")]
+
+
+def test_dropout_of_the_training_does_not_disturb_the_full_check(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shards=1)
+    one, two = (make_adapter(tmp_path / f"{n}", base, seed=n, lora_dropout=0.5, target_modules=["q_proj"]) for n in (1, 2))  # fmt: skip
+    report = merge.merge([(one, 1.0), (two, 0.5)], tmp_path / "out", check="full")
+    assert report.largest_difference is not None
+    assert report.largest_difference < 1e-4
 
 
 # --- pushing and the card --------------------------------------------------------------------------

@@ -78,6 +78,9 @@ def test_what_does_not_fit_gives_way_to_what_holds_less(
     section, _, name = key.partition(".")
     assert found.tree[section][name] == value
     assert found.tree["training"]["activation_checkpointing"] is True
+    assert found.command == (
+        "finetune launch -n 2 my.yaml" if gpus == 2 else "finetune train my.yaml"
+    )
 
 
 def test_nothing_that_fits_is_an_error_with_the_least_that_is_needed(
@@ -106,16 +109,21 @@ def test_what_is_not_given_is_asked_for_on_a_terminal_only(
     assert "--data is not given, and there is no terminal" in capfd.readouterr().err
     assert exit_code("init", "--output", str(tmp_path / ("x" * 300))) == 2
     assert "cannot be written (File name too long)" in capfd.readouterr().err
-    asked: list[str] = []
+    asked: list[tuple[str, object]] = []
 
-    def prompt(what: str, default: object = None, **_: object) -> object:
-        asked.append(what)
+    def prompt(what: str, default: object, *, err: bool) -> object:
+        assert err, "standard output is for the answer"
+        asked.append((what, default))
         return default or str(tmp_path / "none.jsonl")
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr("typer.prompt", prompt)
     assert exit_code("init", "--output", output, "--model", str(tmp_path)) == 2
-    assert asked == ["Data (a file, a glob or a folder)", "GPUs", "Memory of each GPU"]
+    rest: list[tuple[str, object]] = [("GPUs", 1), ("Memory of each GPU", "24GB")]
+    assert asked == [("Data (a file, a glob or a folder)", None), *rest]
+    asked.clear()
+    assert exit_code("init", "--output", output, "--data", str(tmp_path / "none.jsonl")) == 2
+    assert asked == [("Model", "THUDM/glm-4-9b-chat"), *rest]
 
 
 @pytest.mark.parametrize("config", [{"vision_config": {"x": 1}}, {"n_routed_experts": 4}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,11 +80,20 @@ def test_what_torchrun_does_not_understand_is_a_mistake_of_the_command(
 # --- doctor ----------------------------------------------------------------------------------------
 
 
-def test_doctor_ends_with_1_where_something_is_to_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    for remedy, code in (("", 0), ("do it", 1)):
-        findings = [doctor.Finding("a", "b"), doctor.Finding("c", "d", remedy)]
-        monkeypatch.setattr(doctor, "examine", lambda hub, findings=findings: findings)
-        assert exit_code("doctor") == code
+@pytest.mark.parametrize(("remedy", "code"), [("", 0), ("do it", 1)])
+def test_doctor_ends_with_1_where_something_is_to_be_done(
+    remedy: str, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    findings = [doctor.Finding("a", "b"), doctor.Finding("c", "d", remedy)]
+    monkeypatch.setattr(doctor, "examine", lambda hub: findings)
+    assert exit_code("doctor") == code
+    said = capfd.readouterr()
+    rows = [line.split() for line in said.out.splitlines()[2:]]
+    assert rows == [["a", "b", "ok"], ["c", "d", "!" if remedy else "ok"]]
+    assert said.err == ("warning: c: d: do it\n" if remedy else "")
+    assert exit_code("doctor", "--json") == code
+    told = json.loads(capfd.readouterr().out)
+    assert told == [{"what": "a", "found": "b", "remedy": ""}, {"what": "c", "found": "d", "remedy": remedy}]  # fmt: skip
 
 
 def test_doctor_measures_the_disk_that_is_there(

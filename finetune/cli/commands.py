@@ -59,7 +59,7 @@ def finetune(
     ] = None,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option("--version", callback=_show_version, help="Show the version."),
     ] = False,
 ) -> None:
     """Fine-tune GLM-4: train, evaluate, predict, merge, chat."""
