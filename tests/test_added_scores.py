@@ -201,6 +201,15 @@ def test_a_schema_without_end_is_named_once_and_blames_no_reply(
     assert pairs.is_valid([[1]], {"$ref": "#"}), "a schema that means itself"
 
 
+def test_a_schema_that_stands_elsewhere_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import urllib.request
+
+    asked: list[Any] = []
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *words, **_: asked.append(words))
+    assert pairs.is_valid({}, {"$ref": "http://127.0.0.1:9/schema.json"})
+    assert asked == []
+
+
 # --- gained and lost ---------------------------------------------------------------------------
 
 

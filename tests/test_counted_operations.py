@@ -147,3 +147,15 @@ def test_a_storage_is_counted_once_named_last_and_gone_with_its_last_tensor() ->
         del one, tensor
         assert [size for _, size, _ in counter.ledger.events] == [400, 40, -400]
         assert counter.ledger.kinds == {1: "weights"}
+
+
+def test_a_fused_optimizer_launches_as_often_as_its_five_lists_need() -> None:
+    with shapes_only():
+        weights = [torch.nn.Parameter(torch.empty(4)) for _ in range(61)]
+        optimizer = torch.optim.AdamW(weights, fused=True)
+        for weight in weights:
+            weight.grad = torch.empty(4)
+        with counting(CEILINGS) as counter:
+            optimizer.step()
+    numbers = {name: row.number for (_, name, _), row in counter.ledger.kernels.items()}
+    assert numbers["_fused_adamw_"] == 3, "30 tensors a launch"

@@ -65,6 +65,14 @@ def test_kept_results_that_are_not_what_was_kept_are_made_again(tmp_path: Path, 
     assert (results.folder / name).read_bytes() == whole
 
 
+def test_kept_losses_run_no_code(tmp_path: Path) -> None:
+    results = store.Results(tmp_path, "key")
+    with results.locked():
+        results.write_losses("loss", np.array([print], dtype=object), np.ones(1))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        results.losses("loss")
+
+
 def test_what_a_killed_evaluation_left_is_swept_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,8 +64,20 @@ def test_intervals_are_of_a_thousand_resamples_and_always_the_same() -> None:
     [found] = statistics.intervals(one)
     assert statistics.intervals(one) == statistics.intervals(one, resamples=1000) == [found]
     assert statistics.intervals(one, seed=1) != [found]
-    other = Measure(("s",), one.units[::-1].copy(), one.scores)
-    assert compare([one, other]) == compare([one, other], resamples=1000, permutations=9999)
+    other = Measure(("s",), one.units + [[[-7.0, 0.0], [9.0, 0.0]][n % 2] for n in range(40)], one.scores)  # fmt: skip
+    [pair] = compare([one, other])
+    assert 0.05 < pair.p < 0.95
+    assert [pair] == compare([one, other], resamples=1000, permutations=9999)
+
+
+def test_a_described_mean_is_the_one_that_training_logs_to_the_last_digit() -> None:
+    found = ReplyTable(("own",))
+    for number, own in enumerate(np.random.default_rng(0).random(1001)):
+        counts = {"corpus_bleu": [1] * 10, "chrf": [1] * 18, "length_ratio": [3, 7]}
+        found.add(f"d:{number // 3}", {"own": own}, counts)
+    described = found.described()
+    for name in ("own", "chrf", "length_ratio"):
+        assert described[name]["value"] == found.scores()[name], name
 
 
 def test_the_observed_order_is_one_of_the_permutations() -> None:
