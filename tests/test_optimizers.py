@@ -211,6 +211,7 @@ def test_the_optimizer_of_a_count_updates_what_learns(name: str) -> None:
     found = for_counting(model, name)
     held = [weight for group in found.param_groups for weight in group["params"]]
     assert {id(weight) for weight in held} == {id(weight) for weight in model.layer.parameters()}
+    assert isinstance(found, MuonWithAdamW) is (name == "muon")
     if name == "muon":
         by_kind = {group["muon"]: group["params"] for group in found.param_groups}
         assert by_kind[True][0] is model.layer.weight

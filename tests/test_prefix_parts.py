@@ -257,6 +257,69 @@ def test_what_is_no_prefix_is_not_opened_as_one(held: Any, tiny_glm: Path, tmp_p
         ptuning_v2.load_adapter(load_model(tiny_glm), tmp_path)
 
 
+@pytest.mark.parametrize("part", [None, 0, 1])
+def test_a_prefix_is_as_narrow_as_the_keys_and_each_part_has_that_of_its_heads(part: int | None) -> None:  # fmt: skip
+    from finetune.models.sequence_parallel import Split
+
+    module, seen = nn.Module(), list[Any]()
+    module.prefix = Prefix(torch.arange(2 * 2 * N * 4.0).view(2, 2, N, 4))
+    attend = ptuning_v2._with_prefix(lambda *given, **_: seen.append(given))
+    split = None if part is None else Split(2, part, lambda sent: sent)
+    heads = 2 if split is None else 1
+    states = torch.zeros(3, heads, 5, 4, dtype=torch.bfloat16)
+    attend(module, states, states, states, None, split=split)
+    _, _, keys, values, mask = seen[0]
+    assert mask is None
+    whole = module.prefix().bfloat16()
+    own = whole if part is None else whole[:, part : part + 1]
+    for found, expected in ((keys, own[0]), (values, own[1])):
+        assert found.dtype is torch.bfloat16
+        assert torch.equal(found[:, :, :N], expected.expand(3, -1, -1, -1))
+        assert not found[:, :, N:].any()
+
+
+def test_positions_move_behind_the_prefix_and_what_is_turned_stays(tiny_glm: Path) -> None:
+    model = prefixed(tiny_glm)
+    seen: list[Any] = []
+    model.model.rotary_emb.register_forward_pre_hook(lambda _, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True)  # fmt: skip
+    hidden: list[Any] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    with torch.no_grad():
+        model(IDS)
+    rows, places = seen[0][0], next(t for t in seen[0][1:] if isinstance(t, torch.Tensor))
+    assert torch.equal(rows, hidden[0])
+    assert places.tolist() == [[N, N + 1, N + 2, N + 3]]
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_prefix_lies_where_its_model_lies(projection: bool, tiny_glm: Path) -> None:
+    from finetune.models.load import shape_of
+
+    with torch.device("meta"):
+        model: Any = shape_of(tiny_glm)
+    section = PTuningV2Method(num_virtual_tokens=N, prefix_projection=projection)
+    ptuning_v2.attach(model, section)
+    assert all(weight.is_meta for weight in model.parameters())
+
+
+def test_what_is_saved_is_float32_and_heads_may_be_wider_together_than_the_model(
+    tiny_glm: Path, tmp_path: Path
+) -> None:
+    model = prefixed(tiny_glm)
+    narrow = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    base = BaseRecord(str(tiny_glm), None, model_fingerprint(tiny_glm))
+    ptuning_v2.save(model, tmp_path, base=base, state_dict=narrow)
+    for file in tmp_path.glob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+    other = methods.attach(load_model(tiny_glm), PTuningV2Method(num_virtual_tokens=N + 1))
+    with pytest.raises(
+        ModelError, match=r"size mismatch for .*Use the num_virtual_tokens it was saved"
+    ):
+        methods.restore(other, tmp_path)
+    wide = load_model(pictures.save_grid_model(tmp_path / "wide", "glm_ocr"))
+    assert ptuning_v2._key_value_shape(wide) == (2, 16)
+
+
 def test_a_mask_is_open_for_the_prefix_in_either_form() -> None:
     seen = ptuning_v2._open_left(torch.zeros(1, 1, 2, 3, dtype=torch.bool), 2)
     assert seen.int().tolist() == [[[[1, 1, 0, 0, 0]] * 2]]

@@ -211,6 +211,36 @@ def test_an_adapters_config_says_what_was_set_and_the_run_goes_on_as_before(
     assert len(names) == 2 * 3 * 2
 
 
+def test_a_table_that_peft_saves_beside_its_adapters_is_no_stranger(tiny_glm: Path, tmp_path: Path) -> None:  # fmt: skip
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(load_model(tiny_glm), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False))  # type: ignore[arg-type]  # fmt: skip
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(".lora_" not in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    opened = lora.load_adapter(load_model(tiny_glm), tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            opened(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits
+        )
+
+
+def test_a_regex_is_of_whole_names_and_three_misfits_are_named(tiny_glm: Path, tmp_path: Path) -> None:  # fmt: skip
+    with pytest.raises(ConfigError, match="matches no module"):
+        methods.attach(
+            load_model(tiny_glm), LoraMethod(target_modules=r"layers\.0\.mlp\.down_proj")
+        )
+    model = methods.attach(load_model(tiny_glm), LoraMethod(rank=2))
+    methods.save(model, tmp_path, base=record(tiny_glm))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(
+        {name.replace("layers.1.", "layers.7."): t for name, t in load_file(file).items()}, file
+    )
+    with pytest.raises(ModelError, match=r"\(6 in all\)") as caught:
+        lora.load_adapter(load_model(tiny_glm), tmp_path, force=True)
+    assert str(caught.value).count("layers.1.") == 3
+
+
 def test_layers_that_peft_left_out_are_noticed(tiny_glm: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(lora, "matched_modules", lambda _: {"x": 3})
     with pytest.raises(ConfigError, match="matches 2 layers but PEFT adapted 3"):
@@ -245,7 +275,7 @@ def test_tables_and_convolutions_may_be_adapted_and_saved(tmp_path: Path) -> Non
     held = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert any("word_embeddings.lora_embedding_A" in name for name in held)
     assert any("vision.conv.lora_A" in name for name in held)
-    assert not any(name.endswith("word_embeddings.weight") for name in held)
+    assert all(".lora_" in name for name in held)
     opened = lora.load_adapter(load_model(folder), tmp_path / "adapter", force=True)
     assert methods.trained_modules(opened) == methods.trained_modules(model)
 
@@ -261,6 +291,17 @@ def test_experts_that_are_frozen_get_no_adapter(frozen: str, tmp_path: Path) -> 
     found = methods.trained_modules(model)
     other = "down_proj" if frozen == "gate_up_proj" else "gate_up_proj"
     assert found == {f"model.layers.*.mlp.experts.{other}": 2, "model.layers.*.self_attn.q_proj": 2}
+
+
+def test_an_adapter_of_experts_that_is_opened_computes_as_one_that_is_trained(tmp_path: Path) -> None:  # fmt: skip
+    folder = mixtures.save_model(tmp_path / "model", "glm4_moe")
+    section = LoraMethod(rank=4, dropout=0.0, target_modules=["experts"])
+    model = methods.attach(load_model(folder), section)
+    (tmp_path / "adapter").mkdir()
+    methods.save(model, tmp_path / "adapter", base=record(folder))
+    opened = lora.load_adapter(load_model(folder), tmp_path / "adapter", force=True)
+    for one in (model, opened):
+        assert sum(type(module).__name__ == "ExpertsLora" for module in one.modules()) == 2
 
 
 def test_the_head_of_a_mixture_is_no_linear_layer_among_all(tmp_path: Path) -> None:

@@ -183,6 +183,9 @@ def test_an_image_without_its_pixels_is_an_error_in_a_prompt_and_its_kinds_need_
     with torch.no_grad():
         plain = grid(input_ids=ids, **shown).logits
         assert torch.equal(grid(input_ids=ids, **shown, mm_token_type_ids=torch.zeros_like(ids)).logits, plain)  # fmt: skip
+        grid.model.config.return_dict = False
+        assert torch.equal(grid(input_ids=ids, **shown).logits, plain)
+        grid.model.config.return_dict = True
         first = grid(input_ids=ids, **shown, use_cache=True)
         assert grid.model.rope_deltas is not None
         deltas = grid.model.rope_deltas.clone()

@@ -48,7 +48,6 @@ class GridModel:
         row of it. `position_ids` [B, T] or [3, B, T] need not be given.
         """
         model: Any = self
-        kwargs.pop("mm_token_type_ids", None)
         if pixel_values is not None and image_features is not None:
             raise ValueError("pass either pixel_values or image_features")
         shown = pixel_values is not None or image_features is not None
