@@ -207,6 +207,15 @@ def test_patience_counts_the_evaluations_behind_the_best(
     assert capsys.readouterr().out == (said if ends else "")
 
 
+@pytest.mark.parametrize(("scored", "ends"), [((0, 2), False), ((0, 2, 4), True)])
+def test_patience_without_a_best_does_not_count_the_untuned_model(
+    scored: tuple[int, ...], ends: bool
+) -> None:
+    bench = Bench(choose="domain_without_forgetting", keep={"data": "x"}, patience=2)
+    found = evaluated(bench, scored[-1], 3.0, scored=scored, eval_chosen=0.0)
+    assert found == ({"save", "training_stop"} if ends else set(), None, None)
+
+
 @pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_evaluate"])
 @pytest.mark.parametrize("stopping", [False, True])
 @pytest.mark.parametrize("saving", [False, True])

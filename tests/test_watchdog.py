@@ -206,6 +206,7 @@ def test_a_process_that_does_not_end_by_itself_is_ended_and_the_keeper_of_the_st
 ) -> None:
     watch = watching(monkeypatch, rank=rank)
     watch._report("row 7", 3)
+    monkeypatch.setattr(watchdog.files, "moved", lambda: 77)
     waited: list[float] = []
     ended: list[Any] = []
 
@@ -219,7 +220,7 @@ def test_a_process_that_does_not_end_by_itself_is_ended_and_the_keeper_of_the_st
     watch._look()
     assert ended == [("row 7", 3)]
     assert waited[1] == pytest.approx(waits)
-    assert watch._store[f"passed/{rank}"].split()[0] == str(position.passed()).encode()
+    assert watch._store[f"passed/{rank}"] == f"{position.passed()} 77".encode()
 
 
 @pytest.mark.parametrize("attempt", [None, "3"])

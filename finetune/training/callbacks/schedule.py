@@ -181,7 +181,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """One more line; with those before it that a full disk had no room for."""
         if state.is_world_process_zero:
-            self._unwritten.append(_record({"step": state.global_step, **logs}))
+            self._unwritten.append({"step": state.global_step, **logs})
             self._write()
 
     def _write(self) -> None:
