@@ -111,6 +111,32 @@ def test_a_file_too_large_to_be_read_twice_is_told_by_its_time(
         assert (predict._identity(asked) == before) is same
 
 
+def test_all_is_checked_before_a_line_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    for name in ("model", "base", "data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    model, base, data = (str(tmp_path / name) for name in ("model", "base", "data"))
+    done: list[Any] = []
+    options = PredictOptions(batch_size=3, form=Form("{}"))
+    dialogues = SimpleNamespace(files=["d"], measured=lambda template: Measured([1], SeenFiles.of([])))  # fmt: skip
+    monkeypatch.setattr(predict, "Dialogues", lambda *given: dialogues)
+    monkeypatch.setattr(predict, "check_output", lambda *given, **how: done.append((given, how)))
+    monkeypatch.setattr(load, "open_template", lambda target, base: done.append((target, base)) or "template")  # type: ignore[func-returns-value]  # fmt: skip
+    monkeypatch.setattr(PredictOptions, "check", lambda self: done.append("options"))
+    monkeypatch.setattr(Form, "check", lambda self, template: done.append((self, template)))
+    monkeypatch.setattr(predict, "ResumableOutput", lambda output, key, **how: done.append((output, how)) or SimpleNamespace(close=lambda: None))  # type: ignore[func-returns-value]  # fmt: skip
+    monkeypatch.setattr(predict, "_backend", nullcontext)
+    monkeypatch.setattr(predict, "_answer_all", lambda asked, part, backend: asked)
+    output = tmp_path / "o.jsonl"
+    asked: Any = predict.predict(model, [data], output, base=base, options=options, overwrite=True)
+    inputs = ["d", Path(data), Path(model) / "file", Path(base) / "file"]
+    assert done == [
+        ((output, inputs), {"overwrite": True, "is_ours": predict._is_output}), (model, base), "options", (Form("{}"), "template"),
+        (output, {"window": 3 * 64, "overwrite": True}),
+    ]  # fmt: skip
+    assert (asked.target, asked.base, asked.options, asked.template) == (model, base, options, "template")  # fmt: skip
+
+
 def test_an_output_is_let_go_however_the_command_ends(
     tiny_glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
