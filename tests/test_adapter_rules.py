@@ -154,6 +154,7 @@ WHOLE: list[tuple[str, dict[str, Any], bool]] = [
     ("x.q.bias", {"bias": "all"}, True),
     ("x.q.bias", {"bias": "lora_only"}, True),
     ("norm.weight", {}, False),
+    ("lm_head.weight", {}, False),
     ("norm.weight", {"modules_to_save": ["norm"]}, True),
     ("x.norm.modules_to_save.default.weight", {"modules_to_save": ["norm"]}, True),
     ("subnorm.weight", {"modules_to_save": ["norm"]}, False),

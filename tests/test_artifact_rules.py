@@ -132,6 +132,7 @@ def test_the_best_checkpoint_is_one_of_the_run_that_is_still_there(tmp_path: Pat
     (tmp_path / "run/checkpoint-2").mkdir(parents=True)
     (tmp_path / "checkpoint-9").mkdir()
     run = tmp_path / "run"
+    (run / "elsewhere").mkdir()
     checkpoint.set_best(run, run / "checkpoint-2", "loss", 0.1)
     assert checkpoint.best(run) == run / "checkpoint-2"
     for name in ("checkpoint-3", "elsewhere", "../checkpoint-9"):
