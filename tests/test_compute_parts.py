@@ -152,6 +152,7 @@ def test_a_score_that_is_no_mean_has_the_interval_of_its_error(
     )  # fmt: skip
     table = TaskTable({"needle/4": TaskScore("s", ("en:4:0",), (100.0,)), "x": score})
     assert table.needles == {"en:4:0": 100.0}
+    assert TaskTable({"t/acc": TaskScore("s", ("q",), (1.0,))}).needles == {}
     assert [name for name, _, _ in table.measures()] == ["needle/4"]
     assert TaskTable.of(json.loads(json.dumps(table.note))).scores == table.scores
 

@@ -59,7 +59,9 @@ def test_words_of_tasks_mean_tasks_presets_texts_and_folders(
     base = plan.read_tasks(["glm4-base"])
     assert {task.kind for task in base} == {"text"}
     assert "gsm8k" in {task.name for task in base}
-    assert plan.left_out(["glm4-base", "glm4-base"]) == ["humaneval"]  # it runs what the model writes
+    assert plan.left_out(["glm4-base", "glm4-base"]) == [
+        "humaneval"
+    ]  # it runs what the model writes
     figures = {one.score: one.value for one in plan.published(["glm4-chat,multilingual"])}
     assert figures["mmlu/acc"] == 72.4
     assert figures["xcopa/acc"] == 80.1
