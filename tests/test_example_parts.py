@@ -214,17 +214,22 @@ def test_what_was_not_read_and_what_is_doubtful_is_counted_with_the_examples(
 ) -> None:
     text = "### Instruction:\nSay hi\n\n### Response:\nhi"
     rows = [row(0, note="read me, please"), row(1, note="and me, please"), {"prompt": "x"}, row(2)]
+    rows.append({"prompt": "fox " * 90, "response": "a"})
     path = write_rows(tmp_path / "a.jsonl", rows)
-    other = write_rows(tmp_path / "b.jsonl", [{"text": text}, {"text": "word " * 90}])
+    other = write_rows(
+        tmp_path / "b.jsonl",
+        [{"text": text}, {"text": "word " * 90}],
+    )
     data = load_examples(
         [SourceSpec(str(path)), SourceSpec(str(other))], template, LengthPolicy(60),
         reading=Reading("skip", 0.5), cache_root=tmp_path / "cache",
     )  # fmt: skip
     counts = data.counts
-    assert (counts.rows, counts.bad) == (6, 1)
+    assert (counts.rows, counts.bad) == (7, 1)
     assert counts.unread == {"note": 2}
     assert list(counts.doubts.values()) == [1]
     assert counts.named[0].startswith(f"{path}:3: ")
+    assert counts.named[1].startswith(f"{path}:5: no trained reply fits")
     assert counts.text_blocks == counts.kept - 3 > 2
 
 

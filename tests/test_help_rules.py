@@ -26,7 +26,7 @@ class Context(click.Context):
 
 def command(**inner: click.Command) -> Any:
     options = [
-        click.Option(["--output"], help="Folder for what is written; a new one in words that go on.", default="x", show_default=True),
+        click.Option(["--output"], help="Folder for what is placed; a new one in words that go on.", default="x", show_default=True),
         click.Option(["--a-name-that-takes-more-than-its-column"], help="Overwrite", required=True),
         click.Option(["-q"]),
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_a_page_has_its_words_and_two_columns_and_a_long_name_a_line_of_its_own(
         "",
         "选项:",
         "  --output TEXT                     Folder for what is",
-        "                                    written; a new one in",
+        "                                    placed; a new one in",
         "                                    words that go on. [默认：",
         "                                    x]",
         "  --a-name-that-takes-more-than-its-column TEXT",
@@ -129,7 +129,7 @@ def test_of_templates_that_fit_the_one_that_says_most_is_taken(
     text: str, said: str, in_chinese: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {
-        "{} aa": "first {}", "{} aa bb": "second {}", "{} bb cc": "third {}", "the {} aa bb cc": "best {}",
+        "{} aa": "first {}", "{} cc": "second {}", "{} bb cc": "third {}", "{} aa bb cc": "fourth {}", "the {} aa bb cc": "best {}",
         "{} is {} of {}": "{2},{0},{1}", "two{}here": "2 of lines",
     }  # fmt: skip
     monkeypatch.setattr(languages, "_catalogue", lambda: texts)
