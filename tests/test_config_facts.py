@@ -349,7 +349,8 @@ def test_data_lies_in_the_folder_that_is_named_where_no_whole_path_is(tmp_path: 
     found = placed("d", train_file="a.jsonl", val_file="/b.jsonl")
     assert (found["data.train"], found["data.validation"]) == ("d/a.jsonl", "/b.jsonl")
     assert found["model.freeze"] == ["vision"], "of a model that sees"
-    assert placed("c.jsonl", train_file="a.jsonl")["data.train"] == "c.jsonl"
+    one = placed("c.jsonl", train_file="a.jsonl", val_file="/b.jsonl")
+    assert (one["data.train"], one["data.validation"]) == ("c.jsonl", "/b.jsonl")
     assert placed("d", val_file="b.jsonl")["data.train"] == "d"
     (tmp_path / "old.yaml").write_text(yaml.safe_dump({"data_config": {}, "freezeV": True}))
     text = migrate(tmp_path / "old.yaml", model="glm-4-9b")
