@@ -178,6 +178,14 @@ def test_adapters_of_experts_are_ours_where_they_are_whole_and_alone(tmp_path: P
     assert outer._adapters() is None
 
 
+def test_what_experts_and_their_adapters_give_is_as_narrow_as_what_came(tmp_path: Path) -> None:
+    outer = experts_of(with_experts(tmp_path / "model", rank=8).bfloat16())
+    assert outer._adapters() is not None
+    chosen, weights = torch.tensor([[0, 1], [2, 3], [1, 0]]), torch.full((3, 2), 0.5)
+    with torch.no_grad():
+        assert outer(torch.randn(3, 32).bfloat16(), chosen, weights).dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize(("rank", "ours"), [(4, True), (8, True), (2, False), (3, False)])
 def test_ranks_whose_rows_are_not_whole_sixteens_of_bytes_are_pefts(rank: int, ours: bool, tmp_path: Path) -> None:  # fmt: skip
     assert (experts_of(with_experts(tmp_path / "model", rank=rank))._adapters() is not None) is ours

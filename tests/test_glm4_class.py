@@ -16,7 +16,7 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from finetune.errors import ModelError
 from finetune.models.chatglm.configuration import ChatGLMConfig, ChatGLMVisionConfig
-from finetune.models.chatglm.layers import Block
+from finetune.models.chatglm.layers import Block, RotaryEmbedding, SelfAttention, eager_attention
 from finetune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from finetune.models.families import FAMILIES, REFUSED, family_of
 from finetune.models.load import load_model
@@ -260,6 +260,24 @@ def test_what_each_half_of_a_layer_adds_is_dropped_in_training(part: str) -> Non
     assert torch.equal(layer.eval()(nothing), ones)
     dropped = layer.train()(nothing)
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
+
+
+def test_attention_is_weighed_in_float32_and_handed_on_as_it_came() -> None:
+    layer = SelfAttention(ChatGLMConfig(**SMALL), 0)
+    assert layer.is_causal
+    query, key = (10 * torch.randn(1, heads, 5, 8).bfloat16() for heads in (4, 2))
+    out, weights = eager_attention(layer, query, key, key, None, 0.5)
+    assert (out.dtype, weights.dtype) == (torch.bfloat16, torch.bfloat16)
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.5
+    assert torch.equal(weights, scores.float().softmax(-1).bfloat16())
+
+
+def test_angles_of_far_positions_are_made_in_float32() -> None:
+    rotary = RotaryEmbedding(ChatGLMConfig(**SMALL))
+    places = torch.tensor([[0, 1001, 4097]])
+    wide, narrow = (rotary(torch.zeros(1, dtype=kind), places) for kind in (torch.float32, torch.bfloat16))  # fmt: skip
+    for one, other in zip(wide, narrow, strict=True):
+        assert torch.equal(one.bfloat16(), other)
 
 
 def test_ids_or_embeddings_and_pixels_or_features_are_given_and_never_both() -> None:

@@ -201,6 +201,14 @@ def test_images_in_rows_of_the_token_table_give_the_logits_of_ids(pair: Pair, le
     assert not torch.equal(own[mask.bool()], of_ids[mask.bool()])
 
 
+def test_replies_to_rows_of_the_token_table_are_those_to_ids(pair: Pair) -> None:
+    ids, shown = torch.tensor([pair.row(*TWO_TURNS)]), pair.shown(*SHAPES)
+    fixed = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    replies = pair.ours.generate(ids, **shown, **fixed)[:, ids.shape[1] :]
+    embeds = pair.ours.get_input_embeddings()(ids)
+    assert torch.equal(pair.ours.generate(inputs_embeds=embeds, **shown, **fixed), replies)
+
+
 def test_every_argument_of_a_loss_arrives(pair: Pair) -> None:
     ids = torch.tensor([pair.row(1, SHAPES[4], 2, 3, 4)] * 2)
     shown = pair.shown(SHAPES[4], SHAPES[4])

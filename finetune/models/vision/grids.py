@@ -74,7 +74,7 @@ class GridModel:
             model.rope_deltas = None  # of whatever images were shown before
         if shown and inputs_embeds is not None and position_ids is None and begins:
             # Transformers finds the places of images in ids only.
-            kinds = self._kinds_of_rows(inputs_embeds)
+            kinds = self.kinds_of_rows(inputs_embeds)
             position_ids, model.rope_deltas = model.get_rope_index(
                 kinds, kinds, image_grid_thw=image_grid_thw, attention_mask=attention_mask
             )
@@ -99,7 +99,7 @@ class GridModel:
         kinds: Tensor = (input_ids == model.config.image_token_id).int()
         return kinds
 
-    def _kinds_of_rows(self, embeds: Tensor) -> Tensor:
+    def kinds_of_rows(self, embeds: Tensor) -> Tensor:
         """`kinds` of the tokens [B, T] whose rows of the token table are [B, T, D]."""
         model: Any = self
         token = torch.tensor(model.config.image_token_id, device=embeds.device)
@@ -181,7 +181,10 @@ class GridLoss(SupervisedLoss):
         model: Any = self
         if model_kwargs.get("image_grid_thw") is not None:
             ids = model_kwargs.get("input_ids")
-            kinds = model.model.kinds(inputs_tensor if ids is None else ids)
+            if inputs_tensor.is_floating_point() and (ids is None or not ids.shape[1]):
+                inputs_tensor = kinds = model.model.kinds_of_rows(inputs_tensor)
+            else:
+                kinds = model.model.kinds(inputs_tensor if ids is None else ids)
             model_kwargs = model_kwargs | {"mm_token_type_ids": kinds}
         positions: Tensor = super()._prepare_position_ids_for_generation(  # type: ignore[misc]
             inputs_tensor, model_kwargs
