@@ -130,6 +130,7 @@ def test_frozen_weights_stay_out_of_states_and_need_not_be_in_them(
     assert saves == {"save_latest": False} | ({"exclude_frozen_parameters": True} if frozen else {})
     assert loads == ({"load_module_strict": False} if frozen else {})
     assert type(engine.checkpoint_engine) is TakenStates  # type: ignore[attr-defined]
+    assert engine._copy_recovery_script("x") is None  # type: ignore[attr-defined]
 
 
 class Harmful:

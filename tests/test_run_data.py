@@ -261,7 +261,9 @@ def test_the_loader_has_a_random_stream_of_its_own_and_waits_for_workers_so_long
     loader = loading(plan=plan).loader(rank=3, workers=workers, seconds=30)
     assert (loader.num_workers, loader.timeout) == (workers, timeout)
     assert loader.persistent_workers is (workers > 0)
+    assert isinstance(loader.generator, torch.Generator)
     assert loader.generator is not torch.default_generator
+    assert loader.worker_init_fn is batches.ignore_signals
     assert loader.batch_sampler.rank == 3  # type: ignore[union-attr]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     if not workers:
