@@ -15,6 +15,7 @@ from finetune.data.dialogue.conversation import (
     ShownImage,
     validate,
 )
+from finetune.data.dialogue.doubts import THOUGHT_IN_TEXT
 from finetune.data.dialogue.images import ImageRule, with_placeholders
 from finetune.data.dialogue.keys import check_columns, marks_of
 from finetune.data.dialogue.turns import merged
@@ -276,3 +277,18 @@ def test_a_checkpoint_is_shown_images_by_its_rule(
         assert reason in said(rule.check, messages)
     else:
         rule.check(messages)
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_what_a_content_part_says_besides_is_named_whoever_says_it(role: str) -> None:
+    part = {"type": "text", "text": "x", "width": 3}
+    talk = [{"role": "system", "content": "S"}, USER, CALL, {"role": "tool", "content": "R"}, REPLY]
+    items = [{**m, "content": [part]} if m["role"] == role and m is not CALL else m for m in talk]
+    assert dialogue(*talk).unread == ()
+    assert dialogue(*items).unread == ("width of a content part of messages",)
+
+
+def test_a_thought_of_a_reply_is_doubtful_where_the_checkpoint_does_not_think() -> None:
+    thought = {"role": "assistant", "content": "<think>a</think>A"}
+    assert dialogue(USER, thought, thinks=False).doubts == (THOUGHT_IN_TEXT,)
+    assert dialogue(USER, thought, thinks=True).doubts == ()

@@ -201,6 +201,8 @@ def test_of_several_pairs_the_first_that_is_whole_is_read() -> None:
     assert asked.unread == ("query",)
     named = to_conversation({"q": "Q", "prompt": "no", "response": "no"}, columns=("q", "a"), purpose="predict")  # fmt: skip
     assert named.messages == (Message("user", "Q"),)
+    whole = to_conversation({"a": "A", "q": "Q", "x": 1, "prompt": "P"}, columns=("q", "a"))
+    assert (whole.messages[1].content, whole.unread) == ("A", ("x", "prompt"))
     reason = said(to_conversation, {"q": "Q", "x": 1}, columns=("q", "a"))
     assert reason == "the row has no pair of columns q/a; its columns are 'q', 'x'"
     null = said(to_conversation, {"q": "Q", "a": None}, columns=("q", "a"))

@@ -178,6 +178,14 @@ def test_where_a_file_breaks_off_the_last_row_that_was_read_is_named(
     assert (last.location, last.fatal) == (good[-1].location, True)  # type: ignore[union-attr]
 
 
+def test_a_folder_without_data_is_told_what_data_is(tmp_path: Path) -> None:
+    (tmp_path / "a.py").touch()
+    listed = ", ".join(f".{name}" for name in TABLES)
+    assert said(expand, str(tmp_path)) == (
+        f"folder {tmp_path} holds no {listed} file, and no .txt or .md (.gz, .zst allowed); name the files that are meant"
+    )
+
+
 # --- what the first bytes and the name say -------------------------------------------------------
 
 CELLS = b"prompt,response\nQ,A\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,8 @@ from pyarrow import parquet
 
 from finetune.config.schema import DataSection, Source
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
+from finetune.data.dialogue.formats import RowRules
+from finetune.data.dialogue.images import ImageRule
 from finetune.data.reading import images, sources
 from finetune.data.reading.images import ImageFiles, ImagePolicy
 from finetune.data.reading.parts import Part
@@ -128,6 +131,21 @@ def test_bad_rows_of_renamed_columns_are_bad_rows(tmp_path: Path) -> None:
     stream = read_conversations([SourceSpec(file, columns=(("prompt", "q"),))], Reading("collect"))
     assert [c.messages[0].content for c in stream] == ["Q", "R"]
     assert [row.location for row in stream.bad_rows] == [f"{file}:2"]
+
+
+def test_a_reading_is_for_a_purpose_a_seed_and_a_checkpoint(tmp_path: Path) -> None:
+    file = SourceSpec(write(tmp_path / "a.jsonl", {"prompt": "Q"}, pair("R")))
+    assert "no pair of columns" in said(list, read_conversations([file], Reading("skip", 0.1)))
+    asked = read_conversations([file], purpose="predict")
+    assert [len(c.messages) for c in asked] == [1, 2]
+    half = SourceSpec(write(tmp_path / "b.jsonl", *pairs(40)), weight=0.5)
+    drawn = [[c.messages[0].content for c in read_conversations([half], seed=n)] for n in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    rule, layout = ImageRule("x", most=0), SimpleNamespace(thinking=True)
+    template: Any = SimpleNamespace(layout=layout, image_rule=rule)
+    given = Reading("skip", rules=RowRules(turns="merge"))
+    found = given.for_checkpoint(template)
+    assert found == Reading("skip", rules=RowRules(turns="merge", thinks=True, images=rule))
 
 
 def test_a_thousand_reasons_are_kept_and_the_rest_is_counted(tmp_path: Path) -> None:

@@ -225,6 +225,20 @@ def test_only_folders_of_this_machines_dead_processes_are_removed(
     assert len(list((readers / "c:8").iterdir())) == 2
 
 
+def test_images_of_a_stream_are_looked_at_under_the_root_of_the_run(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "pictures/a.png")
+    path = Path(write(tmp_path / "a.jsonl", pair("Q", image="a.png"), pair("Q", image="b.png")))
+    shard = StreamShard(0, str(path), path.stat().st_size)
+    reading = Reading(images=ImagePolicy(root=str(tmp_path / "pictures")))
+    rows = ShardReader([shard], [SourceSpec("x")], reading, tmp_path).open(0, 0)
+    first, second = list(rows)
+    assert rows.conversation(first).images == (f"{tmp_path}/pictures/a.png",)  # type: ignore[arg-type, union-attr]
+    assert "no such file" in said(rows.conversation, second)
+
+
 # --- blocks --------------------------------------------------------------------------------------
 
 
