@@ -196,7 +196,7 @@ def to_conversation(
     layout = _BY_NAME[fmt]
     chosen = _chosen(fmt, row, columns, purpose)
     unread = check_columns(row, _read_by(fmt, chosen)) if len(row) > 1 else ()
-    thinks, left = columns_of.thinks(row) if columns_of.TEMPLATE in row else (None, ())
+    thinks, left = columns_of.thinks(row)
     category = columns_of.category(row)
     unread = (*unread, *left)
     if fmt == "text":
@@ -215,8 +215,7 @@ def to_conversation(
     messages = _with_images(reader, row, rules.images)
     if reader.call_ids:
         messages = order_results(messages, reader.call_ids, reader.positions)
-    if reader.unread:
-        unread = (*unread, *(f"{key} of messages" for key in sorted(reader.unread)))
+    unread = (*unread, *(f"{key} of messages" for key in sorted(reader.unread)))
     messages, positions, doubts = _settled(messages, reader, rules)
     conversation = Conversation(
         tuple(messages), reader.tools, location, unread, doubts, thinks=thinks, category=category

@@ -249,9 +249,8 @@ class ConversationStream(Iterator[Conversation]):
             if conversation is None:
                 self.elsewhere += 1
                 continue
-            if conversation.unread or conversation.doubts:
-                self.unread.update(file.unread(conversation))
-                self.doubts.update(conversation.doubts)
+            self.unread.update(file.unread(conversation))
+            self.doubts.update(conversation.doubts)
             self.row = item.value
             yield conversation
 

@@ -208,7 +208,7 @@ def lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
         if len(tail) > MAX_ROW:
             tail, too_long = b"", True
     if tail or too_long:
-        yield number + 1, None if too_long or len(tail) > MAX_ROW else tail
+        yield number + 1, None if too_long else tail
 
 
 _TEXT = re.compile(rb"\S[^\n]*")
