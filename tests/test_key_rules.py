@@ -193,6 +193,8 @@ def test_every_known_pair_of_columns_is_read(asked: str, answered: str) -> None:
 def test_of_several_pairs_the_first_that_is_whole_is_read() -> None:
     both = {"question": "Q", "response": "no", "answer": "A", "query": "no"}
     assert [m.content for m in to_conversation(both).messages] == ["Q", "A"]
+    asked_twice = {"query": "Q", "answer": "no", "response": "A"}
+    assert [m.content for m in to_conversation(asked_twice).messages] == ["Q", "A"]
     half = {"prompt": "no", "query": "Q", "answer": "A"}
     assert [m.content for m in to_conversation(half).messages] == ["Q", "A"]
     assert to_conversation(half, purpose="predict").messages[0].content == "Q"
@@ -271,6 +273,7 @@ def test_earlier_turns_are_pairs_messages_or_json_of_them() -> None:
         assert said(to_conversation, {**row, "history": wrong}).startswith(reason)
     numbered = {"prompt": "Q", "response": "A\0", "history": [["a", "b"]], "system": "S"}
     assert said(to_conversation, numbered).startswith("message 5: ")
+    assert said(to_conversation, {**numbered, "prompt": "\0"}).startswith("message 4: ")
 
 
 def test_what_a_row_is_an_example_of_is_the_first_short_line_that_says_so() -> None:
@@ -290,6 +293,8 @@ def test_what_a_row_tells_the_template_is_thinking_alone() -> None:
     found = thinks({"chat_template_kwargs": {"a": 1, "enable_thinking": None, "b": 0}})
     assert found == (None, ("chat_template_kwargs.a", "chat_template_kwargs.b"))
     assert thinks({}) == (None, ())
+    told = {"prompt": "Q", "response": "A", "chat_template_kwargs": {"x": 1}, "y": 2}
+    assert to_conversation(told).unread == ("y", "chat_template_kwargs.x")
     assert said(thinks, {"chat_template_kwargs": []}).endswith(": is a list, not an object")
     for wrong in (1, "true", []):
         reason = said(thinks, {"chat_template_kwargs": {"enable_thinking": wrong}})

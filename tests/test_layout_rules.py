@@ -222,6 +222,8 @@ def test_pairs_in_a_list_are_turns_and_what_else_they_say_is_of_the_reply() -> N
     assert read({"assistant": "A"}, {"human": "Q", "assistant": "B"}, turns="merge")[0] == ("a", "A", False, 1.0)  # fmt: skip
     assert read({"from": "human", "value": "Q"}, {"role": "assistant", "content": "A"})[1][:2] == ("a", "A")  # fmt: skip
     assert read({"role": "user", "content": "Q"}, {"human": "", "assistant": "A"})[1][:2] == ("a", "A")  # fmt: skip
+    both = {"human": "Q", "assistant": "A", "input": "x", "output": "y"}
+    assert to_conversation({"conversation": [both]}).unread == ("input of messages", "output of messages")  # fmt: skip
     assert said(read, one, {"x": 1}) == "conversation: turn 2 has neither human/assistant nor input/output"  # fmt: skip
     assert "neither human/assistant" in said(read, {"human": "Q"})
 
@@ -264,6 +266,8 @@ def test_a_system_text_that_lists_no_tools_stays(items: list[Any]) -> None:
 
 
 def test_a_list_of_tools_ends_with_the_last_object() -> None:
+    nested = '[{"name": "f", "x": [{}]}, {"name": "g"}]'
+    assert listed_tools(f"tools: {nested} so").text == nested  # type: ignore[union-attr]
     text = f"Hi. My tools: {LIST} and [more] ] "
     found = listed_tools(text)
     assert found is not None

@@ -251,6 +251,8 @@ def test_an_image_is_its_bytes_else_its_path_else_its_address() -> None:
     assert image_of({"bytes": None, "path": "p", "url": "u"}, "x") == "p"
     assert image_of({"path": "", "url": "u"}, "x") == "u"
     assert image_of("C/d.png", "x") == "C/d.png"
+    some = {"images": {"bytes": None, "path": "a.png"}}
+    assert dialogue(USER, REPLY, columns=some).images == ("a.png",)
     for wrong in ("a\0", "", None, 3, {}, ["a"]):
         assert "x is neither a path nor" in said(image_of, wrong, "x")
 

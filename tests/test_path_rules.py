@@ -29,7 +29,9 @@ def test_every_kind_of_data_file_is_found_in_a_folder_beside_notes(
     assert expand(str(tmp_path)) == [tmp_path / f"rows.{ending}{packed}"]
 
 
-@pytest.mark.parametrize("name", [f"a.{end}{more}" for end in ("txt", "md") for more in PACKED])
+@pytest.mark.parametrize(
+    "name", ["A.TXT", *(f"a.{end}{more}" for end in ("txt", "md") for more in PACKED)]
+)
 def test_texts_are_the_data_of_a_folder_without_other_data(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     (tmp_path / "a.py").touch()

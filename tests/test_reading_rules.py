@@ -332,6 +332,9 @@ def test_gbk_is_told_by_the_first_lines_and_said_once(
         {"a": "长椅", "b": "二楼"},
         {"a": "好的", "b": "在吗"},
     ]
+    rare = write(tmp_path, "r.csv", "a,b\n长椅,二楼\n朱镕,喆\n".encode("gbk"))
+    assert [row[0]["a"] for row in read_rows(rare)] == ["长椅", "朱镕"]  # type: ignore[index, call-overload]
+    assert told.pop().startswith(f"{rare}: read as GBK from line 2")
     assert told == [f"{path}: read as GBK from line 2; save it as UTF-8 to be sure"]
     assert "is not UTF-8" in only_bad(write(tmp_path, "b.csv", b"a,b\n1,2\n" + rows[-10:])).reason
     assert len(told) == 1

@@ -257,6 +257,7 @@ def test_a_group_may_be_any_value_but_none() -> None:
     def group(*messages: Message) -> str:
         return part._group({}, Conversation(messages))
 
+    assert group(Message("user", "Q ")) != group(Message("user", "Q"))
     two = (Message("user", "Q", images=(ShownImage("a"), ShownImage("b"))),)
     assert group(*two) != group(replaced := Message("user", "Q", images=(ShownImage("a"),)))
     assert group(replaced) != group(Message("user", "Q"))
@@ -292,6 +293,9 @@ def test_a_split_never_writes_over_what_it_reads(tmp_path: Path) -> None:
                 split([SourceSpec(path)], folder, SHARE, Reading(), overwrite=True)
         assert Path(read).read_text() == before
         assert [p.name for p in folder.iterdir()] == [name]
+    others = Path(write(tmp_path / "others/a.jsonl", *pairs(40))).parent
+    with pytest.raises(ConfigError, match="lies inside"):
+        split([SourceSpec(str(others))], others, SHARE, Reading())
 
 
 def test_a_split_that_fails_leaves_no_file(tmp_path: Path) -> None:

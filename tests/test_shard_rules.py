@@ -60,6 +60,24 @@ def test_the_layout_of_a_file_that_is_read_on_is_told_by_its_first_rows(tmp_path
     assert (told.format, len(list(told))) == ("alpaca", 26)
 
 
+def test_names_of_columns_tell_the_layout_and_give_the_dialogue(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", *({"q": f"Q{n}", "a": "A", "messages": []} for n in range(9))))  # fmt: skip
+    images = ImageFiles(ImagePolicy())
+    source = SourceSpec(str(path), columns=(("prompt", "q"), ("response", "a"), ("x", "messages")))
+    named = SourceSpec(str(path))
+    for skip in (0, 4):
+        for spec, reading in ((source, AS_IS), (named, Reading(columns=("q", "a")))):
+            rows = FileRows(path, spec, reading, "train", images, skip=skip)
+            assert rows.format == "pairs"
+            first = next(rows)
+            assert isinstance(first, Row)
+            assert rows.conversation(first).messages[0].content == f"Q{skip}"  # type: ignore[union-attr]
+    shard = StreamShard(0, write(tmp_path / "b.jsonl", pair("Q"), {"prompt": "Q", "response": ""}), 0)  # fmt: skip
+    shard = StreamShard(0, shard.name, Path(shard.name).stat().st_size)
+    rows = ShardReader([shard], [named], AS_IS, tmp_path).open(0, 1)
+    assert "no reply to train" in said(rows.conversation, next(rows))
+
+
 def test_rows_that_are_all_bad_at_first_say_nothing_of_the_layout(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("x\n" * 25 + json.dumps(pair("Q")) + "\n")

@@ -229,6 +229,7 @@ def test_bytes_of_an_image_are_kept_whole_under_their_hash(tmp_path: Path) -> No
     path = Path(files._path(PIXEL + "YWJj", tmp_path))
     assert path.read_bytes() == b"abc"
     assert path.is_relative_to(tmp_path / "images")
+    assert files._path("data:image;base64,YWJj", tmp_path) == str(path)
     path.write_bytes(b"a")  # cut off
     assert Path(files._path(PIXEL + "YWJj", tmp_path)).read_bytes() == b"abc"
     for wrong in ("YW-Jj", "é", "YWJ"):

@@ -83,6 +83,7 @@ def test_a_call_without_a_mark_is_one_of_a_known_tool_only(text: str) -> None:
 
 
 SEVERAL = [
+    f"<tool_call>{J}<|endoftext|><tool_call>{G}<|endoftext|>",
     f"<tool_call>{J}</tool_call>\n<tool_call>{G}</tool_call>", f"<tool_call>[{J}, {G}]</tool_call>", f"<tool_call>{J}</tool_call></tool_calls><tool_call>{G}",
     f"<function=f>{A}</function>\n<function=g></function>", f'<function_calls><invoke name="f">{A}</invoke><invoke name="g"></invoke></function_calls>',
     f"✿FUNCTION✿: f\n✿ARGS✿: {A}\n✿FUNCTION✿: g\n✿ARGS✿: {{}}", f"[TOOL_CALLS]f{A}[TOOL_CALLS]g{{}}", f"[TOOL_CALLS][{J}, {G}]",
@@ -203,6 +204,9 @@ def test_what_is_read_keeps_its_marks_and_what_it_says_besides_stays_in_front() 
         "",
         "f",
     ]
+    item = {"role": "assistant", "content": f"<think>a</think>{CALL}"}
+    for thinks, count in ((True, 2), (False, 3), (None, 3)):
+        assert len(dialogue(USER, item, thinks=thinks, calls_in_text="read").messages) == count
     ends = reply(f"<think>a</think>{CALL}{CALL}")
     first, second = with_calls_read([user(), ends], (), thinks=True)[1:]
     assert (first.content, second.content) == (f"<think>a</think>\n\n{A}", A)

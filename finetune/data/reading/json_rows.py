@@ -173,7 +173,7 @@ class _Array:
         self._where()
         more = self._decode_bytes(chunk)
         self._text = self._text[self._at :] + more
-        self._counted -= self._at
+        self._counted = 0
         self._at = 0
         return True
 

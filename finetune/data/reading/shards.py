@@ -103,8 +103,7 @@ class ShardReader:
         cache_root: Path,
     ) -> None:
         self._shards = shards
-        # A row is repeated by whoever reads the stream.
-        self._sources = [replace(source, weight=1.0) for source in sources]
+        self._sources = sources
         self._reading = reading
         self._root = cache_root / FOLDER
         self._links: dict[int, Path] = {}
@@ -166,7 +165,7 @@ class ShardReader:
         readers = self._root / "readers"
         own = readers / f"{socket.gethostname()}:{os.getpid()}"
         own.mkdir(parents=True, exist_ok=True)
-        for folder in (entry for entry in readers.iterdir() if entry.is_dir()):
+        for folder in readers.iterdir():  # and locks, which have no host
             host, _, process = folder.name.rpartition(":")
             if host == socket.gethostname() and not is_running(int(process)):
                 for link in folder.iterdir():
