@@ -59,7 +59,13 @@ def test_without_a_word_the_tower_is_glm_4vs(glm4_assets: Path) -> None:
     assert model.config.image_patches == 1600
 
 
-@pytest.mark.parametrize("alias", sorted(ChatGLMConfig.attribute_map))
+@pytest.mark.parametrize(
+    "alias",
+    [
+        "num_hidden_layers", "vocab_size", "intermediate_size", "head_dim", "num_key_value_heads",
+        "max_position_embeddings", "rms_norm_eps",
+    ],
+)  # fmt: skip
 def test_a_size_has_transformers_name_too(alias: str) -> None:
     own = ChatGLMConfig.attribute_map[alias]
     config = ChatGLMConfig(**SMALL)
