@@ -136,6 +136,8 @@ def test_reasoning_is_kept_left_out_or_required() -> None:
     called = {**CALL, "reasoning_content": "why"}
     assert dialogue(USER, called, RESULT, REPLY).doubts == (doubts.CALL_THOUGHT,)
     assert dialogue(USER, called, RESULT, REPLY, thinks=True).doubts == ()
+    quoted = {"role": "assistant", "content": '{"x": "<think>a</think>b"}', "metadata": "f"}
+    assert dialogue(USER, quoted, RESULT, REPLY, reasoning="drop").messages[1].content == quoted["content"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

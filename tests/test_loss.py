@@ -175,6 +175,17 @@ def test_under_autocast_gradients_keep_the_dtype_of_the_weights(
         assert alike > 1 - rounding(1, 1.0, torch.bfloat16) ** 2, name
 
 
+def test_under_autocast_logits_are_those_of_its_format() -> None:
+    head = loss_module.SupervisedHead(64, VOCAB_SIZE, bias=False)
+    hidden = torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(hidden, targets=torch.arange(5), weights=None)
+    logits = (hidden.bfloat16() @ head.weight.bfloat16().T).float()
+    exact = F.cross_entropy(hidden @ head.weight.T, torch.arange(5), reduction="sum")
+    rounded = F.cross_entropy(logits, torch.arange(5), reduction="sum")
+    assert abs(found - rounded) < abs(exact - rounded) / 4
+
+
 def test_float16_gradients_do_not_vanish_before_the_loss_scale() -> None:
     head = loss_module.SupervisedHead(8, VOCAB_SIZE, bias=False, dtype=torch.float16)
     hidden = torch.randn(5, 8, dtype=torch.float16, requires_grad=True)

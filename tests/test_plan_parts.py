@@ -104,6 +104,8 @@ def test_the_table_says_what_takes_how_much_and_what_that_leaves() -> None:
 def test_a_plan_in_one_line_names_what_is_large() -> None:
     assert words.in_short(PLAN) == "24.0 GB (weights 20.0, activations 4.0)"
     assert words.in_short(replace(PLAN, memory={"weights": 900_000_000})) == "900 MB"
+    small = replace(PLAN, memory=PLAN.memory | {"adapters": 50_000_000, "gradients": 49_000_000})
+    assert words.in_short(small) == "24.1 GB (weights 20.0, activations 4.0, adapters 0.1)"
 
 
 def test_advice_is_less_memory_or_fuller_steps_or_nothing() -> None:

@@ -223,9 +223,15 @@ def test_the_terminal_says_how_its_scores_come_about_and_what_losses_alone_lack(
     assert "worst replies" not in said
 
 
-def test_a_worst_reply_is_said_with_its_place_and_the_last_question_alone() -> None:
+def test_a_worst_reply_is_said_with_its_place_and_the_last_question_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     row = {"where": "d.jsonl:7", "prompt": "[gMASK]<sop><|system|>\nbe\n<|user|>\nwho\nis it?<|assistant|>", "reference": "me", "prediction": ""}  # fmt: skip
     assert terminal._sample("rouge-l", 12.345, row) == "d.jsonl:7, rouge-l 12.3\n  prompt     who is it?\n  reference  me\n  reply      "  # fmt: skip
+    monkeypatch.setenv("FINETUNE_LANG", "zh")
+    *_, prompt, reference, reply = terminal._sample("rouge-l", 1.0, row).split("\n")
+    begins = {len(line) + sum("\u4e00" <= c <= "\u9fff" for c in line) for line in (prompt[:-len("who is it?")], reference[:-len("me")], reply)}  # fmt: skip
+    assert len(begins) == 1  # a Chinese character is two columns wide
 
 
 def test_runs_are_listed_with_their_steps_and_differences_or_that_there_are_none(

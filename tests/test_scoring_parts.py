@@ -73,6 +73,8 @@ def test_a_row_from_elsewhere_keeps_what_it_says_where_it_says_it_well(tmp_path:
     assert (second["stopped"], second["scores"]["stop_rate"]) == (False, 0.0)
     assert second["slices"] == {"kind": "k"}
     assert (third["message"], third["stopped"], third["slices"]) == (0, None, first["slices"])
+    [other] = scored(tmp_path, [{"predict": "yes", "label": "好的，明天见"}])
+    assert other["slices"] == {"language": "chinese"}
 
 
 def test_lines_of_predict_are_read_up_to_their_reply(tmp_path: Path) -> None:

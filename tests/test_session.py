@@ -242,7 +242,10 @@ def test_processes_join_and_are_watched_for_the_timeout_of_the_section(
     section = training(tmp_path, process_timeout_minutes=2.5)
     with session.all_processes(section, deepspeed=deepspeed):
         pass
-    assert asked == [((), {"timeout_minutes": 2.5, "deepspeed": deepspeed}), ((2.5,), {})]
+    with pytest.raises(SystemExit) as ended, session.all_processes(section, deepspeed=deepspeed) as stop:  # fmt: skip
+        stop.agreed_signal = signal.SIGTERM
+    assert ended.value.code == 143
+    assert asked[:2] == [((), {"timeout_minutes": 2.5, "deepspeed": deepspeed}), ((2.5,), {})]
 
 
 def test_the_command_of_the_end_is_told_of_a_folder_that_is_refused(

@@ -188,6 +188,12 @@ def test_steps_are_counted_over_all_cards(
     assert "quantization" not in made["model"]
 
 
+@pytest.mark.parametrize(("texts", "generates"), [(0, True), (999, True), (1000, False)])
+def test_replies_are_asked_for_unless_all_is_plain_text(texts: int, generates: bool) -> None:
+    made = init._tree(source(texts=texts), "m", init.Rung(4096, "said"), 1, Path("my.yaml"))
+    assert made["evaluation"].get("generate", True) is generates
+
+
 def test_pictures_and_texts_have_their_own_options() -> None:
     rung = init.Rung(512, "said", shards=True, quantized=True)
     made = init._tree(source(images=5), "m", rung, 2, Path("my.yaml"))

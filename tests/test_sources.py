@@ -105,7 +105,7 @@ def test_a_weight_repeats_rows_and_a_fraction_takes_a_seeded_share(
     assert (found == prompts(read_conversations(spec, seed=2))) == (weight == int(weight))
 
 
-@pytest.mark.parametrize(("num", "weight", "expected"), [(10, 0.5, 5), (3, 0.1, 0), (7, 0.1, 1), (1024 * 3 + 1, 0.25, 768)])  # fmt: skip
+@pytest.mark.parametrize(("num", "weight", "expected"), [(10, 0.5, 5), (3, 0.1, 0), (7, 0.1, 1), (1024 * 3 + 1, 0.25, 768), (1024 * 10, 0.0003, 3)])  # fmt: skip
 def test_a_fraction_of_the_rows_is_exact(num: int, weight: float, expected: int) -> None:
     assert sum(1 for _ in weighted(range(num), weight, "0")) == expected
 

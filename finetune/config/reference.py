@@ -76,9 +76,7 @@ def option_keys() -> list[str]:
 
 def _texts_of(model: type[BaseModel], info: FieldInfo | None) -> Iterator[str]:
     found = [(model.__doc__ or "").split("\n")[0], info.description if info else None]
-    for field, details in model.model_fields.items():
-        if field != "kind":
-            found.append(details.description)
+    found += [details.description for details in model.model_fields.values()]
     yield from (text for text in found if text)
 
 
