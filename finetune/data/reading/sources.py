@@ -249,8 +249,9 @@ class ConversationStream(Iterator[Conversation]):
             if conversation is None:
                 self.elsewhere += 1
                 continue
-            self.unread.update(file.unread(conversation))
-            self.doubts.update(conversation.doubts)
+            if conversation.unread or conversation.doubts:  # few rows; the others pay nothing
+                self.unread.update(file.unread(conversation))
+                self.doubts.update(conversation.doubts)
             self.row = item.value
             yield conversation
 
