@@ -246,6 +246,7 @@ def test_tools_that_a_system_text_lists_are_read_where_the_row_has_none() -> Non
         ("{'a': 1}", "not JSON at column 2: text stands in double quotes in JSON, here are single ones"),
         ('{"a": 1, "a": 2}', "duplicate key 'a' in one object"), ("[Infinity]", "Infinity is not JSON; write a number or null"),
         ('{"b": 1, "a": 1, "c": 2, "a": 2, "b": 3}', "duplicate key 'a' in one object"),
+        ('["a", ' * 101 + "1" + "]" * 101, "nested more than 100 deep"),
         ("[" * 101 + "]" * 101, "nested more than 100 deep"), ("[" * 100_000, "nested more than 100 deep"),
         ('["\\u0000"]', "the text contains a NUL character"), ("[" + "1" * 5000 + "]", "not JSON that can be read: Exceeds"),
     ],

@@ -70,7 +70,7 @@ def test_keys_that_change_nothing_are_passed_over(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "meant"),
     [("trian", "train"), ("Weight", "weight"), ("tool_call", "tool_calls"), ("contents", "content"),
-     ("reasoning_contents", "reasoning_content"), ("metadaten", "metadata"), ("tran", "train")],
+     ("reasoning_contents", "reasoning_content"), ("metadaten", "metadata"), ("tran", "train"), ("TRAIN", "train")],
 )  # fmt: skip
 def test_a_slip_in_a_key_is_told_what_it_is_meant_for(key: str, meant: str) -> None:
     reason = said(marks_of, {"role": "assistant", "content": "x", key: "y"}, "assistant")
@@ -317,7 +317,7 @@ def test_a_slip_in_a_column_whose_loss_would_matter_is_told(meant: str) -> None:
         f"column {slip!r} is not known; did you mean {meant!r}? If it is meant: data.ignore_columns: [{slip}]"
     )
     assert check_columns({slip: "x", meant: "y"}, frozenset({meant})) == (slip,)
-    upper = meant.capitalize()
+    upper = meant.upper()
     assert f"did you mean {meant!r}" in said(check_columns, {upper: "x", meant: None}, NOTHING)
 
 

@@ -220,6 +220,9 @@ def test_images_of_a_message_stand_at_its_placeholders_or_in_front() -> None:
     found = dialogue(USER, REPLY, own, REPLY).messages[2]
     assert (found.content, found.images) == ("ab", (ShownImage("x.png", 1, True), ShownImage("y.png", 2, True)))  # fmt: skip
     part = {"type": "image", "path": "z.png"}
+    words = [{"type": "text", "text": text} for text in ("a", "bc", "d")]
+    mixed = {"role": "user", "content": [*words[:2], part, words[2], part]}
+    assert [image.at for image in dialogue(mixed, REPLY).messages[0].images] == [3, 4]
     both = {**own, "content": [{"type": "text", "text": "a"}, part]}
     assert said(dialogue, USER, REPLY, both, REPLY).startswith(
         "message 3: names images beside those"
@@ -240,7 +243,7 @@ def test_a_system_message_may_be_its_tools_alone() -> None:
     found = dialogue(alone, USER, REPLY)
     assert (len(found.messages), len(found.tools)) == (2, 1)
     assert "message 1: content is null" in said(dialogue, {"role": "system"}, USER, REPLY)
-    after = dialogue(alone, SYSTEM, USER, REPLY)
+    after = dialogue(alone, {**SYSTEM, "id": 1}, USER, REPLY)
     assert len(after.tools) == 1
     called = {"role": "function_call", "content": [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]}  # fmt: skip
     assert [m.metadata for m in dialogue(USER, called, RESULT, REPLY).messages] == ["", "f", "g", "", ""]  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from examples import tiny_template
 from hints import said
 from PIL import Image
-from row_parts import CALL, REPLY, RESULT, SYSTEM, USER, reply, user
+from row_parts import CALL, REPLY, RESULT, SYSTEM, THOUGHT, USER, reply, user
 
 from finetune.data.chat.template import ChatTemplate
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
@@ -281,6 +281,27 @@ def test_a_dialogue_that_is_not_there_is_told_with_what_is(tmp_path: Path) -> No
     good = write(tmp_path / "b.jsonl", *rows[:2])
     whole = read_conversations([SourceSpec(good)], Reading("collect"))
     assert said(show._at_index, whole, good, 2) == f"{good} has no dialogue 2; it has 2; give an --index from 0 on"  # fmt: skip
+
+
+def test_a_broken_character_never_stands_on_both_sides_of_the_loss(template: ChatTemplate) -> None:
+    ids = template.tokenizer.plain.encode("龘", add_special_tokens=False).ids
+    assert len(ids) > 1
+    pieces = list(show._pieces(ids, [False, *[True] * (len(ids) - 1)], template))
+    assert [(len(piece.ids), piece.supervised) for piece in pieces] == [(1, False), (len(ids) - 1, True)]  # fmt: skip
+
+
+def test_rows_are_looked_at_for_the_checkpoint_that_is_named(
+    tmp_path: Path, tiny_chatglm: Path
+) -> None:
+    file = write(tmp_path / "a.jsonl", {"messages": [USER, THOUGHT]}, {"messages": [USER, REPLY]})
+    assert check(file).num_bad == 0
+    (bad,) = check(file, model=tiny_chatglm).bad_rows
+    assert "this checkpoint does not think" in bad.reason
+    assert "this checkpoint does not think" in said(show.show, file, model=tiny_chatglm, line=1)
+    assert "this checkpoint does not think" in said(list, show.tokens(file, tiny_chatglm))
+    write(tmp_path / "b.jsonl", {"prompt": "Q", "response": "A"})
+    assert show.show(f"{tmp_path}/*.jsonl", model=tiny_chatglm, index=1).format == "pairs"
+    assert show.show(f"{tmp_path}/*.jsonl", model=tiny_chatglm).format == "messages"
 
 
 def test_the_last_reply_is_asked_and_stops_as_it_is_trained(template: ChatTemplate) -> None:

@@ -156,8 +156,7 @@ class MessageReader:
         elif content is None:
             content = item.get("observation")
         text, images = _result(content, position, self.unread)
-        plain = {key: item[key] for key in ("metadata",) if key in item}
-        message = self._message(plain, "observation", text, position)
+        message = self._message(item, "observation", text, position)
         message = _showing(message, images, item, position)
         self.shows_images = self.shows_images or bool(message.images)
         self.add(message, position, item.get("tool_call_id"))

@@ -90,13 +90,12 @@ def describe(value: Any) -> str:
 
 def syntax_reason(error: json.JSONDecodeError) -> str:
     """A syntax error in words, told apart into cut-off text and wrong text."""
-    column = error.pos + 1 if error.lineno == 1 else error.colno
     what = error.msg.removesuffix(" at")
     if is_cut_off(error):
-        return f"the JSON is cut off at column {column}: {what}"
+        return f"the JSON is cut off at column {error.colno}: {what}"
     if error.doc[error.pos : error.pos + 1] == "'":
         what = "text stands in double quotes in JSON, here are single ones"
-    return f"not JSON at column {column}: {what}"
+    return f"not JSON at column {error.colno}: {what}"
 
 
 def is_cut_off(error: json.JSONDecodeError) -> bool:
