@@ -243,6 +243,8 @@ def test_a_system_message_may_be_its_tools_alone() -> None:
     found = dialogue(alone, USER, REPLY)
     assert (len(found.messages), len(found.tools)) == (2, 1)
     assert "message 1: content is null" in said(dialogue, {"role": "system"}, USER, REPLY)
+    slip = {"role": "assistant", "contents": "A"}
+    assert "did you mean 'content'?" in said(dialogue, USER, slip)
     after = dialogue(alone, {**SYSTEM, "id": 1}, USER, REPLY)
     assert len(after.tools) == 1
     called = {"role": "function_call", "content": [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]}  # fmt: skip
@@ -332,7 +334,8 @@ def test_arguments_that_are_no_object_have_their_place() -> None:
     ):
         assert said(arguments_text, "f", wrong, 4).startswith(f"message 4: the arguments of 'f': are {what},")  # fmt: skip
     assert "message 4: the call is a list" in said(read_call, ["f"], 4)
-    assert "message 4: the call has no function name" in said(read_call, {"name": ""}, 4)
+    for name in ("", 3, None):
+        assert "message 4: the call has no function name" in said(read_call, {"name": name}, 4)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,9 @@ def test_a_source_keeps_all_that_is_said_of_it() -> None:
     assert parts == [Part(0.2, held_out=False, group_by="who")] * 2
     assert training_sources(shared)[1].weight == 2.5
     assert training_sources(shared)[1].max_rows == 7
+    alone = DataSection(train="a", validation="20%")
+    assert training_sources(alone)[0].part == Part(0.2, held_out=False)
+    assert validation_sources(alone)[0].part == Part(0.2, held_out=True)
     held = [source.part for source in validation_sources(shared)]
     assert held == [Part(0.2, held_out=True, group_by="who")] * 2
 

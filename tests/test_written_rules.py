@@ -124,7 +124,8 @@ UNREADABLE = [
     *(f'<tool_call>{{"name": {name}, "arguments": {{}}}}</tool_call>' for name in ("3", "null", '""', "[1]", "{}")),
     "<tool_call>f g<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>", "<tool_call><arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
     "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value> so</tool_call>", "<function=f>{1}</function>", "✿FUNCTION✿: f\n✿ARGS✿: {1}",
-    f"<function=f>{A}</function><function=g>so</function>",
+    f"<function=f>{A}</function><function=g>so</function>", f"[TOOL_CALLS]f{A}[TOOL_CALLS]g{{1}}",
+    f"✿FUNCTION✿: f\n✿ARGS✿: {A}\n✿FUNCTION✿: g\n✿ARGS✿: {{1}}",
 ]  # fmt: skip
 
 
