@@ -339,6 +339,7 @@ def test_flags_are_no_numbers_where_json_is_compared(reply: str, equal: bool) ->
     assert json_parts(f'{{"a": {reply}}}', '{"a": true}')["json_match"] == 100.0 * equal
     swapped = {"true": "false", "1": "0", "false": "true", "[true]": "[false]", "true ": "false"}
     assert json_parts(f'{{"a": {swapped[reply]}}}', '{"a": false}')["json_match"] == 100.0 * equal
+    assert json_parts(f'[[{reply}], {{"b": 2.0}}]', '[[true], {"b": 2}]')["json_match"] == 100.0 * equal  # fmt: skip
 
 
 def test_a_call_is_not_asked_to_be_the_schemas_json() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -272,6 +272,13 @@ def test_a_process_scores_its_own_lines_alone(
         scoring._main([*words, json.dumps({"definition": "demo", "own": [], "schema": ""})])
         found = read_rows(tmp_path / "part")
         assert [row["where"] for row in found] == [f"d:{n}" for n in range(first, last)]
+        assert all(row["scores"]["json_schema_validity"] is None for row in found)
+    said = Scoring("demo", (), '{"type": "string"}')
+    text = replace(SAID, reply=Message("assistant", "{}"), reference=Message("assistant", "{}"))
+    texts = write_rows(tmp_path / "texts", [text.unscored_row])
+    scoring._main([str(texts), "0", "1", str(tmp_path / "part"), json.dumps(asdict(said))])
+    [one] = read_rows(tmp_path / "part")
+    assert one["scores"]["json_schema_validity"] == 0.0
     own.value = float("nan")  # type: ignore[attr-defined]
     with pytest.raises(SystemExit) as end:
         scoring._main([str(unscored), "0", "1", str(tmp_path / "part"), json.dumps({"definition": "demo", "own": ["meters:meter"], "schema": ""})])  # fmt: skip
