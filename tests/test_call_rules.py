@@ -242,6 +242,7 @@ def test_tools_that_a_system_text_lists_are_read_where_the_row_has_none() -> Non
         ('{"a": 1} x', "more text after the end of the JSON value, at column 9"),
         ('{"a": "x', "the JSON is cut off at column 7: Unterminated string starting"),
         ('{"a": 1', "the JSON is cut off at column 8: Expecting ',' delimiter"),
+        ('{"a": "b\n', "the JSON is cut off at column 9: Invalid control character"),
         ('\n{"a": x}', "not JSON at column 7: Expecting value"),
         ("{'a': 1}", "not JSON at column 2: text stands in double quotes in JSON, here are single ones"),
         ('{"a": 1, "a": 2}', "duplicate key 'a' in one object"), ("[Infinity]", "Infinity is not JSON; write a number or null"),
@@ -253,6 +254,12 @@ def test_tools_that_a_system_text_lists_are_read_where_the_row_has_none() -> Non
 )  # fmt: skip
 def test_what_is_wrong_with_json_is_said_in_words(text: str, reason: str) -> None:
     assert said(strict_json.parse, text).startswith(reason)
+
+
+@pytest.mark.parametrize("value", [0, False, [], {}])
+def test_a_column_of_another_kind_is_no_empty_text(value: object) -> None:
+    row = {"instruction": "Q", "input": value, "output": "A"}
+    assert said(to_conversation, row).startswith("input: is ")
 
 
 def test_kinds_of_values_have_names() -> None:

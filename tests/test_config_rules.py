@@ -357,7 +357,7 @@ REGISTER = {
     "plain": {"file_name": "a.json"}, "said": {"file_name": "a.json", "formatting": "alpaca"},
     "openai": {"file_name": "a.json", "formatting": "openai"}, "odd": {"file_name": "a.json", "formatting": "other"},
     "named": {"file_name": "a.json", "columns": {"prompt": "q", "query": "i", "response": "r", "system": "s", "history": "history"}},
-    "ranked": {"file_name": "a.json", "ranking": True}, "far": {"ms_hub_url": "a/b"}, "made": {"script_url": "x"},
+    "ranked": {"file_name": "a.json", "ranking": True}, "far": {"ms_hub_url": "a/b"}, "both": {"ms_hub_url": "c/d", "hf_hub_url": "a/b"}, "made": {"script_url": "x"},
     "tagged": {"file_name": "a.json", "tags": {"role_tag": "from", "user_tag": "USER"}},
 }  # fmt: skip
 
@@ -368,6 +368,7 @@ def test_a_registered_data_set_is_a_source_of_ours(tmp_path: Path) -> None:
     found = {name: source_of(name, register, left) for name in (*REGISTER, "gone", 3)}
     assert found["plain"] == found["said"] == {"path": "d/a.json", "format": "alpaca"}
     assert found["openai"]["format"] == "messages"
+    assert found["both"]["path"] == "hf://a/b"
     assert found["odd"]["format"] == "auto"
     assert found["named"]["columns"] == {
         "instruction": "q",

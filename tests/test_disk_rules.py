@@ -93,6 +93,7 @@ def test_an_output_is_never_written_into_what_is_read(tmp_path: Path) -> None:
     for source in (str(tmp_path / "data"), f"{tmp_path}/data/**/*.jsonl"):
         assert "lies inside" in said(outputs.check_not_read, inside, [source], "data.cache_dir")
     outputs.check_not_read(inside, [f"{tmp_path}/data/*.jsonl"], "data.cache_dir")
+    assert "lies inside" in said(outputs.check_not_read, inside, [f"{tmp_path}/link"], "data.cache_dir")  # fmt: skip
     marked = tmp_path / "page.html"
     outputs.write_marked(marked, "x" * 4000 + "MARK", mark="MARK")
     assert outputs.write_marked(marked, "MARK again", mark="MARK") == marked

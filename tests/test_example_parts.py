@@ -275,6 +275,7 @@ def test_an_example_shorter_than_a_run_and_a_document_without_a_question_have_ru
 
 def test_digests_of_a_file_are_those_of_its_rows_in_whatever_batch(tmp_path: Path) -> None:
     rows = [([1, 2, 3], ("a",)), ([4], ()), ([1, 2, 3], ()), ([4], ()), ([4], ("a", "b"))]
+    (tmp_path / "f").write_bytes(b"of an earlier try")
     with ExampleWriter(tmp_path / "f") as writer:
         for batch in (rows[:2], rows[2:4], rows[4:]):
             writer.append(

@@ -171,6 +171,25 @@ def test_what_goes_wrong_with_a_row_ends_the_call(monkeypatch: pytest.MonkeyPatc
     assert done == [], "nothing was asked"
 
 
+def test_a_reply_that_is_stopped_in_the_middle_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoRows:
+        batch = SimpleNamespace(num_at_once=len)
+        rows = tuple(SimpleNamespace(is_done=done, error=None) for done in (False, True))
+        active = rows[:1]
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def add(self, requests: Any) -> tuple[Any, ...]:
+            return self.rows
+
+    monkeypatch.setattr(decoder, "Decoder", TwoRows)
+    monkeypatch.setattr(decoder, "is_sharded", lambda _: False)
+    polls = iter([False, True])
+    asked = [Request([1], Decoding(1))] * 2
+    done = write_replies(None, [9], asked, slots=3, should_stop=lambda: next(polls))
+    assert done == [TwoRows.rows[1]]
+
+
 def test_rows_of_adapters_are_computed_by_their_own(tiny_glm: Path) -> None:
     chosen: list[list[str]] = []
     rows = Decoder.__new__(Decoder)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,20 @@ def test_a_row_keeps_what_training_reads_of_a_message(saves: Saves) -> None:
     assert json.loads(line) == {"messages": kept, "tools": TOOLS}
 
 
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clocks of this process go eight hours before Greenwich's."""
+    monkeypatch.setenv("TZ", "CST-8")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
 def test_a_vote_has_the_time_of_greenwich_and_many_may_be_compared(saves: Saves) -> None:
     begun = time.time()
+    assert time.localtime().tm_gmtoff == 8 * 3600
     eight = VOTE | {"models": list("abc"), "replies": ["1", "2", "3"]}
     saves.vote(json.dumps(eight).encode())
     line = json.loads((saves.folder / "votes.jsonl").read_text())

@@ -149,6 +149,7 @@ def test_a_line_is_gbk_when_it_holds_a_common_character_of_it() -> None:
     assert tables._is_gbk("你好".encode("gb2312"))
     assert not tables._is_gbk("你好".encode())
     assert not tables._is_gbk("「…」".encode("gb2312"))  # signs alone may be anything
+    assert not tables._is_gbk("你喆".encode("gbk"))  # one that GB 2312 has not
     assert not tables._is_gbk(b"\xff\xfe")
 
 

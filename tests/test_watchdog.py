@@ -59,6 +59,8 @@ def watching(monkeypatch: pytest.MonkeyPatch, rank: int = 0, world: int = 3) -> 
         (SystemExit(143), "process 1 left before the run was done", 143),
         (KeyboardInterrupt(), "process 1 left before the run was done", 1),
         (SystemExit("text"), "process 1 left before the run was done", 1),
+        (SystemExit(0), "process 1 left before the run was done", 1),
+        (SystemExit(3), "process 1 left before the run was done", 3),
         (MemoryError(), "process 1 failed: MemoryError: ", 1),
     ],
 )
