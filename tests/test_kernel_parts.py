@@ -341,3 +341,12 @@ def test_columns_are_added_where_there_is_room_and_room_is_made_where_there_is_n
         assert torch.equal(keys, columns[:, :, :end])
         assert torch.equal(values, -columns[:, :, :end])
     assert made == [3, 6]  # of room for 5 and for 8
+
+
+@pytest.mark.parametrize("rounds_first", [True, False])
+def test_without_a_kernel_rows_are_rounded_where_the_checkpoint_does(rounds_first: bool) -> None:
+    hidden, weight = torch.randn(64, 64).bfloat16(), torch.randn(64).bfloat16()
+    found = kernels.rms_norm(hidden, weight, 1e-5, rounds_first=rounds_first)
+    forms = [torch_forms.rms_norm(hidden, weight, 1e-5, first) for first in (True, False)]
+    assert not torch.equal(*forms)
+    assert torch.equal(found, forms[not rounds_first])

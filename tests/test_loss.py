@@ -369,3 +369,16 @@ def test_without_labels_the_model_is_the_stock_one(
     assert torch.equal(
         model.generate(**prompt, max_new_tokens=5), stock.generate(**prompt, max_new_tokens=5)
     )
+
+
+def test_labels_that_are_shifted_already_take_their_weights_along(open_model: Open) -> None:
+    model, inputs = open_model("glm"), batch()
+    weights = torch.rand(inputs["labels"].shape)
+    moved = {
+        "shift_labels": F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100),
+        "loss_weights": F.pad(weights[:, 1:], (0, 1)),
+    }
+    with torch.no_grad():
+        own = model(**inputs, labels=batch()["labels"], loss_weights=weights).loss
+        assert torch.equal(model(**inputs, **moved).loss, own)
+        assert not torch.equal(model(**inputs, shift_labels=moved["shift_labels"]).loss, own)

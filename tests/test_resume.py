@@ -118,6 +118,13 @@ def test_a_changed_fact_is_refused_with_a_table(tmp_path: Path, fact: str) -> No
     assert row.strip().startswith(resume.FACTS[fact])
 
 
+@pytest.mark.parametrize("fact", FACTS)
+def test_a_fact_that_a_checkpoint_does_not_say_is_refused(fact: str) -> None:
+    silent = record()
+    del silent["facts"][fact]
+    assert [d.key for d in resume.compare(silent, record()).refusals] == [resume.FACTS[fact]]
+
+
 def test_another_method_or_sharding_is_refused() -> None:
     full = record({**CONFIG, "method": {"kind": "full"}})
     assert "method.kind" in [d.key for d in resume.compare(record(), full).refusals]
