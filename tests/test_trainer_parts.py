@@ -268,8 +268,11 @@ def test_what_fails_between_two_steps_of_a_resumed_run_is_not_called_the_checkpo
     error = ValueError("broken")
     run = Run(error, monkeypatch)
     if begun:
-        monkeypatch.setattr(module, "reduce_sum", lambda numbers: numbers)
-        run.tuner.get_batch_samples(iter([]), 1, None)  # no loss of this step is there yet
+        monkeypatch.setattr(module.Trainer, "training_step", lambda *_: torch.tensor(1.0))
+        run.tuner.training_step(nn.Linear(1, 1))
+    monkeypatch.setattr(module, "reduce_sum", lambda numbers: numbers)
+    # No loss of this step is there yet; without a step before it, states are opened behind this.
+    run.tuner.get_batch_samples(iter([]), 1, None)
     with pytest.raises(ValueError if begun else CheckpointError, match="broken"):
         run.tuner.train("checkpoint-2")
 

@@ -122,7 +122,6 @@ class FineTuner(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], float]:
         """One step's micro-batches, and the weight of all supervised tokens of the global batch."""
-        self._has_begun = True
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._samples = [batch.pop("sample_ids").numpy() for batch in batches]
         self._losses = []
@@ -138,6 +137,7 @@ class FineTuner(Trainer):
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; switching thousands of modules to training is left out when they are."""
+        self._has_begun = True
         if not self.is_deepspeed_enabled:
             model.zero_grad = self._forget_gradients  # the Trainer's would walk over all modules
         with _already_training(model):
