@@ -191,6 +191,8 @@ def test_pairs_and_histories_are_read_by_column() -> None:
     lists = {"prompt": [SYSTEM, USER, REPLY, USER], "completion": [REPLY]}
     talk = to_conversation(lists)
     assert [m.train for m in talk.messages] == [None, None, False, None, None]
+    pairs = to_conversation({"instruction": "Q", "output": "A", "history": [["a", "b"], ["c", "d"]]})  # fmt: skip
+    assert [message.content for message in pairs.messages] == ["a", "b", "c", "d", "Q", "A"]
     for history in ([["a", ""]], [["", "b"]]):
         with pytest.raises(RowError, match="turn 1 has an empty text"):
             to_conversation({"instruction": "Q", "output": "A", "history": history})

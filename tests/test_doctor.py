@@ -146,3 +146,23 @@ def test_a_fault_of_ours_in_asking_the_hub_is_not_hidden(monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.HfApi", lambda endpoint: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         list(doctor._hub())
+
+
+def test_each_library_is_held_against_what_this_package_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = {"old": "0.5", "fits": "1.5", "before": "2.0rc1", "any": "9"}
+    asked = ["old<2,>=1.0", "fits<2,>=1.0", "before>=1.0", "any", "gone>=3", 'extra>=1; extra == "x"']  # fmt: skip
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise doctor.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(doctor, "requires", lambda _: asked)
+    monkeypatch.setattr(doctor, "version", version)
+    _, *libraries = doctor._libraries()
+    assert [(f.what, f.found, f.remedy) for f in libraries] == [
+        ("old", "0.5", "pip install 'old<2,>=1.0'"), ("fits", "1.5", ""), ("before", "2.0rc1", ""),
+        ("any", "9", ""), ("gone", "missing", "pip install 'gone>=3'"),
+    ]  # fmt: skip
