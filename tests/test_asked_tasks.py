@@ -241,6 +241,24 @@ def test_questions_are_asked_greedily_with_room_for_a_call_and_of_a_template_wit
         calls.ask(None, template, tmp_path, batch_size=3, max_samples=2)
 
 
+def test_a_category_is_no_part_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import finetune.generation.generate as generate
+
+    def question(category: str, right: bool) -> Any:
+        talk = SimpleNamespace(messages=(), tools=())
+        return SimpleNamespace(id=category, category=category, conversation=talk, is_right=lambda _: right)  # fmt: skip
+
+    asked = [question("simple", True), question("live_simple", False)]
+    monkeypatch.setattr(calls, "read_questions", lambda _: asked)
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: [SimpleNamespace(ids=[])] * 2)
+    template: Any = SimpleNamespace(takes_tools=True, prompts=lambda of: of, messages=lambda *_: [])
+    found = calls.ask(None, template, Path(), batch_size=1, max_samples=None)
+    assert {name: (score.ids, score.values) for name, score in found.items()} == {
+        "calls/simple": (("simple",), (100.0,)), "calls/live_simple": (("live_simple",), (0.0,)),
+        "calls/all": (("simple", "live_simple"), (100.0, 0.0)),
+    }  # fmt: skip
+
+
 # --- long texts --------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import threading
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,6 +187,18 @@ def test_only_names_of_this_machine_and_known_pages_are_answered(
                 assert int(answer.headers["Content-Length"]) == len(body)
         server.shutdown()
     assert capfd.readouterr() == ("", ""), "a look every few seconds is no news"
+
+
+def test_a_page_with_chinese_in_it_is_sent_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, str] = {}
+    body: list[bytes] = []
+    handler: Any = SimpleNamespace(
+        send_response=lambda _: None, send_header=sent.__setitem__, end_headers=lambda: None,
+        wfile=SimpleNamespace(write=body.append),
+    )  # fmt: skip
+    board._Handler._send(handler, "损失 \ud800")
+    assert body[0].decode().startswith("损失 ")
+    assert int(sent["Content-Length"]) == len(body[0])
 
 
 def test_the_server_listens_on_the_loopback_address_alone_and_says_where(

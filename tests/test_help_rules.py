@@ -18,6 +18,7 @@ WIDTH = 60
 @pytest.fixture
 def in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_LANG", "zh")
+    monkeypatch.setattr(Context, "formatter_class", click.HelpFormatter)  # `translate` sets it
 
 
 class Context(click.Context):

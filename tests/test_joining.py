@@ -211,6 +211,7 @@ def test_every_exchange_is_a_point_that_all_pass_and_numbers_are_whole() -> None
             "objects, quick": counted(lambda: processes.gather_objects(rank)),
             "any": counted(lambda: processes.any_rank(rank == 1, group)),
             "of the first": counted(lambda: processes.broadcast_from_rank0(first, group)),
+            "of the first, quick": counted(lambda: processes.broadcast_from_rank0(first)),
             "called": called,
             "refused": refused(),
             "stores": [one.add("key", 0), other.add("key", 0)],
@@ -224,7 +225,8 @@ def test_every_exchange_is_a_point_that_all_pass_and_numbers_are_whole() -> None
         assert said["objects, quick"] == ([0, 1], 1, 0)
         assert said["any"] == (True, 1, 1)
         assert said["of the first"] == ("of the first", 1, 2)
-        assert said["called"] == [0] * (rank == 0)
+        assert said["of the first, quick"] == ("of the first", 1, 0)
+        assert said["called"] == [0, 0] * (rank == 0)
         assert said["refused"] == "no disk"
         assert said["stores"] == [2, 0]  # a store of one purpose is empty each time
 

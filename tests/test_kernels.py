@@ -40,6 +40,13 @@ def test_rows_of_any_width_are_done_to_their_end(width: int) -> None:
         ),
         *check._deviations(Swiglu.apply, torch_forms.swiglu, random(3, 2 * width)),
         *check._cross_entropy(random(1, 8 * width)),
+        # Rows that do not lie one behind the other.
+        *check._deviations(Swiglu.apply, torch_forms.swiglu, random(2 * width, 3).T),
+        *check._deviations(
+            lambda x, w: RmsNorm.apply(x, w, 1e-5, False),
+            lambda x, w: torch_forms.rms_norm(x, w, 1e-5, False),
+            random(width, 3).T, random(width),
+        ),
     ]  # fmt: skip
     assert max(found) < 2e-5
 

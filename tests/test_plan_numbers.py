@@ -31,7 +31,7 @@ from finetune.models.kernels import NAMES
 from finetune.planning import evaluating, run_memory, step
 from finetune.planning.counting import KINDS, shapes_only
 from finetune.planning.evaluating import HeldOut
-from finetune.planning.plan import NF4_BYTES, Gpu, Plan, _format, _sizes
+from finetune.planning.plan import NF4_BYTES, Gpu, Plan, _format, _sizes, _sizes_with
 from finetune.planning.run_memory import RunMemory
 from finetune.planning.step import Cost, Shape, Subject, count_layers
 from finetune.planning.subjects import (
@@ -362,3 +362,17 @@ def test_a_model_that_sees_images_is_told_by_its_config(
     (tmp_path / "config.json").write_text(json.dumps(SIZES | vision))
     monkeypatch.setattr(evaluating, "local_folder", lambda path, revision, files: tmp_path)
     assert evaluating._sees_images(ModelSection(path="m")) is sees
+
+
+def test_bytes_are_those_of_each_tensors_own_format() -> None:
+    def build(_: int) -> torch.nn.Module:
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 5, dtype=torch.bfloat16), torch.nn.Linear(5, 4)
+        )
+        model[0].requires_grad_(False)
+        model.register_buffer("table", torch.zeros(3, dtype=torch.float64))
+        return model
+
+    sizes = _sizes_with(build, 1)
+    assert sizes["frozen"] == 2 * (30 + 5) + 8 * 3
+    assert (sizes["trained"], sizes["trained bytes"]) == (24, 96)

@@ -272,6 +272,22 @@ def test_a_shortened_prompt_is_laid_out_before_the_very_reply() -> None:
     assert all(behind == ["assistant 1"] for behind in seen)
 
 
+def test_every_system_message_stays_once_in_a_shortened_prompt() -> None:
+    seen: list[list[str]] = []
+
+    class Noting(Words):
+        def prompt(self, conversation: Conversation, reply: int) -> list[int]:
+            seen.append([message.content for message in conversation.messages[:reply]])
+            return [1] * reply
+
+    said = talk(4).messages  # S, then user and assistant 0 to 3
+    between = [*said[:3], Message("system", "T"), *said[3:7], Message("system", "U"), *said[7:]]
+    asked = prompts.Question(Conversation(tuple(between)), 10)
+    assert prompts._shortened(asked, [1] * 10, Noting(), 6) == [1] * 6  # type: ignore[arg-type]
+    assert ["S", "T", "user 2", "assistant 2", "U", "user 3"] in seen
+    assert all(shown.count(name) == 1 for shown in seen for name in "STU")
+
+
 def test_the_images_of_a_message_are_written_where_they_stand() -> None:
     first = Message("user", "Q", images=(ShownImage("a.png"),))
     assert messages.message_json(first) == {"role": "user", "content": "Q", "image": "a.png"}

@@ -195,6 +195,9 @@ def test_scores_over_steps_rise_with_the_steps_and_others_are_levels() -> None:
     level, curve = page.metric_series(found, "loss", [1, 1, 2, 1, 1])
     assert (level.name, level.style, level.colour) == ("level", "level", 2)
     assert (curve.name, [(p.x, p.y, p.low) for p in curve.points]) == ("x", [(10, 0.7, 0.5), (20, 2.0, 0.5), (30, 1.0, 0.5)])  # fmt: skip
+    both = [target("a", 10, 0.7), target("b", 20, 2.0).model_copy(update={"run": "s/x"})]
+    alike = page.metric_series(Evaluation(format=1, targets=both), "loss", [1, 2])
+    assert [(one.name, len(one.points)) for one in alike] == [("x", 1), ("x", 1)]
 
 
 @pytest.mark.parametrize(

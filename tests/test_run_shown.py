@@ -13,7 +13,7 @@ import torch
 from test_progress import Text
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from finetune.config.schema import FullMethod, LoraMethod, RunConfig, TrainingSection
 from finetune.training import adapter_start, run
@@ -268,3 +268,10 @@ def test_data_json_that_a_full_disk_refuses_is_written_with_the_next_checkpoint(
     assert "data.json" in capsys.readouterr().err
     file.on_save(ARGS, state, ARGS)
     assert (tmp_path / "data.json").exists()
+
+
+def test_a_gradient_of_zero_is_shown_and_none_is_not() -> None:
+    logs = {"loss": 1.0, "learning_rate": 1e-4, "tokens_per_second": 9.0, "supervised_tokens_per_second": 3.0, "padding": 0.25, "memory_gb": 1.5}  # fmt: skip
+    state = TrainerState(global_step=1, max_steps=2)
+    assert "gradient" not in progress._step_line(logs, state, 3.0)
+    assert "  gradient 0.00  9 tokens/s" in progress._step_line({**logs, "grad_norm": 0.0}, state, 3.0)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pictures
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from finetune.models.chatglm.spans import Spans, positions, remember
 from finetune.models.load import load_model
+from finetune.models.vision.grids import GridModel
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +254,12 @@ def test_a_mixture_that_sees_hands_out_its_routes(tmp_path: Path) -> None:
     assert type(model).forward.__annotations__["return"] is MoeCausalLMOutputWithPast
     assert type(model.model)._can_set_experts_implementation()
     assert not type(model.model).is_custom_code()
+
+
+def test_only_the_whole_row_of_an_images_token_is_part_of_an_image() -> None:
+    table = torch.nn.Embedding(4, 3)
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([[1.0, 2, 3], [1, 2, 4], [5, 2, 3], [9, 9, 9]]))
+    model: Any = SimpleNamespace(config=SimpleNamespace(image_token_id=0), get_input_embeddings=lambda: table)  # fmt: skip
+    kinds = GridModel.kinds_of_rows(model, table(torch.tensor([[1, 0, 2, 0, 3]])))
+    assert kinds.tolist() == [[0, 1, 0, 1, 0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,3 +192,13 @@ def test_tokens_beyond_the_tokenizers_are_never_allowed(monkeypatch: pytest.Monk
         monkeypatch.setattr(GrammarConstraint, "_allowed", lambda self, allowed=allowed: np.array(allowed))  # fmt: skip
         found = constraint.restrict(torch.zeros(logits))
         assert [place for place, value in enumerate(found.tolist()) if value == 0] == kept
+
+
+def test_what_is_wrong_deep_in_a_schema_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    for inner in ({"type": "text"}, {"items": {"minimum": "x"}}, {"$ref": "#/$defs/none"}):
+        file.write_text(json.dumps({"type": "object", "properties": {"a": inner}}))
+        with pytest.raises(ConfigError, match="is no JSON Schema"):
+            structured.read_schema(file, "--json-schema")
+    file.write_text(json.dumps({"type": "object", "properties": {"type": {"const": 1}}}))
+    assert "const" in structured.read_schema(file, "--json-schema")

@@ -277,16 +277,17 @@ def _shortened(
         return full
     conversation, reply = question
     messages = conversation.messages
-    system = [message for message in messages[:reply] if message.role == "system"]
+    stays = {place for place in range(reply) if messages[place].role == "system"}
     turns = [place for place in range(reply) if messages[place].role == "user"]
     if turns and keeps_first_turn(messages[turns[0] : reply]):
-        system += messages[turns.pop(0) : turns[0] if turns else reply]
+        stays |= set(range(turns.pop(0), turns[0] if turns else reply))
     turns = turns[1:]
     fitting = None
     first, stop = 0, len(turns)  # the fewest dropped turns that suffice are searched by halves
     while first < stop:
         middle = (first + stop) // 2
-        kept = (*system, *messages[turns[middle] : reply])
+        begin = turns[middle]
+        kept = (*(messages[place] for place in sorted(stays) if place < begin), *messages[begin:reply])  # fmt: skip
         # The reply stays, as its prompt may say whether it has a thought.
         shorter = replace(conversation, messages=(*kept, *messages[reply : reply + 1]))
         ids = template.prompt(shorter, len(kept))
