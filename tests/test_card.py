@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def test_the_card_holds_no_secret_and_no_path_of_this_machine(
 def test_scores_of_an_evaluation_with_their_intervals_go_before_those_of_the_training(
     run: Path, tmp_path: Path
 ) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
     folder = run / "evaluation-checkpoint-2-dev"
     folder.mkdir()
     score = {"value": 41.5, "low": 38.25, "high": 44.75, "n": 60}
