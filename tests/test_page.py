@@ -354,6 +354,7 @@ def test_the_page_asks_its_own_server_only_and_its_libraries_are_named_with_lice
         assert named[1] in (head[:400] if file.stem != "katex" else head), "the version is the one named"  # fmt: skip
 
 
+@pytest.mark.usefixtures("server")  # which makes the models' folder
 def test_serve_and_chat_open_the_page_with_what_the_command_says(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pages.Page]:
         yield used
 
 
+@pytest.fixture(autouse=True)
+def _anew(page: pages.Page) -> None:
+    """Each test has a page that no other test has written into."""
+    page.open()
+    page.problems()
+
+
 def test_no_reply_becomes_an_element_that_acts(page: pages.Page) -> None:
     bad, broken, text = page.browser.execute_async_script(LOOK, REPLIES)
     assert bad == []
