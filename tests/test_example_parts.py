@@ -15,6 +15,7 @@ import pytest
 from examples import dialogue, tiny_template
 from hints import said
 from rows import write_rows
+from test_stream_rules import POLICY, row
 
 from finetune.config.schema import DataSection, ModelSection, Source
 from finetune.data.chat.image import ImageSpec
@@ -32,16 +33,10 @@ from finetune.data.examples.store import ExampleFile, ExampleWriter, digests, en
 from finetune.data.reading.section import reading_of
 from finetune.data.reading.sources import Reading, SourceSpec
 
-POLICY = LengthPolicy(100)
-
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
     return tiny_template(tmp_path_factory.mktemp("tokenizer"))
-
-
-def row(number: int, **more: Any) -> dict[str, Any]:
-    return {"prompt": f"question {number}", "response": f"answer {number}", **more}
 
 
 def told(value: Any) -> str:

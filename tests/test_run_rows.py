@@ -13,6 +13,7 @@ import pytest
 from hints import said
 from PIL import Image
 from pyarrow import parquet
+from test_source_rules import pair, write
 
 from finetune.config.schema import DataSection, Source
 from finetune.data.dialogue.conversation import Conversation, Message, ShownImage
@@ -31,17 +32,6 @@ from finetune.data.reading.section import (
 from finetune.data.reading.sources import Reading, SourceSpec, read_conversations
 from finetune.data.reading.split import split
 from finetune.errors import ConfigError, DataError
-
-
-def write(path: Path, *rows: Any) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def pair(prompt: str, **columns: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "response": "A", **columns}
 
 
 def pairs(count: int, **columns: Any) -> list[dict[str, Any]]:

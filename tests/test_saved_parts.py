@@ -355,3 +355,12 @@ def test_what_others_may_do_with_a_method_is_told() -> None:
     }
     assert "nf4" in methods.METHODS["lora"].less_memory
     assert "method.kind=lora" in methods.METHODS["full"].less_memory
+
+
+def test_tensors_that_lie_apart_are_written_as_they_read(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(4, 6)
+    apart = {"column": whole[:, 1], "every second": torch.arange(6.0)[::2], "turned": whole.T, "one": whole[0, 0], "none": whole[:0]}  # fmt: skip
+    save_tensors(apart, tmp_path / "t.safetensors")
+    found = load_file(tmp_path / "t.safetensors")
+    assert found.keys() == apart.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in apart.items())

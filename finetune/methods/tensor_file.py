@@ -41,7 +41,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            flat = tensors[name].detach().cpu().flatten()
+            flat = tensors[name].detach().cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
 
 
